@@ -1,0 +1,138 @@
+"""The rooms of the package and what each may import, read from the source without importing any of it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ALL_ROOMS = {"runtime", "plan", "convert", "passes", "optim", "ops", "format"}
+SIDE_BY_SIDE = "convert, passes, optim and plan never import one another: what needs two goes into api.py"
+UNTOUCHED_GRAPH = "a topology change must not touch the graph"
+KERNELS = "the library imports and runs on machines without a GPU or a compiler"
+INDUCTOR = "it moves with every torch release, so one room follows it"
+EXTRA = "it comes with the extra `pretrain`, and the library works without it"
+
+
+class Room(NamedTuple):
+    may_import: set[str]
+    because: str
+
+
+ROOMS = {
+    "format": Room(set(), "everything stands on the format, so it stands on torch alone"),
+    "ops": Room({"format"}, "what is computed does not know who asks for it"),
+    "convert": Room({"ops", "format"}, SIDE_BY_SIDE),
+    "passes": Room({"ops", "format"}, f"{SIDE_BY_SIDE}; {UNTOUCHED_GRAPH}"),
+    "optim": Room({"ops", "format"}, SIDE_BY_SIDE),
+    "plan": Room({"ops", "format"}, SIDE_BY_SIDE),
+    "runtime": Room({"ops", "format"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
+    "api": Room(ALL_ROOMS, "imports point down only"),
+    "__init__": Room(ALL_ROOMS | {"api"}, "the door is light, and the main job stands above it"),
+    "pretrain": Room(ALL_ROOMS | {"api", "__init__"}, "imports point down only"),
+    "__main__": Room({"pretrain"}, "it is the main job's command line and nothing else"),
+}
+
+ONLY_IN = {  # package → the one folder that may import it, and why
+    "triton": ("smet_compile/ops/kernels", KERNELS),
+    "torch.utils.cpp_extension": ("smet_compile/ops/kernels", KERNELS),
+    "torch._inductor": ("smet_compile/passes", INDUCTOR),
+    "transformers": ("smet_compile/pretrain", EXTRA),
+    "datasets": ("smet_compile/pretrain", EXTRA),
+    "typer": ("smet_compile/pretrain", EXTRA),
+    "rich": ("smet_compile/pretrain", EXTRA),
+    "matplotlib": ("smet_compile/pretrain", EXTRA),
+}
+
+
+def dotted(node: ast.expr) -> str:
+    """``a.b.c`` as text; empty for anything but a chain of names."""
+    if isinstance(node, ast.Name):
+        return node.id
+    start = dotted(node.value) if isinstance(node, ast.Attribute) else ""
+    return f"{start}.{node.attr}" if start else ""
+
+
+def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import: inside functions, by name, ``torch._inductor`` reached without."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            source = [*above, node.module] if node.module else above
+            yield from ((node.lineno, ".".join([*source, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and dotted(node) in ONLY_IN:
+            yield node.lineno, dotted(node)
+        elif isinstance(node, ast.Call) and dotted(node.func).endswith(("import_module", "__import__")):
+            yield from (
+                (node.lineno, str(name.value)) for name in node.args if isinstance(name, ast.Constant)
+            )
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def room_of(module: str) -> str:
+    """``smet_compile.format.Layout`` → ``format``; a name of the package itself belongs to the door."""
+    name = module.split(".")[1] if "." in module else "__init__"
+    return name if name in ROOMS else "__init__"
+
+
+def broken_rule(path: str, module: str) -> str | None:
+    """``rule; because`` of the rule that this import in the library breaks, None if there is none."""
+    name, top = path.split("/")[1].removesuffix(".py"), module.split(".")[0]
+    if name not in ROOMS:
+        return f"{name} is not a room; every room says in tests/support/rooms.py what it may import"
+    room = ROOMS[name]
+    if top == "smet_compile" and room_of(module) not in {name, *room.may_import}:
+        return f"{name} imports {', '.join(sorted(room.may_import)) or 'nothing of ours'}; {room.because}"
+    for package, (folder, because) in ONLY_IN.items():
+        if within(module, package) and not path.startswith(folder + "/"):
+            return f"only {folder} imports {package}; {because}"
+    if top in ("passes", "runtime"):
+        return f"its name is smet_compile.{top}; the link at the top is for readers"
+    if name == "format" and top not in {"torch", "smet_compile", *sys.stdlib_module_names}:
+        return f"format imports torch and the standard library; {room.because}"
+    return None
+
+
+def public_names(root: Path) -> set[str]:
+    """``__all__`` of the door."""
+    for node in ast.parse((root / "smet_compile/__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def used_of_ours(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of what an example takes from us: ``smet.sparsify`` is ``smet_compile.sparsify``."""
+    aliases = {"smet_compile": "smet_compile"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname: alias.name for alias in node.names if alias.asname}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and dotted(node.value) in aliases:
+            yield node.lineno, f"{aliases[dotted(node.value)]}.{node.attr}"
+    for line, module in imports(tree, ()):
+        if module != "smet_compile":
+            yield line, module
+
+
+def violations(root: Path) -> list[str]:
+    """One line per broken rule: ``file:line imports X; rule; because``."""
+    found = []
+    for path in sorted((root / "smet_compile").rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        for line, module in imports(ast.parse(path.read_text(), name), path.relative_to(root).parts[:-1]):
+            if rule := broken_rule(name, module):
+                found.append(f"{name}:{line} imports {module}; {rule}")
+    allowed = {f"smet_compile.{name}" for name in public_names(root)}
+    for path in sorted((root / "examples").rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        for line, module in used_of_ours(ast.parse(path.read_text(), name)):
+            if within(module, "smet_compile") and module not in allowed:
+                rule = "examples use public names only; what they need and cannot have, a user lacks too"
+                found.append(f"{name}:{line} imports {module}; {rule}")
+    return found
