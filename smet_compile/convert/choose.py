@@ -1,0 +1,168 @@
+"""Chooses which weights become compact, and how many blocks of each are active. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from smet_compile.convert.budget import DISTRIBUTIONS, allocate
+from smet_compile.convert.survey import ALREADY_COMPACT, Weight, survey
+from smet_compile.format import Layout
+
+Globs = str | Iterable[str] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One weight to make compact."""
+
+    weight: Weight
+    layout: Layout
+    num_active: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The weights to make compact, and why each other parameter of two or more dimensions stays dense."""
+
+    choices: list[Choice]
+    dense_reasons: dict[str, str]
+
+
+def choose(
+    model: nn.Module,
+    density: float,
+    block_shape: int | Sequence[int],
+    include: Globs,
+    exclude: Globs,
+    rules: Mapping[str, float] | None,
+    distribution: str,
+) -> Plan:
+    """Arguments and errors as in ``smet_compile.sparsify``."""
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    _check_density("density", density)
+    block = _check_block_shape(block_shape)
+    included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
+    weights = survey(model)
+    chosen = _choose(weights, included, excluded)
+    layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
+    counts = _counts(chosen, layouts, density, dict(rules or {}), distribution)
+    choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
+    if not choices and density < 1:
+        raise ValueError(
+            f"sparsify: nothing to make sparse: all {len(chosen)} chosen weights keep every block at density "
+            f"{density} and block shape {block}; lower the density or use smaller blocks"
+        )
+    return Plan(choices, _dense_reasons(weights, choices, chosen, excluded))
+
+
+def check_choice(argument: str, got: str, known: Sequence[str]) -> None:
+    if got not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {got!r}")
+
+
+def _check_density(what: str, density: float) -> None:
+    number = isinstance(density, int | float) and not isinstance(density, bool)
+    if not number or not 0 < density <= 1:
+        raise ValueError(f"{what}: expected a number in (0, 1], got {density!r}; it is the fraction that stays")
+
+
+def _check_block_shape(block_shape: int | Sequence[int]) -> tuple[int, int]:
+    pair = (block_shape, block_shape) if isinstance(block_shape, int) else tuple(block_shape)
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+        raise ValueError(
+            f"block_shape: expected a positive integer or two of them (rows, columns), got {block_shape!r}"
+        )
+    return pair[0], pair[1]
+
+
+def _globs(globs: Globs, argument: str) -> list[str] | None:
+    if globs is None:
+        return None
+    listed = [globs] if isinstance(globs, str) else list(globs)
+    if not all(isinstance(glob, str) for glob in listed):
+        raise ValueError(f"{argument}: expected a glob or a list of globs over qualified names, got {globs!r}")
+    return listed
+
+
+def _matches(weight: Weight, glob: str) -> bool:
+    return fnmatchcase(weight.name, glob) or fnmatchcase(weight.module_name, glob)
+
+
+def _check_globs(argument: str, globs: Iterable[str], among: Iterable[Weight], what: str) -> None:
+    among = list(among)
+    for glob in globs:
+        if not any(_matches(weight, glob) for weight in among):
+            some = ", ".join(weight.name for weight in among[:3])
+            raise ValueError(f"{argument}: {glob!r} matches none of the {what} ({some}, ...); see report(model)")
+
+
+def _choose(weights: dict[str, Weight], include: list[str] | None, exclude: list[str]) -> dict[str, Weight]:
+    """The weights to make compact."""
+    _check_globs("include", include or [], weights.values(), "parameters of two or more dimensions")
+    _check_globs("exclude", exclude, weights.values(), "parameters of two or more dimensions")
+    wanted = {
+        name: weight
+        for name, weight in weights.items()
+        if _wanted(weight, include) and not any(_matches(weight, glob) for glob in exclude)
+    }
+    for name, weight in wanted.items():
+        if weight.never_reason == ALREADY_COMPACT:
+            raise ValueError(f"{name}: {ALREADY_COMPACT}; call sparsify once, or exclude it")
+        if weight.never_reason is not None and name in (include or []):
+            raise ValueError(f"{name}: cannot be made sparse: {weight.never_reason}; leave it out of include")
+    chosen = {name: weight for name, weight in wanted.items() if weight.never_reason is None}
+    if not chosen:
+        found = "; ".join(f"{n}: {w.reason or 'excluded'}" for n, w in list(weights.items())[:5])
+        raise ValueError(
+            f"sparsify: nothing to make sparse in {len(weights)} parameters of two or more dimensions "
+            f"({found}); name weights with include="
+        )
+    return chosen
+
+
+def _wanted(weight: Weight, include: list[str] | None) -> bool:
+    if include is not None:
+        return any(_matches(weight, glob) for glob in include)
+    return weight.dense_reason is None
+
+
+def _counts(
+    chosen: dict[str, Weight],
+    layouts: dict[str, Layout],
+    density: float,
+    rules: dict[str, float],
+    distribution: str,
+) -> dict[str, int]:
+    """Active blocks per chosen weight: by the first rule that matches, the others by the distribution."""
+    _check_globs("rules", rules, chosen.values(), "weights chosen to be sparse")
+    for glob, ruled in rules.items():
+        _check_density(f"rules[{glob!r}]", ruled)
+    counts = {}
+    for name, weight in chosen.items():
+        ruled = next((d for glob, d in rules.items() if _matches(weight, glob)), None)
+        if ruled is not None:
+            counts[name] = layouts[name].num_active(ruled)
+    others = {name: layout for name, layout in layouts.items() if name not in counts}
+    return counts | allocate(others, density, distribution)
+
+
+def _dense_reasons(
+    weights: dict[str, Weight], choices: list[Choice], chosen: dict[str, Weight], exclude: list[str]
+) -> dict[str, str]:
+    compact = {choice.weight.name for choice in choices}
+    reasons = {}
+    for name, weight in weights.items():
+        if name in compact or weight.never_reason == ALREADY_COMPACT:
+            continue
+        if name in chosen:
+            reasons[name] = "keeps every block: density 1"
+        elif any(_matches(weight, glob) for glob in exclude):
+            reasons[name] = "excluded"
+        else:
+            reasons[name] = weight.reason or "not included"
+    return reasons

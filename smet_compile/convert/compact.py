@@ -1,0 +1,44 @@
+"""Makes one weight compact: selects its active blocks and registers the parametrization."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from smet_compile.convert.choose import Choice
+from smet_compile.format import block_means, pack, sample_positions
+from smet_compile.ops import CompactWeight
+
+SELECTS = ("random", "magnitude")
+
+
+@torch.no_grad()
+def make_compact(choice: Choice, select: str, rescale: bool, seed: int) -> None:
+    """The parameter object stays, now holding the values: an optimizer that holds it holds the values."""
+    weight, layout, num_active = choice.weight, choice.layout, choice.num_active
+    weight.tensor.grad = None
+    compact = CompactWeight(layout, _select(choice, select, seed), num_active)
+    parametrize.register_parametrization(weight.module, weight.tensor_name, compact, unsafe=True)
+    if rescale:
+        weight.tensor.mul_(math.sqrt(layout.num_blocks / num_active))
+
+
+def _select(choice: Choice, select: str, seed: int) -> Tensor:
+    """(num_blocks,) bool: the blocks that start active."""
+    weight, layout = choice.weight, choice.layout
+    mask = torch.zeros(layout.num_blocks, dtype=torch.bool, device=weight.tensor.device)
+    if weight.tensor.is_meta:
+        return mask
+    if select == "magnitude":
+        every = torch.arange(layout.num_blocks, device=mask.device)
+        scores = block_means(pack(weight.tensor, every, layout), every, layout)
+        positions = scores.topk(choice.num_active, sorted=False).indices
+    else:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {weight.name}".encode()))
+        positions = sample_positions(mask, choice.num_active, generator)
+    mask[positions] = True
+    return mask

@@ -1,0 +1,167 @@
+"""report: what of a model is compact, what is not and why, and how many bytes its weights take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from smet_compile.convert.survey import ALREADY_COMPACT, survey
+from smet_compile.format import count_active
+from smet_compile.ops import Site, find_sites
+
+_REASONS = "_smet_dense_reasons"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One compact weight. ``bytes``: its values; ``index_bytes``: topology and what is derived from it."""
+
+    name: str
+    shape: tuple[int, ...]
+    block_shape: tuple[int, int]
+    num_blocks: int
+    num_active: int
+    density: float
+    bytes: int
+    index_bytes: int
+
+
+@dataclass(frozen=True)
+class DenseReport:
+    """One weight that was left dense, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_weights: int
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report(model)`` returns; prints as a table."""
+
+    sites: list[SiteReport]
+    skipped: list[DenseReport]
+    num_weights: int
+    num_active_weights: int
+
+    @property
+    def density(self) -> float:
+        """Of the model's matrices as a whole, the dense ones included."""
+        return self.num_active_weights / max(1, self.num_weights)
+
+    @property
+    def values_bytes(self) -> int:
+        return sum(site.bytes for site in self.sites)
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(site.index_bytes for site in self.sites)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(weight.bytes for weight in self.skipped)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self) | {"density": self.density}
+
+    def __str__(self) -> str:
+        head = ("weight", "shape", "block", "blocks", "active", "density", "bytes", "index bytes")
+        rows = [head] + [
+            (
+                site.name,
+                "x".join(map(str, site.shape)),
+                "x".join(map(str, site.block_shape)),
+                f"{site.num_blocks:,}",
+                f"{site.num_active:,}",
+                f"{site.density:.4f}",
+                f"{site.bytes:,}",
+                f"{site.index_bytes:,}",
+            )
+            for site in self.sites
+        ]
+        lines = _table(rows)
+        lines += [
+            f"{len(self.sites)} compact weights: {self.values_bytes:,} bytes of values, "
+            f"{self.index_bytes:,} of index; {self.dense_bytes:,} bytes of dense matrices",
+            f"density of all matrices: {self.density:.4f} ({self.num_active_weights:,} of {self.num_weights:,})",
+        ]
+        if self.skipped:
+            lines += ["left dense:"]
+            rows = [("  " + w.name, "x".join(map(str, w.shape)), w.reason) for w in self.skipped]
+            lines += _table(rows, right=())
+        return "\n".join(lines)
+
+
+def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def remember_reasons(model: nn.Module, reasons: dict[str, str]) -> None:
+    """Keeps with the model why its other weights stayed dense; a second sparsify adds to the first."""
+    model.__dict__[_REASONS] = model.__dict__.get(_REASONS, {}) | reasons
+
+
+def forget_reasons(model: nn.Module) -> None:
+    model.__dict__.pop(_REASONS, None)
+
+
+def report(model: nn.Module) -> Report:
+    """What of ``model`` is compact, with densities read back from the topology, and what was left dense and why.
+
+    On the meta device, where a topology has no data, the number of active blocks is the number of values.
+    """
+    sites = [_site_report(site) for site in find_sites(model).values()]
+    reasons = model.__dict__.get(_REASONS, {})
+    dense, seen = [], set()
+    for name, weight in survey(model).items():
+        if weight.never_reason == ALREADY_COMPACT:
+            continue
+        why = reasons.get(name) or weight.reason or "not sparsified"
+        tensor = weight.tensor
+        num_bytes = 0 if id(tensor) in seen else tensor.numel() * tensor.element_size()
+        seen.add(id(tensor))
+        dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, why))
+    num_dense = sum(row.num_weights for row in dense if row.bytes)
+    total = sum(_num_weights(site.shape) for site in sites)
+    active = sum(_num_active_weights(site) for site in find_sites(model).values())
+    return Report(sites, dense, total + num_dense, active + num_dense)
+
+
+def _num_weights(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _num_active_weights(site: Site) -> int:
+    """Weights inside active blocks; a block at the edge counts as the same share of the weight as any other."""
+    return round(site.density * site.layout.num_weights)
+
+
+def _site_report(site: Site) -> SiteReport:
+    compact, layout = site.compact, site.layout
+    num_active = site.num_active if compact.topology.is_meta else count_active(compact.topology)
+    index = sum(t.numel() * t.element_size() for t in (compact.topology, *compact.index))
+    return SiteReport(
+        site.name,
+        layout.shape,
+        layout.block_shape,
+        layout.num_blocks,
+        num_active,
+        num_active / layout.num_blocks,
+        site.values.numel() * site.values.element_size(),
+        index,
+    )

@@ -1,0 +1,35 @@
+"""TopologyChange: one site's move to another active set, as a value handed to whoever stores something per block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopologyChange:
+    """What a topology update did to one weight. The number of active blocks N stays.
+
+    Args:
+        values: the compact parameter, already holding the new values.
+        survives: (N,) bool over the rows before: the block is still active.
+        survived: (N,) bool over the rows after: the block was active before. False: newly grown.
+    """
+
+    values: torch.nn.Parameter
+    survives: Tensor
+    survived: Tensor
+
+    @classmethod
+    def between(cls, values: torch.nn.Parameter, before: Tensor, after: Tensor) -> TopologyChange:
+        """From the masks (num_blocks,) before and after."""
+        return cls(values, after[before], before[after])
+
+    def remap_(self, rows: Tensor) -> Tensor:
+        """Moves ``rows`` (N, ...) to the new order in place: survivors bit for bit, newcomers zero."""
+        kept = rows[self.survives]
+        rows.zero_()
+        rows[self.survived] = kept
+        return rows

@@ -1,0 +1,74 @@
+"""Layout: how a weight's shape is cut into matrices and blocks. Static, plain integers, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A dense shape read as a stack of S matrices (R, C), each cut into blocks (bm, bn).
+
+    Args:
+        shape: shape of the dense weight.
+        matrix: (R, C), the matrices it is a stack of; R * C divides the number of elements.
+        block_shape: (bm, bn), the unit of sparsity. The last row and column of blocks may hang over the
+            matrix's edge; what hangs over is zero, always. No block crosses matrices.
+    """
+
+    shape: tuple[int, ...]
+    matrix: tuple[int, int]
+    block_shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], block_shape: tuple[int, int], flatten: bool = False) -> Layout:
+        """The layout of a weight: its last two dimensions are the matrix, leading ones are stacked.
+
+        ``flatten`` is for convolution weights, whose trailing dimensions become the columns instead.
+        """
+        shape = tuple(shape)
+        matrix = (shape[0], math.prod(shape[1:])) if flatten else (shape[-2], shape[-1])
+        return cls(shape, matrix, block_shape)
+
+    @property
+    def rows(self) -> int:
+        return self.matrix[0]
+
+    @property
+    def cols(self) -> int:
+        return self.matrix[1]
+
+    @property
+    def num_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_matrices(self) -> int:
+        return self.num_weights // (self.rows * self.cols)
+
+    @property
+    def block_rows(self) -> int:
+        return -(-self.rows // self.block_shape[0])
+
+    @property
+    def block_cols(self) -> int:
+        return -(-self.cols // self.block_shape[1])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all matrices together; a block's position counts them row-major, matrix by matrix."""
+        return self.num_matrices * self.block_rows * self.block_cols
+
+    @property
+    def single_weights(self) -> bool:
+        return self.block_shape == (1, 1)
+
+    def values_shape(self, num_active: int) -> tuple[int, ...]:
+        """Shape of the compact weight: (N,) for single weights, (N, bm, bn) for larger blocks."""
+        return (num_active,) if self.single_weights else (num_active, *self.block_shape)
+
+    def num_active(self, density: float) -> int:
+        """Blocks that ``density`` keeps: rounded half up, at least one."""
+        return max(1, math.floor(density * self.num_blocks + 0.5))

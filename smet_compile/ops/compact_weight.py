@@ -1,0 +1,98 @@
+"""CompactWeight: the parametrization through which a module goes on reading its weight as a dense tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smet_compile.format import Layout, count_active, pack_bits, positions_of, unpack_bits
+from smet_compile.ops import saved_weights
+
+
+class CompactWeight(nn.Module):
+    """values → dense weight (``forward``) and back (``right_inverse``), for one site.
+
+    Its buffers: ``topology``, one bit per block, the truth and what a checkpoint holds; and, for blocks larger
+    than a single weight, ``positions`` (N,), derived from it and rebuilt after every load.
+
+    Args:
+        layout: how the weight is cut into blocks.
+        mask: (num_blocks,) bool, the active blocks; on the meta device only its count is known.
+        num_active: number of true entries of ``mask``.
+    """
+
+    topology: Tensor
+    on_dense_grad: Callable[[Tensor], None] | None = None
+    """Called with each dense weight that is read for training, so that its gradient can be listened to."""
+
+    def __init__(self, layout: Layout, mask: Tensor, num_active: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.num_active = num_active
+        self.register_buffer("topology", pack_bits(mask))
+        if not layout.single_weights:
+            dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
+            positions = torch.empty(num_active, dtype=dtype, device=mask.device)
+            self.register_buffer("positions", positions, persistent=False)
+        self._derive()
+
+    def mask(self) -> Tensor:
+        """(num_blocks,) bool: the active blocks, row-major."""
+        return unpack_bits(self.topology, self.layout.num_blocks)
+
+    @property
+    def index(self) -> list[Tensor]:
+        """The lists derived from the topology, for kernels."""
+        return [] if self.layout.single_weights else [self.positions]
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Moves the active set, in place: same number of blocks, same storage."""
+        self.topology.copy_(pack_bits(mask))
+        self._derive()
+
+    def _derive(self) -> None:
+        if self.index and not self.topology.is_meta:
+            self.positions.copy_(positions_of(self.mask()))
+
+    def _op_layout(self) -> tuple[list[int], list[int], list[int]]:
+        return list(self.layout.shape), list(self.layout.matrix), list(self.layout.block_shape)
+
+    def forward(self, values: Tensor) -> Tensor:
+        dense = torch.ops.smet.unpack(values, self.topology, self.index, *self._op_layout())
+        if not torch.compiler.is_compiling():
+            saved_weights.remember(self, values, dense)
+            if self.on_dense_grad is not None and dense.requires_grad:
+                self.on_dense_grad(dense)
+        return dense
+
+    def right_inverse(self, dense: Tensor) -> Tensor:
+        return torch.ops.smet.pack(dense, self.topology, self.index, *self._op_layout(), self.num_active)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "on_dense_grad"}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        error = self._misfit(state_dict.get(prefix + "topology"), prefix)
+        if error is not None:
+            args[-1].append(error)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._derive()
+
+    def _misfit(self, bits: Tensor | None, prefix: str) -> str | None:
+        """Why ``bits`` cannot be this weight's topology; None where they can."""
+        if bits is None or bits.is_meta:
+            return None
+        name = prefix.replace(".parametrizations", "").removesuffix(".0.")
+        if bits.dtype != torch.uint8 or bits.shape != self.topology.shape:
+            want, got = f"uint8 {tuple(self.topology.shape)}", f"{bits.dtype} {tuple(bits.shape)}"
+            return f"{name}: expected a topology of {want}, got {got}; sparsify with the same block_shape"
+        if count_active(bits) != self.num_active:
+            return (
+                f"{name}: expected a topology of {self.num_active} active blocks, got {count_active(bits)}; "
+                "sparsify with the same density"
+            )
+        return None

@@ -1,0 +1,130 @@
+"""Registers the ops under ``torch.ops.smet``: schemas with true mutations, fakes, autograd.
+
+A layout travels as three lists of integers (shape, matrix, block_shape), since a schema knows no classes.
+``index`` holds the lists derived from the topology (``CompactWeight.index``) for whatever kernel wants them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout, blocks, unpack_bits
+from smet_compile.ops import adamw, reference
+
+_LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
+_library = torch.library.Library("smet", "DEF")
+_library.define(f"unpack(Tensor values, Tensor topology, Tensor[] index, {_LAYOUT}) -> Tensor")
+_library.define(f"pack(Tensor dense, Tensor topology, Tensor[] index, {_LAYOUT}, int num_active) -> Tensor")
+_library.define(
+    "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor(d!) num_skipped, Tensor step, Tensor lr, Tensor? generation, Tensor? births, Tensor? topology, "
+    f"{_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
+    "int warmup_steps, bool shared_step, int? noise_seed) -> ()"
+)
+
+
+def _layout(shape: list[int], matrix: list[int], block_shape: list[int]) -> Layout:
+    return Layout(tuple(shape), (matrix[0], matrix[1]), (block_shape[0], block_shape[1]))
+
+
+def _active(topology: Tensor, index: list[Tensor], layout: Layout) -> Tensor:
+    """The active blocks: their positions where they are at hand, else a mask."""
+    return index[0].long() if index else unpack_bits(topology, layout.num_blocks)
+
+
+def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout: list[int]) -> Tensor:
+    lay = _layout(*layout)
+    return blocks.unpack(values, _active(topology, index, lay), lay)
+
+
+def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
+    lay = _layout(*layout_and_count[:3])
+    return blocks.pack(dense, _active(topology, index, lay), lay)
+
+
+def _active_adamw_(
+    values: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    num_skipped: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    generation: Tensor | None,
+    births: Tensor | None,
+    topology: Tensor | None,
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    density_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    warmup_steps: int,
+    shared_step: bool,
+    noise_seed: int | None,
+) -> None:
+    adamw.active_adamw_(
+        values,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        num_skipped,
+        step,
+        lr,
+        generation,
+        births,
+        topology,
+        None if topology is None else _layout(shape, matrix, block_shape),
+        density_rate,
+        reference.AdamWScalars(beta1, beta2, eps, weight_decay),
+        warmup_steps,
+        shared_step,
+        noise_seed,
+    )
+
+
+for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", _active_adamw_)):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("smet::unpack", lib=_library)
+def _(values: Tensor, topology: Tensor, index: list[Tensor], *layout: list[int]) -> Tensor:
+    return values.new_empty(layout[0])
+
+
+@torch.library.register_fake("smet::pack", lib=_library)
+def _(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
+    *layout, num_active = layout_and_count
+    return dense.new_empty(_layout(*layout).values_shape(num_active))
+
+
+@torch.library.register_fake("smet::active_adamw_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+def _save_topology(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensor, topology, index, *ctx.layout = inputs
+    ctx.num_active = tensor.shape[0]
+    ctx.save_for_backward(topology, *index)
+
+
+def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
+    topology, *index = ctx.saved_tensors
+    grad = torch.ops.smet.pack(grad_dense, topology, index, *ctx.layout, ctx.num_active)
+    return grad, None, [None] * len(index), None, None, None
+
+
+def _pack_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
+    topology, *index = ctx.saved_tensors
+    grad = torch.ops.smet.unpack(grad_values, topology, index, *ctx.layout[:3])
+    return grad, None, [None] * len(index), None, None, None, None
+
+
+torch.library.register_autograd("smet::unpack", _unpack_backward, setup_context=_save_topology, lib=_library)
+torch.library.register_autograd("smet::pack", _pack_backward, setup_context=_save_topology, lib=_library)

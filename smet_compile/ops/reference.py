@@ -1,0 +1,95 @@
+"""The law: each op in plain torch, fp32 or fp64 arithmetic, no tricks. Every faster path must equal this page.
+
+Shape suffixes: N active blocks, G generations. Values are (N,) for single weights, (N, bm, bn) for larger blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def compute_dtype(storage: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic is done in: fp32 at least, fp64 for fp64."""
+    return torch.promote_types(storage, torch.float32)
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer on int64 tensors holding 0 ... 2^32 - 1 (xor-shift-multiply, two rounds)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _LOW_32_BITS
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _LOW_32_BITS
+    return x ^ (x >> 16)
+
+
+def noise_key(seed: int, step: Tensor, stream: int) -> Tensor:
+    """One key per (seed of a parameter, step, stream): streams keep a weight and its two moments apart."""
+    seed_t = torch.as_tensor(seed & _LOW_32_BITS, dtype=torch.int64, device=step.device)
+    return hash32(hash32(hash32(seed_t) ^ (step & _LOW_32_BITS)) ^ stream)
+
+
+def noise_bits(key: Tensor, positions: Tensor) -> Tensor:
+    """32 random bits for each dense position (int64, any size), a pure function of key and position."""
+    return hash32(hash32((positions & _LOW_32_BITS) ^ key) ^ (positions >> 32))
+
+
+def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 → bf16: up with the probability of the discarded fraction, by the low 16 of ``bits``. Exact in mean."""
+    as_int = x.float().view(torch.int32)
+    rounded = ((as_int + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
+
+
+class AdamWScalars(NamedTuple):
+    """What one AdamW step needs beside its tensors."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def step_sizes(age: Tensor, lr: Tensor, density_rate: float, warmup_steps: int) -> Tensor:
+    """lr · d^(-p) · min(1, age / W); ``density_rate`` is d^(-p)."""
+    warm = (age / warmup_steps).clamp(max=1.0) if warmup_steps else torch.ones_like(age)
+    return lr * density_rate * warm
+
+
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rate: Tensor,
+    bias1: Tensor,
+    bias2: Tensor,
+    scalars: AdamWScalars,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One AdamW step (Loshchilov and Hutter 2019), with step size and bias corrections per block.
+
+    θ ← θ - rate (m̂ / (√v̂ + ε) + λ θ), m̂ = m / bias1, v̂ = v / bias2. All tensors in one dtype, fp32 or fp64;
+    ``rate``, ``bias1`` and ``bias2`` broadcast over blocks. Returns the new weight and moments.
+    """
+    exp_avg = exp_avg + (1 - scalars.beta1) * (grad - exp_avg)
+    exp_avg_sq = scalars.beta2 * exp_avg_sq + (1 - scalars.beta2) * grad * grad
+    direction = (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + scalars.eps)
+    return weight - rate * (direction + scalars.weight_decay * weight), exp_avg, exp_avg_sq
+
+
+def finite_blocks(grad: Tensor, num_block_dims: int) -> Tensor:
+    """Mask that broadcasts over ``grad``: the whole block's gradient is finite. 0 block dims: single weights."""
+    finite = grad.isfinite()
+    return finite.all(-1, keepdim=True).all(-2, keepdim=True) if num_block_dims else finite
+
+
+def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tensor:
+    """Looks up each block's generation in a table, shaped to broadcast over ``like``. No generations: the scalar."""
+    table_G = table_G.to(like.dtype)
+    if generation is None:
+        return table_G
+    return table_G.index_select(0, generation.int()).view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,64 @@
+"""Sites: the compact weights of a model, found through its modules.
+
+Attributes set on a Parameter are lost by ``deepcopy`` and ``load_state_dict(assign=True)``; modules are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from smet_compile.format import Layout
+from smet_compile.ops.compact_weight import CompactWeight
+
+
+@dataclass(frozen=True)
+class Site:
+    """One compact weight: ``module.<tensor_name>`` reads as the dense weight."""
+
+    name: str
+    module: nn.Module
+    tensor_name: str
+
+    @property
+    def compact(self) -> CompactWeight:
+        return self.module.parametrizations[self.tensor_name][0]  # type: ignore[index,union-attr,return-value]
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The compact parameter: (N,) for single weights, (N, bm, bn) for larger blocks."""
+        return self.module.parametrizations[self.tensor_name].original  # type: ignore[index,union-attr,return-value]
+
+    @property
+    def layout(self) -> Layout:
+        return self.compact.layout
+
+    @property
+    def num_active(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        return self.num_active / self.layout.num_blocks
+
+    def mask(self) -> Tensor:
+        return self.compact.mask()
+
+
+def compact_names(module: nn.Module) -> Iterator[str]:
+    """Names of the tensors of ``module`` that are compact."""
+    for name, chain in getattr(module, "parametrizations", {}).items():
+        if isinstance(chain[0], CompactWeight):
+            yield name
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every compact weight of ``model`` by its qualified name, as ``named_parameters`` would have named it dense."""
+    sites = {}
+    for prefix, module in model.named_modules():
+        for tensor_name in compact_names(module):
+            name = f"{prefix}.{tensor_name}" if prefix else tensor_name
+            sites[name] = Site(name, module, tensor_name)
+    return sites

@@ -1,0 +1,1 @@
+"""How the graph changes: the compiler passes over the joint forward and backward graph."""

@@ -1,0 +1,138 @@
+"""A run is a function of its `RunConfig`; each field is also a command-line option."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .methods import METHODS, find_method
+from .presets import PRESETS, find_preset
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _option(text: str) -> Any:
+    return field(metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of one pre-training run, each checked at construction; `resolve` fills in what is not said."""
+
+    preset: str = _option(f"Model shape: {', '.join(PRESETS)}. [default: tiny]")
+    method: str = _option(f"Training method: {', '.join(METHODS)}. [default: smet]")
+    density: float = _option("Active fraction of each sparse weight, in (0, 1]. [default: 0.3]")
+    block: str = _option("Block of sparsity: 1 (single weights), 16 (16x16 tiles), 1x16 (runs). [default: 1]")
+    steps: int = _option("Optimizer steps. [default: by preset]")
+    batch: int = _option("Sequences in a micro-batch. [default: by preset]")
+    accumulate: int = _option("Micro-batches in a step. [default: by preset]")
+    sequence: int = _option("Tokens in a sequence. [default: by preset]")
+    lr: float = _option("Peak learning rate at density 1. [default: by preset]")
+    lr_density_exponent: float = _option("p: a weight of density d trains at lr / d**p. [default: 1]")
+    weight_decay: float = _option("Decoupled weight decay of matrices. [default: 0]")
+    warmup: int = _option("Learning-rate warm-up in steps. [default: 5% of --steps]")
+    every: int = _option("Steps between topology updates. [default: 100, less in runs under 1600 steps]")
+    block_warmup: int = _option("Warm-up of a new block in steps (smet, static). [default: --every]")
+    drop_fraction: float = _option("Share of blocks moved by the first update. [default: 0.2]")
+    final_drop_fraction: float = _option("Share of blocks moved at the schedule's end. [default: 0.005]")
+    data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. [default: stdlib]")
+    tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. [default: bytes]")
+    dtype: str = _option(f"Weights: {', '.join(DTYPES)}. [default: float32]")
+    device: str = _option("Torch device. [default: cuda where there is one, else cpu]")
+    seed: int = _option("Seed of weights, topology and batches. [default: 0]")
+    save_every: int = _option("Steps between checkpoints. [default: 10% of --steps, at most 1000]")
+    eval_every: int = _option("Steps between validations. [default: 10% of --steps, at most 1000]")
+    eval_windows: int = _option("Sequences of held-out text in a validation. [default: 256]")
+
+    def __post_init__(self) -> None:
+        find_preset(self.preset)
+        find_method(self.method)
+        self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._expect("density", 0 < self.density <= 1, "a number in (0, 1]")
+        self._expect("lr", self.lr > 0, "a positive number")
+        self._expect("sequence", self.sequence >= 2, "at least 2 tokens")
+        for name in ("weight_decay", "warmup", "block_warmup", "seed"):
+            self._expect(name, getattr(self, name) >= 0, "no negative number")
+        for name in ("steps", "batch", "accumulate", "every", "save_every", "eval_every", "eval_windows"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("block", self.block_shape is not None, "a side such as 16 or a shape such as 1x16")
+        self._expect("device", _is_device(self.device), "a torch device such as cpu or cuda:0")
+
+    def _expect(self, name: str, met: bool, expected: str) -> None:
+        if not met:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: expected {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def block_shape(self) -> tuple[int, int] | None:
+        """`block` as (rows, columns): "16" is (16, 16), "1x16" is (1, 16); None where it cannot be read."""
+        sides = self.block.split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            return None
+        return int(sides[0]), int(sides[-1])
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.accumulate * self.batch * self.sequence
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def resolve(**given: Any) -> RunConfig:
+    """A complete `RunConfig` from the options `given`: the others follow from the preset and the number of steps.
+
+    Dense training has density 1 whatever is given.
+    """
+    preset = find_preset(given.get("preset", "tiny"))
+    steps = given.get("steps", preset.steps)
+    every = given.get("every", max(1, min(100, steps // 16)))
+    tenth = max(1, min(1000, steps // 10))
+    defaults = {
+        "preset": "tiny", "method": "smet", "density": 0.3, "block": "1",
+        "steps": steps, "batch": preset.batch, "accumulate": preset.accumulate, "sequence": preset.sequence,
+        "lr": preset.lr, "lr_density_exponent": 1.0, "weight_decay": 0.0, "warmup": steps // 20,
+        "every": every, "block_warmup": every, "drop_fraction": 0.2, "final_drop_fraction": 0.005,
+        "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "device": _default_device(), "seed": 0,
+        "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
+    }  # fmt: skip
+    if given.get("method") == "dense":
+        given["density"] = 1.0
+    return RunConfig(**(defaults | given))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write `config` as JSON; the file appears whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(config), indent=2) + "\n"))
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config that `write_config` wrote; a ValueError names options that are missing or unknown."""
+    values = json.loads(path.read_text())
+    names = {item.name for item in fields(RunConfig)}
+    if set(values) != names:
+        wrong = ", ".join(sorted(set(values) ^ names))
+        raise ValueError(f"{path}: expected exactly the options of this version, got another set ({wrong}); "
+                         "resume with the version that wrote it")  # fmt: skip
+    return RunConfig(**values)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)

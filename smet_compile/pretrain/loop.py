@@ -1,0 +1,158 @@
+"""One run from start or checkpoint to the end, so that every interruption can be made good."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import smet_compile as smet
+
+from .config import RunConfig
+from .data import Data, open_data
+from .extras import require
+from .folder import RunFolder
+from .memory import measure
+from .metrics import MetricsLog, cut_back
+from .progress import Progress, Status, open_progress
+from .report import write_report
+from .tokenizer import Tokenizer, open_tokenizer
+from .training import Training, build_training, learning_rate, train_step, validation_loss
+
+Stop = Callable[[], bool]
+SPEED_MEMORY = 0.9
+
+
+@dataclass
+class Run:
+    """A run in memory."""
+
+    folder: RunFolder
+    config: RunConfig
+    tokenizer: Tokenizer
+    data: Data
+    training: Training
+
+
+def _never() -> bool:
+    return False
+
+
+def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = None) -> bool:
+    """Train a new model as `config` says; `path` becomes the run's folder.
+
+    `stop` is asked after each step; where it says yes the run saves and ends early. Returns whether the run is
+    finished. Raises ValueError for whatever is wrong with config, data or folder, before anything is written.
+    """
+    folder = RunFolder(path)
+    folder.expect_free()
+    run = _build(folder, config)
+    folder.create(config)
+    return _finish(run, 0, stop, console)
+
+
+def resume(path: Path, stop: Stop = _never, console: Any = None) -> bool:
+    """Go on with the run in folder `path` from its last checkpoint, or from the beginning where there is none.
+
+    On the CPU the losses are those of an undisturbed run, bit for bit. A finished run only gets its report again.
+    """
+    folder = RunFolder(path)
+    config = folder.open()
+    if folder.is_finished():
+        write_report(folder)
+        return True
+    run = _build(folder, config)
+    return _finish(run, _restore(run), stop, console)
+
+
+def _build(folder: RunFolder, config: RunConfig) -> Run:
+    tokenizer = open_tokenizer(config.tokenizer)
+    data = open_data(config, tokenizer)
+    return Run(folder, config, tokenizer, data, build_training(config, tokenizer.vocab_size))
+
+
+def _restore(run: Run) -> int:
+    if not run.folder.checkpoint.exists():
+        return 0
+    training = run.training
+    extra = smet.load_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager)
+    if extra["fingerprint"] != run.data.fingerprint:
+        raise ValueError(
+            f"--resume: expected the text this run began with ({run.config.data}), got another; restore the files, "
+            "or begin a new run with --out"
+        )
+    run.data.train.load_state_dict(extra["data"])
+    return extra["step"]
+
+
+def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
+    console = console or require("rich.console").Console()
+    cut_back(run.folder.metrics, first)
+    log = MetricsLog(run.folder.metrics)
+    try:
+        with open_progress(console, first, run.config.steps) as progress:
+            finished = _train(run, first, stop, log, progress)
+    except OSError as error:
+        raise ValueError(
+            f"{run.folder.path}: could not be written ({error.strerror or error}); the last checkpoint is whole: "
+            f"make room, then {run.folder.resume_command}"
+        ) from error
+    finally:
+        log.close()
+    if finished:
+        write_report(run.folder)
+    return finished
+
+
+def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress) -> bool:
+    config, training = run.config, run.training
+    training.model.train()
+    density, speed = _density(training), 0.0
+    for step in range(first + 1, config.steps + 1):
+        began = time.perf_counter()
+        rate = learning_rate(config, step - 1)
+        loss, event = train_step(training, run.data.train.batch(step - 1).to(config.device), rate)
+        seconds = time.perf_counter() - began
+        speed = _smoothed(speed, config.step_tokens / seconds)
+        log.write("train", step, loss=loss, lr=rate, seconds=seconds)
+        if event is not None:
+            log.write("topology", step, event=event.to_dict())
+            density = _density(training)
+        next_update = training.manager.next_update if training.manager else None
+        progress.update(Status(step, loss, speed, density, next_update))
+        if _after_step(run, step, stop, log):
+            return False
+    log.write("end", config.steps)
+    return True
+
+
+def _smoothed(speed: float, now: float) -> float:
+    return now if speed == 0 else SPEED_MEMORY * speed + (1 - SPEED_MEMORY) * now
+
+
+def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
+    """Measure, validate and save where it is time to; returns whether to stop here."""
+    config = run.config
+    last = step == config.steps
+    if step == 1:
+        log.write("bytes", step, **measure(run.training, config, run.tokenizer.vocab_size))
+    if last or step % config.eval_every == 0:
+        log.write("eval", step, loss=validation_loss(run.training, run.data.validation, config))
+    stopping = stop()
+    if last or stopping or step % config.save_every == 0:
+        _save(run, step)
+    return stopping and not last
+
+
+def _save(run: Run, step: int) -> None:
+    extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
+    training = run.training
+    smet.save_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra)
+
+
+def _density(training: Training) -> float:
+    """The density of the sparse layers together, read back from their topologies; 1 in dense training."""
+    if training.manager is None:
+        return 1.0
+    sites = smet.report(training.model).sites
+    return sum(site.density * site.num_weights for site in sites) / sum(site.num_weights for site in sites)

@@ -1,0 +1,116 @@
+"""The model, its optimizer and its topology manager, and one step of training them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import smet_compile as smet
+
+from .config import DTYPES, RunConfig
+from .extras import require
+from .methods import Method, find_method
+from .presets import find_preset
+
+FINAL_RATE_FRACTION = 0.1
+
+
+@dataclass
+class Training:
+    """What a step changes; `manager` is None in dense training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    manager: smet.TopologyManager | None
+
+
+def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
+    """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; "meta" gives one without memory."""
+    transformers = require("transformers")
+    preset = find_preset(config.preset)
+    shape = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=preset.hidden,
+        intermediate_size=preset.intermediate,
+        num_attention_heads=preset.heads,
+        num_hidden_layers=preset.layers,
+        max_position_embeddings=config.sequence,
+        use_cache=False,
+    )
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype])
+
+
+def build_training(config: RunConfig, vocab_size: int) -> Training:
+    """A new model, made sparse and given an optimizer as the method says."""
+    torch.manual_seed(config.seed)
+    model = build_model(config, vocab_size, config.device)
+    method = find_method(config.method)
+    if method is None:
+        return Training(model, dense_optimizer(config, model), None)
+    smet.sparsify(model, config.density, block_shape=config.block_shape, seed=config.seed)
+    optimizer = _sparse_optimizer(config, method, model)
+    manager = smet.TopologyManager(
+        model,
+        optimizer,
+        total_steps=config.steps,
+        every=config.every,
+        drop_fraction=config.drop_fraction,
+        final_drop_fraction=config.final_drop_fraction,
+        grow=method.grow,
+        schedule=method.schedule,
+        seed=config.seed,
+    )
+    return Training(model, optimizer, manager)
+
+
+def dense_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Plain AdamW."""
+    return torch.optim.AdamW(smet.decay_groups(model, config.weight_decay), lr=config.lr)
+
+
+def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> torch.optim.Optimizer:
+    groups = smet.decay_groups(model, config.weight_decay)
+    shared = {"lr": config.lr, "lr_density_exponent": config.lr_density_exponent, "model": model, "seed": config.seed}
+    if method.naive:
+        return smet.NaiveAdamW(groups, **shared)
+    return smet.ActiveAdamW(groups, warmup_steps=config.block_warmup, **shared)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up to `lr`, then a cosine to 10% of it."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine)
+
+
+def train_step(training: Training, batch: torch.Tensor, rate: float) -> tuple[float, smet.TopologyEvent | None]:
+    """One optimizer step on (accumulate, batch, sequence) tokens: the mean loss, and the topology update if any.
+
+    The gradients of the step stay until the next one.
+    """
+    training.optimizer.zero_grad()
+    total = torch.zeros((), device=batch.device)
+    for micro_batch in batch:
+        loss = training.model(input_ids=micro_batch, labels=micro_batch).loss / len(batch)
+        loss.backward()
+        total += loss.detach()
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    training.optimizer.step()
+    return total.item(), training.manager.step() if training.manager else None
+
+
+@torch.no_grad()
+def validation_loss(training: Training, windows: torch.Tensor, config: RunConfig) -> float:
+    """Mean loss per token over (W, sequence) held-out windows."""
+    training.model.eval()
+    sums = [
+        training.model(input_ids=part, labels=part).loss.double() * len(part)
+        for part in windows.to(config.device).split(config.batch)
+    ]
+    training.model.train()
+    return float(torch.stack(sums).sum() / len(windows))
