@@ -102,6 +102,8 @@ class _Hooks:
         self.live[storage.cdata] = (storage, dense._version, recipe)
 
     def recipe(self, tensor: Tensor) -> _Recipe | None:
+        if tensor.layout != torch.strided:
+            return None
         storage = tensor.untyped_storage()._cdata
         if storage in self.live:
             _, version, recipe = self.live[storage]
@@ -122,35 +124,6 @@ class _Hooks:
     @staticmethod
     def unpack(saved: _Saved | _Kept) -> Tensor:
         return saved.restore()
-
-
-def remember(self, dense: Tensor, recipe: _Recipe) -> None:
-        # The weak reference keeps the storage's address from being used again while the entry stands.
-        storage = StorageWeakRef(dense.untyped_storage())
-        self.live[storage.cdata] = (storage, dense._version, recipe)
-
-    def recipe(self, tensor: Tensor) -> _Recipe | None:
-        storage = tensor.untyped_storage()._cdata
-        if storage in self.live:
-            _, version, recipe = self.live[storage]
-            return recipe if tensor._version == version else None
-        base = tensor._base if tensor._base is not None else tensor
-        if base.grad_fn is None or base._version != 0 or base.grad_fn.name() != "ToCopyBackward0":
-            return None
-        source = base.grad_fn.next_functions[0][0]
-        return None if source is None else source.metadata.get(_RECIPE)
-
-    def pack(self, tensor: Tensor) -> Tensor | _Kept:
-        recipe = self.recipe(tensor)
-        if recipe is None:
-            return tensor.detach()  # the tensor itself would be a cycle where a function saves its output
-        return _Kept(recipe, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
-
-    @staticmethod
-    def unpack(kept: Tensor | _Kept) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        return kept.recipe.dense().to(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
 
 
 def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:

@@ -151,8 +151,8 @@ def _save(run: Run, step: int) -> None:
 
 
 def _density(training: Training) -> float:
-    """The density of the sparse layers together, read back from their topologies; 1 in dense training."""
+    """Active share of all blocks of the sparse layers, read back from the topology; 1 in dense training."""
     if training.manager is None:
         return 1.0
     sites = smet.report(training.model).sites
-    return sum(site.density * site.num_weights for site in sites) / sum(site.num_weights for site in sites)
+    return sum(site.num_active for site in sites) / sum(site.num_blocks for site in sites)

@@ -1,0 +1,6 @@
+"""`python -m smet_compile`."""
+
+from smet_compile.pretrain.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The command line: one command whose options are the fields of `RunConfig`."""
+
+import inspect
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from .config import RunConfig, resolve
+from .extras import MissingExtraError, require
+from .folder import RunFolder
+from .interrupt import catch_interrupt
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of `python -m smet_compile` and of the `smet-compile` script."""
+    try:
+        make_app()()
+    except MissingExtraError as error:
+        sys.exit(f"error: {error}")
+
+
+def make_app() -> Any:
+    """The typer application."""
+    typer = require("typer")
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def _about() -> None:
+        """Sparse training with smet_compile."""
+
+    app.command("pretrain")(_with_options(typer, _command))
+    return app
+
+
+def _with_options(typer: Any, command: Any) -> Any:
+    """Give `command(**options)` the signature that typer reads: --out, --resume and one option per config field."""
+    paths = {
+        "out": "Folder of the new run. [default: runs/PRESET-METHOD]",
+        "resume": "Go on with the run in this folder; takes no other option.",
+    }
+    options = {name: (Path, text) for name, text in paths.items()}
+    options |= {item.name: (item.type, item.metadata["help"]) for item in fields(RunConfig)}
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, typer.Option(help=text, show_default=False)],  # type: ignore[operator]
+        )
+        for name, (kind, text) in options.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _command(**options: Any) -> None:
+    """Pre-train a LLaMA with sparse weights; writes metrics, checkpoints, plots and report.md into a folder."""
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        folder, finished = _run(given)
+    except (ValueError, OSError, MissingExtraError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    if not finished:
+        print(f"Stopped and saved. Go on with:\n{folder.resume_command}")
+        sys.exit(INTERRUPTED)
+    print(f"Report: {folder.report}")
+
+
+def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
+    resumed, out = given.pop("resume", None), given.pop("out", None)
+    if resumed is not None and (given or out):
+        names = ", ".join("--" + name.replace("_", "-") for name in ([*given, "out"] if out else given))
+        raise ValueError(f"--resume: expected no other option (the run keeps its own), got {names}; leave them out")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if resumed is not None:
+        folder = RunFolder(resumed)
+        folder.open()
+    else:
+        config = resolve(**given)
+        folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
+        folder.expect_free()
+    from .loop import pretrain, resume
+
+    with catch_interrupt() as interrupt:
+        if resumed is not None:
+            return folder, resume(folder.path, interrupt)
+        return folder, pretrain(config, folder.path, interrupt)
