@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from .config import RunConfig, resolve
-from .extras import MissingExtraError, require
-from .folder import RunFolder
-from .interrupt import catch_interrupt
+from smet_compile.pretrain.config import RunConfig, resolve
+from smet_compile.pretrain.extras import MissingExtraError, require
+from smet_compile.pretrain.folder import RunFolder
+from smet_compile.pretrain.interrupt import catch_interrupt
 
 INTERRUPTED = 130
 
@@ -37,19 +37,19 @@ def make_app() -> Any:
 
 
 def _with_options(typer: Any, command: Any) -> Any:
-    """Give `command(**options)` the signature that typer reads: --out, --resume and one option per config field."""
+    """Give `command(**options)` the signature that typer reads: two paths and an option per config field."""
     paths = {
-        "out": "Folder of the new run. [default: runs/PRESET-METHOD]",
+        "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
         "resume": "Go on with the run in this folder; takes no other option.",
     }
-    options = {name: (Path, text) for name, text in paths.items()}
+    options: dict[str, tuple[Any, str]] = {name: (Path, text) for name, text in paths.items()}
     options |= {item.name: (item.type, item.metadata["help"]) for item in fields(RunConfig)}
     parameters = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[kind | None, typer.Option(help=text, show_default=False)],  # type: ignore[operator]
+            annotation=Annotated[kind | None, typer.Option(help=text, show_default=False)],
         )
         for name, (kind, text) in options.items()
     ]
@@ -59,7 +59,7 @@ def _with_options(typer: Any, command: Any) -> Any:
 
 
 def _command(**options: Any) -> None:
-    """Pre-train a LLaMA with sparse weights; writes metrics, checkpoints, plots and report.md into a folder."""
+    """Pre-train a LLaMA with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
         folder, finished = _run(given)
@@ -76,7 +76,9 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
     resumed, out = given.pop("resume", None), given.pop("out", None)
     if resumed is not None and (given or out):
         names = ", ".join("--" + name.replace("_", "-") for name in ([*given, "out"] if out else given))
-        raise ValueError(f"--resume: expected no other option (the run keeps its own), got {names}; leave them out")
+        raise ValueError(
+            f"--resume: expected no other option (the run keeps its own), got {names}; leave them out"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if resumed is not None:
         folder = RunFolder(resumed)
@@ -85,7 +87,7 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
         config = resolve(**given)
         folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
         folder.expect_free()
-    from .loop import pretrain, resume
+    from smet_compile.pretrain.loop import pretrain, resume
 
     with catch_interrupt() as interrupt:
         if resumed is not None:

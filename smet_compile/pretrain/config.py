@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .methods import METHODS, find_method
-from .presets import PRESETS, find_preset
+from smet_compile.pretrain.methods import METHODS, find_method
+from smet_compile.pretrain.presets import PRESETS, find_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -21,32 +21,32 @@ def _option(text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of one pre-training run, each checked at construction; `resolve` fills in what is not said."""
+    """All settings of one pre-training run, checked at construction; `resolve` fills in what is not said."""
 
-    preset: str = _option(f"Model shape: {', '.join(PRESETS)}. [default: tiny]")
-    method: str = _option(f"Training method: {', '.join(METHODS)}. [default: smet]")
-    density: float = _option("Active fraction of each sparse weight, in (0, 1]. [default: 0.3]")
-    block: str = _option("Block of sparsity: 1 (single weights), 16 (16x16 tiles), 1x16 (runs). [default: 1]")
-    steps: int = _option("Optimizer steps. [default: by preset]")
-    batch: int = _option("Sequences in a micro-batch. [default: by preset]")
-    accumulate: int = _option("Micro-batches in a step. [default: by preset]")
-    sequence: int = _option("Tokens in a sequence. [default: by preset]")
-    lr: float = _option("Peak learning rate at density 1. [default: by preset]")
-    lr_density_exponent: float = _option("p: a weight of density d trains at lr / d**p. [default: 1]")
-    weight_decay: float = _option("Decoupled weight decay of matrices. [default: 0]")
-    warmup: int = _option("Learning-rate warm-up in steps. [default: 5% of --steps]")
-    every: int = _option("Steps between topology updates. [default: 100, less in runs under 1600 steps]")
-    block_warmup: int = _option("Warm-up of a new block in steps (smet, static). [default: --every]")
-    drop_fraction: float = _option("Share of blocks moved by the first update. [default: 0.2]")
-    final_drop_fraction: float = _option("Share of blocks moved at the schedule's end. [default: 0.005]")
-    data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. [default: stdlib]")
-    tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. [default: bytes]")
-    dtype: str = _option(f"Weights: {', '.join(DTYPES)}. [default: float32]")
-    device: str = _option("Torch device. [default: cuda where there is one, else cpu]")
-    seed: int = _option("Seed of weights, topology and batches. [default: 0]")
-    save_every: int = _option("Steps between checkpoints. [default: 10% of --steps, at most 1000]")
-    eval_every: int = _option("Steps between validations. [default: 10% of --steps, at most 1000]")
-    eval_windows: int = _option("Sequences of held-out text in a validation. [default: 256]")
+    preset: str = _option(f"Model shape: {', '.join(PRESETS)}. Default: tiny.")
+    method: str = _option(f"Training method: {', '.join(METHODS)}. Default: smet.")
+    density: float = _option("Active fraction of each sparse weight, in (0, 1]. Default: 0.3.")
+    block: str = _option("Block of sparsity: 1 (single weights), 16 (16x16 tiles), 1x16 (runs). Default: 1.")
+    steps: int = _option("Optimizer steps. Default: by preset.")
+    batch: int = _option("Sequences in a micro-batch. Default: by preset.")
+    accumulate: int = _option("Micro-batches in a step. Default: by preset.")
+    sequence: int = _option("Tokens in a sequence. Default: by preset.")
+    lr: float = _option("Peak learning rate at density 1. Default: by preset.")
+    lr_density_exponent: float = _option("p: a weight of density d trains at lr / d**p. Default: 1.")
+    weight_decay: float = _option("Decoupled weight decay of matrices. Default: 0.")
+    warmup: int = _option("Learning-rate warm-up in steps. Default: 5% of --steps.")
+    every: int = _option("Steps between topology updates. Default: 100, less in runs under 1600 steps.")
+    block_warmup: int = _option("Warm-up of a new block in steps (smet, static). Default: --every.")
+    drop_fraction: float = _option("Share of blocks moved by the first update. Default: 0.2.")
+    final_drop_fraction: float = _option("Share of blocks moved at the schedule's end. Default: 0.005.")
+    data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. Default: stdlib.")
+    tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. Default: bytes.")
+    dtype: str = _option(f"Weights: {', '.join(DTYPES)}. Default: float32.")
+    device: str = _option("Torch device. Default: cuda where there is one, else cpu.")
+    seed: int = _option("Seed of weights, topology and batches. Default: 0.")
+    save_every: int = _option("Steps between checkpoints. Default: 10% of --steps, at most 1000.")
+    eval_every: int = _option("Steps between validations. Default: 10% of --steps, at most 1000.")
+    eval_windows: int = _option("Sequences of held-out text in a validation. Default: 256.")
 
     def __post_init__(self) -> None:
         find_preset(self.preset)
@@ -59,7 +59,7 @@ class RunConfig:
             self._expect(name, getattr(self, name) >= 0, "no negative number")
         for name in ("steps", "batch", "accumulate", "every", "save_every", "eval_every", "eval_windows"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        self._expect("block", self.block_shape is not None, "a side such as 16 or a shape such as 1x16")
+        self._expect("block", _is_block(self.block), "a side such as 16 or a shape such as 1x16")
         self._expect("device", _is_device(self.device), "a torch device such as cpu or cuda:0")
 
     def _expect(self, name: str, met: bool, expected: str) -> None:
@@ -68,17 +68,20 @@ class RunConfig:
             raise ValueError(f"{option}: expected {expected}, got {getattr(self, name)!r}")
 
     @property
-    def block_shape(self) -> tuple[int, int] | None:
-        """`block` as (rows, columns): "16" is (16, 16), "1x16" is (1, 16); None where it cannot be read."""
+    def block_shape(self) -> tuple[int, int]:
+        """`block` as (rows, columns): "16" is (16, 16), "1x16" is (1, 16)."""
         sides = self.block.split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-            return None
         return int(sides[0]), int(sides[-1])
 
     @property
     def step_tokens(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.accumulate * self.batch * self.sequence
+
+
+def _is_block(text: str) -> bool:
+    sides = text.split("x")
+    return len(sides) <= 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
 
 
 def _is_device(name: str) -> bool:
@@ -90,7 +93,7 @@ def _is_device(name: str) -> bool:
 
 
 def resolve(**given: Any) -> RunConfig:
-    """A complete `RunConfig` from the options `given`: the others follow from the preset and the number of steps.
+    """A complete `RunConfig` from the options `given`; the others follow from preset and number of steps.
 
     Dense training has density 1 whatever is given.
     """
@@ -117,7 +120,9 @@ def _default_device() -> str:
 
 def write_config(path: Path, config: RunConfig) -> None:
     """Write `config` as JSON; the file appears whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(config), indent=2) + "\n"))
+    write_atomically(
+        path, lambda temporary: temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    )
 
 
 def read_config(path: Path) -> RunConfig:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy
 import torch
 
-from .config import RunConfig
-from .extras import require
-from .stream import open_stream
-from .tokenizer import Tokenizer
-from .windows import split_tokens
+from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.extras import require
+from smet_compile.pretrain.stream import open_stream
+from smet_compile.pretrain.tokenizer import Tokenizer
+from smet_compile.pretrain.windows import split_tokens
 
 KINDS = "stdlib, text:GLOB or hf:NAME[:CONFIG]"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Training batches, validation windows (W, sequence) that no batch contains, and a hash of a local corpus."""
+    """Training batches, validation windows (W, sequence) outside of them, and a hash of a local corpus."""
 
     train: Source
     validation: torch.Tensor
@@ -69,7 +69,9 @@ def text_paths(pattern: str) -> list[Path]:
     """The files that match the glob `pattern`, sorted; a ValueError if there are none."""
     paths = sorted(Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file())
     if not paths:
-        raise ValueError(f"--data: expected files that match {pattern!r}, got none; check the path and quote the glob")
+        raise ValueError(
+            f"--data: expected files that match {pattern!r}, got none; check the path and quote the glob"
+        )
     return paths
 
 

@@ -4,8 +4,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import RunConfig, read_config, write_config
-from .metrics import read_metrics
+from smet_compile.pretrain.config import RunConfig, read_config, write_config
+from smet_compile.pretrain.metrics import read_metrics
 
 
 @dataclass(frozen=True)

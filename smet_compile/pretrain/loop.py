@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import smet_compile as smet
-
-from .config import RunConfig
-from .data import Data, open_data
-from .extras import require
-from .folder import RunFolder
-from .memory import measure
-from .metrics import MetricsLog, cut_back
-from .progress import Progress, Status, open_progress
-from .report import write_report
-from .tokenizer import Tokenizer, open_tokenizer
-from .training import Training, build_training, learning_rate, train_step, validation_loss
+from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.data import Data, open_data
+from smet_compile.pretrain.extras import require
+from smet_compile.pretrain.folder import RunFolder
+from smet_compile.pretrain.memory import measure
+from smet_compile.pretrain.metrics import MetricsLog, cut_back
+from smet_compile.pretrain.progress import Progress, Status, open_progress
+from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.tokenizer import Tokenizer, open_tokenizer
+from smet_compile.pretrain.training import (
+    Training,
+    build_training,
+    learning_rate,
+    train_step,
+    validation_loss,
+)
 
 Stop = Callable[[], bool]
 SPEED_MEMORY = 0.9
@@ -41,8 +46,8 @@ def _never() -> bool:
 def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = None) -> bool:
     """Train a new model as `config` says; `path` becomes the run's folder.
 
-    `stop` is asked after each step; where it says yes the run saves and ends early. Returns whether the run is
-    finished. Raises ValueError for whatever is wrong with config, data or folder, before anything is written.
+    `stop` is asked after each step; where it says yes the run saves and ends early. Returns whether the run
+    is finished. Raises ValueError for what is wrong with config, data or folder, before anything is written.
     """
     folder = RunFolder(path)
     folder.expect_free()
@@ -52,9 +57,9 @@ def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = 
 
 
 def resume(path: Path, stop: Stop = _never, console: Any = None) -> bool:
-    """Go on with the run in folder `path` from its last checkpoint, or from the beginning where there is none.
+    """Go on with the run in folder `path` from its last checkpoint, or from the beginning if there is none.
 
-    On the CPU the losses are those of an undisturbed run, bit for bit. A finished run only gets its report again.
+    On the CPU the losses are those of an undisturbed run, bit for bit. A finished run gets its report again.
     """
     folder = RunFolder(path)
     config = folder.open()
@@ -78,8 +83,8 @@ def _restore(run: Run) -> int:
     extra = smet.load_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager)
     if extra["fingerprint"] != run.data.fingerprint:
         raise ValueError(
-            f"--resume: expected the text this run began with ({run.config.data}), got another; restore the files, "
-            "or begin a new run with --out"
+            f"--resume: expected the text this run began with ({run.config.data}), got another; "
+            "restore the files, or begin a new run with --out"
         )
     run.data.train.load_state_dict(extra["data"])
     return extra["step"]
@@ -94,8 +99,8 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
             finished = _train(run, first, stop, log, progress)
     except OSError as error:
         raise ValueError(
-            f"{run.folder.path}: could not be written ({error.strerror or error}); the last checkpoint is whole: "
-            f"make room, then {run.folder.resume_command}"
+            f"{run.folder.path}: could not be written ({error.strerror or error}); "
+            f"the last checkpoint is whole: make room, then {run.folder.resume_command}"
         ) from error
     finally:
         log.close()
@@ -147,7 +152,9 @@ def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
 def _save(run: Run, step: int) -> None:
     extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
     training = run.training
-    smet.save_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra)
+    smet.save_checkpoint(
+        run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra
+    )
 
 
 def _density(training: Training) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .config import RunConfig
-from .training import Training, build_model, dense_optimizer
+from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.training import Training, build_model, dense_optimizer
 
 KINDS = ("weights", "gradients", "moments", "index", "ages")
 MOMENTS = {"exp_avg", "exp_avg_sq"}
@@ -28,17 +28,19 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer, names: Ite
         parameter = parameters[f"{chain}.original" if compact else name]
         found["weights"] += parameter.nbytes
         found["gradients"] += 0 if parameter.grad is None else parameter.grad.nbytes
-        found["index"] += sum(buffer.nbytes for buffer in model.get_submodule(chain).buffers()) if compact else 0
+        found["index"] += (
+            sum(buffer.nbytes for buffer in model.get_submodule(chain).buffers()) if compact else 0
+        )
         for key, state in optimizer.state[parameter].items():
             found["moments" if key in MOMENTS else "ages"] += state.nbytes if torch.is_tensor(state) else 0
     return found
 
 
 def measure(training: Training, config: RunConfig, vocab_size: int) -> dict[str, dict[str, Bytes | int]]:
-    """Bytes of this run beside dense training, of the sparse layers alone ("sparse") and of the whole model ("all").
+    """Bytes of this run beside dense training, of the sparse layers ("sparse") and the whole model ("all").
 
-    To be called when the gradients are there and the optimizer has taken a step. Dense training is measured on the
-    same model without memory (device meta), after a real step of AdamW.
+    To be called when the gradients are there and the optimizer has taken a step. Dense training is measured
+    on the same model without memory (device meta), after a real step of AdamW.
     """
     dense = build_model(config, vocab_size, "meta")
     optimizer = dense_optimizer(config, dense)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import write_atomically
+from smet_compile.pretrain.config import write_atomically
 
 Record = dict[str, Any]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Preset:
     """A LLaMA shape and its default training settings.
 
-    `batch` counts the sequences of one micro-batch, `accumulate` the micro-batches of one step; `lr` is the rate at
-    density 1 (a sparse weight gets lr / density ** lr_density_exponent).
+    `batch` counts the sequences of one micro-batch, `accumulate` the micro-batches of one step; `lr` is the
+    rate at density 1 (a sparse weight gets lr / density ** lr_density_exponent).
     """
 
     hidden: int

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .extras import require
+from smet_compile.pretrain.extras import require
 
 PLAIN_LINES = 20
 PLAIN_SECONDS = 30.0
@@ -23,9 +23,8 @@ class Status:
 
     def __str__(self) -> str:
         update = "no more updates" if self.next_update is None else f"next update at {self.next_update}"
-        return (
-            f"loss {self.loss:.4f}  {self.tokens_per_second:,.0f} tokens/s  density {self.density:.3f}  {update}"
-        )
+        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        return f"loss {self.loss:.4f}  {speed}  density {self.density:.3f}  {update}"
 
 
 class Progress(Protocol):
@@ -45,7 +44,11 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
 
     def __init__(self, console: Any, first: int, steps: int) -> None:
         bars = require("rich.progress")
-        columns = (bars.BarColumn(bar_width=20), bars.MofNCompleteColumn(), bars.TextColumn("{task.description}"))
+        columns = (
+            bars.BarColumn(bar_width=20),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.description}"),
+        )
         self._bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task("starting", total=steps, completed=first)
 
@@ -73,9 +76,14 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
 
     def update(self, status: Status) -> None:
         """Print the status where a line is due."""
-        due = status.step % max(1, self._steps // PLAIN_LINES) == 0 or time.monotonic() - self._printed > PLAIN_SECONDS
+        due = (
+            status.step % max(1, self._steps // PLAIN_LINES) == 0
+            or time.monotonic() - self._printed > PLAIN_SECONDS
+        )
         if due or status.step in (self._first + 1, self._steps):
-            self._console.print(f"step {status.step}/{self._steps}  {status}", soft_wrap=True, highlight=False)
+            self._console.print(
+                f"step {status.step}/{self._steps}  {status}", soft_wrap=True, highlight=False
+            )
             self._printed = time.monotonic()
 
 

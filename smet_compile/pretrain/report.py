@@ -3,17 +3,21 @@
 import math
 from typing import Any
 
-from .config import RunConfig, read_config
-from .folder import RunFolder
-from .memory import KINDS
-from .metrics import Record, of_kind, read_metrics
-from .plots import draw_plots
+from smet_compile.pretrain.config import RunConfig, read_config
+from smet_compile.pretrain.folder import RunFolder
+from smet_compile.pretrain.memory import KINDS
+from smet_compile.pretrain.metrics import Record, of_kind, read_metrics
+from smet_compile.pretrain.plots import draw_plots
 
 CAPTIONS = {
     "loss.png": "Loss; dotted lines are topology updates",
     "churn.png": "Blocks moved by each topology update, by layer",
     "bytes.png": "Bytes by kind beside dense AdamW",
 }
+COLUMNS = (
+    "The last three columns are means over the layers: the share of the blocks grown by the previous update "
+    "that are still active; the age of active blocks in steps; the share of all blocks that were ever active."
+)
 MAX_TABLE_ROWS = 24
 
 
@@ -64,8 +68,8 @@ def _bytes(records: list[Record]) -> list[str]:
     scopes = [("sparse", "sparse layers"), ("all", "whole model")]
     tables = [_bytes_table(found[0][key], title) for key, title in scopes if found[0][key]["num_weights"]]
     note = (
-        "Read from the tensors of model and optimizer after the first step. Per weight means per weight of the "
-        "dense model. The index is the topology and what is derived from it; ages include step counts. "
+        "Read from the tensors of model and optimizer after the first step. Per weight means per weight of "
+        "the dense model. The index is the topology and what is derived from it; ages include step counts. "
         "Activations are not in it."
     )
     return [note, *tables]
@@ -92,9 +96,7 @@ def _topology(records: list[Record]) -> list[str]:
     shown = [events[i] for i in range(len(events)) if i % every == 0 or i == len(events) - 1]
     said = f"{len(events)} updates" + (f", every {every}th shown." if every > 1 else ".")
     head = ["step", "drop fraction", "blocks moved", "churn", "grown still alive", "mean age", "ever active"]
-    means = "The last three columns are means over the layers: of the blocks that the previous update grew, the share "
-    means += "alive; the age of active blocks in steps; the share of all blocks that have been active so far."
-    return [f"{said} {means}", _table(head, [_event_row(event) for event in shown])]
+    return [f"{said} {COLUMNS}", _table(head, [_event_row(event) for event in shown])]
 
 
 def _event_row(event: dict[str, Any]) -> list[str]:

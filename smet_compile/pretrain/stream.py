@@ -1,4 +1,4 @@
-"""Text streamed by `datasets`: batches in the order of the stream, from a position that a checkpoint can hold."""
+"""Text streamed by `datasets`: batches in its order, from a position that a checkpoint can hold."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 import torch
 
-from .config import RunConfig
-from .extras import require
-from .tokenizer import Tokenizer
+from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.extras import require
+from smet_compile.pretrain.tokenizer import Tokenizer
 
 
 class StreamSource:
@@ -33,7 +33,7 @@ class StreamSource:
                 raise ValueError("--data: expected a stream with documents to train on, got an empty one")
 
     def batch(self, step: int) -> torch.Tensor:
-        """The next tokens of the stream, (accumulate, batch, sequence) int64; `step` is where it stands already."""
+        """The next tokens, (accumulate, batch, sequence) int64; the stream stands at `step` already."""
         wanted = int(numpy.prod(self._batch_shape))
         parts, total = [self._left], len(self._left)
         while total < wanted:
@@ -56,10 +56,10 @@ class StreamSource:
 
 
 def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[StreamSource, torch.Tensor]:
-    """Open `NAME[:CONFIG]` on the Hugging Face hub (or a local folder): (training batches, validation windows).
+    """Open `NAME[:CONFIG]` on the Hugging Face hub, or a local folder: (training batches, validation).
 
-    Validation text is the start of the "validation" split, or of "train" where there is none; what was taken from
-    "train" is skipped in training.
+    Validation text is the start of the "validation" split, or of "train" where there is none; what was taken
+    from "train" is skipped in training.
     """
     name, _, variant = spec.partition(":")
     splits = _load_splits(name, variant or None)
@@ -79,8 +79,8 @@ def _load_splits(name: str, variant: str | None) -> dict[str, Any]:
             return dict(datasets.load_dataset(name, variant, streaming=True, cache_dir=cache))
     except Exception as error:
         raise ValueError(
-            f"--data: hf:{name}{':' + variant if variant else ''} could not be opened ({error}); check name, config "
-            "and network; stdlib and text:GLOB need no network"
+            f"--data: hf:{name}{':' + variant if variant else ''} could not be opened ({error}); "
+            "check name, config and network; stdlib and text:GLOB need no network"
         ) from error
 
 
@@ -95,7 +95,9 @@ def _read_validation(dataset: Any, config: RunConfig, tokenizer: Tokenizer) -> t
             break
     tokens = numpy.concatenate(parts) if parts else numpy.zeros(0, dtype=numpy.int64)
     if len(tokens) < config.sequence:
-        raise ValueError(f"--sequence: expected at most {len(tokens)} (the held-out text), got {config.sequence}; "
-                         "choose a shorter --sequence or more text")  # fmt: skip
+        raise ValueError(
+            f"--sequence: expected at most {len(tokens)} (the held-out text), got {config.sequence}; "
+            "choose a shorter --sequence or more text"
+        )
     count = min(len(tokens) // config.sequence, config.eval_windows)
     return torch.from_numpy(tokens[: count * config.sequence]).view(count, config.sequence), len(parts)

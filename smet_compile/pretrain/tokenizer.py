@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy
 
-from .extras import require
+from smet_compile.pretrain.extras import require
 
 
 class Tokenizer(Protocol):

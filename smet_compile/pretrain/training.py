@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import smet_compile as smet
-
-from .config import DTYPES, RunConfig
-from .extras import require
-from .methods import Method, find_method
-from .presets import find_preset
+from smet_compile.pretrain.config import DTYPES, RunConfig
+from smet_compile.pretrain.extras import require
+from smet_compile.pretrain.methods import Method, find_method
+from smet_compile.pretrain.presets import find_preset
 
 FINAL_RATE_FRACTION = 0.1
 
@@ -26,7 +25,7 @@ class Training:
 
 
 def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
-    """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; "meta" gives one without memory."""
+    """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory."""
     transformers = require("transformers")
     preset = find_preset(config.preset)
     shape = transformers.LlamaConfig(
@@ -71,11 +70,15 @@ def dense_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
 
 
 def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> torch.optim.Optimizer:
-    groups = smet.decay_groups(model, config.weight_decay)
-    shared = {"lr": config.lr, "lr_density_exponent": config.lr_density_exponent, "model": model, "seed": config.seed}
-    if method.naive:
-        return smet.NaiveAdamW(groups, **shared)
-    return smet.ActiveAdamW(groups, warmup_steps=config.block_warmup, **shared)
+    make = smet.NaiveAdamW if method.naive else smet.ActiveAdamW
+    return make(
+        smet.decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        warmup_steps=0 if method.naive else config.block_warmup,
+        lr_density_exponent=config.lr_density_exponent,
+        model=model,
+        seed=config.seed,
+    )
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -87,8 +90,11 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return config.lr * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine)
 
 
-def train_step(training: Training, batch: torch.Tensor, rate: float) -> tuple[float, smet.TopologyEvent | None]:
-    """One optimizer step on (accumulate, batch, sequence) tokens: the mean loss, and the topology update if any.
+Outcome = tuple[float, smet.TopologyEvent | None]
+
+
+def train_step(training: Training, batch: torch.Tensor, rate: float) -> Outcome:
+    """One optimizer step on (accumulate, batch, sequence) tokens: the mean loss, the topology update if any.
 
     The gradients of the step stay until the next one.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import torch
 
-from .config import RunConfig
+from smet_compile.pretrain.config import RunConfig
 
 HELD_OUT_FRACTION = 0.05
 
@@ -46,19 +46,19 @@ def as_windows(tokens: numpy.ndarray, sequence: int) -> numpy.ndarray:
 
 
 def split_tokens(tokens: numpy.ndarray, config: RunConfig) -> tuple[WindowSource, torch.Tensor, str]:
-    """Keep the last 5% (at least one window) for validation: (training batches, validation, hash of the tokens).
+    """Keep the last 5% (at least one window) for validation: (training batches, validation, hash of tokens).
 
-    The validation windows are evenly spaced over the held-out part, `eval_windows` of them at most. Raises ValueError
-    where the text is too short for one window on each side.
+    The validation windows are evenly spaced over the held-out part, `eval_windows` of them at most. Raises
+    ValueError where the text is too short for one window on each side.
     """
     held_out = max(int(len(tokens) * HELD_OUT_FRACTION), config.sequence)
     train, rest = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
     if len(train) < config.sequence:
         raise ValueError(
-            f"--sequence: expected at most {len(tokens) // 2} (half of the text, one window to train on and one to "
-            f"validate on), got {config.sequence}; choose a shorter --sequence or more text"
+            f"--sequence: expected at most {len(tokens) // 2} (half of the text: one window to train on, one "
+            f"to validate on), got {config.sequence}; choose a shorter --sequence or more text"
         )
     windows = as_windows(rest, config.sequence)
     spaced = numpy.linspace(0, len(windows) - 1, min(config.eval_windows, len(windows))).astype(int)
     validation = torch.from_numpy(windows[spaced].astype(numpy.int64))
-    return WindowSource(train, config), validation, hashlib.sha256(tokens).hexdigest()
+    return WindowSource(train, config), validation, hashlib.sha256(tokens.tobytes()).hexdigest()
