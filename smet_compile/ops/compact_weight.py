@@ -57,11 +57,12 @@ class CompactWeight(nn.Module):
         if self.index and not self.topology.is_meta:
             self.positions.copy_(positions_of(self.mask()))
 
-    def _op_layout(self) -> tuple[list[int], list[int], list[int]]:
+    def op_layout(self) -> tuple[list[int], list[int], list[int]]:
+        """The layout as the ops take it."""
         return list(self.layout.shape), list(self.layout.matrix), list(self.layout.block_shape)
 
     def forward(self, values: Tensor) -> Tensor:
-        dense = torch.ops.smet.unpack(values, self.topology, self.index, *self._op_layout())
+        dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout())
         if not torch.compiler.is_compiling():
             saved_weights.remember(self, values, dense)
             if self.on_dense_grad is not None and dense.requires_grad:
@@ -69,7 +70,7 @@ class CompactWeight(nn.Module):
         return dense
 
     def right_inverse(self, dense: Tensor) -> Tensor:
-        return torch.ops.smet.pack(dense, self.topology, self.index, *self._op_layout(), self.num_active)
+        return torch.ops.smet.pack(dense, self.topology, self.index, *self.op_layout(), self.num_active)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "on_dense_grad"}

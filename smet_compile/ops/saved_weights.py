@@ -55,7 +55,7 @@ class _Recipe:
             )
         with torch.no_grad():
             compact = self.compact
-            return torch.ops.smet.unpack(self.values, compact.topology, compact.index, *compact._op_layout())
+            return torch.ops.smet.unpack(self.values, compact.topology, compact.index, *compact.op_layout())
 
 
 @dataclass(frozen=True)

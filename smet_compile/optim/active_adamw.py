@@ -1,0 +1,282 @@
+"""ActiveAdamW: SMET's optimizer. NaiveAdamW: what mask libraries do, to measure against."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smet_compile.format import TopologyChange
+from smet_compile.ops import Site, find_sites
+from smet_compile.ops.reference import compute_dtype
+from smet_compile.optim import generations
+
+_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What the optimizer knows of a parameter: its name, its site if it is compact, its shape when first seen."""
+
+    name: str
+    site: Site | None
+    shape: torch.Size
+
+    @property
+    def density(self) -> float:
+        return self.site.density if self.site else 1.0
+
+    def check(self, parameter: Tensor) -> None:
+        if self.site is not None and self.site.values is not parameter:
+            raise ValueError(
+                f"{self.name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
+                "the optimizer was made; make the optimizer anew"
+            )
+        if parameter.shape != self.shape:
+            raise ValueError(
+                f"{self.name}: expected shape {tuple(self.shape)}, got {tuple(parameter.shape)}: sparsify was "
+                "called after the optimizer was made; make the optimizer anew"
+            )
+
+
+class ActiveAdamW(Optimizer):
+    """AdamW whose moments exist for active weights only, with local age and warm-up (SMET, arXiv 2606.00888).
+
+    For block i of a compact weight of density d, t_i its age in steps (1 at the first update after growth)::
+
+        m ← β1 m + (1 - β1) g          m̂ = m / (1 - β1^t_i)
+        v ← β2 v + (1 - β2) g²         v̂ = v / (1 - β2^t_i)
+        θ ← θ - α d^(-p) min(1, t_i / W) (m̂ / (√v̂ + ε) + λ θ)
+
+    Every other parameter gets plain AdamW (d = 1, no warm-up, its own step count).
+
+    Args:
+        params: the model; or parameters or parameter groups, with ``model=`` given.
+        lr: α, a number or a 0-d tensor. betas: β1, β2. eps: ε. weight_decay: λ.
+        warmup_steps: W, for blocks; 0 for none. lr_density_exponent: p.
+        state_dtype: of the moments: None for fp32 (fp64 for fp64 weights), or torch.bfloat16.
+        stochastic_rounding: for bf16 weights and moments; None and True: yes, False: round to nearest.
+        model: whose parameters ``params`` are. seed: of the rounding.
+
+    A block whose gradient is not finite keeps weight and moments, is counted in ``num_skipped_blocks``, and ages.
+    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group.
+
+    Raises:
+        ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's.
+    """
+
+    shared_step: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        warmup_steps: int = 100,
+        lr_density_exponent: float = 1.0,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        model: nn.Module | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            model, params = params, list(params.parameters())
+        if model is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a model, or parameters with model=..., got parameters alone; pass "
+                "model= so that compact weights are known"
+            )
+        if state_dtype not in _STATE_DTYPES:
+            raise ValueError(f"state_dtype: expected None, torch.float32 or torch.bfloat16, got {state_dtype}")
+        self.state_dtype = state_dtype
+        self.stochastic_rounding = stochastic_rounding is not False
+        self.seed = seed
+        self._held = _hold(model)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "lr_density_exponent": lr_density_exponent,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_options(self.defaults | param_group)
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter not in self._held:
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"{type(self).__name__}: got a parameter of shape {tuple(parameter.shape)} that is none of the "
+                    "model's; pass the model it belongs to"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient. Returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        trained = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in trained:
+            self._held[parameter].check(parameter)
+        for parameter, group in trained:
+            self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        held = self._held[parameter]
+        grad = parameter.grad
+        if grad is None or grad.is_sparse:
+            raise ValueError(f"{held.name}: expected a dense gradient, got a sparse one; use sparse=False")
+        state = self.state[parameter] or self._new_state(parameter, held.site)
+        state["step"] += 1
+        compact = held.site.compact if held.site else None
+        layout = compact.op_layout() if compact else ([], [], [])
+        torch.ops.smet.active_adamw_(
+            parameter,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["num_skipped"],
+            state["step"],
+            torch.as_tensor(group["lr"], dtype=torch.float64),
+            state.get("generation"),
+            state.get("births"),
+            compact.topology if compact else None,
+            *layout,
+            held.density ** -group["lr_density_exponent"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["warmup_steps"] if compact else 0,
+            self.shared_step,
+            zlib.crc32(f"{self.seed} {held.name}".encode()) if self.stochastic_rounding else None,
+        )
+
+    def _new_state(self, parameter: nn.Parameter, site: Site | None) -> dict[str, Tensor]:
+        dtype = self.state_dtype or torch.float32
+        if parameter.dtype == torch.float64:
+            dtype = torch.float64
+        state = {
+            "step": torch.zeros((), dtype=torch.int64, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format),
+            "num_skipped": torch.zeros((), dtype=torch.int64, device=parameter.device),
+        }
+        if site is not None:
+            first = generations.first_generation(site.num_active, parameter.device)
+            state["generation"], state["births"] = first
+        self.state[parameter] = state
+        return state
+
+    @property
+    def num_skipped_blocks(self) -> int:
+        """How often a block's gradient was not finite (of plain parameters: an entry's), over all steps."""
+        return sum(int(state["num_skipped"]) for state in self.state.values() if state)
+
+    @torch.no_grad()
+    def on_topology_change(self, change: TopologyChange) -> None:
+        """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0."""
+        state = self.state.get(change.values)
+        if not state:
+            return
+        for key in ("exp_avg", "exp_avg_sq", "generation"):
+            change.remap_(state[key])
+        group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
+        mature = generations.mature_after(group["betas"], group["warmup_steps"], compute_dtype(change.values.dtype))
+        state["generation"], state["births"] = generations.add_generation(
+            state["generation"], state["births"], ~change.survived, state["step"], mature
+        )
+
+    def block_ages(self, values: nn.Parameter) -> Tensor:
+        """(N,) int64: optimizer steps since each block of a compact parameter was grown."""
+        state = self.state.get(values)
+        if not state:
+            return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+        return generations.ages(state["generation"], state["births"], state["step"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
+
+        torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
+        """
+        saved = dict(zip(_ids(state_dict["param_groups"]), self._parameters(), strict=False))
+        for key, state in state_dict["state"].items():
+            self._check_state(saved.get(key), state)
+        super().load_state_dict(state_dict)
+        for key, state in state_dict["state"].items():
+            parameter = saved[key]
+            self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_state(self, parameter: nn.Parameter | None, state: dict[str, Any]) -> None:
+        if parameter is None:
+            raise ValueError("optimizer state: expected the state of this model's parameters, got that of others")
+        held = self._held[parameter]
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in state or state[key].shape != parameter.shape:
+                got = tuple(state[key].shape) if key in state else "none"
+                raise ValueError(
+                    f"{held.name}: expected {key} of shape {tuple(parameter.shape)}, got {got}; load the state of "
+                    "the same optimizer and a model made sparse in the same way"
+                )
+        if (held.site is not None) != ("generation" in state):
+            raise ValueError(f"{held.name}: expected the state of a {'compact' if held.site else 'plain'} weight")
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = ("state_dtype", "stochastic_rounding", "seed", "_held")
+        return super().__getstate__() | {key: getattr(self, key) for key in ours}
+
+
+class NaiveAdamW(ActiveAdamW):
+    """The naive rule, as a baseline: bias corrections by the parameter's step count, not the block's age.
+
+    After a late update its first step on a grown block is (1 - β1) / √(1 - β2) = 3.16 times too large. Takes the
+    arguments of ``ActiveAdamW``; ``warmup_steps`` is 0 unless given.
+    """
+
+    shared_step = True
+
+    def __init__(self, params: nn.Module | Iterable[Any], *args: Any, warmup_steps: int = 0, **options: Any) -> None:
+        super().__init__(params, *args, warmup_steps=warmup_steps, **options)
+
+
+def _hold(model: nn.Module) -> dict[nn.Parameter, _Held]:
+    by_values = {id(site.values): site for site in find_sites(model).values()}
+    held = {}
+    for name, parameter in model.named_parameters():
+        site = by_values.get(id(parameter))
+        held[parameter] = _Held(site.name if site else name, site, parameter.shape)
+    return held
+
+
+def _ids(groups: list[dict[str, Any]]) -> list[int]:
+    return [key for group in groups for key in group["params"]]
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    checks = (
+        ("lr", options["lr"] >= 0, "a number of at least 0"),
+        ("betas", all(0 <= beta < 1 for beta in options["betas"]), "two numbers in [0, 1)"),
+        ("eps", options["eps"] >= 0, "a number of at least 0"),
+        ("weight_decay", options["weight_decay"] >= 0, "a number of at least 0"),
+        ("warmup_steps", options["warmup_steps"] >= 0, "a number of steps of at least 0"),
+    )
+    for name, good, expected in checks:
+        if not good:
+            raise ValueError(f"{name}: expected {expected}, got {options[name]}")

@@ -1,0 +1,78 @@
+"""Ages at one byte a block: each block holds the number of a generation, a small table the generations' births.
+
+Blocks are born only at topology updates, so few births are alive at a time. When a table is full, generations
+without blocks are forgotten; then those so old that no bias correction or warm-up sees their age any more are
+merged; and where even that frees nothing, the table grows, so that an age is never wrong.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_FREE = -1
+_DTYPES = ((256, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
+
+
+def first_generation(num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All blocks born at step 0: generation (N,) uint8 and births (256,) int64."""
+    births = torch.full((256,), _FREE, dtype=torch.int64, device=device)
+    births[0] = 0
+    return torch.zeros(num_blocks, dtype=torch.uint8, device=device), births
+
+
+def ages(generation: Tensor, births: Tensor, step: Tensor) -> Tensor:
+    """(N,) int64: steps since each block was born."""
+    return step - births.index_select(0, generation.int())
+
+
+def mature_after(betas: tuple[float, float], warmup_steps: int, dtype: torch.dtype) -> int:
+    """The age from which 1 - β^t rounds to 1 in ``dtype`` for both β, and warm-up is over."""
+    half_ulp = math.log(torch.finfo(dtype).eps / 4)
+    return max(warmup_steps, *(math.ceil(half_ulp / math.log(beta)) if beta > 0 else 1 for beta in betas))
+
+
+def add_generation(
+    generation: Tensor, births: Tensor, born: Tensor, step: Tensor, mature: int
+) -> tuple[Tensor, Tensor]:
+    """Gives the blocks of the mask ``born`` (N,) a generation of their own, born at ``step``.
+
+    Returns generation and births, the same tensors changed in place unless the table had to grow.
+    """
+    if not (births == _FREE).any():
+        _forget_empty(generation, births)
+    if not (births == _FREE).any():
+        _merge_mature(generation, births, int(step) - mature)
+    if not (births == _FREE).any():
+        generation, births = _grow(generation, births)
+    slot = int((births == _FREE).nonzero()[0])
+    births[slot] = step
+    generation[born] = slot
+    return generation, births
+
+
+def _forget_empty(generation: Tensor, births: Tensor) -> None:
+    population = torch.bincount(generation.int(), minlength=births.numel())
+    births[population == 0] = _FREE
+
+
+def _merge_mature(generation: Tensor, births: Tensor, latest_birth: int) -> None:
+    """All generations born at or before ``latest_birth`` become one, of the youngest's age."""
+    slots = ((births != _FREE) & (births <= latest_birth)).nonzero().squeeze(1)
+    if slots.numel() < 2:
+        return
+    youngest = slots[births[slots].argmax()]
+    renumbered = torch.arange(births.numel(), device=births.device)
+    renumbered[slots] = youngest
+    generation.copy_(renumbered.index_select(0, generation.int()))
+    births[slots[slots != youngest]] = _FREE
+
+
+def _grow(generation: Tensor, births: Tensor) -> tuple[Tensor, Tensor]:
+    size = births.numel() * 2
+    dtype = next(dtype for limit, dtype in _DTYPES if size <= limit)
+    grown = torch.full((size,), _FREE, dtype=torch.int64, device=births.device)
+    grown[: births.numel()] = births
+    return generation.to(dtype), grown
