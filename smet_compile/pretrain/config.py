@@ -127,7 +127,10 @@ def write_config(path: Path, config: RunConfig) -> None:
 
 def read_config(path: Path) -> RunConfig:
     """The config that `write_config` wrote; a ValueError names options that are missing or unknown."""
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; begin a new run with --out") from error
     names = {item.name for item in fields(RunConfig)}
     if set(values) != names:
         wrong = ", ".join(sorted(set(values) ^ names))

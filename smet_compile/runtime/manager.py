@@ -1,0 +1,226 @@
+"""TopologyManager: drops and grows blocks between steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smet_compile.format import TopologyChange
+from smet_compile.ops import Site, find_sites
+from smet_compile.runtime.events import SiteEvent, TopologyEvent
+from smet_compile.runtime.gradient_growth import GradientScores
+from smet_compile.runtime.optimizer_state import check_elementwise, check_holds, follow
+from smet_compile.runtime.policies import agree, drop_smallest, grow_random
+from smet_compile.runtime.schedules import SCHEDULES
+from smet_compile.runtime.trace import Trace
+
+
+class TopologyManager:
+    """Every ``every`` steps drops the floor(ζ N) blocks of least magnitude of each compact weight, grows as many.
+
+    Call ``step()`` once per training step, after ``optimizer.step()``::
+
+        loss.backward(); optimizer.step(); optimizer.zero_grad(); manager.step()
+
+    A step counts when the optimizer really stepped (a GradScaler skips some, accumulation too). An update whose
+    step had a gradient that is not finite waits for the next step without.
+
+    Args:
+        model: with compact weights. optimizer: holds them; any elementwise ``torch.optim`` optimizer.
+        total_steps: length of the run, in optimizer steps.
+        every: steps between updates (ΔT).
+        drop_fraction, final_drop_fraction: ζ at the start and at the end of the updates.
+        stop_fraction: no update in the rest of the run.
+        drop: "magnitude", mean \\|w\\|. grow: "random" (SET) or "gradient" (RigL).
+        schedule: of ζ: "cosine", "linear", "constant" (``drop_fraction`` throughout), or "none" (static).
+        seed: of random growth.
+
+    Raises:
+        ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
+            is neither shaped like the values nor a scalar; a drop fraction for which there are too few inactive
+            blocks (the largest possible is named); an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        every: int = 100,
+        drop_fraction: float = 0.2,
+        final_drop_fraction: float = 0.005,
+        stop_fraction: float = 0.75,
+        drop: str = "magnitude",
+        grow: str = "random",
+        schedule: str = "cosine",
+        seed: int = 0,
+    ) -> None:
+        _check_range("total_steps", total_steps, total_steps >= 1, "a number of steps of at least 1")
+        _check_range("every", every, every >= 1, "a number of steps of at least 1")
+        _check_range("stop_fraction", stop_fraction, 0 < stop_fraction <= 1, "a number in (0, 1]")
+        for name, fraction in (("drop_fraction", drop_fraction), ("final_drop_fraction", final_drop_fraction)):
+            _check_range(name, fraction, 0 <= fraction < 1, "a number in [0, 1)")
+        _check_range("drop", drop, drop == "magnitude", "'magnitude'")
+        _check_range("grow", grow, grow in ("random", "gradient"), "'random' or 'gradient'")
+        _check_range("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self.sites = find_sites(model)
+        if not self.sites:
+            raise ValueError("TopologyManager: expected a model with compact weights, got one with none; sparsify it")
+        stop_step = stop_fraction * total_steps
+        self.schedule = SCHEDULES[schedule](every, stop_step, drop_fraction, final_drop_fraction)
+        if schedule != "none":
+            _check_feasible(self.sites, max(drop_fraction, final_drop_fraction))
+        check_holds(optimizer, self.sites)
+        for site in self.sites.values():
+            check_elementwise(optimizer, site)
+        self.optimizer = optimizer
+        self.grow = grow
+        self.seed = seed
+        self.num_steps = 0
+        self.history: list[TopologyEvent] = []
+        self._pending = False
+        self._stepped = False
+        self._finite = True
+        self._scores: dict[str, GradientScores] = {}
+        self._trained: set[int] = set()
+        self._trace = Trace(self.sites)
+        optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self._watch_gradients()
+
+    @property
+    def next_update(self) -> int | None:
+        """The optimizer step after which the topology changes next; None where it never will again."""
+        return self.num_steps + 1 if self._pending else self.schedule.next_after(self.num_steps)
+
+    def _before_optimizer_step(self, *_: Any) -> None:
+        """After the step ``zero_grad`` may leave nothing to look at, so gradients are looked at here."""
+        self._stepped = True
+        if self.next_update == self.num_steps + 1:
+            held = [p for group in self.optimizer.param_groups for p in group["params"]]
+            trained = [p for p in held if p.grad is not None]
+            self._trained = {id(p) for p in trained}
+            self._finite = all([bool(p.grad.isfinite().all()) for p in trained])  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def step(self) -> TopologyEvent | None:
+        """Changes the topology if this step is one to do so; returns what happened, or None."""
+        if not self._stepped:
+            return None
+        due = self.next_update == self.num_steps + 1
+        if due or self.num_steps == 0:
+            for site in self.sites.values():
+                check_elementwise(self.optimizer, site)
+        self._stepped = False
+        self.num_steps += 1
+        event = self._update() if due and self._finite else None
+        self._pending = due and event is None and self.num_steps + 1 < self.schedule.stop_step
+        self._watch_gradients()
+        return event
+
+    def _drop_count(self, site: Site, step: int) -> int:
+        return math.floor(self.schedule.drop_fraction(step) * site.num_active)
+
+    def _watch_gradients(self) -> None:
+        """Listens to dense gradients in the step before an update, and in no other."""
+        for scores in self._scores.values():
+            scores.detach()
+        self._scores = {}
+        if self.grow != "gradient" or self.next_update != self.num_steps + 1:
+            return
+        for name, site in self.sites.items():
+            self._scores[name] = GradientScores(site, self._drop_count(site, self.num_steps + 1))
+            self._scores[name].attach()
+
+    def _update(self) -> TopologyEvent | None:
+        """Changes every weight that was trained in this step; None where there was none."""
+        moves = {}
+        for name, site in self.sites.items():
+            before = site.mask()
+            count = self._drop_count(site, self.num_steps)
+            grown = self._grow(site, before, count) if id(site.values) in self._trained else None
+            if grown is not None:
+                moves[name] = (before, agree(drop_smallest(site, before, count)), agree(grown))
+        if not moves:
+            return None
+        events = {name: self._move(self.sites[name], *move) for name, move in moves.items()}
+        event = TopologyEvent(self.num_steps, self.schedule.drop_fraction(self.num_steps), events)
+        self.history.append(event)
+        return event
+
+    def _grow(self, site: Site, mask: Tensor, count: int) -> Tensor | None:
+        if self.grow == "gradient":
+            return self._scores[site.name].take()
+        return grow_random(site, mask, count, self.seed, self.num_steps)
+
+    def _move(self, site: Site, before: Tensor, dropped: Tensor, grown: Tensor) -> SiteEvent:
+        """Rewrites one weight in place: values, gradient, topology, optimizer state."""
+        ages = self.optimizer.block_ages(site.values) if hasattr(self.optimizer, "block_ages") else None
+        after = before.clone()
+        after[dropped] = False
+        after[grown] = True
+        change = TopologyChange.between(site.values, before, after)
+        change.remap_(site.values)
+        if site.values.grad is not None:
+            change.remap_(site.values.grad)
+        site.compact.set_mask(after)
+        follow(self.optimizer, site, change)
+        survival, explored = self._trace.record(site.name, after, after & ~before)
+        return SiteEvent(
+            num_active=site.num_active,
+            num_dropped=dropped.numel(),
+            churn_fraction=dropped.numel() / site.num_active,
+            grown_survival_fraction=survival,
+            mean_age=None if ages is None else float(ages.double().mean()),
+            explored_fraction=explored,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps counted, history, and which blocks were ever active: what a resumed run needs."""
+        return {
+            "num_steps": self.num_steps,
+            "pending": self._pending,
+            "history": [event.to_dict() for event in self.history],
+            "trace": self._trace.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up where ``state_dict`` was saved; the model and optimizer are loaded on their own."""
+        self.check_state_dict(state)
+        self.num_steps = state["num_steps"]
+        self._pending = state["pending"]
+        self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
+        self._trace.load_state_dict(state["trace"])
+        self._watch_gradients()
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where ``state`` is that of other weights."""
+        self._trace.check_state_dict(state["trace"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied optimizer has lost its hooks, a copied weight its listener.
+        self.__dict__.update(state)
+        self.optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self._watch_gradients()
+
+
+def _check_range(name: str, got: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _check_feasible(sites: dict[str, Site], drop_fraction: float) -> None:
+    """What is dropped must not grow back at once: floor(ζ N) other inactive blocks are needed."""
+    for name, site in sites.items():
+        inactive = site.layout.num_blocks - site.num_active
+        if math.floor(drop_fraction * site.num_active) > inactive:
+            largest = min(s.layout.num_blocks / s.num_active - 1 for s in sites.values())
+            raise ValueError(
+                f"{name}: a drop fraction of {drop_fraction} needs {math.floor(drop_fraction * site.num_active)} "
+                f"inactive blocks, density {site.density:.3f} leaves {inactive}; the largest possible drop fraction "
+                f"for this model is {math.floor(largest * 1000) / 1000}"
+            )
