@@ -65,8 +65,8 @@ class CompactWeight(nn.Module):
         dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout())
         if not torch.compiler.is_compiling():
             saved_weights.remember(self, values, dense)
-            if self.on_dense_grad is not None and dense.requires_grad:
-                self.on_dense_grad(dense)
+        if self.on_dense_grad is not None and dense.requires_grad:
+            self.on_dense_grad(dense)
         return dense
 
     def right_inverse(self, dense: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
         speed = _smoothed(speed, config.step_tokens / seconds)
         log.write("train", step, loss=loss, lr=rate, seconds=seconds)
         if event is not None:
-            log.write("topology", step, event=event.to_dict())
+            log.write("topology", step, event=_as_record(event))
             density = _density(training)
         next_update = training.manager.next_update if training.manager else None
         progress.update(Status(step, loss, speed, density, next_update))
@@ -129,6 +129,11 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
             return False
     log.write("end", config.steps)
     return True
+
+
+def _as_record(event: smet.TopologyEvent) -> dict[str, Any]:
+    totals = {"num_dropped": event.num_dropped, "churn_fraction": event.churn_fraction}
+    return event.to_dict() | totals
 
 
 def _smoothed(speed: float, now: float) -> float:

@@ -46,6 +46,9 @@ class GradientScores:
         self._waiting.add(use)
         dense.register_hook(partial(self._receive, use))
 
+    # What torch.compiler.disable sets, without its import of the whole compiler: hooks are for eager code.
+    _listen._torchdynamo_disable = True  # type: ignore[attr-defined]
+
     def _receive(self, use: _Use, grad: Tensor) -> None:
         self._waiting.discard(use)
         total = grad.detach() if self._sum is None else self._sum + grad.detach()
