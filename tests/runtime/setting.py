@@ -1,0 +1,17 @@
+"""What the runtime tests build again and again."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import smet_compile as smet
+from tests.support.small_models import two_layers
+
+
+def make(
+    density: float = 0.5, block_shape: Any = 1, dropout: float = 0.0, optimizer: Any = None, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, smet.TopologyManager]:
+    model = smet.sparsify(two_layers(dropout), density=density, block_shape=block_shape)
+    made = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5) if optimizer is None else optimizer(model)
+    return model, made, smet.TopologyManager(model, made, **{"total_steps": 1000, "every": 3, **options})

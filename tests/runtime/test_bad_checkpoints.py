@@ -1,0 +1,179 @@
+"""A bad checkpoint is a ValueError; model, optimizer, manager and generator stay as they were."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import smet_compile as smet
+from smet_compile.runtime import checkpoint_file
+from tests.runtime.setting import make
+from tests.support.states import Unchanged
+from tests.support.training import train
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> bytes:
+    model, optimizer, manager = make(dropout=0.1)
+    train(model, optimizer, manager, steps=7)
+    smet.save_checkpoint(tmp_path / "good", model, optimizer, manager, extra={"x": torch.arange(9)})
+    return (tmp_path / "good").read_bytes()
+
+
+def assert_refused(path: Path, match: str, objects: tuple[Any, ...] | None = None) -> None:
+    objects = make(dropout=0.1) if objects is None else objects
+    rng = torch.get_rng_state()
+    with Unchanged(*objects), pytest.raises(ValueError, match=match):
+        smet.load_checkpoint(path, *objects)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.01, 0.3, 0.9, 0.9999])
+def test_truncated(tmp_path: Path, content: bytes, fraction: float) -> None:
+    path = tmp_path / "truncated"
+    path.write_bytes(content[: int(len(content) * fraction)])
+    assert_refused(path, "truncated")
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_altered_by_one_bit(tmp_path: Path, content: bytes, part: int) -> None:
+    altered = bytearray(content)
+    altered[(len(content) - 1) * part // 19] ^= 4
+    path = tmp_path / "altered"
+    path.write_bytes(bytes(altered))
+    assert_refused(path, "altered")
+
+
+@pytest.mark.slow
+def test_altered_anywhere(tmp_path: Path, content: bytes) -> None:
+    objects = make(dropout=0.1)
+    model = objects[0]
+    accepted = []
+    with Unchanged(*objects):
+        for place in range(len(content)):
+            altered = bytearray(content)
+            altered[place] ^= 1
+            (tmp_path / "altered").write_bytes(bytes(altered))
+            try:
+                smet.load_checkpoint(tmp_path / "altered", model)
+                accepted.append(place)
+            except ValueError:
+                pass
+    assert not accepted
+
+
+def test_an_altered_version(tmp_path: Path, content: bytes) -> None:
+    """The checksum covers the version as well."""
+    versions = re.findall(rb'version\\?\\?": *1', content)
+    assert len(versions) == 1
+    (tmp_path / "altered").write_bytes(content.replace(versions[0], versions[0][:-1] + b"0"))
+    assert_refused(tmp_path / "altered", "altered")
+
+
+def test_something_appended(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "longer").write_bytes(content + b"\0" * 8)
+    assert_refused(tmp_path / "longer", "longer")
+
+
+def test_not_a_checkpoint_at_all(tmp_path: Path) -> None:
+    for name, text in (("noise", bytes(range(256)) * 10), ("text", b"hello\n"), ("json", b"{}")):
+        (tmp_path / name).write_bytes(text)
+        assert_refused(tmp_path / name, name)
+
+
+def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
+    model, *_ = make()
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        smet.load_checkpoint(tmp_path / "nowhere", model)
+
+
+def with_optimizer(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, smet.TopologyManager]:
+    optimizer = smet.ActiveAdamW(model)
+    return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=1000)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (lambda: smet.sparsify(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 7)), density=0.5), "weight"),
+        (
+            lambda: smet.sparsify(
+                nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Dropout(), nn.Linear(21, 7))
+            ),
+            "weight",
+        ),
+        (
+            lambda: smet.sparsify(
+                nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Dropout(), nn.Linear(20, 7)), density=0.5
+            ),
+            "weight",
+        ),
+        (lambda: make(block_shape=(1, 4))[0], r"weight.*block"),
+        (lambda: make(block_shape=(2, 1))[0], r"weight.*block"),
+        (lambda: make(density=0.4)[0], r"weight"),
+        (lambda: smet.sparsify(make_dense(), density=0.5, include="0.weight"), r"weight"),
+    ],
+    ids=[
+        "other_layers",
+        "other_sizes",
+        "same_count_other_shape",
+        "block_1_4",
+        "block_2_1",
+        "density",
+        "fewer_sites",
+    ],
+)
+def test_of_another_model(tmp_path: Path, content: bytes, other: Any, match: str) -> None:
+    assert content
+    assert_refused(tmp_path / "good", match, with_optimizer(other()))
+
+
+def make_dense() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Dropout(0.1), nn.Linear(20, 7))
+
+
+def test_same_number_of_values_in_other_blocks(tmp_path: Path) -> None:
+    """(2, 8) and (4, 4) tiles hold as many numbers each."""
+    model = smet.sparsify(nn.Sequential(nn.Linear(16, 16)), density=0.5, block_shape=(2, 8))
+    smet.save_checkpoint(tmp_path / "a", model, smet.ActiveAdamW(model))
+    other = smet.sparsify(nn.Sequential(nn.Linear(16, 16)), density=0.5, block_shape=(8, 2))
+    assert_refused(tmp_path / "a", "block", (other,))
+
+
+def test_of_a_dense_model(tmp_path: Path) -> None:
+    dense = make_dense()
+    smet.save_checkpoint(tmp_path / "a", dense, smet.ActiveAdamW(dense))
+    assert_refused(tmp_path / "a", "weight", (make()[0],))
+
+
+def test_without_the_manager_that_is_asked_for(tmp_path: Path) -> None:
+    model, optimizer, manager = make()
+    smet.save_checkpoint(tmp_path / "a", model, optimizer)
+    assert_refused(tmp_path / "a", "manager", (model, optimizer, manager))
+
+
+def test_of_another_kind_of_optimizer(tmp_path: Path) -> None:
+    model, optimizer, manager = make()
+    train(model, optimizer, manager, steps=2)
+    smet.save_checkpoint(tmp_path / "a", model, optimizer, manager)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    assert_refused(tmp_path / "a", "(?i)optimizer", (model, sgd))
+
+
+def test_of_a_newer_format_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = make()
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint_file, "FORMAT_VERSION", checkpoint_file.FORMAT_VERSION + 1)
+        smet.save_checkpoint(tmp_path / "a", *objects)
+    assert_refused(tmp_path / "a", "format version.*upgrade", objects)
+
+
+def test_of_an_optimizer_with_other_groups(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    train(model, optimizer, steps=2)
+    smet.save_checkpoint(tmp_path / "a", model, optimizer)
+    groups = smet.ActiveAdamW(smet.decay_groups(model, 0.1), model=model)
+    assert_refused(tmp_path / "a", "(?i)optimizer|group", (model, groups))

@@ -1,0 +1,145 @@
+"""Growth by gradient (RigL): the inactive blocks of largest mean |dense gradient|, uncorrected."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import smet_compile as smet
+from smet_compile.ops import find_sites
+from tests.ops.call_forms import ReadTwice
+from tests.support.masked import fill_masked, grids_of, masks_of
+from tests.support.small_models import two_layers
+from tests.support.training import loss_on
+
+
+def make(block_shape: Any = 1, every: int = 3, model: nn.Module | None = None) -> tuple[nn.Module, ...]:
+    sparse = two_layers() if model is None else model
+    plain = copy.deepcopy(sparse)
+    smet.sparsify(sparse, density=0.4, block_shape=block_shape)
+    optimizer = smet.ActiveAdamW(sparse, lr=1e-2)
+    options = {"drop_fraction": 0.3, "schedule": "constant", "grow": "gradient"}
+    return (
+        sparse,
+        plain,
+        optimizer,
+        smet.TopologyManager(sparse, optimizer, total_steps=1000, every=every, **options),
+    )
+
+
+def best_inactive(sparse: nn.Module, plain: nn.Module, loss: Tensor) -> dict[str, list[int]]:
+    """Inactive blocks by falling mean |gradient| of the dense model."""
+    names = list(find_sites(sparse))
+    grads = torch.autograd.grad(loss, [plain.get_parameter(name) for name in names])
+    masks, grids = masks_of(sparse), grids_of(sparse)
+    best = {}
+    for name, grad in zip(names, grads, strict=True):
+        scores = grids[name].mean(grad.abs()).masked_fill(masks[name], -1.0)
+        best[name] = scores.argsort(descending=True).tolist()
+    return best
+
+
+def assert_grown(before: dict[str, Tensor], after: dict[str, Tensor], best: dict[str, list[int]]) -> None:
+    for name in before:
+        grown = (after[name] & ~before[name]).nonzero().flatten().tolist()
+        assert grown and grown == sorted(best[name][: len(grown)]), name
+
+
+@pytest.mark.parametrize("block_shape", [1, (1, 4), (4, 4)], ids=str)
+def test_grows_where_the_dense_gradient_is_largest(block_shape: Any) -> None:
+    sparse, plain, optimizer, manager = make(block_shape)
+    for step in range(9):
+        fill_masked(plain, sparse)
+        before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, step))
+        loss_on(sparse, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if manager.step():
+            assert_grown(before, masks_of(sparse), best)
+    assert len(manager.history) == 3
+
+
+def test_the_last_micro_batch_decides() -> None:
+    sparse, plain, optimizer, manager = make(every=1)
+    fill_masked(plain, sparse)
+    before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, 2))
+    for step in range(3):
+        loss_on(sparse, step).backward()
+    optimizer.step()
+    assert manager.step()
+    assert_grown(before, masks_of(sparse), best)
+
+
+def test_clipping_and_correction_do_not_matter() -> None:
+    sparse, plain, optimizer, manager = make(every=1)
+    fill_masked(plain, sparse)
+    before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, 0))
+    loss_on(sparse, 0).backward()
+    torch.nn.utils.clip_grad_norm_(sparse.parameters(), 1e-4)
+    optimizer.step()
+    manager.step()
+    assert_grown(before, masks_of(sparse), best)
+
+
+def test_a_postponed_update_uses_the_gradient_of_its_own_step() -> None:
+    sparse, plain, optimizer, manager = make(every=2)
+    for step in range(3):
+        fill_masked(plain, sparse)
+        before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, step))
+        loss_on(sparse, step).backward()
+        if step == 1:
+            sparse[0].bias.grad[0] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        manager.step()
+    assert [event.step for event in manager.history] == [3]
+    assert_grown(before, masks_of(sparse), best)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+def test_under_checkpointing(use_reentrant: bool) -> None:
+    """Two micro-batches; each layer is run twice."""
+    sparse, plain, optimizer, manager = make(every=1)
+    fill_masked(plain, sparse)
+    inputs = [torch.randn(3, 12, requires_grad=use_reentrant) for _ in range(2)]
+    before, best = masks_of(sparse), best_inactive(sparse, plain, (plain(inputs[-1]) ** 2).sum())
+    for x in inputs:
+        (checkpoint(sparse, x, use_reentrant=use_reentrant) ** 2).sum().backward()
+    optimizer.step()
+    assert manager.step()
+    assert_grown(before, masks_of(sparse), best)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_a_weight_read_twice_grows_by_the_whole_gradient(num_micro_batches: int) -> None:
+    sparse, plain, optimizer, manager = make(every=1, model=nn.Sequential(ReadTwice(12, 7)))
+    fill_masked(plain, sparse)
+    before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, num_micro_batches - 1))
+    for step in range(num_micro_batches):
+        loss_on(sparse, step).backward()
+    optimizer.step()
+    assert manager.step()
+    assert_grown(before, masks_of(sparse), best)
+
+
+def test_no_dense_gradient_outlives_backward() -> None:
+    """Only as many candidates as will grow are kept."""
+
+    sparse, _, _, _ = make(every=1)
+    kept: list[StorageWeakRef] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.numel() in (240, 140):
+                kept.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+    with Watch():
+        loss_on(sparse, 0).backward()
+    assert kept and all(storage.expired() for storage in kept)

@@ -1,0 +1,160 @@
+"""The dense twin: the oracle for sparse training, in plain torch, importing nothing of the library.
+
+It trains a dense model whose sites are `weight * mask`; optimizer states are dense, ages int64 per weight.
+Where growth is random it is told the new mask and judges whether it was allowed; all else it computes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.support.blocks import Grid
+
+State = dict[str, Tensor]
+
+
+class Rule(Protocol):
+    def new_state(self, weight: Tensor) -> State: ...
+    def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SgdMomentum:
+    """torch.optim.SGD: b <- mu b + g, w <- w - lr b."""
+
+    lr: float
+    momentum: float
+
+    def new_state(self, weight: Tensor) -> State:
+        return {"momentum": torch.zeros_like(weight)}
+
+    def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor:
+        state["momentum"] = self.momentum * state["momentum"] + grad
+        return weight - self.lr * state["momentum"]
+
+
+@dataclass(frozen=True)
+class SmetAdamW:
+    """SMET's rule with one age per weight; `density` None is a plain parameter: AdamW, no warm-up."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    exponent: float = 1.0
+
+    def new_state(self, weight: Tensor) -> State:
+        age = torch.zeros(weight.shape, dtype=torch.int64)
+        return {"m": torch.zeros_like(weight), "v": torch.zeros_like(weight), "age": age}
+
+    def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor:
+        beta1, beta2 = self.betas
+        state["age"] = state["age"] + 1
+        state["m"] = beta1 * state["m"] + (1 - beta1) * grad
+        state["v"] = beta2 * state["v"] + (1 - beta2) * grad**2
+        age = state["age"].double()
+        mean = state["m"] / (1 - beta1**age)
+        square = state["v"] / (1 - beta2**age)
+        rate = torch.full_like(weight, self.lr)
+        if density is not None:
+            rate = rate * density**-self.exponent
+            if self.warmup_steps:
+                rate = rate * torch.clamp(age / self.warmup_steps, max=1.0)
+        return weight - rate * (mean / (square.sqrt() + self.eps) + self.weight_decay * weight)
+
+
+@dataclass
+class TwinSite:
+    grid: Grid
+    mask: Tensor
+    mean_grad: Tensor | None = None
+
+    @property
+    def active(self) -> Tensor:
+        return self.grid.spread(self.mask)
+
+    @property
+    def density(self) -> float:
+        return int(self.mask.sum()) / self.grid.num_blocks
+
+
+@dataclass
+class DenseTwin:
+    model: nn.Module
+    sites: dict[str, TwinSite]
+    rule: Rule
+    loss_of: Callable[[Any, Any], Tensor] = lambda output, target: (output - target).square().mean()
+    weights: dict[str, Tensor] = field(init=False)
+    states: dict[str, State] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for name, site in self.sites.items():
+            self.weights[name] = self.weights[name] * site.active
+        self.states = {name: self.rule.new_state(w) for name, w in self.weights.items()}
+
+    def gradients(self, inputs: Tensor, target: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves = {name: w.clone().requires_grad_() for name, w in self.weights.items()}
+        loss = self.loss_of(functional_call(self.model, leaves, (inputs,)), target)
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return loss.item(), dict(zip(leaves, grads, strict=True))
+
+    def step(self, inputs: Tensor, target: Tensor) -> float:
+        loss, grads = self.gradients(inputs, target)
+        for name, grad in grads.items():
+            self.apply(name, grad)
+        return loss
+
+    def apply(self, name: str, dense_grad: Tensor) -> None:
+        site = self.sites.get(name)
+        if site is None:
+            self.weights[name] = self.rule.update(self.weights[name], dense_grad, self.states[name], None)
+            return
+        site.mean_grad = site.grid.mean(dense_grad.abs())
+        grad = dense_grad * site.active
+        weight = self.rule.update(self.weights[name], grad, self.states[name], site.density)
+        self.weights[name] = torch.where(site.active, weight, torch.zeros_like(weight))
+
+    def change_topology(self, name: str, drop_fraction: float, new_mask: Tensor, grow: str) -> None:
+        site = self.sites[name]
+        num_drop = int(drop_fraction * int(site.mask.sum()))
+        kept = site.mask & ~self.least(name, num_drop)
+        if grow == "gradient":
+            grown = self.steepest(name, num_drop)
+            assert torch.equal(new_mask, kept | grown), (
+                f"{name}: grown set is not that of the largest gradients"
+            )
+        else:
+            grown = new_mask & ~site.mask
+            assert torch.equal(new_mask & site.mask, kept), f"{name}: the smallest weights were not dropped"
+            assert int(grown.sum()) == num_drop, f"{name}: grew {int(grown.sum())}, dropped {num_drop}"
+        self.renew(name, kept | grown, kept)
+
+    def least(self, name: str, count: int) -> Tensor:
+        site = self.sites[name]
+        scores = site.grid.mean(self.weights[name].abs()).masked_fill(~site.mask, torch.inf)
+        return marked(scores.topk(count, largest=False).indices, site.mask)
+
+    def steepest(self, name: str, count: int) -> Tensor:
+        site = self.sites[name]
+        assert site.mean_grad is not None
+        scores = site.mean_grad.masked_fill(site.mask, -torch.inf)
+        return marked(scores.topk(count).indices, site.mask)
+
+    def renew(self, name: str, new_mask: Tensor, kept: Tensor) -> None:
+        site = self.sites[name]
+        survives = site.grid.spread(kept)
+        self.weights[name] = self.weights[name] * survives
+        self.states[name] = {key: state * survives for key, state in self.states[name].items()}
+        site.mask = new_mask
+
+
+def marked(indices: Tensor, like: Tensor) -> Tensor:
+    mask = torch.zeros_like(like)
+    mask[indices] = True
+    return mask
