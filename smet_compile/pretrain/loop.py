@@ -100,7 +100,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     except OSError as error:
         raise ValueError(
             f"{run.folder.path}: could not be written ({error.strerror or error}); "
-            f"the last checkpoint is whole: make room, then {run.folder.resume_command}"
+            f"what was saved before is whole; free some space, then {run.folder.resume_command}"
         ) from error
     finally:
         log.close()
@@ -157,9 +157,12 @@ def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
 def _save(run: Run, step: int) -> None:
     extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
     training = run.training
-    smet.save_checkpoint(
-        run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra
-    )
+    try:
+        smet.save_checkpoint(
+            run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; then {run.folder.resume_command}") from error
 
 
 def _density(training: Training) -> float:

@@ -1,6 +1,8 @@
 """metrics.jsonl: one JSON object a line, each with `kind` (train, eval, topology, bytes, end) and `step`."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ class MetricsLog:
     """Appends records to a file; a line is in the operating system's hands when `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one record."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Append one record, or raise OSError where there is no room for all of it."""
+        line = (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Close the file."""

@@ -1,0 +1,127 @@
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from smet_compile.pretrain.config import RunConfig, resolve
+from smet_compile.pretrain.data import Data, open_data, stdlib_paths, text_paths
+from smet_compile.pretrain.tokenizer import ByteTokenizer, open_tokenizer
+from tests.pretrain.runs import small_config
+
+
+def open_bytes(config: RunConfig) -> Data:
+    return open_data(config, ByteTokenizer())
+
+
+def numbered_config(folder: Path, **changes: Any) -> RunConfig:
+    """Text in which every 8 bytes are unique."""
+    (folder / "n.txt").write_text("".join(f"{n:07d}|" for n in range(999)))
+    options = {"preset": "nano", "sequence": 8, "batch": 5, "data": f"text:{folder}/n.txt"}
+    return resolve(**(options | changes))
+
+
+def windows(tokens: torch.Tensor) -> list[bytes]:
+    return [bytes(row) for row in tokens.flatten(0, -2).tolist()]
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    first, again = (open_bytes(small_config(tmp_path)).train for _ in range(2))
+    batches = [first.batch(step) for step in range(9)]
+    assert all(torch.equal(again.batch(step), batches[step]) for step in (8, 0, 3))
+    other = open_bytes(small_config(tmp_path, seed=1)).train
+    assert not torch.equal(other.batch(0), batches[0])
+
+
+def test_an_epoch_shows_each_window_once_in_another_order(tmp_path: Path) -> None:
+    data = open_bytes(numbered_config(tmp_path, accumulate=2))
+    num_windows = (999 * 8 + 1 - int((999 * 8 + 1) * 0.05)) // 8
+    shown = [w for step in range(-(-2 * num_windows // 10)) for w in windows(data.train.batch(step))]
+    epochs = shown[:num_windows], shown[num_windows : 2 * num_windows]
+    assert Counter(epochs[0]) == Counter(epochs[1]) and len(set(epochs[0])) == num_windows
+    assert epochs[0] != epochs[1]
+
+
+def test_validation_text_is_never_trained_on(tmp_path: Path) -> None:
+    data = open_bytes(numbered_config(tmp_path, sequence=24))
+    trained = {
+        number for step in range(400) for w in windows(data.train.batch(step)) for number in w.split(b"|")
+    }
+    held_out = [number for w in windows(data.validation) for number in w.split(b"|") if len(number) == 7]
+    assert len(held_out) > 20
+    assert trained.isdisjoint(held_out)
+
+
+def test_the_split_does_not_depend_on_the_seed(tmp_path: Path) -> None:
+    one, two = (open_bytes(small_config(tmp_path, seed=seed)) for seed in (1, 2))
+    assert torch.equal(one.validation, two.validation)
+    assert one.fingerprint == two.fingerprint
+
+
+def test_another_text_has_another_fingerprint(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    before = open_bytes(config).fingerprint
+    (tmp_path / "text" / "0.txt").write_text("other words " * 500)
+    assert open_bytes(config).fingerprint != before
+
+
+def test_bytes_that_are_not_text_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"caf\xe9 " * 200)
+    data = open_bytes(resolve(preset="nano", data=f"text:{tmp_path}/x.txt"))
+    assert data.train.batch(0).max() < 256
+
+
+def test_stdlib_is_source_text_without_installed_packages() -> None:
+    paths = stdlib_paths()
+    assert len(paths) > 200 and "textwrap.py" in {path.name for path in paths}
+    assert not any({"site-packages", "test", "tests"} & set(path.parts) for path in paths)
+
+
+def test_a_glob_without_files_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--data: expected files that match .*\*\.md', got none"):
+        text_paths(f"{tmp_path}/*.md")
+
+
+@pytest.mark.parametrize("data", ["wikipedia", "text:", "hf:", "csv:x"])
+def test_an_unknown_kind_of_data_lists_the_known_ones(data: str) -> None:
+    with pytest.raises(ValueError, match=r"--data: expected stdlib, text:GLOB or hf:NAME"):
+        open_bytes(resolve(data=data))
+
+
+def test_a_sequence_longer_than_the_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("x" * 99)
+    with pytest.raises(ValueError, match=r"--sequence: expected at most 50 .*, got 51"):
+        open_bytes(resolve(sequence=51, data=f"text:{tmp_path}/x.txt"))
+    data = open_bytes(resolve(sequence=50, data=f"text:{tmp_path}/x.txt"))
+    assert data.validation.shape == (1, 50)
+
+
+def test_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(ValueError, match=r"--sequence: expected at most 0"):
+        open_bytes(resolve(data=f"text:{tmp_path}/x.txt"))
+
+
+def test_documents_end_in_a_zero_byte() -> None:
+    assert ByteTokenizer().encode("é").tolist() == [*"é".encode(), 0]
+
+
+def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["[UNK]", "sparse", "weights"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    encoded = tokenizer.encode("sparse old weights")
+    assert (encoded.tolist(), encoded.dtype, tokenizer.vocab_size) == ([1, 0, 2], numpy.uint8, 3)
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--tokenizer: expected bytes or an existing path"):
+        open_tokenizer(str(tmp_path / "no"))
+    with pytest.raises(ValueError, match="--tokenizer: expected a Hugging Face tokenizer in"):
+        open_tokenizer(str(tmp_path))

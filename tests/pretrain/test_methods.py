@@ -1,0 +1,77 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from smet_compile.pretrain.data import open_data
+from smet_compile.pretrain.loop import pretrain
+from smet_compile.pretrain.metrics import of_kind, read_metrics
+from smet_compile.pretrain.tokenizer import ByteTokenizer
+from smet_compile.pretrain.training import build_training, train_step
+from tests.pretrain.runs import losses, moves, small_config
+
+
+@pytest.mark.parametrize("method", ["smet", "smet-rigl", "set-naive", "rigl-naive", "static", "dense"])
+def test_every_method_trains(method: str, tmp_path: Path) -> None:
+    config = small_config(tmp_path, method=method, steps=24, lr=1e-2)
+    assert pretrain(config, tmp_path / "run")
+    train = [loss for kind, _, loss in losses(tmp_path / "run") if kind == "train"]
+    assert len(train) == 24 and all(map(math.isfinite, train))
+    assert train[-1] < train[0] - 0.3
+    events = moves(tmp_path / "run")
+    assert bool(events) == (method not in ("static", "dense"))
+    assert all(event["num_dropped"] > 0 for event in events)
+
+
+@pytest.mark.parametrize("block", ["16", "1x16"])
+def test_blocks(block: str, tmp_path: Path) -> None:
+    pretrain(small_config(tmp_path, block=block, density=0.5, steps=4, every=1), tmp_path / "run")
+    assert len(moves(tmp_path / "run")) >= 2
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    config = small_config(tmp_path, dtype="bfloat16")
+    training = build_training(config, 256)
+    assert {parameter.dtype for parameter in training.model.parameters()} == {torch.bfloat16}
+    assert pretrain(config, tmp_path / "run")
+
+
+def test_smet_and_its_baselines_differ_only_as_they_say(tmp_path: Path) -> None:
+    built = {
+        m: build_training(small_config(tmp_path, method=m), 256) for m in ("smet", "smet-rigl", "set-naive")
+    }
+    first = list(built["smet"].model.state_dict().items())
+    for training in built.values():
+        assert all(torch.equal(training.model.state_dict()[name], tensor) for name, tensor in first)
+    assert built["smet"].optimizer.defaults["warmup_steps"] == 3
+    assert built["set-naive"].optimizer.defaults["warmup_steps"] == 0
+    assert built["smet-rigl"].manager is not None and built["smet-rigl"].manager.grow == "gradient"
+
+
+def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
+    config = small_config(tmp_path, method="dense", batch=4)
+    batch = open_data(config, ByteTokenizer()).train.batch(0)
+    one, two = build_training(config, 256), build_training(config, 256)
+    loss, _ = train_step(one, batch, 1e-3)
+    accumulated, _ = train_step(two, batch.view(2, 2, -1), 1e-3)
+    assert accumulated == pytest.approx(loss, rel=1e-6)
+    for ours, theirs in zip(two.model.parameters(), one.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_record_for_each_thing_that_happens(tmp_path: Path) -> None:
+    pretrain(small_config(tmp_path, eval_every=5), tmp_path / "run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in of_kind(records, "train")] == list(range(1, 13))
+    assert [record["step"] for record in of_kind(records, "eval")] == [5, 10, 12]
+    assert [record["step"] for record in of_kind(records, "topology")] == [
+        e["step"] for e in moves(tmp_path / "run")
+    ]
+    assert [record["kind"] for record in records][-1] == "end"
+
+
+def test_a_density_that_leaves_too_little_to_grow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="drop"):
+        pretrain(small_config(tmp_path, density=0.9), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
