@@ -62,7 +62,7 @@ def test_altered_anywhere(tmp_path: Path, content: bytes) -> None:
                 accepted.append(place)
             except ValueError:
                 pass
-    assert not accepted
+        assert not accepted
 
 
 def test_an_altered_version(tmp_path: Path, content: bytes) -> None:
