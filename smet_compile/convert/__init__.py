@@ -5,4 +5,13 @@ from smet_compile.convert.compact import make_compact
 from smet_compile.convert.export import export_dense
 from smet_compile.convert.report import Report, remember_reasons, report
 
-__all__ = ["Globs", "Report", "check_choice", "choose", "export_dense", "make_compact", "remember_reasons", "report"]
+__all__ = [
+    "Globs",
+    "Report",
+    "check_choice",
+    "choose",
+    "export_dense",
+    "make_compact",
+    "remember_reasons",
+    "report",
+]

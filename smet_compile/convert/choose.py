@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -144,9 +143,9 @@ def _counts(
         _check_density(f"rules[{glob!r}]", ruled)
     counts = {}
     for name, weight in chosen.items():
-        ruled = next((d for glob, d in rules.items() if _matches(weight, glob)), None)
-        if ruled is not None:
-            counts[name] = layouts[name].num_active(ruled)
+        matching = [ruled for glob, ruled in rules.items() if _matches(weight, glob)]
+        if matching:
+            counts[name] = layouts[name].num_active(matching[0])
     others = {name: layout for name, layout in layouts.items() if name not in counts}
     return counts | allocate(others, density, distribution)
 

@@ -70,8 +70,10 @@ class Report:
         return asdict(self) | {"density": self.density}
 
     def __str__(self) -> str:
-        head = ("weight", "shape", "block", "blocks", "active", "density", "bytes", "index bytes")
-        rows = [head] + [
+        rows: list[tuple[str, ...]] = [
+            ("weight", "shape", "block", "blocks", "active", "density", "bytes", "index bytes"),
+        ]
+        rows += [
             (
                 site.name,
                 "x".join(map(str, site.shape)),

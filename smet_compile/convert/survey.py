@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from smet_compile.ops.sites import compact_names
+from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
 _MHA_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -64,7 +64,10 @@ def survey(model: nn.Module) -> dict[str, Weight]:
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their names, but for the insides of parametrizations."""
-    inside = {id(m) for mod in model.modules() if parametrize.is_parametrized(mod) for m in mod.parametrizations.modules()}  # type: ignore[union-attr]
+    inside: set[int] = set()
+    for module in model.modules():
+        for chain in parametrizations(module).values():
+            inside.update(id(m) for m in chain.modules())
     yield from ((name, module) for name, module in model.named_modules() if id(module) not in inside)
 
 
@@ -73,7 +76,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not nn.parameter.is_lazy(parameter) and parameter.dim() >= 2 and parameter.numel() > 0:
             yield name, parameter
     for name in compact_names(module):
-        yield name, module.parametrizations[name].original  # type: ignore[index,union-attr,misc]
+        yield name, parametrizations(module)[name].original
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -87,7 +90,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _output_embeddings(model: nn.Module) -> set[int]:
     """Modules that ``get_output_embeddings()`` names, asked of the model and all inside it; never guessed."""
-    heads = set()
+    heads: set[int] = set()
     for module in model.modules():
         try:
             head = module.get_output_embeddings()  # type: ignore[operator]
@@ -127,9 +130,7 @@ def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:
     return is_expert_stack(module, tensor)
 
 
-def _left_dense(
-    module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], routers: set[int]
-) -> str | None:
+def _left_dense(module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], routers: set[int]) -> str | None:
     if id(module) in heads:
         return "output embeddings"
     if id(module) in routers:
@@ -143,9 +144,7 @@ def _left_dense(
     return "not the weight of a linear layer"
 
 
-def _never(
-    name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owners: dict[int, list[str]]
-) -> str | None:
+def _never(name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owners: dict[int, list[str]]) -> str | None:
     if tensor_name in compact_names(module):
         return ALREADY_COMPACT
     others = [other for other in owners.get(id(tensor), []) if other != name]

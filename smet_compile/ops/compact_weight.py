@@ -25,6 +25,7 @@ class CompactWeight(nn.Module):
     """
 
     topology: Tensor
+    positions: Tensor
     on_dense_grad: Callable[[Tensor], None] | None = None
     """Called with each dense weight that is read for training, so that its gradient can be listened to."""
 

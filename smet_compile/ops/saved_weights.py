@@ -112,18 +112,24 @@ class _Hooks:
         if base.grad_fn is None or base._version != 0 or base.grad_fn.name() != "ToCopyBackward0":
             return None
         source = base.grad_fn.next_functions[0][0]
-        return None if source is None else source.metadata.get(_RECIPE)
+        return None if source is None else _notes(source).get(_RECIPE)
 
     def pack(self, tensor: Tensor) -> _Saved | _Kept:
         recipe = self.recipe(tensor)
         if recipe is None:
             # Detached: the tensor itself would be a reference cycle where a function saves its output.
             return _Saved(tensor.detach(), tensor._version)
-        return _Kept(recipe, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Kept(recipe, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     @staticmethod
     def unpack(saved: _Saved | _Kept) -> Tensor:
         return saved.restore()
+
+
+def _notes(node: Any) -> dict[str, Any]:
+    """What is noted at a node of the autograd graph, by whoever likes."""
+    notes: dict[str, Any] = node.metadata
+    return notes
 
 
 def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
@@ -134,12 +140,12 @@ def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
     recipe = _Recipe.of(compact, values)
     hooks.remember(dense, recipe)
     if dense.grad_fn is not None:
-        dense.grad_fn.metadata[_RECIPE] = recipe
+        _notes(dense.grad_fn)[_RECIPE] = recipe
 
 
 def _wanted() -> bool:
     """Whether to install hooks: training, and nobody else's (checkpointing's, a user's) or ours in force."""
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd
     return (
         torch.is_grad_enabled()
         and autograd._saved_tensors_hooks_is_enabled()

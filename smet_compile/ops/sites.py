@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,12 +25,14 @@ class Site:
 
     @property
     def compact(self) -> CompactWeight:
-        return self.module.parametrizations[self.tensor_name][0]  # type: ignore[index,union-attr,return-value]
+        compact: CompactWeight = parametrizations(self.module)[self.tensor_name][0]
+        return compact
 
     @property
     def values(self) -> nn.Parameter:
         """The compact parameter: (N,) for single weights, (N, bm, bn) for larger blocks."""
-        return self.module.parametrizations[self.tensor_name].original  # type: ignore[index,union-attr,return-value]
+        values: nn.Parameter = parametrizations(self.module)[self.tensor_name].original
+        return values
 
     @property
     def layout(self) -> Layout:
@@ -47,9 +50,14 @@ class Site:
         return self.compact.mask()
 
 
+def parametrizations(module: nn.Module) -> Any:
+    """Tensor name → chain of parametrizations of ``module``; empty for most modules."""
+    return getattr(module, "parametrizations", {})
+
+
 def compact_names(module: nn.Module) -> Iterator[str]:
     """Names of the tensors of ``module`` that are compact."""
-    for name, chain in getattr(module, "parametrizations", {}).items():
+    for name, chain in parametrizations(module).items():
         if isinstance(chain[0], CompactWeight):
             yield name
 

@@ -123,7 +123,7 @@ class ActiveAdamW(Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:

@@ -15,7 +15,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Returns: two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
     """
     compact = {id(site.values) for site in find_sites(model).values()}
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_matrix = id(parameter) in compact or parameter.dim() >= 2
         (decay if is_matrix else plain).append(parameter)

@@ -63,7 +63,10 @@ class TopologyManager:
         _check_range("total_steps", total_steps, total_steps >= 1, "a number of steps of at least 1")
         _check_range("every", every, every >= 1, "a number of steps of at least 1")
         _check_range("stop_fraction", stop_fraction, 0 < stop_fraction <= 1, "a number in (0, 1]")
-        for name, fraction in (("drop_fraction", drop_fraction), ("final_drop_fraction", final_drop_fraction)):
+        for name, fraction in (
+            ("drop_fraction", drop_fraction),
+            ("final_drop_fraction", final_drop_fraction),
+        ):
             _check_range(name, fraction, 0 <= fraction < 1, "a number in [0, 1)")
         _check_range("drop", drop, drop == "magnitude", "'magnitude'")
         _check_range("grow", grow, grow in ("random", "gradient"), "'random' or 'gradient'")
@@ -104,7 +107,7 @@ class TopologyManager:
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
             trained = [p for p in held if p.grad is not None]
             self._trained = {id(p) for p in trained}
-            self._finite = all([bool(p.grad.isfinite().all()) for p in trained])  # type: ignore[union-attr]
+            self._finite = all([bool(p.grad.isfinite().all()) for p in trained])
 
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
