@@ -24,14 +24,17 @@ def test_updates_come_every_n_steps_and_stop_in_the_last_quarter() -> None:
     assert [e.step for e in events_of(100, every=10)] == [10, 20, 30, 40, 50, 60, 70]
 
 
+def test_the_stop_itself_is_no_update() -> None:
+    """As in RigL: t < T_end."""
+    assert [e.step for e in events_of(100, every=25)] == [25, 50]
+
+
 def test_stop_fraction() -> None:
     assert [e.step for e in events_of(100, every=10, stop_fraction=0.35)] == [10, 20, 30]
 
 
 def test_cosine_goes_from_the_first_fraction_to_the_last() -> None:
-    fractions = [
-        e.drop_fraction for e in events_of(200, every=1, drop_fraction=0.2, final_drop_fraction=0.005)
-    ]
+    fractions = [e.drop_fraction for e in events_of(200, every=1, drop_fraction=0.2, final_drop_fraction=0.005)]
     assert all(a > b for a, b in itertools.pairwise(fractions))
     assert 0.199 < fractions[0] <= 0.2
     assert 0.005 <= fractions[-1] < 0.006
@@ -42,8 +45,7 @@ def test_cosine_goes_from_the_first_fraction_to_the_last() -> None:
 
 def test_linear() -> None:
     fractions = [
-        e.drop_fraction
-        for e in events_of(200, every=1, drop_fraction=0.2, final_drop_fraction=0.1, schedule="linear")
+        e.drop_fraction for e in events_of(200, every=1, drop_fraction=0.2, final_drop_fraction=0.1, schedule="linear")
     ]
     differences = [b - a for a, b in itertools.pairwise(fractions)]
     assert max(differences) - min(differences) < 1e-12 and max(differences) < 0
@@ -51,9 +53,7 @@ def test_linear() -> None:
 
 
 def test_constant() -> None:
-    assert {e.drop_fraction for e in events_of(100, every=5, drop_fraction=0.15, schedule="constant")} == {
-        0.15
-    }
+    assert {e.drop_fraction for e in events_of(100, every=5, drop_fraction=0.15, schedule="constant")} == {0.15}
 
 
 def test_none_is_static_sparsity() -> None:
