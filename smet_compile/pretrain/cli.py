@@ -76,9 +76,7 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
     resumed, out = given.pop("resume", None), given.pop("out", None)
     if resumed is not None and (given or out):
         names = ", ".join("--" + name.replace("_", "-") for name in ([*given, "out"] if out else given))
-        raise ValueError(
-            f"--resume: expected no other option (the run keeps its own), got {names}; leave them out"
-        )
+        raise ValueError(f"--resume: expected no other option (the run keeps its own), got {names}; leave them out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if resumed is not None:
         folder = RunFolder(resumed)

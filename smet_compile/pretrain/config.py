@@ -120,9 +120,7 @@ def _default_device() -> str:
 
 def write_config(path: Path, config: RunConfig) -> None:
     """Write `config` as JSON; the file appears whole or not at all."""
-    write_atomically(
-        path, lambda temporary: temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
-    )
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(config), indent=2) + "\n"))
 
 
 def read_config(path: Path) -> RunConfig:

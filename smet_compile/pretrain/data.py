@@ -69,9 +69,7 @@ def text_paths(pattern: str) -> list[Path]:
     """The files that match the glob `pattern`, sorted; a ValueError if there are none."""
     paths = sorted(Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file())
     if not paths:
-        raise ValueError(
-            f"--data: expected files that match {pattern!r}, got none; check the path and quote the glob"
-        )
+        raise ValueError(f"--data: expected files that match {pattern!r}, got none; check the path and quote the glob")
     return paths
 
 

@@ -158,9 +158,7 @@ def _save(run: Run, step: int) -> None:
     extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
     training = run.training
     try:
-        smet.save_checkpoint(
-            run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra
-        )
+        smet.save_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra)
     except ValueError as error:
         raise ValueError(f"{error}; then {run.folder.resume_command}") from error
 

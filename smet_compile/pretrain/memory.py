@@ -28,9 +28,7 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer, names: Ite
         parameter = parameters[f"{chain}.original" if compact else name]
         found["weights"] += parameter.nbytes
         found["gradients"] += 0 if parameter.grad is None else parameter.grad.nbytes
-        found["index"] += (
-            sum(buffer.nbytes for buffer in model.get_submodule(chain).buffers()) if compact else 0
-        )
+        found["index"] += sum(buffer.nbytes for buffer in model.get_submodule(chain).buffers()) if compact else 0
         for key, state in optimizer.state[parameter].items():
             found["moments" if key in MOMENTS else "ages"] += state.nbytes if torch.is_tensor(state) else 0
     return found

@@ -29,16 +29,10 @@ def _draw(draw: Any, records: list[Record], path: Path) -> bool:
 def _draw_loss(axes: Any, records: list[Record]) -> bool:
     train, evals = of_kind(records, "train"), of_kind(records, "eval")
     steps = [record["step"] for record in train]
-    axes.plot(
-        steps, [record["loss"] for record in train], color="0.8", linewidth=0.8, label="training, each step"
-    )
-    axes.plot(
-        steps, _smoothed([record["loss"] for record in train]), color="C0", label="training, running mean"
-    )
+    axes.plot(steps, [record["loss"] for record in train], color="0.8", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smoothed([record["loss"] for record in train]), color="C0", label="training, running mean")
     if evals:
-        axes.plot(
-            [r["step"] for r in evals], [r["loss"] for r in evals], "o-", color="C3", label="held-out text"
-        )
+        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", color="C3", label="held-out text")
     for number, record in enumerate(of_kind(records, "topology")):
         label = "topology update" if number == 0 else None
         axes.axvline(record["step"], color="C2", alpha=0.5, linewidth=0.7, linestyle=":", label=label)
@@ -62,9 +56,7 @@ def _draw_churn(axes: Any, records: list[Record]) -> bool:
     image = axes.imshow(churn, aspect="auto", interpolation="nearest", cmap="viridis")
     axes.figure.colorbar(image, label="blocks moved / active blocks")
     shown = range(0, len(names), -(-len(names) // 14))
-    axes.set_yticks(
-        list(shown), [names[i].removeprefix("model.").removesuffix(".weight") for i in shown], fontsize=7
-    )
+    axes.set_yticks(list(shown), [names[i].removeprefix("model.").removesuffix(".weight") for i in shown], fontsize=7)
     marked = range(0, len(events), -(-len(events) // 10))
     axes.set_xticks(list(marked), [str(events[i]["step"]) for i in marked])
     axes.set(xlabel="topology update at step")

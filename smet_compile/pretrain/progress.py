@@ -76,14 +76,9 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
 
     def update(self, status: Status) -> None:
         """Print the status where a line is due."""
-        due = (
-            status.step % max(1, self._steps // PLAIN_LINES) == 0
-            or time.monotonic() - self._printed > PLAIN_SECONDS
-        )
+        due = status.step % max(1, self._steps // PLAIN_LINES) == 0 or time.monotonic() - self._printed > PLAIN_SECONDS
         if due or status.step in (self._first + 1, self._steps):
-            self._console.print(
-                f"step {status.step}/{self._steps}  {status}", soft_wrap=True, highlight=False
-            )
+            self._console.print(f"step {status.step}/{self._steps}  {status}", soft_wrap=True, highlight=False)
             self._printed = time.monotonic()
 
 

@@ -94,13 +94,9 @@ def _quietly(function: Callable[..., object], arguments: tuple[Any, ...], output
     function(*arguments)
 
 
-def in_new_process(
-    function: Callable[..., object], *arguments: Any, output: Path | None = None
-) -> ForkServerProcess:
+def in_new_process(function: Callable[..., object], *arguments: Any, output: Path | None = None) -> ForkServerProcess:
     """Start `function(*arguments)`, which a module must hold by name, in a process of its own."""
-    process = SERVER.Process(
-        target=_quietly, args=(function, arguments, str(output or os.devnull)), daemon=True
-    )
+    process = SERVER.Process(target=_quietly, args=(function, arguments, str(output or os.devnull)), daemon=True)
     process.start()
     return process
 

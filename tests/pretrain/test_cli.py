@@ -65,9 +65,7 @@ def test_an_occupied_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["datasets", "transformers", "rich.console", "matplotlib"])
-def test_a_missing_extra_says_what_to_install(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_says_what_to_install(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def import_all_but_one(wanted: str) -> object:
         if wanted == name:
             raise ModuleNotFoundError(f"No module named {wanted!r}", name=wanted)

@@ -46,9 +46,7 @@ def test_an_epoch_shows_each_window_once_in_another_order(tmp_path: Path) -> Non
 
 def test_validation_text_is_never_trained_on(tmp_path: Path) -> None:
     data = open_bytes(numbered_config(tmp_path, sequence=24))
-    trained = {
-        number for step in range(400) for w in windows(data.train.batch(step)) for number in w.split(b"|")
-    }
+    trained = {number for step in range(400) for w in windows(data.train.batch(step)) for number in w.split(b"|")}
     held_out = [number for w in windows(data.validation) for number in w.split(b"|") if len(number) == 7]
     assert len(held_out) > 20
     assert trained.isdisjoint(held_out)

@@ -38,9 +38,7 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 def test_smet_and_its_baselines_differ_only_as_they_say(tmp_path: Path) -> None:
-    built = {
-        m: build_training(small_config(tmp_path, method=m), 256) for m in ("smet", "smet-rigl", "set-naive")
-    }
+    built = {m: build_training(small_config(tmp_path, method=m), 256) for m in ("smet", "smet-rigl", "set-naive")}
     first = list(built["smet"].model.state_dict().items())
     for training in built.values():
         assert all(torch.equal(training.model.state_dict()[name], tensor) for name, tensor in first)
@@ -65,9 +63,7 @@ def test_a_record_for_each_thing_that_happens(tmp_path: Path) -> None:
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in of_kind(records, "train")] == list(range(1, 13))
     assert [record["step"] for record in of_kind(records, "eval")] == [5, 10, 12]
-    assert [record["step"] for record in of_kind(records, "topology")] == [
-        e["step"] for e in moves(tmp_path / "run")
-    ]
+    assert [record["step"] for record in of_kind(records, "topology")] == [e["step"] for e in moves(tmp_path / "run")]
     assert [record["kind"] for record in records][-1] == "end"
 
 

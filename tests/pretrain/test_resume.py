@@ -126,6 +126,41 @@ def test_a_finished_run_only_gets_its_report_again(tmp_path: Path) -> None:
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--resume: expected the folder of a run .*, got no such folder"):
         resume(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"--resume: expected the folder of a run .*, got a folder without"):
+        resume(tmp_path)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    pretrain(config, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"--out: expected a folder without a run.*--resume .*another folder"):
+        pretrain(config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_text_that_changed_is_refused(tmp_path: Path) -> None:
+    pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(2))
+    (tmp_path / "text" / "0.txt").write_text("other words " * 500)
+    with pytest.raises(ValueError, match="--resume: expected the text this run began with"):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(2))
+    edit_config(tmp_path / "run", density=0.5)
+    with pytest.raises(ValueError, match="another model, density or dtype"):
+        resume(tmp_path / "run")
+
+
+def fill_the_disk_after_a_checkpoint(config: RunConfig, folder: Path) -> None:
+    save = smet.save_checkpoint
+
+    def save_then_fill(path: Path, *arguments: Any, **options: Any) -> None:
+        save(path, *arguments, **options)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, resource.RLIM_INFINITY))
+
+    smet.save_checkpoint = save_then_fill
     message = r"could not save .*File too large.* the checkpoint saved before is whole.* then .*--resume"
     with pytest.raises(ValueError, match=message):
         pretrain(config, folder)
@@ -135,9 +170,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     pretrain(config, tmp_path / "whole")
     folder = tmp_path / "full"
-    assert (
-        finish(in_new_process(fill_the_disk_after_a_checkpoint, config, folder, output=tmp_path / "out")) == 0
-    ), (tmp_path / "out").read_text()
+    assert finish(in_new_process(fill_the_disk_after_a_checkpoint, config, folder, output=tmp_path / "out")) == 0, (
+        tmp_path / "out"
+    ).read_text()
     assert [path.name for path in folder.iterdir() if path.name.startswith("checkpoint")] == [CHECKPOINT]
     assert resume(folder)
     assert losses(folder) == losses(tmp_path / "whole")

@@ -78,7 +78,5 @@ def test_a_sequence_longer_than_the_stream(tmp_path: Path) -> None:
 
 def test_a_stream_that_validation_uses_up(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "long enough " * 9}))
-    with pytest.raises(
-        ValueError, match="--data: expected a stream with documents to train on, got an empty"
-    ):
+    with pytest.raises(ValueError, match="--data: expected a stream with documents to train on, got an empty"):
         open_folder(tmp_path).train.batch(0)
