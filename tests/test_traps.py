@@ -176,9 +176,7 @@ def test_the_warm_up_never_damps_the_stored_moments() -> None:
 
 
 def test_conv1d_of_torch_is_three_dimensional_but_no_stack() -> None:
-    model = smet.sparsify(
-        nn.Sequential(nn.Conv1d(6, 10, 3)), density=0.5, include="0.weight", block_shape=(4, 4)
-    )
+    model = smet.sparsify(nn.Sequential(nn.Conv1d(6, 10, 3)), density=0.5, include="0.weight", block_shape=(4, 4))
     layout = find_sites(model)["0.weight"].layout
     assert (layout.num_matrices, layout.rows, layout.cols) == (1, 10, 18)
 
@@ -187,9 +185,7 @@ def test_conv1d_of_torch_is_three_dimensional_but_no_stack() -> None:
 def test_what_hangs_over_the_edge_is_zero_always(state_dtype: torch.dtype | None) -> None:
     model = smet.sparsify(RaggedNet(), density=0.5, block_shape=(16, 16))
     optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, state_dtype=state_dtype)
-    manager = smet.TopologyManager(
-        model, optimizer, total_steps=100, every=3, grow="gradient", drop_fraction=0.4
-    )
+    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=3, grow="gradient", drop_fraction=0.4)
     for _ in range(7):
         model(torch.randn(4, 50)).square().sum().backward()
         optimizer.step()

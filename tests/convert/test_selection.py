@@ -53,9 +53,7 @@ def test_default_sites() -> None:
 
 
 def test_include_is_the_whole_selection() -> None:
-    model = smet.sparsify(
-        Zoo(), density=0.5, include=["convolution", "embedding.weight", "position_embeddings"]
-    )
+    model = smet.sparsify(Zoo(), density=0.5, include=["convolution", "embedding.weight", "position_embeddings"])
     assert site_names(model) == {"convolution.weight", "embedding.weight", "position_embeddings"}
     layouts = {name: site.layout for name, site in find_sites(model).items()}
     flat = layouts["convolution.weight"]

@@ -34,9 +34,7 @@ def test_counts(rows: int, cols: int, block_shape: tuple[int, int], density: flo
     )
 
 
-@pytest.mark.parametrize(
-    ("density", "expected"), [(0.25, 3), (0.05, 1), (0.01, 1), (0.15, 2), (0.35, 4), (0.55, 6)]
-)
+@pytest.mark.parametrize(("density", "expected"), [(0.25, 3), (0.05, 1), (0.01, 1), (0.15, 2), (0.35, 4), (0.55, 6)])
 def test_half_goes_up_and_one_is_the_least(density: float, expected: int) -> None:
     model = nn.Sequential(nn.Linear(5, 2))
     smet.sparsify(model, density=density)

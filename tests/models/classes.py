@@ -70,19 +70,11 @@ def vit() -> hf.ViTForImageClassification:
 
 CAUSAL = tokens("input_ids", "labels")
 REAL_MODELS = {
-    "llama": RealModel(
-        llama, CAUSAL, ("*.q_proj.weight", "*.down_proj.weight"), ("lm_head.weight", "*embed_tokens*")
-    ),
+    "llama": RealModel(llama, CAUSAL, ("*.q_proj.weight", "*.down_proj.weight"), ("lm_head.weight", "*embed_tokens*")),
     "gpt2": RealModel(gpt2, CAUSAL, ("*.c_attn.weight", "*.c_proj.weight"), ("*wte.weight", "*wpe.weight")),
-    "bert": RealModel(
-        bert, CAUSAL, ("*.query.weight", "*.intermediate.dense.weight"), ("*embeddings*", "*LayerNorm*")
-    ),
-    "vit": RealModel(
-        vit, pixels, ("classifier.weight",), ("*cls_token", "*position_embeddings", "*patch_embed*")
-    ),
-    "t5": RealModel(
-        t5, CAUSAL, ("*.q.weight", "*.wo.weight"), ("shared.weight", "*relative_attention_bias*")
-    ),
+    "bert": RealModel(bert, CAUSAL, ("*.query.weight", "*.intermediate.dense.weight"), ("*embeddings*", "*LayerNorm*")),
+    "vit": RealModel(vit, pixels, ("classifier.weight",), ("*cls_token", "*position_embeddings", "*patch_embed*")),
+    "t5": RealModel(t5, CAUSAL, ("*.q.weight", "*.wo.weight"), ("shared.weight", "*relative_attention_bias*")),
     "mixtral": RealModel(
         mixtral,
         CAUSAL,

@@ -27,9 +27,7 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
         return model(**REAL_MODELS[name].batch()).logits
 
 
-def train(
-    model: nn.Module, name: str, optimizer: torch.optim.Optimizer, manager: smet.TopologyManager
-) -> list[float]:
+def train(model: nn.Module, name: str, optimizer: torch.optim.Optimizer, manager: smet.TopologyManager) -> list[float]:
     model.train()
     losses = []
     for _ in range(3):

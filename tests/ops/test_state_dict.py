@@ -51,9 +51,7 @@ NAMES = ["save_load", "assign", "assign_from_meta", "deepcopy"]
 @pytest.mark.parametrize("way", WAYS, ids=NAMES)
 @pytest.mark.parametrize("block_shape", [1, (4, 4)], ids=str)
 @pytest.mark.parametrize("grow", ["random", "gradient"])
-def test_the_copy_trains_on_as_the_original(
-    way: Callable[..., nn.Module], block_shape: Any, grow: str
-) -> None:
+def test_the_copy_trains_on_as_the_original(way: Callable[..., nn.Module], block_shape: Any, grow: str) -> None:
     model = build(block_shape)
     options = {"total_steps": 1000, "every": 3, "grow": grow}
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5)
@@ -99,8 +97,5 @@ def test_a_deepcopy_shares_nothing() -> None:
 def test_moving_to_another_dtype(dtype: torch.dtype) -> None:
     model = build((4, 4)).to(dtype)
     masks = [site.compact.mask() for site in find_sites(model).values()]
-    assert all(
-        torch.equal(a.compact.mask(), b)
-        for a, b in zip(find_sites(build((4, 4))).values(), masks, strict=True)
-    )
+    assert all(torch.equal(a.compact.mask(), b) for a, b in zip(find_sites(build((4, 4))).values(), masks, strict=True))
     train(model, smet.ActiveAdamW(model), steps=1)

@@ -58,9 +58,7 @@ def test_the_naive_rule_starts_3_16_times_too_fast_and_peaks_at_6_6() -> None:
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_smet_starts_at_lr_over_warmup_times_the_density_factor(exponent: float) -> None:
-    model, optimizer, values, grown = grow_late(
-        smet.ActiveAdamW, warmup_steps=WARMUP, lr_density_exponent=exponent
-    )
+    model, optimizer, values, grown = grow_late(smet.ActiveAdamW, warmup_steps=WARMUP, lr_density_exponent=exponent)
     rate = LR * 0.25**-exponent
     for age in range(1, WARMUP + 20):
         before = values.detach().clone()

@@ -14,9 +14,7 @@ from tests.support.snapshots import same_bits
 def test_the_block_alone_is_skipped(block_shape: int | tuple[int, int], bad: float) -> None:
     model, reference = (smet.sparsify(Slope(6, 6), density=0.5, block_shape=block_shape) for _ in range(2))
     reference.load_state_dict(model.state_dict())
-    optimizer, other = (
-        smet.ActiveAdamW(m, lr=1e-2, warmup_steps=5, weight_decay=0.1) for m in (model, reference)
-    )
+    optimizer, other = (smet.ActiveAdamW(m, lr=1e-2, warmup_steps=5, weight_decay=0.1) for m in (model, reference))
     step_on(model, optimizer), step_on(reference, other)
     values = find_sites(model)["weight"].values
     state = optimizer.state[values]

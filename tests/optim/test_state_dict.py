@@ -13,9 +13,7 @@ from tests.support.snapshots import assert_same, snapshot
 from tests.support.training import train
 
 
-def make(
-    dtype: torch.dtype, state_dtype: torch.dtype | None, seed: int = 0
-) -> tuple[nn.Module, smet.ActiveAdamW]:
+def make(dtype: torch.dtype, state_dtype: torch.dtype | None, seed: int = 0) -> tuple[nn.Module, smet.ActiveAdamW]:
     model = smet.sparsify(two_layers().to(dtype), density=0.5, seed=seed)
     return model, smet.ActiveAdamW(model, lr=1e-2, state_dtype=state_dtype)
 

@@ -36,9 +36,7 @@ def test_a_scheduler_sets_the_rate_of_each_step() -> None:
         before = values.detach().clone()
         step_on(model, optimizer)
         scheduler.step()
-        torch.testing.assert_close(
-            before - values.detach(), torch.full_like(before, 1 / (1 + step)), rtol=1e-6, atol=0
-        )
+        torch.testing.assert_close(before - values.detach(), torch.full_like(before, 1 / (1 + step)), rtol=1e-6, atol=0)
 
 
 def test_a_0d_tensor_rate_is_a_float_rate() -> None:

@@ -100,9 +100,7 @@ def with_optimizer(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, 
     [
         (lambda: smet.sparsify(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 7)), density=0.5), "weight"),
         (
-            lambda: smet.sparsify(
-                nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Dropout(), nn.Linear(21, 7))
-            ),
+            lambda: smet.sparsify(nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Dropout(), nn.Linear(21, 7))),
             "weight",
         ),
         (

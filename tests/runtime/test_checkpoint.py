@@ -115,9 +115,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, limit: int) -> No
     assert_same(snapshot(model, optimizer, manager), last)
 
 
-def test_a_crash_before_the_rename_keeps_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_before_the_rename_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, manager = make()
     smet.save_checkpoint(tmp_path / "a", model, optimizer, manager)
     content = (tmp_path / "a").read_bytes()

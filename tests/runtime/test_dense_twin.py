@@ -42,9 +42,7 @@ def make_pair(block_shape: tuple[int, int], rule: Rule) -> tuple[nn.Module, Dens
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    torch.testing.assert_close(
-        actual, expected, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda text: f"{what}: {text}"
-    )
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda text: f"{what}: {text}")
 
 
 def assert_equal_to_twin(model: nn.Module, optimizer: torch.optim.Optimizer, twin: DenseTwin) -> None:
@@ -64,9 +62,7 @@ def assert_equal_to_twin(model: nn.Module, optimizer: torch.optim.Optimizer, twi
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 @pytest.mark.parametrize("rule_name", list(RULES))
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 16), (16, 16)], ids=str)
-def test_compact_training_equals_the_dense_twin(
-    block_shape: tuple[int, int], rule_name: str, grow: str
-) -> None:
+def test_compact_training_equals_the_dense_twin(block_shape: tuple[int, int], rule_name: str, grow: str) -> None:
     rule, make_optimizer = RULES[rule_name]
     model, twin = make_pair(block_shape, rule)
     optimizer = make_optimizer(model)

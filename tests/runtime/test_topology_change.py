@@ -110,9 +110,7 @@ def test_bfloat16_states() -> None:
     smet.sparsify(model, density=0.5)
     optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype=torch.bfloat16)
     assert update_and_judge(model, optimizer, "random") > 0
-    assert all(
-        optimizer.state[s.values]["exp_avg"].dtype == torch.bfloat16 for s in find_sites(model).values()
-    )
+    assert all(optimizer.state[s.values]["exp_avg"].dtype == torch.bfloat16 for s in find_sites(model).values())
 
 
 def test_naive_rule_moves_moments_too() -> None:

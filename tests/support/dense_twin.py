@@ -126,9 +126,7 @@ class DenseTwin:
         kept = site.mask & ~self.least(name, num_drop)
         if grow == "gradient":
             grown = self.steepest(name, num_drop)
-            assert torch.equal(new_mask, kept | grown), (
-                f"{name}: grown set is not that of the largest gradients"
-            )
+            assert torch.equal(new_mask, kept | grown), f"{name}: grown set is not that of the largest gradients"
         else:
             grown = new_mask & ~site.mask
             assert torch.equal(new_mask & site.mask, kept), f"{name}: the smallest weights were not dropped"

@@ -47,9 +47,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
     def train(self, first: int, steps: int) -> list[float]:
-        return train(
-            self.model, self.optimizer, self.manager, first=first, steps=steps, scheduler=self.scheduler
-        )
+        return train(self.model, self.optimizer, self.manager, first=first, steps=steps, scheduler=self.scheduler)
 
     def save(self, path: Path) -> None:
         extra = {"scheduler": self.scheduler.state_dict()}

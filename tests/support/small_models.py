@@ -39,9 +39,7 @@ def two_layers(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Dropout(dropout), nn.Linear(20, 7))
 
 
-def batch(
-    step: int, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def batch(step: int, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The data of a step, a function of the step alone."""
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randn(9, num_inputs, generator=generator, dtype=torch.float64)
@@ -50,6 +48,4 @@ def batch(
 
 
 def chain() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(23, 29), nn.GELU(), nn.Linear(29, 31, bias=False), nn.GELU(), nn.Linear(31, 23)
-    )
+    return nn.Sequential(nn.Linear(23, 29), nn.GELU(), nn.Linear(29, 31, bias=False), nn.GELU(), nn.Linear(31, 23))

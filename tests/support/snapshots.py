@@ -14,16 +14,12 @@ def snapshot(*objects: Any) -> list[Any]:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(
-        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
-    )
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
 
 
 def assert_same(actual: Any, expected: Any, where: str = "") -> None:
     if isinstance(expected, Tensor):
-        assert isinstance(actual, Tensor) and same_bits(actual.detach(), expected.detach()), (
-            f"{where} differs"
-        )
+        assert isinstance(actual, Tensor) and same_bits(actual.detach(), expected.detach()), f"{where} differs"
     elif isinstance(expected, dict):
         assert list(actual) == list(expected), f"{where}: keys {list(actual)} != {list(expected)}"
         for key in expected:
