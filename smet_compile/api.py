@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -11,7 +11,6 @@ from smet_compile.convert import Globs, Report, check_choice, choose, make_compa
 from smet_compile.convert.compact import SELECTS
 from smet_compile.ops import saved_weights
 
-_log = logging.getLogger("smet_compile")
 _WARN_ABOVE = 1.5
 
 
@@ -71,10 +70,8 @@ def _warn_if_dense(made: Report, density: float) -> None:
     if made.density > _WARN_ABOVE * density:
         largest = sorted(made.skipped, key=lambda row: -row.num_weights)[:3]
         left = ", ".join(f"{row.name} ({row.num_weights:,} weights: {row.reason})" for row in largest)
-        _log.warning(
-            "sparsify: the model's matrices as a whole have density %.2f, more than 1.5 times the %.2f asked for. "
-            "Largest left dense: %s",
-            made.density,
-            density,
-            left,
+        warnings.warn(
+            f"sparsify: the model's matrices as a whole have density {made.density:.2f}, more than 1.5 times the "
+            f"{density} asked for. Largest left dense: {left}",
+            stacklevel=3,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from smet_compile.convert.survey import ALREADY_COMPACT, survey
-from smet_compile.format import count_active
+from smet_compile.format import block_sizes, count_active, positions_of
 from smet_compile.ops import Site, find_sites
 
 _REASONS = "_smet_dense_reasons"
@@ -149,8 +149,10 @@ def _num_weights(shape: tuple[int, ...]) -> int:
 
 
 def _num_active_weights(site: Site) -> int:
-    """Weights inside active blocks; a block at the edge counts as the same share of the weight as any other."""
-    return round(site.density * site.layout.num_weights)
+    """Weights inside active blocks; a block at the edge has fewer. On the meta device: about as many."""
+    if site.compact.topology.is_meta:
+        return round(site.density * site.layout.num_weights)
+    return int(block_sizes(site.layout, positions_of(site.mask())).sum())
 
 
 def _site_report(site: Site) -> SiteReport:

@@ -3,7 +3,7 @@
 Imports torch and the standard library only.
 """
 
-from smet_compile.format.blocks import block_means, pack, unpack
+from smet_compile.format.blocks import block_means, block_sizes, pack, unpack
 from smet_compile.format.change import TopologyChange
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import sample_positions
@@ -13,6 +13,7 @@ __all__ = [
     "Layout",
     "TopologyChange",
     "block_means",
+    "block_sizes",
     "count_active",
     "pack",
     "pack_bits",

@@ -36,8 +36,7 @@ class CompactWeight(nn.Module):
         self.register_buffer("topology", pack_bits(mask))
         if not layout.single_weights:
             dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
-            positions = torch.empty(num_active, dtype=dtype, device=mask.device)
-            self.register_buffer("positions", positions, persistent=False)
+            self.register_buffer("positions", torch.empty(num_active, dtype=dtype, device="meta"), persistent=False)
         self._derive()
 
     def mask(self) -> Tensor:
@@ -55,7 +54,12 @@ class CompactWeight(nn.Module):
         self._derive()
 
     def _derive(self) -> None:
-        if self.index and not self.topology.is_meta:
+        """Rewrites what follows from the topology: in place, unless the topology came to another device."""
+        if self.layout.single_weights:
+            return
+        if self.positions.device != self.topology.device:
+            self.positions = torch.empty_like(self.positions, device=self.topology.device)
+        if not self.topology.is_meta:
             self.positions.copy_(positions_of(self.mask()))
 
     def op_layout(self) -> tuple[list[int], list[int], list[int]]:

@@ -7,9 +7,11 @@ low-precision copy of one) is replaced by a recipe, and unpacked again in backwa
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +23,41 @@ if TYPE_CHECKING:
 _RECIPE = "smet.recipe"
 
 
+class _Entered(NamedTuple):
+    """One forward under way: the module, the frame that calls it, and its hooks where it installed some."""
+
+    module: nn.Module
+    frame: FrameType
+    hooks: _Hooks | None
+
+
 class _Forward(threading.local):
-    """The forwards under way in this thread: (module, its hooks or None), innermost last."""
+    """The forwards under way in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, _Hooks | None]] = []
+        self.stack: list[_Entered] = []
 
     @property
     def hooks(self) -> _Hooks | None:
-        return next((hooks for _, hooks in reversed(self.stack) if hooks is not None), None)
+        return next((entered.hooks for entered in reversed(self.stack) if entered.hooks is not None), None)
+
+    def leave(self) -> nn.Module:
+        """Ends the innermost forward; returns its module."""
+        entered = self.stack.pop()
+        if entered.hooks is not None:
+            entered.hooks.context.__exit__(None, None, None)
+        return entered.module
+
+    def leave_interrupted(self, frame: FrameType | None) -> None:
+        """Ends forwards that a KeyboardInterrupt broke off: torch calls no hook then, but their frames are gone."""
+        if not self.stack:
+            return
+        running = set()
+        while frame is not None:
+            running.add(id(frame))
+            frame = frame.f_back
+        while self.stack and id(self.stack[-1].frame) not in running:
+            self.leave()
 
 
 _forward = _Forward()
@@ -135,7 +163,7 @@ def _notes(node: Any) -> dict[str, Any]:
 def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
     """Notes that ``dense`` was unpacked from ``values``, if a forward is under way."""
     hooks = _forward.hooks
-    if hooks is None:
+    if hooks is None or dense.is_inference():
         return
     recipe = _Recipe.of(compact, values)
     hooks.remember(dense, recipe)
@@ -156,21 +184,19 @@ def _wanted() -> bool:
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    caller = sys._getframe(1)
+    _forward.leave_interrupted(caller)
     hooks = _Hooks() if _wanted() else None
     if hooks is not None:
         hooks.context.__enter__()
-    _forward.stack.append((module, hooks))
+    _forward.stack.append(_Entered(module, caller, hooks))
 
 
 def _exit(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or not any(module is entered for entered, _ in _forward.stack):
+    if torch.compiler.is_compiling() or not any(module is entered.module for entered in _forward.stack):
         return
-    while _forward.stack:
-        entered, hooks = _forward.stack.pop()
-        if hooks is not None:
-            hooks.context.__exit__(None, None, None)
-        if entered is module:
-            return
+    while _forward.leave() is not module:
+        pass
 
 
 def install(module: nn.Module) -> None:

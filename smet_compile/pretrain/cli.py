@@ -69,7 +69,9 @@ def _command(**options: Any) -> None:
     if not finished:
         print(f"Stopped and saved. Go on with:\n{folder.resume_command}")
         sys.exit(INTERRUPTED)
-    print(f"Report: {folder.report}")
+    from smet_compile.pretrain.report import summarize
+
+    print(f"Done: {summarize(folder)}.\nReport: {folder.report}")
 
 
 def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:

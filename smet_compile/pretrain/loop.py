@@ -94,6 +94,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     console = console or require("rich.console").Console()
     cut_back(run.folder.metrics, first)
     log = MetricsLog(run.folder.metrics)
+    console.print(_headline(run, first), soft_wrap=True, highlight=False)
     try:
         with open_progress(console, first, run.config.steps) as progress:
             finished = _train(run, first, stop, log, progress)
@@ -129,6 +130,13 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
             return False
     log.write("end", config.steps)
     return True
+
+
+def _headline(run: Run, first: int) -> str:
+    weights = sum(parameter.numel() for parameter in run.training.model.parameters())
+    start = f"from step {first}" if first else "from the beginning"
+    config = run.config
+    return f"{config.preset}, {config.method}: {weights:,} stored weights, {config.data}, {start}, in {run.folder.path}"
 
 
 def _as_record(event: smet.TopologyEvent) -> dict[str, Any]:

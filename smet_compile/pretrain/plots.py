@@ -42,8 +42,8 @@ def _draw_loss(axes: Any, records: list[Record]) -> bool:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    width = max(1, round(SMOOTHING_FRACTION * len(values)))
-    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    half = max(1, round(SMOOTHING_FRACTION * len(values) / 2))
+    windows = [values[max(0, middle - half) : middle + half + 1] for middle in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 

@@ -22,9 +22,8 @@ class Status:
     next_update: int | None
 
     def __str__(self) -> str:
-        update = "no more updates" if self.next_update is None else f"next update at {self.next_update}"
-        speed = f"{self.tokens_per_second:,.0f} tokens/s"
-        return f"loss {self.loss:.4f}  {speed}  density {self.density:.3f}  {update}"
+        update = "no more updates" if self.next_update is None else f"next update {self.next_update}"
+        return f"loss {self.loss:.3f}  {self.tokens_per_second:,.0f} tok/s  density {self.density:.3f}  {update}"
 
 
 class Progress(Protocol):
@@ -45,7 +44,7 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
     def __init__(self, console: Any, first: int, steps: int) -> None:
         bars = require("rich.progress")
         columns = (
-            bars.BarColumn(bar_width=20),
+            bars.BarColumn(bar_width=8),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.description}"),
         )

@@ -18,7 +18,9 @@ COLUMNS = (
     "The last three columns are means over the layers: the share of the blocks grown by the previous update "
     "that are still active; the age of active blocks in steps; the share of all blocks that were ever active."
 )
+ONLY_SPARSE = ("index", "ages")
 MAX_TABLE_ROWS = 24
+MAX_EXPONENT = 700
 
 
 def write_report(folder: RunFolder) -> None:
@@ -41,6 +43,22 @@ def write_report(folder: RunFolder) -> None:
     folder.report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
+def summarize(folder: RunFolder) -> str:
+    """One line: how well the finished run in `folder` predicts held-out text, and what its weights take."""
+    records = read_metrics(folder.metrics)
+    loss = of_kind(records, "eval")[-1]["loss"]
+    return f"validation perplexity {_perplexity(loss):.4f}" + "".join(map(_bytes_sentence, of_kind(records, "bytes")))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, MAX_EXPONENT))
+
+
+def _bytes_sentence(record: Record) -> str:
+    run, dense = (sum(record["all"][who].values()) / record["all"]["num_weights"] for who in ("run", "dense"))
+    return f", {run:.2f} bytes per weight for weights, gradients and optimizer (dense AdamW: {dense:.2f})"
+
+
 def _sparsity(config: RunConfig) -> str:
     return "dense" if config.method == "dense" else f"density {config.density:g}, block {config.block}"
 
@@ -50,7 +68,7 @@ def _result(config: RunConfig, records: list[Record]) -> str:
     seconds = sum(record["seconds"] for record in train)
     tokens = len(train) * config.step_tokens
     rows = [
-        ["validation perplexity (per token)", f"{math.exp(min(last['loss'], 700)):.4f}"],
+        ["validation perplexity (per token)", f"{_perplexity(last['loss']):.4f}"],
         ["validation loss", f"{last['loss']:.4f} nats per token"],
         ["training loss, first and last step", f"{train[0]['loss']:.4f}, {train[-1]['loss']:.4f}"],
         ["steps and tokens", f"{len(train):,} steps, {tokens:,} tokens"],
@@ -84,7 +102,7 @@ def _bytes_table(counts: dict[str, Any], title: str) -> str:
 
 
 def _bytes_row(kind: str, run: int, dense: int, total: int) -> list[str]:
-    ratio = f"{run / dense:.3f}" if dense else "-"
+    ratio = "-" if kind in ONLY_SPARSE else f"{run / dense:.3f}"
     return [kind, f"{run:,}", f"{run / total:.3f}", f"{dense:,}", f"{dense / total:.3f}", ratio]
 
 

@@ -5,6 +5,7 @@ Written beside its place and renamed, so that a path holds a whole checkpoint or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     flattener = Flattener()
     body = json.dumps(flattener.flatten(tree, "checkpoint"))
     tensors = {name: tensor.cpu() for name, tensor in flattener.tensors.items()}
-    header = json.dumps({"version": FORMAT_VERSION, "sha256": _checksum(body, tensors), "body": body})
+    header = json.dumps({"version": FORMAT_VERSION, "sha256": _checksum(FORMAT_VERSION, body, tensors), "body": body})
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,8 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
         os.replace(partial, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         kept = "the checkpoint saved before is whole" if path.exists() else "nothing was saved"
         raise ValueError(f"{path}: could not save the checkpoint ({error}); {kept}; free some space") from error
 
@@ -58,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                     f"{header['version']}; upgrade smet_compile"
                 )
             tensors = {name: file.get_tensor(name) for name in names}
-        if header["sha256"] != _checksum(header["body"], tensors):
+        if header["sha256"] != _checksum(header["version"], header["body"], tensors):
             raise ValueError(f"{path}: the checkpoint was altered: its checksum does not match; use another one")
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error}); use another one") from error
@@ -66,8 +68,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
-def _checksum(body: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(body.encode())
+def _checksum(version: int, body: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{version} {body}".encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(as_bytes(tensors[name]))

@@ -79,8 +79,7 @@ class TopologyManager:
         if schedule != "none":
             _check_feasible(self.sites, max(drop_fraction, final_drop_fraction))
         check_holds(optimizer, self.sites)
-        for site in self.sites.values():
-            check_elementwise(optimizer, site)
+        check_elementwise(optimizer, self.sites)
         self.optimizer = optimizer
         self.grow = grow
         self.seed = seed
@@ -92,7 +91,7 @@ class TopologyManager:
         self._scores: dict[str, GradientScores] = {}
         self._trained: set[int] = set()
         self._trace = Trace(self.sites)
-        optimizer.register_step_pre_hook(self._before_optimizer_step)
+        optimizer.register_step_post_hook(self._after_optimizer_step)
         self._watch_gradients()
 
     @property
@@ -100,8 +99,8 @@ class TopologyManager:
         """The optimizer step after which the topology changes next; None where it never will again."""
         return self.num_steps + 1 if self._pending else self.schedule.next_after(self.num_steps)
 
-    def _before_optimizer_step(self, *_: Any) -> None:
-        """After the step ``zero_grad`` may leave nothing to look at, so gradients are looked at here."""
+    def _after_optimizer_step(self, *_: Any) -> None:
+        """Looks at the gradients of the step: a closure makes them in it, ``zero_grad`` may soon take them away."""
         self._stepped = True
         if self.next_update == self.num_steps + 1:
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -116,8 +115,7 @@ class TopologyManager:
             return None
         due = self.next_update == self.num_steps + 1
         if due or self.num_steps == 0:
-            for site in self.sites.values():
-                check_elementwise(self.optimizer, site)
+            check_elementwise(self.optimizer, self.sites)
         self._stepped = False
         self.num_steps += 1
         event = self._update() if due and self._finite else None
@@ -207,7 +205,7 @@ class TopologyManager:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
-        self.optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self.optimizer.register_step_post_hook(self._after_optimizer_step)
         self._watch_gradients()
 
 

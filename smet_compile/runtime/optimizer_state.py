@@ -30,10 +30,24 @@ def check_holds(optimizer: Optimizer, sites: dict[str, Site]) -> None:
             )
 
 
-def check_elementwise(optimizer: Optimizer, site: Site) -> None:
-    """Raises ValueError for a state of the site's values that cannot follow a topology change."""
+def check_elementwise(optimizer: Optimizer, sites: dict[str, Site]) -> None:
+    """Raises ValueError for an optimizer whose state cannot follow a topology change."""
+    if knows_topologies(optimizer):
+        return
+    for states in optimizer.state.values():
+        for key, state in states.items():
+            if not (isinstance(state, Tensor) or _is_shared(state)):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps a state {key!r} of type {type(state).__name__}, expected tensors "
+                    "like the parameters or scalars; use an elementwise optimizer (ActiveAdamW, AdamW, SGD, ...)"
+                )
+    for site in sites.values():
+        _check_states(optimizer, site)
+
+
+def _check_states(optimizer: Optimizer, site: Site) -> None:
     for key, state in optimizer.state.get(site.values, {}).items():
-        if knows_topologies(optimizer) or _is_shared(state) or _per_weight(state, site):
+        if _is_shared(state) or _per_weight(state, site):
             continue
         got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(

@@ -74,18 +74,39 @@ class Raises(nn.Module):
         return x
 
 
+def hooks_in_force() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_forward_that_raises_leaves_no_hooks_behind(error: type[BaseException]) -> None:
+    """torch calls hooks for every Exception; after a KeyboardInterrupt it is our next forward that cleans up."""
     model = smet.sparsify(Raises(error), density=0.5)
     x = torch.randn(5, 23)
     with pytest.raises(error):
         model(x)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert error is KeyboardInterrupt or not hooks_in_force()
     model.error = None
     with WeightSized(dense_sizes(model)) as seen:
         loss = model(x).square().mean()
     assert seen.num_alive() == 0
+    assert not hooks_in_force()
     loss.backward()
+
+
+def test_hooks_left_by_an_interrupt_do_no_harm() -> None:
+    sparse = smet.sparsify(Raises(KeyboardInterrupt), density=0.5)
+    plain, x = chain(), torch.randn(5, 23)
+    plain(x).exp().mean().backward()
+    expected = [p.grad.clone() for p in plain.parameters()]
+    plain.zero_grad()
+    with pytest.raises(KeyboardInterrupt):
+        sparse(x)
+    plain(x).exp().mean().backward()
+    assert all(same_bits(p.grad, e) for p, e in zip(plain.parameters(), expected, strict=True))
+    sparse.error = None
+    sparse(x)
+    assert not hooks_in_force()
 
 
 def test_forward_inside_another_hook_context() -> None:

@@ -1,6 +1,6 @@
-"""Peak memory of an eager training step, sparse beside dense, each in a fresh process on the CPU.
+"""Peak memory and time of an eager training step, sparse beside dense, each in a fresh process on the CPU.
 
-    python benchmarks/eager_memory.py [--density 0.25] [--block 64] [--dtype float32]
+    python benchmarks/eager_step.py [--density 0.25] [--block 64] [--dtype float32]
 
 Prints the peak over the process's memory before the model was made, from the third step on, and what the formula
 (weights + gradients + moments + index) says. Short sequences, so that weights dominate. Linux only: the peak is
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def resident(field: str) -> int:
 
 
 def measure(method: str, density: float, block: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Runs in the child: four steps, peaks of the last two."""
+    """Runs in the child: two steps to settle, then five measured ones."""
     import transformers  # noqa: F401  before the baseline
 
     import smet_compile as smet
@@ -60,14 +62,20 @@ def measure(method: str, density: float, block: int, dtype: torch.dtype) -> dict
     else:
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3, foreach=False)
     tokens = torch.randint(VOCABULARY, (1, TOKENS))
-    peaks = []
-    for _ in range(4):
+    peaks, seconds = [], []
+    for _ in range(7):
         Path("/proc/self/clear_refs").write_text("5")
+        start = time.perf_counter()
         net(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
         peaks.append(resident("VmHWM") - baseline)
-    return {"peak": statistics.median(peaks[2:]), "formula": formula(net, optimizer)}
+    return {
+        "peak": statistics.median(peaks[2:]),
+        "seconds": statistics.median(seconds[2:]),
+        "formula": formula(net, optimizer),
+    }
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -93,23 +101,29 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child, args.density, args.block, getattr(torch, args.dtype))))
         return
-    rows = {method: [child(method, args) for _ in range(args.repeats)] for method in ("dense", "sparse")}
-    dense, sparse = ([row["peak"] for row in rows[method]] for method in ("dense", "sparse"))
-    ratios = [s / d for s, d in zip(sparse, dense, strict=True)]
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    print(f"density {args.density}, block {args.block}, {args.dtype}, median of {args.repeats} (spread)")
-    print("|  | peak MiB | formula MiB |\n|---|---|---|")
-    for method, peaks in (("dense", dense), ("sparse", sparse)):
-        low, middle, high = (x / MIB for x in (min(peaks), statistics.median(peaks), max(peaks)))
-        print(f"| {method} | {middle:.0f} ({low:.0f}-{high:.0f}) | {rows[method][0]['formula'] / MIB:.0f} |")
-    expected = rows["sparse"][0]["formula"] / rows["dense"][0]["formula"]
-    print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}), by the formula {expected:.3f}")
+    pairs = [(child("dense", args), child("sparse", args)) for _ in range(args.repeats)]
+    print(f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads")
+    print(f"density {args.density}, block {args.block}, {args.dtype}, {TOKENS} tokens; median of {args.repeats}")
+    print("|  | dense | sparse | sparse / dense (spread) |\n|---|---|---|---|")
+    for quantity, unit, scale in (("peak", "MiB", MIB), ("formula", "MiB", MIB), ("seconds", "s a step", 1)):
+        dense, sparse = (statistics.median(pair[i][quantity] for pair in pairs) / scale for i in (0, 1))
+        ratios = [s[quantity] / d[quantity] for d, s in pairs]
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+        print(f"| {quantity}, {unit} | {dense:.5g} | {sparse:.5g} | {spread} |")
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def child(method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement in a process of its own, whose allocator gives freed memory back at once."""
     options = [f"--{name}={getattr(args, name)}" for name in ("density", "block", "dtype")]
     command = [sys.executable, __file__, f"--child={method}", *options]
-    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
