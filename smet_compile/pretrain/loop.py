@@ -2,41 +2,22 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import smet_compile as smet
 from smet_compile.pretrain.config import RunConfig
-from smet_compile.pretrain.data import Data, open_data
 from smet_compile.pretrain.extras import require
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.memory import measure
 from smet_compile.pretrain.metrics import MetricsLog, cut_back
 from smet_compile.pretrain.progress import Progress, Status, open_progress
 from smet_compile.pretrain.report import write_report
-from smet_compile.pretrain.tokenizer import Tokenizer, open_tokenizer
-from smet_compile.pretrain.training import (
-    Training,
-    build_training,
-    learning_rate,
-    train_step,
-    validation_loss,
-)
+from smet_compile.pretrain.run import Run, active_fraction, build_run, headline, restore_run, save_run
+from smet_compile.pretrain.training import learning_rate, train_step, validation_loss
 
 Stop = Callable[[], bool]
 SPEED_MEMORY = 0.9
-
-
-@dataclass
-class Run:
-    """A run in memory."""
-
-    folder: RunFolder
-    config: RunConfig
-    tokenizer: Tokenizer
-    data: Data
-    training: Training
 
 
 def _never() -> bool:
@@ -51,7 +32,7 @@ def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = 
     """
     folder = RunFolder(path)
     folder.expect_free()
-    run = _build(folder, config)
+    run = build_run(folder, config)
     folder.create(config)
     return _finish(run, 0, stop, console)
 
@@ -66,35 +47,15 @@ def resume(path: Path, stop: Stop = _never, console: Any = None) -> bool:
     if folder.is_finished():
         write_report(folder)
         return True
-    run = _build(folder, config)
-    return _finish(run, _restore(run), stop, console)
-
-
-def _build(folder: RunFolder, config: RunConfig) -> Run:
-    tokenizer = open_tokenizer(config.tokenizer)
-    data = open_data(config, tokenizer)
-    return Run(folder, config, tokenizer, data, build_training(config, tokenizer.vocab_size))
-
-
-def _restore(run: Run) -> int:
-    if not run.folder.checkpoint.exists():
-        return 0
-    training = run.training
-    extra = smet.load_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager)
-    if extra["fingerprint"] != run.data.fingerprint:
-        raise ValueError(
-            f"--resume: expected the text this run began with ({run.config.data}), got another; "
-            "restore the files, or begin a new run with --out"
-        )
-    run.data.train.load_state_dict(extra["data"])
-    return extra["step"]
+    run = build_run(folder, config)
+    return _finish(run, restore_run(run), stop, console)
 
 
 def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     console = console or require("rich.console").Console()
     cut_back(run.folder.metrics, first)
     log = MetricsLog(run.folder.metrics)
-    console.print(_headline(run, first), soft_wrap=True, highlight=False)
+    console.print(headline(run, first), soft_wrap=True, highlight=False)
     try:
         with open_progress(console, first, run.config.steps) as progress:
             finished = _train(run, first, stop, log, progress)
@@ -113,7 +74,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
 def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress) -> bool:
     config, training = run.config, run.training
     training.model.train()
-    density, speed = _density(training), 0.0
+    density, speed = active_fraction(training), 0.0
     for step in range(first + 1, config.steps + 1):
         began = time.perf_counter()
         rate = learning_rate(config, step - 1)
@@ -123,20 +84,13 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
         log.write("train", step, loss=loss, lr=rate, seconds=seconds)
         if event is not None:
             log.write("topology", step, event=_as_record(event))
-            density = _density(training)
+            density = active_fraction(training)
         next_update = training.manager.next_update if training.manager else None
         progress.update(Status(step, loss, speed, density, next_update))
         if _after_step(run, step, stop, log):
             return False
     log.write("end", config.steps)
     return True
-
-
-def _headline(run: Run, first: int) -> str:
-    weights = sum(parameter.numel() for parameter in run.training.model.parameters())
-    start = f"from step {first}" if first else "from the beginning"
-    config = run.config
-    return f"{config.preset}, {config.method}: {weights:,} stored weights, {config.data}, {start}, in {run.folder.path}"
 
 
 def _as_record(event: smet.TopologyEvent) -> dict[str, Any]:
@@ -158,22 +112,5 @@ def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
         log.write("eval", step, loss=validation_loss(run.training, run.data.validation, config))
     stopping = stop()
     if last or stopping or step % config.save_every == 0:
-        _save(run, step)
+        save_run(run, step)
     return stopping and not last
-
-
-def _save(run: Run, step: int) -> None:
-    extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
-    training = run.training
-    try:
-        smet.save_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra)
-    except ValueError as error:
-        raise ValueError(f"{error}; then {run.folder.resume_command}") from error
-
-
-def _density(training: Training) -> float:
-    """Active share of all blocks of the sparse layers, read back from the topology; 1 in dense training."""
-    if training.manager is None:
-        return 1.0
-    sites = smet.report(training.model).sites
-    return sum(site.num_active for site in sites) / sum(site.num_blocks for site in sites)

@@ -11,6 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from smet_compile.pretrain.config import RunConfig, resolve
@@ -31,6 +32,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(PRELOADED)
 WORDS = ["sparse", "weights", "move", "while", "the", "model", "learns", "dense", "ones", "stay"]
 CHECKPOINT = "checkpoint.safetensors"
+SMALL_MODEL = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices as a whole")
 
 
 def write_text(folder: Path, num_files: int = 4, num_words: int = 800) -> str:

@@ -13,7 +13,9 @@ from typer.testing import CliRunner, Result
 from smet_compile.pretrain.cli import make_app
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.loop import pretrain
-from tests.pretrain.runs import command_line, finish, in_new_process, losses, small_config, write_text
+from tests.pretrain.runs import SMALL_MODEL, command_line, finish, in_new_process, losses, small_config, write_text
+
+pytestmark = SMALL_MODEL
 
 SMALL = ["--preset", "nano", "--steps", "4", "--every", "1", "--device", "cpu"]
 
@@ -27,9 +29,10 @@ def test_a_run_by_options(tmp_path: Path) -> None:
     result = call(*SMALL, "--data", data, "--block", "1x16", "--density", 0.4, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "step 4/4  loss " in result.output
+    assert "Done: validation perplexity " in result.output and "dense AdamW: 16.00" in result.output
     assert f"Report: {tmp_path}/run/report.md" in result.output
     result = call("--resume", tmp_path / "run")
-    assert result.exit_code == 0 and "step" not in result.output
+    assert result.exit_code == 0 and "step 4/4" not in result.output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.metrics import of_kind, read_metrics
 from smet_compile.pretrain.tokenizer import ByteTokenizer
 from smet_compile.pretrain.training import build_training, train_step
-from tests.pretrain.runs import losses, moves, small_config
+from tests.pretrain.runs import SMALL_MODEL, losses, moves, small_config
+
+pytestmark = SMALL_MODEL
 
 
 @pytest.mark.parametrize("method", ["smet", "smet-rigl", "set-naive", "rigl-naive", "static", "dense"])

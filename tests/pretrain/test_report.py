@@ -11,7 +11,9 @@ from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.memory import KINDS, measure
 from smet_compile.pretrain.metrics import of_kind, read_metrics
 from smet_compile.pretrain.training import build_training, train_step
-from tests.pretrain.runs import moves, small_config
+from tests.pretrain.runs import SMALL_MODEL, moves, small_config
+
+pytestmark = SMALL_MODEL
 
 
 @pytest.fixture(scope="module")

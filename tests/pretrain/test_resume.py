@@ -10,6 +10,7 @@ from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import (
     CHECKPOINT,
+    SMALL_MODEL,
     StopAfter,
     edit_config,
     finish,
@@ -20,6 +21,8 @@ from tests.pretrain.runs import (
     small_config,
     write_text,
 )
+
+pytestmark = SMALL_MODEL
 
 WAYS = [
     {"method": "smet"},
