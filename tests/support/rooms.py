@@ -65,9 +65,7 @@ def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, s
         elif isinstance(node, ast.Attribute) and dotted(node) in ONLY_IN:
             yield node.lineno, dotted(node)
         elif isinstance(node, ast.Call) and dotted(node.func).endswith(("import_module", "__import__")):
-            yield from (
-                (node.lineno, str(name.value)) for name in node.args if isinstance(name, ast.Constant)
-            )
+            yield from ((node.lineno, str(name.value)) for name in node.args if isinstance(name, ast.Constant))
 
 
 def within(module: str, package: str) -> bool:
