@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.choose import Choice
-from smet_compile.format import block_means, pack, sample_positions
+from smet_compile.format import all_block_means, sample_positions
 from smet_compile.ops import CompactWeight
 
 SELECTS = ("random", "magnitude")
@@ -34,9 +34,7 @@ def _select(choice: Choice, select: str, seed: int) -> Tensor:
     if weight.tensor.is_meta:
         return mask
     if select == "magnitude":
-        every = torch.arange(layout.num_blocks, device=mask.device)
-        scores = block_means(pack(weight.tensor, every, layout), every, layout)
-        positions = scores.topk(choice.num_active, sorted=False).indices
+        positions = all_block_means(weight.tensor, layout).topk(choice.num_active, sorted=False).indices
     else:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {weight.name}".encode()))
         positions = sample_positions(mask, choice.num_active, generator)

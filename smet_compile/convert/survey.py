@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MHA_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -154,6 +156,6 @@ def _never(name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owner
         return "has another parametrization"
     if isinstance(module, nn.RNNBase):
         return "a recurrent layer, which reads its weights past any parametrization"
-    if not tensor.is_floating_point():
-        return f"holds {tensor.dtype}, not floating point"
+    if tensor.dtype not in _DTYPES:
+        return f"holds {tensor.dtype}, which is not trained"
     return None

@@ -3,7 +3,7 @@
 Imports torch and the standard library only.
 """
 
-from smet_compile.format.blocks import block_means, block_sizes, pack, unpack
+from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
 from smet_compile.format.change import TopologyChange
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import sample_positions
@@ -12,6 +12,7 @@ from smet_compile.format.topology import count_active, pack_bits, positions_of, 
 __all__ = [
     "Layout",
     "TopologyChange",
+    "all_block_means",
     "block_means",
     "block_sizes",
     "count_active",

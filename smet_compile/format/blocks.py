@@ -77,8 +77,19 @@ def dense_positions(mask: Tensor, layout: Layout) -> Tensor:
 
 
 def block_means(blocks: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    """Mean magnitude of each block (N,), over its entries inside the matrix; fp32 at least."""
-    magnitude = blocks.to(torch.promote_types(blocks.dtype, torch.float32)).abs()
+    """Mean magnitude (N,) of the blocks at ``positions``, over their entries inside the matrix; fp32 at least."""
     if layout.single_weights:
-        return magnitude.view(-1)
-    return magnitude.sum((1, 2)) / block_sizes(layout, positions)
+        return _magnitude(blocks).view(-1)
+    return _magnitude(blocks).sum((1, 2)) / block_sizes(layout, positions)
+
+
+def all_block_means(dense: Tensor, layout: Layout) -> Tensor:
+    """Mean magnitude (num_blocks,) of every block of a dense tensor."""
+    if layout.single_weights:
+        return _magnitude(dense).reshape(-1)
+    every = torch.arange(layout.num_blocks, device=dense.device)
+    return block_means(to_blocks(dense, layout), every, layout)
+
+
+def _magnitude(weights: Tensor) -> Tensor:
+    return weights.to(torch.promote_types(weights.dtype, torch.float32)).abs()

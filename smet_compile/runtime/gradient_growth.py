@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from smet_compile.format import block_means, pack
+from smet_compile.format import all_block_means
 from smet_compile.ops import Site
 
 
@@ -66,9 +66,6 @@ class GradientScores:
 
     @torch.no_grad()
     def _best(self, grad: Tensor) -> Tensor:
-        layout = self.site.layout
-        mask = self.site.mask()
-        every = torch.arange(layout.num_blocks, device=grad.device)
-        scores = block_means(pack(grad, every, layout), every, layout)
-        scores.masked_fill_(mask, -1)
+        scores = all_block_means(grad, self.site.layout)
+        scores.masked_fill_(self.site.mask(), -1)
         return scores.topk(self.count, sorted=False).indices

@@ -38,8 +38,8 @@ def check_elementwise(optimizer: Optimizer, sites: dict[str, Site]) -> None:
         for key, state in states.items():
             if not (isinstance(state, Tensor) or _is_shared(state)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps a state {key!r} of type {type(state).__name__}, expected tensors "
-                    "like the parameters or scalars; use an elementwise optimizer (ActiveAdamW, AdamW, SGD, ...)"
+                    f"{type(optimizer).__name__} keeps a state {key!r} of type {type(state).__name__}, expected "
+                    "tensors like the parameters or scalars; use an elementwise optimizer (ActiveAdamW, AdamW, SGD, ...)"
                 )
     for site in sites.values():
         _check_states(optimizer, site)
