@@ -67,11 +67,13 @@ def sparsify(
 
 
 def _warn_if_dense(made: Report, density: float) -> None:
-    if made.density > _WARN_ABOVE * density:
-        largest = sorted(made.skipped, key=lambda row: -row.num_weights)[:3]
-        left = ", ".join(f"{row.name} ({row.num_weights:,} weights: {row.reason})" for row in largest)
-        warnings.warn(
-            f"sparsify: the model's matrices as a whole have density {made.density:.2f}, more than 1.5 times the "
-            f"{density} asked for. Largest left dense: {left}",
-            stacklevel=3,
-        )
+    if made.density <= _WARN_ABOVE * density:
+        return
+    largest = sorted(made.skipped, key=lambda row: -row.num_weights)[:3]
+    left = ", ".join(f"{row.name} ({row.num_weights:,} weights: {row.reason})" for row in largest)
+    why = f"largest left dense: {left}" if left else "a weight keeps at least one block; use smaller blocks"
+    warnings.warn(
+        f"sparsify: the model's matrices as a whole have density {made.density:.2f}, more than 1.5 times the "
+        f"{density} asked for; {why}",
+        stacklevel=3,
+    )
