@@ -2,6 +2,7 @@
 PYTHON ?= python3
 DEMO := .venv-demo/bin/python
 DEV := .venv-dev/bin/python
+export OMP_WAIT_POLICY = PASSIVE  # threads that wait do not spin: on cores that others use too, four times faster
 
 .PHONY: help demo test check clean
 
