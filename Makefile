@@ -2,7 +2,8 @@
 PYTHON ?= python3
 DEMO := .venv-demo/bin/python
 DEV := .venv-dev/bin/python
-export OMP_WAIT_POLICY = PASSIVE  # threads that wait do not spin: on cores that others use too, four times faster
+# Threads that wait do not spin: on cores that others use too, that is four times faster.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help demo test check clean
 

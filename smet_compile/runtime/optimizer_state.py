@@ -39,7 +39,7 @@ def check_elementwise(optimizer: Optimizer, sites: dict[str, Site]) -> None:
             if not (isinstance(state, Tensor) or _is_shared(state)):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps a state {key!r} of type {type(state).__name__}, expected "
-                    "tensors like the parameters or scalars; use an elementwise optimizer (ActiveAdamW, AdamW, SGD, ...)"
+                    "tensors like the parameters or scalars; use an elementwise one (ActiveAdamW, AdamW, SGD, ...)"
                 )
     for site in sites.values():
         _check_states(optimizer, site)
