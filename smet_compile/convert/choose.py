@@ -112,8 +112,11 @@ def _choose(weights: dict[str, Weight], include: list[str] | None, exclude: list
     for name, weight in wanted.items():
         if weight.never_reason == ALREADY_COMPACT:
             raise ValueError(f"{name}: {ALREADY_COMPACT}; call sparsify once, or exclude it")
-        if weight.never_reason is not None and name in (include or []):
-            raise ValueError(f"{name}: cannot be made sparse: {weight.never_reason}; leave it out of include")
+    for glob in include or []:
+        matched = [weight for weight in weights.values() if _matches(weight, glob)]
+        if all(weight.never_reason for weight in matched):
+            first = matched[0]
+            raise ValueError(f"include: {glob!r} matches {first.name}, which cannot be sparse: {first.never_reason}")
     chosen = {name: weight for name, weight in wanted.items() if weight.never_reason is None}
     if not chosen:
         found = "; ".join(f"{n}: {w.reason or 'excluded'}" for n, w in list(weights.items())[:5])

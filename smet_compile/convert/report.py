@@ -150,6 +150,8 @@ def _num_weights(shape: tuple[int, ...]) -> int:
 
 def _num_active_weights(site: Site) -> int:
     """Weights inside active blocks; a block at the edge has fewer. On the meta device: about as many."""
+    if site.layout.single_weights:
+        return site.num_active
     if site.compact.topology.is_meta:
         return round(site.density * site.layout.num_weights)
     return int(block_sizes(site.layout, positions_of(site.mask())).sum())

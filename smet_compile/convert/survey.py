@@ -14,6 +14,7 @@ from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
 _MHA_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -114,13 +115,14 @@ def _routers(parent: nn.Module) -> Iterator[nn.Module]:
 def is_expert_stack(module: nn.Module, tensor: Tensor) -> bool:
     """The rule for stacked experts: (E, R, C) with R, C > 1, in a module that says it holds experts.
 
-    It says so by its class name ("MixtralExperts"), or by an integer attribute such as ``num_experts`` that
-    equals E. Position embeddings (1, T, D) and class tokens (1, 1, D) belong to no such module; routers are 2-D.
+    It says so by its class name ("MixtralExperts"), or by an attribute ``num_experts``, ``num_local_experts``,
+    ``n_experts`` or ``n_routed_experts`` that equals E > 1. Position embeddings (1, T, D) and class tokens
+    (1, 1, D) have E = 1; routers are 2-D.
     """
-    if tensor.dim() != 3 or min(tensor.shape[1:]) <= 1:
+    if tensor.dim() != 3 or min(tensor.shape) <= 1:
         return False
-    counts = [v for k, v in vars(module).items() if "expert" in k.lower() and isinstance(v, int)]
-    return "expert" in type(module).__name__.lower() or tensor.shape[0] in counts
+    counts = [getattr(module, name, None) for name in _EXPERT_COUNTS]
+    return "experts" in type(module).__name__.lower() or tensor.shape[0] in counts
 
 
 def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:

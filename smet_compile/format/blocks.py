@@ -14,42 +14,45 @@ from smet_compile.format.layout import Layout
 from smet_compile.format.topology import positions_of
 
 
-def to_blocks(dense: Tensor, layout: Layout) -> Tensor:
-    """Dense weight → its blocks (B, bm, bn), zeros where a block hangs over the edge."""
+def _cut(padded_SRC: Tensor, layout: Layout) -> Tensor:
+    """Matrices whose blocks fit → a view by block: (S, M, K, bm, bn)."""
+    bm, bn = layout.block_shape
+    return padded_SRC.view(layout.num_matrices, layout.block_rows, bm, layout.block_cols, bn).transpose(2, 3)
+
+
+def _by_block(dense: Tensor, layout: Layout) -> Tensor:
+    """Dense weight → (S, M, K, bm, bn), zeros where a block hangs over the edge; a view where none does."""
     bm, bn = layout.block_shape
     dense_SRC = dense.reshape(layout.num_matrices, layout.rows, layout.cols)
-    over_rows, over_cols = layout.block_rows * bm - layout.rows, layout.block_cols * bn - layout.cols
-    padded = F.pad(dense_SRC, (0, over_cols, 0, over_rows))
-    cut = padded.view(layout.num_matrices, layout.block_rows, bm, layout.block_cols, bn)
-    return cut.transpose(2, 3).reshape(layout.num_blocks, bm, bn)
+    over = layout.block_rows * bm - layout.rows, layout.block_cols * bn - layout.cols
+    return _cut(F.pad(dense_SRC, (0, over[1], 0, over[0])) if any(over) else dense_SRC, layout)
 
 
-def from_blocks(blocks: Tensor, layout: Layout) -> Tensor:
-    """Blocks (B, bm, bn) → the dense weight; what hangs over the edge is cut off."""
-    bm, bn = layout.block_shape
-    cut = blocks.view(layout.num_matrices, layout.block_rows, layout.block_cols, bm, bn).transpose(2, 3)
-    padded = cut.reshape(layout.num_matrices, layout.block_rows * bm, layout.block_cols * bn)
-    return padded[:, : layout.rows, : layout.cols].reshape(layout.shape).contiguous()
-
-
-def _positions(active: Tensor) -> Tensor:
-    return positions_of(active) if active.dtype == torch.bool else active
+def _grid(active: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrix, block row and block column (N,) of each active block."""
+    positions = positions_of(active) if active.dtype == torch.bool else active
+    row, col = positions // layout.block_cols, positions % layout.block_cols
+    return row // layout.block_rows, row % layout.block_rows, col
 
 
 def pack(dense: Tensor, active: Tensor, layout: Layout) -> Tensor:
     """The active blocks of ``dense``, in row-major order of position: (N,) or (N, bm, bn).
 
-    ``active`` is their mask (num_blocks,) bool or their positions (N,) int64.
+    ``active`` is their mask (num_blocks,) bool or, for blocks of several weights, their positions (N,) int64.
     """
-    blocks = dense.reshape(-1) if layout.single_weights else to_blocks(dense, layout)
-    return blocks.index_select(0, _positions(active))
+    if layout.single_weights:
+        return dense.reshape(-1)[active]
+    return _by_block(dense, layout)[_grid(active, layout)]
 
 
 def unpack(values: Tensor, active: Tensor, layout: Layout) -> Tensor:
     """The dense weight of ``values``: zero where inactive. ``active`` as in ``pack``."""
-    blocks = values.new_zeros(layout.num_blocks, *values.shape[1:])
-    blocks.index_copy_(0, _positions(active), values)
-    return blocks.view(layout.shape) if layout.single_weights else from_blocks(blocks, layout)
+    if layout.single_weights:
+        return values.new_zeros(layout.num_weights).masked_scatter_(active, values).view(layout.shape)
+    bm, bn = layout.block_shape
+    padded_SRC = values.new_zeros(layout.num_matrices, layout.block_rows * bm, layout.block_cols * bn)
+    _cut(padded_SRC, layout).index_put_(_grid(active, layout), values)
+    return padded_SRC[:, : layout.rows, : layout.cols].reshape(layout.shape).contiguous()
 
 
 def block_sizes(layout: Layout, positions: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def all_block_means(dense: Tensor, layout: Layout) -> Tensor:
     if layout.single_weights:
         return _magnitude(dense).reshape(-1)
     every = torch.arange(layout.num_blocks, device=dense.device)
-    return block_means(to_blocks(dense, layout), every, layout)
+    return _magnitude(_by_block(dense, layout)).sum((3, 4)).view(-1) / block_sizes(layout, every)
 
 
 def _magnitude(weights: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shape suffixes: N active blocks, G generations. Values are (N,) for single weigh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
     return torch.promote_types(storage, torch.float32)
 
 
-def hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer mixer on int64 tensors holding 0 ... 2^32 - 1 (xor-shift-multiply, two rounds)."""
+def hash32(x: Any) -> Any:
+    """A 32-bit mixer (xor, shift, multiply, two rounds) of 0 ... 2^32 - 1, a Python int or an int64 tensor."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _LOW_32_BITS
     x = x ^ (x >> 15)
@@ -29,13 +29,14 @@ def hash32(x: Tensor) -> Tensor:
 
 def noise_key(seed: int, step: Tensor, stream: int) -> Tensor:
     """One key per (seed of a parameter, step, stream): streams keep a weight and its two moments apart."""
-    seed_t = torch.as_tensor(seed & _LOW_32_BITS, dtype=torch.int64, device=step.device)
-    return hash32(hash32(hash32(seed_t) ^ (step & _LOW_32_BITS)) ^ stream)
+    key: Tensor = hash32(hash32(hash32(seed & _LOW_32_BITS) ^ (step & _LOW_32_BITS)) ^ stream)
+    return key
 
 
 def noise_bits(key: Tensor, positions: Tensor) -> Tensor:
     """32 random bits for each dense position (int64, any size), a pure function of key and position."""
-    return hash32(hash32((positions & _LOW_32_BITS) ^ key) ^ (positions >> 32))
+    bits: Tensor = hash32(hash32((positions & _LOW_32_BITS) ^ key) ^ (positions >> 32))
+    return bits
 
 
 def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:

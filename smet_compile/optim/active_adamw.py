@@ -132,6 +132,10 @@ class ActiveAdamW(Optimizer):
         trained = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, _ in trained:
             self._held[parameter].check(parameter)
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise ValueError(
+                    f"{self._held[parameter].name}: expected a dense gradient, got a sparse one; use sparse=False"
+                )
         for parameter, group in trained:
             self._update(parameter, group)
         return loss
@@ -139,8 +143,7 @@ class ActiveAdamW(Optimizer):
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         held = self._held[parameter]
         grad = parameter.grad
-        if grad is None or grad.is_sparse:
-            raise ValueError(f"{held.name}: expected a dense gradient, got a sparse one; use sparse=False")
+        assert grad is not None
         state = self.state[parameter] or self._new_state(parameter, held.site)
         state["step"] += 1
         compact = held.site.compact if held.site else None
@@ -273,7 +276,7 @@ def _check_options(options: dict[str, Any]) -> None:
     checks = (
         ("lr", options["lr"] >= 0, "a number of at least 0"),
         ("betas", all(0 <= beta < 1 for beta in options["betas"]), "two numbers in [0, 1)"),
-        ("eps", options["eps"] >= 0, "a number of at least 0"),
+        ("eps", options["eps"] > 0, "a number above 0"),
         ("weight_decay", options["weight_decay"] >= 0, "a number of at least 0"),
         ("warmup_steps", options["warmup_steps"] >= 0, "a number of steps of at least 0"),
     )

@@ -70,9 +70,10 @@ def load_checkpoint(
         if saved["manager"] is None:
             raise ValueError(f"{path}: expected a checkpoint with a manager, got one saved without; leave it out")
         manager.check_state_dict(saved["manager"])
-    model.load_state_dict(saved["model"])
     if optimizer is not None:
         optimizer.load_state_dict(saved["optimizer"]["state"])
+    model.load_state_dict(saved["model"])
+    if optimizer is not None:
         _restore_random_states(saved["random"])
     if manager is not None:
         manager.load_state_dict(saved["manager"])
@@ -106,15 +107,17 @@ def _check_model(path: Any, saved: dict[str, Any], model: nn.Module) -> None:
         where = "this model" if name in here else "the checkpoint"
         raise ValueError(f"{path}: {name} is only in {where}: the checkpoint is of another model")
     for name, tensor in here.items():
-        if isinstance(tensor, Tensor) and _kind(tensor) != _kind(there[name]):
+        if _kind(tensor) != _kind(there[name]):
             raise ValueError(
                 f"{path}: {name}: expected {_kind(tensor)}, got {_kind(there[name])} in the checkpoint; it is of "
                 "another model, density or dtype"
             )
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _check_optimizer(path: Any, saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:

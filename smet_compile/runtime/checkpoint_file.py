@@ -1,4 +1,4 @@
-"""One checkpoint, one file: safetensors whose header carries the JSON and a checksum of everything.
+"""One checkpoint, one file: safetensors, the JSON as a tensor of bytes, a checksum of everything in the header.
 
 Written beside its place and renamed, so that a path holds a whole checkpoint or the one before.
 """
@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,15 +21,17 @@ from smet_compile.runtime.tree import Flattener, as_bytes, unflatten
 
 FORMAT_VERSION = 1
 _KEY = "smet_compile"
+_JSON = "json"
 
 
 def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     """Writes a tree of JSON values and tensors. Raises ValueError where it cannot; the old file then stands."""
     path = Path(path)
     flattener = Flattener()
-    body = json.dumps(flattener.flatten(tree, "checkpoint"))
+    body = json.dumps(flattener.flatten(tree, "checkpoint")).encode()
     tensors = {name: tensor.cpu() for name, tensor in flattener.tensors.items()}
-    header = json.dumps({"version": FORMAT_VERSION, "sha256": _checksum(FORMAT_VERSION, body, tensors), "body": body})
+    tensors[_JSON] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+    header = json.dumps({"version": FORMAT_VERSION, "sha256": _checksum(FORMAT_VERSION, tensors)})
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,16 +63,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                     f"{header['version']}; upgrade smet_compile"
                 )
             tensors = {name: file.get_tensor(name) for name in names}
-        if header["sha256"] != _checksum(header["version"], header["body"], tensors):
+        if header["sha256"] != _checksum(header["version"], tensors):
             raise ValueError(f"{path}: the checkpoint was altered: its checksum does not match; use another one")
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error}); use another one") from error
-    tree: dict[str, Any] = unflatten(json.loads(header["body"]), tensors)
+    tree: dict[str, Any] = unflatten(json.loads(bytes(as_bytes(tensors.pop(_JSON)))), tensors)
     return tree
 
 
-def _checksum(version: int, body: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(f"{version} {body}".encode())
+def _checksum(version: int, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{version}".encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(as_bytes(tensors[name]))
