@@ -14,6 +14,10 @@ from torch import Tensor
 from smet_compile.format import Layout, blocks, unpack_bits
 from smet_compile.ops import adamw, reference
 
+CHANGED = (
+    "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
+    "TopologyManager.step()"
+)
 _LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
 _library = torch.library.Library("smet", "DEF")
 _library.define(f"unpack(Tensor values, Tensor topology, Tensor[] index, {_LAYOUT}) -> Tensor")
@@ -108,23 +112,28 @@ def _(*args: Any) -> None:
     return None
 
 
-def _save_topology(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensor, topology, index, *ctx.layout = inputs
-    ctx.num_active = tensor.shape[0]
-    ctx.save_for_backward(topology, *index)
+def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Not by ``save_for_backward``: DistributedDataParallel rewrites buffers in every forward, with what they hold,
+    and autograd would take that for a change of topology. A real one moves the values too, which is looked at."""
+    ctx.values, ctx.topology, ctx.index, *ctx.layout = inputs
+    ctx.version = ctx.values._version
 
 
 def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
-    topology, *index = ctx.saved_tensors
-    grad = torch.ops.smet.pack(grad_dense, topology, index, *ctx.layout, ctx.num_active)
-    return grad, None, [None] * len(index), None, None, None
+    if ctx.values._version != ctx.version:
+        raise RuntimeError(CHANGED)
+    grad = torch.ops.smet.pack(grad_dense, ctx.topology, ctx.index, *ctx.layout, ctx.values.shape[0])
+    return grad, None, [None] * len(ctx.index), None, None, None
+
+
+def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.topology, ctx.index, *ctx.layout, _ = inputs
 
 
 def _pack_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
-    topology, *index = ctx.saved_tensors
-    grad = torch.ops.smet.unpack(grad_values, topology, index, *ctx.layout[:3])
-    return grad, None, [None] * len(index), None, None, None, None
+    grad = torch.ops.smet.unpack(grad_values, ctx.topology, ctx.index, *ctx.layout)
+    return grad, None, [None] * len(ctx.index), None, None, None, None
 
 
-torch.library.register_autograd("smet::unpack", _unpack_backward, setup_context=_save_topology, lib=_library)
-torch.library.register_autograd("smet::pack", _pack_backward, setup_context=_save_topology, lib=_library)
+torch.library.register_autograd("smet::unpack", _unpack_backward, setup_context=_save_unpack, lib=_library)
+torch.library.register_autograd("smet::pack", _pack_backward, setup_context=_save_pack, lib=_library)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from smet_compile.ops.library import CHANGED
 
 if TYPE_CHECKING:
     from smet_compile.ops.compact_weight import CompactWeight
@@ -65,25 +68,20 @@ _forward = _Forward()
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to make an unpacked weight again."""
+    """How to make an unpacked weight again. Its tensors are those of the forward, whatever the module holds later."""
 
-    compact: CompactWeight
     values: Tensor
-    versions: tuple[int, int]
-
-    @classmethod
-    def of(cls, compact: CompactWeight, values: Tensor) -> _Recipe:
-        return cls(compact, values, (values._version, compact.topology._version))
+    version: int
+    topology: Tensor
+    index: list[Tensor]
+    layout: tuple[list[int], list[int], list[int]]
 
     def dense(self) -> Tensor:
-        if self.versions != (self.values._version, self.compact.topology._version):
-            raise RuntimeError(
-                "a compact weight was changed between its forward and its backward; call backward() before "
-                "optimizer.step() and TopologyManager.step()"
-            )
+        if self.version != self.values._version:
+            raise RuntimeError(CHANGED)
         with torch.no_grad():
-            compact = self.compact
-            return torch.ops.smet.unpack(self.values, compact.topology, compact.index, *compact.op_layout())
+            dense: Tensor = torch.ops.smet.unpack(self.values, self.topology, self.index, *self.layout)
+        return dense
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,25 @@ class _Saved:
         return self.tensor
 
 
-class _Hooks:
-    """One forward's saved-tensor hooks and the dense weights alive in it, by storage."""
+@dataclass(frozen=True)
+class _Passed:
+    """Any other saved tensor, as the hooks below ours keep it."""
 
-    def __init__(self) -> None:
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+    def restore(self) -> Tensor:
+        return self.unpack(self.packed)
+
+
+class _Hooks:
+    """One forward's saved-tensor hooks and the dense weights alive in it, by storage.
+
+    What is no weight goes to the hooks that were in force before (those of activation checkpointing, of a user).
+    """
+
+    def __init__(self, below: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
+        self.below = below
         self.live: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
         self.context = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
@@ -136,22 +149,31 @@ class _Hooks:
         if storage in self.live:
             _, version, recipe = self.live[storage]
             return recipe if tensor._version == version else None
-        base = tensor._base if tensor._base is not None else tensor
-        if base.grad_fn is None or base._version != 0 or base.grad_fn.name() != "ToCopyBackward0":
-            return None
-        source = base.grad_fn.next_functions[0][0]
-        return None if source is None else _notes(source).get(_RECIPE)
+        return _recipe_of_copy(tensor._base if tensor._base is not None else tensor)
 
-    def pack(self, tensor: Tensor) -> _Saved | _Kept:
+    def pack(self, tensor: Tensor) -> _Saved | _Kept | _Passed:
         recipe = self.recipe(tensor)
-        if recipe is None:
-            # Detached: the tensor itself would be a reference cycle where a function saves its output.
-            return _Saved(tensor.detach(), tensor._version)
-        return _Kept(recipe, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        if recipe is not None:
+            return _Kept(recipe, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        if self.below is not None:
+            pack, unpack = self.below
+            return _Passed(pack(tensor), unpack)
+        # Detached: the tensor itself would be a reference cycle where a function saves its output.
+        return _Saved(tensor.detach(), tensor._version)
 
     @staticmethod
-    def unpack(saved: _Saved | _Kept) -> Tensor:
+    def unpack(saved: _Saved | _Kept | _Passed) -> Tensor:
         return saved.restore()
+
+
+def _recipe_of_copy(copy: Tensor) -> _Recipe | None:
+    """The recipe of the weight that ``copy`` is another dtype of, laid out as ``to`` lays it out again."""
+    if copy.grad_fn is None or copy._version != 0 or copy.grad_fn.name() != "ToCopyBackward0":
+        return None
+    source = copy.grad_fn.next_functions[0][0]
+    recipe: _Recipe | None = None if source is None else _notes(source).get(_RECIPE)
+    same_place = recipe is not None and copy.device == recipe.values.device and copy.is_contiguous()
+    return recipe if same_place else None
 
 
 def _notes(node: Any) -> dict[str, Any]:
@@ -165,20 +187,20 @@ def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
     hooks = _forward.hooks
     if hooks is None or dense.is_inference():
         return
-    recipe = _Recipe.of(compact, values)
+    recipe = _Recipe(values, values._version, compact.topology, compact.index, compact.op_layout())
     hooks.remember(dense, recipe)
     if dense.grad_fn is not None:
         _notes(dense.grad_fn)[_RECIPE] = recipe
 
 
-def _wanted() -> bool:
-    """Whether to install hooks: training, and nobody else's (checkpointing's, a user's) or ours in force."""
+def _new_hooks() -> _Hooks | None:
+    """Hooks for a forward; None where they are of no use (no training) or in force already."""
     autograd: Any = torch._C._autograd
-    return (
-        torch.is_grad_enabled()
-        and autograd._saved_tensors_hooks_is_enabled()
-        and autograd._top_saved_tensors_default_hooks(False) is None
-    )
+    if not (torch.is_grad_enabled() and autograd._saved_tensors_hooks_is_enabled()):
+        return None
+    top = autograd._top_saved_tensors_default_hooks(False)
+    ours = top is not None and top[1] is _Hooks.unpack
+    return None if ours else _Hooks(top)
 
 
 def _enter(module: nn.Module, args: Any) -> None:
@@ -186,7 +208,7 @@ def _enter(module: nn.Module, args: Any) -> None:
         return
     caller = sys._getframe(1)
     _forward.leave_interrupted(caller)
-    hooks = _Hooks() if _wanted() else None
+    hooks = _new_hooks()
     if hooks is not None:
         hooks.context.__enter__()
     _forward.stack.append(_Entered(module, caller, hooks))

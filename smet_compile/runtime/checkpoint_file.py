@@ -65,9 +65,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in names}
         if header["sha256"] != _checksum(header["version"], tensors):
             raise ValueError(f"{path}: the checkpoint was altered: its checksum does not match; use another one")
+        body = json.loads(bytes(as_bytes(tensors.pop(_JSON))))
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error}); use another one") from error
-    tree: dict[str, Any] = unflatten(json.loads(bytes(as_bytes(tensors.pop(_JSON)))), tensors)
+    tree: dict[str, Any] = unflatten(body, tensors)
     return tree
 
 
