@@ -65,17 +65,17 @@ def block_sizes(layout: Layout, positions: Tensor) -> Tensor:
     return height * width
 
 
-def dense_positions(mask: Tensor, layout: Layout) -> Tensor:
-    """Position in the flat dense weight of each entry of the active blocks: (N, bm, bn) int64.
+def dense_positions(positions: Tensor, layout: Layout) -> Tensor:
+    """Position in the flat dense weight of each entry of the blocks at ``positions`` (N,): (N, bm, bn) int64.
 
     Entries that hang over an edge get the position they would have, which is some other entry's: they are zero.
     """
     bm, bn = layout.block_shape
-    block = positions_of(mask).view(-1, 1, 1)
+    block = positions.view(-1, 1, 1)
     first_row = block // layout.block_cols % layout.block_rows * bm
     matrix = block // (layout.block_rows * layout.block_cols)
-    row = first_row + torch.arange(bm, device=mask.device).view(1, bm, 1)
-    col = block % layout.block_cols * bn + torch.arange(bn, device=mask.device).view(1, 1, bn)
+    row = first_row + torch.arange(bm, device=positions.device).view(1, bm, 1)
+    col = block % layout.block_cols * bn + torch.arange(bn, device=positions.device).view(1, 1, bn)
     return (matrix * layout.rows + row) * layout.cols + col
 
 

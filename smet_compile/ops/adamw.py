@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, unpack_bits
+from smet_compile.format import Layout, positions_of, unpack_bits
 from smet_compile.format.blocks import dense_positions
 from smet_compile.ops import reference as ref
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
+_WEIGHTS_AT_ONCE = 2**20
 
 
 def active_adamw_(
@@ -44,33 +45,54 @@ def active_adamw_(
         shared_step: bias corrections by ``step`` instead of the age (the naive rule).
         noise_seed: rounds bf16 weights and moments stochastically; None: to nearest.
     """
-    dtype = ref.compute_dtype(values.dtype)
     age = (step if births is None else step - births).clamp(min=1).double()
     bias_age = step.double().expand_as(age) if shared_step else age
-    rate, bias1, bias2 = (
-        ref.per_block(table, generation, values.new_empty((1,) * values.dim(), dtype=dtype))
-        for table in (
-            ref.step_sizes(age, lr, density_rate, warmup_steps),
-            1 - scalars.beta1**bias_age,
-            1 - scalars.beta2**bias_age,
-        )
+    tables = (
+        ref.step_sizes(age, lr, density_rate, warmup_steps),
+        1 - scalars.beta1**bias_age,
+        1 - scalars.beta2**bias_age,
     )
-    old = [t.to(dtype) for t in (values, exp_avg, exp_avg_sq)]
+    stored = [values, exp_avg, exp_avg_sq]
+    if generation is None and all(t.is_contiguous() for t in stored):
+        stored, grad = [t.view(-1) for t in stored], grad.reshape(-1)
+    rounds = noise_seed is not None and any(t.dtype == torch.bfloat16 for t in stored)
+    keys = [ref.noise_key(noise_seed or 0, step, stream) for stream in (WEIGHT, EXP_AVG, EXP_AVG_SQ)] if rounds else []
+    blocks = None
+    if rounds and topology is not None and layout is not None:
+        blocks = positions_of(unpack_bits(topology, layout.num_blocks))
+    row_size = grad[0].numel()
+    rows_at_once = max(1, _WEIGHTS_AT_ONCE // row_size)
+    for first in range(0, len(grad), rows_at_once):
+        rows = slice(first, min(first + rows_at_once, len(grad)))
+        part = [t[rows] for t in stored]
+        positions = None
+        if blocks is not None and layout is not None:
+            positions = dense_positions(blocks[rows], layout).view(part[WEIGHT].shape)
+        elif rounds:
+            every = torch.arange(rows.start * row_size, rows.stop * row_size, device=grad.device)
+            positions = every.view(part[WEIGHT].shape)
+        born = None if generation is None else generation[rows]
+        num_skipped += _update(part, grad[rows], born, tables, scalars, keys, positions)
+
+
+def _update(
+    stored: list[Tensor],
+    grad: Tensor,
+    generation: Tensor | None,
+    tables: tuple[Tensor, Tensor, Tensor],
+    scalars: ref.AdamWScalars,
+    keys: list[Tensor],
+    positions: Tensor | None,
+) -> Tensor:
+    """Updates weight and moments of some rows in place; returns how many blocks were skipped."""
+    dtype = ref.compute_dtype(stored[WEIGHT].dtype)
+    old = [t.to(dtype) for t in stored]
+    rate, bias1, bias2 = (ref.per_block(table, generation, old[WEIGHT]) for table in tables)
     new = ref.adamw(old[0], grad.to(dtype), old[1], old[2], rate, bias1, bias2, scalars)
     finite = ref.finite_blocks(grad, num_block_dims=0 if generation is None else grad.dim() - 1)
-    num_skipped += finite.numel() - finite.sum()
-    positions = _positions(values, topology, layout) if noise_seed is not None else None
-    for stream, (stored, before, after) in enumerate(zip((values, exp_avg, exp_avg_sq), old, new, strict=True)):
-        kept = torch.where(finite, after, before)
-        if positions is not None and stored.dtype == torch.bfloat16:
-            assert noise_seed is not None
-            bits = ref.noise_bits(ref.noise_key(noise_seed, step, stream), positions)
-            kept = torch.where(finite, ref.round_stochastic(kept, bits), stored)
-        stored.copy_(kept)
-
-
-def _positions(values: Tensor, topology: Tensor | None, layout: Layout | None) -> Tensor:
-    """Dense position of each stored element, shaped like ``values``."""
-    if topology is None or layout is None:
-        return torch.arange(values.numel(), device=values.device).view(values.shape)
-    return dense_positions(unpack_bits(topology, layout.num_blocks), layout).view(values.shape)
+    for stream, (storage, before, after) in enumerate(zip(stored, old, new, strict=True)):
+        if positions is not None and storage.dtype == torch.bfloat16:
+            after = ref.round_stochastic(after, ref.noise_bits(keys[stream], positions))
+            before = storage
+        storage.copy_(torch.where(finite, after, before))
+    return finite.numel() - finite.sum()

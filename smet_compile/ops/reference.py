@@ -74,11 +74,13 @@ def adamw(
     """One AdamW step (Loshchilov and Hutter 2019), with step size and bias corrections per block.
 
     θ ← θ - rate (m̂ / (√v̂ + ε) + λ θ), m̂ = m / bias1, v̂ = v / bias2. All tensors in one dtype, fp32 or fp64;
-    ``rate``, ``bias1`` and ``bias2`` broadcast over blocks. Returns the new weight and moments.
+    ``rate``, ``bias1`` and ``bias2`` broadcast over blocks. Where ε = 0 and a gradient was always 0, the step is 0,
+    not 0 / 0: what hangs over an edge stays zero. Returns the new weight and moments.
     """
+    eps = max(scalars.eps, torch.finfo(weight.dtype).tiny)
     exp_avg = exp_avg + (1 - scalars.beta1) * (grad - exp_avg)
     exp_avg_sq = scalars.beta2 * exp_avg_sq + (1 - scalars.beta2) * grad * grad
-    direction = (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + scalars.eps)
+    direction = (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + eps)
     return weight - rate * (direction + scalars.weight_decay * weight), exp_avg, exp_avg_sq
 
 

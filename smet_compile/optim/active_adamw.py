@@ -15,6 +15,7 @@ from smet_compile.format import TopologyChange
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.optim import generations
+from smet_compile.optim.state import check_state, moment_dtype, new_state
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
@@ -99,6 +100,7 @@ class ActiveAdamW(Optimizer):
         self.state_dtype = state_dtype
         self.stochastic_rounding = stochastic_rounding is not False
         self.seed = seed
+        self._model = model
         self._held = _hold(model)
         defaults = {
             "lr": lr,
@@ -114,12 +116,13 @@ class ActiveAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_options(self.defaults | param_group)
         super().add_param_group(param_group)
+        self._held = _hold(self._model) | self._held
         for parameter in self.param_groups[-1]["params"]:
             if parameter not in self._held:
                 del self.param_groups[-1]
                 raise ValueError(
                     f"{type(self).__name__}: got a parameter of shape {tuple(parameter.shape)} that is none of the "
-                    "model's; pass the model it belongs to"
+                    "model's; add it to the model first"
                 )
 
     @torch.no_grad()
@@ -144,7 +147,9 @@ class ActiveAdamW(Optimizer):
         held = self._held[parameter]
         grad = parameter.grad
         assert grad is not None
-        state = self.state[parameter] or self._new_state(parameter, held.site)
+        if not self.state[parameter]:
+            self.state[parameter] = new_state(parameter, held.site, moment_dtype(parameter, self.state_dtype))
+        state = self.state[parameter]
         state["step"] += 1
         compact = held.site.compact if held.site else None
         layout = compact.op_layout() if compact else ([], [], [])
@@ -168,22 +173,6 @@ class ActiveAdamW(Optimizer):
             self.shared_step,
             zlib.crc32(f"{self.seed} {held.name}".encode()) if self.stochastic_rounding else None,
         )
-
-    def _new_state(self, parameter: nn.Parameter, site: Site | None) -> dict[str, Tensor]:
-        dtype = self.state_dtype or torch.float32
-        if parameter.dtype == torch.float64:
-            dtype = torch.float64
-        state = {
-            "step": torch.zeros((), dtype=torch.int64, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format),
-            "num_skipped": torch.zeros((), dtype=torch.int64, device=parameter.device),
-        }
-        if site is not None:
-            first = generations.first_generation(site.num_active, parameter.device)
-            state["generation"], state["births"] = first
-        self.state[parameter] = state
-        return state
 
     @property
     def num_skipped_blocks(self) -> int:
@@ -216,9 +205,17 @@ class ActiveAdamW(Optimizer):
 
         torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
         """
+        for group in state_dict["param_groups"]:
+            for option in self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"param_groups: expected {option!r} in every group; load the state of {type(self).__name__}"
+                )
         saved = dict(zip(_ids(state_dict["param_groups"]), self._parameters(), strict=False))
         for key, state in state_dict["state"].items():
-            self._check_state(saved.get(key), state)
+            if key not in saved:
+                raise ValueError("optimizer state: expected that of this model's parameters, got that of others")
+            parameter, held = saved[key], self._held[saved[key]]
+            check_state(held.name, parameter, held.site, moment_dtype(parameter, self.state_dtype), state)
         super().load_state_dict(state_dict)
         for key, state in state_dict["state"].items():
             parameter = saved[key]
@@ -227,22 +224,8 @@ class ActiveAdamW(Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _check_state(self, parameter: nn.Parameter | None, state: dict[str, Any]) -> None:
-        if parameter is None:
-            raise ValueError("optimizer state: expected the state of this model's parameters, got that of others")
-        held = self._held[parameter]
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key not in state or state[key].shape != parameter.shape:
-                got = tuple(state[key].shape) if key in state else "none"
-                raise ValueError(
-                    f"{held.name}: expected {key} of shape {tuple(parameter.shape)}, got {got}; load the state of "
-                    "the same optimizer and a model made sparse in the same way"
-                )
-        if (held.site is not None) != ("generation" in state):
-            raise ValueError(f"{held.name}: expected the state of a {'compact' if held.site else 'plain'} weight")
-
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("state_dtype", "stochastic_rounding", "seed", "_held")
+        ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held")
         return super().__getstate__() | {key: getattr(self, key) for key in ours}
 
 
@@ -276,7 +259,7 @@ def _check_options(options: dict[str, Any]) -> None:
     checks = (
         ("lr", options["lr"] >= 0, "a number of at least 0"),
         ("betas", all(0 <= beta < 1 for beta in options["betas"]), "two numbers in [0, 1)"),
-        ("eps", options["eps"] > 0, "a number above 0"),
+        ("eps", options["eps"] >= 0, "a number of at least 0"),
         ("weight_decay", options["weight_decay"] >= 0, "a number of at least 0"),
         ("warmup_steps", options["warmup_steps"] >= 0, "a number of steps of at least 0"),
     )

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from smet_compile.format import TopologyChange
 from smet_compile.ops import Site, find_sites
+from smet_compile.runtime.agreement import agree_on, agree_on_ready
 from smet_compile.runtime.events import SiteEvent, TopologyEvent
 from smet_compile.runtime.gradient_growth import GradientScores
-from smet_compile.runtime.optimizer_state import check_elementwise, check_holds, follow
-from smet_compile.runtime.policies import agree, drop_smallest, grow_random
+from smet_compile.runtime.move import move
+from smet_compile.runtime.optimizer_state import check_elementwise, check_holds
+from smet_compile.runtime.policies import drop_smallest, grow_random
 from smet_compile.runtime.schedules import SCHEDULES
 from smet_compile.runtime.trace import Trace
+
+_PATIENCE = 10
 
 
 class TopologyManager:
@@ -27,7 +33,9 @@ class TopologyManager:
         loss.backward(); optimizer.step(); optimizer.zero_grad(); manager.step()
 
     A step counts when the optimizer really stepped (a GradScaler skips some, accumulation too). An update whose
-    step had a gradient that is not finite waits for the next step without.
+    step had a gradient that is not finite waits for the next step without; after ten it is left out, with a
+    warning. Under ``torch.distributed`` every rank must hold the same model and call ``step()`` alike (data
+    parallelism): then all ranks change to one topology, gradient growth taking the candidates of rank 0.
 
     Args:
         model: with compact weights. optimizer: holds them; any elementwise ``torch.optim`` optimizer.
@@ -85,43 +93,64 @@ class TopologyManager:
         self.seed = seed
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
-        self._pending = False
-        self._stepped = False
-        self._finite = True
-        self._scores: dict[str, GradientScores] = {}
+        self._num_new = 0
+        self._num_postponed = 0
         self._trained: set[int] = set()
+        self._not_finite: list[str] = []
+        self._scores: dict[str, GradientScores] = {}
         self._trace = Trace(self.sites)
-        optimizer.register_step_post_hook(self._after_optimizer_step)
-        self._watch_gradients()
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._listen()
 
     @property
     def next_update(self) -> int | None:
         """The optimizer step after which the topology changes next; None where it never will again."""
-        return self.num_steps + 1 if self._pending else self.schedule.next_after(self.num_steps)
+        if self._num_postponed and self.num_steps + 1 < self.schedule.stop_step:
+            return self.num_steps + 1
+        return self.schedule.next_after(self.num_steps)
 
-    def _after_optimizer_step(self, *_: Any) -> None:
+    def _is_due(self, step: int) -> bool:
+        return self.next_update is not None and self.next_update <= step
+
+    def _listen(self) -> None:
+        """To the optimizer, which is not to keep a manager alive that nobody else holds; and to gradients."""
+        self.optimizer.register_step_post_hook(partial(_tell, weakref.ref(self)))
+        self._watch_gradients()
+
+    def _after_optimizer_step(self) -> None:
         """Looks at the gradients of the step: a closure makes them in it, ``zero_grad`` may soon take them away."""
-        self._stepped = True
-        if self.next_update == self.num_steps + 1:
+        self._num_new += 1
+        if self._is_due(self.num_steps + self._num_new):
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
             trained = [p for p in held if p.grad is not None]
             self._trained = {id(p) for p in trained}
-            self._finite = all([bool(p.grad.isfinite().all()) for p in trained])
+            self._not_finite = [self._names.get(id(p), "?") for p in trained if not p.grad.isfinite().all()]
 
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None."""
-        if not self._stepped:
+        if not self._num_new:
             return None
-        due = self.next_update == self.num_steps + 1
+        due = self._is_due(self.num_steps + self._num_new)
         if due or self.num_steps == 0:
             check_elementwise(self.optimizer, self.sites)
-        self._stepped = False
-        self.num_steps += 1
-        event = self._update() if due and self._finite else None
-        self._pending = due and event is None and self.num_steps + 1 < self.schedule.stop_step
+        self.num_steps += self._num_new
+        self._num_new = 0
+        event = self._update() if due else None
+        self._num_postponed = self._num_postponed + 1 if due and event is None else 0
+        if self._num_postponed == _PATIENCE:
+            self._give_up()
         self._watch_gradients()
         return event
+
+    def _give_up(self) -> None:
+        self._num_postponed = 0
+        reason = f"the gradient of {self._not_finite[0]} is not finite" if self._not_finite else "no gradient came"
+        warnings.warn(
+            f"TopologyManager: an update was postponed for {_PATIENCE} steps since {reason}; it is left out, the next "
+            f"is due after step {self.next_update}",
+            stacklevel=3,
+        )
 
     def _drop_count(self, site: Site, step: int) -> int:
         return math.floor(self.schedule.drop_fraction(step) * site.num_active)
@@ -131,7 +160,7 @@ class TopologyManager:
         for scores in self._scores.values():
             scores.detach()
         self._scores = {}
-        if self.grow != "gradient" or self.next_update != self.num_steps + 1:
+        if self.grow != "gradient" or not self._is_due(self.num_steps + 1):
             return
         for name, site in self.sites.items():
             self._scores[name] = GradientScores(site, self._drop_count(site, self.num_steps + 1))
@@ -139,52 +168,36 @@ class TopologyManager:
 
     def _update(self) -> TopologyEvent | None:
         """Changes every weight that was trained in this step; None where there was none."""
-        moves = {}
-        for name, site in self.sites.items():
-            before = site.mask()
-            count = self._drop_count(site, self.num_steps)
-            grown = self._grow(site, before, count) if id(site.values) in self._trained else None
-            if grown is not None:
-                moves[name] = (before, agree(drop_smallest(site, before, count)), agree(grown))
-        if not moves:
+        ready = agree_on_ready([self._is_ready(site) for site in self.sites.values()])
+        if not any(ready):
             return None
-        events = {name: self._move(self.sites[name], *move) for name, move in moves.items()}
+        events = {name: self._change(site) for (name, site), go in zip(self.sites.items(), ready, strict=True) if go}
         event = TopologyEvent(self.num_steps, self.schedule.drop_fraction(self.num_steps), events)
         self.history.append(event)
         return event
 
-    def _grow(self, site: Site, mask: Tensor, count: int) -> Tensor | None:
-        if self.grow == "gradient":
-            return self._scores[site.name].take()
-        return grow_random(site, mask, count, self.seed, self.num_steps)
+    def _is_ready(self, site: Site) -> bool:
+        trained = not self._not_finite and id(site.values) in self._trained
+        if trained and self.grow == "gradient":
+            return site.name in self._scores and self._scores[site.name].take() is not None
+        return trained
 
-    def _move(self, site: Site, before: Tensor, dropped: Tensor, grown: Tensor) -> SiteEvent:
-        """Rewrites one weight in place: values, gradient, topology, optimizer state."""
-        ages = self.optimizer.block_ages(site.values) if hasattr(self.optimizer, "block_ages") else None
-        after = before.clone()
-        after[dropped] = False
-        after[grown] = True
-        change = TopologyChange.between(site.values, before, after)
-        change.remap_(site.values)
-        if site.values.grad is not None:
-            change.remap_(site.values.grad)
-        site.compact.set_mask(after)
-        follow(self.optimizer, site, change)
-        survival, explored = self._trace.record(site.name, after, after & ~before)
-        return SiteEvent(
-            num_active=site.num_active,
-            num_dropped=dropped.numel(),
-            churn_fraction=dropped.numel() / site.num_active,
-            grown_survival_fraction=survival,
-            mean_age=None if ages is None else float(ages.double().mean()),
-            explored_fraction=explored,
-        )
+    def _change(self, site: Site) -> SiteEvent:
+        before = site.mask()
+        if self.grow == "gradient":
+            grown = self._scores[site.name].take()
+            assert grown is not None
+        else:
+            count = self._drop_count(site, self.num_steps)
+            grown = grow_random(site, before, count, self.seed, self.num_steps)
+        dropped = drop_smallest(site, before, len(grown))
+        return move(site, before, agree_on(dropped), agree_on(grown), self.optimizer, self._trace)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps counted, history, and which blocks were ever active: what a resumed run needs."""
         return {
             "num_steps": self.num_steps,
-            "pending": self._pending,
+            "num_postponed": self._num_postponed,
             "history": [event.to_dict() for event in self.history],
             "trace": self._trace.state_dict(),
         }
@@ -193,7 +206,7 @@ class TopologyManager:
         """Takes up where ``state_dict`` was saved; the model and optimizer are loaded on their own."""
         self.check_state_dict(state)
         self.num_steps = state["num_steps"]
-        self._pending = state["pending"]
+        self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
         self._watch_gradients()
@@ -205,8 +218,14 @@ class TopologyManager:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
-        self.optimizer.register_step_post_hook(self._after_optimizer_step)
-        self._watch_gradients()
+        self._listen()
+
+
+def _tell(manager: weakref.ref[TopologyManager], *_: Any) -> None:
+    """The optimizer's hook."""
+    listening = manager()
+    if listening is not None:
+        listening._after_optimizer_step()
 
 
 def _check_range(name: str, got: Any, good: bool, expected: str) -> None:

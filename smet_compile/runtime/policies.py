@@ -25,11 +25,3 @@ def grow_random(site: Site, mask: Tensor, count: int, seed: int, step: int) -> T
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {step} {site.name}".encode()))
     return sample_positions(mask, count, generator)
-
-
-def agree(positions: Tensor) -> Tensor:
-    """Under ``torch.distributed``, the positions of rank 0: data-parallel ranks must hold one topology."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.broadcast(positions, src=0)
-    return positions
