@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.choose import Choice
+from smet_compile.convert.earlier_optimizers import watch
 from smet_compile.format import all_block_means, sample_positions
 from smet_compile.ops import CompactWeight
 
@@ -21,8 +22,12 @@ def make_compact(choice: Choice, select: str, rescale: bool, seed: int) -> None:
     """The parameter object stays, now holding the values: an optimizer that holds it holds the values."""
     weight, layout, num_active = choice.weight, choice.layout, choice.num_active
     weight.tensor.grad = None
+    order = list(weight.module._parameters)
+    dense_shape = weight.tensor.shape
     compact = CompactWeight(layout, _select(choice, select, seed), num_active)
     parametrize.register_parametrization(weight.module, weight.tensor_name, compact, unsafe=True)
+    compact.parameter_order = order
+    watch(weight.tensor, dense_shape)
     if rescale:
         weight.tensor.mul_(math.sqrt(layout.num_blocks / num_active))
 

@@ -26,12 +26,23 @@ def export_dense(model: nn.Module) -> nn.Module:
         raise ValueError("export_dense: expected a model with compact weights, got one with none; it is plain already")
     dense = copy.deepcopy(model)
     for site in find_sites(dense).values():
+        order = site.compact.parameter_order
         _give_own_class(site.module)
         parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=True)
+        _restore_order(site.module, order)
     for module in dense.modules():
         saved_weights.uninstall(module)
         forget_reasons(module)
     return dense
+
+
+def _restore_order(module: nn.Module, order: list[str]) -> None:
+    """Parameters in the order they had: what a plain optimizer's state is keyed by."""
+    parameters = dict(module._parameters)
+    places = {name: i for i, name in enumerate(order)}
+    module._parameters.clear()
+    for name in sorted(parameters, key=lambda name: places.get(name, len(places))):
+        module._parameters[name] = parameters[name]
 
 
 def _give_own_class(module: nn.Module) -> None:

@@ -26,6 +26,8 @@ class CompactWeight(nn.Module):
 
     topology: Tensor
     positions: Tensor
+    parameter_order: list[str]
+    """Names of the module's parameters, in the order they had when this one was dense."""
     on_dense_grad: Callable[[Tensor], None] | None = None
     """Called with each dense weight that is read for training, so that its gradient can be listened to."""
 
@@ -33,6 +35,7 @@ class CompactWeight(nn.Module):
         super().__init__()
         self.layout = layout
         self.num_active = num_active
+        self.parameter_order = []
         self.register_buffer("topology", pack_bits(mask))
         if not layout.single_weights:
             dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64

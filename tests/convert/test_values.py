@@ -106,15 +106,18 @@ def test_an_optimizer_made_before_goes_on_with_the_values_or_is_refused() -> Non
     )
 
 
-def test_dense_moments_made_before_do_not_go_on_silently() -> None:
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_dense_moments_made_before_do_not_go_on_silently(how: dict[str, bool]) -> None:
     model = two_layers()
-    early = torch.optim.Adam(model.parameters(), lr=0.1)
+    early = torch.optim.Adam(model.parameters(), lr=0.1, **how)
     train(model, early)
     smet.sparsify(model, density=0.5)
     with pytest.raises(ValueError, match="exp_avg"):
         smet.TopologyManager(model, early, total_steps=100)
-    with pytest.raises(RuntimeError):
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="sparsify was called after this optimizer had stepped; make it anew"):
         train(model, early)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 def test_a_compiled_model_made_before_reads_the_new_weights() -> None:
