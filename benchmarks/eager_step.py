@@ -1,6 +1,6 @@
 """Peak memory and time of an eager training step, sparse beside dense, each in a fresh process on the CPU.
 
-    python benchmarks/eager_step.py [--density 0.25] [--block 64] [--dtype float32]
+    python benchmarks/eager_step.py [--density 0.25] [--block 64] [--dtype float32] [--tokens 32]
 
 Prints the peak over the process's memory before the model was made, from the third step on, and what the formula
 (weights + gradients + moments + index) says. Short sequences, so that weights dominate. Linux only: the peak is
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 HIDDEN, INTERMEDIATE, HEADS, LAYERS, VOCABULARY = 1024, 2736, 16, 8, 256
-TOKENS = 32
 MIB = 2**20
 
 
@@ -47,7 +46,7 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(method: str, density: float, block: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(method: str, density: float, block: int, dtype: torch.dtype, num_tokens: int) -> dict[str, Any]:
     """Runs in the child: two steps to settle, then five measured ones."""
     import transformers  # noqa: F401  before the baseline
 
@@ -61,7 +60,7 @@ def measure(method: str, density: float, block: int, dtype: torch.dtype) -> dict
         optimizer: torch.optim.Optimizer = smet.ActiveAdamW(net, 1e-3, state_dtype=_state_dtype(dtype))
     else:
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3, foreach=False)
-    tokens = torch.randint(VOCABULARY, (1, TOKENS))
+    tokens = torch.randint(VOCABULARY, (1, num_tokens))
     peaks, seconds = [], []
     for _ in range(7):
         Path("/proc/self/clear_refs").write_text("5")
@@ -95,15 +94,16 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tokens", type=int, default=32, help="few: weights dominate memory")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", choices=("dense", "sparse"))
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args.density, args.block, getattr(torch, args.dtype))))
+        print(json.dumps(measure(args.child, args.density, args.block, getattr(torch, args.dtype), args.tokens)))
         return
     pairs = [(child("dense", args), child("sparse", args)) for _ in range(args.repeats)]
     print(f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads")
-    print(f"density {args.density}, block {args.block}, {args.dtype}, {TOKENS} tokens; median of {args.repeats}")
+    print(f"density {args.density}, block {args.block}, {args.dtype}, {args.tokens} tokens; median of {args.repeats}")
     print("|  | dense | sparse | sparse / dense (spread) |\n|---|---|---|---|")
     for quantity, unit, scale in (("peak", "MiB", MIB), ("formula", "MiB", MIB), ("seconds", "s a step", 1)):
         dense, sparse = (statistics.median(pair[i][quantity] for pair in pairs) / scale for i in (0, 1))
@@ -119,7 +119,7 @@ def processor() -> str:
 
 def child(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a process of its own, whose allocator gives freed memory back at once."""
-    options = [f"--{name}={getattr(args, name)}" for name in ("density", "block", "dtype")]
+    options = [f"--{name}={getattr(args, name)}" for name in ("density", "block", "dtype", "tokens")]
     command = [sys.executable, __file__, f"--child={method}", *options]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

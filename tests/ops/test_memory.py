@@ -87,3 +87,21 @@ def test_no_dense_weight_is_kept(name: str, context: Callable[[], Any], block_sh
     for parameter_name, expected in masked_gradients(plain, sparse).items():
         grad = parameter_of(sparse, parameter_name).grad
         assert grad is not None and expected is not None and same_bits(grad, expected), parameter_name
+
+
+def test_one_dense_weight_at_a_time_in_a_checkpointed_segment() -> None:
+    """The recompute of a whole segment keeps values as the forward does: weights come and go one by one."""
+    layers = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(23, 23), nn.Tanh())])
+    model = smet.sparsify(layers, density=0.5)
+    alive: list[int] = []
+
+    def watch_backward(layer: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: alive.append(seen.num_alive()))
+
+    with WeightSized(dense_sizes(model)) as seen:
+        for layer in model:
+            layer.register_forward_hook(watch_backward)
+        checkpoint(model, torch.randn(5, 23, requires_grad=True), use_reentrant=False).square().mean().backward()
+    assert len(seen.storages) >= 12 and len(alive) >= 12
+    assert max(alive) <= 1, alive
