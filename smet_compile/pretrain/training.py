@@ -43,6 +43,7 @@ def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
 
 def build_training(config: RunConfig, vocab_size: int) -> Training:
     """A new model, made sparse and given an optimizer as the method says."""
+    _expect_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size, config.device)
     method = find_method(config.method)
@@ -62,6 +63,16 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
         seed=config.seed,
     )
     return Training(model, optimizer, manager)
+
+
+def _expect_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: expected a device of this machine such as cpu, got {device!r} ({reason})"
+        ) from error
 
 
 def dense_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
