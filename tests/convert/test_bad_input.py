@@ -56,6 +56,14 @@ def test_a_glob_that_matches_nothing(argument: str, globs: Any) -> None:
         smet.sparsify(model, **{argument: globs})
 
 
+def test_an_include_glob_that_matches_only_what_cannot_be_sparse() -> None:
+    """Even where another glob matches something that can."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[1].weight
+    with Unchanged(model), pytest.raises(ValueError, match=r"'\[12\]\.weight'.*tied to [12]\.weight"):
+        smet.sparsify(model, density=0.5, include=["0.weight", "[12].weight"])
+
+
 def test_a_rule_that_matches_nothing() -> None:
     model = two_layers()
     with Unchanged(model), pytest.raises(ValueError, match=r"nowhere\*"):

@@ -1,5 +1,7 @@
 """export_dense: a plain module with zeros where inactive; the sparse model stays usable."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,23 @@ def test_same_keys_shapes_and_outputs_as_a_model_never_sparsified(block_shape: i
         weight = dense.get_parameter(name)
         assert type(weight) is nn.Parameter
         assert int((weight != 0).sum()) <= int(site.values.numel())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(8, 8),
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+    ],
+    ids=["linear", "attention", "separate_projections", "encoder_layer"],
+)
+def test_the_order_of_parameters_is_kept(make: Callable[[], nn.Module]) -> None:
+    """A plain optimizer's state is keyed by it."""
+    names = [name for name, _ in make().named_parameters()]
+    dense = smet.export_dense(smet.sparsify(make(), density=0.5))
+    assert [name for name, _ in dense.named_parameters()] == names
 
 
 def test_no_trace_of_the_library() -> None:

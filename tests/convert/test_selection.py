@@ -117,3 +117,47 @@ def test_frozen_weights_stay_frozen() -> None:
         "0.weight": False,
         "1.weight": True,
     }
+
+
+class Holder(nn.Module):
+    """A linear, so that something is sparse, and one parameter in a module with attributes."""
+
+    def __init__(self, *shape: int, **attributes: object) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.randn(shape))
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class HolderOfExperts(Holder):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:sparsify. the model")
+@pytest.mark.parametrize(
+    "model",
+    [
+        Holder(1, 5, 8, use_experts=True),
+        Holder(2, 5, 8, num_experts_per_tok=2),
+        Holder(1, 5, 8, num_experts=1),
+        Holder(3, 5, 8, num_experts=4),
+        HolderOfExperts(1, 8, 8),
+    ],
+    ids=["use_experts", "experts_per_token", "one_expert", "other_number", "class_name_with_one"],
+)
+def test_no_stack_of_experts(model: nn.Module) -> None:
+    """Position embeddings and the like stay dense, whatever the module says of experts."""
+    assert site_names(smet.sparsify(model, density=0.5)) == {"linear.weight"}
+    assert reasons(model)["weight"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [*(Holder(3, 5, 8, **{name: 3}) for name in ("num_experts", "num_local_experts")), HolderOfExperts(3, 5, 8)],
+    ids=["num_experts", "num_local_experts", "class_name"],
+)
+def test_stacks_of_experts(model: nn.Module) -> None:
+    smet.sparsify(model, density=0.5)
+    layout = find_sites(model)["weight"].layout
+    assert (layout.num_matrices, layout.rows, layout.cols) == (3, 5, 8)

@@ -31,14 +31,37 @@ def test_a_frozen_site_keeps_nothing_and_passes_the_gradient_on() -> None:
         assert same_bits(parameter_of(sparse, name).grad, masked_gradients(plain, sparse)[name]), name
 
 
-def test_a_change_of_the_values_before_backward_is_noticed() -> None:
-    """Plain autograd refuses to go back through a weight that was changed in place; so do we."""
+@pytest.mark.parametrize("name", ["0.weight", "2.weight"])
+def test_a_change_of_the_values_before_backward_is_noticed(name: str) -> None:
+    """Plain autograd refuses to go back through a weight that was changed in place; so do we.
+
+    The first layer's backward needs no weight, since its input needs no gradient, but it packs by the topology.
+    """
     sparse = smet.sparsify(chain(), density=0.5)
     loss = sparse(torch.randn(5, 23)).square().mean()
     with torch.no_grad():
-        find_sites(sparse)["2.weight"].values.mul_(2)
-    with pytest.raises(RuntimeError, match=r"modified|changed"):
+        find_sites(sparse)[name].values.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between its forward and its backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("block_shape", [1, (4, 4)], ids=str)
+def test_buffers_rewritten_with_what_they_hold_are_no_change(block_shape: int | tuple[int, int]) -> None:
+    """DistributedDataParallel copies rank 0's buffers into every rank's in each forward."""
+    sparse = chain()
+    plain = copy.deepcopy(sparse)
+    smet.sparsify(sparse, density=0.5, block_shape=block_shape)
+    fill_masked(plain, sparse)
+    x = torch.randn(5, 23, requires_grad=True)
+    plain_x = x.detach().clone().requires_grad_()
+    loss = sparse(x).square().mean()
+    for buffer in sparse.buffers():
+        buffer.copy_(buffer.clone())
+    loss.backward()
+    plain(plain_x).square().mean().backward()
+    assert same_bits(x.grad, plain_x.grad)
+    for name, expected in masked_gradients(plain, sparse).items():
+        assert same_bits(parameter_of(sparse, name).grad, expected), name
 
 
 class Teacher(nn.Module):

@@ -1,9 +1,14 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import smet_compile as smet
 from tests.support.small_models import two_layers
+from tests.support.states import Unchanged
+from tests.support.training import train
 
 
 @pytest.mark.parametrize(
@@ -38,3 +43,55 @@ def test_a_state_of_another_model() -> None:
     optimizer = smet.ActiveAdamW(model)
     with pytest.raises(ValueError, match=r"(?i)param"):
         optimizer.load_state_dict(smet.ActiveAdamW(other).state_dict())
+
+
+def test_a_sparse_gradient() -> None:
+    """It comes last, and yet nothing has moved."""
+    model = nn.ModuleList([nn.Linear(6, 6), nn.LayerNorm(6), nn.Embedding(5, 6, sparse=True)])
+    smet.sparsify(model, density=0.5, include="0")
+    optimizer = smet.ActiveAdamW(model)
+    model[1](model[0](model[2](torch.arange(4)))).square().sum().backward()
+    with Unchanged(model, optimizer), pytest.raises(ValueError, match=r"2\.weight.*sparse"):
+        optimizer.step()
+
+
+def state_of(make: Callable[[nn.Module], torch.optim.Optimizer]) -> dict[str, Any]:
+    model = smet.sparsify(two_layers(), density=0.5)
+    optimizer = make(model)
+    train(model, optimizer, steps=2)
+    return optimizer.state_dict()
+
+
+def of_torch(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
+def without_warmup() -> dict[str, Any]:
+    state = state_of(smet.ActiveAdamW)
+    for group in state["param_groups"]:
+        del group["warmup_steps"]
+    return state
+
+
+BAD_STATES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "of_torch": (lambda: state_of(of_torch), "param_groups.*ActiveAdamW"),
+    "of_torch_in_our_groups": (
+        lambda: state_of(smet.ActiveAdamW) | {"state": state_of(of_torch)["state"]},
+        r"0\.weight.*state",
+    ),
+    "other_state_dtype": (
+        lambda: state_of(lambda model: smet.ActiveAdamW(model, state_dtype=torch.bfloat16)),
+        r"0\.weight.*float32.*bfloat16",
+    ),
+    "without_warmup_steps": (without_warmup, "param_groups.*warmup_steps"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_STATES))
+def test_a_state_that_is_not_ours_is_refused_when_loaded(name: str) -> None:
+    make_state, match = BAD_STATES[name]
+    model = smet.sparsify(two_layers(), density=0.5)
+    optimizer = smet.ActiveAdamW(model)
+    train(model, optimizer, steps=2)
+    with Unchanged(model, optimizer), pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(make_state())

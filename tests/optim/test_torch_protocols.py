@@ -87,6 +87,18 @@ def test_a_group_can_be_added_later() -> None:
     assert not same_bits(model[0].bias.detach(), before)
 
 
+def test_a_parameter_added_to_the_model_later() -> None:
+    model, optimizer = make()
+    model.append(nn.Linear(7, 7))
+    optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 1e-3})
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer)
+    assert not any(same_bits(p.detach(), b) for p, b in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match="none of the model's"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 2
+
+
 def test_step_hooks_run() -> None:
     model, optimizer = make()
     seen: list[str] = []

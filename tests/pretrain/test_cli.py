@@ -47,6 +47,7 @@ def test_a_run_by_options(tmp_path: Path) -> None:
         (["--preset", "huge"], "--preset: expected one of"),
         (["--method", "magic"], "--method: expected one of"),
         (["--data", "csv:x"], "--data: expected stdlib"),
+        ([*SMALL, "--data", "text:{}/text/*.txt", "--device", "xpu:99"], "--device: expected a device of this machine"),
         (["--tokenizer", "{}/none"], "--tokenizer: expected bytes or an existing path"),
         ([*SMALL, "--data", "text:{}/text/*.txt", "--density", "0.95"], "drop"),
     ],

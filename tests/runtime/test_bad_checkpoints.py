@@ -1,11 +1,13 @@
 """A bad checkpoint is a ValueError; model, optimizer, manager and generator stay as they were."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import smet_compile as smet
@@ -76,6 +78,15 @@ def test_an_altered_version(tmp_path: Path, content: bytes) -> None:
 def test_something_appended(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "longer").write_bytes(content + b"\0" * 8)
     assert_refused(tmp_path / "longer", "longer")
+
+
+def test_without_its_json(tmp_path: Path) -> None:
+    """Whole by its checksum, and yet nothing says what the tensors are."""
+    tensors = {"checkpoint.model.weight": torch.arange(9)}
+    checksum = checkpoint_file._checksum(checkpoint_file.FORMAT_VERSION, tensors)
+    header = json.dumps({"version": checkpoint_file.FORMAT_VERSION, "sha256": checksum})
+    save_file(tensors, tmp_path / "a", {"smet_compile": header})
+    assert_refused(tmp_path / "a", "a: not a whole checkpoint.*json")
 
 
 def test_not_a_checkpoint_at_all(tmp_path: Path) -> None:

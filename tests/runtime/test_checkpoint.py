@@ -68,6 +68,15 @@ def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
     assert_same(smet.load_checkpoint(tmp_path / "a", model), extra)
 
 
+def test_a_hundred_megabytes_of_json(tmp_path: Path) -> None:
+    """More than the header of a safetensors file can hold."""
+    model, optimizer, _ = make()
+    extra = {"lines": [chr(ord("a") + i) * 10**7 for i in range(11)]}
+    smet.save_checkpoint(tmp_path / "a", model, optimizer, extra=extra)
+    assert (tmp_path / "a").stat().st_size > 110 * 10**6
+    assert smet.load_checkpoint(tmp_path / "a", model) == extra
+
+
 def test_a_view_and_a_slice_in_extra(tmp_path: Path) -> None:
     model, optimizer, _ = make()
     whole = torch.randn(10, 10)

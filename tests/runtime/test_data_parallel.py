@@ -1,41 +1,94 @@
-"""Two data-parallel processes keep one topology, whatever each of them sees."""
+"""Data-parallel processes keep one topology, whatever each of them sees."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import smet_compile as smet
+from tests.support.snapshots import assert_same
+
+Loss = Callable[[nn.Module, int, int], Tensor]
 
 
-def train(rank: int, port: int, grow: str, folder: str) -> None:
+def plain_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 5))
+
+
+class Branches(nn.Module):
+    """The layer between may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Linear(24, 40), nn.Linear(40, 40), nn.Linear(40, 5)
+
+    def forward(self, x: Tensor, short: bool) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(x if short else torch.tanh(self.between(x)))
+
+
+def inputs(step: int, rank: int) -> Tensor:
+    return torch.randn(8, 24, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def one_forward(parallel: nn.Module, step: int, rank: int) -> Tensor:
+    return parallel(inputs(step, rank)).square().mean()
+
+
+def two_forwards(parallel: nn.Module, step: int, rank: int) -> Tensor:
+    return one_forward(parallel, step, rank) + one_forward(parallel, step + 50, rank)
+
+
+def short_on_one_rank(parallel: nn.Module, step: int, rank: int) -> Tensor:
+    """In the first step that an update is due after, rank 1 leaves a layer out."""
+    return parallel(inputs(step, rank), short=step == 2 and rank == 1).square().mean()
+
+
+def train(rank: int, port: int, make: Callable[[], nn.Module], loss: Loss, grow: str, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = smet.sparsify(nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 5)), 0.3)
+    model = smet.sparsify(make(), 0.3)
     optimizer = smet.ActiveAdamW(model, 1e-2)
     manager = smet.TopologyManager(model, optimizer, total_steps=40, every=3, grow=grow)
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model, find_unused_parameters=isinstance(model, Branches))
     for step in range(10):
-        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(100 * step + rank))
-        parallel(x).square().mean().backward()
+        loss(parallel, step, rank).backward()
         optimizer.step()
         optimizer.zero_grad()
         manager.step()
-    assert len(manager.history) == 3
-    torch.save(model.state_dict(), Path(folder) / f"{rank}.pt")
+    history = [event.to_dict() for event in manager.history]
+    torch.save({"model": model.state_dict(), "history": history}, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("grow", ["random", "gradient"])
-def test_ranks_agree(grow: str, tmp_path: Path) -> None:
+def train_together(make: Callable[[], nn.Module], loss: Loss, grow: str, folder: Path) -> dict[str, Any]:
+    """Trains in two processes, which end alike; returns what both saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(train, args=(port, grow, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.multiprocessing.start_processes(train, args=(port, make, loss, grow, str(folder)), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert_same(first, second)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("loss", "grow"), [(one_forward, "random"), (one_forward, "gradient"), (two_forwards, "gradient")]
+)
+def test_ranks_agree(loss: Loss, grow: str, tmp_path: Path) -> None:
+    history = train_together(plain_layers, loss, grow, tmp_path)["history"]
+    assert [set(event["sites"]) for event in history] == [{"0.weight", "2.weight"}] * 3
+
+
+def test_a_layer_that_one_rank_did_not_use_is_left_as_it_is(tmp_path: Path) -> None:
+    """The other rank knows where it would grow, this one does not; neither waits for the other."""
+    history = train_together(Branches, short_on_one_rank, "gradient", tmp_path)["history"]
+    every = {"first.weight", "between.weight", "last.weight"}
+    assert [set(event["sites"]) for event in history] == [every - {"between.weight"}, every, every]

@@ -1,6 +1,9 @@
 """Drop, grow, postpone, remember."""
 
+import gc
 import json
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -174,3 +177,52 @@ def test_a_manager_of_a_part_of_the_model_touches_only_that_part() -> None:
     train(model, optimizer, manager, steps=2)
     assert len(manager.history) == 1
     assert torch.equal(masks_of(model)["3.weight"], before["3.weight"])
+
+
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_called_every_third_optimizer_step(grow: str) -> None:
+    """Steps are the optimizer's; an update comes at the first call at or after the step it is due."""
+    model, optimizer, manager = make(every=4, grow=grow)
+    for call in range(1, 5):
+        train(model, optimizer, first=3 * call, steps=3)
+        manager.step()
+        assert manager.num_steps == 3 * call
+    assert [event.step for event in manager.history] == [6, 9, 12]
+    assert manager.next_update == 16
+
+
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_a_manager_that_nobody_holds_is_gone(grow: str) -> None:
+    model, optimizer, manager = make(every=1, grow=grow)
+    train(model, optimizer, manager, steps=2)
+    before, gone = masks_of(model), weakref.ref(manager)
+    del manager
+    gc.collect()
+    assert gone() is None
+    train(model, optimizer, first=2, steps=2)
+    assert_same(masks_of(model), before)
+
+
+def train_with_nan(
+    model: nn.Module, optimizer: torch.optim.Optimizer, manager: smet.TopologyManager, first: int, steps: int
+) -> None:
+    for step in range(first, first + steps):
+        loss_on(model, step).backward()
+        model[3].bias.grad[0] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        assert manager.step() is None
+
+
+def test_an_update_postponed_ten_times_is_left_out() -> None:
+    model, optimizer, manager = make(every=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_with_nan(model, optimizer, manager, first=0, steps=11)
+    with pytest.warns(UserWarning, match=r"3\.bias is not finite.*after step 15") as caught:
+        train_with_nan(model, optimizer, manager, first=11, steps=1)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, manager, first=12, steps=6)
+    assert [event.step for event in manager.history] == [15, 18]
