@@ -179,10 +179,9 @@ def test_a_manager_of_a_part_of_the_model_touches_only_that_part() -> None:
     assert torch.equal(masks_of(model)["3.weight"], before["3.weight"])
 
 
-@pytest.mark.parametrize("grow", ["random", "gradient"])
-def test_called_every_third_optimizer_step(grow: str) -> None:
+def test_called_every_third_optimizer_step() -> None:
     """Steps are the optimizer's; an update comes at the first call at or after the step it is due."""
-    model, optimizer, manager = make(every=4, grow=grow)
+    model, optimizer, manager = make(every=4)
     for call in range(1, 5):
         train(model, optimizer, first=3 * call, steps=3)
         manager.step()
