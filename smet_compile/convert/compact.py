@@ -13,6 +13,7 @@ from smet_compile.convert.choose import Choice
 from smet_compile.convert.earlier_optimizers import watch
 from smet_compile.format import all_block_means, sample_positions
 from smet_compile.ops import CompactWeight
+from smet_compile.ops.sites import compact_names, parametrizations
 
 SELECTS = ("random", "magnitude")
 
@@ -22,7 +23,8 @@ def make_compact(choice: Choice, select: str, rescale: bool, seed: int) -> None:
     """The parameter object stays, now holding the values: an optimizer that holds it holds the values."""
     weight, layout, num_active = choice.weight, choice.layout, choice.num_active
     weight.tensor.grad = None
-    order = list(weight.module._parameters)
+    made_before = [parametrizations(weight.module)[name][0] for name in compact_names(weight.module)]
+    order = made_before[0].parameter_order if made_before else list(weight.module._parameters)
     dense_shape = weight.tensor.shape
     compact = CompactWeight(layout, _select(choice, select, seed), num_active)
     parametrize.register_parametrization(weight.module, weight.tensor_name, compact, unsafe=True)

@@ -115,6 +115,7 @@ class TopologyManager:
     def _listen(self) -> None:
         """To the optimizer, which is not to keep a manager alive that nobody else holds; and to gradients."""
         self.optimizer.register_step_post_hook(partial(_tell, weakref.ref(self)))
+        weakref.finalize(self, _stop_listening, self._scores).atexit = False
         self._watch_gradients()
 
     def _after_optimizer_step(self) -> None:
@@ -157,9 +158,7 @@ class TopologyManager:
 
     def _watch_gradients(self) -> None:
         """Listens to dense gradients in the step before an update, and in no other."""
-        for scores in self._scores.values():
-            scores.detach()
-        self._scores = {}
+        _stop_listening(self._scores)
         if self.grow != "gradient" or not self._is_due(self.num_steps + 1):
             return
         for name, site in self.sites.items():
@@ -226,6 +225,12 @@ def _tell(manager: weakref.ref[TopologyManager], *_: Any) -> None:
     listening = manager()
     if listening is not None:
         listening._after_optimizer_step()
+
+
+def _stop_listening(scores: dict[str, GradientScores]) -> None:
+    for listening in scores.values():
+        listening.detach()
+    scores.clear()
 
 
 def _check_range(name: str, got: Any, good: bool, expected: str) -> None:

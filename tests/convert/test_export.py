@@ -37,9 +37,10 @@ def test_same_keys_shapes_and_outputs_as_a_model_never_sparsified(block_shape: i
     [
         lambda: nn.Linear(8, 8),
         lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6),
         lambda: nn.TransformerEncoderLayer(8, 2, 16),
     ],
-    ids=["linear", "attention", "encoder_layer"],
+    ids=["linear", "attention", "separate_projections", "encoder_layer"],
 )
 def test_the_order_of_parameters_is_kept(make: Callable[[], nn.Module]) -> None:
     """A plain optimizer's state is keyed by it."""
