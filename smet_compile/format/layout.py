@@ -32,6 +32,11 @@ class Layout:
         matrix = (shape[0], math.prod(shape[1:])) if flatten else (shape[-2], shape[-1])
         return cls(shape, matrix, block_shape)
 
+    @classmethod
+    def of_lists(cls, shape: Sequence[int], matrix: Sequence[int], block_shape: Sequence[int]) -> Layout:
+        """From the lists of integers as which a layout travels through an op."""
+        return cls(tuple(shape), (matrix[0], matrix[1]), (block_shape[0], block_shape[1]))
+
     @property
     def rows(self) -> int:
         return self.matrix[0]

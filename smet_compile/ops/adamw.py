@@ -24,9 +24,14 @@ def active_adamw_(
     generation: Tensor | None,
     births: Tensor | None,
     topology: Tensor | None,
-    layout: Layout | None,
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
     density_rate: float,
-    scalars: ref.AdamWScalars,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
     warmup_steps: int,
     shared_step: bool,
     noise_seed: int | None,
@@ -40,7 +45,8 @@ def active_adamw_(
             weight and moments, the step counts for them all the same.
         step: int64 scalar, 1 at the first update. lr: scalar tensor.
         generation, births: block i was born at step ``births[generation[i]]``; its age is ``step`` less that.
-        topology, layout: where the blocks lie in the dense weight, which is what the rounding noise hangs on.
+        topology, shape, matrix, block_shape: where the blocks lie in the dense weight, which is what the rounding
+            noise hangs on; None and empty lists for a plain parameter.
         density_rate: d^(-p). warmup_steps: W; 0 for none.
         shared_step: bias corrections by ``step`` instead of the age (the naive rule).
         noise_seed: rounds bf16 weights and moments stochastically; None: to nearest.
@@ -49,16 +55,18 @@ def active_adamw_(
     bias_age = step.double().expand_as(age) if shared_step else age
     tables = (
         ref.step_sizes(age, lr, density_rate, warmup_steps),
-        1 - scalars.beta1**bias_age,
-        1 - scalars.beta2**bias_age,
+        1 - beta1**bias_age,
+        1 - beta2**bias_age,
     )
+    scalars = ref.AdamWScalars(beta1, beta2, eps, weight_decay)
     stored = [values, exp_avg, exp_avg_sq]
     if generation is None and all(t.is_contiguous() for t in stored):
         stored, grad = [t.view(-1) for t in stored], grad.reshape(-1)
     rounds = noise_seed is not None and any(t.dtype == torch.bfloat16 for t in stored)
     keys = [ref.noise_key(noise_seed or 0, step, stream) for stream in (WEIGHT, EXP_AVG, EXP_AVG_SQ)] if rounds else []
     blocks = None
-    if rounds and topology is not None and layout is not None:
+    if rounds and topology is not None:
+        layout = Layout.of_lists(shape, matrix, block_shape)
         blocks = positions_of(unpack_bits(topology, layout.num_blocks))
     row_size = grad[0].numel()
     rows_at_once = max(1, _WEIGHTS_AT_ONCE // row_size)
@@ -66,7 +74,7 @@ def active_adamw_(
         rows = slice(first, min(first + rows_at_once, len(grad)))
         part = [t[rows] for t in stored]
         positions = None
-        if blocks is not None and layout is not None:
+        if blocks is not None:
             positions = dense_positions(blocks[rows], layout).view(part[WEIGHT].shape)
         elif rounds:
             every = torch.arange(rows.start * row_size, rows.stop * row_size, device=grad.device)

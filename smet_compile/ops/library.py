@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, blocks, unpack_bits
-from smet_compile.ops import adamw, reference
+from smet_compile.ops import adamw
 
 CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
@@ -30,69 +30,22 @@ _library.define(
 )
 
 
-def _layout(shape: list[int], matrix: list[int], block_shape: list[int]) -> Layout:
-    return Layout(tuple(shape), (matrix[0], matrix[1]), (block_shape[0], block_shape[1]))
-
-
 def _active(topology: Tensor, index: list[Tensor], layout: Layout) -> Tensor:
     """The active blocks: their positions where they are at hand, else a mask."""
     return index[0].long() if index else unpack_bits(topology, layout.num_blocks)
 
 
 def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout: list[int]) -> Tensor:
-    lay = _layout(*layout)
+    lay = Layout.of_lists(*layout)
     return blocks.unpack(values, _active(topology, index, lay), lay)
 
 
 def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
-    lay = _layout(*layout_and_count[:3])
+    lay = Layout.of_lists(*layout_and_count[:3])
     return blocks.pack(dense, _active(topology, index, lay), lay)
 
 
-def _active_adamw_(
-    values: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    num_skipped: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    generation: Tensor | None,
-    births: Tensor | None,
-    topology: Tensor | None,
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-    density_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    warmup_steps: int,
-    shared_step: bool,
-    noise_seed: int | None,
-) -> None:
-    adamw.active_adamw_(
-        values,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        num_skipped,
-        step,
-        lr,
-        generation,
-        births,
-        topology,
-        None if topology is None else _layout(shape, matrix, block_shape),
-        density_rate,
-        reference.AdamWScalars(beta1, beta2, eps, weight_decay),
-        warmup_steps,
-        shared_step,
-        noise_seed,
-    )
-
-
-for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", _active_adamw_)):
+for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", adamw.active_adamw_)):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
@@ -104,7 +57,7 @@ def _(values: Tensor, topology: Tensor, index: list[Tensor], *layout: list[int])
 @torch.library.register_fake("smet::pack", lib=_library)
 def _(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
     *layout, num_active = layout_and_count
-    return dense.new_empty(_layout(*layout).values_shape(num_active))
+    return dense.new_empty(Layout.of_lists(*layout).values_shape(num_active))
 
 
 @torch.library.register_fake("smet::active_adamw_", lib=_library)
