@@ -183,7 +183,7 @@ class ActiveAdamW(Optimizer):
     def on_topology_change(self, change: TopologyChange) -> None:
         """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0."""
         state = self.state.get(change.values)
-        if not state:
+        if not state or change.survived.all():
             return
         for key in ("exp_avg", "exp_avg_sq", "generation"):
             change.remap_(state[key])

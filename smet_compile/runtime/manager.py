@@ -88,6 +88,7 @@ class TopologyManager:
             _check_feasible(self.sites, max(drop_fraction, final_drop_fraction))
         check_holds(optimizer, self.sites)
         check_elementwise(optimizer, self.sites)
+        self.model = model
         self.optimizer = optimizer
         self.grow = grow
         self.seed = seed
@@ -96,10 +97,9 @@ class TopologyManager:
         self._num_new = 0
         self._num_postponed = 0
         self._trained: set[int] = set()
-        self._not_finite: list[str] = []
+        self._not_finite: list[nn.Parameter] = []
         self._scores: dict[str, GradientScores] = {}
         self._trace = Trace(self.sites)
-        self._names = {id(p): name for name, p in model.named_parameters()}
         self._listen()
 
     @property
@@ -125,7 +125,7 @@ class TopologyManager:
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
             trained = [p for p in held if p.grad is not None]
             self._trained = {id(p) for p in trained}
-            self._not_finite = [self._names.get(id(p), "?") for p in trained if not p.grad.isfinite().all()]
+            self._not_finite = [p for p in trained if not p.grad.isfinite().all()]
 
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
@@ -146,7 +146,9 @@ class TopologyManager:
 
     def _give_up(self) -> None:
         self._num_postponed = 0
-        reason = f"the gradient of {self._not_finite[0]} is not finite" if self._not_finite else "no gradient came"
+        bad = {id(p) for p in self._not_finite}
+        names = [name for name, p in self.model.named_parameters() if id(p) in bad]
+        reason = f"the gradient of {', '.join(names[:3])} is not finite" if bad else "no gradient came"
         warnings.warn(
             f"TopologyManager: an update was postponed for {_PATIENCE} steps since {reason}; it is left out, the next "
             f"is due after step {self.next_update}",
