@@ -42,6 +42,7 @@ class RunConfig:
     data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. Default: stdlib.")
     tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. Default: bytes.")
     dtype: str = _option(f"Weights: {', '.join(DTYPES)}. Default: float32.")
+    moment_dtype: str = _option(f"Adam's moments, of sparse methods: {', '.join(DTYPES)}. Default: --dtype.")
     device: str = _option("Torch device. Default: cuda where there is one, else cpu.")
     seed: int = _option("Seed of weights, topology and batches. Default: 0.")
     save_every: int = _option("Steps between checkpoints. Default: 10% of --steps, at most 1000.")
@@ -52,6 +53,7 @@ class RunConfig:
         find_preset(self.preset)
         find_method(self.method)
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._expect("moment_dtype", self.moment_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("density", 0 < self.density <= 1, "a number in (0, 1]")
         self._expect("lr", self.lr > 0, "a positive number")
         self._expect("sequence", self.sequence >= 2, "at least 2 tokens")
@@ -106,7 +108,8 @@ def resolve(**given: Any) -> RunConfig:
         "steps": steps, "batch": preset.batch, "accumulate": preset.accumulate, "sequence": preset.sequence,
         "lr": preset.lr, "lr_density_exponent": 1.0, "weight_decay": 0.0, "warmup": steps // 20,
         "every": every, "block_warmup": every, "drop_fraction": 0.2, "final_drop_fraction": 0.005,
-        "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "device": _default_device(), "seed": 0,
+        "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
+        "device": _default_device(), "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
     if given.get("method") == "dense":

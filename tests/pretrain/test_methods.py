@@ -32,10 +32,15 @@ def test_blocks(block: str, tmp_path: Path) -> None:
     assert len(moves(tmp_path / "run")) >= 2
 
 
-def test_bfloat16(tmp_path: Path) -> None:
-    config = small_config(tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("moments", ["bfloat16", "float32"])
+def test_bfloat16(moments: str, tmp_path: Path) -> None:
+    config = small_config(tmp_path, dtype="bfloat16", moment_dtype=moments)
     training = build_training(config, 256)
     assert {parameter.dtype for parameter in training.model.parameters()} == {torch.bfloat16}
+    batch = open_data(config, ByteTokenizer()).train.batch(0)
+    train_step(training, batch, 1e-3)
+    states = training.optimizer.state.values()
+    assert {state["exp_avg_sq"].dtype for state in states} == {getattr(torch, moments)}
     assert pretrain(config, tmp_path / "run")
 
 
