@@ -47,7 +47,7 @@ def choose(
     block = _check_block_shape(block_shape)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
     weights = survey(model)
-    chosen = _choose(weights, included, excluded)
+    chosen = _sparse_weights(weights, included, excluded)
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
     counts = _counts(chosen, layouts, density, dict(rules or {}), distribution)
     choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
@@ -100,7 +100,7 @@ def _check_globs(argument: str, globs: Iterable[str], among: Iterable[Weight], w
             raise ValueError(f"{argument}: {glob!r} matches none of the {what} ({some}, ...); see report(model)")
 
 
-def _choose(weights: dict[str, Weight], include: list[str] | None, exclude: list[str]) -> dict[str, Weight]:
+def _sparse_weights(weights: dict[str, Weight], include: list[str] | None, exclude: list[str]) -> dict[str, Weight]:
     """The weights to make compact."""
     _check_globs("include", include or [], weights.values(), "parameters of two or more dimensions")
     _check_globs("exclude", exclude, weights.values(), "parameters of two or more dimensions")

@@ -51,6 +51,8 @@ def active_adamw_(
         shared_step: bias corrections by ``step`` instead of the age (the naive rule).
         noise_seed: rounds bf16 weights and moments stochastically; None: to nearest.
     """
+    if values.numel() == 0:
+        return
     age = (step if births is None else step - births).clamp(min=1).double()
     bias_age = step.double().expand_as(age) if shared_step else age
     tables = (

@@ -207,6 +207,7 @@ class TopologyManager:
         """Takes up where ``state_dict`` was saved; the model and optimizer are loaded on their own."""
         self.check_state_dict(state)
         self.num_steps = state["num_steps"]
+        self._num_new = 0
         self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])

@@ -65,3 +65,14 @@ def test_defaults() -> None:
     expected = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     assert {key: group[key] for key in expected} == expected
     assert group["warmup_steps"] == 100 and group["lr_density_exponent"] == 1.0
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)], ids=str)
+def test_an_empty_parameter_is_no_trouble(shape: tuple[int, ...]) -> None:
+    model = nn.Linear(3, 2)
+    model.empty = nn.Parameter(torch.zeros(shape))
+    optimizer = smet.ActiveAdamW(model)
+    (model(torch.ones(1, 3)).sum() + model.empty.sum()).backward()
+    before = model.bias.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.bias, before) and model.empty.shape == shape

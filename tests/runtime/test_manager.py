@@ -157,6 +157,16 @@ def test_history_is_saved() -> None:
     assert [e.to_dict() for e in other.history] == [e.to_dict() for e in manager.history]
 
 
+def test_steps_taken_before_a_load_are_forgotten() -> None:
+    model, optimizer, manager = make()
+    train(model, optimizer, manager, steps=4)
+    state = manager.state_dict()
+    other_model, other_optimizer, other = make()
+    train(other_model, other_optimizer, steps=2)
+    other.load_state_dict(state)
+    assert other.step() is None and other.num_steps == 4
+
+
 def test_frozen_sites_keep_their_topology() -> None:
     model, _, _ = make()
     find_sites(model)["0.weight"].values.requires_grad_(False)
