@@ -9,7 +9,7 @@ from torch import nn
 
 from smet_compile.convert import Globs, Report, check_choice, choose, make_compact, remember_reasons, report
 from smet_compile.convert.compact import SELECTS
-from smet_compile.ops import saved_weights
+from smet_compile.ops import growth_hooks, saved_weights
 
 _WARN_ABOVE = 1.5
 
@@ -61,6 +61,7 @@ def sparsify(
         make_compact(choice, select, rescale, seed)
         saved_weights.install(choice.weight.module)
     saved_weights.install(model)
+    growth_hooks.install(model)
     remember_reasons(model, plan.dense_reasons)
     _warn_if_dense(report(model), density)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from smet_compile.format import Layout, count_active, pack_bits, positions_of, unpack_bits
 from smet_compile.ops import saved_weights
+
+_OF_A_STEP = dict.fromkeys(("update_sink", "update_counts", "candidates", "growth_sink"))
 
 
 class CompactWeight(nn.Module):
@@ -28,14 +29,21 @@ class CompactWeight(nn.Module):
     positions: Tensor
     parameter_order: list[str]
     """Names of the module's parameters, in the order they had when this one was dense."""
-    on_dense_grad: Callable[[Tensor], None] | None = None
-    """Called with each dense weight that is read for training, so that its gradient can be listened to."""
+    update_sink: Tensor | None
+    """Where the gradient of every read goes instead of to the values, within a step whose update is fused."""
+    update_counts: tuple[Tensor, Tensor] | None
+    """Of fused updates: how many there were, and how many blocks they skipped for a non-finite gradient."""
+    candidates: Tensor | None
+    """Filled in backward with the inactive blocks of largest gradient, where somebody asks for them."""
+    growth_sink: Tensor | None
+    """Where the dense gradient of every read goes, within a forward that fills ``candidates``."""
 
     def __init__(self, layout: Layout, mask: Tensor, num_active: int) -> None:
         super().__init__()
         self.layout = layout
         self.num_active = num_active
         self.parameter_order = []
+        self.__dict__.update(_OF_A_STEP)
         self.register_buffer("topology", pack_bits(mask))
         if not layout.single_weights:
             dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
@@ -70,18 +78,31 @@ class CompactWeight(nn.Module):
         return list(self.layout.shape), list(self.layout.matrix), list(self.layout.block_shape)
 
     def forward(self, values: Tensor) -> Tensor:
-        dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout())
-        if not torch.compiler.is_compiling():
+        tracing = torch.compiler.is_compiling()
+        sinks = self.update_sink, self._growth_sink(values)
+        dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout(), *sinks, tracing)
+        if not tracing:
             saved_weights.remember(self, values, dense)
-        if self.on_dense_grad is not None and dense.requires_grad:
-            self.on_dense_grad(dense)
         return dense
+
+    def open_growth_sink(self, leaf: Tensor) -> Tensor:
+        """A sink for the dense gradient, which depends on ``leaf`` and so gets one wherever that does."""
+        layout = self.op_layout()
+        sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, *layout)
+        return sink
+
+    def _growth_sink(self, values: Tensor) -> Tensor | None:
+        """That of the forward under way; where none opened one, this read has its own."""
+        if self.growth_sink is not None or self.candidates is None:
+            return self.growth_sink
+        leaf = values if self.update_sink is None else self.update_sink
+        return self.open_growth_sink(leaf) if leaf.requires_grad else None
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         return torch.ops.smet.pack(dense, self.topology, self.index, *self.op_layout(), self.num_active)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k != "on_dense_grad"}
+        return {**super().__getstate__(), **_OF_A_STEP}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         error = self._misfit(state_dict.get(prefix + "topology"), prefix)

@@ -20,7 +20,10 @@ CHANGED = (
 )
 _LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
 _library = torch.library.Library("smet", "DEF")
-_library.define(f"unpack(Tensor values, Tensor topology, Tensor[] index, {_LAYOUT}) -> Tensor")
+_library.define(
+    f"unpack(Tensor values, Tensor topology, Tensor[] index, {_LAYOUT}, "
+    "Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor"
+)
 _library.define(f"pack(Tensor dense, Tensor topology, Tensor[] index, {_LAYOUT}, int num_active) -> Tensor")
 _library.define(
     "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
@@ -30,13 +33,19 @@ _library.define(
 )
 
 
+def on_unseen_graph() -> None:
+    """Called when a compiled graph runs that the compiler passes never saw. They put their warning here."""
+
+
 def _active(topology: Tensor, index: list[Tensor], layout: Layout) -> Tensor:
     """The active blocks: their positions where they are at hand, else a mask."""
     return index[0].long() if index else unpack_bits(topology, layout.num_blocks)
 
 
-def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout: list[int]) -> Tensor:
-    lay = Layout.of_lists(*layout)
+def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any) -> Tensor:
+    lay = Layout.of_lists(*layout_and_more[:3])
+    if layout_and_more[-1]:
+        on_unseen_graph()
     return blocks.unpack(values, _active(topology, index, lay), lay)
 
 
@@ -50,8 +59,8 @@ for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_ad
 
 
 @torch.library.register_fake("smet::unpack", lib=_library)
-def _(values: Tensor, topology: Tensor, index: list[Tensor], *layout: list[int]) -> Tensor:
-    return values.new_empty(layout[0])
+def _(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any) -> Tensor:
+    return values.new_empty(layout_and_more[0])
 
 
 @torch.library.register_fake("smet::pack", lib=_library)
@@ -68,15 +77,23 @@ def _(*args: Any) -> None:
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Not by ``save_for_backward``: DistributedDataParallel rewrites buffers in every forward, with what they hold,
     and autograd would take that for a change of topology. A real one moves the values too, which is looked at."""
-    ctx.values, ctx.topology, ctx.index, *ctx.layout = inputs
+    ctx.values, ctx.topology, ctx.index, *ctx.layout = inputs[:6]
+    ctx.has_update_sink = inputs[6] is not None
     ctx.version = ctx.values._version
 
 
 def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
+    """The compact gradient goes to the update sink where there is one, else to the values; the dense one to the
+    growth sink."""
     if ctx.values._version != ctx.version:
         raise RuntimeError(CHANGED)
-    grad = torch.ops.smet.pack(grad_dense, ctx.topology, ctx.index, *ctx.layout, ctx.values.shape[0])
-    return grad, None, [None] * len(ctx.index), None, None, None
+    wanted = ctx.needs_input_grad
+    grad = None
+    if wanted[0] or wanted[6]:
+        grad = torch.ops.smet.pack(grad_dense, ctx.topology, ctx.index, *ctx.layout, ctx.values.shape[0])
+    to_values, to_sink = (None, grad) if ctx.has_update_sink else (grad, None)
+    to_growth = grad_dense if wanted[7] else None
+    return to_values, None, [None] * len(ctx.index), None, None, None, to_sink, to_growth, None
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -84,7 +101,7 @@ def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _pack_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
-    grad = torch.ops.smet.unpack(grad_values, ctx.topology, ctx.index, *ctx.layout)
+    grad = torch.ops.smet.unpack(grad_values, ctx.topology, ctx.index, *ctx.layout, None, None, False)
     return grad, None, [None] * len(ctx.index), None, None, None, None
 
 

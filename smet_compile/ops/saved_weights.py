@@ -80,7 +80,9 @@ class _Recipe:
         if self.version != self.values._version:
             raise RuntimeError(CHANGED)
         with torch.no_grad():
-            dense: Tensor = torch.ops.smet.unpack(self.values, self.topology, self.index, *self.layout)
+            dense: Tensor = torch.ops.smet.unpack(
+                self.values, self.topology, self.index, *self.layout, None, None, False
+            )
         return dense
 
 

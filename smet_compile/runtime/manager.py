@@ -84,8 +84,9 @@ class TopologyManager:
             raise ValueError("TopologyManager: expected a model with compact weights, got one with none; sparsify it")
         stop_step = stop_fraction * total_steps
         self.schedule = SCHEDULES[schedule](every, stop_step, drop_fraction, final_drop_fraction)
+        self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
-            _check_feasible(self.sites, max(drop_fraction, final_drop_fraction))
+            _check_feasible(self.sites, self._max_drop_fraction)
         check_holds(optimizer, self.sites)
         check_elementwise(optimizer, self.sites)
         self.model = model
@@ -164,7 +165,7 @@ class TopologyManager:
         if self.grow != "gradient" or not self._is_due(self.num_steps + 1):
             return
         for name, site in self.sites.items():
-            self._scores[name] = GradientScores(site, self._drop_count(site, self.num_steps + 1))
+            self._scores[name] = GradientScores(site, math.floor(self._max_drop_fraction * site.num_active))
             self._scores[name].attach()
 
     def _update(self) -> TopologyEvent | None:
@@ -180,16 +181,16 @@ class TopologyManager:
     def _is_ready(self, site: Site) -> bool:
         trained = not self._not_finite and id(site.values) in self._trained
         if trained and self.grow == "gradient":
-            return site.name in self._scores and self._scores[site.name].take() is not None
+            return site.name in self._scores and self._scores[site.name].take(1) is not None
         return trained
 
     def _change(self, site: Site) -> SiteEvent:
         before = site.mask()
+        count = self._drop_count(site, self.num_steps)
         if self.grow == "gradient":
-            grown = self._scores[site.name].take()
+            grown = self._scores[site.name].take(count)
             assert grown is not None
         else:
-            count = self._drop_count(site, self.num_steps)
             grown = grow_random(site, before, count, self.seed, self.num_steps)
         dropped = drop_smallest(site, before, len(grown))
         return move(site, before, agree_on(dropped), agree_on(grown), self.optimizer, self._trace)

@@ -31,7 +31,9 @@ def site(name: str, dtype: torch.dtype = torch.float32) -> tuple[CompactWeight, 
 def test_unpack_and_pack(name: str) -> None:
     compact, values, dense = site(name)
     common = (compact.topology, compact.index, *compact.op_layout())
-    torch.library.opcheck(torch.ops.smet.unpack.default, (values.requires_grad_(), *common))
+    torch.library.opcheck(torch.ops.smet.unpack.default, (values.requires_grad_(), *common, None, None, False))
+    sink, growth = torch.zeros_like(values).requires_grad_(), torch.zeros_like(dense).requires_grad_()
+    torch.library.opcheck(torch.ops.smet.unpack.default, (values.detach(), *common, sink, growth, False))
     torch.library.opcheck(torch.ops.smet.pack.default, (dense.requires_grad_(), *common, compact.num_active))
 
 

@@ -1,0 +1,105 @@
+"""Sinks: where a gradient ends that nobody is to keep.
+
+A sink is a tensor of zeros that takes no memory and stands in the autograd graph for what a gradient is needed for.
+It is opened once in a step and handed to every read of a weight, so autograd adds up the gradients of all reads;
+the sink's backward consumes the sum at once: the optimizer updates the values (update sinks), or candidates for
+growth are chosen (growth sink).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout, all_block_means, unpack_bits
+from smet_compile.ops.library import _LAYOUT, _library
+from smet_compile.ops.torch_optim import torch_optim_
+
+NO_GRADIENT = -1
+"""What a buffer of candidates holds until a gradient has come."""
+
+_TORCH_OPTIM = "Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? largest"
+_COUNTS = "Tensor(e!) step, Tensor(f!) num_updates, Tensor(g!) num_skipped, Tensor lr, str rule, float[] options"
+_library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_TORCH_OPTIM}, {_COUNTS}) -> ()")
+_library.impl("torch_optim_", torch_optim_, "CompositeExplicitAutograd")
+
+_ACTIVE_ADAMW = (
+    "Tensor exp_avg, Tensor exp_avg_sq, Tensor num_skipped, Tensor step, Tensor lr, Tensor? generation, "
+    f"Tensor? births, Tensor? topology, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, "
+    "float weight_decay, int warmup_steps, bool shared_step, int? noise_seed"
+)
+_library.define(f"active_adamw_sink(Tensor leaf, Tensor values, {_ACTIVE_ADAMW}) -> Tensor")
+_library.define(
+    "torch_optim_sink(Tensor leaf, Tensor values, Tensor? first, Tensor? second, Tensor? largest, Tensor step, "
+    "Tensor num_updates, Tensor num_skipped, Tensor lr, str rule, float[] options) -> Tensor"
+)
+_library.define(f"growth_sink(Tensor leaf, Tensor candidates, Tensor topology, {_LAYOUT}) -> Tensor")
+_library.define(f"growth_candidates(Tensor grad_dense, Tensor topology, {_LAYOUT}, int count) -> Tensor")
+
+
+@torch.library.register_fake("smet::torch_optim_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+def _like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return values.new_zeros(()).expand(values.shape)
+
+
+def _like_dense(leaf: Tensor, candidates: Tensor, topology: Tensor, shape: list[int], *rest: Any) -> Tensor:
+    return leaf.new_zeros(()).expand(shape)
+
+
+def _growth_candidates(grad_dense: Tensor, topology: Tensor, *layout_and_count: Any) -> Tensor:
+    """The inactive blocks of largest mean gradient (RigL, Evci et al. 2020), best first."""
+    layout = Layout.of_lists(*layout_and_count[:3])
+    scores = all_block_means(grad_dense, layout)
+    scores.masked_fill_(unpack_bits(topology, layout.num_blocks), -1)
+    return scores.topk(layout_and_count[3]).indices
+
+
+@torch.library.register_fake("smet::growth_candidates", lib=_library)
+def _(grad_dense: Tensor, topology: Tensor, *layout_and_count: Any) -> Tensor:
+    return topology.new_empty(layout_and_count[3], dtype=torch.int64)
+
+
+_library.impl("growth_candidates", _growth_candidates, "CompositeExplicitAutograd")
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.inputs = inputs[1:]
+
+
+def _update_by_active_adamw(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    values, exp_avg, exp_avg_sq, num_skipped, step, *rest = ctx.inputs
+    with torch.no_grad():
+        step.add_(1)
+        torch.ops.smet.active_adamw_(values.detach(), grad, exp_avg, exp_avg_sq, num_skipped, step, *rest)
+    return (None,) * (1 + len(ctx.inputs))
+
+
+def _update_by_torch_optim(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    values, *rest = ctx.inputs
+    with torch.no_grad():
+        torch.ops.smet.torch_optim_(values.detach(), grad, *rest)
+    return (None,) * (1 + len(ctx.inputs))
+
+
+def _choose_candidates(ctx: Any, grad_dense: Tensor) -> tuple[None, ...]:
+    candidates, *topology_and_layout = ctx.inputs
+    with torch.no_grad():
+        found = torch.ops.smet.growth_candidates(grad_dense, *topology_and_layout, candidates.shape[0])
+        candidates.copy_(found)
+    return (None,) * (1 + len(ctx.inputs))
+
+
+for _name, _make, _backward in (
+    ("active_adamw_sink", _like_values, _update_by_active_adamw),
+    ("torch_optim_sink", _like_values, _update_by_torch_optim),
+    ("growth_sink", _like_dense, _choose_candidates),
+):
+    _library.impl(_name, _make, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"smet::{_name}", _make, lib=_library)
+    torch.library.register_autograd(f"smet::{_name}", _backward, setup_context=_keep, lib=_library)
