@@ -1,6 +1,7 @@
 """The law: each op in plain torch, fp32 or fp64 arithmetic, no tricks. Every faster path must equal this page.
 
-Shape suffixes: N active blocks, G generations. Values are (N,) for single weights, (N, bm, bn) for larger blocks.
+Shape suffixes: N active blocks of B, G generations, S stacked matrices (R, C), T tokens. Values are (N,) for single
+weights, (N, bm, bn) for larger blocks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from smet_compile.format import Layout, pack, unpack
 
 _LOW_32_BITS = 0xFFFFFFFF
 
@@ -96,3 +99,41 @@ def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tenso
     if generation is None:
         return table_G
     return table_G.index_select(0, generation.int()).view(-1, *[1] * (like.dim() - 1))
+
+
+def spread_over_matrices(tokens_TX: Tensor, offsets_S: Tensor) -> Tensor:
+    """Tokens sorted by matrix → (S, T, X): each token in its matrix's layer, zeros in the others.
+
+    Matrix s has the rows ``offsets_S[s - 1]`` to ``offsets_S[s]``; rows past the last offset are nobody's.
+    """
+    number_T = torch.arange(tokens_TX.shape[0], device=tokens_TX.device)
+    ends_S1 = offsets_S[:, None]
+    starts_S1 = torch.cat((torch.zeros_like(ends_S1[:1]), ends_S1[:-1]))
+    mine_ST = (starts_S1 <= number_T) & (number_T < ends_S1)
+    return torch.where(mine_ST[..., None], tokens_TX, 0)
+
+
+def masked_matmul(
+    input: Tensor,
+    values: Tensor,
+    mask_B: Tensor,
+    layout: Layout,
+    transposed: bool,
+    bias: Tensor | None = None,
+    offsets_S: Tensor | None = None,
+) -> Tensor:
+    """input W + bias, or input Wᵀ + bias. Of a stack: matrix by matrix, or each token with its own one."""
+    weight_SRC = unpack(values, mask_B, layout).view(-1, *layout.matrix)
+    layers = input if offsets_S is None else spread_over_matrices(input, offsets_S)
+    product = layers @ (weight_SRC.mT if transposed else weight_SRC)
+    out = product.view(*input.shape[:-1], product.shape[-1]) if offsets_S is None else product.sum(0)
+    return out if bias is None else out + bias
+
+
+def sampled_matmul(
+    left: Tensor, right: Tensor, mask_B: Tensor, layout: Layout, offsets_S: Tensor | None = None
+) -> Tensor:
+    """pack(leftᵀ right). Of a stack: matrix by matrix, or each with its own tokens."""
+    if offsets_S is not None:
+        left, right = spread_over_matrices(left, offsets_S), spread_over_matrices(right, offsets_S)
+    return pack((left.mT @ right).view(layout.shape), mask_B, layout)
