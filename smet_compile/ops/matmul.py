@@ -1,0 +1,198 @@
+"""Products with a compact weight, and products of which only the active blocks are wanted. Plain torch, any device.
+
+Tiles are multiplied line by line (block rows, or block columns), one GEMM each, so that sums are rounded once and no
+dense weight is ever made. Single weights and runs are expanded into one dense scratch.
+
+Shape suffixes: S stacked matrices, T tokens, R rows, C cols, N active blocks, n of them in one line, I and O the
+inputs and outputs of a product (C and R, or R and C), B blocks across a line, b their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smet_compile.format import Layout, pack, unpack, unpack_bits
+
+
+def masked_matmul(
+    input: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    transposed: bool,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """input W, or input Wᵀ where ``transposed``, W being the unpacked weight.
+
+    Args:
+        input: (T, I); (S, T, I) for a stack; with ``offsets`` (T, I) of tokens sorted by matrix.
+        values: (N,) or (N, bm, bn), in the dtype of ``input``. topology, index: where they lie.
+        bias: (O,), in the dtype of ``input``; added to every row.
+        offsets: (S,) int32: the tokens of matrix s end before row ``offsets[s]``. What is past the last one
+            meets no matrix: zeros, and the bias.
+
+    Returns:
+        (T, O) or (S, T, O), new and contiguous.
+    """
+    layout = Layout.of_lists(shape, matrix, block_shape)
+    ends = None if offsets is None else offsets.tolist()
+    active = _active(topology, index, layout)
+    if min(block_shape) > 1:
+        return _masked_by_tiles(input, values, active, layout, transposed, bias, ends)
+    dense_SRC = unpack(values, active, layout).view(-1, *layout.matrix)
+    return _multiply_stack(input, dense_SRC.mT if transposed else dense_SRC, bias, ends)
+
+
+def sampled_matmul(
+    left: Tensor,
+    right: Tensor,
+    topology: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    num_active: int,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """pack(leftᵀ right): the product's active blocks.
+
+    Args:
+        left, right: (T, R) and (T, C); (S, T, R) and (S, T, C) for a stack; with ``offsets`` 2-D, sorted by matrix
+            as the input of ``masked_matmul``. Rows past the last offset count for nothing.
+
+    Returns:
+        (num_active,) or (num_active, bm, bn), in the dtype of ``left``; what hangs over an edge is zero.
+    """
+    layout = Layout.of_lists(shape, matrix, block_shape)
+    ends = None if offsets is None else offsets.tolist()
+    active = _active(topology, index, layout)
+    if min(block_shape) > 1:
+        return _sampled_by_tiles(left, right, active, layout, num_active, ends)
+    if ends is None:
+        dense = left.mT @ right
+    else:
+        pairs = zip(_by_matrix(left, ends), _by_matrix(right, ends), strict=True)
+        dense = left.new_empty(layout.num_matrices, *layout.matrix)
+        for product_RC, (left_TR, right_TC) in zip(dense, pairs, strict=True):
+            product_RC.copy_(left_TR.mT @ right_TC)
+    return pack(dense.view(shape), active, layout)
+
+
+def _active(topology: Tensor, index: list[Tensor], layout: Layout) -> Tensor:
+    """Positions of the active blocks; of single weights, which are too many for that, their mask."""
+    return index[0].long() if index else unpack_bits(topology, layout.num_blocks)
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(T, I) by (I, O), or (S, T, I) by (S, I, O)."""
+    if bias is None:
+        return input @ weight
+    return torch.addmm(bias, input, weight) if input.dim() == 2 else torch.baddbmm(bias, input, weight)
+
+
+def _multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: list[int] | None) -> Tensor:
+    """The whole of ``masked_matmul``, for a weight that is dense."""
+    if ends is None:
+        return _multiply(input, dense_SIO.squeeze(0) if input.dim() == 2 else dense_SIO, bias)
+    out = _zeros_or_bias(input, dense_SIO.shape[-1], bias)
+    for input_TI, weight_IO, out_TO in zip(_by_matrix(input, ends), dense_SIO, _by_matrix(out, ends), strict=True):
+        out_TO.copy_(_multiply(input_TI, weight_IO, bias))
+    return out
+
+
+def _zeros_or_bias(input: Tensor, num_outputs: int, bias: Tensor | None) -> Tensor:
+    """What a product is where no weight is active."""
+    out = input.new_empty(*input.shape[:-1], num_outputs)
+    return out.zero_() if bias is None else out.copy_(bias)
+
+
+def _by_matrix(tokens: Tensor, ends: list[int] | None) -> list[Tensor]:
+    """Each matrix's part (T, ...) of tokens, as views."""
+    if ends is not None:
+        return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [tokens] if tokens.dim() == 2 else list(tokens.unbind())
+
+
+class _Line(NamedTuple):
+    """A block row that has active blocks, or a block column: the ``number``-th of its matrix."""
+
+    matrix: int
+    number: int
+    across_n: Tensor
+    """Block columns (of a block column: block rows) of its blocks."""
+    rows_n: Tensor
+    """Their rows of ``values``."""
+
+
+def _lines(positions_N: Tensor, layout: Layout, by_column: bool) -> Iterator[_Line]:
+    """Block rows or block columns, matrix by matrix; their sizes are fetched to the host, once."""
+    assert positions_N.dtype == torch.int64, "tiles come with their positions"
+    row, col = positions_N // layout.block_cols, positions_N % layout.block_cols
+    line, across, lines_of_matrix = row, col, layout.block_rows
+    if by_column:
+        line, across = row // layout.block_rows * layout.block_cols + col, row % layout.block_rows
+        lines_of_matrix = layout.block_cols
+    order = line.argsort(stable=True)
+    counts = line.bincount().tolist()
+    parts = zip(across[order].split(counts), order.split(counts), strict=True)
+    for number, (across_n, rows_n) in enumerate(parts):
+        if rows_n.numel():
+            yield _Line(*divmod(number, lines_of_matrix), across_n, rows_n)
+
+
+def _in_blocks(tokens_TI: Tensor, width: int) -> Tensor:
+    """(T, B, b), zero over the edge; a view where nothing hangs over."""
+    over = -tokens_TI.shape[1] % width
+    return (F.pad(tokens_TI, (0, over)) if over else tokens_TI).unflatten(1, (-1, width))
+
+
+def _masked_by_tiles(
+    input: Tensor,
+    values: Tensor,
+    positions_N: Tensor,
+    layout: Layout,
+    transposed: bool,
+    bias: Tensor | None,
+    ends: list[int] | None,
+) -> Tensor:
+    """Line by line: the inputs that its blocks read, gathered, times its blocks."""
+    width_O, width_I = layout.block_shape if transposed else layout.block_shape[::-1]
+    out = _zeros_or_bias(input, layout.rows if transposed else layout.cols, bias)
+    inputs_TBb = [_in_blocks(input_TI, width_I) for input_TI in _by_matrix(input, ends)]
+    outs_TO = _by_matrix(out, ends)
+    for line in _lines(positions_N, layout, by_column=not transposed):
+        gathered_TI = inputs_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
+        blocks = values.index_select(0, line.rows_n)
+        weight_Ib = (blocks.mT if transposed else blocks).flatten(0, 1)
+        here = slice(line.number * width_O, (line.number + 1) * width_O)
+        out_Tb = outs_TO[line.matrix][:, here]
+        weight_Ib = weight_Ib[:, : out_Tb.shape[1]]
+        out_Tb.copy_(_multiply(gathered_TI, weight_Ib, None if bias is None else bias[here]))
+    return out
+
+
+def _sampled_by_tiles(
+    left: Tensor, right: Tensor, positions_N: Tensor, layout: Layout, num_active: int, ends: list[int] | None
+) -> Tensor:
+    """Block row by block row: its part of leftᵀ times the parts of right that its blocks want, gathered."""
+    bm, bn = layout.block_shape
+    blocks_Nmn = left.new_zeros(num_active, bm, bn)
+    lefts_TR = _by_matrix(left, ends)
+    rights_TBb = [_in_blocks(right_TC, bn) for right_TC in _by_matrix(right, ends)]
+    for line in _lines(positions_N, layout, by_column=False):
+        left_Tb = lefts_TR[line.matrix][:, line.number * bm : (line.number + 1) * bm]
+        gathered_TC = rights_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
+        product_bnC = (left_Tb.mT @ gathered_TC).unflatten(1, (-1, bn))
+        blocks_Nmn[line.rows_n, : left_Tb.shape[1]] = product_bnC.transpose(0, 1)
+    if layout.cols % bn:  # 0 where left is not finite too
+        blocks_Nmn[positions_N % layout.block_cols == layout.block_cols - 1, :, layout.cols % bn :] = 0
+    return blocks_Nmn

@@ -1,0 +1,88 @@
+"""Registers the products with compact weights under ``torch.ops.smet``: schemas with true mutations, and fakes.
+
+What the passes put in place of a dense product, a dense gradient and its update. They have no autograd of their own:
+the graphs that they stand in hold forward and backward already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout
+from smet_compile.ops import matmul
+
+_LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
+_library = torch.library.Library("smet", "FRAGMENT")
+_library.define(
+    f"masked_matmul(Tensor input, Tensor values, Tensor topology, Tensor[] index, {_LAYOUT}, "
+    "bool transposed, Tensor? bias=None, Tensor? offsets=None) -> Tensor"
+)
+_library.define(
+    f"sampled_matmul(Tensor left, Tensor right, Tensor topology, Tensor[] index, {_LAYOUT}, "
+    "int num_active, Tensor? offsets=None) -> Tensor"
+)
+_library.define(
+    "sampled_active_adamw_(Tensor(a!) values, Tensor left, Tensor right, Tensor[] index, Tensor? offsets, "
+    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor(d!) num_skipped, Tensor step, Tensor lr, Tensor? generation, Tensor? births, Tensor topology, "
+    f"{_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
+    "int warmup_steps, bool shared_step, int? noise_seed) -> ()"
+)
+
+
+def _sampled_active_adamw_(
+    values: Tensor, left: Tensor, right: Tensor, index: list[Tensor], offsets: Tensor | None, *update: Any
+) -> None:
+    """``active_adamw_`` by the gradient pack(leftᵀ right), of which nothing is left afterwards.
+
+    ``update`` are the arguments of ``active_adamw_`` after its gradient; the topology and the layout are among them.
+    """
+    topology, *layout = update[7:11]
+    grad = torch.ops.smet.sampled_matmul(left, right, topology, index, *layout, values.shape[0], offsets)
+    torch.ops.smet.active_adamw_(values, grad.to(values.dtype), *update)
+
+
+for _name, _implementation in (
+    ("masked_matmul", matmul.masked_matmul),
+    ("sampled_matmul", matmul.sampled_matmul),
+    ("sampled_active_adamw_", _sampled_active_adamw_),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("smet::masked_matmul", lib=_library)
+def _(
+    input: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    transposed: bool,
+    *bias_and_offsets: Tensor | None,
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], matrix[0] if transposed else matrix[1])
+
+
+@torch.library.register_fake("smet::sampled_matmul", lib=_library)
+def _(
+    left: Tensor,
+    right: Tensor,
+    topology: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    num_active: int,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    return left.new_empty(Layout.of_lists(shape, matrix, block_shape).values_shape(num_active))
+
+
+@torch.library.register_fake("smet::sampled_active_adamw_", lib=_library)
+def _(*args: Any) -> None:
+    return None
