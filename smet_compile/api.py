@@ -62,9 +62,17 @@ def sparsify(
         saved_weights.install(choice.weight.module)
     saved_weights.install(model)
     growth_hooks.install(model)
+    _install_passes()
     remember_reasons(model, plan.dense_reasons)
     _warn_if_dense(report(model), density)
     return model
+
+
+def _install_passes() -> None:
+    """Imported here, not above: the compiler takes seconds to import, and is not wanted before a weight is compact."""
+    from smet_compile.passes.install import install
+
+    install()
 
 
 def _warn_if_dense(made: Report, density: float) -> None:

@@ -144,18 +144,18 @@ class ActiveAdamW(Optimizer):
         return loss
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        exp_avg, exp_avg_sq, num_skipped, step, *rest = self.update_arguments(parameter, group)
+        step += 1
+        torch.ops.smet.active_adamw_(parameter, parameter.grad, exp_avg, exp_avg_sq, num_skipped, step, *rest)
+
+    def update_arguments(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What ``smet::active_adamw_`` takes after the gradient; state is made where there is none yet."""
         held = self._held[parameter]
-        grad = parameter.grad
-        assert grad is not None
         if not self.state[parameter]:
             self.state[parameter] = new_state(parameter, held.site, moment_dtype(parameter, self.state_dtype))
         state = self.state[parameter]
-        state["step"] += 1
         compact = held.site.compact if held.site else None
-        layout = compact.op_layout() if compact else ([], [], [])
-        torch.ops.smet.active_adamw_(
-            parameter,
-            grad,
+        return (
             state["exp_avg"],
             state["exp_avg_sq"],
             state["num_skipped"],
@@ -164,7 +164,7 @@ class ActiveAdamW(Optimizer):
             state.get("generation"),
             state.get("births"),
             compact.topology if compact else None,
-            *layout,
+            *(compact.op_layout() if compact else ([], [], [])),
             held.density ** -group["lr_density_exponent"],
             *group["betas"],
             group["eps"],
@@ -173,6 +173,10 @@ class ActiveAdamW(Optimizer):
             self.shared_step,
             zlib.crc32(f"{self.seed} {held.name}".encode()) if self.stochastic_rounding else None,
         )
+
+    def check_parameter(self, parameter: nn.Parameter) -> None:
+        """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
+        self._held[parameter].check(parameter)
 
     @property
     def num_skipped_blocks(self) -> int:

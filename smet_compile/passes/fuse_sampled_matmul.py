@@ -1,0 +1,35 @@
+"""fuse_sampled_matmul: the gradient of a weight is computed where the weight is active, and no dense one is made.
+
+    pack(mm(permute(gy), x), ...)   →  sampled_matmul(gy, x, ...)
+
+bmm and _grouped_mm of stacked experts go the same way.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from smet_compile.passes.graph import BMM, GROUPED_MM, MM, PACK, SAMPLED, PassReport, SiteArgs, add, calls, is_call
+from smet_compile.passes.graph import permuted, val
+
+
+def fuse_sampled_matmul(graph: fx.Graph) -> PassReport:
+    report = PassReport("fuse_sampled_matmul")
+    for pack in calls(graph, PACK):
+        product, site = pack.args[0], SiteArgs.of(pack)
+        if not is_call(product, MM, BMM, GROUPED_MM) or len(site.layout[0]) != val(product).dim():
+            continue
+        if len(product.users) != 1:
+            report.skipped.append((site.name, "its dense gradient is read by something else as well"))
+            continue
+        left, right, *rest = product.args
+        offsets = rest[0] if rest else product.kwargs.get("offs")
+        if product.kwargs and offsets is None:
+            continue
+        made = add(product, SAMPLED, permuted(product, left), right, *site.args(), pack.args[-1], offsets)
+        pack.replace_all_uses_with(made)
+        graph.erase_node(pack)
+        graph.erase_node(product)
+        report.matched += 1
+    graph.eliminate_dead_code()
+    return report

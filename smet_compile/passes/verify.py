@@ -1,0 +1,120 @@
+"""verify: what became of each site, and where something was not fused, why.
+
+Changes nothing. What is left as ``unpack`` or ``pack`` was not fused; who reads it says the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from smet_compile.passes.graph import MASKED, PACK, SAMPLED, UNPACK, PassReport, SiteArgs, aten, calls, is_call
+from smet_compile.passes.updates import updated_sites
+from smet_compile.passes.weight_reads import PRODUCTS, uses
+from smet_compile.passes.weight_views import View
+
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", "weight gradient", "update"
+PARTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE)
+FUSED = "fused"
+
+_LOOKS_UP = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
+_LOOKS_UP += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.default)
+
+
+@dataclass
+class Outcome:
+    """For one site: part → "fused", or the reasons why it is not. A part that a graph has not is missing."""
+
+    parts: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, part: str, what: str) -> None:
+        said = self.parts.setdefault(part, [])
+        if what not in said:
+            said.append(what)
+
+    @property
+    def reasons(self) -> list[str]:
+        return [f"{part}: {what}" for part, said in self.parts.items() for what in said if what != FUSED]
+
+
+def verify(graph: fx.Graph) -> PassReport:
+    report = PassReport("verify")
+    for name, outcome in outcomes(graph).items():
+        report.matched += not outcome.reasons
+        report.skipped += [(name, reason) for reason in outcome.reasons]
+    return report
+
+
+def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
+    """What became of each site, by the name of the node that holds its topology."""
+    backward = _backward(graph)
+    found: dict[str, Outcome] = {}
+
+    def at(node: fx.Node) -> Outcome:
+        return found.setdefault(SiteArgs.of(node).name, Outcome())
+
+    for node in calls(graph, MASKED):
+        found.setdefault(_topology(node), Outcome()).add(INPUT_GRADIENT if node in backward else FORWARD, FUSED)
+    for node in calls(graph, UNPACK):
+        for user, reason in _reasons(node):
+            at(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
+    for node in calls(graph, SAMPLED):
+        found.setdefault(_topology(node), Outcome()).add(WEIGHT_GRADIENT, FUSED)
+    for node in calls(graph, PACK):
+        at(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
+    for name, fused_to_product in updated_sites(graph):
+        outcome = found.setdefault(name, Outcome())
+        outcome.add(UPDATE, FUSED)
+        if fused_to_product:
+            outcome.add(WEIGHT_GRADIENT, FUSED)
+    return found
+
+
+def _topology(node: fx.Node) -> str:
+    """masked_matmul(input, values, topology, ...) and sampled_matmul(left, right, topology, ...)."""
+    return str(node.args[2].name)
+
+
+def _backward(graph: fx.Graph) -> set[fx.Node]:
+    """Every node that depends on the gradient of an output."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and node.name.startswith("tangents")
+        if is_tangent or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _reasons(unpack: fx.Node) -> Iterator[tuple[fx.Node, str]]:
+    whole = View(tuple("?" * len(unpack.args[3])))
+    for _, user, _ in uses(unpack, whole):
+        yield user, _reason(user)
+
+
+def _reason(user: fx.Node) -> str:
+    name = _name(user)
+    if user.op == "output":
+        return "the dense weight is returned or crosses a graph break"
+    if "convolution" in name:
+        return "read by a convolution"
+    if is_call(user, *_LOOKS_UP):
+        return f"rows or matrices of it are looked up ({name}), as an embedding or data-dependent experts do"
+    if is_call(user, *PRODUCTS):
+        return f"multiplied by {name} in a form that is not known"
+    return f"read by {name}, which is not a matrix product"
+
+
+def _gradient_reason(pack: fx.Node) -> str:
+    source = pack.args[0]
+    if is_call(source, UNPACK):
+        return "its gradient is that of another packed weight"
+    if len(source.users) > 1:
+        return "the dense gradient is read by others too (growth by gradient reads it in the step before an update)"
+    return f"the gradient comes from {_name(source)}, which is not a matrix product"
+
+
+def _name(node: Any) -> str:
+    return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))

@@ -1,0 +1,130 @@
+"""Which dimension of a weight is which, through the views and conversions that lie between it and its use.
+
+A view is described by labels, one per dimension: "S" (stacked matrices), "R", "C", "1" for a dimension of size one,
+"B" for one that the weight was expanded along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from smet_compile.format import Layout
+from smet_compile.passes.graph import aten, is_call, prims, val
+
+Labels = tuple[str, ...]
+
+CONVERT = (prims.convert_element_type.default, aten._to_copy.default)
+_RESHAPE = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_RESHAPE += (aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+_SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+_WHOLE = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """What a node holds of a weight.
+
+    Args:
+        labels: of its dimensions.
+        dtypes: conversions on the way, in order.
+        rows: (first, end) where only those rows of the matrix are left.
+    """
+
+    labels: Labels
+    dtypes: tuple[torch.dtype, ...] = ()
+    rows: tuple[int, int] | None = None
+
+
+def whole(layout: Layout) -> View | None:
+    """The weight itself; None where its dimensions are not those of matrices (a convolution's, a vector's)."""
+    if tuple(layout.matrix) != tuple(layout.shape[-2:]) or 1 in layout.matrix or len(layout.shape) > 3:
+        return None
+    stack = ("S",) if layout.num_matrices > 1 else ("1",)
+    return View((*stack, "R", "C")[-len(layout.shape) :])
+
+
+def through(view: View, node: fx.Node, source: fx.Node) -> View | None:
+    """What ``node``, a user of ``source`` which holds ``view``, holds of the weight; None where it is no view of it."""
+    if is_call(node, aten.permute.default):
+        return replace(view, labels=tuple(view.labels[dim] for dim in node.args[1]))
+    if is_call(node, aten.t.default) or is_call(node, aten.transpose.int):
+        return replace(view, labels=_transposed(view.labels, *node.args[1:]))
+    if is_call(node, *_RESHAPE):
+        return relabeled(view, source, node)
+    if is_call(node, aten.expand.default):
+        return _expanded(view, source, node)
+    if is_call(node, *CONVERT):
+        return _converted(view, node)
+    if is_call(node, *_SAME):
+        return view
+    if is_call(node, aten.slice.Tensor):
+        return _sliced(view, source, *node.args[1:])
+    return _part(view, node, source)
+
+
+def _transposed(labels: Labels, first: int = 0, second: int = 1) -> Labels:
+    swapped = list(labels)
+    swapped[first], swapped[second] = swapped[second], swapped[first]
+    return tuple(swapped)
+
+
+def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
+    """Through a reshape that only adds or removes dimensions of size one."""
+    kept = [(label, size) for label, size in zip(view.labels, val(source).shape, strict=True) if label != "1"]
+    labels = []
+    for size in val(node).shape:
+        if kept and _same(kept[0][1], size):
+            labels.append(kept.pop(0)[0])
+        elif _same(size, 1):
+            labels.append("1")
+        else:
+            return None
+    return None if kept else replace(view, labels=tuple(labels))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a is b or (isinstance(a, int) and isinstance(b, int) and a == b))
+
+
+def _expanded(view: View, source: fx.Node, node: fx.Node) -> View | None:
+    """Along dimensions of size one, which the weight is then repeated over."""
+    new = len(val(node).shape) - len(view.labels)
+    old = ("1",) * new + view.labels
+    sizes = (1,) * new + tuple(val(source).shape)
+    grown = [not _same(a, b) for a, b in zip(sizes, val(node).shape, strict=True)]
+    return replace(view, labels=tuple("B" if more else label for label, more in zip(old, grown, strict=True)))
+
+
+def _converted(view: View, node: fx.Node) -> View | None:
+    dtype = node.args[1] if is_call(node, prims.convert_element_type.default) else node.kwargs.get("dtype")
+    others = {k: v for k, v in node.kwargs.items() if k not in ("dtype", "memory_format", "non_blocking")}
+    if any(value is not None for value in others.values()) or not isinstance(dtype, torch.dtype | None):
+        return None
+    return view if dtype is None else replace(view, dtypes=(*view.dtypes, dtype))
+
+
+def _sliced(
+    view: View, source: fx.Node, dim: int = 0, start: int | None = 0, end: int | None = _WHOLE, step: int = 1
+) -> View | None:
+    size = val(source).shape[dim]
+    start, end = start or 0, _WHOLE if end is None else end
+    if view.labels[dim] != "R" or step != 1 or not all(isinstance(x, int) for x in (size, start, end)):
+        return None
+    first, stop, _ = slice(start, end).indices(size)
+    offset = view.rows[0] if view.rows else 0
+    return replace(view, rows=(offset + first, offset + stop))
+
+
+def _part(view: View, node: fx.Node, source: fx.Node) -> View | None:
+    """One part of a split along the rows. ``node`` is the getitem, ``source`` holds the weight that was split."""
+    split = node.args[0] if node.op == "call_function" and node.args else None
+    if not (getattr(node.target, "__name__", "") == "getitem" and is_call(split, aten.split_with_sizes.default)):
+        return None
+    _, sizes, *dim = split.args
+    which = node.args[1]
+    first = sum(sizes[:which])
+    return _sliced(view, source, dim[0] if dim else 0, first, first + sizes[which])
