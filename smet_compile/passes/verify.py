@@ -117,4 +117,7 @@ def _gradient_reason(pack: fx.Node) -> str:
 
 
 def _name(node: Any) -> str:
+    """Of the op; of one of its results, the op that has several."""
+    if getattr(node.target, "__name__", "") == "getitem":
+        return _name(node.args[0])
     return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))

@@ -25,7 +25,7 @@ from smet_compile.passes.graph import (
     unflattened,
     val,
 )
-from smet_compile.passes.weight_views import View, through, whole
+from smet_compile.passes.weight_views import SPLITS, View, through, whole
 
 PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 
@@ -43,7 +43,7 @@ def canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
 def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
     """(view of the weight, its user, what the view holds) for every user that is not itself a view."""
     for user in list(node.users):
-        if is_call(user, aten.split_with_sizes.default):
+        if is_call(user, *SPLITS):
             parts = [(part, through(view, part, node)) for part in user.users]
         else:
             parts = [(user, through(view, user, node))]

@@ -21,6 +21,7 @@ CONVERT = (prims.convert_element_type.default, aten._to_copy.default)
 _RESHAPE = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RESHAPE += (aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 _WHOLE = 2**63 - 1
 
 
@@ -122,9 +123,9 @@ def _sliced(
 def _part(view: View, node: fx.Node, source: fx.Node) -> View | None:
     """One part of a split along the rows. ``node`` is the getitem, ``source`` holds the weight that was split."""
     split = node.args[0] if node.op == "call_function" and node.args else None
-    if not (getattr(node.target, "__name__", "") == "getitem" and is_call(split, aten.split_with_sizes.default)):
+    if not (getattr(node.target, "__name__", "") == "getitem" and is_call(split, *SPLITS)):
         return None
-    _, sizes, *dim = split.args
-    which = node.args[1]
-    first = sum(sizes[:which])
-    return _sliced(view, source, dim[0] if dim else 0, first, first + sizes[which])
+    dim = split.args[2] if len(split.args) > 2 else 0
+    sizes = [part.shape[dim] for part in val(split)]
+    first = sum(sizes[: node.args[1]])
+    return _sliced(view, source, dim, first, first + sizes[node.args[1]])
