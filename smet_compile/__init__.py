@@ -2,17 +2,23 @@
 
 from smet_compile.api import sparsify
 from smet_compile.convert import Report, export_dense, report
+from smet_compile.explain import Explanation, explain
 from smet_compile.optim import ActiveAdamW, NaiveAdamW, decay_groups
 from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
+from smet_compile.train_step import TrainStep, compile_train_step
 
 __all__ = [
     "ActiveAdamW",
+    "Explanation",
     "NaiveAdamW",
     "Report",
     "SiteEvent",
     "TopologyEvent",
     "TopologyManager",
+    "TrainStep",
+    "compile_train_step",
     "decay_groups",
+    "explain",
     "export_dense",
     "load_checkpoint",
     "report",

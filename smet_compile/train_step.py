@@ -115,8 +115,8 @@ class TrainStep:
         return loss.detach()
 
     def _fused_step(self, batch: Any) -> Tensor:
-        updates = self._updates()
-        with self._without_gradients(updates):
+        updates = self.updates()
+        with self.gradients_in_sinks(updates):
             loss = _checked(self._compiled(batch, updates))
             loss.backward()
         self._finish()
@@ -126,9 +126,10 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _updates(self) -> list[Update | None]:
-        """The update of each site; None for one that is frozen."""
-        assert self._update_of is not None
+    def updates(self) -> list[Update | None]:
+        """The update of each site in backward; None for one that is frozen, and for all where none is fused."""
+        if not self.fused or self._update_of is None:
+            return [None] * len(self.sites)
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         updates = []
         for site in self.sites:
@@ -140,7 +141,7 @@ class TrainStep:
         return updates
 
     @contextmanager
-    def _without_gradients(self, updates: list[Update | None]) -> Iterator[None]:
+    def gradients_in_sinks(self, updates: list[Update | None]) -> Iterator[None]:
         """The values ask for no gradient while the sinks take it: what backward changes may not require one."""
         updated = [site for site, update in zip(self.sites, updates, strict=True) if update is not None]
         for site in updated:

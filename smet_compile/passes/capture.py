@@ -19,16 +19,23 @@ class Captured:
     """One graph that Dynamo captured.
 
     Args:
-        sources: what each input of the graph is in Python, as Dynamo names it.
+        sources: what each input of the graph is in Python, as Dynamo names it. inputs: the inputs themselves.
         joint: the forward and backward graph after the passes. forward, backward: its two halves; the backward
             is None without training. reports: of the passes.
     """
 
     sources: list[str]
+    inputs: list[Any] = field(default_factory=list)
     joint: fx.GraphModule | None = None
     forward: fx.GraphModule | None = None
     backward: fx.GraphModule | None = None
     reports: list[PassReport] = field(default_factory=list)
+
+    def input_of(self, name: str) -> Any:
+        """The input that the placeholder ``name`` of ``joint`` stands for."""
+        assert self.joint is not None
+        placeholders = [node.name for node in self.joint.graph.find_nodes(op="placeholder")]
+        return self.inputs[placeholders.index(name)]
 
 
 class Capture:
@@ -43,7 +50,8 @@ class Capture:
         self.graphs: list[Captured] = []
 
     def __call__(self, dynamo: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        captured = Captured([_source(node) for node in dynamo.graph.find_nodes(op="placeholder")])
+        placeholders = dynamo.graph.find_nodes(op="placeholder")
+        captured = Captured([_source(node) for node in placeholders], [_example(node) for node in placeholders])
         self.graphs.append(captured)
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -76,6 +84,11 @@ class Capture:
             keep_inference_input_mutations=True,
         )
         return compiled
+
+
+def _example(node: fx.Node) -> Any:
+    """The input that Dynamo saw, not the fake tensor made from it."""
+    return getattr(node.meta.get("grapharg"), "example", None)
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:

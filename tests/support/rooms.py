@@ -28,8 +28,10 @@ ROOMS = {
     "plan": Room({"ops", "format"}, SIDE_BY_SIDE),
     "runtime": Room({"ops", "format"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "api": Room(ALL_ROOMS, "imports point down only"),
-    "__init__": Room(ALL_ROOMS | {"api"}, "the door is light, and the main job stands above it"),
-    "pretrain": Room(ALL_ROOMS | {"api", "__init__"}, "imports point down only"),
+    "train_step": Room({"ops", "optim"}, "a step computes and updates; it does not know when the topology changes"),
+    "explain": Room({"ops", "passes", "train_step"}, "it asks the passes what they did, and changes nothing"),
+    "__init__": Room(ALL_ROOMS | {"api", "train_step", "explain"}, "the door is light, and the main job stands above it"),
+    "pretrain": Room(ALL_ROOMS | {"api", "train_step", "explain", "__init__"}, "imports point down only"),
     "__main__": Room({"pretrain"}, "it is the main job's command line and nothing else"),
 }
 
