@@ -9,8 +9,21 @@ from __future__ import annotations
 
 from torch import fx
 
-from smet_compile.passes.graph import BMM, GROUPED_MM, MM, PACK, SAMPLED, PassReport, SiteArgs, add, calls, is_call
-from smet_compile.passes.graph import permuted, val
+from smet_compile.passes.graph import (
+    BMM,
+    GROUPED_MM,
+    MM,
+    PACK,
+    SAMPLED,
+    PassReport,
+    SiteArgs,
+    add,
+    calls,
+    is_call,
+    permuted,
+    val,
+)
+from smet_compile.passes.products import is_plain, offsets_of
 
 
 def fuse_sampled_matmul(graph: fx.Graph) -> PassReport:
@@ -22,11 +35,10 @@ def fuse_sampled_matmul(graph: fx.Graph) -> PassReport:
         if len(product.users) != 1:
             report.skipped.append((site.name, "its dense gradient is read by something else as well"))
             continue
-        left, right, *rest = product.args
-        offsets = rest[0] if rest else product.kwargs.get("offs")
-        if product.kwargs and offsets is None:
+        if not is_plain(product):
             continue
-        made = add(product, SAMPLED, permuted(product, left), right, *site.args(), pack.args[-1], offsets)
+        left, right = product.args[:2]
+        made = add(product, SAMPLED, permuted(product, left), right, *site.args(), pack.args[-1], offsets_of(product))
         pack.replace_all_uses_with(made)
         graph.erase_node(pack)
         graph.erase_node(product)

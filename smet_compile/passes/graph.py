@@ -75,12 +75,20 @@ def _fake_mode(args: Any) -> FakeTensorMode:
     return found[0]
 
 
+def is_swap(node: Any) -> bool:
+    """Whether ``node`` exchanges the last two dimensions and does no more."""
+    if not is_call(node, aten.permute.default):
+        return False
+    last = val(node).dim() - 1
+    return list(node.args[1]) == [*range(last - 1), last, last - 1]
+
+
 def permuted(like: fx.Node, node: fx.Node) -> fx.Node:
     """``node`` with its last two dimensions exchanged; a permutation undone instead of done twice."""
-    last = [*range(val(node).dim() - 2), val(node).dim() - 1, val(node).dim() - 2]
-    if is_call(node, aten.permute.default) and list(node.args[1]) == last:
-        return node.args[0]
-    return add(like, aten.permute.default, node, last)
+    if is_swap(node):
+        return node.args[0]  # type: ignore[return-value]
+    last = val(node).dim() - 1
+    return add(like, aten.permute.default, node, [*range(last - 1), last, last - 1])
 
 
 def flattened(like: fx.Node, node: fx.Node) -> fx.Node:
@@ -90,11 +98,15 @@ def flattened(like: fx.Node, node: fx.Node) -> fx.Node:
     return add(like, aten.view.default, node, [-1, val(node).shape[2]])
 
 
-def unflattened(like: fx.Node, node: fx.Node, batch: fx.Node) -> fx.Node:
-    """(B T, X) → (B, T, X), as many B as ``batch`` (B, ...) has."""
-    num = val(batch).shape[0]
-    size = num if isinstance(num, int) else add(like, aten.sym_size.int, batch, 0)
-    return add(like, aten.view.default, node, [size, -1, val(node).shape[1]])
+def unflattened(like: fx.Node, node: fx.Node, batch: fx.Node, tokens: int) -> fx.Node:
+    """(B T, X) → (B, T, X), as many B and T as ``batch`` has in its first dimension and in that of ``tokens``."""
+    sizes = [_size(like, batch, dim) for dim in (0, tokens)]
+    return add(like, aten.view.default, node, [*sizes, val(node).shape[1]])
+
+
+def _size(like: fx.Node, node: fx.Node, dim: int) -> int | fx.Node:
+    size = val(node).shape[dim]
+    return size if isinstance(size, int) else add(like, aten.sym_size.int, node, dim)
 
 
 @dataclass(frozen=True)

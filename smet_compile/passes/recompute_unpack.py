@@ -4,21 +4,27 @@
     y = convolution(x, dense)            →          y = convolution(x, dense)
     gx = convolution_backward(gy, x, dense)         gx = convolution_backward(gy, x, dense)
 
-The partitioner then unpacks again in backward instead of keeping ``dense``, or what is computed from it alone entry by
-entry (a scaled weight, autocast's copy of it). Autograd has been traced when passes run, so the sinks, which only
-autograd needs, are taken off as well.
+The partitioner then unpacks again in backward instead of keeping ``dense``, or what is computed from it alone and is as
+large (a scaled or normalized weight, autocast's copy of it). Autograd has been traced when passes run, so the sinks,
+which only autograd needs, are taken off as well.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from smet_compile.passes.graph import UNPACK, PassReport, calls, val
+from smet_compile.passes.graph import UNPACK, PassReport, aten, calls, prims, val
 
 _AFTER_ALL_REGIONS = 2**40
 """An output of one checkpointed region that a later one reads is saved; this is read by no later one."""
+
+_CHEAP_TAGS = {"pointwise", "reduction"}
+_MOVES = (aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default, aten.cat.default)
+_MOVES += (aten.flip.default, aten.roll.default, prims.rev.default)
 
 
 def must_recompute(node: fx.Node) -> None:
@@ -41,29 +47,34 @@ def recompute_unpack(graph: fx.Graph) -> PassReport:
 
 
 def _derived(weight: fx.Node) -> list[fx.Node]:
-    """What is computed entry by entry from ``weight`` and inputs of the graph alone, and is as large."""
-    found = [weight]
-    for node in found:
-        for user in node.users:
-            others = [source for source in user.all_input_nodes if source not in found]
-            alone = all(source.op == "placeholder" and not _is_tangent(source) for source in others)
-            if user not in found and alone and _is_entry_by_entry(user, weight):
-                found.append(user)
-    return found[1:]
+    """What is computed from ``weight`` and inputs of the graph alone, without a product, and is as large."""
+    found = {weight: True}
+    waiting = [weight]
+    while waiting:
+        for user in waiting.pop().users:
+            known = all(_is_known(source, found) for source in user.all_input_nodes)
+            if user not in found and known and _is_cheap(user):
+                found[user] = _size(user) == _size(weight)
+                waiting.append(user)
+    return [node for node, is_as_large in found.items() if is_as_large and node is not weight]
 
 
-def _is_tangent(node: fx.Node) -> bool:
-    return node.name.startswith("tangents")
+def _is_known(node: fx.Node, found: dict[fx.Node, bool]) -> bool:
+    return node in found or (node.op == "placeholder" and not node.name.startswith("tangents"))
 
 
-def _is_entry_by_entry(node: fx.Node, weight: fx.Node) -> bool:
+def _is_cheap(node: fx.Node) -> bool:
+    """Whether it costs about as much to compute as to read."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
-        return False
-    same_size = isinstance(val(node), torch.Tensor) and val(node).numel() == val(weight).numel()
-    random = torch.Tag.nondeterministic_seeded in op.tags
-    copies = op in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
-    return same_size and not random and (copies or op.is_view or torch.Tag.pointwise in op.tags)
+        return op is operator.getitem
+    tags = {tag.name for tag in op.tags}
+    return "nondeterministic_seeded" not in tags and (op in _MOVES or op.is_view or bool(tags & _CHEAP_TAGS))
+
+
+def _size(node: fx.Node) -> int | None:
+    size = val(node).numel() if isinstance(val(node), torch.Tensor) else None
+    return size if isinstance(size, int) else None
 
 
 def mark_seen(graph: fx.Graph) -> None:

@@ -23,6 +23,7 @@ from smet_compile.passes.graph import (
     prims,
     val,
 )
+from smet_compile.passes.products import is_plain, offsets_of
 from smet_compile.passes.weight_reads import padded
 from smet_compile.passes.weight_views import CONVERT, Labels, View, through, whole
 
@@ -71,7 +72,7 @@ def _is_canonical(pack: fx.Node) -> bool:
     right_shape = len(SiteArgs.of(pack).layout[0]) == (2 if is_call(product, MM) else 3)
     stacked = SiteArgs.of(pack).lay.num_matrices > 1
     found = is_call(product, MM) or (stacked and is_call(product, BMM, GROUPED_MM))
-    return found and right_shape and len(product.users) == 1 and is_call(product.args[0], aten.permute.default)
+    return found and right_shape and len(product.users) == 1
 
 
 def _terms(
@@ -95,7 +96,7 @@ def _terms(
     if is_call(node, aten.add.Tensor) and not node.kwargs and _same_shape(*node.args):
         parts = [_terms(part, node, labels, dtypes, rows) for part in node.args]
         return parts[0] + parts[1] if all(parts) else []
-    if is_call(node, aten.sum.dim_IntList) and list(node.args[1]) == [0]:
+    if is_call(node, aten.sum.dim_IntList) and list(node.args[1]) == [0] and not node.kwargs:
         kept = labels[1:] if len(node.args) > 2 and node.args[2] else labels
         return _terms(node.args[0], node, ("B", *kept), dtypes, rows)
     if is_call(node, aten.slice_scatter.default, aten.cat.default) and rows is None:
@@ -117,7 +118,7 @@ def _product_term(
     grouped = is_call(node, GROUPED_MM)
     known = {first, second} == {"R", "C"} and stack in ([], ["S"], ["1"], ["B"])
     good = known and (not grouped or (stack == ["S"] and val(node.args[1]).dim() == 2))
-    return [Term(node, labels, dtypes, rows)] if good and not (node.kwargs and not grouped) else []
+    return [Term(node, labels, dtypes, rows)] if good and is_plain(node) else []
 
 
 def _labels_before(node: fx.Node, labels: Labels) -> Labels | None:
@@ -150,10 +151,10 @@ def _labels_before(node: fx.Node, labels: Labels) -> Labels | None:
 def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...]) -> list[Term]:
     """The gradient of a slice or of the parts of a split, laid into zeros."""
     if is_call(node, aten.slice_scatter.default):
-        into, part, dim, start, end, *_ = (*node.args, *(0, None, None)[len(node.args) - 2 :])
+        into, part, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
         size = val(node).shape[dim]
         first, stop, _ = slice(start, end).indices(size)
-        pieces = [(part, (first, stop))] if _is_zero(into) else []
+        pieces = [(part, (first, stop))] if _is_zero(into) and step == 1 else []
     else:
         dim = node.args[1] if len(node.args) > 1 else 0
         pieces, first = [], 0
@@ -183,9 +184,11 @@ def _pack(term: Term, site: SiteArgs, num_active: int) -> fx.Node:
         left, right = flattened(product, left), flattened(product, right)
     if term.rows:
         left = padded(product, left, term.rows, site.lay.rows)
-    rest = product.args[2:3] or ([product.kwargs["offs"]] if "offs" in product.kwargs else [])
-    target = MM if val(left).dim() == 2 and not rest else GROUPED_MM if rest else BMM
-    dense = add(product, target, permuted(product, left), right, *rest)
+    offsets = offsets_of(product)
+    if offsets is not None:
+        dense = add(product, GROUPED_MM, permuted(product, left), right, offsets)
+    else:
+        dense = add(product, MM if val(left).dim() == 2 else BMM, permuted(product, left), right)
     made = add(product, PACK, dense, *site.flat().args(), num_active)
     for dtype in term.dtypes:
         made = add(product, prims.convert_element_type.default, made, dtype)

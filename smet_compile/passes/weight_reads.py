@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx
 
@@ -25,9 +24,8 @@ from smet_compile.passes.graph import (
     unflattened,
     val,
 )
+from smet_compile.passes.products import PRODUCTS, is_plain, offsets_of, operands, weight_of
 from smet_compile.passes.weight_views import SPLITS, View, through, whole
-
-PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 
 
 def canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
@@ -35,9 +33,11 @@ def canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
         start = whole(SiteArgs.of(unpack).lay)
         if start is None:
             continue
+        replaced: set[fx.Node] = set()
         for source, user, view in list(uses(unpack, start)):
-            if is_call(user, *PRODUCTS) and not _is_canonical(user, unpack):
-                _canonicalize(user, source, unpack, view, report)
+            open_product = user not in replaced and is_call(user, *PRODUCTS) and weight_of(user) is None
+            if open_product and _canonicalize(user, source, unpack, view, report):
+                replaced.add(user)
 
 
 def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
@@ -54,44 +54,30 @@ def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
                 yield from uses(part, seen)
 
 
-def _is_canonical(product: fx.Node, unpack: fx.Node) -> bool:
-    """The weight is the right operand, as it is or with its last two dimensions exchanged."""
-    layout = SiteArgs.of(unpack).lay
-    expected = 2 if layout.num_matrices == 1 else 3
-    if is_call(product, BMM) and layout.num_matrices == 1 or len(layout.shape) != expected:
-        return False
-    right = product.args[2 if is_call(product, ADDMM) else 1]
-    return right is unpack or (is_call(right, aten.permute.default) and permuted(right, right) is unpack)
-
-
-def _canonicalize(product: fx.Node, source: fx.Node, unpack: fx.Node, view: View, report: PassReport) -> None:
-    bias, left, right, offsets = _operands(product)
+def _canonicalize(product: fx.Node, source: fx.Node, unpack: fx.Node, view: View, report: PassReport) -> bool:
+    """Whether ``product`` has been replaced."""
+    bias, left, right = operands(product)
+    offsets = offsets_of(product)
     site = SiteArgs.of(unpack)
     on_left = left is source
     if left is right or (on_left and offsets is not None):
         report.skipped.append((site.name, "the weight is multiplied with itself, or sorted tokens come second"))
-        return
+        return False
+    if source not in (left, right):
+        report.skipped.append((site.name, "the weight is added to a product of others"))
+        return False
     other, labels = (right, _swapped(view.labels)) if on_left else (left, view.labels)
     made = _product(product, other, bias if not on_left else None, offsets, site, unpack, view, labels, on_left)
     if made is None:
         report.skipped.append((site.name, "the product mixes the weight's dimensions in a way that is not known"))
-        return
+        return False
     if on_left:
         made = permuted(product, made)
         made = made if bias is None else add(product, aten.add.Tensor, made, bias)
     product.replace_all_uses_with(made)
     product.graph.erase_node(product)
     report.matched += 1
-
-
-def _operands(product: fx.Node) -> tuple[fx.Node | None, Any, Any, fx.Node | None]:
-    """bias, left, right, offsets."""
-    if is_call(product, ADDMM):
-        return (*product.args[:3], None)  # type: ignore[return-value]
-    if is_call(product, GROUPED_MM):
-        left, right, *rest = product.args
-        return None, left, right, rest[0] if rest else product.kwargs.get("offs")
-    return (None, *product.args[:2], None)  # type: ignore[return-value]
+    return True
 
 
 def _swapped(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,8 +99,8 @@ def _product(
     *stack, inner, outer = labels
     if {inner, outer} != {"R", "C"} or (stack == ["S"]) != (site.lay.num_matrices > 1):
         return None
-    if (product.kwargs and not is_call(product, GROUPED_MM)) or (offsets is not None and stack != ["S"]):
-        return None  # alpha, beta; experts of which there is one
+    if not is_plain(product) or (offsets is not None and stack != ["S"]):
+        return None  # experts of which there is one
     transposed = inner == "C"
     batch = other if stack in (["1"], ["B"]) else None
     x = permuted(product, other) if on_left else other
@@ -128,9 +114,9 @@ def _product(
     cut = view.rows is not None and transposed
     made = _call(product, x, weight, None if cut else bias, offsets)
     if cut:
-        made = add(product, aten.slice.Tensor, made, 1, *view.rows)
+        made = add(product, aten.slice.Tensor, made, val(made).dim() - 1, *view.rows)
         made = made if bias is None else add(product, aten.add.Tensor, made, bias)
-    return made if batch is None else unflattened(product, made, batch)
+    return made if batch is None else unflattened(product, made, batch, 2 if on_left else 1)
 
 
 def _call(product: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, offsets: fx.Node | None) -> fx.Node:
