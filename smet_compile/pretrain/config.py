@@ -44,6 +44,7 @@ class RunConfig:
     dtype: str = _option(f"Weights: {', '.join(DTYPES)}. Default: float32.")
     moment_dtype: str = _option(f"Adam's moments, of sparse methods: {', '.join(DTYPES)}. Default: --dtype.")
     device: str = _option("Torch device. Default: cuda where there is one, else cpu.")
+    eager: bool = _option("Train without torch.compile: no compile time, more memory. Default: compiled.")
     seed: int = _option("Seed of weights, topology and batches. Default: 0.")
     save_every: int = _option("Steps between checkpoints. Default: 10% of --steps, at most 1000.")
     eval_every: int = _option("Steps between validations. Default: 10% of --steps, at most 1000.")
@@ -109,7 +110,7 @@ def resolve(**given: Any) -> RunConfig:
         "lr": preset.lr, "lr_density_exponent": 1.0, "weight_decay": 0.0, "warmup": steps // 20,
         "every": every, "block_warmup": every, "drop_fraction": 0.2, "final_drop_fraction": 0.005,
         "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
-        "device": _default_device(), "seed": 0,
+        "device": _default_device(), "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
     if given.get("method") == "dense":

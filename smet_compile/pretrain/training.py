@@ -1,14 +1,18 @@
 """The model, its optimizer and its topology manager, and one step of training them."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.pretrain.config import DTYPES, RunConfig
 from smet_compile.pretrain.extras import require
+from smet_compile.pretrain.gradient_bytes import GradientBytes
 from smet_compile.pretrain.methods import Method, find_method
 from smet_compile.pretrain.presets import find_preset
 
@@ -17,11 +21,16 @@ FINAL_RATE_FRACTION = 0.1
 
 @dataclass
 class Training:
-    """What a step changes; `manager` is None in dense training."""
+    """What a step changes, and `step`, which takes a micro-batch. `manager` is None in dense training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     manager: smet.TopologyManager | None
+    step: Callable[[dict[str, Tensor]], Tensor]
+    gradients: GradientBytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gradients = GradientBytes(self.optimizer)
 
 
 def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
@@ -48,7 +57,8 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
     model = build_model(config, vocab_size, config.device)
     method = find_method(config.method)
     if method is None:
-        return Training(model, dense_optimizer(config, model), None)
+        optimizer = dense_optimizer(config, model)
+        return Training(model, optimizer, None, _step(config, model, optimizer))
     smet.sparsify(model, config.density, block_shape=config.block_shape, seed=config.seed)
     optimizer = _sparse_optimizer(config, method, model)
     manager = smet.TopologyManager(
@@ -62,7 +72,7 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
         schedule=method.schedule,
         seed=config.seed,
     )
-    return Training(model, optimizer, manager)
+    return Training(model, optimizer, manager, _step(config, model, optimizer))
 
 
 def _expect_device(device: str) -> None:
@@ -102,24 +112,57 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return config.lr * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine)
 
 
+class TwoCallStep:
+    """`loss.backward()`, and after `accumulate` of them `optimizer.step()`: what any training script does."""
+
+    def __init__(self, model: Callable[..., Any], optimizer: torch.optim.Optimizer, accumulate: int) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.accumulate = accumulate
+        self._num_accumulated = 0
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        (loss / self.accumulate).backward()
+        self._num_accumulated += 1
+        if self._num_accumulated == self.accumulate:
+            self._num_accumulated = 0
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def _step(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
+    if config.eager:
+        return TwoCallStep(model, optimizer, config.accumulate)
+    if config.method == "dense":
+        return TwoCallStep(torch.compile(model), optimizer, config.accumulate)
+    return smet.compile_train_step(model, optimizer, accumulate=config.accumulate)
+
+
+@contextmanager
+def _explaining_failed_compilation() -> Iterator[None]:
+    """A machine without a C++ compiler, say, can train without torch.compile."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"torch.compile failed ({reason}); train without it: --eager") from error
+
+
 Outcome = tuple[float, smet.TopologyEvent | None]
 
 
-def train_step(training: Training, batch: torch.Tensor, rate: float) -> Outcome:
-    """One optimizer step on (accumulate, batch, sequence) tokens: the mean loss, the topology update if any.
-
-    The gradients of the step stay until the next one.
-    """
-    training.optimizer.zero_grad()
-    total = torch.zeros((), device=batch.device)
-    for micro_batch in batch:
-        loss = training.model(input_ids=micro_batch, labels=micro_batch).loss / len(batch)
-        loss.backward()
-        total += loss.detach()
+def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
+    """One optimizer step on (accumulate, batch, sequence) tokens: the mean loss, the topology update if any."""
     for group in training.optimizer.param_groups:
         group["lr"] = rate
-    training.optimizer.step()
-    return total.item(), training.manager.step() if training.manager else None
+    with _explaining_failed_compilation():
+        losses = [training.step({"input_ids": micro_batch, "labels": micro_batch}) for micro_batch in batch]
+    event = training.manager.step() if training.manager else None
+    return torch.stack(losses).mean().item(), event
 
 
 @torch.no_grad()

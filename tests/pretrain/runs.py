@@ -55,6 +55,7 @@ def small_config(folder: Path, **changes: Any) -> RunConfig:
         "eval_every": 6,
         "eval_windows": 4,
         "device": "cpu",
+        "eager": True,
         "data": write_text(folder / "text"),
     }
     return resolve(**(options | changes))

@@ -17,7 +17,7 @@ from tests.pretrain.runs import SMALL_MODEL, command_line, finish, in_new_proces
 
 pytestmark = SMALL_MODEL
 
-SMALL = ["--preset", "nano", "--steps", "4", "--every", "1", "--device", "cpu"]
+SMALL = ["--preset", "nano", "--steps", "4", "--every", "1", "--device", "cpu", "--eager"]
 
 
 def call(*arguments: object) -> Result:
@@ -103,8 +103,9 @@ def wait_for_steps(folder: Path, steps: int) -> None:
 
 
 def options_of(config: RunConfig) -> list[str]:
-    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in vars(config).items())
-    return [part for pair in pairs for part in pair]
+    options = {name: value for name, value in vars(config).items() if name != "eager"}
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
+    return [part for pair in pairs for part in pair] + ["--eager"] * config.eager
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -46,11 +46,12 @@ def measured(config: RunConfig) -> dict[str, dict]:
     training = build_training(config, 256)
     batch = torch.randint(256, (1, 2, 32))
     train_step(training, batch, 1e-3)
+    assert all(parameter.grad is None for parameter in training.model.parameters())
     return {"training": training, **measure(training, config, 256)}
 
 
 def test_bytes_of_dense_adamw_are_sixteen_a_weight() -> None:
-    found = measured(resolve(preset="nano", method="dense", device="cpu"))
+    found = measured(resolve(preset="nano", method="dense", device="cpu", eager=True))
     counts = found["all"]
     assert counts["run"] == counts["dense"]
     assert sum(counts["dense"][kind] for kind in KINDS[:3]) == 16 * counts["num_weights"]
@@ -59,7 +60,7 @@ def test_bytes_of_dense_adamw_are_sixteen_a_weight() -> None:
 
 @pytest.mark.parametrize("block", ["1", "16"])
 def test_bytes_of_sparse_layers_are_those_of_their_tensors(block: str) -> None:
-    found = measured(resolve(preset="nano", block=block, density=0.25, device="cpu"))
+    found = measured(resolve(preset="nano", block=block, density=0.25, device="cpu", eager=True))
     counts, report = found["sparse"], smet.report(found["training"].model)
     assert counts["num_weights"] == sum(math.prod(site.shape) for site in report.sites)
     run = counts["run"]
