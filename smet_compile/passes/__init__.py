@@ -1,1 +1,5 @@
-"""How the graph changes: the compiler passes over the joint forward and backward graph."""
+"""How a compiled graph changes: one pass a file, their order in ``pipeline.PASSES``, and the switch."""
+
+from smet_compile.passes.switch import disabled
+
+__all__ = ["disabled"]

@@ -15,7 +15,7 @@ _warned: set[str] = set()
 
 
 def install() -> None:
-    """Sets ``torch._inductor.config.joint_custom_pre_pass``, chained behind what it holds. Twice is the same as once."""
+    """Sets ``torch._inductor.config.joint_custom_pre_pass``, chained behind what it holds. Twice is as once."""
     library.on_unseen_graph = _warn_unseen
     current = inductor.joint_custom_pre_pass
     if not _holds_ours(current):
