@@ -1,0 +1,126 @@
+"""What is no matrix product keeps its dense weight: right, recomputed in backward, never saved, and listed with why."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.passes.compiled import FORWARD, INPUT, WEIGHT, capture, parts, randn, reads
+from tests.passes.memory_facts import saves_no_dense_weight
+
+
+class Unfused(NamedTuple):
+    """Shape of the weight, what is computed, the inputs, and what is said of each part."""
+
+    shape: tuple[int, ...]
+    apply: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    said: dict[str, list[str]]
+
+
+def read_by(what: str) -> str:
+    return f"read by {what}, which is not a matrix product"
+
+
+def comes_from(what: str) -> str:
+    return f"the gradient comes from {what}, which is not a matrix product"
+
+
+def looked_up(how: str) -> str:
+    return f"rows or matrices of it are looked up ({how}), as an embedding or data-dependent experts do"
+
+
+def routed(x: Tensor, chosen: Tensor, w: Tensor) -> Tensor:
+    """Each token multiplies with the matrix that is chosen for it."""
+    return torch.einsum("tc,trc->tr", x, w[chosen])
+
+
+W, S = (24, 16), (3, 24, 16)
+CONVOLUTION = {
+    FORWARD: ["read by a convolution"],
+    INPUT: ["read by a convolution"],
+    WEIGHT: [comes_from("convolution_backward")],
+}
+ROWS = torch.tensor([3, 0, 3, 23])
+UNFUSED = {
+    "convolution": Unfused((8, 4, 3, 3), lambda x, w: F.conv2d(x, w), (randn(1, 4, 7, 7),), CONVOLUTION),
+    "convolution, 1-D": Unfused((8, 4, 3), lambda x, w: F.conv1d(x, w), (randn(1, 4, 7),), CONVOLUTION),
+    "embedding": Unfused(
+        W,
+        lambda rows, w: F.embedding(rows, w),
+        (ROWS,),
+        {FORWARD: [looked_up("embedding")], WEIGHT: [comes_from("_unsafe_masked_index_put_accumulate")]},
+    ),
+    "routed experts": Unfused(
+        S,
+        routed,
+        (randn(4, 16), torch.tensor([0, 2, 2, 0])),
+        {FORWARD: [looked_up("index")], WEIGHT: [comes_from("index_put")]},
+    ),
+    "one of several": Unfused(
+        S,
+        lambda x, w: F.linear(x, w[1]),
+        (randn(5, 16),),
+        {FORWARD: [looked_up("select")], WEIGHT: [comes_from("select_scatter")]},
+    ),
+    "scaled": Unfused(
+        W, lambda x, w: x @ (w * 2).t(), (randn(5, 16),), {FORWARD: [read_by("mul")], WEIGHT: [comes_from("mul")]}
+    ),
+    "normalized": Unfused(
+        W,
+        lambda x, w: F.linear(x, F.normalize(w, dim=-1)),
+        (randn(5, 16),),
+        {FORWARD: [read_by("pow"), read_by("div")], WEIGHT: [comes_from("add")]},
+    ),
+    "flipped": Unfused(
+        W,
+        lambda x, w: F.linear(x, w.flip(0)),
+        (randn(5, 16),),
+        {FORWARD: [read_by("rev")], WEIGHT: [comes_from("rev")]},
+    ),
+    "reshaped": Unfused(
+        W,
+        lambda x, w: F.linear(x, w.reshape(48, 8)),
+        (randn(5, 8),),
+        {FORWARD: [read_by("view")], WEIGHT: [comes_from("view")]},
+    ),
+    "every other row": Unfused(
+        W,
+        lambda x, w: F.linear(x, w[::2]),
+        (randn(5, 16),),
+        {FORWARD: [read_by("slice")], WEIGHT: [comes_from("slice_scatter")]},
+    ),
+    "some columns": Unfused(
+        W,
+        lambda x, w: F.linear(x, w[:, :8]),
+        (randn(5, 8),),
+        {FORWARD: [read_by("slice")], WEIGHT: [comes_from("slice_scatter")]},
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("name", UNFUSED)
+def test_keeps_its_weight_and_says_why(name: str, checkpointing: bool) -> None:
+    shape, apply, inputs, said = UNFUSED[name]
+
+    def in_checkpoint(*args: Any) -> Any:
+        return checkpoint(apply, *args, use_reentrant=False)
+
+    model = reads(shape, in_checkpoint if checkpointing else apply, block=1)
+    graph = capture(model, *inputs)
+    assert {part: sorted(each) for part, each in parts(graph)[0].items()} == {p: sorted(e) for p, e in said.items()}
+    saves_no_dense_weight(graph, model)
+
+
+def test_fused_and_unfused_reads_of_one_weight() -> None:
+    model = reads(W, lambda x, w: F.linear(x, w) / w.norm())
+    graph = capture(model, randn(5, 16))
+    (said,) = parts(graph)
+    assert said[FORWARD][0] == "fused" and said[INPUT] == ["fused"]
+    assert said[WEIGHT] == [comes_from("add")]
+    saves_no_dense_weight(graph, model)
