@@ -118,7 +118,9 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
 def _capture_step(step: TrainStep, batch: Any) -> tuple[list[Captured], list[str]]:
     updates = step.updates()
     with step.gradients_in_sinks(updates):
-        return _capture(step.model, lambda: step.forward(batch, updates))
+        captured = _capture(step.model, lambda: step.forward(batch, updates))
+    step.forget_unused(updates)
+    return captured
 
 
 def _capture(owner: nn.Module, call: Callable[[], Any]) -> tuple[list[Captured], list[str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.fused import Update, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -58,32 +61,45 @@ def compile_train_step(
     if not sites:
         raise ValueError("compile_train_step: expected a model with compact weights, got one with none; sparsify it")
     _check_holds(model, optimizer, sites)
-    return TrainStep(model, optimizer, loss_fn or _model_loss, accumulate, max_grad_norm)
+    return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
 
 class TrainStep:
     """One training step, compiled at its first call. Made by ``compile_train_step``."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, accumulate: int, max_grad_norm: float | None
+        self, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn | None, accumulate: int, max_norm: float | None
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.loss_fn = loss_fn
+        self.loss_fn = _model_loss if loss_fn is None else loss_fn
         self.accumulate = accumulate
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = max_norm
         self.sites = list(find_sites(model).values())
         self._update_of = updates_of(optimizer)
+        self._is_reduced = any(isinstance(module, DistributedDataParallel) for module in model.modules())
         self._num_accumulated = 0
         self._leaf = torch.zeros((), requires_grad=True)
-        self._compiled = torch.compile(self.forward)
+        self._is_whole = True
+        self.compile()
+
+    def compile(self, **options: Any) -> None:
+        """Has the step compiled anew at its next call, by ``torch.compile`` with these options."""
+        self._options = options
+        self._compiled = self._compile(fullgraph=self.fused)
+
+    def _compile(self, fullgraph: bool) -> Callable[..., Tensor]:
+        """Dynamo counts recompiles, to stop at a few, by code object; each step and each kind of it has its own."""
+        forward = TrainStep.forward
+        own = FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
+        compiled: Callable[..., Tensor] = torch.compile(MethodType(own, self), fullgraph=fullgraph, **self._options)
+        return compiled
 
     @property
     def fused(self) -> bool:
         """Whether compact weights are updated in backward, and their gradients never kept."""
-        reduced = any(isinstance(module, DistributedDataParallel) for module in self.model.modules())
-        kept = self.accumulate > 1 or self.max_grad_norm is not None or reduced
-        return not kept and self._update_of is not None
+        kept = self.accumulate > 1 or self.max_grad_norm is not None or self._is_reduced
+        return not kept and self._is_whole and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[Update | None]) -> Tensor:
         """The part that is compiled: opens the sinks and computes the loss."""
@@ -100,68 +116,108 @@ class TrainStep:
         return loss
 
     def __call__(self, batch: Any) -> Tensor:
-        return self._fused_step(batch) if self.fused else self._step(batch)
-
-    def _step(self, batch: Any) -> Tensor:
-        loss = _checked(self._compiled(batch, [None] * len(self.sites)))
+        if self.loss_fn is _model_loss and not isinstance(batch, Mapping):
+            raise ValueError(
+                f"batch: expected a dict of the model's arguments, got {type(batch).__name__}; pass "
+                "loss_fn=lambda model, batch: ..."
+            )
+        updates = self.updates()
+        try:
+            loss = self._loss(batch, updates)
+        except _not_one_graph() as broken:
+            if not self.fused:
+                raise
+            updates = [None] * len(self.sites)
+            loss = self._loss_in_parts(batch, broken)
         (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+        self.forget_unused(updates)
         self._num_accumulated += 1
         if self._num_accumulated == self.accumulate:
             self._num_accumulated = 0
-            if self.max_grad_norm is not None:
-                held = [p for group in self.optimizer.param_groups for p in group["params"]]
-                clip_grad_norm_(held, self.max_grad_norm)
             self._finish()
         return loss.detach()
 
-    def _fused_step(self, batch: Any) -> Tensor:
-        updates = self.updates()
+    def _loss(self, batch: Any, updates: list[Update | None]) -> Tensor:
         with self.gradients_in_sinks(updates):
-            loss = _checked(self._compiled(batch, updates))
-            loss.backward()
-        self._finish()
-        return loss.detach()
+            return _checked(self._compiled(batch, updates))
+
+    def _loss_in_parts(self, batch: Any, broken: Exception) -> Tensor:
+        """From now on with gradients that are kept. A sink that several graphs share would be updated in every step:
+        a graph hands a gradient of zeros to a weight that the others did not reach."""
+        whole, self._compiled = self._compiled, self._compile(fullgraph=False)
+        try:
+            loss = self._loss(batch, [None] * len(self.sites))
+        except BaseException:
+            self._compiled = whole
+            raise
+        self._is_whole = False
+        reason = str(broken).strip().splitlines()[0]
+        warnings.warn(
+            f"compile_train_step: the step is not one graph ({reason}), so no update is fused, and compact gradients "
+            "are in memory until optimizer.step(); smet_compile.explain(model, ...) shows the graph breaks",
+            stacklevel=4,
+        )
+        return loss
 
     def _finish(self) -> None:
+        if self.max_grad_norm is not None:
+            clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def updates(self) -> list[Update | None]:
-        """The update of each site in backward; None for one that is frozen, and for all where none is fused."""
-        if not self.fused or self._update_of is None:
-            return [None] * len(self.sites)
+        """The update of each site in backward; None for one that is frozen, or has a gradient from elsewhere to add
+        to, and for all where none is fused."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        updates = []
+        updates: list[Update | None] = []
         for site in self.sites:
-            update = None
-            if site.values.requires_grad:
-                update = self._update_of(site.values, groups[site.values])
-                site.compact.update_counts = update.counts
+            values, update = site.values, None
+            is_trained = values.requires_grad and values in groups
+            if self.fused and self._update_of and is_trained and values.grad is None:
+                update = self._update_of(values, groups[values])
+                count_by(self.optimizer, values, update.num_updates, update.num_skipped)
             updates.append(update)
         return updates
 
     @contextmanager
     def gradients_in_sinks(self, updates: list[Update | None]) -> Iterator[None]:
-        """The values ask for no gradient while the sinks take it: what backward changes may not require one."""
+        """In a forward whose gradients the sinks take, the values ask for none: backward changes them.
+
+        In backward they do again: a checkpointed region that no graph took in reads them anew there, and has to save
+        what it saved the first time. Under ``use_reentrant=True`` it then leaves a gradient, which
+        ``optimizer.step()`` uses up.
+        """
         updated = [site for site, update in zip(self.sites, updates, strict=True) if update is not None]
         for site in updated:
             site.values.requires_grad_(False)
         try:
             yield
+        except BaseException:
+            self.forget_unused(updates)
+            raise
         finally:
             for site in updated:
                 site.values.requires_grad_(True)
                 site.compact.update_sink = site.compact.growth_sink = None
 
+    def forget_unused(self, updates: list[Update | None]) -> None:
+        """State is made before it is known whether the step reaches a weight."""
+        for site, update in zip(self.sites, updates, strict=True):
+            if update is not None and update.made_state and int(update.num_updates) == 0:
+                assert self._update_of is not None
+                self._update_of.forget(site.values)
+
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"batch: expected a dict of the model's arguments, got {type(batch).__name__}; pass "
-            "loss_fn=lambda model, batch: ..."
-        )
     loss: Tensor = model(**batch).loss
     return loss
+
+
+def _not_one_graph() -> tuple[type[Exception], ...]:
+    """What Dynamo raises where it cannot make one graph. Imported here: it takes seconds, and few ask."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
+
+    return Unsupported, UserError, FailOnRecompileLimitHit
 
 
 def _checked(loss: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from smet_compile.format import Layout, count_active, pack_bits, positions_of, unpack_bits
 from smet_compile.ops import saved_weights
 
-_OF_A_STEP = dict.fromkeys(("update_sink", "update_counts", "candidates", "growth_sink"))
+_OF_A_STEP = dict.fromkeys(("update_sink", "candidates", "growth_sink"))
 
 
 class CompactWeight(nn.Module):
@@ -31,8 +31,6 @@ class CompactWeight(nn.Module):
     """Names of the module's parameters, in the order they had when this one was dense."""
     update_sink: Tensor | None
     """Where the gradient of every read goes instead of to the values, within a step whose update is fused."""
-    update_counts: tuple[Tensor, Tensor] | None
-    """Of fused updates: how many there were, and how many blocks they skipped for a non-finite gradient."""
     candidates: Tensor | None
     """Filled in backward with the inactive blocks of largest gradient, where somebody asks for them."""
     growth_sink: Tensor | None

@@ -21,7 +21,7 @@ NO_GRADIENT = -1
 """What a buffer of candidates holds until a gradient has come."""
 
 _TORCH_OPTIM = "Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? largest"
-_COUNTS = "Tensor(e!) step, Tensor(f!) num_updates, Tensor(g!) num_skipped, Tensor lr, str rule, float[] options"
+_COUNTS = "Tensor(e!)? step, Tensor(f!) num_updates, Tensor(g!) num_skipped, Tensor lr, str rule, float[] options"
 _library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_TORCH_OPTIM}, {_COUNTS}) -> ()")
 _library.impl("torch_optim_", torch_optim_, "CompositeExplicitAutograd")
 
@@ -32,7 +32,7 @@ _ACTIVE_ADAMW = (
 )
 _library.define(f"active_adamw_sink(Tensor leaf, Tensor values, {_ACTIVE_ADAMW}) -> Tensor")
 _library.define(
-    "torch_optim_sink(Tensor leaf, Tensor values, Tensor? first, Tensor? second, Tensor? largest, Tensor step, "
+    "torch_optim_sink(Tensor leaf, Tensor values, Tensor? first, Tensor? second, Tensor? largest, Tensor? step, "
     "Tensor num_updates, Tensor num_skipped, Tensor lr, str rule, float[] options) -> Tensor"
 )
 _library.define(f"growth_sink(Tensor leaf, Tensor candidates, Tensor topology, {_LAYOUT}) -> Tensor")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-ADAM_OPTIONS = ("beta1", "beta2", "eps", "weight_decay", "decoupled", "amsgrad", "maximize", "fused")
+ADAM_OPTIONS = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "fused")
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "fused")
 """What ``options`` holds, in this order; flags as 0 and 1."""
 
@@ -17,7 +18,7 @@ def torch_optim_(
     first: Tensor | None,
     second: Tensor | None,
     largest: Tensor | None,
-    step: Tensor,
+    step: Tensor | None,
     num_updates: Tensor,
     num_skipped: Tensor,
     lr: Tensor,
@@ -28,13 +29,19 @@ def torch_optim_(
 
     Args:
         values, grad: of any one shape; ``values`` is updated.
-        first, second, largest: exp_avg, exp_avg_sq and max_exp_avg_sq, or the momentum buffer; None where the
-            optimizer keeps none. step: its step count.
-        num_updates: int64 scalar, raised by one. num_skipped: raised by one where the gradient is not finite, which
-            holds back the topology manager; the optimizer itself goes on, as it does in eager.
-        lr: 0-d tensor. rule: "adam" or "sgd". options: ``ADAM_OPTIONS`` or ``SGD_OPTIONS``.
+        first, second, largest, step: exp_avg, exp_avg_sq, max_exp_avg_sq and step count, or the momentum buffer;
+            None where the optimizer keeps none.
+        num_updates: int64 scalar, raised by one; 0 where the state is new. num_skipped: raised by one where the
+            gradient is not finite, which holds back the topology manager; the optimizer goes on, as it does in eager.
+        lr: of shape (1,); float64 stands for a Python number. rule: "adam" or "sgd". options: ``ADAM_OPTIONS`` or
+            ``SGD_OPTIONS``.
     """
-    {"adam": _adam, "sgd": _sgd}[rule](values, grad, first, second, largest, step, num_updates, lr, options)
+    rate = lr.item() if lr.dtype == torch.float64 else lr.reshape(())
+    if rule == "adam":
+        assert first is not None and second is not None and step is not None
+        _adam(values, grad, first, second, largest, step, rate, options)
+    else:
+        _sgd(values, grad, first, num_updates, rate, options)
     num_updates += 1
     num_skipped += ~grad.isfinite().all()
 
@@ -42,16 +49,14 @@ def torch_optim_(
 def _adam(
     values: Tensor,
     grad: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     step: Tensor,
-    num_updates: Tensor,
-    lr: Tensor,
+    lr: float | Tensor,
     options: list[float],
 ) -> None:
     beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, fused = options
-    assert exp_avg is not None and exp_avg_sq is not None
     adam(
         [values],
         [grad],
@@ -64,7 +69,7 @@ def _adam(
         amsgrad=bool(amsgrad),
         beta1=beta1,
         beta2=beta2,
-        lr=lr if fused else lr.item(),
+        lr=lr,
         weight_decay=weight_decay,
         eps=eps,
         maximize=bool(maximize),
@@ -76,17 +81,14 @@ def _sgd(
     values: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor | None,
-    second: None,
-    largest: None,
-    step: Tensor,
     num_updates: Tensor,
-    lr: Tensor,
+    lr: float | Tensor,
     options: list[float],
 ) -> None:
-    """The first update makes the momentum buffer, where torch finds none."""
+    """A new momentum buffer is zero, which dampening would make another first update than torch's, that has none."""
     momentum, dampening, weight_decay, nesterov, maximize, fused = options
-    first_time = momentum_buffer is not None and int(num_updates) == 0
-    buffers = [None if first_time else momentum_buffer]
+    is_new = momentum_buffer is not None and dampening != 0 and int(num_updates) == 0
+    buffers = [None if is_new else momentum_buffer]
     sgd(
         [values],
         [grad],
@@ -95,10 +97,10 @@ def _sgd(
         fused=bool(fused),
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=lr.item(),
+        lr=lr,  # type: ignore[arg-type]
         dampening=dampening,
         nesterov=bool(nesterov),
         maximize=bool(maximize),
     )
-    if first_time and momentum_buffer is not None and buffers[0] is not None:
+    if is_new and momentum_buffer is not None and buffers[0] is not None:
         momentum_buffer.copy_(buffers[0])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,22 @@ class Update(NamedTuple):
 
     Args:
         sink: the op that opens the sink. arguments: what it takes after the leaf and the values.
-        counts: number of updates and of skipped blocks, int64 scalars.
+        num_updates, num_skipped: int64 scalars that it raises: by one, and by the number of blocks it skipped.
+        made_state: whether the optimizer had no state for the parameter before.
     """
 
     sink: Any
     arguments: tuple[Any, ...]
-    counts: tuple[Tensor, Tensor]
+    num_updates: Tensor
+    num_skipped: Tensor
+    made_state: bool
 
 
-MakeUpdate = Callable[[nn.Parameter, dict[str, Any]], Update]
+class MakeUpdate(Protocol):
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> Update: ...
+
+    def forget(self, values: nn.Parameter) -> None:
+        """Takes back the state that was made for an update that then did not come."""
 
 
 def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
@@ -38,9 +45,9 @@ def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
     if isinstance(optimizer, ActiveAdamW):
         return _ActiveAdamW(optimizer)
     if type(optimizer) in (Adam, AdamW):
-        return _TorchOptim(optimizer, _adam) if _is_plain(optimizer) else None
+        return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
     if type(optimizer) is SGD:
-        return _TorchOptim(optimizer, _sgd) if _is_plain(optimizer) else None
+        return _TorchOptim(optimizer, "sgd", _new_sgd_state, _sgd) if _is_plain(optimizer) else None
     raise ValueError(
         "optimizer: expected ActiveAdamW, or AdamW, Adam or SGD of torch.optim, got "
         f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; train it with loss.backward() and "
@@ -56,72 +63,91 @@ def _is_plain(optimizer: Optimizer) -> bool:
 class _Rates:
     """One tensor per parameter group, so that a scheduler's change of the rate is no change of the graph.
 
-    Of shape (1,): Dynamo traces the value of a 0-d float64 tensor too, and then everything once more without.
+    Of shape (1,): Dynamo traces the value of a 0-d float64 tensor too, and then everything once more without. A
+    rate that the user gave as a tensor keeps its dtype, and with it the rounding of what is computed from it.
     """
 
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device
-        self._of: dict[int, Tensor] = {}
+    def __init__(self) -> None:
+        self._of: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
 
-    def rate(self, group: dict[str, Any], like: Tensor) -> Tensor:
-        device = self._device or like.device
-        key = id(group["params"])
-        if key not in self._of:
-            self._of[key] = torch.zeros(1, dtype=torch.float64, device=device)
-        return self._of[key].copy_(group["lr"]) if isinstance(group["lr"], Tensor) else self._of[key].fill_(group["lr"])
+    def rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        lr, key = group["lr"], (id(group["params"]), device)
+        dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64
+        tensor, written = self._of.get(key, (None, None))
+        if tensor is None or tensor.dtype != dtype:
+            tensor, written = torch.empty(1, dtype=dtype, device=device), None
+        if isinstance(lr, Tensor):
+            self._of[key] = tensor.copy_(lr.detach()), None
+        elif lr != written:
+            self._of[key] = tensor.fill_(lr), lr
+        return tensor
 
 
-@dataclass
 class _ActiveAdamW:
-    optimizer: ActiveAdamW
-
-    def __post_init__(self) -> None:
-        self._rates = _Rates(None)
+    def __init__(self, optimizer: ActiveAdamW) -> None:
+        self._optimizer = optimizer
+        self._rates = _Rates()
 
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> Update:
-        self.optimizer.check_parameter(values)
-        rate = self._rates.rate(group, values)
-        exp_avg, exp_avg_sq, num_skipped, step, _, *rest = self.optimizer.update_arguments(values, group)
+        self._optimizer.check_parameter(values)
+        made_state = not self._optimizer.state.get(values)
+        rate = self._rates.rate(group, values.device)
+        exp_avg, exp_avg_sq, num_skipped, step, _, *rest = self._optimizer.update_arguments(values, group)
         arguments = (exp_avg, exp_avg_sq, num_skipped, step, rate, *rest)
-        return Update(torch.ops.smet.active_adamw_sink, arguments, (step, num_skipped))
+        return Update(torch.ops.smet.active_adamw_sink, arguments, step, num_skipped, made_state)
+
+    def forget(self, values: nn.Parameter) -> None:
+        del self._optimizer.state[values]
 
 
+@dataclass(frozen=True)
 class _TorchOptim:
     """Adam, AdamW or SGD of ``torch.optim``: their state as they keep it, made where there is none yet."""
 
-    def __init__(self, optimizer: Optimizer, describe: Callable[..., Any]) -> None:
-        self.optimizer = optimizer
-        self._describe = describe
-        self._rates = _Rates(torch.device("cpu"))
-        self._counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+    optimizer: Optimizer
+    rule: str
+    new_state: Callable[[nn.Parameter, dict[str, Any]], dict[str, Tensor]]
+    describe: Callable[[dict[str, Any], dict[str, Any]], Any]
+    rates: _Rates = field(default_factory=_Rates)
+    counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> Update:
-        state = self.optimizer.state[values]
-        if values not in self._counts:
-            trained_before = torch.tensor(int(len(state) > 0))
-            self._counts[values] = trained_before, torch.zeros((), dtype=torch.int64, device=values.device)
-        counts = self._counts[values]
-        tensors, rule, options = self._describe(values, state, group)
-        step = state.get("step", counts[0].new_zeros(()))
-        arguments = (*tensors, step, *counts, self._rates.rate(group, values), rule, [float(x) for x in options])
-        return Update(torch.ops.smet.torch_optim_sink, arguments, counts)
+        new_state = {} if self.optimizer.state.get(values) else self.new_state(values, group)
+        if new_state:
+            self.optimizer.state[values] = new_state
+        if new_state or values not in self.counts:
+            zero = torch.zeros((), dtype=torch.int64, device=values.device)
+            self.counts[values] = zero + (not new_state), zero
+        counts = self.counts[values]
+        tensors, options = self.describe(self.optimizer.state.get(values, {}), group)
+        rate = self.rates.rate(group, torch.device("cpu"))
+        arguments = (*tensors, *counts, rate, self.rule, [float(option) for option in options])
+        return Update(torch.ops.smet.torch_optim_sink, arguments, *counts, bool(new_state))
+
+    def forget(self, values: nn.Parameter) -> None:
+        del self.optimizer.state[values], self.counts[values]
 
 
-def _adam(values: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> Any:
-    if not state:
-        on_device = {"device": values.device} if group["fused"] else {}
-        state["step"] = torch.zeros((), dtype=torch.float32, **on_device)
-        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
-        state.update({name: torch.zeros_like(values, memory_format=torch.preserve_format) for name in names})
-    decoupled = group.get("decoupled_weight_decay", False)
-    known = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1], "decoupled": decoupled}
-    known["fused"] = bool(group["fused"])
-    tensors = (state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"))
-    return tensors, "adam", [known[name] for name in ADAM_OPTIONS]
+def _new_adam_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    dtype = torch.float32 if group["fused"] else torch.promote_types(torch.float32, torch.get_default_dtype())
+    state = {"step": torch.zeros((), dtype=dtype, device=values.device if group["fused"] else None)}
+    names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+    return state | {name: torch.zeros_like(values, memory_format=torch.preserve_format) for name in names}
 
 
-def _sgd(values: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> Any:
-    if group["momentum"] and state.get("momentum_buffer") is None:
-        state["momentum_buffer"] = torch.zeros_like(values, memory_format=torch.preserve_format)
+def _adam(state: dict[str, Any], group: dict[str, Any]) -> Any:
+    known = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1], "fused": bool(group["fused"])}
+    known.setdefault("decoupled_weight_decay", False)
+    tensors = (state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), state["step"])
+    return tensors, [known[name] for name in ADAM_OPTIONS]
+
+
+def _new_sgd_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    if not group["momentum"]:
+        return {}
+    return {"momentum_buffer": torch.zeros_like(values, memory_format=torch.preserve_format)}
+
+
+def _sgd(state: dict[str, Any], group: dict[str, Any]) -> Any:
     known = {**group, "fused": bool(group["fused"])}
-    return (state.get("momentum_buffer"), None, None), "sgd", [known[name] for name in SGD_OPTIONS]
+    return (state.get("momentum_buffer"), None, None, None), [known[name] for name in SGD_OPTIONS]

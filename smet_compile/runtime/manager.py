@@ -21,6 +21,7 @@ from smet_compile.runtime.optimizer_state import check_elementwise, check_holds
 from smet_compile.runtime.policies import drop_smallest, grow_random
 from smet_compile.runtime.schedules import SCHEDULES
 from smet_compile.runtime.trace import Trace
+from smet_compile.runtime.trained import Trained
 
 _PATIENCE = 10
 
@@ -97,8 +98,7 @@ class TopologyManager:
         self.history: list[TopologyEvent] = []
         self._num_new = 0
         self._num_postponed = 0
-        self._trained: set[int] = set()
-        self._not_finite: list[nn.Parameter] = []
+        self._trained = Trained(optimizer)
         self._scores: dict[str, GradientScores] = {}
         self._trace = Trace(self.sites)
         self._listen()
@@ -117,16 +117,15 @@ class TopologyManager:
         """To the optimizer, which is not to keep a manager alive that nobody else holds; and to gradients."""
         self.optimizer.register_step_post_hook(partial(_tell, weakref.ref(self)))
         weakref.finalize(self, _stop_listening, self._scores).atexit = False
-        self._watch_gradients()
+        self._expect_update()
 
     def _after_optimizer_step(self) -> None:
         """Looks at the gradients of the step: a closure makes them in it, ``zero_grad`` may soon take them away."""
         self._num_new += 1
         if self._is_due(self.num_steps + self._num_new):
-            held = [p for group in self.optimizer.param_groups for p in group["params"]]
-            trained = [p for p in held if p.grad is not None]
-            self._trained = {id(p) for p in trained}
-            self._not_finite = [p for p in trained if not p.grad.isfinite().all()]
+            self._trained.look()
+        if self._is_due(self.num_steps + self._num_new + 1):
+            self._trained.expect()
 
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
@@ -145,9 +144,15 @@ class TopologyManager:
         self._watch_gradients()
         return event
 
+    def _expect_update(self) -> None:
+        """Made or loaded right before a step that an update is due after."""
+        self._watch_gradients()
+        if self._is_due(self.num_steps + 1):
+            self._trained.expect()
+
     def _give_up(self) -> None:
         self._num_postponed = 0
-        bad = {id(p) for p in self._not_finite}
+        bad = {id(p) for p in self._trained.not_finite}
         names = [name for name, p in self.model.named_parameters() if id(p) in bad]
         reason = f"the gradient of {', '.join(names[:3])} is not finite" if bad else "no gradient came"
         warnings.warn(
@@ -179,7 +184,7 @@ class TopologyManager:
         return event
 
     def _is_ready(self, site: Site) -> bool:
-        trained = not self._not_finite and id(site.values) in self._trained
+        trained = not self._trained.not_finite and site.values in self._trained
         if trained and self.grow == "gradient":
             return site.name in self._scores and self._scores[site.name].take(1) is not None
         return trained
@@ -212,7 +217,7 @@ class TopologyManager:
         self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
-        self._watch_gradients()
+        self._expect_update()
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where ``state`` is that of other weights."""
