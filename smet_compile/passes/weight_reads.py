@@ -11,6 +11,7 @@ from smet_compile.passes.graph import (
     BMM,
     GROUPED_MM,
     MM,
+    PACK,
     UNPACK,
     PassReport,
     SiteArgs,
@@ -35,8 +36,9 @@ def canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
             continue
         replaced: set[fx.Node] = set()
         for source, user, view in list(uses(unpack, start)):
-            open_product = user not in replaced and is_call(user, *PRODUCTS) and weight_of(user) is None
-            if open_product and _canonicalize(user, source, unpack, view, report):
+            if user in replaced or not _is_open(user):
+                continue
+            if _canonicalize(user, source, unpack, view, report):
                 replaced.add(user)
 
 
@@ -52,6 +54,12 @@ def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
                 yield node, part, view
             else:
                 yield from uses(part, seen)
+
+
+def _is_open(node: fx.Node) -> bool:
+    """A product in no canonical form: neither has it a weight to its right, nor is it a gradient that is packed."""
+    packed = any(is_call(user, PACK) for user in node.users)
+    return is_call(node, *PRODUCTS) and weight_of(node) is None and not packed
 
 
 def _canonicalize(product: fx.Node, source: fx.Node, unpack: fx.Node, view: View, report: PassReport) -> bool:

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 import smet_compile as smet
 from smet_compile.ops import find_sites
 from smet_compile.passes.capture import Capture, Captured
+from smet_compile.passes.graph import PassReport
 from smet_compile.passes.pipeline import PASSES, Pass
-from smet_compile.passes.verify import outcomes
+from smet_compile.passes.verify import outcomes, verify
 
 FORWARD, INPUT, WEIGHT = "forward", "input gradient", "weight gradient"
 ALL_FUSED = {FORWARD: ["fused"], INPUT: ["fused"], WEIGHT: ["fused"]}
@@ -36,7 +37,7 @@ def reads(shape: tuple[int, ...], apply: Callable[..., Any], block: Any = 8, dty
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
 
 
 def train(call: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...]) -> Results:
@@ -85,15 +86,29 @@ def capture(
     check: Callable[[Results, Results], None] = assert_close,
     **options: Any,
 ) -> Captured:
-    """The one graph that ``call`` (default: the model) is compiled to, after it was found equal to eager."""
+    """The one graph that ``call`` (default: the model) is compiled to, after it was found equal to eager.
+
+    Each pass runs twice, and must find nothing to do the second time.
+    """
     torch._dynamo.reset()
     call = call or (lambda *args: model(*args))
     expected = train(call, model, inputs)
-    backend = Capture(passes)
+    backend = Capture(tuple(map(settled, passes)))
     actual = train(torch.compile(call, backend=backend, fullgraph=True, **options), model, inputs)
     check(actual, expected)
     (graph,) = backend.graphs
     return graph
+
+
+def settled(each: Pass) -> Pass:
+    def twice(graph: fx.Graph) -> PassReport:
+        report = each(graph)
+        before = str(graph)
+        assert each(graph).matched == 0 or each is verify, f"{report.name} is not idempotent"
+        assert str(graph) == before, f"{report.name} is not idempotent"
+        return report
+
+    return twice
 
 
 def parts(captured: Captured) -> list[dict[str, list[str]]]:
@@ -114,3 +129,21 @@ def code(captured: Captured) -> str:
 
 def dense_sizes(model: nn.Module) -> set[int]:
     return {site.layout.num_weights for site in find_sites(model).values()}
+
+
+def upto(last: Pass) -> tuple[Pass, ...]:
+    """The pipeline as far as ``last``."""
+    return PASSES[: PASSES.index(last) + 1]
+
+
+def matched(captured: Captured, name: str) -> int:
+    (report,) = (report for report in captured.reports if report.name == name)
+    return report.matched
+
+
+def assert_idempotent(each: Pass, captured: Captured) -> None:
+    """``captured`` went through ``each``: once more finds nothing to do, and leaves the graph as it is."""
+    assert captured.joint is not None
+    before = code(captured)
+    assert each(captured.joint.graph).matched == 0
+    assert code(captured) == before
