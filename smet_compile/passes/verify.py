@@ -83,7 +83,7 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and node.name.startswith("tangents")
-        if is_tangent or any(source in found for source in node.all_input_nodes):
+        if is_tangent or (node.op != "output" and any(source in found for source in node.all_input_nodes)):
             found.add(node)
     return found
 

@@ -57,7 +57,7 @@ def test_sorted_tokens_keep_their_offsets() -> None:
     assert [node.args[OFFSETS] is not None for node in products(graph)] == [True, True]
 
 
-@pytest.mark.parametrize("shape", [(5, 24), (5, 1), (1, 24), (1,), ()], ids=str)
+@pytest.mark.parametrize("shape", [(5, 24), (5, 1), (1, 24), (1,)], ids=str)
 def test_bias_of_another_shape_is_added_after_the_product(shape: tuple[int, ...]) -> None:
     graph = fused(reads(W, lambda x, b, w: torch.addmm(b, x, w.t())), randn(5, 16), randn(*shape))
     forward, _ = products(graph)
