@@ -1,0 +1,55 @@
+"""What the compiler made of a model's sites: which parts are fused, and what has the size of a dense weight."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, fx, nn
+
+from smet_compile.ops import find_sites
+from smet_compile.passes.capture import Capture, Captured
+from smet_compile.passes.verify import FORWARD, FUSED, INPUT_GRADIENT, UPDATE, WEIGHT_GRADIENT, outcomes
+from tests.models.compiled import Trained
+
+PARTS = {FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT}
+
+
+def graphs_with_sites(model: nn.Module, capture: Capture) -> list[Captured]:
+    """Dynamo gives up a graph and starts again where it finds a number to be dynamic: such a one has no joint graph."""
+    return [graph for graph in capture.graphs if graph.joint is not None and outcomes_by_site(model, graph)]
+
+
+def outcomes_by_site(model: nn.Module, graph: Captured) -> dict[str, dict[str, list[str]]]:
+    """Site → part → "fused" or why not, of the sites that ``graph`` reads."""
+    names = {id(site.compact.topology): name for name, site in find_sites(model).items()}
+    assert graph.joint is not None
+    return {names[id(graph.input_of(node))]: out.parts for node, out in outcomes(graph.joint.graph).items()}
+
+
+def assert_fused(trained: Trained, capture: Capture, *, update: bool | None = None) -> None:
+    """One graph holds every site, each of them fused in all its parts, and makes nothing of a dense weight's size.
+
+    ``update``: whether updates are among the parts; default: in a compiled train step.
+    """
+    (graph,) = graphs_with_sites(trained.model, capture)
+    update = trained.how == "step" if update is None else update
+    expected = {part: [FUSED] for part in (PARTS | {UPDATE} if update else PARTS)}
+    assert outcomes_by_site(trained.model, graph) == dict.fromkeys(find_sites(trained.model), expected)
+    assert graph.forward is not None and graph.backward is not None
+    assert not weight_sized(trained.model, [*graph.forward.graph.nodes, *graph.backward.graph.nodes])
+
+
+def outputs(half: fx.GraphModule | None) -> list[fx.Node]:
+    """Of a forward: its results and what it saves for backward."""
+    assert half is not None
+    return half.graph.output_node().all_input_nodes
+
+
+def weight_sized(model: nn.Module, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Those of ``nodes`` that compute as many entries as some site's dense weight has, or one matrix of it."""
+    layouts = [site.layout for site in find_sites(model).values()]
+    sizes = {x.rows * x.cols * count for x in layouts for count in (1, x.num_matrices)}
+    found = []
+    for node in nodes:
+        made = node.meta.get("val") if node.op == "call_function" else None
+        if isinstance(made, Tensor) and isinstance(made.numel(), int) and made.numel() in sizes:
+            found.append(node)
+    return found

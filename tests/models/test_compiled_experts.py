@@ -1,0 +1,74 @@
+"""A mixture of experts, compiled: each of the ways in which transformers multiplies its experts."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+import smet_compile as smet
+from smet_compile.ops import find_sites
+from smet_compile.passes.capture import Capture
+from smet_compile.passes.verify import FORWARD, FUSED, WEIGHT_GRADIENT
+from tests.models.compiled import Setting, assert_same_losses, own_loss, train
+from tests.models.fused import PARTS, assert_fused, graphs_with_sites, outcomes_by_site, outputs, weight_sized
+
+
+def mixtral(experts: str, dtype: torch.dtype, block_shape: int, **more: Any) -> Setting:
+    config = {"_experts_implementation": experts, "intermediate_size": 56, "num_hidden_layers": 1}
+    return Setting("mixtral", dtype, block_shape, config=config, **more)
+
+
+@pytest.fixture
+def exact_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' own takes the softmax in fp32 whatever the dtype: a dense model too then differs by 1e-7."""
+
+    def forward(self: MixtralTopKRouter, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        scores, indices = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+        return logits, scores / scores.sum(-1, keepdim=True), indices
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", forward)
+
+
+@pytest.mark.parametrize(("how", "block_shape"), [("loop", 1), ("step", 16)])
+def test_grouped_products_are_fused(how: str, block_shape: int) -> None:
+    setting = mixtral("grouped_mm", torch.bfloat16, block_shape, loss_fn=own_loss)
+    capture = Capture()
+    compiled = train(setting, how, backend=capture)
+    assert_fused(compiled, capture)
+    assert_same_losses(compiled, train(setting))
+
+
+NOT_FUSED = [
+    (mixtral("grouped_mm", torch.float32, 16, loss_fn=own_loss), "loop", "grouped_mm_fallback"),
+    (mixtral("batched_mm", torch.float64, 1), "step", "looked up"),
+]
+
+
+@pytest.mark.parametrize(("setting", "how", "reason"), NOT_FUSED, ids=["opaque", "looked up"])
+def test_other_products_are_recomputed(setting: Setting, how: str, reason: str, exact_router: None) -> None:
+    capture = Capture()
+    compiled = train(setting, how, backend=capture)
+    (graph,) = graphs_with_sites(compiled.model, capture)
+    found = outcomes_by_site(compiled.model, graph)
+    assert found.keys() == find_sites(compiled.model).keys()
+    for name, parts in found.items():
+        if "experts" in name:
+            assert reason in parts[FORWARD][0] and parts[WEIGHT_GRADIENT] != [FUSED]
+        else:
+            assert all(parts[part] == [FUSED] for part in PARTS), name
+    assert not weight_sized(compiled.model, outputs(graph.forward))
+    assert_same_losses(compiled, train(setting))
+
+
+def test_products_that_depend_on_data(exact_router: None) -> None:
+    """One product per expert that has a token: Dynamo breaks the graph, and leaves the experts to eager mode."""
+    setting = mixtral("eager", torch.float64, 16)
+    capture = Capture()
+    compiled = train(setting, "step", backend=capture)
+    assert_same_losses(compiled, train(setting))
+    not_fused = smet.explain(compiled.model, **setting.batch(0)).not_fused
+    assert set(not_fused) == {name for name in find_sites(compiled.model) if "experts" in name}

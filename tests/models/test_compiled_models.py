@@ -1,0 +1,32 @@
+"""Whole models through transformers, compiled: every matrix fused, and the losses those of eager."""
+
+import pytest
+import torch
+
+from smet_compile.passes.capture import Capture
+from tests.models.compiled import ONE_LAYER, Setting, assert_same_losses, own_loss, train
+from tests.models.fused import assert_fused
+
+VIT = {"intermediate_size": 40}  # 48 would make a weight as large as the convolution of the patches
+
+SETTINGS = [
+    Setting("llama", torch.float64, 16),
+    Setting("llama", torch.float32, 1, own_loss, config=ONE_LAYER),
+    Setting("gpt2", torch.float64, 1),
+    Setting("gpt2", torch.float32, 16, own_loss, config=ONE_LAYER),
+    Setting("bert", torch.float64, 1),
+    Setting("bert", torch.float32, 16, own_loss, config=ONE_LAYER),
+    Setting("vit", torch.float64, 16, config=VIT),
+    Setting("vit", torch.float32, 1, own_loss, config=VIT | ONE_LAYER),
+    Setting("t5", torch.float64, 1, config=ONE_LAYER),
+    Setting("t5", torch.float32, 16, own_loss, config=ONE_LAYER),
+]
+
+
+@pytest.mark.parametrize("how", ["loop", "step"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_all_is_fused_and_losses_equal_eager(setting: Setting, how: str) -> None:
+    capture = Capture()
+    compiled = train(setting, how, backend=capture)
+    assert_fused(compiled, capture)
+    assert_same_losses(compiled, train(setting))
