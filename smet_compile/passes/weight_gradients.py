@@ -25,7 +25,7 @@ from smet_compile.passes.graph import (
 )
 from smet_compile.passes.products import is_plain, offsets_of
 from smet_compile.passes.weight_reads import padded
-from smet_compile.passes.weight_views import CONVERT, Labels, View, through, whole
+from smet_compile.passes.weight_views import CONVERT, Labels, View, is_one, through, whole
 
 _VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.clone.default, aten.alias.default)
 _VIEWS += (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default)
@@ -88,7 +88,7 @@ def _terms(
     """
     if len(node.users) != 1:
         return []
-    if is_call(node, MM, BMM, GROUPED_MM):
+    if is_call(node, MM, BMM, GROUPED_MM) or _is_outer(node):
         return _product_term(node, labels, dtypes, rows)
     if is_call(node, *CONVERT):
         seen = through(View(labels), node, node.args[0])
@@ -109,6 +109,16 @@ def _terms(
 
 def _same_shape(a: object, b: object) -> bool:
     return isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and val(a).shape == val(b).shape
+
+
+def _is_outer(node: fx.Node) -> bool:
+    """(..., X, 1) times (..., 1, Y): the product over a single token, which Inductor writes entry by entry."""
+    if not is_call(node, aten.mul.Tensor) or not all(isinstance(each, fx.Node) for each in node.args):
+        return False
+    left, right = (val(each) for each in node.args)
+    if left.dim() != right.dim() or left.dim() not in (2, 3) or left.dtype != right.dtype:
+        return False
+    return left.shape[:-2] == right.shape[:-2] and is_one(left.shape[-1]) and is_one(right.shape[-2])
 
 
 def _product_term(

@@ -80,7 +80,7 @@ def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
     for size in val(node).shape:
         if kept and _same(kept[0][1], size):
             labels.append(kept.pop(0)[0])
-        elif _same(size, 1):
+        elif is_one(size):
             labels.append("1")
         else:
             return None
@@ -89,6 +89,10 @@ def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
 
 def _same(a: Any, b: Any) -> bool:
     return bool(a is b or (isinstance(a, int) and isinstance(b, int) and a == b))
+
+
+def is_one(size: Any) -> bool:
+    return _same(size, 1)
 
 
 def _expanded(view: View, source: fx.Node, node: fx.Node) -> View | None:

@@ -48,6 +48,7 @@ LINEAR = {
     "linear, 4-D": Form(W, lambda x, w: F.linear(x, w), (X4,)),
     "linear, 1-D": Form(W, lambda x, w: F.linear(x, w), ((16,),)),
     "linear, one token": Form(W, lambda x, w: F.linear(x, w), ((1, 16),)),
+    "expanded, one token each": Form(W, lambda x, w: torch.bmm(x, w.t().expand(3, 16, 24)), ((3, 1, 16),)),
     "linear, no token": Form(W, lambda x, w: F.linear(x, w), ((0, 16),)),
     "linear, strided input": Form(W, lambda x, w: F.linear(x.t(), w), ((16, 5),)),
     "@ w.T": Form(W, lambda x, w: x @ w.T, (X2,)),
@@ -81,6 +82,8 @@ LINEAR = {
 
 EXPERTS = {
     "bmm": Form(S, lambda x, w: torch.bmm(x, w.mT), ((3, 5, 16),)),
+    "bmm, one token": Form(S, lambda x, w: torch.bmm(x, w.mT), ((3, 1, 16),)),
+    "bmm, weight left, one token": Form(S, lambda x, w: torch.bmm(w, x), ((3, 16, 1),)),
     "bmm, untransposed": Form(S, lambda x, w: torch.bmm(x, w), ((3, 5, 24),)),
     "bmm, weight left": Form(S, lambda x, w: torch.bmm(w, x.permute(1, 2, 0)), ((5, 3, 16),)),
     "matmul": Form(S, lambda x, w: x @ w.mT, ((3, 5, 16),)),

@@ -65,6 +65,8 @@ NEAR_MISSES: dict[str, tuple[tuple[int, ...], Callable[..., Any], list[tuple[int
     "a term that is no product": (W, lambda x, w: (F.linear(x, w), w.sin()), [(5, 16)]),
     "convolution": ((8, 4, 3), lambda x, w: F.conv1d(x, w), [(1, 4, 7)]),
     "elementwise": (W, lambda x, w: w * x, [(24, 16)]),
+    "scaled by rows": (W, lambda s, x, w: F.linear(x, s * w), [(24, 1), (5, 16)]),
+    "sum of rows and columns": (W, lambda x, w: w * x, [(24, 1)]),
     "reshaped": (W, lambda x, w: F.linear(x, w.reshape(16, 24)), [(5, 24)]),
     "matrices exchanged with rows": (S, lambda x, w: torch.bmm(x, w.permute(1, 0, 2)), [(24, 5, 3)]),
     "repeated": (W, lambda x, w: F.linear(x, torch.cat([w, w])), [(5, 16)]),
