@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smet_compile.format import Layout, count_active, pack_bits, positions_of, unpack_bits
 from smet_compile.ops import saved_weights
 
+_BEFORE_ALL = 2**62
 _OF_A_STEP = dict.fromkeys(("update_sink", "candidates", "growth_sink"))
 
 
@@ -84,9 +85,14 @@ class CompactWeight(nn.Module):
         return dense
 
     def open_growth_sink(self, leaf: Tensor) -> Tensor:
-        """A sink for the dense gradient, which depends on ``leaf`` and so gets one wherever that does."""
+        """A sink for the dense gradient, which depends on ``leaf`` and so gets one wherever that does.
+
+        Autograd runs what was made first last, with every layer's dense gradient waiting for it: eager says otherwise.
+        """
         layout = self.op_layout()
         sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, *layout)
+        if not torch.compiler.is_compiling() and sink.grad_fn is not None:
+            sink.grad_fn._set_sequence_nr(_BEFORE_ALL)  # type: ignore[attr-defined]
         return sink
 
     def _growth_sink(self, values: Tensor) -> Tensor | None:

@@ -111,6 +111,7 @@ class ActiveAdamW(Optimizer):
             "lr_density_exponent": lr_density_exponent,
         }
         _check_options(defaults)
+        self._options = frozenset(defaults)  # torch adds others to its own copy, when a state is loaded
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -210,7 +211,7 @@ class ActiveAdamW(Optimizer):
         torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
         """
         for group in state_dict["param_groups"]:
-            for option in self.defaults.keys() - group.keys():
+            for option in self._options - group.keys():
                 raise ValueError(
                     f"param_groups: expected {option!r} in every group; load the state of {type(self).__name__}"
                 )
@@ -229,7 +230,7 @@ class ActiveAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held")
+        ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held", "_options")
         return super().__getstate__() | {key: getattr(self, key) for key in ours}
 
 

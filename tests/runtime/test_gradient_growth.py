@@ -16,6 +16,7 @@ from tests.ops.call_forms import ReadTwice
 from tests.support.masked import fill_masked, grids_of, masks_of
 from tests.support.small_models import two_layers
 from tests.support.training import loss_on
+from tests.support.weight_watch import WeightSized, dense_sizes
 
 
 def make(block_shape: Any = 1, every: int = 3, model: nn.Module | None = None) -> tuple[nn.Module, ...]:
@@ -125,6 +126,27 @@ def test_a_weight_read_twice_grows_by_the_whole_gradient(num_micro_batches: int)
     optimizer.step()
     assert manager.step()
     assert_grown(before, masks_of(sparse), best)
+
+
+def num_alive_at_peak(num_layers: int) -> int:
+    """Tensors of a weight's size in backward."""
+    sparse, _, _, _ = make(every=1, model=nn.Sequential(*(nn.Linear(12 + i, 13 + i) for i in range(num_layers))))
+    loss = sparse(torch.randn(3, 12)).square().mean()
+    alive = [0]
+
+    class Watch(WeightSized):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            alive.append(self.num_alive())
+            return out
+
+    with Watch(dense_sizes(sparse)):
+        loss.backward()
+    return max(alive)
+
+
+def test_one_dense_gradient_at_a_time() -> None:
+    assert num_alive_at_peak(6) == num_alive_at_peak(2)
 
 
 def test_no_dense_gradient_outlives_backward() -> None:
