@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -19,6 +20,7 @@ from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.fused import Update, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]
+_num_compiled = itertools.count()
 
 
 def compile_train_step(
@@ -60,7 +62,7 @@ def compile_train_step(
     sites = find_sites(model)
     if not sites:
         raise ValueError("compile_train_step: expected a model with compact weights, got one with none; sparsify it")
-    _check_holds(model, optimizer, sites)
+    _check_holds(model, optimizer, sites.values())
     return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
 
@@ -89,10 +91,12 @@ class TrainStep:
         self._compiled = self._compile(fullgraph=self.fused)
 
     def _compile(self, fullgraph: bool) -> Callable[..., Tensor]:
-        """Dynamo counts recompiles, to stop at a few, by code object; each step and each kind of it has its own."""
+        """By code of its own: Dynamo counts recompiles, to stop at a few, by code object, and remembers by its name
+        what changed from call to call, which would make a second model's sizes and options symbols."""
         forward = TrainStep.forward
-        own = FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
-        compiled: Callable[..., Tensor] = torch.compile(MethodType(own, self), fullgraph=fullgraph, **self._options)
+        code = forward.__code__.replace(co_name=f"forward_{next(_num_compiled)}")
+        own = MethodType(FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__), self)
+        compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=fullgraph, **self._options)
         return compiled
 
     @property
@@ -172,8 +176,9 @@ class TrainStep:
         updates: list[Update | None] = []
         for site in self.sites:
             values, update = site.values, None
-            is_trained = values.requires_grad and values in groups
-            if self.fused and self._update_of and is_trained and values.grad is None:
+            if values.requires_grad and values not in groups:
+                raise _not_held(site)
+            if self.fused and self._update_of and values.requires_grad and values.grad is None:
                 update = self._update_of(values, groups[values])
                 count_by(self.optimizer, values, update.num_updates, update.num_skipped)
             updates.append(update)
@@ -229,16 +234,19 @@ def _checked(loss: Any) -> Tensor:
     return loss
 
 
-def _check_holds(model: nn.Module, optimizer: Optimizer, sites: dict[str, Site]) -> None:
+def _not_held(site: Site) -> ValueError:
+    return ValueError(
+        f"{site.name}: expected an optimizer that holds it, got one that does not; make the optimizer from "
+        "model.parameters() after sparsify"
+    )
+
+
+def _check_holds(model: nn.Module, optimizer: Optimizer, sites: Iterable[Site]) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    known = {id(p): name for name, p in model.named_parameters()}
-    for name, site in sites.items():
+    for site in sites:
         if site.values.requires_grad and id(site.values) not in held:
-            raise ValueError(
-                f"{name}: expected an optimizer that holds it, got one that does not; make the optimizer from "
-                "model.parameters() after sparsify"
-            )
-    others = len(held - known.keys())
+            raise _not_held(site)
+    others = len(held - {id(p) for p in model.parameters()})
     if others:
         raise ValueError(
             f"optimizer: expected parameters of the model only, got {others} others; a step trains one model"
