@@ -64,14 +64,17 @@ class Run:
         step.compile(backend=backend or Capture())
         return step
 
-    def in_step(self, step: smet.TrainStep, batches: Iterable[Batch]) -> None:
+    def in_step(self, step: smet.TrainStep, batches: Iterable[Batch], breaks: bool = False) -> None:
+        """Unless it ``breaks`` into several graphs, the step is to stay what it was: fused, or not."""
+        was_fused = step.fused
         for each in batches:
             self.losses.append(step(each).item())
             self.after_update()
+        assert breaks or step.fused == was_fused
 
     def in_loop(self, batches: Iterable[Batch], call: Any = None) -> None:
         for each in batches:
-            loss = (call or self.model)(**each).loss
+            loss = (self.model if call is None else call)(**each).loss
             loss.backward()
             self.losses.append(loss.item())
             self.optimizer.step()
