@@ -35,9 +35,24 @@ class Net(nn.Module):
         return Output((self.last(self.hidden(x)) - y).square().mean())
 
 
+class Fault(Net):
+    """A batch may say that the gradient of the first row of a weight is to be NaN, and the loss as ever."""
+
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Output:
+        root = torch.sqrt(self.first.weight[0].square().sum() * weight) + torch.sqrt(
+            self.first.bias.square().sum() * bias
+        )
+        return Output(super().forward(x, y).loss + 0.01 * root)
+
+
 def batch_of(step: int, dtype: torch.dtype = torch.float64) -> Batch:
     x, y = batch(step, 12, 7, dtype)
     return {"x": x, "y": y}
+
+
+def faulty(step: int, bad_weight: bool = False, bad_bias: bool = False) -> Batch:
+    flags = {"weight": torch.tensor(float(not bad_weight)), "bias": torch.tensor(float(not bad_bias))}
+    return {**batch_of(step), **{name: flag.double() for name, flag in flags.items()}}
 
 
 def sparse(make_model: Callable[[], nn.Module] = Net, block_shape: Any = 1, density: float = 0.5) -> nn.Module:

@@ -46,17 +46,15 @@ def faulty(model: nn.Module, batch: Any) -> torch.Tensor:
     raise RuntimeError("a fault of the model")
 
 
-@pytest.mark.parametrize("num_steps_before", [0, 2])
-@pytest.mark.parametrize(
-    ("loss_fn", "error", "message"),
-    [
-        (no_loss, ValueError, "expected one that depends on trained parameters, got one that needs no gradient"),
-        (many_losses, ValueError, r"without dimensions, got a tensor of shape \(3,\); return loss.mean\(\)"),
-        (not_a_tensor, ValueError, "without dimensions, got float"),
-        (faulty, RuntimeError, "a fault of the model"),
-    ],
-)
-def test_a_bad_loss_changes_nothing(loss_fn: Any, error: type, message: str, num_steps_before: int) -> None:
+BAD_LOSSES = [
+    (faulty, RuntimeError, "a fault of the model"),
+    (many_losses, ValueError, r"without dimensions, got a tensor of shape \(3,\); return loss.mean\(\)"),
+    (no_loss, ValueError, "expected one that depends on trained parameters, got one that needs no gradient"),
+    (not_a_tensor, ValueError, "without dimensions, got float"),
+]
+
+
+def check_that_it_changes_nothing(loss_fn: Any, error: type, message: str, num_steps_before: int) -> None:
     """Nor does it end the fusion of later steps."""
     bad = False
     run, _ = twice(sparse(), grow="gradient", every=3)
@@ -69,6 +67,18 @@ def test_a_bad_loss_changes_nothing(loss_fn: Any, error: type, message: str, num
     bad = False
     run.in_step(step, [batch_of(5)])
     assert step.fused
+
+
+@pytest.mark.parametrize(("loss_fn", "error", "message"), BAD_LOSSES[:2])
+def test_a_bad_loss_changes_nothing(loss_fn: Any, error: type, message: str) -> None:
+    check_that_it_changes_nothing(loss_fn, error, message, num_steps_before=0)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("num_steps_before", [0, 2])
+@pytest.mark.parametrize(("loss_fn", "error", "message"), BAD_LOSSES)
+def test_nor_without_the_compiler(loss_fn: Any, error: type, message: str, num_steps_before: int) -> None:
+    check_that_it_changes_nothing(loss_fn, error, message, num_steps_before)
 
 
 @pytest.mark.parametrize("batch", [torch.ones(2, 12), [torch.ones(2, 12)], None], ids=lambda b: type(b).__name__)
@@ -90,6 +100,7 @@ def test_all_frozen() -> None:
         step(batch_of(0))
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_weight_that_was_replaced() -> None:
     model = sparse()
     run = Run(model, active(model))

@@ -82,8 +82,8 @@ OPTIMIZERS: dict[str, tuple[int, MakeOptimizer]] = {
             {"momentum": 0.5, "lr": FP32},
         ],
     ),
-    "active_adamw_decay_groups": (2, lambda model: smet.ActiveAdamW(smet.decay_groups(model, 0.1), 1e-2, model=model)),
-    "adamw_decay_groups": (2, lambda model: AdamW(smet.decay_groups(model, 0.1), lr=1e-2)),
+    "active_adamw_decay_groups": (1, lambda model: smet.ActiveAdamW(smet.decay_groups(model, 0.1), 1e-2, model=model)),
+    "adamw_decay_groups": (1, lambda model: AdamW(smet.decay_groups(model, 0.1), lr=1e-2)),
 }
 
 
@@ -102,6 +102,7 @@ def test_equals_the_loop(name: str) -> None:
 @pytest.mark.parametrize(
     "make", [active, lambda model: SGD(model.parameters(), 0.1, momentum=0.9, dampening=0.3)], ids=["active", "sgd"]
 )
+@pytest.mark.usefixtures("uncompiled")
 def test_goes_on_where_a_loop_stopped(make: MakeOptimizer) -> None:
     """Moments, ages, momentum: the step takes the optimizer as it finds it, and leaves it as the loop would."""
     step_run, loop_run = twice(sparse(), make)
@@ -112,6 +113,7 @@ def test_goes_on_where_a_loop_stopped(make: MakeOptimizer) -> None:
     assert_equal_runs(step_run, loop_run)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_momentum_that_begins_later_begins_with_a_gradient() -> None:
     step_run, loop_run = twice(sparse(), lambda model: SGD(model.parameters(), 0.1, dampening=0.3))
     step = step_run.compiled()

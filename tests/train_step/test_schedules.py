@@ -41,9 +41,8 @@ def test_rates_change_without_a_recompile(name: str, schedule: Any) -> None:
     assert counter.frame_count == 1 and step.fused
 
 
-@pytest.mark.parametrize("name", ["active", "adamw"])
-def test_other_options_change_too(name: str) -> None:
-    step_run, loop_run = twice(sparse(), OPTIMIZERS[name])
+def test_other_options_change_too() -> None:
+    step_run, loop_run = twice(sparse())
     step = step_run.compiled()
     changes: list[dict[str, Any]] = [
         {},
@@ -60,11 +59,11 @@ def test_other_options_change_too(name: str) -> None:
     assert step.fused
 
 
-def test_steps_in_one_process_do_not_use_up_each_others_recompiles() -> None:
-    """Dynamo gives up on a function after eight of them."""
+def test_steps_in_one_process_do_not_know_of_each_other() -> None:
+    """Dynamo gives up on a function after some recompiles, and makes symbols of sizes that were others before."""
     with torch._dynamo.config.patch(recompile_limit=1):
-        for _ in range(2):
-            model = sparse()
+        for block_shape in (1, 4):
+            model = sparse(block_shape=block_shape)
             counter = CompileCounterWithBackend("eager")
             step = smet.compile_train_step(model, active(model))
             step.compile(backend=counter)

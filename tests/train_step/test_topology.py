@@ -13,7 +13,7 @@ import smet_compile as smet
 from smet_compile.ops import find_sites
 from smet_compile.ops.update_counts import UpdateCounts, counts_of
 from tests.ops.call_forms import ReadTwice
-from tests.train_step.setting import Batch, Net, Output, active, assert_equal_runs, batch_of, sparse, twice
+from tests.train_step.setting import Fault, Net, active, assert_equal_runs, batch_of, faulty, sparse, twice
 
 NUM_STEPS = 22
 OPTIMIZERS: dict[str, Any] = {
@@ -32,21 +32,6 @@ class Wide(Net):
 
     def hidden(self, x: Tensor) -> Tensor:
         return torch.tanh(self.between(super().hidden(x)))
-
-
-class Fault(Net):
-    """A batch may say that the gradient of the first row of a weight is to be NaN, and the loss as ever."""
-
-    def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Output:
-        root = torch.sqrt(self.first.weight[0].square().sum() * weight) + torch.sqrt(
-            self.first.bias.square().sum() * bias
-        )
-        return Output(super().forward(x, y).loss + 0.01 * root)
-
-
-def faulty(step: int, bad_weight: bool = False, bad_bias: bool = False) -> Batch:
-    flags = {"weight": torch.tensor(float(not bad_weight)), "bias": torch.tensor(float(not bad_bias))}
-    return {**batch_of(step), **{name: flag.double() for name, flag in flags.items()}}
 
 
 @pytest.mark.parametrize(
