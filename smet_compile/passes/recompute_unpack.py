@@ -69,7 +69,7 @@ def _is_cheap(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
         return op is operator.getitem
     tags = {tag.name for tag in op.tags}
-    return "nondeterministic_seeded" not in tags and (op in _MOVES or op.is_view or bool(tags & _CHEAP_TAGS))
+    return op in _MOVES or op.is_view or bool(tags & _CHEAP_TAGS)
 
 
 def _size(node: fx.Node) -> int | None:

@@ -99,8 +99,8 @@ def _terms(
     if is_call(node, aten.sum.dim_IntList) and list(node.args[1]) == [0] and not node.kwargs:
         kept = labels[1:] if len(node.args) > 2 and node.args[2] else labels
         return _terms(node.args[0], node, ("B", *kept), dtypes, rows)
-    if is_call(node, aten.slice_scatter.default, aten.cat.default) and rows is None:
-        return _parts(node, labels, dtypes)
+    if is_call(node, aten.slice_scatter.default, aten.cat.default):
+        return _parts(node, labels, dtypes, rows)
     if is_call(node, *_VIEWS):
         before = _labels_before(node, labels)
         return [] if before is None else _terms(node.args[0], node, before, dtypes, rows)
@@ -158,7 +158,7 @@ def _labels_before(node: fx.Node, labels: Labels) -> Labels | None:
     return None if kept else tuple(before)
 
 
-def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...]) -> list[Term]:
+def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...], rows: tuple[int, int] | None) -> list[Term]:
     """The gradient of a slice or of the parts of a split, laid into zeros."""
     if is_call(node, aten.slice_scatter.default):
         into, part, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
@@ -174,7 +174,8 @@ def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...]) -> li
             first = stop
     if not pieces or labels[dim] != "R":
         return []
-    found = [_terms(part, node, labels, dtypes, rows) for part, rows in pieces]
+    offset = rows[0] if rows else 0
+    found = [_terms(part, node, labels, dtypes, (offset + first, offset + end)) for part, (first, end) in pieces]
     return [term for terms in found for term in terms] if all(found) else []
 
 

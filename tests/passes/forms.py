@@ -74,6 +74,8 @@ LINEAR = {
     "in halves": Form(W, lambda x, w: torch.cat([F.linear(x, half) for half in w.chunk(2)], -1), (X2,)),
     "split unevenly": Form(W, lambda x, w: torch.cat([F.linear(x, p) for p in w.split([8, 16])], -1), (X2,)),
     "some rows": Form(W, lambda x, w: F.linear(x, w[3:11]), (X2,)),
+    "some rows of some rows": Form(W, lambda x, w: F.linear(x, w[4:20][2:9]), (X2,)),
+    "halves of a half": Form(W, lambda x, w: F.linear(x, w.chunk(2)[1].chunk(2)[1]), (X2,)),
     "some rows, untransposed": Form(W, lambda x, w: x @ w[3:9], ((5, 6),)),
     "rows of the transpose": Form(W, lambda x, w: x @ w.t()[:, 3:9], (X2,)),
     "checkpoint": Form(W, checkpointed, (X2,)),

@@ -1,5 +1,6 @@
 """What is in memory: no dense weight is saved, no dense gradient built, and no compact gradient outlives its update."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -78,7 +79,9 @@ def test_an_unfused_site_beside_them_saves_none_either(checkpointing: bool) -> N
 
 def test_the_facts_are_seen_to_fail_without_the_passes() -> None:
     model = sparse(False, 1)
-    graph = capture(model, randn(5, 16), passes=())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "smet_compile: a compiled graph runs without the passes")
+        graph = capture(model, randn(5, 16), passes=())
     assert graph.forward is not None
     assert len(of_size(returned(graph.forward.graph), dense_sizes(model))) >= 6
     assert len(of_size(backward_of(graph).nodes, dense_sizes(model))) >= 6

@@ -35,7 +35,7 @@ UNSHRUNK = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explai
 """Cases are small, and each costs a compile."""
 
 
-@settings(max_examples=20, phases=UNSHRUNK)
+@settings(max_examples=12, phases=UNSHRUNK)
 @given(case=cases())
 def test_captured_equals_eager_and_keeps_the_memory_facts(case: Case) -> None:
     model = case.model()
@@ -47,7 +47,7 @@ def test_captured_equals_eager_and_keeps_the_memory_facts(case: Case) -> None:
             assert said in ({part: ["fused"] for part in (FORWARD, INPUT, WEIGHT)}, {FORWARD: ["fused"]})
 
 
-@settings(max_examples=6, phases=UNSHRUNK)
+@settings(max_examples=4, phases=UNSHRUNK)
 @given(case=cases(max_layers=2).filter(lambda case: case.dtype == torch.float64))
 def test_captured_step_equals_the_eager_loop(case: Case) -> None:
     model = case.model()

@@ -73,8 +73,14 @@ def test_read_by_several_checkpointed_regions_it_is_not_saved() -> None:
 
 
 def test_what_an_activation_goes_into_is_left_to_the_partitioner() -> None:
-    graph = capture(reads(W, lambda x, w: F.linear(x, w).sin() + x.cos().sum()), randn(5, 16), passes=ONLY)
-    assert {node.target for node in marked(graph)} <= {UNPACK, torch.ops.aten.permute.default}
+    graph = capture(reads(W, lambda a, b, w: (w * (a @ b)).sin()), randn(24, 4), randn(4, 16), passes=ONLY)
+    assert {node.target for node in marked(graph)} == {UNPACK}
+
+
+def test_what_a_gradient_goes_into_is_left_alone() -> None:
+    graph = capture(reads(W, lambda x, w: x.sin() * w.cos()), randn(24, 16), passes=ONLY)
+    backward = [node for node in marked(graph) if any("tangents" in str(each) for each in node.all_input_nodes)]
+    assert backward == []
 
 
 def test_a_random_mask_is_not_drawn_twice() -> None:
