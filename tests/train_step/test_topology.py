@@ -104,7 +104,7 @@ def test_a_weight_that_no_step_reaches_keeps_its_topology() -> None:
             super().__init__()
             self.between = nn.Linear(20, 20)
 
-    step_run, loop_run = twice(sparse(Unused), grow="gradient")
+    step_run, loop_run = twice(sparse(Unused), every=4)
     find_sites(step_run.model)["last.weight"].values.requires_grad_(False)
     find_sites(loop_run.model)["last.weight"].values.requires_grad_(False)
     step_run.in_step(step_run.compiled(), map(batch_of, range(10)))
