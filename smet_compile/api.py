@@ -9,7 +9,7 @@ from torch import nn
 
 from smet_compile.convert import Globs, Report, check_choice, choose, make_compact, remember_reasons, report
 from smet_compile.convert.compact import SELECTS
-from smet_compile.ops import growth_hooks, saved_weights
+from smet_compile.ops import saved_weights
 
 _WARN_ABOVE = 1.5
 
@@ -59,9 +59,8 @@ def sparsify(
     rescale = select == "random" if rescale is None else rescale
     for choice in plan.choices:
         make_compact(choice, select, rescale, seed)
-        saved_weights.install(choice.weight.module)
+        saved_weights.install(choice.weight.module, owner=True)
     saved_weights.install(model)
-    growth_hooks.install(model)
     _install_passes()
     remember_reasons(model, plan.dense_reasons)
     _warn_if_dense(report(model), density)

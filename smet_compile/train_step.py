@@ -111,12 +111,10 @@ class TrainStep:
             compact = site.compact
             if update is not None:
                 compact.update_sink = update.sink(self._leaf, site.values, *update.arguments)
-                if compact.candidates is not None:
-                    compact.growth_sink = compact.open_growth_sink(compact.update_sink)
         loss = self.loss_fn(self.model, batch)
         for site, update in zip(self.sites, updates, strict=True):
             if update is not None:
-                site.compact.update_sink = site.compact.growth_sink = None
+                site.compact.update_sink = None
         return loss
 
     def __call__(self, batch: Any) -> Tensor:
@@ -203,7 +201,7 @@ class TrainStep:
         finally:
             for site in updated:
                 site.values.requires_grad_(True)
-                site.compact.update_sink = site.compact.growth_sink = None
+                site.compact.update_sink = None
 
     def forget_unused(self, updates: list[Update | None]) -> None:
         """State is made before it is known whether the step reaches a weight."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.report import forget_reasons
-from smet_compile.ops import find_sites, growth_hooks, saved_weights
+from smet_compile.ops import find_sites, saved_weights
 
 
 @torch.no_grad()
@@ -32,7 +32,6 @@ def export_dense(model: nn.Module) -> nn.Module:
         _restore_order(site.module, order)
     for module in dense.modules():
         saved_weights.uninstall(module)
-        growth_hooks.uninstall(module)
         forget_reasons(module)
     return dense
 

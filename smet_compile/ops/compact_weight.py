@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from smet_compile.format import Layout, count_active, pack_bits, positions_of, unpack_bits
 from smet_compile.ops import saved_weights
 
-_BEFORE_ALL = 2**62
-_OF_A_STEP = dict.fromkeys(("update_sink", "candidates", "growth_sink"))
+_OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
 
 
 class CompactWeight(nn.Module):
@@ -34,8 +33,6 @@ class CompactWeight(nn.Module):
     """Where the gradient of every read goes instead of to the values, within a step whose update is fused."""
     candidates: Tensor | None
     """Filled in backward with the inactive blocks of largest gradient, where somebody asks for them."""
-    growth_sink: Tensor | None
-    """Where the dense gradient of every read goes, within a forward that fills ``candidates``."""
 
     def __init__(self, layout: Layout, mask: Tensor, num_active: int) -> None:
         super().__init__()
@@ -84,23 +81,13 @@ class CompactWeight(nn.Module):
             saved_weights.remember(self, values, dense)
         return dense
 
-    def open_growth_sink(self, leaf: Tensor) -> Tensor:
-        """A sink for the dense gradient, which depends on ``leaf`` and so gets one wherever that does.
-
-        Autograd runs what was made first last, with every layer's dense gradient waiting for it: eager says otherwise.
-        """
-        layout = self.op_layout()
-        sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, *layout)
-        if not torch.compiler.is_compiling() and sink.grad_fn is not None:
-            sink.grad_fn._set_sequence_nr(_BEFORE_ALL)  # type: ignore[attr-defined]
-        return sink
-
     def _growth_sink(self, values: Tensor) -> Tensor | None:
-        """That of the forward under way; where none opened one, this read has its own."""
-        if self.growth_sink is not None or self.candidates is None:
-            return self.growth_sink
+        """Where the dense gradient goes, if somebody asks for candidates and there will be one."""
         leaf = values if self.update_sink is None else self.update_sink
-        return self.open_growth_sink(leaf) if leaf.requires_grad else None
+        if self.candidates is None or not leaf.requires_grad:
+            return None
+        sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, *self.op_layout())
+        return sink
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         return torch.ops.smet.pack(dense, self.topology, self.index, *self.op_layout(), self.num_active)

@@ -79,6 +79,7 @@ def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     and autograd would take that for a change of topology. A real one moves the values too, which is looked at."""
     ctx.values, ctx.topology, ctx.index, *ctx.layout = inputs[:6]
     ctx.has_update_sink = inputs[6] is not None
+    ctx.growth_sink = inputs[7]  # other reads find it while this graph is alive
     ctx.version = ctx.values._version
 
 

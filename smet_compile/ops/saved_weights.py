@@ -223,16 +223,37 @@ def _exit(module: nn.Module, args: Any, output: Any) -> None:
         pass
 
 
-def install(module: nn.Module) -> None:
-    """Runs the forwards of ``module`` under the hooks. Twice is the same as once."""
-    if _enter not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_enter, prepend=True)
-        module.register_forward_hook(_exit, always_call=True)
+def _enter_owner(module: nn.Module, args: Any) -> None:
+    _enter(module, args)
+
+
+def _exit_owner(module: nn.Module, args: Any, output: Any) -> None:
+    _exit(module, args, output)
+
+
+_OF_MODEL, _OF_OWNER = (_enter, _exit), (_enter_owner, _exit_owner)
+
+
+def install(module: nn.Module, owner: bool = False) -> None:
+    """Runs the forwards of ``module`` under the hooks. Twice is the same as once.
+
+    The hooks of an ``owner`` of weights are functions of their own, since the compiler treats them in its own way:
+    a forward that it broke into pieces keeps weights in eager, the forward of a whole compiled model does not.
+    """
+    enter, leave = _OF_OWNER if owner else _OF_MODEL
+    if enter not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(enter, prepend=True)
+        module.register_forward_hook(leave, always_call=True)
 
 
 def uninstall(module: nn.Module) -> None:
     """Takes back ``install``."""
-    for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _exit)):
-        for key in [k for k, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+    for enter, leave in (_OF_MODEL, _OF_OWNER):
+        for hooks, ours in ((module._forward_pre_hooks, enter), (module._forward_hooks, leave)):
+            for key in [k for k, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+RUN_IN_EAGER = (_enter_owner, _exit_owner)
+"""What is to run as it is where a compiler would otherwise compile it by itself, after a graph break."""

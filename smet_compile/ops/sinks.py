@@ -1,22 +1,26 @@
 """Sinks: where a gradient ends that nobody is to keep.
 
 A sink is a tensor of zeros that takes no memory and stands in the autograd graph for what a gradient is needed for.
-It is opened once in a step and handed to every read of a weight, so autograd adds up the gradients of all reads;
-the sink's backward consumes the sum at once: the optimizer updates the values (update sinks), or candidates for
-growth are chosen (growth sink).
+All reads of a weight share one, so autograd adds up their gradients; the sink's backward consumes the sum at once: the
+optimizer updates the values (update sinks, opened once in a step), or candidates for growth are chosen (growth sinks).
 """
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from smet_compile.format import Layout, all_block_means, unpack_bits
 from smet_compile.ops.library import _LAYOUT, _library
 from smet_compile.ops.torch_optim import torch_optim_
 
+_AT_ONCE = 2**62
+"""Autograd runs first what was made last, and a sink would find every layer's gradient waiting: it goes before all."""
 NO_GRADIENT = -1
 """What a buffer of candidates holds until a gradient has come."""
 
@@ -30,12 +34,12 @@ _ACTIVE_ADAMW = (
     f"Tensor? births, Tensor? topology, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, "
     "float weight_decay, int warmup_steps, bool shared_step, int? noise_seed"
 )
-_library.define(f"active_adamw_sink(Tensor leaf, Tensor values, {_ACTIVE_ADAMW}) -> Tensor")
-_library.define(
-    "torch_optim_sink(Tensor leaf, Tensor values, Tensor? first, Tensor? second, Tensor? largest, Tensor? step, "
-    "Tensor num_updates, Tensor num_skipped, Tensor lr, str rule, float[] options) -> Tensor"
-)
-_library.define(f"growth_sink(Tensor leaf, Tensor candidates, Tensor topology, {_LAYOUT}) -> Tensor")
+_SINKS = {
+    "active_adamw_sink": f"Tensor leaf, Tensor values, {_ACTIVE_ADAMW}",
+    "torch_optim_sink": "Tensor leaf, Tensor values, Tensor? first, Tensor? second, Tensor? largest, Tensor? step, "
+    "Tensor num_updates, Tensor num_skipped, Tensor lr, str rule, float[] options",
+    "growth_sink": f"Tensor leaf, Tensor candidates, Tensor topology, {_LAYOUT}",
+}
 _library.define(f"growth_candidates(Tensor grad_dense, Tensor topology, {_LAYOUT}, int count) -> Tensor")
 
 
@@ -95,11 +99,34 @@ def _choose_candidates(ctx: Any, grad_dense: Tensor) -> tuple[None, ...]:
     return (None,) * (1 + len(ctx.inputs))
 
 
-for _name, _make, _backward in (
-    ("active_adamw_sink", _like_values, _update_by_active_adamw),
-    ("torch_optim_sink", _like_values, _update_by_torch_optim),
-    ("growth_sink", _like_dense, _choose_candidates),
+def _open(name: str, *inputs: Any) -> Tensor:
+    sink: Tensor = getattr(torch.ops.smet, f"new_{name}")(*inputs)
+    if sink.grad_fn is not None:
+        sink.grad_fn._set_sequence_nr(_AT_ONCE)  # type: ignore[attr-defined]
+    return sink
+
+
+def _open_growth_sink(leaf: Tensor, candidates: Tensor, *topology_and_layout: Any) -> Tensor:
+    """The sink that fills ``candidates``: one for all reads of a weight whose graphs are alive together."""
+    known = _growth_sinks.get(candidates)
+    sink = None if known is None else known()
+    if sink is None or not sink.requires_grad:
+        sink = _open("growth_sink", leaf, candidates, *topology_and_layout)
+        _growth_sinks[candidates] = weakref.ref(sink)
+    return sink
+
+
+_growth_sinks = WeakIdKeyDictionary()
+
+# A sink is two ops: one that is opened where autograd records, in eager and when a compiler traces, and one below it.
+for _name, _opened, _make, _backward in (
+    ("active_adamw_sink", partial(_open, "active_adamw_sink"), _like_values, _update_by_active_adamw),
+    ("torch_optim_sink", partial(_open, "torch_optim_sink"), _like_values, _update_by_torch_optim),
+    ("growth_sink", _open_growth_sink, _like_dense, _choose_candidates),
 ):
-    _library.impl(_name, _make, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"smet::{_name}", _make, lib=_library)
-    torch.library.register_autograd(f"smet::{_name}", _backward, setup_context=_keep, lib=_library)
+    _library.define(f"{_name}({_SINKS[_name]}) -> Tensor")
+    _library.impl(_name, _opened, "CompositeImplicitAutograd")
+    _library.define(f"new_{_name}({_SINKS[_name]}) -> Tensor")
+    _library.impl(f"new_{_name}", _make, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"smet::new_{_name}", _make, lib=_library)
+    torch.library.register_autograd(f"smet::new_{_name}", _backward, setup_context=_keep, lib=_library)

@@ -6,8 +6,10 @@ import warnings
 from typing import Any
 
 import torch._inductor.config as inductor
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
-from smet_compile.ops import library
+from smet_compile.ops import CompactWeight, library, saved_weights
 from smet_compile.passes.pipeline import JointPasses
 from smet_compile.passes.switch import is_enabled
 
@@ -17,10 +19,21 @@ _warned: set[str] = set()
 def install() -> None:
     """Sets ``torch._inductor.config.joint_custom_pre_pass``, chained behind what it holds. Twice is as once."""
     library.on_unseen_graph = _warn_unseen
+    for function in (CompactWeight.forward, *saved_weights.RUN_IN_EAGER):
+        _never_by_itself(function)
     current = inductor.joint_custom_pre_pass
     if not _holds_ours(current):
         before = current if isinstance(current, list | tuple) else () if current is None else (current,)
         inductor.joint_custom_pre_pass = JointPasses(tuple(before))
+
+
+def _never_by_itself(function: Any) -> None:
+    """Dynamo may trace ``function`` into a graph, but not start one with it.
+
+    After a graph break it would compile what reads a weight to a graph that returns the dense weight, and autograd would
+    keep that: in eager it is not kept.
+    """
+    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def _holds_ours(current: Any) -> bool:

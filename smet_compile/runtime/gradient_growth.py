@@ -29,7 +29,7 @@ class GradientScores:
         self.site.compact.candidates = torch.full((self.max_count,), NO_GRADIENT, device=self.site.values.device)
 
     def detach(self) -> None:
-        self.site.compact.candidates = self.site.compact.growth_sink = None
+        self.site.compact.candidates = None
 
     def take(self, count: int) -> Tensor | None:
         """The ``count`` best candidates, best first; None where no gradient came."""

@@ -72,3 +72,23 @@ def test_products_that_depend_on_data(exact_router: None) -> None:
     assert_same_losses(compiled, train(setting))
     not_fused = smet.explain(compiled.model, **setting.batch(0)).not_fused
     assert set(not_fused) == {name for name in find_sites(compiled.model) if "experts" in name}
+
+
+def test_experts_that_depend_on_data_are_not_saved() -> None:
+    """They are read in eager pieces between graphs, where a recipe is kept in place of each dense stack."""
+    setting = mixtral("eager", torch.float32, 16)
+    model = setting.make()
+    stacks = [site.layout for name, site in find_sites(model).items() if "experts" in name]
+    sizes = {count * layout.rows * layout.cols * 4 for layout in stacks for count in (1, layout.num_matrices)}
+    saved: list[int] = []
+
+    @torch._dynamo.disable
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    compiled = torch.compile(model, backend=Capture())
+    with torch.autograd.graph.saved_tensors_hooks(note, torch._dynamo.disable(lambda tensor: tensor)):
+        loss = compiled(**setting.batch(0)).logits.square().sum()
+    assert saved and not sizes & set(saved)
+    loss.backward()

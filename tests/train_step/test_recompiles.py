@@ -51,7 +51,7 @@ def with_loop(model: nn.Module, optimizer: smet.ActiveAdamW, counter: CompileCou
         (with_step, "random", 1),
         (with_step, "gradient", 2),
         (with_loop, "random", 1),
-        (with_loop, "gradient", 3),  # torch.compile(model) leaves the model's own hooks out: one opens the sinks
+        (with_loop, "gradient", 2),
     ],
 )
 def test_a_long_run(how: Callable[..., Advance], grow: str, num_graphs: int, tmp_path: Path) -> None:
