@@ -11,6 +11,8 @@ from smet_compile.ops import reference as ref
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
 _WEIGHTS_AT_ONCE = 2**20
+_WEIGHTS_IN_CACHE = 2**16
+"""As many as a processor's cache holds with all that is made of them on the way."""
 
 
 def active_adamw_(
@@ -71,7 +73,8 @@ def active_adamw_(
         layout = Layout.of_lists(shape, matrix, block_shape)
         blocks = positions_of(unpack_bits(topology, layout.num_blocks))
     row_size = grad[0].numel()
-    rows_at_once = max(1, _WEIGHTS_AT_ONCE // row_size)
+    weights_at_once = min(_WEIGHTS_AT_ONCE, _WEIGHTS_IN_CACHE) if grad.device.type == "cpu" else _WEIGHTS_AT_ONCE
+    rows_at_once = max(1, weights_at_once // row_size)
     for first in range(0, len(grad), rows_at_once):
         rows = slice(first, min(first + rows_at_once, len(grad)))
         part = [t[rows] for t in stored]
