@@ -35,7 +35,8 @@ def compile_train_step(
 
     Without accumulation, clipping or data parallelism each compact weight is updated in backward, as soon as its
     gradient is known: no compact gradient outlives its update. All other parameters are updated by
-    ``optimizer.step()`` as ever. With any of the three, gradients live as compact tensors until they are used::
+    ``optimizer.step()`` as ever. With any of the three, or where the step is not one graph (a warning says why),
+    gradients live as compact tensors until they are used; ``step.fused`` tells which::
 
         step = smet.compile_train_step(model, optimizer)
         for batch in loader:
