@@ -86,7 +86,8 @@ def is_swap(node: Any) -> bool:
 def permuted(like: fx.Node, node: fx.Node) -> fx.Node:
     """``node`` with its last two dimensions exchanged; a permutation undone instead of done twice."""
     if is_swap(node):
-        return node.args[0]  # type: ignore[return-value]
+        source: fx.Node = node.args[0]  # type: ignore[assignment,unused-ignore]
+        return source
     last = val(node).dim() - 1
     return add(like, aten.permute.default, node, [*range(last - 1), last, last - 1])
 

@@ -12,6 +12,7 @@ which only autograd needs, are taken off as well.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,7 +24,7 @@ _AFTER_ALL_REGIONS = 2**40
 """An output of one checkpointed region that a later one reads is saved; this is read by no later one."""
 
 _CHEAP_TAGS = {"pointwise", "reduction"}
-_MOVES = (aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default, aten.cat.default)
+_MOVES: tuple[Any, ...] = (aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default, aten.cat.default)
 _MOVES += (aten.flip.default, aten.roll.default, prims.rev.default)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,7 +28,13 @@ from smet_compile.passes.products import is_plain, offsets_of
 from smet_compile.passes.weight_reads import padded
 from smet_compile.passes.weight_views import CONVERT, Labels, View, is_one, through, whole
 
-_VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.clone.default, aten.alias.default)
+_VIEWS: tuple[Any, ...] = (
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.clone.default,
+    aten.alias.default,
+)
 _VIEWS += (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default)
 _VIEWS += (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
@@ -161,7 +168,8 @@ def _labels_before(node: fx.Node, labels: Labels) -> Labels | None:
 def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...], rows: tuple[int, int] | None) -> list[Term]:
     """The gradient of a slice or of the parts of a split, laid into zeros."""
     if is_call(node, aten.slice_scatter.default):
-        into, part, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
+        args: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
+        into, part, dim, start, end, step = args
         size = val(node).shape[dim]
         first, stop, _ = slice(start, end).indices(size)
         pieces = [(part, (first, stop))] if _is_zero(into) and step == 1 else []

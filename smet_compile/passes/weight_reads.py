@@ -119,9 +119,9 @@ def _product(
     weight = _weight(product, unpack, site.flat(), view)
     if transposed:
         weight = permuted(product, weight)
-    cut = view.rows is not None and transposed
+    cut = transposed and view.rows is not None
     made = _call(product, x, weight, None if cut else bias, offsets)
-    if cut:
+    if transposed and view.rows is not None:
         made = add(product, aten.slice.Tensor, made, val(made).dim() - 1, *view.rows)
         made = made if bias is None else add(product, aten.add.Tensor, made, bias)
     return made if batch is None else unflattened(product, made, batch, 2 if on_left else 1)

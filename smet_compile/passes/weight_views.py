@@ -6,6 +6,7 @@ A view is described by labels, one per dimension: "S" (stacked matrices), "R", "
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from smet_compile.passes.graph import aten, is_call, prims, val
 Labels = tuple[str, ...]
 
 CONVERT = (prims.convert_element_type.default, aten._to_copy.default)
-_RESHAPE = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+_RESHAPE: tuple[Any, ...] = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RESHAPE += (aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
 SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
@@ -126,9 +127,9 @@ def _sliced(
 
 def _part(view: View, node: fx.Node, source: fx.Node) -> View | None:
     """One part of a split along the rows. ``node`` is the getitem, ``source`` holds the weight that was split."""
-    split = node.args[0] if node.op == "call_function" and node.args else None
-    if not (getattr(node.target, "__name__", "") == "getitem" and is_call(split, *SPLITS)):
+    if node.target is not operator.getitem or not is_call(node.args[0], *SPLITS):
         return None
+    split = node.args[0]
     dim = split.args[2] if len(split.args) > 2 else 0
     sizes = [part.shape[dim] for part in val(split)]
     first = sum(sizes[: node.args[1]])
