@@ -69,9 +69,9 @@ class Explanation:
         return found
 
     def __str__(self) -> str:
-        rows = [("site", "forward", "input gradient", "weight gradient", "update")]
+        rows = [["site", "forward", "input gradient", "weight gradient", "update"]]
         for site in self.sites:
-            rows.append((site.name, *(said if said in ("fused", _NONE) else "no" for said in site.parts.values())))
+            rows.append([site.name, *(said if said in ("fused", _NONE) else "no" for said in site.parts.values())])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
@@ -98,16 +98,15 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
     Raises:
         ValueError: a model without compact weights; with ``strict``, the list of what is not fused, with reasons.
     """
-    is_step = isinstance(model, TrainStep)
-    owner = model.model if is_step else getattr(model, "_orig_mod", model)
-    updates_fused = is_step and model.fused
+    step = model if isinstance(model, TrainStep) else None
+    owner: Any = step.model if step else getattr(model, "_orig_mod", model)
+    updates_fused = step is not None and step.fused
     sites = find_sites(owner)
     if not sites:
         raise ValueError("explain: expected a model with compact weights, got one with none; sparsify it")
-    capture = _capture_step(model, *example) if is_step else _capture(owner, lambda: owner(*example, **inputs))
-    graphs, breaks = capture
-    found = _by_site(sites, graphs)
-    rows = [_explained(site, found.get(name), updates_fused) for name, site in sites.items()]
+    graphs, breaks = _capture_step(step, *example) if step else _capture(owner, lambda: owner(*example, **inputs))
+    outcomes = _by_site(sites, graphs)
+    rows = [_explained(site, outcomes.get(name), updates_fused) for name, site in sites.items()]
     explanation = Explanation(rows, breaks, updates_fused)
     if strict and explanation.not_fused:
         lines = [f"{name}: {reason}" for name, reasons in explanation.not_fused.items() for reason in reasons]
@@ -179,7 +178,8 @@ def _explained(site: Site, outcome: Outcome | None, updates_fused: bool) -> Site
     if update == _NONE and parts[2] != _NONE:
         crosses = "its gradient crosses a graph break, and is kept until the end of backward"
         update = crosses if updates_fused else "by the optimizer, after backward"
-    return SiteExplanation(site.name, *parts, update)
+    forward, input_gradient, weight_gradient = parts
+    return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update)
 
 
 def _said(outcome: Outcome, part: str) -> str:

@@ -20,7 +20,7 @@ FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", 
 PARTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE)
 FUSED = "fused"
 
-_LOOKS_UP = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
+_LOOKS_UP: tuple[Any, ...] = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 _LOOKS_UP += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.default)
 
 
