@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from smet_compile.passes.verify import Outcome
 
 _NONE = "none"
+_AFTER_BACKWARD = "by the optimizer, after backward"
+_KEPT = "its gradient is an output of the graph, and kept until the optimizer's step"
+_SEVERAL_GRAPHS = "the step breaks into several graphs, so gradients are kept until the optimizer's step"
 _MANY_CAPTURES = 2**20
 
 
@@ -106,7 +109,8 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
         raise ValueError("explain: expected a model with compact weights, got one with none; sparsify it")
     graphs, breaks = _capture_step(step, *example) if step else _capture(owner, lambda: owner(*example, **inputs))
     outcomes = _by_site(sites, graphs)
-    rows = [_explained(site, outcomes.get(name), updates_fused) for name, site in sites.items()]
+    unfused = _SEVERAL_GRAPHS if breaks else _KEPT if updates_fused else _AFTER_BACKWARD
+    rows = [_explained(site, outcomes.get(name), unfused, bool(breaks)) for name, site in sites.items()]
     explanation = Explanation(rows, breaks, updates_fused)
     if strict and explanation.not_fused:
         lines = [f"{name}: {reason}" for name, reasons in explanation.not_fused.items() for reason in reasons]
@@ -169,16 +173,17 @@ def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcom
     return found
 
 
-def _explained(site: Site, outcome: Outcome | None, updates_fused: bool) -> SiteExplanation:
+def _explained(site: Site, outcome: Outcome | None, unfused: str, broken: bool) -> SiteExplanation:
+    """``unfused``: why an update is not fused, if it is not. ``broken``: then none is."""
     if outcome is None:
         unused = "the example does not use it in any captured graph"
         return SiteExplanation(site.name, unused, _NONE, _NONE, _NONE)
-    parts = [_said(outcome, part) for part in ("forward", "input gradient", "weight gradient")]
+    forward, input_gradient, weight_gradient = (
+        _said(outcome, part) for part in ("forward", "input gradient", "weight gradient")
+    )
     update = _said(outcome, "update")
-    if update == _NONE and parts[2] != _NONE:
-        crosses = "its gradient crosses a graph break, and is kept until the end of backward"
-        update = crosses if updates_fused else "by the optimizer, after backward"
-    forward, input_gradient, weight_gradient = parts
+    if weight_gradient != _NONE and (update == _NONE or broken):
+        update = unfused
     return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update)
 
 

@@ -92,6 +92,15 @@ def test_graph_breaks_are_shown_and_each_part_is_fused(x: Tensor) -> None:
     assert "graph break: " in str(explanation)
 
 
+def test_a_step_of_several_graphs_updates_after_backward(x: Tensor) -> None:
+    model = make()
+    model.breaks = True
+    step = smet.compile_train_step(model, smet.ActiveAdamW(model), lambda model, batch: model(batch))
+    explanation = smet.explain(step, x)
+    assert set(explanation.not_fused) == {"first.weight", "second.weight"}
+    assert all("update: the step breaks into several graphs" in said[0] for said in explanation.not_fused.values())
+
+
 def test_inference_has_a_forward_only(x: Tensor) -> None:
     model = make().eval()
     with torch.no_grad():
