@@ -54,7 +54,9 @@ class Capture:
         captured = Captured([_source(node) for node in placeholders], [_example(node) for node in placeholders])
         self.graphs.append(captured)
 
-        def partition(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        def partition(
+            joint: fx.GraphModule, joint_inputs: Any, **options: Any
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
             captured.reports = run_passes(joint.graph, self.passes)
             joint.recompile()
             captured.joint = _copy(joint)

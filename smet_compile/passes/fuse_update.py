@@ -47,7 +47,7 @@ def _read_bases(update: fx.Node) -> None:
             update.graph.erase_node(alias)
 
 
-def _product(grad: fx.Node) -> fx.Node | None:
+def _product(grad: Any) -> fx.Node | None:
     """The product that ``grad`` is, through a conversion to the dtype of the values; the update converts too."""
     if len(grad.users) == 1 and is_call(grad, *CONVERT) and val(grad.args[0]).is_floating_point():
         grad = grad.args[0]
@@ -70,7 +70,7 @@ def _take(product: fx.Node, update: fx.Node) -> fx.Node:
 def _move_up(update: fx.Node) -> None:
     """To where the gradient is known and the old values are read no more."""
     values = update.kwargs["_all_bases"][update.kwargs["_values_base_index"]]
-    gradient = [update.kwargs[name] for name in ("grad", "left", "right") if name in update.kwargs]
+    gradient: list[Any] = [update.kwargs[name] for name in ("grad", "left", "right") if name in update.kwargs]
     latest = max([*gradient, *_readers(values, update)])
     for node in [*_small_inputs(update, latest), update]:
         latest.append(node)

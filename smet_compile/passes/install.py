@@ -30,8 +30,8 @@ def install() -> None:
 def _never_by_itself(function: Any) -> None:
     """Dynamo may trace ``function`` into a graph, but not start one with it.
 
-    After a graph break it would compile what reads a weight to a graph that returns the dense weight, and autograd would
-    keep that: in eager it is not kept.
+    After a graph break it would compile what reads a weight to a graph that returns the dense weight, and autograd
+    would keep that: in eager it is not kept.
     """
     set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 

@@ -13,14 +13,14 @@ PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 
 def operands(product: fx.Node) -> tuple[fx.Node | None, Any, Any]:
     """bias, left, right."""
-    if is_call(product, ADDMM):
-        return product.args[:3]
-    return (None, *product.args[:2])
+    args: Any = product.args
+    bias, left, right = args[:3] if is_call(product, ADDMM) else (None, *args[:2])
+    return bias, left, right
 
 
 def weight_of(product: fx.Node) -> fx.Node | None:
     """The unpack that is the right operand of ``product``, as it is or with its last two dimensions exchanged."""
-    right = product.args[2 if is_call(product, ADDMM) else 1]
+    *_, right = operands(product)
     source = right.args[0] if is_swap(right) else right
     if not is_call(source, UNPACK) or not is_plain(product):
         return None
@@ -47,4 +47,5 @@ def offsets_of(product: fx.Node) -> fx.Node | None:
     """Where the tokens of each matrix end, of a grouped product."""
     if not is_call(product, GROUPED_MM):
         return None
-    return product.args[2] if len(product.args) > 2 else product.kwargs.get("offs")
+    offsets: Any = product.args[2] if len(product.args) > 2 else product.kwargs.get("offs")
+    return offsets

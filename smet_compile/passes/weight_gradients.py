@@ -24,7 +24,7 @@ from smet_compile.passes.graph import (
     prims,
     val,
 )
-from smet_compile.passes.products import is_plain, offsets_of
+from smet_compile.passes.products import is_plain, offsets_of, operands
 from smet_compile.passes.weight_reads import padded
 from smet_compile.passes.weight_views import CONVERT, Labels, View, is_one, through, whole
 
@@ -188,13 +188,13 @@ def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...], rows:
 
 
 def _is_zero(node: fx.Node) -> bool:
-    return is_call(node, aten.full.default, aten.full_like.default) and node.args[1] == 0
+    return is_call(node, aten.full.default, aten.full_like.default) and bool(node.args[1] == 0)
 
 
 def _pack(term: Term, site: SiteArgs, num_active: int) -> fx.Node:
     """pack(mm(permute(left), right)) in place of the term's product, then the conversions, of what is active only."""
     product = term.product
-    first, second = product.args[:2]
+    _, first, second = operands(product)
     if term.labels[-2:] == ("R", "C"):
         left, right = permuted(product, first), second
     else:
