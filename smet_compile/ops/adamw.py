@@ -11,7 +11,7 @@ from smet_compile.ops import reference as ref
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
 _WEIGHTS_AT_ONCE = 2**20
-_WEIGHTS_IN_CACHE = 2**16
+_WEIGHTS_IN_CACHE = 2**15
 """As many as a processor's cache holds with all that is made of them on the way."""
 
 
