@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_masked_matmul import fuse_masked_matmul
-from smet_compile.passes.graph import MASKED, UNPACK, calls
+from smet_compile.passes.graph import MASKED, UNPACK, PassReport, calls
+from smet_compile.passes.products import PRODUCTS
 from tests.passes.compiled import assert_idempotent, capture, matched, randn, reads, targets, upto
 
 W, S = (24, 16), (3, 24, 16)
@@ -115,7 +116,14 @@ def test_product_in_a_checkpointed_region_is_recomputed_like_the_dense_one() -> 
 
 
 def test_nothing_of_the_eager_call_is_left_for_inductor() -> None:
-    graph = fused(reads(W, lambda x, w: F.linear(x, w)), randn(5, 16))
+    def as_inductor_has_it(graph: fx.Graph) -> PassReport:
+        for node in calls(graph, *PRODUCTS):
+            node.meta.setdefault("eager_input_vals", ())
+        return PassReport("noted")
+
+    passes = (as_inductor_has_it, *upto(fuse_masked_matmul))
+    graph = capture(reads(W, lambda x, w: F.linear(x, w)), randn(5, 16), passes=passes)
+    assert len(products(graph)) == 2
     assert all("eager_input_vals" not in node.meta and "val" in node.meta for node in products(graph))
 
 

@@ -79,9 +79,14 @@ def test_near_miss_is_left_alone(name: str) -> None:
     assert products(fused(reads(shape, apply), *(randn(*each) for each in inputs))) == []
 
 
-def test_gradient_read_by_somebody_else_is_left_alone() -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+def test_gradient_read_by_somebody_else_is_left_alone(transposed: bool) -> None:
     """A dense gradient that something else needs is made anyway: here that of another leaf of the same size."""
-    graph = fused(reads(W, lambda x, d, w: F.linear(x, w + d)), randn(5, 16), randn(24, 16))
+
+    def apply(x: Tensor, d: Tensor, w: Tensor) -> Tensor:
+        return x @ (w + d).t() if transposed else x @ (w + d)
+
+    graph = fused(reads(W, apply), randn(5, 16 if transposed else 24), randn(24, 16))
     assert products(graph) == []
 
 

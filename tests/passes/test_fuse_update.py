@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import smet_compile as smet
 from smet_compile.ops import find_sites
 from smet_compile.passes.capture import Captured
+from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import fuse_update
-from smet_compile.passes.graph import MASKED, PACK, SAMPLED, calls
+from smet_compile.passes.graph import MASKED, PACK, SAMPLED, PassReport, calls
 from smet_compile.passes.updates import ACTIVE_ADAMW, SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updates
 from tests.passes.compiled import assert_idempotent, matched, parts, reads, targets, upto
 from tests.passes.steps import capture_step
@@ -61,6 +62,23 @@ def test_gradient_of_autocast_goes_through_its_conversion() -> None:
     model = reads(W, apply, 1, torch.float32)
     graph = capture_step(model, data().float(), loss=lambda m, x: m(x).float().square().mean(), tolerance=2e-2)
     assert matched(graph, "fuse_update") == 1
+
+
+def test_gradient_that_is_read_by_others_too_is_left_alone() -> None:
+    def read_by_others(graph: fx.Graph) -> PassReport:
+        for product in calls(graph, SAMPLED):
+            if len(product.users) == 1:
+                with graph.inserting_after(product):
+                    reader = graph.call_function(torch.ops.aten.any.default, (product,))
+                reader.meta["val"] = product.meta["val"].any()
+                with graph.inserting_after(reader):
+                    graph.call_function(torch.ops.aten._assert_async.msg, (reader, "all zero")).meta["val"] = None
+        return PassReport("read")
+
+    passes = (*upto(fuse_sampled_matmul), read_by_others, fuse_update)
+    graph = capture_step(chain(1), data(), passes=passes)
+    assert matched(graph, "fuse_update") == 0
+    assert len(made(graph, ACTIVE_ADAMW)) == 1
 
 
 def test_gradient_in_parts_of_one_weight_gets_one_update() -> None:

@@ -13,6 +13,7 @@ import torch._inductor.config as inductor
 from torch import fx, nn
 
 import smet_compile as smet
+from smet_compile.ops import library
 from smet_compile.passes import switch
 from smet_compile.passes.install import install
 from tests.passes.compiled import assert_close, randn, train
@@ -110,6 +111,15 @@ def test_switched_off_it_is_equal_unfused_and_silent(how: str, monkeypatch: pyte
             with switch.disabled():
                 found = ops_of(compiled, model, randn(5, 16))
     assert found == {"smet::unpack", "smet::pack"}
+
+
+def test_nobody_is_warned_of_what_was_compiled_while_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = linear_only(), randn(5, 16)
+    compiled = torch.compile(model)
+    monkeypatch.setattr(library, "on_unseen_graph", lambda: pytest.fail("warned"))
+    with switch.disabled():
+        train(compiled, model, (x,))
+    train(compiled, model, (x,))
 
 
 def test_warm_start_is_a_cache_hit_and_still_fused_and_the_switch_is_none(
