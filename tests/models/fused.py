@@ -37,6 +37,14 @@ def assert_fused(trained: Trained, capture: Capture, *, update: bool | None = No
     assert not weight_sized(trained.model, [*graph.forward.graph.nodes, *graph.backward.graph.nodes])
 
 
+def assert_parts_fused(trained: Trained, capture: Capture) -> None:
+    """A model that breaks into several graphs: together they hold every site, and in each of them all is fused."""
+    graphs = graphs_with_sites(trained.model, capture)
+    found = [outcomes_by_site(trained.model, graph) for graph in graphs]
+    assert len(graphs) > 1 and set().union(*found) == set(find_sites(trained.model))
+    assert all(said == [FUSED] for sites in found for parts in sites.values() for said in parts.values())
+
+
 def outputs(half: fx.GraphModule | None) -> list[fx.Node]:
     """Of a forward: its results and what it saves for backward."""
     assert half is not None

@@ -5,8 +5,9 @@ import torch
 
 from smet_compile.passes.capture import Capture
 from tests.models.compiled import ONE_LAYER, Setting, assert_same_losses, own_loss, train
-from tests.models.fused import assert_fused
+from tests.models.fused import assert_fused, assert_parts_fused
 
+BREAKS = {"t5"} if torch.__version__ < "2.13" else set()  # copies its config, which that Dynamo does not trace
 VIT = {"intermediate_size": 40}  # 48 would make a weight as large as the convolution of the patches
 
 SETTINGS = [
@@ -28,5 +29,6 @@ SETTINGS = [
 def test_all_is_fused_and_losses_equal_eager(setting: Setting, how: str) -> None:
     capture = Capture()
     compiled = train(setting, how, backend=capture)
-    assert_fused(compiled, capture)
+    check = assert_parts_fused if setting.name in BREAKS else assert_fused
+    check(compiled, capture)
     assert_same_losses(compiled, train(setting))

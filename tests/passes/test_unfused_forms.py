@@ -46,6 +46,7 @@ CONVOLUTION = {
     WEIGHT: [comes_from("convolution_backward")],
 }
 ROWS = torch.tensor([3, 0, 3, 23])
+EMBEDDING_GRADIENT = "index_put" if torch.__version__ < "2.13" else "_unsafe_masked_index_put_accumulate"
 UNFUSED = {
     "convolution": Unfused((8, 4, 3, 3), lambda x, w: F.conv2d(x, w), (randn(1, 4, 7, 7),), CONVOLUTION),
     "convolution, 1-D": Unfused((8, 4, 3), lambda x, w: F.conv1d(x, w), (randn(1, 4, 7),), CONVOLUTION),
@@ -53,7 +54,7 @@ UNFUSED = {
         W,
         lambda rows, w: F.embedding(rows, w),
         (ROWS,),
-        {FORWARD: [looked_up("embedding")], WEIGHT: [comes_from("_unsafe_masked_index_put_accumulate")]},
+        {FORWARD: [looked_up("embedding")], WEIGHT: [comes_from(EMBEDDING_GRADIENT)]},
     ),
     "routed experts": Unfused(
         S,
