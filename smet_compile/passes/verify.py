@@ -102,8 +102,10 @@ def _reason(user: fx.Node) -> str:
         return "read by a convolution"
     if is_call(user, *_LOOKS_UP):
         return f"rows or matrices of it are looked up ({name}), as an embedding or data-dependent experts do"
+    if is_call(user, MASKED, SAMPLED):
+        return "multiplied with another compact weight, which is fused in its place"
     if is_call(user, *PRODUCTS):
-        return f"multiplied by {name} in a form that is not known"
+        return f"multiplied by {name} in a form that is not known, or added to what it multiplies"
     return f"read by {name}, which is not a matrix product"
 
 

@@ -53,7 +53,7 @@ REASONS: dict[str, tuple[Any, list[Any], str, str]] = {
         lambda b, x, w: torch.addmm(b, x, w.t(), beta=2),
         [(24,), (5, 16)],
         FORWARD,
-        "multiplied by addmm in a form that is not known",
+        "multiplied by addmm in a form that is not known, or added to what it multiplies",
     ),
     "returned": (lambda w: w, [], FORWARD, "the dense weight is returned or crosses a graph break"),
     "elementwise": (lambda x, w: x * w, [(24, 16)], FORWARD, "read by mul, which is not a matrix product"),
