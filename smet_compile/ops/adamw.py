@@ -45,14 +45,16 @@ def active_adamw_(
         exp_avg, exp_avg_sq: moments of the shape of ``values``, fp32, fp64 or bf16; updated.
         num_skipped: int64 scalar, raised by the number of blocks whose gradient is not finite; those keep
             weight and moments, the step counts for them all the same.
-        step: int64 scalar, 1 at the first update. lr: scalar tensor.
-        generation, births: block i was born at step ``births[generation[i]]``; its age is ``step`` less that.
+        step: int64 scalar, the number of updates before this one; raised by one. lr: scalar tensor.
+        generation, births: block i was born after step ``births[generation[i]]``; its age is the new ``step`` less
+            that.
         topology, shape, matrix, block_shape: where the blocks lie in the dense weight, which is what the rounding
             noise hangs on; None and empty lists for a plain parameter.
         density_rate: d^(-p). warmup_steps: W; 0 for none.
         shared_step: bias corrections by ``step`` instead of the age (the naive rule).
         noise_seed: rounds bf16 weights and moments stochastically; None: to nearest.
     """
+    step += 1
     if values.numel() == 0:
         return
     age = (step if births is None else step - births).clamp(min=1).double()

@@ -27,7 +27,7 @@ _library.define(
 _library.define(f"pack(Tensor dense, Tensor topology, Tensor[] index, {_LAYOUT}, int num_active) -> Tensor")
 _library.define(
     "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor(d!) num_skipped, Tensor step, Tensor lr, Tensor? generation, Tensor? births, Tensor? topology, "
+    "Tensor(d!) num_skipped, Tensor(e!) step, Tensor lr, Tensor? generation, Tensor? births, Tensor? topology, "
     f"{_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
     "int warmup_steps, bool shared_step, int? noise_seed) -> ()"
 )

@@ -77,10 +77,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _update_by_active_adamw(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-    values, exp_avg, exp_avg_sq, num_skipped, step, *rest = ctx.inputs
+    values, *rest = ctx.inputs
     with torch.no_grad():
-        step.add_(1)
-        torch.ops.smet.active_adamw_(values.detach(), grad, exp_avg, exp_avg_sq, num_skipped, step, *rest)
+        torch.ops.smet.active_adamw_(values.detach(), grad, *rest)
     return (None,) * (1 + len(ctx.inputs))
 
 

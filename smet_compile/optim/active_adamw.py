@@ -145,9 +145,7 @@ class ActiveAdamW(Optimizer):
         return loss
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        exp_avg, exp_avg_sq, num_skipped, step, *rest = self.update_arguments(parameter, group)
-        step += 1
-        torch.ops.smet.active_adamw_(parameter, parameter.grad, exp_avg, exp_avg_sq, num_skipped, step, *rest)
+        torch.ops.smet.active_adamw_(parameter, parameter.grad, *self.update_arguments(parameter, group))
 
     def update_arguments(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[Any, ...]:
         """What ``smet::active_adamw_`` takes after the gradient; state is made where there is none yet."""

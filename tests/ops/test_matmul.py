@@ -204,16 +204,17 @@ def test_sampled_active_adamw(block_shape: tuple[int, int], grouped: bool, noise
     ages = torch.arange(num_active) % 2
     topology, index, *layout = each.topology
     scalars = (1.5, 0.9, 0.999, 1e-8, 0.1, 10, False, noise_seed)
-    ends = (torch.tensor(4), torch.tensor(0.1), ages.byte(), births, topology, *layout, *scalars)
+    ends = (torch.tensor(0.1), ages.byte(), births, topology, *layout, *scalars)
 
     def state() -> list[Tensor]:
-        return [torch.full_like(each.values(), 0.01, dtype=torch.float32) for _ in range(2)] + [torch.tensor(0)]
+        moments = [torch.full_like(each.values(), 0.01, dtype=torch.float32) for _ in range(2)]
+        return [*moments, torch.tensor(0), torch.tensor(3)]
 
     twice, once = each.values(dtype), each.values(dtype)
     state_of_twice, state_of_once = state(), state()
     grad = ops.sampled_matmul(left, right, *each.topology, num_active, ends_S)
     ops.active_adamw_(twice, grad.to(dtype), *state_of_twice, *ends)
     ops.sampled_active_adamw_(once, left, right, index, ends_S, *state_of_once, *ends)
-    assert not same_bits(once, each.values(dtype))
+    assert not same_bits(once, each.values(dtype)) and state_of_once[-1] == 4
     for a, b in zip([once, *state_of_once], [twice, *state_of_twice], strict=True):
         assert same_bits(a, b)
