@@ -11,39 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import MIB, llama, machine, resident, restart_peak, run_json, spread
 
-HIDDEN, INTERMEDIATE, HEADS, LAYERS, VOCABULARY = 1024, 2736, 16, 8, 256
-MIB = 2**20
-
-
-def model(dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_attention_heads=HEADS,
-        num_hidden_layers=LAYERS,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+LAYERS, VOCABULARY = 8, 256
 
 
 def measure(method: str, density: float, block: int, dtype: torch.dtype, num_tokens: int) -> dict[str, Any]:
@@ -54,7 +29,7 @@ def measure(method: str, density: float, block: int, dtype: torch.dtype, num_tok
 
     torch.ones(64, 64) @ torch.ones(64, 64)
     baseline = resident("VmRSS")
-    net = model(dtype)
+    net = llama(LAYERS, VOCABULARY, dtype)
     if method == "sparse":
         smet.sparsify(net, density, block_shape=block)
         optimizer: torch.optim.Optimizer = smet.ActiveAdamW(net, 1e-3, state_dtype=_state_dtype(dtype))
@@ -63,7 +38,7 @@ def measure(method: str, density: float, block: int, dtype: torch.dtype, num_tok
     tokens = torch.randint(VOCABULARY, (1, num_tokens))
     peaks, seconds = [], []
     for _ in range(7):
-        Path("/proc/self/clear_refs").write_text("5")
+        restart_peak()
         start = time.perf_counter()
         net(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
@@ -102,29 +77,19 @@ def main() -> None:
         print(json.dumps(measure(args.child, args.density, args.block, getattr(torch, args.dtype), args.tokens)))
         return
     pairs = [(child("dense", args), child("sparse", args)) for _ in range(args.repeats)]
-    print(f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads")
+    print(machine())
     print(f"density {args.density}, block {args.block}, {args.dtype}, {args.tokens} tokens; median of {args.repeats}")
     print("|  | dense | sparse | sparse / dense (spread) |\n|---|---|---|---|")
     for quantity, unit, scale in (("peak", "MiB", MIB), ("formula", "MiB", MIB), ("seconds", "s a step", 1)):
         dense, sparse = (statistics.median(pair[i][quantity] for pair in pairs) / scale for i in (0, 1))
-        ratios = [s[quantity] / d[quantity] for d, s in pairs]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-        print(f"| {quantity}, {unit} | {dense:.5g} | {sparse:.5g} | {spread} |")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        ratios = spread([s[quantity] / d[quantity] for d, s in pairs])
+        print(f"| {quantity}, {unit} | {dense:.5g} | {sparse:.5g} | {ratios} |")
 
 
 def child(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a process of its own, whose allocator gives freed memory back at once."""
     options = [f"--{name}={getattr(args, name)}" for name in ("density", "block", "dtype", "tokens")]
-    command = [sys.executable, __file__, f"--child={method}", *options]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return run_json(__file__, f"--child={method}", *options, MALLOC_MMAP_THRESHOLD_="65536")
 
 
 if __name__ == "__main__":
