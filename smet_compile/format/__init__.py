@@ -5,21 +5,28 @@ Imports torch and the standard library only.
 
 from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
 from smet_compile.format.change import TopologyChange
+from smet_compile.format.index import Index, blocks_per_group, empty_index, num_groups, split_index, write_index
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import sample_positions
 from smet_compile.format.topology import count_active, pack_bits, positions_of, unpack_bits
 
 __all__ = [
+    "Index",
     "Layout",
     "TopologyChange",
     "all_block_means",
     "block_means",
     "block_sizes",
+    "blocks_per_group",
     "count_active",
+    "empty_index",
+    "num_groups",
     "pack",
     "pack_bits",
     "positions_of",
     "sample_positions",
+    "split_index",
     "unpack",
     "unpack_bits",
+    "write_index",
 ]

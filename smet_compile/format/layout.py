@@ -70,6 +70,11 @@ class Layout:
     def single_weights(self) -> bool:
         return self.block_shape == (1, 1)
 
+    @property
+    def tiles(self) -> bool:
+        """Blocks of several rows and several columns; the others are single weights and runs."""
+        return min(self.block_shape) > 1
+
     def values_shape(self, num_active: int) -> tuple[int, ...]:
         """Shape of the compact weight: (N,) for single weights, (N, bm, bn) for larger blocks."""
         return (num_active,) if self.single_weights else (num_active, *self.block_shape)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout, count_active, pack_bits, positions_of, unpack_bits
+from smet_compile.format import Layout, count_active, empty_index, pack_bits, unpack_bits, write_index
 from smet_compile.ops import saved_weights
 
 _OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
@@ -16,8 +16,8 @@ _OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
 class CompactWeight(nn.Module):
     """values → dense weight (``forward``) and back (``right_inverse``), for one site.
 
-    Its buffers: ``topology``, one bit per block, the truth and what a checkpoint holds; and, for blocks larger
-    than a single weight, ``positions`` (N,), derived from it and rebuilt after every load.
+    Its buffers: ``topology``, one bit per block, the truth and what a checkpoint holds; and ``lists``, what kernels
+    want of it (``format.Index``), derived from it and rebuilt after every load.
 
     Args:
         layout: how the weight is cut into blocks.
@@ -26,7 +26,7 @@ class CompactWeight(nn.Module):
     """
 
     topology: Tensor
-    positions: Tensor
+    lists: Tensor
     parameter_order: list[str]
     """Names of the module's parameters, in the order they had when this one was dense."""
     update_sink: Tensor | None
@@ -41,9 +41,7 @@ class CompactWeight(nn.Module):
         self.parameter_order = []
         self.__dict__.update(_OF_A_STEP)
         self.register_buffer("topology", pack_bits(mask))
-        if not layout.single_weights:
-            dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
-            self.register_buffer("positions", torch.empty(num_active, dtype=dtype, device="meta"), persistent=False)
+        self.register_buffer("lists", empty_index(layout, num_active, torch.device("meta")), persistent=False)
         self._derive()
 
     def mask(self) -> Tensor:
@@ -53,7 +51,7 @@ class CompactWeight(nn.Module):
     @property
     def index(self) -> list[Tensor]:
         """The lists derived from the topology, for kernels."""
-        return [] if self.layout.single_weights else [self.positions]
+        return [self.lists]
 
     def set_mask(self, mask: Tensor) -> None:
         """Moves the active set, in place: same number of blocks, same storage."""
@@ -62,12 +60,10 @@ class CompactWeight(nn.Module):
 
     def _derive(self) -> None:
         """Rewrites what follows from the topology: in place, unless the topology came to another device."""
-        if self.layout.single_weights:
-            return
-        if self.positions.device != self.topology.device:
-            self.positions = torch.empty_like(self.positions, device=self.topology.device)
+        if self.lists.device != self.topology.device:
+            self.lists = torch.empty_like(self.lists, device=self.topology.device)
         if not self.topology.is_meta:
-            self.positions.copy_(positions_of(self.mask()))
+            write_index(self.lists, self.topology, self.layout)
 
     def op_layout(self) -> tuple[list[int], list[int], list[int]]:
         """The layout as the ops take it."""

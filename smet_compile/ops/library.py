@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, blocks, unpack_bits
+from smet_compile.format import Layout, blocks, split_index, unpack_bits
 from smet_compile.ops import adamw
 
 CHANGED = (
@@ -37,21 +37,25 @@ def on_unseen_graph() -> None:
     """Called when a compiled graph runs that the compiler passes never saw. They put their warning here."""
 
 
-def _active(topology: Tensor, index: list[Tensor], layout: Layout) -> Tensor:
+def _active(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> Tensor:
     """The active blocks: their positions where they are at hand, else a mask."""
-    return index[0].long() if index else unpack_bits(topology, layout.num_blocks)
+    if layout.single_weights or not index:
+        return unpack_bits(topology, layout.num_blocks)
+    positions = split_index(index[0], layout, num_active).positions
+    assert positions is not None
+    return positions.long()
 
 
 def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any) -> Tensor:
     lay = Layout.of_lists(*layout_and_more[:3])
     if layout_and_more[-1]:
         on_unseen_graph()
-    return blocks.unpack(values, _active(topology, index, lay), lay)
+    return blocks.unpack(values, _active(topology, index, lay, values.shape[0]), lay)
 
 
 def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
     lay = Layout.of_lists(*layout_and_count[:3])
-    return blocks.pack(dense, _active(topology, index, lay), lay)
+    return blocks.pack(dense, _active(topology, index, lay, layout_and_count[3]), lay)
 
 
 for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", adamw.active_adamw_)):

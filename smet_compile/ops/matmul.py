@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format import Layout, pack, unpack, unpack_bits
+from smet_compile.format import Layout, pack, split_index, unpack, unpack_bits
 
 
 def masked_matmul(
@@ -45,8 +45,8 @@ def masked_matmul(
     """
     layout = Layout.of_lists(shape, matrix, block_shape)
     ends = None if offsets is None else offsets.tolist()
-    active = _active(topology, index, layout)
-    if min(block_shape) > 1:
+    active = _active(topology, index, layout, values.shape[0])
+    if layout.tiles:
         return _masked_by_tiles(input, values, active, layout, transposed, bias, ends)
     dense_SRC = unpack(values, active, layout).view(-1, *layout.matrix)
     return _multiply_stack(input, dense_SRC.mT if transposed else dense_SRC, bias, ends)
@@ -74,8 +74,8 @@ def sampled_matmul(
     """
     layout = Layout.of_lists(shape, matrix, block_shape)
     ends = None if offsets is None else offsets.tolist()
-    active = _active(topology, index, layout)
-    if min(block_shape) > 1:
+    active = _active(topology, index, layout, num_active)
+    if layout.tiles:
         return _sampled_by_tiles(left, right, active, layout, num_active, ends)
     if ends is None:
         dense = left.mT @ right
@@ -87,9 +87,13 @@ def sampled_matmul(
     return pack(dense.view(shape), active, layout)
 
 
-def _active(topology: Tensor, index: list[Tensor], layout: Layout) -> Tensor:
+def _active(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> Tensor:
     """Positions of the active blocks; of single weights, which are too many for that, their mask."""
-    return index[0].long() if index else unpack_bits(topology, layout.num_blocks)
+    if layout.single_weights or not index:
+        return unpack_bits(topology, layout.num_blocks)
+    positions = split_index(index[0], layout, num_active).positions
+    assert positions is not None
+    return positions.long()
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
