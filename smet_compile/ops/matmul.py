@@ -49,7 +49,7 @@ def masked_matmul(
     if layout.tiles:
         return _masked_by_tiles(input, values, active, layout, transposed, bias, ends)
     dense_SRC = unpack(values, active, layout).view(-1, *layout.matrix)
-    return _multiply_stack(input, dense_SRC.mT if transposed else dense_SRC, bias, ends)
+    return multiply_stack(input, dense_SRC.mT if transposed else dense_SRC, bias, ends)
 
 
 def sampled_matmul(
@@ -80,7 +80,7 @@ def sampled_matmul(
     if ends is None:
         dense = left.mT @ right
     else:
-        pairs = zip(_by_matrix(left, ends), _by_matrix(right, ends), strict=True)
+        pairs = zip(by_matrix(left, ends), by_matrix(right, ends), strict=True)
         dense = left.new_empty(layout.num_matrices, *layout.matrix)
         for product_RC, (left_TR, right_TC) in zip(dense, pairs, strict=True):
             product_RC.copy_(left_TR.mT @ right_TC)
@@ -103,23 +103,23 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias, input, weight) if input.dim() == 2 else torch.baddbmm(bias, input, weight)
 
 
-def _multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: list[int] | None) -> Tensor:
+def multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: list[int] | None) -> Tensor:
     """The whole of ``masked_matmul``, for a weight that is dense."""
     if ends is None:
         return _multiply(input, dense_SIO.squeeze(0) if input.dim() == 2 else dense_SIO, bias)
-    out = _zeros_or_bias(input, dense_SIO.shape[-1], bias)
-    for input_TI, weight_IO, out_TO in zip(_by_matrix(input, ends), dense_SIO, _by_matrix(out, ends), strict=True):
+    out = zeros_or_bias(input, dense_SIO.shape[-1], bias)
+    for input_TI, weight_IO, out_TO in zip(by_matrix(input, ends), dense_SIO, by_matrix(out, ends), strict=True):
         out_TO.copy_(_multiply(input_TI, weight_IO, bias))
     return out
 
 
-def _zeros_or_bias(input: Tensor, num_outputs: int, bias: Tensor | None) -> Tensor:
+def zeros_or_bias(input: Tensor, num_outputs: int, bias: Tensor | None) -> Tensor:
     """What a product is where no weight is active."""
     out = input.new_empty(*input.shape[:-1], num_outputs)
     return out.zero_() if bias is None else out.copy_(bias)
 
 
-def _by_matrix(tokens: Tensor, ends: list[int] | None) -> list[Tensor]:
+def by_matrix(tokens: Tensor, ends: list[int] | None) -> list[Tensor]:
     """Each matrix's part (T, ...) of tokens, as views."""
     if ends is not None:
         return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -170,9 +170,9 @@ def _masked_by_tiles(
 ) -> Tensor:
     """Line by line: the inputs that its blocks read, gathered, times its blocks."""
     width_O, width_I = layout.block_shape if transposed else layout.block_shape[::-1]
-    out = _zeros_or_bias(input, layout.rows if transposed else layout.cols, bias)
-    inputs_TBb = [_in_blocks(input_TI, width_I) for input_TI in _by_matrix(input, ends)]
-    outs_TO = _by_matrix(out, ends)
+    out = zeros_or_bias(input, layout.rows if transposed else layout.cols, bias)
+    inputs_TBb = [_in_blocks(input_TI, width_I) for input_TI in by_matrix(input, ends)]
+    outs_TO = by_matrix(out, ends)
     for line in _lines(positions_N, layout, by_column=not transposed):
         gathered_TI = inputs_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
         blocks = values.index_select(0, line.rows_n)
@@ -190,8 +190,8 @@ def _sampled_by_tiles(
     """Block row by block row: its part of leftᵀ times the parts of right that its blocks want, gathered."""
     bm, bn = layout.block_shape
     blocks_Nmn = left.new_zeros(num_active, bm, bn)
-    lefts_TR = _by_matrix(left, ends)
-    rights_TBb = [_in_blocks(right_TC, bn) for right_TC in _by_matrix(right, ends)]
+    lefts_TR = by_matrix(left, ends)
+    rights_TBb = [_in_blocks(right_TC, bn) for right_TC in by_matrix(right, ends)]
     for line in _lines(positions_N, layout, by_column=False):
         left_Tb = lefts_TR[line.matrix][:, line.number * bm : (line.number + 1) * bm]
         gathered_TC = rights_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
