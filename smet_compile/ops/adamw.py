@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, positions_of, unpack_bits
-from smet_compile.format.blocks import dense_positions
+from smet_compile.format import Layout
 from smet_compile.ops import reference as ref
+from smet_compile.ops.chunks import Chunk, Place, compact_chunks, plain_chunks, unlocated_chunks
+from smet_compile.ops.codes import EXP_AVG_CODES, EXP_AVG_SQ_CODES
+from smet_compile.ops.stored import Codes, Numbers
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
 _WEIGHTS_AT_ONCE = 2**20
@@ -20,12 +25,14 @@ def active_adamw_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    scales: Tensor | None,
     num_skipped: Tensor,
     step: Tensor,
     lr: Tensor,
     generation: Tensor | None,
     births: Tensor | None,
     topology: Tensor | None,
+    index: list[Tensor],
     shape: list[int],
     matrix: list[int],
     block_shape: list[int],
@@ -42,17 +49,19 @@ def active_adamw_(
 
     Args:
         values, grad: (N,) or (N, bm, bn), or any shape for a plain parameter. ``values`` is updated.
-        exp_avg, exp_avg_sq: moments of the shape of ``values``, fp32, fp64 or bf16; updated.
+        exp_avg, exp_avg_sq: moments of the shape of ``values``, fp32, fp64 or bf16, or uint8 codes; updated.
+        scales: (2, num_groups) fp32, what the codes of the two moments are relative to (``codes``); updated. None
+            without codes.
         num_skipped: int64 scalar, raised by the number of blocks whose gradient is not finite; those keep
             weight and moments, the step counts for them all the same.
         step: int64 scalar, the number of updates before this one; raised by one. lr: scalar tensor.
         generation, births: block i was born after step ``births[generation[i]]``; its age is the new ``step`` less
             that.
-        topology, shape, matrix, block_shape: where the blocks lie in the dense weight, which is what the rounding
-            noise hangs on; None and empty lists for a plain parameter.
+        topology, index, shape, matrix, block_shape: where the blocks lie in the dense weight, which is what the
+            rounding noise and the scales hang on; None and empty lists for a plain parameter.
         density_rate: d^(-p). warmup_steps: W; 0 for none.
         shared_step: bias corrections by ``step`` instead of the age (the naive rule).
-        noise_seed: rounds bf16 weights and moments stochastically; None: to nearest.
+        noise_seed: rounds bf16 weights and moments, and codes, stochastically; None: to nearest.
     """
     step += 1
     if values.numel() == 0:
@@ -64,50 +73,63 @@ def active_adamw_(
         1 - beta1**bias_age,
         1 - beta2**bias_age,
     )
-    scalars = ref.AdamWScalars(beta1, beta2, eps, weight_decay)
     stored = [values, exp_avg, exp_avg_sq]
     if generation is None and all(t.is_contiguous() for t in stored):
         stored, grad = [t.view(-1) for t in stored], grad.reshape(-1)
-    rounds = noise_seed is not None and any(t.dtype == torch.bfloat16 for t in stored)
-    keys = [ref.noise_key(noise_seed or 0, step, stream) for stream in (WEIGHT, EXP_AVG, EXP_AVG_SQ)] if rounds else []
-    blocks = None
-    if rounds and topology is not None:
-        layout = Layout.of_lists(shape, matrix, block_shape)
-        blocks = positions_of(unpack_bits(topology, layout.num_blocks))
-    row_size = grad[0].numel()
-    weights_at_once = min(_WEIGHTS_AT_ONCE, _WEIGHTS_IN_CACHE) if grad.device.type == "cpu" else _WEIGHTS_AT_ONCE
-    rows_at_once = max(1, weights_at_once // row_size)
-    for first in range(0, len(grad), rows_at_once):
-        rows = slice(first, min(first + rows_at_once, len(grad)))
-        part = [t[rows] for t in stored]
-        positions = None
-        if blocks is not None:
-            positions = dense_positions(blocks[rows], layout).view(part[WEIGHT].shape)
-        elif rounds:
-            every = torch.arange(rows.start * row_size, rows.stop * row_size, device=grad.device)
-            positions = every.view(part[WEIGHT].shape)
+    noisy = noise_seed is not None and any(t.dtype in (torch.bfloat16, torch.uint8) for t in stored)
+    keys = [ref.noise_key(noise_seed or 0, step, stream) for stream in (WEIGHT, EXP_AVG, EXP_AVG_SQ)] if noisy else []
+    shared = _Shared(tables, ref.AdamWScalars(beta1, beta2, eps, weight_decay), keys, scales)
+    layout = None if topology is None else Layout.of_lists(shape, matrix, block_shape)
+    for rows, place in _chunks(grad, topology, index, layout, located=noisy or scales is not None):
         born = None if generation is None else generation[rows]
-        num_skipped += _update(part, grad[rows], born, tables, scalars, keys, positions)
+        num_skipped += _update([t[rows] for t in stored], grad[rows], born, shared, place)
+
+
+def _chunks(
+    grad: Tensor, topology: Tensor | None, index: list[Tensor], layout: Layout | None, located: bool
+) -> Iterable[Chunk]:
+    """The rows in parts; ``located``, where they lie too."""
+    weights_at_once = min(_WEIGHTS_AT_ONCE, _WEIGHTS_IN_CACHE) if grad.device.type == "cpu" else _WEIGHTS_AT_ONCE
+    at_once = max(1, weights_at_once // grad[0].numel())
+    if not located:
+        return unlocated_chunks(len(grad), at_once)
+    if topology is None or layout is None:
+        return plain_chunks(grad.shape, grad.device, at_once)
+    return compact_chunks(topology, index, layout, len(grad), at_once)
+
+
+class _Shared(NamedTuple):
+    """What all chunks of a step share. ``keys``: of the noise, by stream; none where all is rounded to nearest."""
+
+    tables: tuple[Tensor, Tensor, Tensor]
+    scalars: ref.AdamWScalars
+    keys: list[Tensor]
+    scales: Tensor | None
 
 
 def _update(
-    stored: list[Tensor],
-    grad: Tensor,
-    generation: Tensor | None,
-    tables: tuple[Tensor, Tensor, Tensor],
-    scalars: ref.AdamWScalars,
-    keys: list[Tensor],
-    positions: Tensor | None,
+    stored: list[Tensor], grad: Tensor, generation: Tensor | None, shared: _Shared, place: Place | None
 ) -> Tensor:
     """Updates weight and moments of some rows in place; returns how many blocks were skipped."""
     dtype = ref.compute_dtype(stored[WEIGHT].dtype)
-    old = [t.to(dtype) for t in stored]
-    rate, bias1, bias2 = (ref.per_block(table, generation, old[WEIGHT]) for table in tables)
-    new = ref.adamw(old[0], grad.to(dtype), old[1], old[2], rate, bias1, bias2, scalars)
+    kept = _kept(stored, shared.scales, place)
+    old = [each.read(dtype) for each in kept]
+    rate, bias1, bias2 = (ref.per_block(table, generation, old[WEIGHT]) for table in shared.tables)
+    new = ref.adamw(old[0], grad.to(dtype), old[1], old[2], rate, bias1, bias2, shared.scalars)
     finite = ref.finite_blocks(grad, num_block_dims=0 if generation is None else grad.dim() - 1)
-    for stream, (storage, before, after) in enumerate(zip(stored, old, new, strict=True)):
-        if positions is not None and storage.dtype == torch.bfloat16:
-            after = ref.round_stochastic(after, ref.noise_bits(keys[stream], positions))
-            before = storage
-        storage.copy_(torch.where(finite, after, before))
+    positions = place.positions if place and shared.keys else None
+    for stream, (each, before, after) in enumerate(zip(kept, old, new, strict=True)):
+        noise = None
+        if positions is not None and each.takes_noise:
+            noise = ref.noise_bits(shared.keys[stream], positions)
+        each.write(before, after, finite, noise)
     return finite.numel() - finite.sum()
+
+
+def _kept(stored: list[Tensor], scales: Tensor | None, place: Place | None) -> list[Numbers | Codes]:
+    if scales is None:
+        return [Numbers(tensor) for tensor in stored]
+    assert place is not None
+    groups = place.groups
+    moments = zip(stored[EXP_AVG:], scales, (EXP_AVG_CODES, EXP_AVG_SQ_CODES), strict=True)
+    return [Numbers(stored[WEIGHT]), *(Codes(codes, row, groups, kind) for codes, row, kind in moments)]

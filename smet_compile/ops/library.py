@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, blocks, split_index, unpack_bits
-from smet_compile.ops import adamw
+from smet_compile.format import Layout
+from smet_compile.ops import adamw, choose
 
 CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
@@ -26,9 +26,9 @@ _library.define(
 )
 _library.define(f"pack(Tensor dense, Tensor topology, Tensor[] index, {_LAYOUT}, int num_active) -> Tensor")
 _library.define(
-    "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(f!)? scales, "
     "Tensor(d!) num_skipped, Tensor(e!) step, Tensor lr, Tensor? generation, Tensor? births, Tensor? topology, "
-    f"{_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
+    f"Tensor[] index, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
     "int warmup_steps, bool shared_step, int? noise_seed) -> ()"
 )
 
@@ -37,25 +37,19 @@ def on_unseen_graph() -> None:
     """Called when a compiled graph runs that the compiler passes never saw. They put their warning here."""
 
 
-def _active(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> Tensor:
-    """The active blocks: their positions where they are at hand, else a mask."""
-    if layout.single_weights or not index:
-        return unpack_bits(topology, layout.num_blocks)
-    positions = split_index(index[0], layout, num_active).positions
-    assert positions is not None
-    return positions.long()
-
-
 def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any) -> Tensor:
-    lay = Layout.of_lists(*layout_and_more[:3])
+    layout = layout_and_more[:3]
     if layout_and_more[-1]:
         on_unseen_graph()
-    return blocks.unpack(values, _active(topology, index, lay, values.shape[0]), lay)
+    case = choose.case_of(values, layout, values.shape[0])
+    dense: Tensor = choose.compute("unpack", case)(values, topology, index, *layout)
+    return dense
 
 
 def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
-    lay = Layout.of_lists(*layout_and_count[:3])
-    return blocks.pack(dense, _active(topology, index, lay, layout_and_count[3]), lay)
+    case = choose.case_of(dense, layout_and_count[:3], layout_and_count[3])
+    values: Tensor = choose.compute("pack", case)(dense, topology, index, *layout_and_count)
+    return values
 
 
 for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", adamw.active_adamw_)):

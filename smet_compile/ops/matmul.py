@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format import Layout, pack, split_index, unpack, unpack_bits
+from smet_compile.format import Layout, pack, unpack
+from smet_compile.ops.moves import active_blocks
 
 
 def masked_matmul(
@@ -45,7 +46,7 @@ def masked_matmul(
     """
     layout = Layout.of_lists(shape, matrix, block_shape)
     ends = None if offsets is None else offsets.tolist()
-    active = _active(topology, index, layout, values.shape[0])
+    active = active_blocks(topology, index, layout, values.shape[0])
     if layout.tiles:
         return _masked_by_tiles(input, values, active, layout, transposed, bias, ends)
     dense_SRC = unpack(values, active, layout).view(-1, *layout.matrix)
@@ -74,7 +75,7 @@ def sampled_matmul(
     """
     layout = Layout.of_lists(shape, matrix, block_shape)
     ends = None if offsets is None else offsets.tolist()
-    active = _active(topology, index, layout, num_active)
+    active = active_blocks(topology, index, layout, num_active)
     if layout.tiles:
         return _sampled_by_tiles(left, right, active, layout, num_active, ends)
     if ends is None:
@@ -85,15 +86,6 @@ def sampled_matmul(
         for product_RC, (left_TR, right_TC) in zip(dense, pairs, strict=True):
             product_RC.copy_(left_TR.mT @ right_TC)
     return pack(dense.view(shape), active, layout)
-
-
-def _active(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> Tensor:
-    """Positions of the active blocks; of single weights, which are too many for that, their mask."""
-    if layout.single_weights or not index:
-        return unpack_bits(topology, layout.num_blocks)
-    positions = split_index(index[0], layout, num_active).positions
-    assert positions is not None
-    return positions.long()
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.ops import matmul
+from smet_compile.ops import choose
 
 _LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
 _library = torch.library.Library("smet", "FRAGMENT")
@@ -25,29 +25,48 @@ _library.define(
     "int num_active, Tensor? offsets=None) -> Tensor"
 )
 _library.define(
-    "sampled_active_adamw_(Tensor(a!) values, Tensor left, Tensor right, Tensor[] index, Tensor? offsets, "
-    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "sampled_active_adamw_(Tensor(a!) values, Tensor left, Tensor right, Tensor? offsets, "
+    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(f!)? scales, "
     "Tensor(d!) num_skipped, Tensor(e!) step, Tensor lr, Tensor? generation, Tensor? births, Tensor topology, "
-    f"{_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
+    f"Tensor[] index, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
     "int warmup_steps, bool shared_step, int? noise_seed) -> ()"
 )
 
 
-def _sampled_active_adamw_(
-    values: Tensor, left: Tensor, right: Tensor, index: list[Tensor], offsets: Tensor | None, *update: Any
-) -> None:
+def _sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets: Tensor | None, *update: Any) -> None:
     """``active_adamw_`` by the gradient pack(leftᵀ right), of which nothing is left afterwards.
 
-    ``update`` are the arguments of ``active_adamw_`` after its gradient; the topology and the layout are among them.
+    ``update`` are the arguments of ``active_adamw_`` after its gradient; where the blocks lie is among them.
     """
-    topology, *layout = update[7:11]
-    grad = torch.ops.smet.sampled_matmul(left, right, topology, index, *layout, values.shape[0], offsets)
+    grad = torch.ops.smet.sampled_matmul(left, right, *update[8:13], values.shape[0], offsets)
     torch.ops.smet.active_adamw_(values, grad.to(values.dtype), *update)
 
 
+def _masked_matmul(
+    input: Tensor, values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any, **options: Any
+) -> Tensor:
+    case = choose.case_of(values, layout_and_more[:3], values.shape[0], _offsets(5, layout_and_more, options))
+    out: Tensor = choose.compute("masked_matmul", case)(input, values, topology, index, *layout_and_more, **options)
+    return out
+
+
+def _sampled_matmul(
+    left: Tensor, right: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any, **options: Any
+) -> Tensor:
+    offsets = _offsets(4, layout_and_more, options)
+    case = choose.case_of(left, layout_and_more[:3], layout_and_more[3], offsets)
+    values: Tensor = choose.compute("sampled_matmul", case)(left, right, topology, index, *layout_and_more, **options)
+    return values
+
+
+def _offsets(place: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
+    found: Tensor | None = arguments[place] if len(arguments) > place else options.get("offsets")
+    return found
+
+
 for _name, _implementation in (
-    ("masked_matmul", matmul.masked_matmul),
-    ("sampled_matmul", matmul.sampled_matmul),
+    ("masked_matmul", _masked_matmul),
+    ("sampled_matmul", _sampled_matmul),
     ("sampled_active_adamw_", _sampled_active_adamw_),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -30,8 +30,9 @@ _library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_TORCH_OPTIM}, {
 _library.impl("torch_optim_", torch_optim_, "CompositeExplicitAutograd")
 
 _ACTIVE_ADAMW = (
-    "Tensor exp_avg, Tensor exp_avg_sq, Tensor num_skipped, Tensor step, Tensor lr, Tensor? generation, "
-    f"Tensor? births, Tensor? topology, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, "
+    "Tensor exp_avg, Tensor exp_avg_sq, Tensor? scales, Tensor num_skipped, Tensor step, Tensor lr, "
+    f"Tensor? generation, Tensor? births, Tensor? topology, Tensor[] index, {_LAYOUT}, "
+    "float density_rate, float beta1, float beta2, float eps, "
     "float weight_decay, int warmup_steps, bool shared_step, int? noise_seed"
 )
 _SINKS = {
@@ -76,26 +77,35 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.inputs = inputs[1:]
 
 
-def _update_by_active_adamw(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+def _no_gradients(ctx: Any) -> tuple[Any, ...]:
+    """None for the leaf and all other inputs; for a list of tensors, a list of None."""
+    return None, *([None] * len(each) if _holds_tensors(each) else None for each in ctx.inputs)
+
+
+def _holds_tensors(each: Any) -> bool:
+    return isinstance(each, list) and isinstance(each[0], Tensor)
+
+
+def _update_by_active_adamw(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     values, *rest = ctx.inputs
     with torch.no_grad():
         torch.ops.smet.active_adamw_(values.detach(), grad, *rest)
-    return (None,) * (1 + len(ctx.inputs))
+    return _no_gradients(ctx)
 
 
-def _update_by_torch_optim(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+def _update_by_torch_optim(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     values, *rest = ctx.inputs
     with torch.no_grad():
         torch.ops.smet.torch_optim_(values.detach(), grad, *rest)
-    return (None,) * (1 + len(ctx.inputs))
+    return _no_gradients(ctx)
 
 
-def _choose_candidates(ctx: Any, grad_dense: Tensor) -> tuple[None, ...]:
+def _choose_candidates(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
     candidates, *topology_and_layout = ctx.inputs
     with torch.no_grad():
         found = torch.ops.smet.growth_candidates(grad_dense, *topology_and_layout, candidates.shape[0])
         candidates.copy_(found)
-    return (None,) * (1 + len(ctx.inputs))
+    return _no_gradients(ctx)
 
 
 def _open(name: str, *inputs: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.optim import generations
 from smet_compile.optim.state import check_state, moment_dtype, new_state
 
-_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+_STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class ActiveAdamW(Optimizer):
         params: the model; or parameters or parameter groups, with ``model=`` given.
         lr: α, a number or a 0-d tensor. betas: β1, β2. eps: ε. weight_decay: λ.
         warmup_steps: W, for blocks; 0 for none. lr_density_exponent: p.
-        state_dtype: of the moments: None for fp32 (fp64 for fp64 weights), or torch.bfloat16.
-        stochastic_rounding: for bf16 weights and moments; None and True: yes, False: round to nearest.
+        state_dtype: of the moments: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8": one byte each
+            and two scales for every tile or 1024 dense weights.
+        stochastic_rounding: for bf16 weights, and bf16 or 8-bit moments; None and True: yes, False: to nearest.
         model: whose parameters ``params`` are. seed: of the rounding.
 
     A block whose gradient is not finite keeps weight and moments, is counted in ``num_skipped_blocks``, and ages.
@@ -83,7 +85,7 @@ class ActiveAdamW(Optimizer):
         *,
         warmup_steps: int = 100,
         lr_density_exponent: float = 1.0,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["int8"] | None = None,
         stochastic_rounding: bool | None = None,
         model: nn.Module | None = None,
         seed: int = 0,
@@ -96,7 +98,9 @@ class ActiveAdamW(Optimizer):
                 "model= so that compact weights are known"
             )
         if state_dtype not in _STATE_DTYPES:
-            raise ValueError(f"state_dtype: expected None, torch.float32 or torch.bfloat16, got {state_dtype}")
+            raise ValueError(
+                f'state_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {state_dtype!r}'
+            )
         self.state_dtype = state_dtype
         self.stochastic_rounding = stochastic_rounding is not False
         self.seed = seed
@@ -140,12 +144,8 @@ class ActiveAdamW(Optimizer):
                 raise ValueError(
                     f"{self._held[parameter].name}: expected a dense gradient, got a sparse one; use sparse=False"
                 )
-        for parameter, group in trained:
-            self._update(parameter, group)
+        update_all([(p, p.grad, *self.update_arguments(p, group)) for p, group in trained])
         return loss
-
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        torch.ops.smet.active_adamw_(parameter, parameter.grad, *self.update_arguments(parameter, group))
 
     def update_arguments(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[Any, ...]:
         """What ``smet::active_adamw_`` takes after the gradient; state is made where there is none yet."""
@@ -157,12 +157,14 @@ class ActiveAdamW(Optimizer):
         return (
             state["exp_avg"],
             state["exp_avg_sq"],
+            state.get("scales"),
             state["num_skipped"],
             state["step"],
             torch.as_tensor(group["lr"], dtype=torch.float64),
             state.get("generation"),
             state.get("births"),
             compact.topology if compact else None,
+            compact.index if compact else [],
             *(compact.op_layout() if compact else ([], [], [])),
             held.density ** -group["lr_density_exponent"],
             *group["betas"],
@@ -184,7 +186,10 @@ class ActiveAdamW(Optimizer):
 
     @torch.no_grad()
     def on_topology_change(self, change: TopologyChange) -> None:
-        """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0."""
+        """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0.
+
+        Scales of 8-bit moments stay: they belong to groups of dense positions, whoever is active there.
+        """
         state = self.state.get(change.values)
         if not state or change.survived.all():
             return

@@ -92,8 +92,8 @@ class _ActiveAdamW:
         self._optimizer.check_parameter(values)
         made_state = not self._optimizer.state.get(values)
         rate = self._rates.rate(group, values.device)
-        exp_avg, exp_avg_sq, num_skipped, step, _, *rest = self._optimizer.update_arguments(values, group)
-        arguments = (exp_avg, exp_avg_sq, num_skipped, step, rate, *rest)
+        exp_avg, exp_avg_sq, scales, num_skipped, step, _, *rest = self._optimizer.update_arguments(values, group)
+        arguments = (exp_avg, exp_avg_sq, scales, num_skipped, step, rate, *rest)
         return Update(torch.ops.smet.active_adamw_sink, arguments, step, num_skipped, made_state)
 
     def forget(self, values: nn.Parameter) -> None:

@@ -56,9 +56,9 @@ def _product(grad: Any) -> fx.Node | None:
 
 def _take(product: fx.Node, update: fx.Node) -> fx.Node:
     """The update with the factors of ``product`` in place of the gradient."""
-    left, right, _, index, *_, offsets = product.args
+    left, right, *_, offsets = product.args
     options: dict[str, Any] = {key: value for key, value in update.kwargs.items() if key != "grad"}
-    options |= {"left": left, "right": right, "index": index, "offsets": offsets}
+    options |= {"left": left, "right": right, "offsets": offsets}
     with update.graph.inserting_before(update):
         made = update.graph.call_function(FUNCTIONALIZED, (SAMPLED_ACTIVE_ADAMW,), options)
     made.meta.update({key: value for key, value in update.meta.items() if key != "eager_input_vals"})

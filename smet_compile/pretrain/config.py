@@ -13,6 +13,7 @@ from smet_compile.pretrain.methods import METHODS, find_method
 from smet_compile.pretrain.presets import PRESETS, find_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
 
 
 def _option(text: str) -> Any:
@@ -42,7 +43,7 @@ class RunConfig:
     data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. Default: stdlib.")
     tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. Default: bytes.")
     dtype: str = _option(f"Weights: {', '.join(DTYPES)}. Default: float32.")
-    moment_dtype: str = _option(f"Adam's moments, of sparse methods: {', '.join(DTYPES)}. Default: --dtype.")
+    moment_dtype: str = _option(f"Adam's moments, of sparse methods: {', '.join(MOMENT_DTYPES)}. Default: --dtype.")
     device: str = _option("Torch device. Default: cuda where there is one, else cpu.")
     eager: bool = _option("Train without torch.compile: no compile time, more memory. Default: compiled.")
     seed: int = _option("Seed of weights, topology and batches. Default: 0.")
@@ -54,7 +55,7 @@ class RunConfig:
         find_preset(self.preset)
         find_method(self.method)
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        self._expect("moment_dtype", self.moment_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._expect("moment_dtype", self.moment_dtype in MOMENT_DTYPES, f"one of {', '.join(MOMENT_DTYPES)}")
         self._expect("density", 0 < self.density <= 1, "a number in (0, 1]")
         self._expect("lr", self.lr > 0, "a positive number")
         self._expect("sequence", self.sequence >= 2, "at least 2 tokens")

@@ -11,7 +11,7 @@ from smet_compile.pretrain.gradient_bytes import GradientBytes
 from smet_compile.pretrain.training import Training, build_model, dense_optimizer
 
 KINDS = ("weights", "gradients", "moments", "index", "ages")
-MOMENTS = {"exp_avg", "exp_avg_sq"}
+MOMENTS = {"exp_avg", "exp_avg_sq", "scales"}
 Bytes = dict[str, int]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.pretrain.config import DTYPES, RunConfig
+from smet_compile.pretrain.config import DTYPES, MOMENT_DTYPES, RunConfig
 from smet_compile.pretrain.extras import require
 from smet_compile.pretrain.gradient_bytes import GradientBytes
 from smet_compile.pretrain.methods import Method, find_method
@@ -97,7 +97,7 @@ def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> to
         lr=config.lr,
         warmup_steps=0 if method.naive else config.block_warmup,
         lr_density_exponent=config.lr_density_exponent,
-        state_dtype=DTYPES[config.moment_dtype],
+        state_dtype=MOMENT_DTYPES[config.moment_dtype],
         model=model,
         seed=config.seed,
     )

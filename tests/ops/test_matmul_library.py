@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from smet_compile.format import num_groups
 from tests.ops.matmul_cases import Case, case
 
 CASES = {
@@ -78,19 +79,20 @@ def test_sampled_matmul(name: str, grouped: bool) -> None:
     assert_fake_is_real(torch.ops.smet.sampled_matmul, (left.mT.contiguous().mT, right.mT.contiguous().mT, *others))
 
 
+@pytest.mark.parametrize("codes", [False, True], ids=["", "codes"])
 @pytest.mark.parametrize("noise_seed", [None, 3])
 @grouped_or_not
 @every_case
-def test_sampled_active_adamw(name: str, grouped: bool, noise_seed: int | None) -> None:
+def test_sampled_active_adamw(name: str, grouped: bool, noise_seed: int | None, codes: bool) -> None:
     dtype = torch.bfloat16 if noise_seed else torch.float32
     each, left, right, offsets = make(name, grouped, dtype)
-    topology, index, *layout = each.topology
     values = each.values(dtype)
-    moments = [torch.zeros_like(values, dtype=torch.float32) for _ in range(2)]
+    moments = [torch.zeros_like(values, dtype=torch.uint8 if codes else torch.float32) for _ in range(2)]
+    scales = torch.zeros(2, num_groups(each.compact.layout)) if codes else None
     generation = torch.zeros(each.compact.num_active, dtype=torch.uint8)
-    tensors = [*moments, torch.tensor(0), torch.tensor(4), torch.tensor(0.1), generation, torch.tensor([0]), topology]
+    tensors = [*moments, scales, torch.tensor(0), torch.tensor(4), torch.tensor(0.1), generation, torch.tensor([0])]
     scalars = (1.0, 0.9, 0.999, 1e-8, 0.0, 10, False, noise_seed)
-    arguments = (values, left, right, index, offsets, *tensors, *layout, *scalars)
+    arguments = (values, left, right, offsets, *tensors, *each.topology, *scalars)
     torch.library.opcheck(torch.ops.smet.sampled_active_adamw_.default, arguments)
 
 
@@ -101,5 +103,5 @@ def test_it_takes_the_arguments_of_active_adamw() -> None:
         for op in ("active_adamw_", "sampled_active_adamw_")
     }
     assert names["active_adamw_"][:2] == ["values", "grad"]
-    assert names["sampled_active_adamw_"][:5] == ["values", "left", "right", "index", "offsets"]
-    assert names["sampled_active_adamw_"][5:] == names["active_adamw_"][2:]
+    assert names["sampled_active_adamw_"][:4] == ["values", "left", "right", "offsets"]
+    assert names["sampled_active_adamw_"][4:] == names["active_adamw_"][2:]

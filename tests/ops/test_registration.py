@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, pack_bits
+from smet_compile.format import Layout, num_groups, pack_bits
 from smet_compile.ops import CompactWeight
 
 LAYOUTS = {
@@ -54,7 +54,12 @@ def test_active_adamw(name: str, noise_seed: int | None) -> None:
     births[0] = 0
     step, lr = torch.tensor(4), torch.tensor(0.1)
     moments = [torch.zeros_like(values, dtype=torch.float32) for _ in range(2)]
-    tensors: list[Any] = [values, torch.randn_like(values), *moments, torch.tensor(0), step, lr]
-    tensors += [torch.zeros(num_active, dtype=torch.uint8), births, compact.topology]
+    tensors: list[Any] = [values, torch.randn_like(values), *moments, None, torch.tensor(0), step, lr]
+    tensors += [torch.zeros(num_active, dtype=torch.uint8), births, compact.topology, compact.index]
     scalars = (1.0, 0.9, 0.999, 1e-8, 0.0, 10, False, noise_seed)
+    torch.library.opcheck(torch.ops.smet.active_adamw_.default, (*tensors, *compact.op_layout(), *scalars))
+    tensors[2:5] = [
+        *(torch.full_like(m, 7, dtype=torch.uint8) for m in moments),
+        torch.rand(2, num_groups(compact.layout)),
+    ]
     torch.library.opcheck(torch.ops.smet.active_adamw_.default, (*tensors, *compact.op_layout(), *scalars))

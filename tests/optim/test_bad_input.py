@@ -22,6 +22,7 @@ from tests.support.training import train
         ("weight_decay", -0.1),
         ("warmup_steps", -1),
         ("state_dtype", torch.int8),
+        ("state_dtype", "int4"),
     ],
     ids=str,
 )
@@ -82,6 +83,10 @@ BAD_STATES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "other_state_dtype": (
         lambda: state_of(lambda model: smet.ActiveAdamW(model, state_dtype=torch.bfloat16)),
         r"0\.(weight|bias): expected exp_avg of torch\.float32.*got torch\.bfloat16",
+    ),
+    "eight_bits": (
+        lambda: state_of(lambda model: smet.ActiveAdamW(model, state_dtype="int8")),
+        r"0\.(weight|bias): expected exp_avg of torch\.float32.*got torch\.uint8.*same state_dtype",
     ),
     "without_warmup_steps": (without_warmup, "param_groups.*warmup_steps"),
 }

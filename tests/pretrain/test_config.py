@@ -13,7 +13,7 @@ from smet_compile.pretrain.training import learning_rate
         ("method", "magic", "--method: expected one of smet, .*dense, got 'magic'"),
         ("preset", "huge", "--preset: expected one of .*, got 'huge'"),
         ("dtype", "float8", "--dtype: expected one of float32, bfloat16, got 'float8'"),
-        ("moment_dtype", "int8", "--moment-dtype: expected one of float32, bfloat16, got 'int8'"),
+        ("moment_dtype", "int4", "--moment-dtype: expected one of float32, bfloat16, int8, got 'int4'"),
         ("density", 0.0, r"--density: expected a number in \(0, 1\], got 0.0"),
         ("density", 1.5, r"--density: expected a number in \(0, 1\], got 1.5"),
         ("block", "16y16", "--block: expected a side such as 16 .*, got '16y16'"),

@@ -71,6 +71,13 @@ def test_bytes_of_sparse_layers_are_those_of_their_tensors(block: str) -> None:
     assert counts["dense"]["moments"] == 8 * counts["num_weights"]
 
 
+def test_bytes_of_8_bit_moments_are_two_a_weight_and_their_scales() -> None:
+    found = measured(resolve(preset="nano", moment_dtype="int8", density=0.25, device="cpu", eager=True))
+    report = smet.report(found["training"].model)
+    num_active, scales = report.values_bytes // 4, sum(-(-math.prod(site.shape) // 1024) for site in report.sites)
+    assert found["sparse"]["run"]["moments"] == 2 * num_active + 8 * scales
+
+
 def test_a_run_without_updates_says_so(tmp_path: Path) -> None:
     pretrain(small_config(tmp_path, method="static", steps=2), tmp_path / "run")
     assert "The topology did not change" in (tmp_path / "run" / "report.md").read_text()

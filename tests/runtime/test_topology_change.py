@@ -1,6 +1,7 @@
 """A topology change keeps survivors (value, moments, age) bit for bit and everything else is zero."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -105,12 +106,14 @@ def test_any_elementwise_optimizer(make, block_shape: int | tuple[int, int]) -> 
     assert update_and_judge(model, make(model.parameters()), "random") > 0
 
 
-def test_bfloat16_states() -> None:
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
+def test_states_of_few_bits(state_dtype: Any) -> None:
     model = nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 7))
     smet.sparsify(model, density=0.5)
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype=torch.bfloat16)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype=state_dtype)
     assert update_and_judge(model, optimizer, "random") > 0
-    assert all(optimizer.state[s.values]["exp_avg"].dtype == torch.bfloat16 for s in find_sites(model).values())
+    stored = torch.uint8 if state_dtype == "int8" else state_dtype
+    assert all(optimizer.state[s.values]["exp_avg"].dtype == stored for s in find_sites(model).values())
 
 
 def test_naive_rule_moves_moments_too() -> None:

@@ -75,6 +75,8 @@ CASES = {
     "active_adamw_tiles": Case(active, grow="gradient", block_shape=(4, 4)),
     "bf16_states": Case(lambda model: active(model, state_dtype=torch.bfloat16)),
     "bf16_states_gradient": Case(lambda model: active(model, state_dtype=torch.bfloat16), grow="gradient"),
+    "int8_states": Case(lambda model: active(model, state_dtype="int8")),
+    "int8_states_tiles": Case(lambda model: active(model, state_dtype="int8"), grow="gradient", block_shape=(4, 4)),
     "bf16_model": Case(active, dtype=torch.bfloat16),
     "fp64": Case(active, dtype=torch.float64),
     "naive_adamw": Case(lambda model: smet.NaiveAdamW(model, lr=1e-2)),

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _MORE_FLAGS = {"adamw": ("-ffp-contract=off",)}  # rounded as plain torch rounds, bit for bit
 
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -26,12 +26,18 @@ inline float widen(uint16_t bf16) {
     return x;
 }
 
-inline uint16_t to_bf16(float x) {  // to nearest, ties to even
+inline uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays NaN
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    return bits;
 }
+
+// fp32 → bf16, `extra` below the bits that stay: 0x7FFF and the lowest of them round to nearest, ties to even.
+inline uint16_t to_bf16(uint32_t bits, uint32_t extra) {
+    const uint32_t nan = (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x40 : 0, cut = bits >> 16;
+    return uint16_t((bits & 0x7F800000) == 0x7F800000 ? cut | nan : (bits + extra) >> 16);
+}
+inline uint16_t to_bf16(float x) { return to_bf16(bits_of(x), 0x7FFF + (bits_of(x) >> 16 & 1)); }
 
 // A step of a product consumes DEPTH numbers of A and DEPTH lanes of B: one fp32, or a pair of bf16.
 struct Float32 {

@@ -1,0 +1,154 @@
+"""The one place that chooses the kernel of an op: by device, dtype, block shape and density, or as told.
+
+``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the definition), ``torch`` (plain
+torch), ``cpu_tiles`` and ``cpu_expand`` (C++), ``triton_tiles`` and ``triton_expand``; or ``cpu`` or ``triton`` for
+either of two. Elsewhere, and where nothing is told, the first of a list is taken that can do the case and pays.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout
+
+_VARIABLE = "SMET_COMPILE_KERNEL"
+_NATIVE, _TRITON = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton"
+_NARROWEST_TILE = 16
+_AMX_OVER_AVX512 = 4
+"""How much faster a processor with AMX multiplies dense bf16 matrices than these kernels multiply tiles."""
+_LANES = 16
+
+
+class Case(NamedTuple):
+    """What a kernel is chosen by.
+
+    Args:
+        grouped: tokens come sorted by matrix, with offsets.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    num_active: int
+    grouped: bool = False
+
+    @property
+    def density(self) -> float:
+        return self.num_active / self.layout.num_blocks
+
+
+class Kernel(NamedTuple):
+    """One way to compute some ops.
+
+    Args:
+        name: as ``SMET_COMPILE_KERNEL`` and ``explain`` know it. module: has a function named as the op.
+        can: whether it computes a case at all. pays: whether it is faster there than what comes after it.
+    """
+
+    name: str
+    module: str
+    can: Callable[[str, Case], bool]
+    pays: Callable[[Case], bool] = lambda case: True
+
+
+def _cpu_multiplies(op: str, case: Case) -> bool:
+    from smet_compile.ops.kernels.native.matmul_tiles import multiplies
+
+    return case.device.type == "cpu" and case.layout.tiles and multiplies(case.dtype)
+
+
+def _cpu_tiles_pay(case: Case) -> bool:
+    """Where skipping blocks is faster than multiplying all of them, at the processor's speed for dense matrices."""
+    bm, bn = case.layout.block_shape
+    filled = min(side / (-(-side // _LANES) * _LANES) for side in (bm, bn))
+    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
+    return case.density * slower < filled
+
+
+def _cpu_moves(op: str, case: Case) -> bool:
+    from smet_compile.ops.kernels.native.expand import moves
+
+    return case.device.type == "cpu" and moves(case.dtype)
+
+
+def _triton_can(op: str, case: Case) -> bool:
+    from smet_compile.ops.kernels.triton.supports import supports
+
+    return supports(op, case.device, case.dtype, case.layout, case.grouped)
+
+
+def _triton_tiles_can(op: str, case: Case) -> bool:
+    return case.layout.tiles and _triton_can(op, case)
+
+
+def _triton_tiles_pay(case: Case) -> bool:
+    return min(case.layout.block_shape) >= _NARROWEST_TILE
+
+
+def _triton_expands(op: str, case: Case) -> bool:
+    return not case.grouped and _triton_can(op, case)
+
+
+def _always(op: str, case: Case) -> bool:
+    return True
+
+
+_REFERENCE = Kernel("reference", "smet_compile.ops.definition", _always)
+_PRODUCTS = (
+    Kernel("triton_tiles", f"{_TRITON}.matmul_tiles", _triton_tiles_can, _triton_tiles_pay),
+    Kernel("triton_expand", f"{_TRITON}.matmul_expanded", _triton_expands),
+    Kernel("cpu_tiles", f"{_NATIVE}.matmul_tiles", _cpu_multiplies, _cpu_tiles_pay),
+    Kernel("cpu_expand", f"{_NATIVE}.matmul_expanded", _cpu_moves),
+    Kernel("torch", "smet_compile.ops.matmul", _always),
+    _REFERENCE,
+)
+_MOVES = (
+    Kernel("triton_expand", f"{_TRITON}.expand", _triton_can),
+    Kernel("cpu_expand", f"{_NATIVE}.expand", _cpu_moves),
+    Kernel("torch", "smet_compile.ops.moves", _always),
+    _REFERENCE,
+)
+_KERNELS = {"masked_matmul": _PRODUCTS, "sampled_matmul": _PRODUCTS, "unpack": _MOVES, "pack": _MOVES}
+NAMES = tuple(dict.fromkeys([kernel.name for kernel in _PRODUCTS] + ["cpu", "triton"]))
+
+
+def kernel_of(op: str, case: Case) -> str:
+    """The name of the kernel that computes ``op``: unpack, pack, masked_matmul or sampled_matmul."""
+    return _chosen(op, case, forced()).name
+
+
+def compute(op: str, case: Case) -> Any:
+    """The function that computes ``op``; it takes what the op takes."""
+    kernel = _chosen(op, case, forced())
+    return getattr(importlib.import_module(kernel.module), op)
+
+
+def forced() -> str | None:
+    """The kernel that the environment names; None where it names none.
+
+    Raises ValueError where there is no kernel of that name.
+    """
+    name = os.environ.get(_VARIABLE) or None
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{_VARIABLE}: expected one of {', '.join(NAMES)}, got {name!r}; unset it to have one chosen")
+    return name
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(op: str, case: Case, name: str | None) -> Kernel:
+    able = [kernel for kernel in _KERNELS[op] if kernel.can(op, case)]
+    told = [kernel for kernel in able if name is not None and kernel.name.startswith(name)]
+    paying = [kernel for kernel in told or able if kernel.pays(case)]
+    return (paying or told)[0]
+
+
+def case_of(tensor: Tensor, lists: Any, num_active: int, offsets: Tensor | None = None) -> Case:
+    """The case of an op on ``tensor``; ``lists``: shape, matrix and block_shape."""
+    return Case(tensor.device, tensor.dtype, Layout.of_lists(*lists), num_active, offsets is not None)

@@ -1,0 +1,1 @@
+"""Kernels behind the ops, one folder per kind. Importing this package imports none of them."""

@@ -1,0 +1,16 @@
+"""Where Triton's kernels are tested: on a GPU if there is one, else on the CPU in Triton's interpreter.
+
+The interpreter must be asked for before a kernel is defined, so it has a process of its own:
+``test_triton_interpreted.py`` starts it, and everywhere else the tests marked ``on_device`` are skipped.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+on_device = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="no GPU: test_triton_interpreted.py runs it")
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has replaced the compiler")

@@ -1,0 +1,110 @@
+"""Hash, noise, roundings and codes of the optimizer's kernels: the reference's, bit for bit, on many inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smet_compile.ops import codes
+from smet_compile.ops import reference as ref
+from tests.ops.kernels.device import DEVICE, on_device
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from smet_compile.ops.kernels.triton.adamw_rounding import decode, encode, noise_bits, noise_key, rounded_to
+
+pytestmark = on_device
+COUNT = 4096
+
+
+@triton.jit
+def _noise(seed, step, positions, out, STREAM: tl.constexpr, COUNT: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    key = noise_key(tl.load(seed), tl.load(step), STREAM)
+    tl.store(out + lane, noise_bits(key, tl.load(positions + lane)).to(tl.int64))
+
+
+@triton.jit
+def _round(x, noise, out, STOCHASTIC: tl.constexpr, COUNT: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    bits = tl.load(noise + lane).to(tl.uint32)
+    tl.store(out + lane, rounded_to(tl.load(x + lane), bits, out.dtype.element_ty, STOCHASTIC))
+
+
+@triton.jit
+def _encode(x, scale, noise, out, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr, COUNT: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    bits = tl.load(noise + lane).to(tl.uint32)
+    tl.store(out + lane, encode(tl.load(x + lane), tl.load(scale), bits, OFFSET, STOCHASTIC))
+
+
+@triton.jit
+def _decode(code, scale, out, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    lane = tl.arange(0, COUNT)
+    tl.store(out + lane, decode(tl.load(code + lane), tl.load(scale), OFFSET))
+
+
+def run(kernel: Any, *tensors: Tensor, dtype: torch.dtype, **constants: Any) -> Tensor:
+    """What the kernel writes from tensors on the CPU."""
+    out = torch.empty(COUNT, dtype=dtype, device=DEVICE)
+    kernel[(1,)](*(t.to(DEVICE) for t in tensors), out, COUNT=COUNT, **constants)
+    return out.cpu()
+
+
+def any_bits(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2**32, (count,), generator=generator)
+
+
+def as_float(bits: Tensor) -> Tensor:
+    return bits.int().view(torch.float32)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Of numbers, by value: a NaN is a NaN, and zero has no sign."""
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), f"{(~same).sum()} differ, as at {int((~same).nonzero()[0])}"
+
+
+@pytest.mark.parametrize("stream", range(3))
+@pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**32 - 1, 2**31 + 3), (123456789, 2**40 + 5)])
+def test_noise(seed: int, step: int, stream: int) -> None:
+    positions = torch.cat((torch.arange(COUNT // 2), any_bits(COUNT // 2, 1) * 999))
+    noise = run(_noise, torch.tensor(seed), torch.tensor(step), positions, dtype=torch.int64, STREAM=stream)
+    assert torch.equal(noise, ref.noise_bits(ref.noise_key(seed, torch.tensor(step), stream), positions))
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_bfloat16(stochastic: bool) -> None:
+    x, noise = as_float(any_bits(COUNT, 2)), any_bits(COUNT, 3)
+    x[:5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")])
+    x[5:1000] = x[5:1000].bfloat16().float() * (1 + 2**-8)  # halves
+    rounded = run(_round, x, noise, dtype=torch.bfloat16, STOCHASTIC=stochastic)
+    assert_same_bits(rounded, ref.round_stochastic(x, noise) if stochastic else x.bfloat16())
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("kind", [codes.EXP_AVG_CODES, codes.EXP_AVG_SQ_CODES], ids=["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 0.3, 3.4028234663852886e38, 1e-40])
+def test_codes(scale: float, kind: codes.CodeFormat, stochastic: bool) -> None:
+    noise, scales = any_bits(COUNT, 4), torch.tensor(scale)
+    x = scales * torch.exp2(-40 * torch.rand(COUNT, generator=torch.Generator().manual_seed(5)))
+    x[: COUNT // 4] = scales * (torch.arange(COUNT // 4) / (COUNT // 4))
+    x[-1] = scales
+    if kind.signed:
+        x = torch.where(noise % 2 == 0, x, -x)
+    constants = {"OFFSET": kind.offset, "STOCHASTIC": stochastic}
+    encoded = run(_encode, x, scales, noise, dtype=torch.uint8, **constants)
+    assert torch.equal(encoded, codes.encode(x, scales, kind, noise if stochastic else None))
+    decoded = run(_decode, encoded, scales, dtype=torch.float32, OFFSET=kind.offset)
+    assert_same_bits(decoded, codes.decode(encoded, scales, kind))
+
+
+@pytest.mark.parametrize("kind", [codes.EXP_AVG_CODES, codes.EXP_AVG_SQ_CODES], ids=["exp_avg", "exp_avg_sq"])
+def test_every_code(kind: codes.CodeFormat) -> None:
+    every, scale = torch.arange(COUNT).to(torch.uint8), torch.tensor(0.7)
+    decoded = run(_decode, every, scale, dtype=torch.float32, OFFSET=kind.offset)
+    assert_same_bits(decoded, codes.decode(every, scale, kind))

@@ -1,0 +1,104 @@
+"""Codes of 8-bit moments: what each of the 256 stands for, and how a number becomes one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from smet_compile.ops import reference as ref
+from smet_compile.ops.codes import EXP_AVG_CODES, EXP_AVG_SQ_CODES, CodeFormat, decode, encode
+
+FORMATS = {"exp_avg": EXP_AVG_CODES, "exp_avg_sq": EXP_AVG_SQ_CODES}
+SCALES = [1.0, 0.7, 3.0e-6, 1e-30, 123.4567, 3e38]
+every_format = pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
+ALL = torch.arange(256, dtype=torch.uint8)
+
+
+def numbers(kind: CodeFormat) -> Tensor:
+    """What codes 0 ... largest stand for relative to the scale, by arithmetic: exponents of 3 bits of mantissa."""
+    upper = torch.arange(1, kind.largest + 1) + kind.offset
+    return torch.cat([torch.zeros(1), (1 + upper % 8 / 8) * 2.0 ** (upper // 8 - 127)])
+
+
+def noise(num: int, seed: int = 0) -> Tensor:
+    return ref.noise_bits(ref.noise_key(seed, torch.tensor(3), 1), torch.arange(num))
+
+
+@every_format
+def test_what_a_code_stands_for(kind: CodeFormat) -> None:
+    assert numbers(kind)[-1] == 1 and numbers(kind)[1] == (1.25 * 2**-16 if kind.signed else 1.25 * 2**-32)
+    for scale in SCALES:
+        expected = torch.cat([numbers(kind), -numbers(kind)])[:256] * torch.tensor(scale)
+        assert torch.equal(decode(ALL, torch.tensor(scale), kind), expected)
+
+
+def test_the_root_of_a_square_has_the_range_of_the_moment() -> None:
+    assert EXP_AVG_CODES.smallest == 1.25 * 2**-16
+    assert EXP_AVG_SQ_CODES.smallest <= EXP_AVG_CODES.smallest**2 * 1.25
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@every_format
+def test_every_code_comes_back(kind: CodeFormat, scale: float) -> None:
+    """To nearest; with noise too, but for the chance of 2^-20 where the scale times the number had to be rounded.
+    The one with a sign and no magnitude comes back as zero."""
+    once = torch.where(ALL == 128, 0, ALL) if kind.signed else ALL
+    for bits in (None, torch.zeros(256, dtype=torch.int64) + 2**19):
+        assert torch.equal(encode(decode(ALL, torch.tensor(scale), kind), torch.tensor(scale), kind, bits), once)
+
+
+@pytest.mark.parametrize("with_noise", [False, True])
+@every_format
+def test_larger_numbers_get_no_smaller_codes(kind: CodeFormat, with_noise: bool) -> None:
+    x = torch.cat([torch.zeros(1), torch.logspace(-45, 0, 20_001, dtype=torch.float64).float()])
+    bits = torch.full((len(x),), 0x9ABCD) if with_noise else None
+    codes = encode(x, torch.tensor(1.0), kind, bits).int()
+    assert bool((codes.diff() >= 0).all()) and codes[0] == 0 and codes[-1] == kind.largest
+    assert bool((codes.unique() == torch.arange(kind.largest + 1)).all())
+
+
+@every_format
+def test_nearest_is_nearest(kind: CodeFormat) -> None:
+    """Halves go up; of the moment without a sign nothing but zero goes down to zero."""
+    x = torch.rand(20_000, dtype=torch.float64).pow(8).float()
+    table = numbers(kind)
+    middles = (table[1:] + table[:-1]) / 2
+    expected = torch.searchsorted(middles, x, right=True)
+    if not kind.signed:
+        expected = expected.clamp(min=1)
+    assert torch.equal(encode(x, torch.tensor(1.0), kind, None).long(), expected)
+    assert torch.equal(encode(middles, torch.tensor(1.0), kind, None).long(), torch.arange(1, len(table)))
+
+
+@pytest.mark.parametrize("x", [0.9, 0.03, 1.3 * 2**-16, 0.2 * 2**-16, 1e-9])
+@every_format
+def test_noise_rounds_right_on_average(kind: CodeFormat, x: float) -> None:
+    """Within five standard errors; what lies below the smallest square goes up, and that only."""
+    num = 200_000
+    got = decode(encode(torch.full((num,), x), torch.tensor(1.0), kind, noise(num)), torch.tensor(1.0), kind).double()
+    assert len(got.unique()) <= 2
+    if not kind.signed and x < kind.smallest:
+        assert got.unique().item() == kind.smallest
+    else:
+        assert abs(got.mean() - torch.tensor(x)) <= 5 * got.std() / num**0.5
+        assert len(got.unique()) == 2 or x == 1e-9
+
+
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_a_square_is_zero_only_where_it_is(with_noise: bool) -> None:
+    tiny = torch.tensor([0.0, 1e-45, 1e-38, 1e-20, 1.0])
+    codes = encode(tiny, torch.tensor(1.0), EXP_AVG_SQ_CODES, noise(5) if with_noise else None)
+    assert (codes > 0).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("with_noise", [False, True])
+@every_format
+def test_zeros_alone(kind: CodeFormat, with_noise: bool) -> None:
+    zero = torch.zeros(64)
+    assert not encode(zero, torch.tensor(0.0), kind, noise(64) if with_noise else None).any()
+    assert not decode(torch.zeros(3, dtype=torch.uint8), torch.tensor(5.0), kind).any()
+
+
+def test_the_sign_changes_nothing_else() -> None:
+    x = torch.rand(10_000, dtype=torch.float64).pow(8).float()
+    plus, minus = (encode(y, torch.tensor(1.0), EXP_AVG_CODES, noise(10_000)) for y in (x, -x))
+    assert torch.equal(plus, minus & 0x7F) and bool((minus >= 128)[x > 0].all())
