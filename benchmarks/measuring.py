@@ -20,16 +20,23 @@ MIB = 2**20
 HIDDEN, INTERMEDIATE, HEAD_SIZE = 1024, 2736, 64
 
 
-def llama(num_layers: int, vocabulary: int, dtype: torch.dtype, hidden: int = HIDDEN) -> torch.nn.Module:
-    """LLaMA-350m's layers, or narrower ones of the same proportions."""
+def llama(
+    num_layers: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    hidden: int = HIDDEN,
+    intermediate: int | None = None,
+    heads: int | None = None,
+) -> torch.nn.Module:
+    """LLaMA-350m's layers, or others: of the same proportions where nothing else is said."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=INTERMEDIATE * hidden // HIDDEN,
-        num_attention_heads=max(1, hidden // HEAD_SIZE),
+        intermediate_size=intermediate or INTERMEDIATE * hidden // HIDDEN,
+        num_attention_heads=heads or max(1, hidden // HEAD_SIZE),
         num_hidden_layers=num_layers,
         use_cache=False,
     )

@@ -101,6 +101,7 @@ def _group_ranges(starts: list[int], at_once: int) -> Iterator[tuple[int, int]]:
 
 def _active(topology: Tensor, layout: Layout, first: int, last: int) -> Tensor:
     """Positions of the active single weights in some groups, from the bits of those alone."""
-    weights = slice(first * WEIGHTS_OF_A_GROUP, min(last * WEIGHTS_OF_A_GROUP, layout.num_blocks))
+    in_group = blocks_per_group(layout)
+    weights = slice(first * in_group, min(last * in_group, layout.num_blocks))
     bits = topology[weights.start // 8 : -(-weights.stop // 8)]
     return positions_of(unpack_bits(bits, weights.stop - weights.start)) + weights.start

@@ -1,4 +1,4 @@
-"""active_adamw_ on 8-bit moments against the definition written entry by entry: the same bits."""
+"""active_adamw_ in plain torch on 8-bit moments, against the definition written entry by entry: the same bits."""
 
 import copy
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Case:
         num_skipped, step = self.state[3:]
         before = int(num_skipped)
         rest = (torch.tensor(0.1, dtype=torch.float64), self.generation, self.births, *self.place)
-        torch.ops.smet.active_adamw_(self.values, grad, *self.state, *rest, *OPTIONS.values(), False, seed)
+        adamw.active_adamw_(self.values, grad, *self.state, *rest, *OPTIONS.values(), False, seed)
         ages = torch.full_like(self.coded.values, int(step))
         if self.births is not None and self.generation is not None:
             born = self.births[self.generation.long()].view(-1, *[1] * (grad.dim() - 1))
@@ -178,7 +178,7 @@ def test_groups_are_never_cut(name: str, at_once: int, monkeypatch: pytest.Monke
         monkeypatch.setattr(adamw, "_WEIGHTS_AT_ONCE", size)
         monkeypatch.setattr(adamw, "_WEIGHTS_IN_CACHE", size)
         for grad in grads:
-            torch.ops.smet.active_adamw_(
+            adamw.active_adamw_(
                 each.values, grad, *each.state, torch.tensor(0.1), each.generation, each.births, *each.place,
                 *OPTIONS.values(), False, 3,
             )  # fmt: skip

@@ -30,6 +30,5 @@ def loss_after_training(moments: str, block: str) -> tuple[float, float]:
 def test_within_a_hundredth_of_the_loss_with_fp32_moments(block: str) -> None:
     before, expected = loss_after_training("float32", block)
     _, actual = loss_after_training("int8", block)
-    print(before, expected, actual)
     assert expected < 0.55 * before
     assert abs(actual - expected) < 0.01 * expected

@@ -5,6 +5,7 @@ The interpreter must be asked for before a kernel is defined, so it has a proces
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,3 +15,12 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 on_device = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="no GPU: test_triton_interpreted.py runs it")
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has replaced the compiler")
+
+
+@pytest.fixture
+def new_memory_is_nan() -> Iterator[None]:
+    """Every ``torch.empty`` of floating point is full of NaN: what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -23,13 +23,13 @@ CASES = {
     "runs": Case((30, 70), (1, 16)),
     "column runs": Case((70, 9), (6, 1)),
     "long runs": Case((2, 2500), (1, 1200)),
-    "small tiles": Case((30, 50), (4, 8)),
+    "small tiles": Case((10, 50), (4, 8)),
     "tiles": Case((70, 100), (32, 32)),
-    "stacked tiles": Case((3, 40, 50), (16, 16)),
-    "wide tiles": Case((100, 130), (48, 64), density=0.7),
+    "stacked tiles": Case((2, 40, 30), (16, 16)),
+    "wide tiles": Case((60, 130), (48, 64), density=0.7),
     "large tiles": Case((129, 128), (128, 128), density=0.7),
     "without weight decay": Case((45, 67), (1, 1), options={"weight_decay": 0.0, "eps": 0.0, "warmup_steps": 0}),
-    "naive rule": Case((30, 50), (4, 8), options={"shared_step": True, "beta1": 0.0}),
+    "naive rule": Case((10, 50), (4, 8), options={"shared_step": True, "beta1": 0.0}),
 }
 BF16, FP32 = torch.bfloat16, torch.float32
 STORED = {
@@ -50,16 +50,18 @@ def nearest_roots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: root(x.double()).to(x.dtype))
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("case", CASES)
+OF_EVERY_KIND = ("plain", "weights", "runs", "small tiles", "tiles", "large tiles")
+STEPS = [(case, stored) for case in CASES for stored in STORED if stored in ("bf16", "codes") or case in OF_EVERY_KIND]
+
+
+@pytest.mark.parametrize(("case", "stored"), STEPS)
 def test_step(case: str, stored: str) -> None:
     dtype, moments, noise_seed = STORED[stored]
     before = update_of(CASES[case], dtype, moments, noise_seed)
     assert adamw.supports(before)
     expected, actual = copy_of(before, torch.device("cpu")), copy_of(before, DEVICE)
-    for _ in range(2):
-        active_adamw_(*expected)
-        adamw.update_all([actual])
+    active_adamw_(*expected)
+    adamw.update_all([actual])
     assert differences(expected, before), "the reference must have moved something"
     assert differences(actual, expected) == []
 

@@ -1,13 +1,17 @@
 """The one table of tolerances for kernels: relative RMS of the difference to the reference in fp64, by dtype.
 
-A sum is made in fp32 and rounded once, so of a bf16 result (8 bits) half a last place is left, 2^-9 at most and less
-in the mean; of an fp32 result what the order of a sum of some thousand numbers makes.
+A sum is made in fp32 and rounded once. Rounding to b bits of mantissa leaves 2^-b / √12 times about 1.4 in the mean,
+which is 1.6e-3 in bf16 and 2e-4 in fp16; an fp32 result has what the order of a sum of some thousand numbers makes.
 """
 
 import torch
 from torch import Tensor
 
-TOLERANCES = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+from tests.ops.kernels.device import INTERPRETED
+
+TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
+if INTERPRETED:  # it cuts bf16 off where devices round to nearest: twice the error
+    TOLERANCES[torch.bfloat16] *= 2
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:

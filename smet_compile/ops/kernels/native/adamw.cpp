@@ -13,7 +13,8 @@ namespace {
 enum Kind : int64_t { FP32 = 0, BF16 = 1, CODES = 2 };
 enum Stream : uint32_t { WEIGHT = 0, EXP_AVG = 1, EXP_AVG_SQ = 2 };
 
-constexpr int64_t AT_ONCE = 1024;
+constexpr int64_t GROUP = 1024;              // dense weights that share a scale
+constexpr int64_t AT_ONCE = 256, LARGE = 256;  // entries; blocks from LARGE on are done one by one
 constexpr uint32_t TOP_V = 255, TOP_M = 127, ONE = 1016;  // ONE: the fp32 1.0, without its low 20 bits
 constexpr uint32_t LOW = 0xFFFFF, HALF = 0x80000;
 
@@ -52,88 +53,115 @@ inline int64_t at(const void* list, bool wide, int64_t i) {
     return wide ? ((const int64_t*)list)[i] : ((const int32_t*)list)[i];
 }
 
+// θ ← θ - (step · m / (√(v · unbias) + ε) + decay · θ), where step is the rate over one bias correction, unbias one over
+// the other, and decay the rate times λ. They hang on a block's age: see Tables.
 struct Scalars {
-    float keep1, beta2, keep2, eps, weight_decay;
+    float keep1, beta2, keep2, eps;
 
-    // unbias1, unbias2: what moments are multiplied with, one over the bias corrections
-    void move(float grad, float& w, float& m, float& v, float rate, float unbias1, float unbias2) const {
+    void move(float grad, float& w, float& m, float& v, float step, float unbias, float decay) const {
         m = m + keep1 * (grad - m);
         v = beta2 * v + keep2 * grad * grad;
-        const float direction = (m * unbias1) / (std::sqrt(v * unbias2) + eps);
-        w = w - rate * (direction + weight_decay * w);
+        w = w - (step * m / (std::sqrt(v * unbias) + eps) + decay * w);
     }
 };
 
 // What a step of one parameter needs, and the tables that a block's generation is looked up in.
 struct Rule {
     Scalars scalars;
-    std::vector<float> rate, unbias1, unbias2;
+    std::vector<float> step, unbias, decay;
+    int64_t num_used = 1;  // generations from here on have no blocks
     uint32_t keys[3];
 
     explicit Rule(const Update& u) {
-        const int64_t step = *u.step, num = u.generation ? u.num_births : 1;
+        const int64_t now = *u.step, num = u.generation ? u.num_births : 1;
         scalars = {
-            float(1 - u.beta1), float(u.beta2), float(1 - u.beta2), float(std::max(u.eps, double(FLT_MIN))),
-            float(u.weight_decay)
+            float(1 - u.beta1), float(u.beta2), float(1 - u.beta2), float(std::max(u.eps, double(FLT_MIN)))
         };
         for (int64_t g = 0; g < num; g++) {
-            const double age = double(std::max<int64_t>(1, u.generation ? step - u.births[g] : step));
-            const double bias_age = u.shared_step ? double(step) : age;
-            const double warm = u.warmup_steps ? std::min(1.0, age / double(u.warmup_steps)) : 1.0;
-            rate.push_back(float(u.rate * warm));
-            unbias1.push_back(float(1 / (1 - std::pow(u.beta1, bias_age))));
-            unbias2.push_back(float(1 / (1 - std::pow(u.beta2, bias_age))));
+            const double age = double(std::max<int64_t>(1, u.generation ? now - u.births[g] : now));
+            const double bias_age = u.shared_step ? double(now) : age;
+            const double rate = u.rate * (u.warmup_steps ? std::min(1.0, age / double(u.warmup_steps)) : 1.0);
+            step.push_back(float(rate / (1 - std::pow(u.beta1, bias_age))));
+            unbias.push_back(float(1 / (1 - std::pow(u.beta2, bias_age))));
+            decay.push_back(float(rate * u.weight_decay));
+            if (u.generation && u.births[g] >= 0) num_used = g + 1;
         }
         for (uint32_t stream : {WEIGHT, EXP_AVG, EXP_AVG_SQ})
-            keys[stream] = hash32(hash32(hash32(uint32_t(u.seed)) ^ uint32_t(step)) ^ stream);
+            keys[stream] = hash32(hash32(hash32(uint32_t(u.seed)) ^ uint32_t(now)) ^ stream);
     }
 };
 
 // Entries of one age, all finite.
 void move_alike(
     const Scalars s, int64_t n, const float* __restrict grad, float* __restrict w, float* __restrict m,
-    float* __restrict v, float rate, float unbias1, float unbias2
+    float* __restrict v, float step, float unbias, float decay
 ) {
-    for (int64_t i = 0; i < n; i++) s.move(grad[i], w[i], m[i], v[i], rate, unbias1, unbias2);
+    for (int64_t i = 0; i < n; i++) s.move(grad[i], w[i], m[i], v[i], step, unbias, decay);
 }
 
-// Entries of an age each; those whose gradient is not finite keep what they have.
-void move_each(
+// Entries of an age each; those whose gradient is not finite keep what they have. Returns how many are finite.
+int64_t move_each(
     const Scalars s, int64_t n, const float* __restrict grad, float* __restrict w, float* __restrict m,
-    float* __restrict v, const float* __restrict rate, const float* __restrict unbias1, const float* __restrict unbias2
+    float* __restrict v, const float* __restrict step, const float* __restrict unbias, const float* __restrict decay
 ) {
+    int32_t finite = 0;
     for (int64_t i = 0; i < n; i++) {
         float new_w = w[i], new_m = m[i], new_v = v[i];
-        s.move(grad[i], new_w, new_m, new_v, rate[i], unbias1[i], unbias2[i]);
+        s.move(grad[i], new_w, new_m, new_v, step[i], unbias[i], decay[i]);
         const bool moves = is_finite(grad[i]);
+        finite += moves;
         w[i] = moves ? new_w : w[i];
         m[i] = moves ? new_m : m[i];
         v[i] = moves ? new_v : v[i];
     }
+    return finite;
 }
 
-void gather(int64_t n, const uint32_t* __restrict places, const float* __restrict table, float* __restrict to) {
+bool all_finite(int64_t n, const float* grad) {
+    int32_t finite = 0;
+    for (int64_t i = 0; i < n; i++) finite += is_finite(grad[i]);
+    return finite == n;
+}
+
+// What a table has at each place. Of up to 32 * PAIRS entries the table is held in registers.
+#if defined(__AVX512F__)
+template <int PAIRS>
+int64_t look_up_in_registers(int64_t n, const uint8_t* places, const float* table, float* to) {
+    __m512 held[2 * PAIRS];
+    for (int i = 0; i < 2 * PAIRS; i++) held[i] = _mm512_loadu_ps(table + 16 * i);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(places + i)));
+        __m512 found = _mm512_permutex2var_ps(held[0], place, held[1]);
+#pragma GCC unroll 8
+        for (int pair = 1; pair < PAIRS; pair++) {
+            const __mmask16 here = _mm512_cmpge_epu32_mask(place, _mm512_set1_epi32(32 * pair));
+            found = _mm512_mask_mov_ps(found, here, _mm512_permutex2var_ps(held[2 * pair], place, held[2 * pair + 1]));
+        }
+        _mm512_storeu_ps(to + i, found);
+    }
+    return i;
+}
+#endif
+
+void look_up(int64_t n, const uint8_t* places, int64_t num_used, const float* table, float* to) {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_i32gather_ps(_mm512_loadu_si512(places + i), table, 4));
+    if (num_used <= 32) i = look_up_in_registers<1>(n, places, table, to);
+    else if (num_used <= 64) i = look_up_in_registers<2>(n, places, table, to);
+    else if (num_used <= 128) i = look_up_in_registers<4>(n, places, table, to);
+    else i = look_up_in_registers<8>(n, places, table, to);
 #endif
     for (; i < n; i++) to[i] = table[places[i]];
 }
 
-int64_t count_finite(int64_t n, const float* grad) {
-    int64_t finite = 0;
-    for (int64_t i = 0; i < n; i++) finite += is_finite(grad[i]);
-    return finite;
-}
-
 // Room for one unit of work, in a core's cache.
 struct Room {
-    std::vector<float> grad, w, m, v, rate, unbias1, unbias2;
-    std::vector<uint32_t> low, noise;
+    std::vector<float> grad, w, m, v, step, unbias, decay;
+    std::vector<uint32_t> low, high, noise;  // dense positions, and bits made of them
 
-    Room(int64_t block, int64_t unit)
-        : grad(block), w(block), m(unit), v(unit), rate(block), unbias1(block), unbias2(block), low(block + 16), noise(unit) {}
+    explicit Room(int64_t n)
+        : grad(n), w(n), m(n), v(n), step(n), unbias(n), decay(n), low(n + 16), high(n), noise(n) {}
 };
 
 // Numbers first ... first + n as fp32: where they lie if they are, else widened into `room`.
@@ -144,22 +172,12 @@ float* widened(void* storage, int64_t kind, int64_t first, int64_t n, float* roo
     return room;
 }
 
-// 32 random bits for consecutive dense positions.
-void noise_of_run(uint32_t key, int64_t position, int64_t n, uint32_t* noise) {
-    while (n > 0) {
-        const uint32_t low = uint32_t(position), high = uint32_t(position >> 32);
-        const int64_t count = std::min<int64_t>(n, (int64_t(1) << 32) - low);
-        uint32_t* __restrict to = noise;
-        for (int64_t i = 0; i < count; i++) to[i] = hash32(hash32((low + uint32_t(i)) ^ key) ^ high);
-        position += count, noise += count, n -= count;
-    }
-}
-
 struct Worker {
     const Update& u;
     const Rule& rule;
     Room& room;
     const int64_t size = u.bm * u.bn;
+    const bool codes = u.moment_kind == CODES, far = u.num_positions * size > int64_t(1) << 32;
     int64_t num_skipped = 0;
 
     int64_t generation(int64_t block) const {
@@ -169,33 +187,33 @@ struct Worker {
         return ((const int32_t*)u.generation)[block];
     }
 
-    // Noise of the entries first ... first + n, of single weights a whole group.
-    void noise(Stream stream, int64_t group, int64_t first, int64_t n) {
-        const uint32_t key = rule.keys[stream];
-        if (!u.bits) return noise_of_run(key, first, n, room.noise.data());
-        if (size == 1) {  // `low` holds the positions, all of one group
-            const uint32_t high = uint32_t(uint64_t(group) * AT_ONCE >> 32);
-            const uint32_t* __restrict low = room.low.data();
-            uint32_t* __restrict to = room.noise.data();
-            for (int64_t i = 0; i < n; i++) to[i] = hash32(hash32(low[i] ^ key) ^ high);
-            return;
-        }
+    // Dense positions of the entries first ... first + n, of single weights those of whole groups.
+    void find_positions(int64_t first, int64_t n, int64_t first_group, int64_t last_group) {
+        if (!u.bits) return count_up(first, n, 0);
+        if (size == 1) return find_single(first_group, last_group);
         for (int64_t done = 0; done < n; done += u.bn) {
             const int64_t row = (first + done) / u.bn, in_block = row % u.bm;
             const int64_t position = at(u.positions, u.wide_index, row / u.bm);
             const int64_t line = position / u.block_cols, matrix = line / u.block_rows;
             const int64_t dense_row = matrix * u.rows + line % u.block_rows * u.bm + in_block;
-            noise_of_run(key, dense_row * u.cols + position % u.block_cols * u.bn, u.bn, room.noise.data() + done);
+            count_up(dense_row * u.cols + position % u.block_cols * u.bn, u.bn, done);
         }
     }
 
-    // Dense positions of a group's active single weights.
-    void find_positions(int64_t group) {
-        const int64_t first = group * AT_ONCE, last = std::min(first + AT_ONCE, u.num_positions);
+    void count_up(int64_t position, int64_t n, int64_t done) {
+        uint32_t* low = room.low.data() + done;
+        for (int64_t i = 0; i < n; i++) low[i] = uint32_t(position) + uint32_t(i);
+        if (!far) return;
+        for (int64_t i = 0; i < n; i++) room.high[done + i] = uint32_t((position + i) >> 32);
+    }
+
+    void find_single(int64_t first_group, int64_t last_group) {
         uint32_t* to = room.low.data();
-        for (int64_t at = first; at < last; at += 16) {
+        const int64_t last = std::min(last_group * GROUP, u.num_positions);
+        for (int64_t at = first_group * GROUP; at < last; at += 16) {
             uint32_t bits = u.bits[at / 8];
             if (at + 8 < last) bits |= uint32_t(u.bits[at / 8 + 1]) << 8;
+            if (far) std::fill_n(room.high.data() + (to - room.low.data()), __builtin_popcount(bits), uint32_t(at >> 32));
 #if defined(__AVX512F__)
             const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int32_t(at)), counted);
@@ -207,18 +225,32 @@ struct Worker {
         }
     }
 
-    void store(
-        void* storage, int64_t kind, Stream stream, int64_t group, int64_t first, int64_t n, const float* from
-    ) {
+    // 32 random bits for each of the positions found.
+    void make_noise(Stream stream, int64_t n) {
+        const uint32_t key = rule.keys[stream];
+        const uint32_t* __restrict low = room.low.data();
+        const uint32_t* __restrict high = room.high.data();
+        uint32_t* __restrict to = room.noise.data();
+        if (far) for (int64_t i = 0; i < n; i++) to[i] = hash32(hash32(low[i] ^ key) ^ high[i]);
+        else for (int64_t i = 0; i < n; i++) to[i] = hash32(hash32(low[i] ^ key));
+    }
+
+    void store(void* storage, int64_t kind, Stream stream, int64_t first, int64_t n, const float* from) {
         if (kind != BF16) return;  // fp32 was changed where it lies, codes are made of whole groups
         uint16_t* __restrict to = (uint16_t*)storage + first;
         if (!u.rounds) {
             for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
             return;
         }
-        noise(stream, group, first, n);
+        make_noise(stream, n);
         const uint32_t* __restrict bits = room.noise.data();
         for (int64_t i = 0; i < n; i++) to[i] = to_bf16(bits_of(from[i]), bits[i] & 0xFFFF);
+    }
+
+    void store_all(int64_t first, int64_t n, const float* w, const float* m, const float* v) {
+        store(u.values, u.weight_kind, WEIGHT, first, n, w);
+        store(u.exp_avg, u.moment_kind, EXP_AVG, first, n, m);
+        store(u.exp_avg_sq, u.moment_kind, EXP_AVG_SQ, first, n, v);
     }
 
     void decode(int64_t group, int64_t first, int64_t n) const {
@@ -248,10 +280,10 @@ struct Worker {
         for (int64_t i = 0; i < n; i++) largest_v = std::max(largest_v, bits_of(v[i]));
         const float scale_m = float_of(largest_m), scale_v = float_of(largest_v);
         u.scales[group] = scale_m, u.scales[u.num_groups + group] = scale_v;
-        if (u.rounds) noise(EXP_AVG, group, first, n);
+        if (u.rounds) make_noise(EXP_AVG, n);
         else std::fill(room.noise.begin(), room.noise.begin() + n, HALF);
         code_m(n, m, scale_m, (uint8_t*)u.exp_avg + first);
-        if (u.rounds) noise(EXP_AVG_SQ, group, first, n);
+        if (u.rounds) make_noise(EXP_AVG_SQ, n);
         code_v(n, v, scale_v, (uint8_t*)u.exp_avg_sq + first);
     }
 
@@ -279,114 +311,137 @@ struct Worker {
         }
     }
 
-    // Single weights, and plain parameters: each entry has an age of its own, and is skipped alone.
-    int64_t entries(int64_t first, int64_t n, const float* grad, float* w, float* m, float* v) {
-        const int64_t oldest = generation(first), finite = count_finite(n, grad);
-        int64_t others = 0;
-        if (u.generation_bytes == 1) {
-            const auto* bytes = (const uint8_t*)u.generation + first;
-            for (int64_t i = 0; i < n; i++) others += bytes[i] != oldest;
-        } else if (u.generation) {
-            others = n;
-        }
-        if (others == 0 && finite == n) {
-            move_alike(rule.scalars, n, grad, w, m, v, rule.rate[oldest], rule.unbias1[oldest], rule.unbias2[oldest]);
-            return finite;
-        }
-        look_up(first, n);
-        move_each(rule.scalars, n, grad, w, m, v, room.rate.data(), room.unbias1.data(), room.unbias2.data());
-        return finite;
-    }
-
-    void look_up(int64_t first, int64_t n) {
-        uint32_t* __restrict g = room.low.data();  // its positions were used, or come after
-        if (u.generation_bytes == 1) {
-            const auto* bytes = (const uint8_t*)u.generation + first;
-            for (int64_t i = 0; i < n; i++) g[i] = bytes[i];
-        } else {
-            for (int64_t i = 0; i < n; i++) g[i] = uint32_t(generation(first + i));
-        }
-        gather(n, g, rule.rate.data(), room.rate.data());
-        gather(n, g, rule.unbias1.data(), room.unbias1.data());
-        gather(n, g, rule.unbias2.data(), room.unbias2.data());
-    }
-
-    // Blocks first ... last, of `group` where groups matter.
-    void run(int64_t first_block, int64_t last_block, int64_t group) {
+    // Blocks first ... last, of whole groups first_group ... last_group where groups matter; of one where codes do.
+    void run(int64_t first_block, int64_t last_block, int64_t first_group, int64_t last_group) {
         const int64_t first = first_block * size, n = (last_block - first_block) * size;
-        const bool codes = u.moment_kind == CODES;
         if (n == 0) return;
-        if (codes) decode(group, first, n);
+        const bool whole = codes || size < LARGE;
+        if (u.rounds && whole) find_positions(first, n, first_group, last_group);
+        if (codes) decode(first_group, first, n);
         int64_t updated = 0;
-        if (size == 1) updated = pieces_of_entries(group, first, n);
-        else for (int64_t block = first_block; block < last_block; block++) updated += pieces(group, block, first, codes);
-        if (codes && updated) encode(group, first, n);
+        if (size < LARGE) updated = small_blocks(first_block, last_block);
+        else for (int64_t block = first_block; block < last_block; block++) updated += large_block(block, first);
+        if (codes && updated) encode(first_group, first, n);
     }
 
-    int64_t pieces_of_entries(int64_t group, int64_t first, int64_t n) {
-        const bool codes = u.moment_kind == CODES;
+    // What is read next: four streams come faster together than one after another.
+    void prefetch_gradient(int64_t first, int64_t n) const { prefetch(u.grad, u.weight_kind, first, n); }
+    void prefetch_state(int64_t first, int64_t n) const {
+        prefetch(u.values, u.weight_kind, first, n);
+        prefetch(u.exp_avg, u.moment_kind, first, n);
+        prefetch(u.exp_avg_sq, u.moment_kind, first, n);
+    }
+    void prefetch(const void* storage, int64_t kind, int64_t first, int64_t n) const {
+        const int64_t bytes = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, end = std::min(first + n, u.num_blocks * size);
+        for (int64_t i = first; i < end; i += 64 / bytes) __builtin_prefetch((const char*)storage + i * bytes);
+    }
+
+    // Returns how many blocks were updated.
+    int64_t small_blocks(int64_t first_block, int64_t last_block) {
+        const int64_t first = first_block * size, n = (last_block - first_block) * size;
         const float* grad = widened(u.grad, u.weight_kind, first, n, room.grad.data());
         float* w = widened(u.values, u.weight_kind, first, n, room.w.data());
         float* m = codes ? room.m.data() : widened(u.exp_avg, u.moment_kind, first, n, room.m.data());
         float* v = codes ? room.v.data() : widened(u.exp_avg_sq, u.moment_kind, first, n, room.v.data());
-        const int64_t finite = entries(first, n, grad, w, m, v);
-        num_skipped += n - finite;
-        if (u.bits && u.rounds) find_positions(group);
-        if (finite) store_all(group, first, n, w, m, v);
-        return finite;
+        prefetch_gradient(first + n, n);
+        prefetch_state(first + n, n);
+        look_up_ages(first_block, last_block);
+        int64_t updated = 0;
+        if (size == 1 || all_finite(n, grad)) {
+            updated = move(0, n, grad, w, m, v) / size;
+        } else {
+            for (int64_t at = 0; at < n; at += size)
+                if (all_finite(size, grad + at)) updated += move(at, size, grad, w, m, v) / size;
+        }
+        num_skipped += last_block - first_block - updated;
+        store_all(first, n, w, m, v);
+        return updated;
     }
 
-    // One block of several weights, some rows at a time; returns whether it was updated.
-    int64_t pieces(int64_t group, int64_t block, int64_t first_of_unit, bool codes) {
-        const int64_t begin = block * size, rows_at_once = std::max<int64_t>(1, AT_ONCE / u.bn);
-        for (int64_t row = 0; row < u.bm; row += rows_at_once) {
-            const int64_t n = std::min(rows_at_once, u.bm - row) * u.bn;
-            const float* grad = widened(u.grad, u.weight_kind, begin + row * u.bn, n, room.grad.data());
-            if (count_finite(n, grad) < n) {
+    int64_t move(int64_t at, int64_t n, const float* grad, float* w, float* m, float* v) const {
+        return move_each(
+            rule.scalars, n, grad + at, w + at, m + at, v + at, room.step.data() + at, room.unbias.data() + at,
+            room.decay.data() + at
+        );
+    }
+
+    void look_up_ages(int64_t first_block, int64_t last_block) {
+        const int64_t n = last_block - first_block;
+        if (size == 1 && u.generation_bytes == 1) {
+            const auto* places = (const uint8_t*)u.generation + first_block;
+            look_up(n, places, rule.num_used, rule.step.data(), room.step.data());
+            look_up(n, places, rule.num_used, rule.unbias.data(), room.unbias.data());
+            if (u.weight_decay) look_up(n, places, rule.num_used, rule.decay.data(), room.decay.data());
+            return;  // without decay its room is zero from the start
+        }
+        for (int64_t block = 0; block < n; block++) {
+            const int64_t g = generation(first_block + block);
+            std::fill_n(room.step.data() + block * size, size, rule.step[g]);
+            std::fill_n(room.unbias.data() + block * size, size, rule.unbias[g]);
+            std::fill_n(room.decay.data() + block * size, size, rule.decay[g]);
+        }
+    }
+
+    // Some rows at a time; returns whether it was updated.
+    int64_t large_block(int64_t block, int64_t first_of_unit) {
+        const int64_t begin = block * size, at_once = std::max<int64_t>(1, AT_ONCE / u.bn) * u.bn, end = begin + size;
+        for (int64_t first = begin; first < end; first += at_once) {
+            const int64_t n = std::min(at_once, end - first);
+            if (!all_finite(n, widened(u.grad, u.weight_kind, first, n, room.grad.data()))) {
                 num_skipped++;
                 return 0;
             }
         }
         const int64_t g = generation(block);
-        const float rate = rule.rate[g], unbias1 = rule.unbias1[g], unbias2 = rule.unbias2[g];
-        for (int64_t row = 0; row < u.bm; row += rows_at_once) {
-            const int64_t n = std::min(rows_at_once, u.bm - row) * u.bn, first = begin + row * u.bn;
+        for (int64_t first = begin; first < end; first += at_once) {
+            const int64_t n = std::min(at_once, end - first), in_room = codes ? first - first_of_unit : 0;
+            prefetch_gradient(first + size, n);
+            prefetch_state(first + n, n);
             const float* grad = widened(u.grad, u.weight_kind, first, n, room.grad.data());
             float* w = widened(u.values, u.weight_kind, first, n, room.w.data());
-            float* m = codes ? room.m.data() + first - first_of_unit
-                             : widened(u.exp_avg, u.moment_kind, first, n, room.m.data());
-            float* v = codes ? room.v.data() + first - first_of_unit
-                             : widened(u.exp_avg_sq, u.moment_kind, first, n, room.v.data());
-            move_alike(rule.scalars, n, grad, w, m, v, rate, unbias1, unbias2);
-            store_all(group, first, n, w, m, v);
+            float* m = codes ? room.m.data() + in_room : widened(u.exp_avg, u.moment_kind, first, n, room.m.data());
+            float* v = codes ? room.v.data() + in_room : widened(u.exp_avg_sq, u.moment_kind, first, n, room.v.data());
+            move_alike(rule.scalars, n, grad, w, m, v, rule.step[g], rule.unbias[g], rule.decay[g]);
+            if (u.rounds && (!codes || u.weight_kind == BF16)) find_positions(first, n, 0, 0);
+            store_all(first, n, w, m, v);
         }
+        if (codes && u.rounds) find_positions(begin, size, 0, 0);
         return 1;
-    }
-
-    void store_all(int64_t group, int64_t first, int64_t n, float* w, float* m, float* v) {
-        store(u.values, u.weight_kind, WEIGHT, group, first, n, w);
-        store(u.exp_avg, u.moment_kind, EXP_AVG, group, first, n, m);
-        store(u.exp_avg_sq, u.moment_kind, EXP_AVG_SQ, group, first, n, v);
     }
 };
 
-// Work is cut into units: whole groups where groups matter (codes; noise of single weights), else about AT_ONCE entries.
+// Work is cut into units of about AT_ONCE entries: of whole groups where groups matter (codes, which have a scale each;
+// the noise of single weights, whose positions are found by groups).
 struct Units {
     const Update& u;
     const int64_t size = u.bm * u.bn;
-    const bool by_group = u.group_starts && (u.moment_kind == CODES || (u.rounds && size == 1));
-    const int64_t at_once = u.moment_kind == CODES && !by_group ? u.blocks_per_group : std::max<int64_t>(1, AT_ONCE / size);
+    const bool codes = u.moment_kind == CODES;
+    const bool by_group = u.group_starts && (codes || (u.rounds && size == 1));
+    const int64_t blocks_at_once = codes ? u.blocks_per_group : std::max<int64_t>(1, AT_ONCE / size);
+    const int64_t groups_at_once =
+        codes ? 1 : std::clamp<int64_t>(AT_ONCE * u.num_groups / std::max<int64_t>(1, u.num_blocks), 1, 16);
 
-    int64_t count() const { return by_group ? u.num_groups : (u.num_blocks + at_once - 1) / at_once; }
+    int64_t count() const {
+        return by_group ? (u.num_groups + groups_at_once - 1) / groups_at_once
+                        : (u.num_blocks + blocks_at_once - 1) / blocks_at_once;
+    }
+
+    int64_t room() const {
+        const int64_t blocks = by_group ? groups_at_once * u.blocks_per_group : blocks_at_once;
+        const int64_t rows_of_large = std::max<int64_t>(1, AT_ONCE / u.bn) * u.bn;
+        return codes || size < LARGE ? std::max(AT_ONCE, blocks * size) : rows_of_large;
+    }
 
     void run(int64_t unit, Worker& worker) const {
-        if (by_group)
-            return worker.run(
-                at(u.group_starts, u.wide_index, unit), at(u.group_starts, u.wide_index, unit + 1), unit
-            );
-        const int64_t first = unit * at_once, last = std::min(first + at_once, u.num_blocks);
+        if (by_group) {
+            const int64_t first = unit * groups_at_once, last = std::min(first + groups_at_once, u.num_groups);
+            const int64_t begin = at(u.group_starts, u.wide_index, first);
+            return worker.run(begin, at(u.group_starts, u.wide_index, last), first, last);
+        }
+        const int64_t first = unit * blocks_at_once, last = std::min(first + blocks_at_once, u.num_blocks);
         // A tile is a group of its own, at its position; of a plain parameter a unit is a group.
-        worker.run(first, last, u.positions && at_once == 1 ? at(u.positions, u.wide_index, first) : unit);
+        const int64_t group = codes && u.positions ? at(u.positions, u.wide_index, first) : unit;
+        worker.run(first, last, group, group + 1);
     }
 };
 
@@ -399,12 +454,10 @@ extern "C" void update_all(const Update* updates, int64_t num_updates, int64_t n
         if (u.num_blocks == 0) continue;
         const Rule rule(u);
         const Units units{u};
-        const int64_t block_room = std::max(AT_ONCE, u.bn);
-        const int64_t unit_room = u.moment_kind == CODES ? std::max(block_room, u.bm * u.bn * u.blocks_per_group) : block_room;
         int64_t num_skipped = 0;
 #pragma omp parallel num_threads(num_threads) reduction(+ : num_skipped) if (u.num_blocks * u.bm * u.bn > 32 * AT_ONCE)
         {
-            Room room(block_room, unit_room);
+            Room room(units.room());
             Worker worker{u, rule, room};
 #pragma omp for schedule(static)
             for (int64_t unit = 0; unit < units.count(); unit++) units.run(unit, worker);

@@ -28,7 +28,8 @@ TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_NUM_WARPS = 4
+_NUM_WARPS = {True: 8, False: 4}
+"""With codes, and without: as few as need no spilling of registers."""
 
 
 class _Kind(NamedTuple):
@@ -39,6 +40,10 @@ class _Kind(NamedTuple):
     stochastic: bool
     index: torch.dtype
     generation: torch.dtype
+
+    @property
+    def coded(self) -> bool:
+        return self.dtypes[2] == torch.uint8
 
 
 def supports(arguments: tuple[Any, ...]) -> bool:
@@ -99,9 +104,9 @@ def _launch(kind: _Kind, members: list[Update]) -> None:
                 DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
                 INDEX=TYPES[kind.index],
                 GENERATION=TYPES[kind.generation],
-                KINDS=tuple(number in kinds for number in range(4)),
+                KINDS=tuple(number in kinds for number in range(5)),
                 STOCHASTIC=kind.stochastic,
-                num_warps=_NUM_WARPS,
+                num_warps=_NUM_WARPS[kind.coded],
                 enable_fp_fusion=False,
             )
 

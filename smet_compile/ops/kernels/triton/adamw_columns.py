@@ -8,9 +8,9 @@ import triton.language as tl
 LANES = tl.constexpr(1024)
 """Entries that a program holds at a time; also the dense weights of a group that shares a scale."""
 
-RANGE, BLOCK, GROUP_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, range(4))
-"""What a program updates: entries that need not know of one another beyond small blocks; one block, whose entries
-share a scale or are skipped together; a group that shares a scale or a piece of the bitmap."""
+ENTRIES, BLOCK, BLOCKS, GROUP_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, range(5))
+"""What a program updates: consecutive entries of a plain parameter or of single weights; one block; several small
+blocks; a group of single weights or of runs, which share a scale or a piece of the bitmap."""
 
 NUM_COLUMNS = tl.constexpr(40)
 _columns = map(tl.constexpr, range(NUM_COLUMNS.value))

@@ -11,7 +11,13 @@ import triton.language as tl
 from smet_compile.ops.kernels.triton import adamw_columns as at
 from smet_compile.ops.kernels.triton.adamw_columns import pointer
 from smet_compile.ops.kernels.triton.adamw_rounding import is_finite
-from smet_compile.ops.kernels.triton.adamw_step import dense_position, magnitudes, next_moments, store_step
+from smet_compile.ops.kernels.triton.adamw_step import (
+    dense_position,
+    load_moments,
+    magnitudes,
+    next_moments,
+    store_step,
+)
 from smet_compile.ops.kernels.triton.adamw_update import grid_of, scalars, tensors
 
 
@@ -104,8 +110,8 @@ def update_blocks(
             entry_mk = block_k[None, :] * SIZE + within_mk
             old = _vector_part(old_m_n, part, PARTS)[None, :], _vector_part(old_v_n, part, PARTS)[None, :]
             grad_mk = columns_of_part(grad_mn, part, PARTS)
-            m_mk, v_mk = next_moments(exp_avg, exp_avg_sq, entry_mk, mask_mk, mask_mk, grad_mk, old, betas)
-            size_m, size_v = magnitudes(m_mk, v_mk)
+            moments = load_moments(exp_avg, exp_avg_sq, entry_mk, mask_mk, old)
+            size_m, size_v = magnitudes(next_moments(moments, grad_mk, mask_mk, betas))
             here_n = lane_n // NUM_K == part
             new_m_n = tl.where(here_n, _over_parts(tl.max(size_m, axis=0), PARTS), new_m_n)
             new_v_n = tl.where(here_n, _over_parts(tl.max(size_v, axis=0), PARTS), new_v_n)
@@ -124,7 +130,11 @@ def update_blocks(
         new = _vector_part(new_m_n, part, PARTS)[None, :], _vector_part(new_v_n, part, PARTS)[None, :]
         live_mk = mask_mk & (_vector_part(live_n.to(tl.int32), part, PARTS) > 0)[None, :]
         grad_mk = columns_of_part(grad_mn, part, PARTS)
-        m_mk, v_mk = next_moments(exp_avg, exp_avg_sq, entry_mk, live_mk, live_mk, grad_mk, old, betas)
+        if CODED:
+            mask_mk = live_mk
+        moments = load_moments(exp_avg, exp_avg_sq, entry_mk, mask_mk, old)
+        weight = tl.load(values + entry_mk, mask=mask_mk, other=0.0).to(tl.float32)
+        moments = next_moments(moments, grad_mk, live_mk, betas)
         position_mk = within_mk.to(tl.int64)
         if STOCHASTIC:
             position_k = tl.load(positions + block_k, mask=exists_k, other=0)
@@ -133,8 +143,8 @@ def update_blocks(
         rate = tl.load(rate_k), tl.load(rate_k + num_generations), tl.load(rate_k + 2 * num_generations)
         rate = rate[0][None, :], rate[1][None, :], rate[2][None, :]
         store_step(
-            values, exp_avg, exp_avg_sq, entry_mk, live_mk, live_mk, m_mk, v_mk, rate, decay, new, keys, position_mk,
-            STOCHASTIC,
+            values, exp_avg, exp_avg_sq, entry_mk, mask_mk, live_mk, weight, moments, rate, decay, new, keys,
+            position_mk, STOCHASTIC,
         )  # fmt: skip
 
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from smet_compile.format import Layout, empty_index, split_index
 from smet_compile.format.index import blocks_per_group, num_groups
-from smet_compile.ops.kernels.triton.adamw_columns import BLOCK, GROUP_OF_RUNS, GROUP_OF_WEIGHTS, LANES, RANGE
+from smet_compile.ops.kernels.triton.adamw_columns import (
+    BLOCK,
+    BLOCKS,
+    ENTRIES,
+    GROUP_OF_RUNS,
+    GROUP_OF_WEIGHTS,
+    LANES,
+)
 
 
 class Update(NamedTuple):
@@ -66,21 +73,23 @@ class Shape(NamedTuple):
     def num_programs(self) -> int:
         if self.kind == BLOCK.value:
             return self.numel // self.block_size
-        return -(-self.numel // self.entries_at_once) if self.kind == RANGE.value else self.num_groups
+        if self.kind in (ENTRIES.value, BLOCKS.value):
+            return -(-self.numel // self.entries_at_once)
+        return self.num_groups
 
 
 def shape_of(update: Update, stochastic: bool) -> Shape:
     numel, layout = update.values.numel(), update.layout
     if layout is None:
-        return Shape(RANGE.value, numel, 1, LANES.value, -(-numel // LANES.value))
+        return Shape(ENTRIES.value, numel, 1, LANES.value, -(-numel // LANES.value))
     size = math.prod(layout.block_shape)
     coded, alone = update.scales is not None, blocks_per_group(layout) == 1
     if layout.single_weights:
-        kind = GROUP_OF_WEIGHTS if coded or stochastic else RANGE
+        kind = GROUP_OF_WEIGHTS if coded or stochastic else ENTRIES
     elif coded and not alone:
         kind = GROUP_OF_RUNS
     else:
-        kind = BLOCK if coded or size > LANES.value // 2 else RANGE
+        kind = BLOCK if coded or size > LANES.value // 2 else BLOCKS
     return Shape(kind.value, numel, size, max(1, LANES.value // size) * size, num_groups(layout))
 
 
@@ -90,7 +99,7 @@ def row_of(update: Update, shape: Shape, first_rate: int) -> tuple[int, ...]:
     grid: tuple[int, ...] = (1,) * 7
     if layout:
         grid = (layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape)
-    on_host = update.lr.device.type == "cpu" and update.values.device.type != "cpu"
+    on_host = update.lr.device.type == "cpu"
     return (
         *(t.data_ptr() for t in moved),
         0 if update.scales is None else update.scales.data_ptr(),
@@ -100,7 +109,7 @@ def row_of(update: Update, shape: Shape, first_rate: int) -> tuple[int, ...]:
         *(0 if t is None else t.data_ptr() for t in (update.generation, update.births, update.topology)),
         *_list_addresses(update, layout),
         shape.kind,
-        all(t.data_ptr() % 16 == 0 for t in moved),
+        all(t.data_ptr() % 16 == 0 for t in (*moved, update.generation) if t is not None),
         *shape[1:],
         1 if update.births is None else update.births.numel(),
         first_rate,

@@ -1,7 +1,7 @@
 """One AdamW step on the entries that a program holds, in the reference's arithmetic and order of operations.
 
 Tensors have one element for each entry, in whatever shape; ``entry`` is its offset from the pointers, ``mask`` what
-there is of it, ``live`` what of that has a gradient to go by. Kernels that call this are compiled without fused
+there is of it, ``live`` what has a gradient to go by. Kernels that call this are compiled without fused
 multiply-adds, so that they round as the reference does.
 """
 
@@ -54,20 +54,24 @@ def _load_moment(pointer, entry, mask, scale, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def next_moments(exp_avg, exp_avg_sq, entry, mask, live, grad, scales, betas):
-    """Both moments after this step; of entries without a gradient those before it."""
-    old_m = _load_moment(exp_avg, entry, mask, scales[0], EXP_AVG_OFFSET)
-    old_v = _load_moment(exp_avg_sq, entry, mask, scales[1], EXP_AVG_SQ_OFFSET)
-    rest1, beta2, rest2 = betas
-    m = old_m + rest1 * (grad - old_m)
-    v = beta2 * old_v + rest2 * grad * grad
-    return tl.where(live, m, old_m), tl.where(live, v, old_v)
+def load_moments(exp_avg, exp_avg_sq, entry, mask, scales):
+    m = _load_moment(exp_avg, entry, mask, scales[0], EXP_AVG_OFFSET)
+    return m, _load_moment(exp_avg_sq, entry, mask, scales[1], EXP_AVG_SQ_OFFSET)
 
 
 @triton.jit
-def magnitudes(m, v):
+def next_moments(old, grad, live, betas):
+    """Both moments after this step; of entries without a gradient those before it."""
+    rest1, beta2, rest2 = betas
+    m = old[0] + rest1 * (grad - old[0])
+    v = beta2 * old[1] + rest2 * grad * grad
+    return tl.where(live, m, old[0]), tl.where(live, v, old[1])
+
+
+@triton.jit
+def magnitudes(moments):
     """Of what scales are the largest: |m|, and v where a scale can hold it."""
-    return tl.abs(m), tl.minimum(v, LARGEST)
+    return tl.abs(moments[0]), tl.minimum(moments[1], LARGEST)
 
 
 @triton.jit
@@ -89,22 +93,27 @@ def _store_codes(pointer, entry, mask, x, scale, key, position, OFFSET: tl.const
 
 @triton.jit
 def store_step(
-    values, exp_avg, exp_avg_sq, entry, mask, live, m, v, rates, decay, scales, keys, position, STOCHASTIC: tl.constexpr
-):
-    """Moves the weights by the new moments, and stores all three.
+    values, exp_avg, exp_avg_sq, entry, mask, live, weight, moments, rates, decay, scales, keys, position,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Moves ``weight`` by the new moments, and stores all three.
+
+    What is not ``live`` is stored as it was, so that a mask without holes writes many bytes at once: rounding
+    leaves alone what has been rounded. Of codes that does not hold; ``mask`` is without those that are to stay.
 
     ``rates``: step size and bias corrections; ``decay``: ε and λ; ``scales``: of the codes to be written.
     """
+    m, v = moments
     rate, bias1, bias2 = rates
     eps, weight_decay = decay
-    weight = tl.load(values + entry, mask=live, other=0.0).to(tl.float32)
     direction = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(v, bias2)) + eps)
     moved = weight - rate * (direction + weight_decay * weight)
-    _store(values, entry, live, moved, keys[0], position, STOCHASTIC)
+    moved = tl.where(live, moved, weight)
+    _store(values, entry, mask, moved, keys[0], position, STOCHASTIC)
     if exp_avg.dtype.element_ty == tl.uint8:
         v = tl.minimum(v, LARGEST)
         _store_codes(exp_avg, entry, mask, m, scales[0], keys[1], position, EXP_AVG_OFFSET, STOCHASTIC)
         _store_codes(exp_avg_sq, entry, mask, v, scales[1], keys[2], position, EXP_AVG_SQ_OFFSET, STOCHASTIC)
     else:
-        _store(exp_avg, entry, live, m, keys[1], position, STOCHASTIC)
-        _store(exp_avg_sq, entry, live, v, keys[2], position, STOCHASTIC)
+        _store(exp_avg, entry, mask, m, keys[1], position, STOCHASTIC)
+        _store(exp_avg_sq, entry, mask, v, keys[2], position, STOCHASTIC)

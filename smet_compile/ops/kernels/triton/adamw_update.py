@@ -14,6 +14,7 @@ from smet_compile.ops.kernels.triton.adamw_columns import LANES, fp32, pointer
 from smet_compile.ops.kernels.triton.adamw_rounding import is_finite
 from smet_compile.ops.kernels.triton.adamw_step import (
     dense_position,
+    load_moments,
     magnitudes,
     next_moments,
     noise_keys,
@@ -60,12 +61,12 @@ def grid_of(row, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _live(grad, mask, lane, size, num_skipped):
+def _live(grad, mask, lane, size, num_skipped, SINGLE: tl.constexpr):
     """Of the lanes in ``mask``, those of blocks (of ``size`` entries) whose gradient is finite; counts the others."""
     broken = (mask & ~is_finite(grad)).to(tl.int32)
     count = tl.sum(broken)
     if count > 0:
-        if size > 1:
+        if not SINGLE:
             count = 0
             for block in range(0, tl.max(tl.where(mask, lane, 0)) // size + 1):
                 mine = lane // size == block
@@ -77,6 +78,15 @@ def _live(grad, mask, lane, size, num_skipped):
 
 
 @triton.jit
+def _rates(row, rates, number):
+    """Step size and bias corrections of generations."""
+    num_generations = tl.load(row + at.NUM_GENERATIONS).to(tl.int32)
+    rates += tl.load(row + at.FIRST_RATE)
+    rate, bias1 = tl.load(rates + number), tl.load(rates + num_generations + number)
+    return rate, bias1, tl.load(rates + 2 * num_generations + number)
+
+
+@triton.jit
 def _scale_pointers(row, group):
     scales = pointer(row, at.SCALES, tl.float32) + group
     return scales, scales + tl.load(row + at.NUM_GROUPS)
@@ -84,84 +94,63 @@ def _scale_pointers(row, group):
 
 @triton.jit
 def _update_lanes(
-    row,
-    rates,
-    first,
-    lane,
-    mask,
-    position,
-    group,
-    DTYPES: tl.constexpr,
-    GENERATION: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Entries ``first + lane``, all in one group."""
+    row, rates, first, lane, mask, position, size, group, DTYPES: tl.constexpr, GENERATION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Entries ``first + lane``, of blocks of ``size`` entries, all in one group. SINGLE: that is 1."""
     CODED: tl.constexpr = DTYPES[2] == tl.uint8
-    size = tl.load(row + at.BLOCK_SIZE).to(tl.int32)
     values, grad_pointer, exp_avg, exp_avg_sq = tensors(row, first, DTYPES, ALIGNED)
     betas, decay, keys = scalars(row)
-    grad = tl.load(grad_pointer + lane, mask=mask, other=0.0).to(tl.float32)
-    live = _live(grad, mask, lane, size, pointer(row, at.NUM_SKIPPED, tl.int64))
-    generation = pointer(row, at.GENERATION, GENERATION)
-    has_ages = tl.load(row + at.GENERATION) != 0
-    number = tl.load(generation + first // size + lane // size, mask=mask & has_ages, other=0).to(tl.int32)
-    num_generations = tl.load(row + at.NUM_GENERATIONS).to(tl.int32)
-    rates += tl.load(row + at.FIRST_RATE)
-    rate = (
-        tl.load(rates + number),
-        tl.load(rates + num_generations + number),
-        tl.load(rates + 2 * num_generations + number),
-    )
     scales = 0.0, 0.0
     if CODED:
         pointers = _scale_pointers(row, group)
         scales = tl.load(pointers[0]), tl.load(pointers[1])
-    m, v = next_moments(exp_avg, exp_avg_sq, lane, mask, live, grad, scales, betas)
+    generations = pointer(row, at.GENERATION, GENERATION)
+    has_ages = tl.load(row + at.GENERATION) != 0
+    block = lane
+    if SINGLE:
+        generations += first
+        if ALIGNED:
+            generations = tl.multiple_of(generations, 16)
+    else:
+        generations += first // size
+        block = lane // size
+    grad = tl.load(grad_pointer + lane, mask=mask, other=0.0).to(tl.float32)
+    moments = load_moments(exp_avg, exp_avg_sq, lane, mask, scales)
+    weight = tl.load(values + lane, mask=mask, other=0.0).to(tl.float32)
+    rate = _rates(row, rates, tl.load(generations + block, mask=mask & has_ages, other=0).to(tl.int32))
+    live = _live(grad, mask, lane, size, pointer(row, at.NUM_SKIPPED, tl.int64), SINGLE)
+    moments = next_moments(moments, grad, live, betas)
     if CODED:
         some = tl.max(live.to(tl.int32)) > 0
         mask = mask & some
-        size_m, size_v = magnitudes(m, v)
+        size_m, size_v = magnitudes(moments)
         scales = tl.max(size_m), tl.max(size_v)
         tl.store(pointers[0], scales[0], mask=some)
         tl.store(pointers[1], scales[1], mask=some)
-    store_step(values, exp_avg, exp_avg_sq, lane, mask, live, m, v, rate, decay, scales, keys, position, STOCHASTIC)
-
-
-@triton.jit
-def _range_positions(row, first, lane, mask, INDEX: tl.constexpr):
-    """Dense positions of entries ``first + lane`` of a plain parameter or of blocks."""
-    size = tl.load(row + at.BLOCK_SIZE).to(tl.int32)
-    position = first + lane
-    if size > 1:
-        blocks = pointer(row, at.POSITIONS, INDEX) + first // size
-        block = tl.load(blocks + lane // size, mask=mask, other=0)
-        position = dense_position(block, lane % size, grid_of(row, INDEX))
-    return position
+    store_step(
+        values, exp_avg, exp_avg_sq, lane, mask, live, weight, moments, rate, decay, scales, keys, position,
+        STOCHASTIC,
+    )  # fmt: skip
 
 
 @triton.jit
 def _update_range(
-    row,
-    rates,
-    first,
-    count,
-    group,
-    DTYPES: tl.constexpr,
-    INDEX: tl.constexpr,
-    GENERATION: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """``count`` consecutive entries: of a plain parameter, or of whole blocks."""
+    row, rates, first, count, group, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """``count`` consecutive entries: of a plain parameter or of single weights (SINGLE), or of whole small blocks."""
     if ALIGNED:
         count = count // 16 * 16
     lane = tl.arange(0, LANES)
     mask = lane < count
+    size = tl.load(row + at.BLOCK_SIZE).to(tl.int32)
     position = first + lane
-    if STOCHASTIC:
-        position = _range_positions(row, first, lane, mask, INDEX)
-    _update_lanes(row, rates, first, lane, mask, position, group, DTYPES, GENERATION, STOCHASTIC, ALIGNED)
+    if STOCHASTIC and not SINGLE:
+        blocks = pointer(row, at.POSITIONS, INDEX) + first // size
+        block = tl.load(blocks + lane // size, mask=mask, other=0)
+        position = dense_position(block, lane % size, grid_of(row, INDEX))
+    _update_lanes(row, rates, first, lane, mask, position, size, group, DTYPES, GENERATION, STOCHASTIC, SINGLE, ALIGNED)
 
 
 @triton.jit
@@ -176,7 +165,7 @@ def _update_group_of_weights(
     byte = tl.load(pointer(row, at.TOPOLOGY, tl.uint8) + position // 8, mask=inside, other=0).to(tl.int32)
     bit = (byte >> (dense & 7)) & 1
     lane = tl.cumsum(bit, 0) - bit
-    _update_lanes(row, rates, first, lane, bit == 1, position, group, DTYPES, GENERATION, STOCHASTIC, False)
+    _update_lanes(row, rates, first, lane, bit == 1, position, 1, group, DTYPES, GENERATION, STOCHASTIC, True, False)
 
 
 @triton.jit
@@ -212,9 +201,7 @@ def _update_block(
     else:
         betas, decay, keys = scalars(row)
         block_position = tl.load(pointer(row, at.POSITIONS, INDEX) + block)
-        num_generations = tl.load(row + at.NUM_GENERATIONS).to(tl.int32)
-        rates += tl.load(row + at.FIRST_RATE) + tl.load(pointer(row, at.GENERATION, GENERATION) + block).to(tl.int32)
-        rate = tl.load(rates), tl.load(rates + num_generations), tl.load(rates + 2 * num_generations)
+        rate = _rates(row, rates, tl.load(pointer(row, at.GENERATION, GENERATION) + block).to(tl.int32))
         old_scales = 0.0, 0.0
         new_scales = 0.0, 0.0
         if CODED:
@@ -226,8 +213,8 @@ def _update_block(
                 lane = start + tl.arange(0, LANES)
                 mask = lane < size
                 grad = tl.load(grad_pointer + lane, mask=mask, other=0.0).to(tl.float32)
-                m, v = next_moments(exp_avg, exp_avg_sq, lane, mask, mask, grad, old_scales, betas)
-                size_m, size_v = magnitudes(m, v)
+                moments = load_moments(exp_avg, exp_avg_sq, lane, mask, old_scales)
+                size_m, size_v = magnitudes(next_moments(moments, grad, mask, betas))
                 largest_m = tl.maximum(largest_m, size_m)
                 largest_v = tl.maximum(largest_v, size_v)
             new_scales = tl.max(largest_m), tl.max(largest_v)
@@ -237,13 +224,16 @@ def _update_block(
             lane = start + tl.arange(0, LANES)
             mask = lane < size
             grad = tl.load(grad_pointer + lane, mask=mask, other=0.0).to(tl.float32)
-            m, v = next_moments(exp_avg, exp_avg_sq, lane, mask, mask, grad, old_scales, betas)
+            moments = load_moments(exp_avg, exp_avg_sq, lane, mask, old_scales)
+            weight = tl.load(values + lane, mask=mask, other=0.0).to(tl.float32)
+            moments = next_moments(moments, grad, mask, betas)
             position = lane.to(tl.int64)
             if STOCHASTIC:
                 position = dense_position(block_position, lane, grid_of(row, INDEX))
             store_step(
-                values, exp_avg, exp_avg_sq, lane, mask, mask, m, v, rate, decay, new_scales, keys, position, STOCHASTIC
-            )
+                values, exp_avg, exp_avg_sq, lane, mask, mask, weight, moments, rate, decay, new_scales, keys,
+                position, STOCHASTIC,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -285,7 +275,14 @@ def update(
             first = tl.load(starts).to(tl.int64) * tl.load(row + at.BLOCK_SIZE)
             end = tl.load(starts + 1).to(tl.int64) * tl.load(row + at.BLOCK_SIZE)
         count = (end - first).to(tl.int32)
-        if aligned and (first % 16 == 0 and count % 16 == 0):
-            _update_range(row, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True)
-        else:
-            _update_range(row, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False)
+        aligned = aligned and (first % 16 == 0 and count % 16 == 0)
+        if KINDS[at.ENTRIES] and kind == at.ENTRIES:
+            if aligned:
+                _update_range(row, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True, True)
+            else:
+                _update_range(row, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True, False)
+        elif KINDS[at.BLOCKS] or KINDS[at.GROUP_OF_RUNS]:
+            if aligned:
+                _update_range(row, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, True)
+            else:
+                _update_range(row, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, False)

@@ -52,7 +52,7 @@ _MASKED = {
     ("ampere", "tf32", 64): Masked(128, 32, 4, 3),
     ("ampere", "tf32", 128): Masked(128, 32, 8, 3),
 }
-_MASKED_WITHOUT_TENSOR_CORES = Masked(64, 16, 8, 2)
+_MASKED_WITHOUT_TENSOR_CORES = Masked(64, 16, 8, 3)
 _SAMPLED = {
     ("hopper", "half", 32): Sampled(256, 64, 8, 4),
     ("hopper", "half", 64): Sampled(256, 64, 8, 4),
@@ -67,9 +67,9 @@ _SAMPLED = {
     ("ampere", "tf32", 64): Sampled(128, 32, 4, 3),
     ("ampere", "tf32", 128): Sampled(128, 32, 8, 3),
 }
-_SAMPLED_WITHOUT_TENSOR_CORES = Sampled(64, 16, 8, 2)
-_MASKED_INTERPRETED = Masked(32, 32, 4, 1)
-_SAMPLED_INTERPRETED = Sampled(32, 32, 4, 1)
+_SAMPLED_WITHOUT_TENSOR_CORES = Sampled(64, 16, 8, 3)
+_MASKED_INTERPRETED = Masked(64, 32, 4, 1)
+_SAMPLED_INTERPRETED = Sampled(32, 64, 4, 1)
 
 
 def lanes(width: int) -> int:

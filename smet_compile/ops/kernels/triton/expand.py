@@ -163,5 +163,5 @@ def expand_bits(
         ENTRIES=min(triton.next_power_of_2(length), max(1, _ENTRIES // (8 * num_bytes))),
         FLAT=bm == 1 and layout.cols % bn == 0 and dense_SRC.is_contiguous(),
         PACKS=packs,
-        num_warps=4,
+        num_warps=8,
     )

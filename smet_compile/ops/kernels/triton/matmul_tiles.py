@@ -229,6 +229,8 @@ def masked_matmul(
     num_tokens = input.shape[-2]
     if out.numel() == 0:
         return out
+    if num_inputs * abs(input.stride(-1)) + _TOKENS_TOGETHER * abs(input.stride(-2)) >= 2**31:
+        input = input.contiguous()  # offsets within a program are of 32 bits
     precision = dot_precision(input.dtype)
     config = configs.masked(device.architecture(input.device), input.dtype, precision, width_o)
     inner, padded_i = configs.inner_step(width_i, config.inner)
@@ -240,7 +242,7 @@ def masked_matmul(
     with device.on_device_of(input):
         _masked_tiles[(token_blocks * lines * triton.cdiv(width_o, block_o), stack)](
             input,
-            values,
+            values.contiguous(),
             bias,
             out,
             lists.positions,

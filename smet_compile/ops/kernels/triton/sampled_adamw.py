@@ -109,6 +109,11 @@ def _sampled_adamw(
     )  # fmt: skip
 
 
+def num_parts(rows: int, columns: int, num_warps: int) -> int:
+    """In how many parts a piece of the gradient is updated."""
+    return max(1, rows * columns // (32 * num_warps * _ENTRIES_OF_A_THREAD))
+
+
 def fuses(left: Tensor, update: tuple[Any, ...]) -> bool:
     """Whether product and update are one kernel: a program holds a whole block, and there are blocks for all programs.
 
@@ -181,7 +186,7 @@ def _fused(left: Tensor, right: Tensor, offsets: Tensor | None, one: Update) -> 
             ALIGNED_N=math.gcd(bn, layout.cols, lanes_n),
             LINES_TOGETHER=_LINES_TOGETHER,
             PRECISION=precision,
-            PARTS=max(1, piece_m * piece_n // (32 * config.num_warps * _ENTRIES_OF_A_THREAD)),
+            PARTS=num_parts(piece_m, piece_n, config.num_warps),
             DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
             INDEX=TYPES[kind.index],
             GENERATION=TYPES[kind.generation],

@@ -24,7 +24,6 @@ from smet_compile.ops.kernels.triton import configs, device
 from smet_compile.ops.kernels.triton.dot import dot_precision, multiply_add
 
 _LINES_TOGETHER = 8
-_PROGRAMS_PER_SM = 1
 _MOST_SPLITS = 16
 _COST_OF_A_SPLIT = 1000
 """Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
@@ -224,13 +223,14 @@ def sampled_matmul(
     blocks_together = piece_n // lanes_n
     per_line = triton.cdiv(layout.block_cols, blocks_together) * triton.cdiv(bm, piece_m) * triton.cdiv(bn, piece_n)
     num_lines = layout.num_matrices * layout.block_rows
-    num_splits = _num_splits(left, layout, num_active, blocks_together, config.tokens)
+    tokens = left.shape[-2] // (1 if offsets is None else layout.num_matrices)
+    splits = num_splits(device.num_sms(left.device), layout, tokens, num_active, piece_n, config.tokens)
     out = left.new_empty(layout.values_shape(num_active))
-    parts = out if num_splits == 1 else left.new_empty((num_splits, *out.shape), dtype=torch.float32)
+    parts = out if splits == 1 else left.new_empty((splits, *out.shape), dtype=torch.float32)
     lists = split_index(index[0], layout, num_active)
     stacked = left.dim() == 3
     with device.on_device_of(left):
-        _sampled_tiles[(num_lines * per_line, num_splits)](
+        _sampled_tiles[(num_lines * per_line, splits)](
             left,
             right,
             parts,
@@ -263,28 +263,28 @@ def sampled_matmul(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        if num_splits > 1:
+        if splits > 1:
             _add_splits[(triton.cdiv(out.numel(), _BLOCK_OF_SUM),)](
-                parts, out, out.numel(), NUM_SPLITS=num_splits, BLOCK=_BLOCK_OF_SUM
+                parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM
             )
     return out
 
 
-def _num_splits(left: Tensor, layout: Layout, num_active: int, blocks_together: int, step: int) -> int:
-    """Parts to sum the tokens in, of which the time is least, counted in multiply-adds of one output.
+def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, columns: int, step: int) -> int:
+    """Parts to sum the ``tokens`` of a matrix in, of which the time is least, in multiply-adds of one output.
 
-    Programs run in rounds of as many as the device holds, and a part that is split off costs its writing and reading.
+    Programs of ``columns`` columns run in rounds of one to each of the ``sms`` multiprocessors, and each part of a sum
+    costs its writing and reading.
     """
     bm, bn = layout.block_shape
-    tokens = left.shape[-2] // (1 if left.dim() == 3 else layout.num_matrices)
+    blocks_together = max(1, columns // configs.lanes(bn))
     lines = min(num_active, layout.num_matrices * layout.block_rows)
-    parts_of_block = triton.cdiv(bm, configs.lanes(bm)) * triton.cdiv(bn, configs.lanes(bn))
+    parts_of_block = triton.cdiv(bm, configs.WIDEST) * triton.cdiv(bn, configs.WIDEST)
     programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)
-    at_once = _PROGRAMS_PER_SM * device.num_sms(left.device)
 
     def cost(splits: int) -> float:
-        rounds = math.ceil(programs * splits / at_once)
-        return rounds * at_once / programs * tokens / splits + (splits > 1) * splits * _COST_OF_A_SPLIT
+        rounds = math.ceil(programs * splits / sms)
+        return rounds * sms / programs * tokens / splits + (splits > 1) * splits * _COST_OF_A_SPLIT
 
     most = max(1, min(_MOST_SPLITS, tokens // (4 * step)))
     return min(range(1, most + 1), key=cost)

@@ -1,0 +1,1 @@
+"""Measurements of this library. Each command is a module here: ``python -m benchmarks.kernels`` at the root."""

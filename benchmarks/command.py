@@ -1,0 +1,79 @@
+"""What the commands share: options, the head of the record, sections one after another."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from benchmarks.measuring import processor
+from benchmarks.settings import Settings
+from benchmarks.tables import Table
+
+Section = Callable[[Settings], list[Table]]
+ENOUGH_REPEATS = 7
+DEFAULT_REPEATS = 9
+
+
+def options(description: str, sections: Mapping[str, Section]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--only", choices=tuple(sections), action="append", help="a section; may be given repeatedly")
+    parser.add_argument("--repeats", type=int, default=DEFAULT_REPEATS, help="pairs of each measurement")
+    parser.add_argument("--out", type=Path, help="the file to write the tables to, besides printing them")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether all runs, no number for the record")
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {args.repeats}")
+    return args
+
+
+def run(title: str, command: str, sections: Mapping[str, Section], args: argparse.Namespace, device: str) -> None:
+    """Measures the wanted sections, prints each table as it comes, and writes all of them."""
+    settings = Settings(args.repeats, args.quick, torch.device(device))
+    parts = [head(title, command, settings)]
+    print(parts[0], flush=True)
+    for name in args.only or sections:
+        start = time.perf_counter()
+        for table in sections[name](settings):
+            parts.append(table.markdown())
+            print(parts[-1], flush=True)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(parts))
+
+
+def head(title: str, command: str, settings: Settings) -> str:
+    """On what, when and how the measurements were taken."""
+    today = datetime.date.today().isoformat()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_triton()}"
+    lines = [f"# {title}", "", f"Written by `{command}` on {today}. {_machine(settings)}. {versions}.", ""]
+    lines.append(
+        f"Each ratio is of two things measured side by side in one run, in turns (A B A B ...): the median of "
+        f'{settings.repeats} pairs, the least and the largest. A column "met" compares the median with the target.'
+    )
+    if settings.quick or settings.repeats < ENOUGH_REPEATS:
+        lines += ["", "**Not for the record**: tiny sizes or too few pairs."]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(settings: Settings) -> str:
+    where = f"{processor()}, {torch.get_num_threads()} threads"
+    if settings.device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {where}"
+    return f"{where}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _triton() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""What is measured, one file each: ``tables(settings)`` measures and returns its tables."""

@@ -1,0 +1,78 @@
+"""LLaMA-7b's shapes on one small part of a GPU: 8-bit moments, the update in backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import smet_compile as smet
+from benchmarks.layer import DENSITY, kernels_of
+from benchmarks.sections.step import QUICK_SHAPE
+from benchmarks.settings import Settings
+from benchmarks.tables import AWAITS_GPU, Row, Table, at_most
+from benchmarks.training import Shape, static_shapes
+from smet_compile.ops import find_sites
+
+SHAPE = Shape(hidden=4096, intermediate=11008, heads=32, layers=32, vocabulary=32000, sequence=256, batch=1)
+DTYPE = torch.bfloat16
+BLOCK = 64
+STEPS = 20
+LIMIT_BYTES = 12e9
+PEAK = at_most(1)
+LOSS = at_most(1)
+INIT_STD = 0.02
+NOTE = (
+    f'bf16, density {DENSITY}, {BLOCK} tiles, `state_dtype="int8"`, `compile_train_step`, {STEPS} steps on one batch '
+    "of {tokens} tokens. Peak: the most that tensors hold, from the third step on, over 12 GB. Loss: of the last step "
+    "over that of the first."
+)
+
+
+def tables(settings: Settings) -> list[Table]:
+    place = settings.on_gpu()
+    shape = settings.size(SHAPE, QUICK_SHAPE)
+    rows = _rows(shape, place) if place else []
+    for what, target in (("peak memory", PEAK), ("loss", LOSS)) if place is None else ():
+        rows.append(Row(what, target=target, unmeasured=AWAITS_GPU))
+    return [Table("LLaMA-7b's shapes on a GPU", "over the limit", NOTE.format(tokens=shape.tokens), rows)]
+
+
+def _rows(shape: Shape, place: Settings) -> list[Row]:
+    model = sparse_model(shape, place.device)
+    optimizer = smet.ActiveAdamW(model, 1e-4, state_dtype="int8")
+    step, batch = smet.compile_train_step(model, optimizer), shape.batch_on(place.device)
+    losses = []
+    with static_shapes():
+        for number in range(place.size(STEPS, 4)):
+            if number == 2 and place.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            losses.append(float(step(batch)))
+    kernels = kernels_of(list(find_sites(model).values()))
+    more = {"first loss": f"{losses[0]:.3f}", "last loss": f"{losses[-1]:.3f}"}
+    rows = [Row("loss", kernels, [losses[-1] / losses[0]], LOSS, more)]
+    if place.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        rows.append(Row("peak memory", kernels, [peak / LIMIT_BYTES], PEAK, {"peak, GB": f"{peak / 1e9:.2f}"}))
+    return rows
+
+
+def sparse_model(shape: Shape, device: torch.device) -> nn.Module:
+    """Layer by layer made sparse on the device, which never holds more than one of them dense."""
+    with torch.device("meta"):
+        model = shape.model(DTYPE)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        _initialise(layer, device)
+        smet.sparsify(layer, DENSITY, block_shape=BLOCK)
+    for name, child in (*model.named_children(), *model.model.named_children()):
+        if name not in ("model", "layers"):
+            _initialise(child, device)
+    return model
+
+
+def _initialise(module: nn.Module, device: torch.device) -> None:
+    """Memory on the device for what is on none: matrices random, gains one; what is computed is computed again."""
+    if any(True for _ in module.parameters()):
+        module.to_empty(device=device)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=INIT_STD) if parameter.dim() > 1 else nn.init.ones_(parameter)

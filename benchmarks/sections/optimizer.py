@@ -1,0 +1,96 @@
+"""One step of the optimizer on 16M active weights, against fused dense AdamW on as many and on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import smet_compile as smet
+from benchmarks.layer import DENSITY
+from benchmarks.ratios import Clock, Pairs, in_turns
+from benchmarks.settings import Settings
+from benchmarks.tables import Row, Table, Target, at_most
+
+MATRICES, SIDE, QUICK_SIDE = 4, 4096, 128
+NUM_UPDATES = 3
+SLOWER = 1.1
+NOTE = (
+    f'{MATRICES} matrices, density {DENSITY}, {NUM_UPDATES + 1} generations of blocks. "as many": the dense tensor has '
+    'as many elements as there are active weights; "all": as many as the whole dense weights. In bf16 both hold '
+    "bf16 moments and ours rounds stochastically, which torch does not. Bandwidth counts every weight, gradient and "
+    "moment once read, and all but the gradient once written."
+)
+
+
+class Kind(NamedTuple):
+    """Of an optimizer: what it updates, and what it keeps."""
+
+    name: str
+    block: int
+    dtype: torch.dtype
+    state_dtype: Any
+    bytes_per_weight: float
+    has_target: bool
+
+
+KINDS = (
+    Kind("single weights, fp32", 1, torch.float32, None, 28, True),
+    Kind("64 tiles, fp32", 64, torch.float32, None, 28, True),
+    Kind("single weights, bf16", 1, torch.bfloat16, torch.bfloat16, 14, False),
+    Kind("64 tiles, bf16", 64, torch.bfloat16, torch.bfloat16, 14, False),
+    Kind("single weights, fp32, 8-bit moments", 1, torch.float32, "int8", 16, False),
+    Kind("64 tiles, fp32, 8-bit moments", 64, torch.float32, "int8", 16, False),
+)
+
+
+def tables(settings: Settings) -> list[Table]:
+    clock = Clock(settings.device)
+    rows = [row for kind in KINDS for row in _rows(kind, settings, clock)]
+    return [Table("Optimizer step", "sparse / dense", NOTE, rows)]
+
+
+def _rows(kind: Kind, settings: Settings, clock: Clock) -> list[Row]:
+    side = settings.size(SIDE, QUICK_SIDE)
+    optimizer = aged_optimizer(kind, side, settings)
+    active = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    rows = []
+    for name, size, limit in (("as many", active, SLOWER), ("all", MATRICES * side**2, SLOWER * DENSITY)):
+        dense = torch.zeros(size, dtype=kind.dtype, device=settings.device)
+        pairs = in_turns(dense_step(dense), optimizer.step, settings.repeats, clock)
+        rows.append(_row(f"{kind.name} / {name}", kind, pairs, active, at_most(limit)))
+    return rows
+
+
+def _row(what: str, kind: Kind, pairs: Pairs, active: int, target: Target) -> Row:
+    dense, sparse = pairs.medians
+    more = {
+        "dense, ms": f"{1e3 * dense:.1f}",
+        "sparse, ms": f"{1e3 * sparse:.1f}",
+        "sparse, GB/s": f"{active * kind.bytes_per_weight / sparse / 1e9:.1f}",
+    }
+    return Row(what, "by the optimizer", pairs.costs, target if kind.has_target else None, more)
+
+
+def dense_step(weight: Tensor) -> Callable[[], object]:
+    """A step of torch's fused AdamW on ``weight``."""
+    parameter = nn.Parameter(weight)
+    parameter.grad = torch.randn_like(weight)
+    return torch.optim.AdamW([parameter], fused=True).step
+
+
+def aged_optimizer(kind: Kind, side: int, settings: Settings, num_matrices: int = MATRICES) -> smet.ActiveAdamW:
+    """``ActiveAdamW`` after some topology updates, with a gradient in every parameter."""
+    with settings.device:
+        matrices = [nn.Linear(side, side, bias=False, dtype=kind.dtype) for _ in range(num_matrices)]
+    model = smet.sparsify(nn.Sequential(*matrices), DENSITY, block_shape=kind.block)
+    optimizer = smet.ActiveAdamW(model, state_dtype=kind.state_dtype)
+    manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(NUM_UPDATES):
+        optimizer.step()
+        assert manager.step() is not None
+    return optimizer

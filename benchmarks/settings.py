@@ -1,0 +1,33 @@
+"""How thoroughly and where to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+Size = TypeVar("Size")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every section is run with.
+
+    Args:
+        repeats: pairs of each measurement. quick: tiny sizes that prove nothing but that all runs.
+        device: the CPU or a GPU.
+    """
+
+    repeats: int
+    quick: bool
+    device: torch.device
+
+    def size(self, full: Size, quick: Size) -> Size:
+        return quick if self.quick else full
+
+    def on_gpu(self) -> Settings | None:
+        """The same on the GPU; None where there is none. To see whether all runs, a CPU does too."""
+        if torch.cuda.is_available():
+            return replace(self, device=torch.device("cuda"))
+        return self if self.quick else None

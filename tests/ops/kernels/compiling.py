@@ -1,0 +1,97 @@
+"""Compiles a kernel for a GPU that need not be there: what a call would launch is caught, and built."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+backend = pytest.importorskip("triton.backends.compiler")
+compiler = pytest.importorskip("triton.compiler")
+
+ARCHITECTURES = {"hopper": 90, "ampere": 80}
+SHARED_BYTES = {"hopper": 227 * 1024, "ampere": 163 * 1024}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass
+class Launch:
+    """One launch: of which kernel, with which arguments by name."""
+
+    kernel: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._catch
+
+    def _catch(self, *args: Any, **kwargs: Any) -> None:
+        self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+
+    def option(self, name: str) -> int:
+        return int(self.arguments[name])
+
+
+@contextmanager
+def caught(module: Any, name: str) -> Iterator[Launch]:
+    """The launch of ``module.name`` is caught instead of made."""
+    launch = Launch(getattr(module, name))
+    with mock.patch.object(module, name, launch):
+        yield launch
+    assert launch.arguments, f"{name} was not launched"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a kernel. ``spilled_bytes``: None where nothing tells."""
+
+    ptx: str
+    shared_bytes: int
+    spilled_bytes: int | None
+
+
+def compile_for(launch: Launch, architecture: str) -> Compiled:
+    """Specialises the kernel as a launch does: on integers that are 1 or multiples of 16, on pointers that are aligned."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for number, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = _POINTERS[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
+        if (value.data_ptr() if is_tensor else value) % 16 == 0:
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    source = compiler.ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = backend.GPUTarget("cuda", ARCHITECTURES[architecture], 32)
+    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages") if name in launch.arguments}
+    built = triton.compile(source, target=target, options=options)
+    return Compiled(built.asm["ptx"], built.metadata.shared, _stack_bytes(built.asm["cubin"]))
+
+
+def _stack_bytes(cubin: bytes) -> int | None:
+    """Memory that each thread takes beside its registers: spilled registers, since no kernel here has arrays."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", said)
+    return int(found[1]) if found else None

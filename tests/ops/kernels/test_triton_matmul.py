@@ -1,0 +1,199 @@
+"""Triton's products with every kind of block: equal to the reference in fp64."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout
+from smet_compile.ops import reference as ref
+from tests.ops.kernels import cases
+from tests.ops.kernels.device import DEVICE, HAS_GPU, new_memory_is_nan, on_device
+from tests.ops.kernels.tolerances import assert_close
+from tests.ops.matmul_cases import MASKS, Case
+
+pytestmark = [on_device, pytest.mark.usefixtures(new_memory_is_nan.__name__)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WEIGHTS = [  # sizes that are not multiples of anything; blocks wider than the widest that a program takes
+    ((37, 29), (8, 8)),
+    ((48, 24), (16, 8)),
+    ((11, 7), (3, 2)),
+    ((50, 45), (24, 40)),
+    ((70, 90), (32, 32)),
+    ((70, 91), (64, 64)),
+    ((170, 150), (160, 144)),
+    ((3, 21, 29), (8, 16)),
+    ((37, 29), (1, 1)),
+    ((64, 48), (1, 8)),
+    ((37, 29), (8, 1)),
+    ((3, 21, 29), (1, 1)),
+]
+TILES = [each for each in WEIGHTS if min(each[1]) > 1]
+NUM_TOKENS = [0, 1, *([37, 8192] if HAS_GPU else [])]
+every_weight = pytest.mark.parametrize(("size", "block_shape"), WEIGHTS, ids=str)
+every_tile = pytest.mark.parametrize(("size", "block_shape"), TILES, ids=str)
+
+
+def kernel(name: str, each: Case) -> Callable[..., Tensor]:
+    """``masked_matmul`` or ``sampled_matmul`` of the module for this kind of block."""
+    tiles = {"masked_matmul": "matmul_tiles", "sampled_matmul": "sampled_tiles"}[name]
+    module = tiles if each.compact.layout.tiles else "matmul_expanded"
+    found: Any = importlib.import_module(f"smet_compile.ops.kernels.triton.{module}")
+    function: Callable[..., Tensor] = getattr(found, name)
+    return function
+
+
+def check_masked(each: Case, input: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor | None = None) -> None:
+    args = cases.values(each, input.dtype), *cases.topology(each), transposed, bias, offsets
+    out = kernel("masked_matmul", each)(input, *args)
+    exact = None if bias is None else bias.double().cpu()
+    ends = None if offsets is None else offsets.cpu()
+    law = ref.masked_matmul(input.double().cpu(), each.values(), each.mask, each.compact.layout, transposed, exact, ends)
+    assert out.is_contiguous() and out.dtype == input.dtype
+    assert_close("transposed" if transposed else "plain", out.cpu(), law)
+
+
+def check_sampled(each: Case, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
+    out = kernel("sampled_matmul", each)(left, right, *cases.topology(each), each.compact.num_active, offsets)
+    ends = None if offsets is None else offsets.cpu()
+    law = ref.sampled_matmul(left.double().cpu(), right.double().cpu(), each.mask, each.compact.layout, ends)
+    assert out.is_contiguous() and out.dtype == left.dtype
+    assert_close("sampled", out.cpu(), law)
+
+
+def check_all(each: Case, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
+    """The three products of a Linear's step, the first with a bias."""
+    bias = torch.randn(right.shape[-1]).to(DEVICE, left.dtype)
+    check_masked(each, right, True, None, offsets)
+    check_masked(each, left, False, bias, offsets)
+    check_sampled(each, left, right, offsets)
+
+
+def both_sides(each: Case, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _, rows, cols = each.grid.matrix
+    return cases.tokens(each, num_tokens, rows, dtype), cases.tokens(each, num_tokens, cols, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_weight
+def test_dtypes(size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype) -> None:
+    each = cases.weight(size, block_shape)
+    check_all(each, *both_sides(each, 37, dtype))
+
+
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@every_weight
+def test_numbers_of_tokens(size: tuple[int, ...], block_shape: tuple[int, int], num_tokens: int) -> None:
+    each = cases.weight(size, block_shape)
+    check_all(each, *both_sides(each, num_tokens, torch.float32))
+
+
+@pytest.mark.parametrize("mask", MASKS[1:])
+@every_weight
+def test_masks(size: tuple[int, ...], block_shape: tuple[int, int], mask: str) -> None:
+    """One block, all blocks, and whole rows, columns and matrices without any."""
+    each = cases.weight(size, block_shape, mask)
+    left, right = both_sides(each, 17, torch.float32)
+    check_masked(each, right, True, torch.randn(left.shape[-1]).to(DEVICE))
+    check_masked(each, left, False, None)
+    check_sampled(each, left, right)
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "permuted": lambda x: x.mT.contiguous().mT,
+    "every_second": lambda x: torch.stack((x, x.neg()), -1).flatten(-2)[..., ::2],
+    "within_more": lambda x: torch.nn.functional.pad(x, (3, 2, 1, 4))[..., 1:-4, 3:-2],
+    "repeated": lambda x: x[..., :1, :].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("strides", list(STRIDES))
+@pytest.mark.parametrize(("size", "block_shape"), [WEIGHTS[0], WEIGHTS[4], WEIGHTS[7], WEIGHTS[8]], ids=str)
+def test_strided_inputs(size: tuple[int, ...], block_shape: tuple[int, int], strides: str) -> None:
+    each = cases.weight(size, block_shape)
+    left, right = (STRIDES[strides](side) for side in both_sides(each, 37, torch.float32))
+    assert not left.is_contiguous()
+    check_all(each, left, right)
+
+
+@pytest.mark.parametrize("num_tokens", [300, *([4096] if HAS_GPU else [])])
+@pytest.mark.parametrize(("size", "block_shape"), [WEIGHTS[4], WEIGHTS[7], WEIGHTS[9]], ids=str)
+def test_many_tokens(
+    size: tuple[int, ...], block_shape: tuple[int, int], num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several groups of tokens, of which the last is smaller."""
+    from smet_compile.ops.kernels.triton import matmul_tiles
+
+    monkeypatch.setattr(matmul_tiles, "_TOKENS_TOGETHER", 128)
+    each = cases.weight(size, block_shape)
+    check_all(each, *both_sides(each, num_tokens, torch.float32))
+
+
+@pytest.mark.parametrize("side", [16, 32, 64, 128])
+@pytest.mark.parametrize("architecture", ["hopper", "ampere"])
+def test_configurations(architecture: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table says for each architecture is right, wherever it runs."""
+    from smet_compile.ops.kernels.triton import device
+
+    monkeypatch.setattr(device, "architecture", lambda _: architecture)
+    each = cases.weight((min(140, 3 * side), 150), (side, side))
+    check_all(each, *both_sides(each, 140, torch.float16))
+
+
+@pytest.mark.parametrize("ends", [[6, 13, 40], [0, 40, 40], [4, 4, 11], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("block_shape", [(8, 16), (32, 32)], ids=str)
+def test_tokens_sorted_by_matrix(block_shape: tuple[int, int], ends: list[int]) -> None:
+    """Each token meets its own matrix; those past the last offset none, whatever they hold."""
+    each = cases.weight((3, 45, 29), block_shape)
+    offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    left, right = (cases.tokens(each, 40, size, torch.float32)[0].clone() for size in (45, 29))
+    left[ends[-1] :], right[ends[-1] :] = torch.nan, torch.nan
+    check_all(each, left, right, offsets)
+
+
+@pytest.mark.parametrize("number", [1.0, torch.nan])
+@every_tile
+def test_what_hangs_over_an_edge_is_zero(size: tuple[int, ...], block_shape: tuple[int, int], number: float) -> None:
+    each = cases.weight(size, block_shape, "all")
+    left, right = (torch.full_like(side, number) for side in both_sides(each, 20, torch.float32))
+    out = kernel("sampled_matmul", each)(left, right, *cases.topology(each), each.compact.num_active).cpu()
+    inside = each.gather(torch.ones_like(each.dense)) == 1
+    assert bool((out[~inside] == 0).all()) and bool((out[inside] != 0).all())
+
+
+@every_tile
+def test_infinite_inputs_stay_in_their_line(size: tuple[int, ...], block_shape: tuple[int, int]) -> None:
+    """What a kernel reads beside its block, if anything, has no part in the result."""
+    each = cases.weight(size, block_shape, "all")
+    _, right = both_sides(each, 20, torch.float32)
+    beside = torch.full((*right.shape[:-2], 24, right.shape[-1] + 64), torch.nan, device=DEVICE)
+    beside[..., 2:22, 32:-32] = right
+    check_masked(each, beside[..., 2:22, 32:-32], True, None)
+
+
+@pytest.mark.parametrize(("size", "block_shape"), [((64, 64), (32, 32)), ((3, 45, 29), (8, 16))], ids=str)
+def test_split_sums_have_the_same_bits_every_time(
+    size: tuple[int, ...], block_shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smet_compile.ops.kernels.triton import sampled_tiles
+
+    monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 3)
+    each = cases.weight(size, block_shape)
+    left, right = both_sides(each, 200, torch.float32)
+    check_sampled(each, left, right)
+    product = kernel("sampled_matmul", each)
+    first, second = (product(left, right, *cases.topology(each), each.compact.num_active) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_few_blocks_are_split() -> None:
+    """One block of many tokens is; many blocks, or few tokens, are not."""
+    from smet_compile.ops.kernels.triton.sampled_tiles import num_splits
+
+    layout = Layout.of((8192, 8192), (128, 128))
+    assert num_splits(132, layout, 16384, 1, 128, 64) > 4
+    assert num_splits(132, layout, 16384, 1056, 128, 64) == 1
+    assert num_splits(132, layout, 64, 1, 128, 64) == 1
