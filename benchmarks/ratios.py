@@ -72,7 +72,7 @@ class Pairs:
         return cls(tuple(map(sum, baseline)), tuple(map(sum, candidate)))
 
 
-def in_turns(baseline: Work, candidate: Work, repeats: int, clock: Clock, warmup: int = 2) -> Pairs:
+def in_turns(baseline: Work, candidate: Work, repeats: int, clock: Clock, warmup: int = 1) -> Pairs:
     """``repeats`` pairs, after some calls of each that do not count."""
     for _ in range(warmup):
         baseline()

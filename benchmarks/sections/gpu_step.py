@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 
 import torch
 
+from benchmarks.measuring import MIB
+from benchmarks.peak import Peak
 from benchmarks.sections.step import QUICK_SHAPE, row
 from benchmarks.settings import Settings
 from benchmarks.tables import AWAITS_GPU, Row, Table, at_least, at_most
@@ -44,15 +45,14 @@ def tables(settings: Settings) -> list[Table]:
 
 def _memory_row(shape: Shape, place: Settings | None) -> Row:
     what = f"{FUSED}, {MEMORY_BLOCK} tiles"
-    if place is None or place.device.type != "cuda":
+    if place is None:
         return Row(what, target=MEMORY, unmeasured=AWAITS_GPU)
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+    peak = Peak(place.device)
     with static_shapes():
         run = Training(Recipe(FUSED, replace(shape, **FEW_TOKENS), MEMORY_BLOCK, DTYPE, place.device))
         for _ in range(3):
-            torch.cuda.reset_peak_memory_stats()
+            peak.restart()
             run.step()
-    peak, formula = torch.cuda.max_memory_allocated() - before, run.formula_bytes()
-    more = {"peak, MiB": f"{peak / 2**20:.0f}", "formula, MiB": f"{formula / 2**20:.0f}"}
-    return Row(what, run.kernels, [peak / formula], MEMORY, more)
+    found, formula = peak.bytes, run.formula_bytes()
+    more = {"peak, MiB": f"{found / MIB:.0f}", "formula, MiB": f"{formula / MIB:.0f}"}
+    return Row(what, run.kernels, [found / formula], MEMORY, more)

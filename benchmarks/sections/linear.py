@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 
 from benchmarks.layer import DENSITY, PRODUCTS, Layers, Size, measure
@@ -29,7 +31,7 @@ def _row(size: Size, block: int, settings: Settings, clock: Clock) -> Row:
     layers = Layers(size, block, torch.float32, settings.device)
     found = measure(layers, PRODUCTS, settings, clock)
     together = Pairs.of_sum(found.values())
-    more = {part: _median_speedup(pairs) for part, pairs in found.items()}
+    more = {part: f"{statistics.median(pairs.speedups):.2f}" for part, pairs in found.items()}
     more |= rates(together, len(PRODUCTS) * size.flops, layers.site.density)
     return Row(f"{block} tiles, {size}", layers.kernels, together.speedups, at_least(TARGETS[block]), more)
 
@@ -41,7 +43,3 @@ def rates(pairs: Pairs, dense_flops: int, density: float) -> dict[str, str]:
         "dense GFLOP/s": f"{dense_flops / dense / 1e9:.0f}",
         "sparse GFLOP/s": f"{density * dense_flops / sparse / 1e9:.0f}",
     }
-
-
-def _median_speedup(pairs: Pairs) -> str:
-    return f"{sorted(pairs.speedups)[len(pairs.speedups) // 2]:.2f}"

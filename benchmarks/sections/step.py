@@ -10,6 +10,7 @@ from benchmarks.tables import Row, Table, Target, at_least
 from benchmarks.training import BYTES, DENSE, FUSED, TWO_CALLS, Recipe, Shape, static_shapes, training
 
 BLOCK = 64
+WARMUP = 2
 TARGET = at_least(1.8)
 SHAPE = Shape(hidden=768, intermediate=2048, heads=12, layers=4, vocabulary=BYTES, sequence=256, batch=8)
 QUICK_SHAPE = Shape(hidden=256, intermediate=256, heads=4, layers=1, vocabulary=BYTES, sequence=16, batch=2)
@@ -37,7 +38,7 @@ def row(method: str, shape: Shape, block: int, dtype: torch.dtype, target: Targe
     """``method`` and dense training in turns."""
     with static_shapes():
         dense, sparse = (training(Recipe(m, shape, block, dtype, settings.device)) for m in (DENSE, method))
-        pairs = in_turns(dense.step, sparse.step, settings.repeats, Clock(settings.device))
+        pairs = in_turns(dense.step, sparse.step, settings.repeats, Clock(settings.device), WARMUP)
     seconds = dict(zip(("dense, s", "sparse, s"), (f"{median:.4g}" for median in pairs.medians), strict=True))
     what = f"{method}, {block} tiles, vocabulary {shape.vocabulary}"
     return Row(what, sparse.kernels, pairs.speedups, target, {"bound": f"{shape.bound:.2f}"} | seconds)

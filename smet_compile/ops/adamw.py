@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ WEIGHT, EXP_AVG, EXP_AVG_SQ = range(3)
 _WEIGHTS_AT_ONCE = 2**20
 _WEIGHTS_IN_CACHE = 2**15
 """As many as a processor's cache holds with all that is made of them on the way."""
+
+
+def update_all(updates: list[tuple[Any, ...]]) -> None:
+    """``active_adamw_`` on one parameter after another."""
+    for arguments in updates:
+        active_adamw_(*arguments)
 
 
 def active_adamw_(

@@ -1,13 +1,23 @@
-"""update_all: one optimizer step of many parameters."""
+"""update_all: the optimizer step of many parameters, each by the kernel that suits it, one call of a kernel for all."""
 
 from __future__ import annotations
 
+import importlib
+from collections import defaultdict
 from typing import Any
 
-import torch
+from smet_compile.ops import choose
 
 
 def update_all(updates: list[tuple[Any, ...]]) -> None:
-    """Runs ``active_adamw_`` on each parameter. ``updates`` holds the arguments of each, its values first."""
-    for update in updates:
-        torch.ops.smet.active_adamw_(*update)
+    """Makes every update; each is the arguments of ``smet::active_adamw_``, its values first."""
+    by_module = defaultdict(list)
+    for arguments in updates:
+        by_module[choose.update_kernel_of(arguments).module].append(arguments)
+    for module, of_one_kernel in by_module.items():
+        importlib.import_module(module).update_all(of_one_kernel)
+
+
+def active_adamw_(*arguments: Any) -> None:
+    """The op: see ``ops.adamw.active_adamw_``, which defines it."""
+    update_all([arguments])

@@ -1,8 +1,9 @@
 """The one place that chooses the kernel of an op: by device, dtype, block shape and density, or as told.
 
 ``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the definition), ``torch`` (plain
-torch), ``cpu_tiles`` and ``cpu_expand`` (C++), ``triton_tiles`` and ``triton_expand``; or ``cpu`` or ``triton`` for
-either of two. Elsewhere, and where nothing is told, the first of a list is taken that can do the case and pays.
+torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``;
+or ``cpu`` or ``triton`` for any of three. Elsewhere, and where nothing is told, the first of a list is taken that can
+do the case and pays.
 """
 
 from __future__ import annotations
@@ -100,6 +101,32 @@ def _always(op: str, case: Case) -> bool:
     return True
 
 
+class UpdateKernel(NamedTuple):
+    """One way to make optimizer steps.
+
+    Args:
+        module: has ``update_all``. can: whether it takes a parameter, by its arguments of ``active_adamw_``.
+    """
+
+    name: str
+    module: str
+    can: Callable[[tuple[Any, ...]], bool]
+
+
+def _triton_updates(arguments: tuple[Any, ...]) -> bool:
+    device = arguments[0].device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    module = importlib.import_module(f"{_TRITON}.adamw")
+    return bool(module.supports(arguments))
+
+
+def _cpu_updates(arguments: tuple[Any, ...]) -> bool:
+    from smet_compile.ops.kernels.native.adamw import supports
+
+    return supports(arguments)
+
+
 _REFERENCE = Kernel("reference", "smet_compile.ops.definition", _always)
 _PRODUCTS = (
     Kernel("triton_tiles", f"{_TRITON}.matmul_tiles", _triton_tiles_can, _triton_tiles_pay),
@@ -116,7 +143,13 @@ _MOVES = (
     _REFERENCE,
 )
 _KERNELS = {"masked_matmul": _PRODUCTS, "sampled_matmul": _PRODUCTS, "unpack": _MOVES, "pack": _MOVES}
-NAMES = tuple(dict.fromkeys([kernel.name for kernel in _PRODUCTS] + ["cpu", "triton"]))
+_UPDATES = (
+    UpdateKernel("triton_adamw", f"{_TRITON}.adamw", _triton_updates),
+    UpdateKernel("cpu_adamw", f"{_NATIVE}.adamw", _cpu_updates),
+    UpdateKernel("torch", "smet_compile.ops.adamw", lambda arguments: True),
+    UpdateKernel("reference", "smet_compile.ops.adamw", lambda arguments: True),
+)
+NAMES = tuple(dict.fromkeys([kernel.name for kernel in (*_PRODUCTS, *_UPDATES)] + ["cpu", "triton"]))
 
 
 def kernel_of(op: str, case: Case) -> str:
@@ -128,6 +161,13 @@ def compute(op: str, case: Case) -> Any:
     """The function that computes ``op``; it takes what the op takes."""
     kernel = _chosen(op, case, forced())
     return getattr(importlib.import_module(kernel.module), op)
+
+
+def update_kernel_of(arguments: tuple[Any, ...]) -> UpdateKernel:
+    """The kernel that makes the optimizer step of a parameter, by its arguments of ``active_adamw_``."""
+    name = forced()
+    told = [kernel for kernel in _UPDATES if name is not None and kernel.name.startswith(name)]
+    return next(kernel for kernel in (*told, *_UPDATES) if kernel.can(arguments))
 
 
 def forced() -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.ops import adamw, choose
+from smet_compile.ops import adamw_all, choose
 
 CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
@@ -52,7 +52,7 @@ def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_coun
     return values
 
 
-for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", adamw.active_adamw_)):
+for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", adamw_all.active_adamw_)):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 

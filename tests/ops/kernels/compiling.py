@@ -64,7 +64,7 @@ class Compiled:
 
 
 def compile_for(launch: Launch, architecture: str) -> Compiled:
-    """Specialises the kernel as a launch does: on integers that are 1 or multiples of 16, on pointers that are aligned."""
+    """Specialises the kernel as a launch does: on integers that are 1 or multiples of 16, and on aligned pointers."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], Any] = {}

@@ -1,139 +1,101 @@
-"""The optimizer's kernels compile for Hopper and Ampere, without a GPU, in the registers and the memory that there are."""
+"""The optimizer's kernels compile for Hopper and Ampere, on any machine: in registers, and within shared memory."""
 
-import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from smet_compile.format import Layout
+from tests.ops.kernels import compiling
+from tests.ops.kernels.adamw_cases import Case, update_of
+from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, caught, compile_for
 from tests.ops.kernels.device import compiled_only
-
-pytest.importorskip("triton")
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from smet_compile.ops.kernels.triton import adamw, adamw_columns, configs, sampled_adamw
 
 pytestmark = compiled_only
 
-BF16, FP32, FP16, CODES = tl.bfloat16, tl.float32, tl.float16, tl.uint8
+BF16, FP32, CODES = torch.bfloat16, torch.float32, torch.uint8
 STORED = {
-    "bf16, fp32": (BF16, FP32, True),
-    "bf16 to nearest, fp32": (BF16, FP32, False),
-    "bf16, bf16": (BF16, BF16, True),
-    "bf16, codes": (BF16, CODES, True),
-    "fp32, fp32": (FP32, FP32, False),
-    "fp32, codes": (FP32, CODES, True),
-    "fp16, fp32": (FP16, FP32, False),
+    "bf16, fp32": (BF16, FP32, 5),
+    "bf16 to nearest, fp32": (BF16, FP32, None),
+    "bf16, bf16": (BF16, BF16, 5),
+    "bf16, codes": (BF16, CODES, 5),
+    "fp32, fp32": (FP32, FP32, None),
+    "fp32, codes": (FP32, CODES, None),
+    "fp16, fp32": (torch.float16, FP32, None),
 }
-KINDS = [adamw_columns.BLOCK, adamw_columns.BLOCKS, adamw_columns.GROUP_OF_WEIGHTS, adamw_columns.GROUP_OF_RUNS]
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-ARCHITECTURES = {80: "ampere", 90: "hopper"}
+CASES = {
+    "weights": Case((64, 256), (1, 1)),
+    "runs": Case((64, 256), (1, 64)),
+    "small tiles": Case((64, 256), (16, 16)),
+    "tiles": Case((256, 512), (128, 128)),
+}
+PLAIN = Case((1024,))
 
 
-def compiled(
-    kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any], folder: Path, **options: Any
-) -> tuple[str, int]:
-    """PTX, and the bytes of registers that spill. ``pointers`` and ``constants`` in the order of the arguments."""
-    types = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = {(number,): [["tt.divisibility", 16]] for number, name in enumerate(types) if name in pointers}
-    source = ASTSource(kernel, types, constants, aligned)
-    options |= {"enable_fp_fusion": False}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert binary.metadata.shared <= SHARED_BYTES[capability]
-    (folder / "kernel.ptx").write_text(binary.asm["ptx"])
-    target = re.search(r"\.target (\w+)", binary.asm["ptx"])
-    assert target
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", "-fmad=false", f"--gpu-name={target[1]}", folder / "kernel.ptx", "-o", folder / "cubin"]
-    report = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stderr
-    spilled = re.findall(r"(\d+) bytes spill stores", report)
-    assert spilled, report
-    return binary.asm["ptx"], sum(map(int, spilled))
+@pytest.fixture(autouse=True)
+def as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tables of 64-bit numbers, and without fused multiply-adds."""
+    build = compiling.triton.compile
+
+    def without_fusion(source: Any, target: Any, options: dict[str, Any]) -> Any:
+        return build(source, target=target, options={**options, "enable_fp_fusion": False})
+
+    monkeypatch.setitem(compiling._POINTERS, torch.int64, "*i64")
+    monkeypatch.setattr(compiling.triton, "compile", without_fusion)
 
 
-def update_constants(stored: str, kind: Any) -> dict[str, Any]:
-    weight, moment, stochastic = STORED[stored]
-    return {
-        "DTYPES": (weight, weight, moment),
-        "INDEX": tl.int32,
-        "GENERATION": tl.uint8,
-        "KINDS": tuple(number in (adamw_columns.ENTRIES.value, kind.value) for number in range(5)),
-        "STOCHASTIC": stochastic,
-    }
+def check(launch: compiling.Launch, architecture: str) -> str:
+    """PTX of a kernel that fits."""
+    assert launch.arguments["enable_fp_fusion"] is False, "it must round as the reference does"
+    compiled = compile_for(launch, architecture)
+    assert compiled.shared_bytes <= SHARED_BYTES[architecture]
+    assert not compiled.spilled_bytes, f"{compiled.spilled_bytes} bytes of registers are spilled"
+    return compiled.ptx
 
 
-def num_warps(stored: str) -> int:
-    return adamw._NUM_WARPS[STORED[stored][1] == CODES]
-
-
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_prepare(capability: int, tmp_path: Path) -> None:
-    pointers = {"table": "*i64", "rates": "*fp32"}
-    _, spilled = compiled(adamw.prepare, capability, pointers, {"GENERATIONS": 256}, tmp_path, num_warps=1)
-    assert spilled == 0
-
-
-@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stored", STORED)
-def test_update(stored: str, kind: int, tmp_path: Path) -> None:
-    pointers = {"table": "*i64", "rates": "*fp32", "work": "*i32"}
-    capability = (80, 90)[(kind + list(STORED).index(stored)) % 2]
-    constants = update_constants(stored, KINDS[kind])
-    ptx, spilled = compiled(
-        adamw.update, capability, pointers, constants, tmp_path, num_warps=num_warps(stored), num_stages=3
-    )
-    assert spilled == 0
-    assert "fma.rn.f32" not in ptx, "rounds otherwise than the reference"
-    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, "reads and writes 16 bytes at a time"
+def test_update(stored: str, case: str) -> None:
+    """Beside plain parameters, blocks of one kind; on each architecture every kind, and all that is stored."""
+    from smet_compile.ops.kernels.triton import adamw
 
-
-SAMPLED_POINTERS = {"table": "*i64", "rates": "*fp32", "positions": "*i32", "row_starts": "*i32"}
+    number = list(STORED).index(stored) + list(CASES).index(case)
+    updates = [update_of(each, *STORED[stored]) for each in (CASES[case], PLAIN)]
+    with caught(adamw, "prepare") as prepare, caught(adamw, "update") as update:
+        adamw.update_all(updates)
+    ptx = check(update, list(ARCHITECTURES)[number % 2])
+    assert "ld.global.v4.b32" in ptx
+    assert ("st.global.v2.b32" if stored == "bf16, codes" else "st.global.v4.b32") in ptx
+    if number < 2:
+        check(prepare, list(ARCHITECTURES)[number])
 
 
 @pytest.mark.parametrize(
-    ("capability", "side", "stored"),
+    ("architecture", "side", "stored"),
     [
-        (90, 128, "bf16, fp32"),
-        (90, 128, "bf16, codes"),
-        (90, 64, "bf16, codes"),
-        (90, 32, "bf16, bf16"),
-        (90, 64, "fp32, fp32"),
-        (80, 128, "bf16, fp32"),
-        (80, 128, "bf16, codes"),
-        (80, 64, "bf16, fp32"),
-        (80, 32, "bf16, codes"),
+        ("hopper", 128, "bf16, fp32"),
+        ("hopper", 128, "bf16, codes"),
+        ("hopper", 64, "bf16, codes"),
+        ("hopper", 32, "bf16, bf16"),
+        ("hopper", 64, "fp32, fp32"),
+        ("ampere", 128, "bf16, fp32"),
+        ("ampere", 128, "bf16, codes"),
+        ("ampere", 64, "bf16, fp32"),
+        ("ampere", 32, "bf16, codes"),
     ],
 )
-def test_sampled(capability: int, side: int, stored: str, tmp_path: Path) -> None:
-    weight = STORED[stored][0]
-    name, factor = ("bf16", torch.bfloat16) if weight == BF16 else ("fp32", torch.float32)
-    config = configs.sampled(ARCHITECTURES[capability], factor, "tf32", side)
-    columns = max(config.columns, configs.lanes(side))
-    constants = update_constants(stored, adamw_columns.BLOCK)
-    del constants["KINDS"]
-    constants |= {
-        "offsets": None,
-        "left_stride_r": 1,
-        "right_stride_c": 1,
-        "WIDTH_M": side,
-        "WIDTH_N": side,
-        "BLOCK_M": configs.lanes(side),
-        "BLOCK_N": columns,
-        "LANES_N": configs.lanes(side),
-        "BLOCK_T": config.tokens,
-        "ALIGNED_M": side,
-        "ALIGNED_N": side,
-        "LINES_TOGETHER": 8,
-        "PRECISION": "tf32",
-        "PARTS": sampled_adamw.num_parts(configs.lanes(side), columns, config.num_warps),
-        "ALIGNED": True,
-    }
-    pointers = {**SAMPLED_POINTERS, "left": f"*{name}", "right": f"*{name}"}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    _, spilled = compiled(sampled_adamw._sampled_adamw, capability, pointers, constants, tmp_path, **options)
-    assert spilled == 0
+def test_sampled(architecture: str, side: int, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smet_compile.ops.kernels.triton import adamw, device, dot, sampled_adamw
+    from smet_compile.ops.kernels.triton.adamw_rows import Update
+
+    monkeypatch.setattr(device, "architecture", lambda _: architecture)
+    monkeypatch.setattr(sampled_adamw, "dot_precision", lambda _: "tf32")
+    assert dot.dot_precision(BF16) == "tf32"
+    case = Case((512, 1024), (side, side), density=0.25)
+    one = Update(*update_of(case, *STORED[stored], broken=False))
+    assert isinstance(one.layout, Layout)
+    left, right = (torch.empty(512, size, dtype=one.values.dtype) for size in case.shape)
+    with caught(adamw, "prepare"), caught(sampled_adamw, "_sampled_adamw") as fused:
+        sampled_adamw._fused(left, right, None, one)
+    ptx = check(fused, architecture)
+    assert ("wgmma.mma_async" if architecture == "hopper" else "mma.sync") in ptx

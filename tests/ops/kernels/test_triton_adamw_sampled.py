@@ -61,7 +61,7 @@ def step_both(
     before = update_of(case, dtype, moments, noise_seed)
     left, right, offsets = factors(case, factor, grouped, broken)
     actual, expected = copy_of(before, DEVICE), copy_of(before, DEVICE)
-    assert sampled_adamw.fuses(left, actual)
+    assert sampled_adamw.fuses(left, offsets, actual)
     sampled_adamw.sampled_active_adamw_(actual[0], left, right, offsets, *actual[2:])
     values, _, *update = expected
     grad = product(left, right, *expected[10:15], values.shape[0], offsets)
@@ -89,7 +89,7 @@ def test_wide_blocks_are_multiplied_first() -> None:
     before = update_of(case, FP32, FP32, None)
     left, right, _ = factors(case, FP32, grouped=False, broken=False)
     actual = copy_of(before, DEVICE)
-    assert not sampled_adamw.fuses(left, actual)
+    assert not sampled_adamw.fuses(left, None, actual)
     sampled_adamw.sampled_active_adamw_(actual[0], left, right, None, *actual[2:])
     assert int(actual[6]) == int(before[6]) + 1
     assert not torch.equal(actual[0].cpu(), before[0])

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for Hopper and Ampere, on any machine: in registers, within shared memory, asynchronously."""
+"""Triton's kernels compile for Hopper and Ampere, on any machine: in registers, within shared memory, copying ahead."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,14 @@ from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, Compiled, c
 from tests.ops.kernels.device import compiled_only
 
 pytestmark = compiled_only
-SIDES = [(torch.bfloat16, 128), (torch.bfloat16, 64), (torch.bfloat16, 32), (torch.float16, 16), (torch.float32, 64), (torch.float32, 128)]
+SIDES = [
+    (torch.bfloat16, 128),
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 32),
+    (torch.float16, 16),
+    (torch.float32, 64),
+    (torch.float32, 128),
+]
 every_side = pytest.mark.parametrize(("dtype", "side"), SIDES, ids=str)
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
@@ -25,9 +32,11 @@ def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(device, "architecture", lambda _: request.getfixturevalue("architecture"))
 
 
-def weight(dtype: torch.dtype, block_shape: tuple[int, int], stack: int = 1) -> tuple[torch.Tensor, tuple[Any, ...]]:
+def weight(
+    dtype: torch.dtype, block_shape: tuple[int, int], stack: int = 1, size: tuple[int, int] = (1024, 2048)
+) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """Values, and the arguments from the topology on, unwritten: of a weight with a quarter of its blocks active."""
-    layout = Layout.of((stack, 1024, 2048), block_shape)
+    layout = Layout.of((stack, *size), block_shape)
     num_active = layout.num_active(0.25)
     values = torch.empty(layout.values_shape(num_active), dtype=dtype)
     bits = torch.empty(-(-layout.num_blocks // 8), dtype=torch.uint8)
@@ -71,9 +80,7 @@ def test_masked_matmul(architecture: str, dtype: torch.dtype, side: int, transpo
 
 @every_side
 @every_architecture
-def test_sampled_matmul(
-    architecture: str, dtype: torch.dtype, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampled_matmul(architecture: str, dtype: torch.dtype, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from smet_compile.ops.kernels.triton import sampled_tiles
 
     values, topology = weight(dtype, (side, side))
@@ -130,3 +137,32 @@ def test_unpack_and_pack(architecture: str, block_shape: tuple[int, int], packs:
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
     assert packs or re.search(r"st\.global\.v4\.b32", compiled.ptx)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
+@pytest.mark.parametrize("size", [(1, 1), (32, 64)], ids=str)
+@pytest.mark.parametrize("architecture", ["hopper"])
+def test_sizes_that_become_constants(
+    architecture: str, size: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token, one block, one row: Triton compiles a kernel of its own where an argument is 1."""
+    from smet_compile.ops.kernels.triton import expand, expand_tiles, matmul_tiles, sampled_tiles, unpack
+
+    values, topology = weight(torch.bfloat16, (32, 32), size=size)
+    sides = torch.empty(1, size[0], dtype=torch.bfloat16), torch.empty(1, size[1], dtype=torch.bfloat16)
+    offsets = torch.empty(1, dtype=torch.int32) if grouped else None
+    launches = []
+    for transposed in (False, True):
+        with caught(matmul_tiles, "_masked_tiles") as launch:
+            matmul_tiles.masked_matmul(sides[transposed], values, *topology, transposed, None, offsets)
+        launches.append(launch)
+    monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 2)
+    with caught(sampled_tiles, "_add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
+        sampled_tiles.sampled_matmul(*sides, *topology, values.shape[0], offsets)
+    with caught(expand_tiles, "_expand_tiles") as tiles:
+        unpack.unpack(values, *topology)
+    values, topology = weight(torch.bfloat16, (1, 1), size=size)
+    with caught(expand, "_expand_bits") as bits:
+        unpack.unpack(values, *topology)
+    for each in (*launches, launch, sum_, tiles, bits):
+        compile_for(each, architecture)

@@ -10,15 +10,21 @@ import pytest
 from tests.ops.kernels.device import HAS_GPU, INTERPRETED
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[2]
+FILES = sorted(path.name for path in FOLDER.glob("test_triton_*.py") if "on_device" in path.read_text())
+FILES.remove(Path(__file__).name)
 
 
 @pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="they run on the GPU, or run already")
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_triton_*.py") if path != Path(__file__)))
+@pytest.mark.parametrize("file", FILES)
 def test_in_interpreter(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", str(FOLDER / file), "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    nothing_to_run = result.returncode == 0 and " passed" not in result.stdout
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert not nothing_to_run or "replaced the compiler" in result.stdout, result.stdout[-1000:]
+    """Every file with tests that are marked ``on_device``; each has some that pass there."""
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
+        cwd=FOLDER.parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]

@@ -46,12 +46,16 @@ def kernel(name: str, each: Case) -> Callable[..., Tensor]:
     return function
 
 
-def check_masked(each: Case, input: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor | None = None) -> None:
+def check_masked(
+    each: Case, input: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor | None = None
+) -> None:
     args = cases.values(each, input.dtype), *cases.topology(each), transposed, bias, offsets
     out = kernel("masked_matmul", each)(input, *args)
     exact = None if bias is None else bias.double().cpu()
     ends = None if offsets is None else offsets.cpu()
-    law = ref.masked_matmul(input.double().cpu(), each.values(), each.mask, each.compact.layout, transposed, exact, ends)
+    law = ref.masked_matmul(
+        input.double().cpu(), each.values(), each.mask, each.compact.layout, transposed, exact, ends
+    )
     assert out.is_contiguous() and out.dtype == input.dtype
     assert_close("transposed" if transposed else "plain", out.cpu(), law)
 
@@ -194,6 +198,6 @@ def test_few_blocks_are_split() -> None:
     from smet_compile.ops.kernels.triton.sampled_tiles import num_splits
 
     layout = Layout.of((8192, 8192), (128, 128))
-    assert num_splits(132, layout, 16384, 1, 128, 64) > 4
-    assert num_splits(132, layout, 16384, 1056, 128, 64) == 1
-    assert num_splits(132, layout, 64, 1, 128, 64) == 1
+    assert num_splits(132, layout, 16384, 1, 1, 64) > 4
+    assert num_splits(132, layout, 16384, 1056, 1, 64) == 1
+    assert num_splits(132, layout, 64, 1, 1, 64) == 1

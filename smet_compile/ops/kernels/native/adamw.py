@@ -29,14 +29,15 @@ class _Update(ctypes.Structure):
     ]
 
 
-def updates(values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: Any) -> bool:
-    """Whether this kernel can do that update; the arguments are those of ``active_adamw_``."""
+def supports(arguments: tuple[Any, ...]) -> bool:
+    """Whether ``update_all`` takes a parameter with these arguments of ``smet::active_adamw_``."""
+    values, grad, exp_avg, exp_avg_sq = arguments[:4]
     return (
-        values.dtype in (torch.float32, torch.bfloat16)
+        values.device.type == grad.device.type == "cpu"
+        and values.dtype in (torch.float32, torch.bfloat16)
         and grad.dtype == values.dtype
         and exp_avg.dtype in _KINDS
         and exp_avg_sq.dtype == exp_avg.dtype
-        and all(t.device.type == "cpu" for t in (values, grad))
         and all(t.is_contiguous() for t in (values, exp_avg, exp_avg_sq))
         and library("adamw") is not None
     )

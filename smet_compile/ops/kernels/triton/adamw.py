@@ -38,7 +38,7 @@ class _Kind(NamedTuple):
     device: torch.device
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     stochastic: bool
-    index: torch.dtype
+    positions: torch.dtype
     generation: torch.dtype
 
     @property
@@ -50,8 +50,10 @@ def supports(arguments: tuple[Any, ...]) -> bool:
     """Whether ``update_all`` takes a parameter with these arguments of ``smet::active_adamw_``."""
     one = Update(*arguments)
     stored = (one.values, one.exp_avg, one.exp_avg_sq)
+    others = (one.grad, one.scales, one.num_skipped, one.step, one.generation, one.births, one.topology, *one.lists)
     return (
         all(t.is_contiguous() for t in stored)
+        and all(t is None or t.device == one.values.device for t in (*stored, *others))
         and all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (one.values, one.grad))
         and one.exp_avg.dtype == one.exp_avg_sq.dtype
         and one.exp_avg.dtype in (torch.float32, torch.bfloat16, torch.uint8)
@@ -72,14 +74,14 @@ def update_all(updates: Sequence[tuple[Any, ...]]) -> None:
 
 
 def kind_of(one: Update) -> _Kind:
-    index = one.index[0].dtype if one.index else torch.int32
+    positions = one.lists[0].dtype if one.lists else torch.int32
     generation = torch.uint8 if one.generation is None else one.generation.dtype
     dtypes = one.values.dtype, one.grad.dtype, one.exp_avg.dtype
-    return _Kind(one.values.device, dtypes, one.rounds, index, generation)
+    return _Kind(one.values.device, dtypes, one.rounds, positions, generation)
 
 
 def prepared(kind: _Kind, members: list[Update]) -> tuple[Tensor, Tensor, tuple[Shape, ...]]:
-    """Table and rates of these parameters, whose steps are raised, and how each is cut."""
+    """Table and rates of these parameters, and how each is cut; their steps are raised, and they count as changed."""
     shapes = tuple(shape_of(one, kind.stochastic) for one in members)
     rows, num_rates = [], 0
     for one, shape in zip(members, shapes, strict=True):
@@ -87,6 +89,9 @@ def prepared(kind: _Kind, members: list[Update]) -> tuple[Tensor, Tensor, tuple[
         num_rates += 3 * (1 if one.births is None else one.births.numel())
     table = _table(tuple(rows), kind.device)
     rates = torch.empty(num_rates, dtype=torch.float32, device=kind.device)
+    for one in members:
+        changed = one.values, one.exp_avg, one.exp_avg_sq, one.num_skipped, one.step
+        torch.autograd.graph.increment_version(changed if one.scales is None else (*changed, one.scales))
     prepare[(len(rows),)](table, rates, GENERATIONS=256, num_warps=1, enable_fp_fusion=False)
     return table, rates, shapes
 
@@ -102,7 +107,7 @@ def _launch(kind: _Kind, members: list[Update]) -> None:
                 rates,
                 work,
                 DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
-                INDEX=TYPES[kind.index],
+                INDEX=TYPES[kind.positions],
                 GENERATION=TYPES[kind.generation],
                 KINDS=tuple(number in kinds for number in range(5)),
                 STOCHASTIC=kind.stochastic,

@@ -83,7 +83,7 @@ def encode(x, scale, noise, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr):
     bits = ratio.to(tl.int32, bitcast=True)
     magnitude = ((bits + low) >> 20) - OFFSET
     if SIGNED:
-        smallest = ((tl.zeros_like(bits) + OFFSET + 1) << 20).to(tl.float32, bitcast=True)
+        smallest = tl.cast((tl.zeros_like(bits) + OFFSET + 1) << 20, tl.float32, bitcast=True)
         share = tl.div_rn(ratio, smallest)
         if STOCHASTIC:
             rises = low.to(tl.float32) < share * 1048576.0

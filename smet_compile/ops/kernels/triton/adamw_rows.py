@@ -23,7 +23,7 @@ from smet_compile.ops.kernels.triton.adamw_columns import (
 
 
 class Update(NamedTuple):
-    """The arguments of ``smet::active_adamw_``."""
+    """The arguments of ``smet::active_adamw_``; ``lists`` is its ``index``."""
 
     values: Tensor
     grad: Tensor
@@ -36,7 +36,7 @@ class Update(NamedTuple):
     generation: Tensor | None
     births: Tensor | None
     topology: Tensor | None
-    index: list[Tensor]
+    lists: list[Tensor]
     shape: list[int]
     matrix: list[int]
     block_shape: list[int]
@@ -137,7 +137,7 @@ def _list_addresses(update: Update, layout: Layout | None) -> tuple[int, int]:
     """Of positions and group_starts."""
     if layout is None:
         return 0, 0
-    index = update.index[0]
+    index = update.lists[0]
     offsets = _list_offsets(layout, update.values.shape[0])
     first, second = (0 if o is None else index.data_ptr() + o * index.element_size() for o in offsets)
     return first, second
@@ -146,7 +146,8 @@ def _list_addresses(update: Update, layout: Layout | None) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4096)
 def _list_offsets(layout: Layout, num_active: int) -> tuple[int | None, int | None]:
     lists = split_index(empty_index(layout, num_active, torch.device("meta")), layout, num_active)
-    positions, group_starts = (
-        None if part is None else part.storage_offset() for part in (lists.positions, lists.group_starts)
-    )
-    return positions, group_starts
+    return _offset(lists.positions), _offset(lists.group_starts)
+
+
+def _offset(part: Tensor | None) -> int | None:
+    return None if part is None else int(part.storage_offset())

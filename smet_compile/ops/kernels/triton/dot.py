@@ -1,5 +1,6 @@
 """The one product of all kernels, in fp32 sums, and the precision that is asked of it."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,7 @@ A program takes some groups of block positions, expands their bits, and finds by
 Shape suffixes: B block positions of a program, Y their bytes of bits, b bits of a byte, E entries of a block.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 Shape suffixes: m and n rows and columns of a block, K block columns.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton

@@ -13,6 +13,7 @@ does a multiprocessor wait, for at most one longest line of hundreds.
 Shape suffixes: T tokens, I and O inputs and outputs of the product, k those of them that one step sums over.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math

@@ -12,14 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smet_compile.format import split_index
-from smet_compile.ops.kernels.triton import configs, device, sampled_tiles
+from smet_compile.format import Layout, split_index
+from smet_compile.ops.kernels.triton import configs, device
 from smet_compile.ops.kernels.triton.adamw import TYPES, kind_of, prepared, update_all
 from smet_compile.ops.kernels.triton.adamw_epilogue import update_blocks
 from smet_compile.ops.kernels.triton.adamw_rounding import rounded_to
 from smet_compile.ops.kernels.triton.adamw_rows import Update
 from smet_compile.ops.kernels.triton.dot import dot_precision
-from smet_compile.ops.kernels.triton.sampled_tiles import accumulate_tile, lanes_of_block, tokens_of_split
+from smet_compile.ops.kernels.triton.sampled_tiles import (
+    accumulate_tile,
+    lanes_of_block,
+    num_splits,
+    sampled_matmul,
+    tokens_of_split,
+)
 
 _LINES_TOGETHER = 8
 _ENTRIES_OF_A_THREAD = 4
@@ -114,45 +120,49 @@ def num_parts(rows: int, columns: int, num_warps: int) -> int:
     return max(1, rows * columns // (32 * num_warps * _ENTRIES_OF_A_THREAD))
 
 
-def fuses(left: Tensor, update: tuple[Any, ...]) -> bool:
-    """Whether product and update are one kernel: a program holds a whole block, and there are blocks for all programs.
+def fuses(left: Tensor, offsets: Tensor | None, update: tuple[Any, ...]) -> bool:
+    """Whether product and update are one kernel: a program holds whole blocks, and the product would not be split.
 
-    ``update``: the arguments of ``smet::active_adamw_``, in which any tensor stands for the gradient.
+    Args:
+        update: the arguments of ``smet::active_adamw_``, in which any tensor stands for the gradient.
     """
     one = Update(*update)
     layout = one.layout
     if layout is None or not layout.tiles or max(layout.block_shape) > configs.WIDEST:
         return False
-    config = configs.sampled(
-        device.architecture(left.device), left.dtype, dot_precision(left.dtype), layout.block_shape[1]
-    )
-    lanes_n = configs.lanes(layout.block_shape[1])
-    together = max(lanes_n, config.columns) // lanes_n
-    splits: int = sampled_tiles._num_splits(left, layout, one.values.shape[0], together, config.tokens)
-    return splits == 1
+    config, columns = _config(left, layout)
+    tokens = left.shape[-2] // (1 if offsets is None else layout.num_matrices)
+    sms = device.num_sms(left.device)
+    return num_splits(sms, layout, tokens, one.values.shape[0], columns, config.tokens) == 1
+
+
+def _config(left: Tensor, layout: Layout) -> tuple[configs.Sampled, int]:
+    """That of the product, and the columns that a program sums."""
+    width = layout.block_shape[1]
+    config = configs.sampled(device.architecture(left.device), left.dtype, dot_precision(left.dtype), width)
+    return config, max(configs.lanes(width), config.columns)
 
 
 def sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets: Tensor | None, *update: Any) -> None:
     """``smet::sampled_active_adamw_``: ``active_adamw_`` by the gradient pack(leftᵀ right), for tiles."""
-    if fuses(left, (values, values, *update)):
-        _fused(left, right, offsets, Update(values, values, *update))
-        return
     one = Update(values, values, *update)
-    where = one.topology, one.index, one.shape, one.matrix, one.block_shape
-    grad = sampled_tiles.sampled_matmul(left, right, *where, values.shape[0], offsets)
-    update_all([(values, grad.to(values.dtype), *update)])
+    if fuses(left, offsets, one):
+        _fused(left, right, offsets, one)
+        return
+    assert one.topology is not None, "tiles are compact"
+    layout = one.shape, one.matrix, one.block_shape
+    grad = sampled_matmul(left, right, one.topology, one.lists, *layout, values.shape[0], offsets)
+    update_all([one._replace(grad=grad.to(values.dtype))])
 
 
 def _fused(left: Tensor, right: Tensor, offsets: Tensor | None, one: Update) -> None:
     layout, kind = one.layout, kind_of(one)
     assert layout is not None
-    precision = dot_precision(left.dtype)
     bm, bn = layout.block_shape
-    config = configs.sampled(device.architecture(left.device), left.dtype, precision, bn)
+    config, piece_n = _config(left, layout)
     piece_m, lanes_n = configs.lanes(bm), configs.lanes(bn)
-    piece_n = max(lanes_n, config.columns)
     num_lines = layout.num_matrices * layout.block_rows
-    lists = split_index(one.index[0], layout, one.values.shape[0])
+    lists = split_index(one.lists[0], layout, one.values.shape[0])
     stacked = left.dim() == 3
     with device.on_device_of(left):
         table, rates, _ = prepared(kind, [one])
@@ -185,10 +195,10 @@ def _fused(left: Tensor, right: Tensor, offsets: Tensor | None, one: Update) -> 
             ALIGNED_M=math.gcd(bm, layout.rows, piece_m),
             ALIGNED_N=math.gcd(bn, layout.cols, lanes_n),
             LINES_TOGETHER=_LINES_TOGETHER,
-            PRECISION=precision,
+            PRECISION=dot_precision(left.dtype),
             PARTS=num_parts(piece_m, piece_n, config.num_warps),
             DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
-            INDEX=TYPES[kind.index],
+            INDEX=TYPES[kind.positions],
             GENERATION=TYPES[kind.generation],
             STOCHASTIC=kind.stochastic,
             ALIGNED=bn % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (one.values, one.exp_avg, one.exp_avg_sq)),

@@ -10,6 +10,7 @@ Programs come in groups of block rows, inside a group by column: those that run 
 Shape suffixes: T tokens, R rows, C cols, N active blocks, m and n rows and columns of a program's piece.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import math
@@ -223,8 +224,7 @@ def sampled_matmul(
     blocks_together = piece_n // lanes_n
     per_line = triton.cdiv(layout.block_cols, blocks_together) * triton.cdiv(bm, piece_m) * triton.cdiv(bn, piece_n)
     num_lines = layout.num_matrices * layout.block_rows
-    tokens = left.shape[-2] // (1 if offsets is None else layout.num_matrices)
-    splits = num_splits(device.num_sms(left.device), layout, tokens, num_active, piece_n, config.tokens)
+    splits = _num_splits(left, layout, num_active, blocks_together, config.tokens)
     out = left.new_empty(layout.values_shape(num_active))
     parts = out if splits == 1 else left.new_empty((splits, *out.shape), dtype=torch.float32)
     lists = split_index(index[0], layout, num_active)
@@ -270,14 +270,19 @@ def sampled_matmul(
     return out
 
 
-def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, columns: int, step: int) -> int:
+def _num_splits(left: Tensor, layout: Layout, num_active: int, blocks_together: int, step: int) -> int:
+    """``num_splits`` for the tokens of ``left``: a matrix' own, or its even share of those sorted by matrix."""
+    tokens = left.shape[-2] // (1 if left.dim() == 3 else layout.num_matrices)
+    return num_splits(device.num_sms(left.device), layout, tokens, num_active, blocks_together, step)
+
+
+def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
     """Parts to sum the ``tokens`` of a matrix in, of which the time is least, in multiply-adds of one output.
 
-    Programs of ``columns`` columns run in rounds of one to each of the ``sms`` multiprocessors, and each part of a sum
-    costs its writing and reading.
+    Programs of ``blocks_together`` blocks run in rounds of one to each of the ``sms`` multiprocessors, and each part of
+    a sum costs its writing and reading.
     """
     bm, bn = layout.block_shape
-    blocks_together = max(1, columns // configs.lanes(bn))
     lines = min(num_active, layout.num_matrices * layout.block_rows)
     parts_of_block = triton.cdiv(bm, configs.WIDEST) * triton.cdiv(bn, configs.WIDEST)
     programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)

@@ -1,0 +1,31 @@
+"""The most memory that was held since a moment: of a GPU by torch's allocator, of a CPU by the kernel's count."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from benchmarks.measuring import resident, restart_peak
+from benchmarks.ratios import is_gpu
+
+
+class Peak:
+    """Over what is held when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        gc.collect()
+        self._before = torch.cuda.memory_allocated(device) if is_gpu(device) else resident("VmRSS")
+
+    def restart(self) -> None:
+        if is_gpu(self._device):
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            restart_peak()
+
+    @property
+    def bytes(self) -> int:
+        """The most since ``restart``, over what was held at the beginning."""
+        peak = torch.cuda.max_memory_allocated(self._device) if is_gpu(self._device) else resident("VmHWM")
+        return peak - self._before

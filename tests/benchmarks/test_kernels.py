@@ -1,0 +1,98 @@
+"""Every section of the kernels' benchmark runs at tiny size and says what it measured."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import SECTIONS as GPU_SECTIONS
+from benchmarks.kernels import CPU_SECTIONS
+from benchmarks.ratios import Pairs
+from benchmarks.sections import gpu_linear, gpu_step, linear
+from benchmarks.settings import Settings
+from benchmarks.tables import AWAITS_GPU, Table
+from benchmarks.training import training
+from tests.support.fresh_process import ROOT, run_python
+
+REPEATS = 2
+NUM_TABLES = {"gpu-linear": 2, "gpu-step": 2}
+SECTIONS = CPU_SECTIONS | GPU_SECTIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:UserWarning")
+
+
+@pytest.fixture
+def not_compiled() -> Iterator[None]:
+    """Models run as they are: compiling one takes half a minute."""
+    training.cache_clear()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    training.cache_clear()
+
+
+def measured(name: str) -> list[Table]:
+    return SECTIONS[name](Settings(REPEATS, quick=True, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_section(name: str, not_compiled: None) -> None:
+    tables = measured(name)
+    assert len(tables) == NUM_TABLES.get(name, 1)
+    for row in (row for table in tables for row in table.rows):
+        assert not row.unmeasured
+        assert row.kernel
+        assert len(row.ratios) in (1, REPEATS)
+        assert all(0 < ratio < 1e4 for ratio in row.ratios) or name == "topology"
+
+
+def test_operations_a_second_count_those_of_active_blocks() -> None:
+    assert linear.rates(Pairs((2.0, 1.0, 2.0), (1.0, 1.0, 9.0)), dense_flops=4 * 10**9, density=0.25) == {
+        "dense GFLOP/s": "2",
+        "sparse GFLOP/s": "1",
+    }
+
+
+def test_the_kernel_named_is_the_one_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMET_COMPILE_KERNEL", "torch")
+    assert {row.kernel for table in measured("linear") for row in table.rows} == {"torch"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+@pytest.mark.parametrize("name", GPU_SECTIONS)
+def test_without_a_gpu_its_rows_await_one(name: str) -> None:
+    tables = SECTIONS[name](Settings(REPEATS, quick=False, device=torch.device("cpu")))
+    assert {row.verdict for table in tables for row in table.rows} == {AWAITS_GPU}
+    assert all(table.rows for table in tables)
+
+
+def test_bound_of_a_step() -> None:
+    """24 layers of 12.6M weights, a head of 32.8M, 24 · 256 · 1024 products of attention for each token."""
+    weights, rest = 24 * (4 * 1024**2 + 3 * 1024 * 2736), 1024 * 32000 + 24 * 256 * 1024
+    assert gpu_step.SHAPE.bound == pytest.approx((weights + rest) / (weights / 4 + rest))
+    assert gpu_step.SHAPE.bound == pytest.approx(2.98, abs=0.01)
+
+
+def test_bound_of_l2() -> None:
+    """A step over k of 256 by 64 outputs reads 320 k numbers of two bytes for 2 · 256 · 64 k operations."""
+    assert gpu_linear.l2_bound(64, bandwidth=640.0) == pytest.approx(2 * 256 * 64)
+
+
+def test_command(tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "kernels.md"
+    command = ("-m", "benchmarks.kernels", "--quick", "--repeats=2", "--only=linear", f"--out={out}")
+    printed = run_python(*command)
+    written = out.read_text()
+    assert written.startswith("# Kernels\n")
+    assert "Not for the record" in written
+    assert re.search(rf"torch {re.escape(torch.__version__)}.*", written)
+    assert "### Linear layers of tiles" in written
+    assert all(line in printed for line in written.splitlines())
+
+
+@pytest.mark.slow
+def test_compiled_sections() -> None:
+    printed = run_python("-m", "benchmarks.kernels", "--quick", "--repeats=1", "--only=step", "--only=topology")
+    assert printed.count("cpu_") == 6
+    assert str(ROOT) not in printed

@@ -1,0 +1,92 @@
+"""Triton's unpack and pack: the bits of the plain ones, for every kind of block."""
+
+import pytest
+import torch
+
+from tests.ops.kernels import cases
+from tests.ops.kernels.device import DEVICE, new_memory_is_nan, on_device
+from tests.ops.matmul_cases import MASKS
+from tests.support.snapshots import same_bits
+
+pytestmark = [on_device, pytest.mark.usefixtures(new_memory_is_nan.__name__)]
+SIZES = [(37, 29), (3, 21, 29)]
+BLOCK_SHAPES = [(1, 1), (1, 8), (8, 1), (1, 3), (3, 1), (1, 700), (8, 8), (3, 5), (32, 32), (16, 24)]
+every_weight = pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@every_weight
+def test_both_ways(size: tuple[int, ...], block_shape: tuple[int, int], mask: str) -> None:
+    from smet_compile.ops.kernels.triton.unpack import pack, unpack
+
+    each = cases.weight(size, block_shape, mask)
+    values, topology = cases.values(each, torch.float32), cases.topology(each)
+    dense = unpack(values, *topology)
+    assert torch.equal(dense.cpu(), each.dense.view(size).float())
+    grad = torch.randn(size)
+    packed = pack(grad.to(DEVICE), *topology, each.compact.num_active)
+    assert same_bits(packed.cpu(), each.gather(grad))
+
+
+@pytest.mark.parametrize("block_shape", [(1, 1), (1, 8), (2, 1), (1, 3), (32, 32), (100, 300)], ids=str)
+def test_several_programs(block_shape: tuple[int, int]) -> None:
+    """More groups than one program takes, and more block columns than are counted at once."""
+    from smet_compile.ops.kernels.triton.unpack import pack, unpack
+
+    size = (2, 9000) if block_shape != (100, 300) else (120, 310)
+    each = cases.weight(size, block_shape)
+    values, topology = cases.values(each, torch.float32), cases.topology(each)
+    assert torch.equal(unpack(values, *topology).cpu(), each.dense.view(size).float())
+    grad = torch.randn(size)
+    assert same_bits(pack(grad.to(DEVICE), *topology, each.compact.num_active).cpu(), each.gather(grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_weight
+def test_dtypes(block_shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from smet_compile.ops.kernels.triton.unpack import pack, unpack
+
+    each = cases.weight((37, 29), block_shape)
+    values, topology = cases.values(each, dtype), cases.topology(each)
+    dense = unpack(values, *topology)
+    assert dense.dtype == dtype and torch.equal(dense.cpu(), each.dense.view(37, 29).to(dtype))
+    assert same_bits(pack(dense, *topology, each.compact.num_active), values)
+
+
+@every_weight
+def test_a_transposed_gradient_is_read_as_it_lies(block_shape: tuple[int, int]) -> None:
+    from smet_compile.ops.kernels.triton.unpack import pack
+
+    for size in ((40, 30), (3, 21, 29)):
+        each = cases.weight(size, block_shape)
+        grad = torch.randn(size).mT.contiguous().mT
+        packed = pack(grad.to(DEVICE), *cases.topology(each), each.compact.num_active)
+        assert same_bits(packed.cpu(), each.gather(grad))
+
+
+def test_values_without_memory_of_their_own() -> None:
+    """An expanded scalar, as autograd makes of the gradient of a sum."""
+    from smet_compile.ops.kernels.triton.unpack import unpack
+
+    for block_shape in ((1, 1), (8, 8)):
+        each = cases.weight((37, 29), block_shape, "all")
+        values = torch.ones((), device=DEVICE).expand(each.compact.layout.values_shape(each.compact.num_active))
+        assert bool((unpack(values, *cases.topology(each)) == 1).all())
+
+
+def test_a_sampled_product_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number of rows or matrices: no scratch is larger than is allowed, the result is the same."""
+    from smet_compile.ops.kernels.triton import matmul_expanded
+
+    monkeypatch.setattr(matmul_expanded, "_ROWS_OF_A_GEMM", 4)
+    for size in ((37, 29), (5, 6, 7)):
+        for block_shape in ((1, 1), (1, 8), (3, 1)):
+            each = cases.weight(size, block_shape)
+            left, right = (cases.tokens(each, 11, number, torch.float32) for number in size[-2:])
+            args = left, right, *cases.topology(each), each.compact.num_active
+            whole = matmul_expanded.sampled_matmul(*args)
+            with monkeypatch.context() as patch:
+                patch.setattr(matmul_expanded, "SCRATCH_BYTES", 600)
+                assert len(list(matmul_expanded._pieces(each.compact.layout, 4))) > 1
+                torch.testing.assert_close(matmul_expanded.sampled_matmul(*args), whole, rtol=1e-6, atol=1e-6)
