@@ -55,8 +55,8 @@ def head(title: str, command: str, settings: Settings) -> str:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_triton()}"
     lines = [f"# {title}", "", f"Written by `{command}` on {today}. {_machine(settings)}. {versions}.", ""]
     lines.append(
-        f"Each ratio is of two things measured side by side in one run, in turns (A B A B ...): the median of "
-        f'{settings.repeats} pairs, the least and the largest. A column "met" compares the median with the target.'
+        f"Each ratio is of two things measured side by side in one run, in turns (A B C A B C ...): the median of "
+        f'{settings.repeats} turns, the least and the largest. A column "met" compares the median with the target.'
     )
     if settings.quick or settings.repeats < ENOUGH_REPEATS:
         lines += ["", "**Not for the record**: tiny sizes or too few pairs."]

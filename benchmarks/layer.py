@@ -5,21 +5,21 @@ Shape suffixes: T tokens, R outputs, C inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import smet_compile as smet
+from benchmarks import chosen
 from benchmarks.ratios import Clock, Pairs, Work, in_turns
 from benchmarks.settings import Settings
-from smet_compile.ops import Site, find_sites
-from smet_compile.ops.choose import Case, kernel_of
+from smet_compile.ops import find_sites
 
 DENSITY = 0.25
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", "weight gradient", "update"
 PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
-_OPS = ("masked_matmul", "sampled_matmul")
 Block = int | tuple[int, int]
 
 
@@ -40,58 +40,86 @@ class Size:
         return 2 * self.tokens * self.cols * self.rows
 
 
-class Layers:
-    """A dense layer and a compact one of the same size, on the same inputs and output gradients."""
+class Dense:
+    """A dense layer with its inputs and the gradients of its outputs."""
 
-    def __init__(self, size: Size, block: Block, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: Size, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
         self.input_TC = torch.randn(size.tokens, size.cols, dtype=dtype, device=device)
         self.grad_output_TR = torch.randn(size.tokens, size.rows, dtype=dtype, device=device)
-        self._dense, self._compact = (
-            nn.Linear(size.cols, size.rows, bias=False, dtype=dtype, device=device) for _ in range(2)
-        )
-        smet.sparsify(self._compact, DENSITY, block_shape=block)
-        self.site = next(iter(find_sites(self._compact).values()))
-        self._state_dtype = dtype if dtype == torch.bfloat16 else None
+        self.weight_RC = torch.randn(size.rows, size.cols, dtype=dtype, device=device)
+
+    def part(self, name: str) -> Work:
+        """One part of a step, as a call."""
+        if name == UPDATE:
+            parameter = nn.Parameter(self.weight_RC)
+            parameter.grad = torch.randn_like(parameter)
+            return torch.optim.AdamW([parameter], fused=True).step
+        return {
+            FORWARD: lambda: self.input_TC @ self.weight_RC.T,
+            INPUT_GRADIENT: lambda: self.grad_output_TR @ self.weight_RC,
+            WEIGHT_GRADIENT: lambda: self.grad_output_TR.T @ self.input_TC,
+        }[name]
+
+
+class Compact:
+    """A compact layer of the size of a dense one, on its inputs and gradients."""
+
+    def __init__(self, dense: Dense, block: Block) -> None:
+        self._dense = dense
+        rows, cols = dense.weight_RC.shape
+        self._layer = nn.Linear(cols, rows, bias=False, dtype=dense.weight_RC.dtype, device=dense.weight_RC.device)
+        smet.sparsify(self._layer, DENSITY, block_shape=block)
+        self._site = next(iter(find_sites(self._layer).values()))
 
     @property
     def kernels(self) -> str:
-        return kernels_of([self.site])
+        return chosen.of_products([self._site])
 
-    def dense(self, part: str) -> Work:
-        """``part`` of a step of the dense layer."""
-        weight_RC = self._dense.weight.detach()
-        if part == UPDATE:
-            optimizer = torch.optim.AdamW(self._dense.parameters(), fused=True)
-            self._dense.weight.grad = torch.randn_like(weight_RC)
-            return optimizer.step
-        return {
-            FORWARD: lambda: self.input_TC @ weight_RC.T,
-            INPUT_GRADIENT: lambda: self.grad_output_TR @ weight_RC,
-            WEIGHT_GRADIENT: lambda: self.grad_output_TR.T @ self.input_TC,
-        }[part]
+    @property
+    def density(self) -> float:
+        return self._site.density
 
-    def compact(self, part: str) -> Work:
-        """``part`` of a step of the compact layer."""
-        compact, values = self.site.compact, self.site.values.detach()
-        if part == UPDATE:
-            optimizer = smet.ActiveAdamW(self._compact, state_dtype=self._state_dtype)
-            self.site.values.grad = torch.randn_like(values)
-            return optimizer.step
+    def part(self, name: str) -> Work:
+        """One part of a step, as a call."""
+        compact, values = self._site.compact, self._site.values.detach()
+        if name == UPDATE:
+            state_dtype = torch.bfloat16 if values.dtype == torch.bfloat16 else None
+            self._site.values.grad = torch.randn_like(values)
+            return smet.ActiveAdamW(self._layer, state_dtype=state_dtype).step
+        input_TC, grad_output_TR = self._dense.input_TC, self._dense.grad_output_TR
         ops, where = torch.ops.smet, (compact.topology, compact.index, *compact.op_layout())
         return {
-            FORWARD: lambda: ops.masked_matmul(self.input_TC, values, *where, True),
-            INPUT_GRADIENT: lambda: ops.masked_matmul(self.grad_output_TR, values, *where, False),
-            WEIGHT_GRADIENT: lambda: ops.sampled_matmul(self.grad_output_TR, self.input_TC, *where, len(values)),
-        }[part]
+            FORWARD: lambda: ops.masked_matmul(input_TC, values, *where, True),
+            INPUT_GRADIENT: lambda: ops.masked_matmul(grad_output_TR, values, *where, False),
+            WEIGHT_GRADIENT: lambda: ops.sampled_matmul(grad_output_TR, input_TC, *where, len(values)),
+        }[name]
 
 
-def measure(layers: Layers, parts: tuple[str, ...], settings: Settings, clock: Clock) -> dict[str, Pairs]:
-    """Each part of a step, dense and compact in turns."""
-    return {part: in_turns(layers.dense(part), layers.compact(part), settings.repeats, clock) for part in parts}
+@dataclass(frozen=True)
+class Measured:
+    """A compact layer beside the dense one: the pairs of each part of a step."""
+
+    kernels: str
+    density: float
+    parts: dict[str, Pairs]
+
+    @property
+    def products(self) -> Pairs:
+        return Pairs.of_sum(self.parts[name] for name in PRODUCTS)
 
 
-def kernels_of(sites: list[Site]) -> str:
-    """Names of the kernels that multiply with these weights."""
-    cases = [Case(site.values.device, site.values.dtype, site.layout, site.num_active) for site in sites]
-    return ", ".join(dict.fromkeys(kernel_of(op, case) for case in cases for op in _OPS))
+def measure(
+    size: Size, blocks: Iterable[Block], dtype: torch.dtype, settings: Settings, parts: tuple[str, ...] = PRODUCTS
+) -> list[Measured]:
+    """Layers of each kind of block in turns with the dense one, part by part of a step."""
+    dense = Dense(size, dtype, settings.device)
+    layers, clock = [Compact(dense, block) for block in blocks], Clock(settings.device)
+    by_part = [
+        in_turns(dense.part(name), [layer.part(name) for layer in layers], settings.repeats, clock) for name in parts
+    ]
+    by_layer = zip(*by_part, strict=True)
+    return [
+        Measured(layer.kernels, layer.density, dict(zip(parts, pairs, strict=True)))
+        for layer, pairs in zip(layers, by_layer, strict=True)
+    ]

@@ -1,10 +1,10 @@
-"""Two things measured side by side in one run, in turns: A B A B ..., and the ratios of the pairs."""
+"""Things measured side by side in one run, in turns: A B C A B C ..., and the ratios within each turn."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ def is_gpu(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Seconds of a baseline and of a candidate, the i-th of both taken one right after the other."""
+    """Seconds of a baseline and of a candidate, the i-th of both taken in the same turn."""
 
     baseline: tuple[float, ...]
     candidate: tuple[float, ...]
@@ -72,10 +72,9 @@ class Pairs:
         return cls(tuple(map(sum, baseline)), tuple(map(sum, candidate)))
 
 
-def in_turns(baseline: Work, candidate: Work, repeats: int, clock: Clock, warmup: int = 1) -> Pairs:
-    """``repeats`` pairs, after some calls of each that do not count."""
-    for _ in range(warmup):
-        baseline()
-        candidate()
-    pairs = [(clock.seconds(baseline), clock.seconds(candidate)) for _ in range(repeats)]
-    return Pairs(*zip(*pairs, strict=True))
+def in_turns(baseline: Work, candidates: Sequence[Work], repeats: int, clock: Clock, warmup: int = 1) -> list[Pairs]:
+    """``repeats`` turns of the baseline and each candidate once, after some that do not count."""
+    works = (baseline, *candidates)
+    turns = [[clock.seconds(work) for work in works] for _ in range(warmup + repeats)]
+    first, *others = zip(*turns[warmup:], strict=True)
+    return [Pairs(first, other) for other in others]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from benchmarks.layer import DENSITY, kernels_of
+from benchmarks import chosen
+from benchmarks.layer import DENSITY
 from benchmarks.measuring import llama
 from smet_compile.ops import find_sites
 from smet_compile.pretrain.data import stdlib_paths
@@ -86,7 +87,11 @@ class Training:
 
     @property
     def kernels(self) -> str:
-        return kernels_of(list(find_sites(self.model).values()))
+        """Of the products; and of the update, where it is ours."""
+        names = [chosen.of_products(find_sites(self.model).values())]
+        if isinstance(self.optimizer, smet.ActiveAdamW):
+            names.append(chosen.of_update(self.optimizer))
+        return ", ".join(names)
 
     def formula_bytes(self) -> int:
         """Weights, gradients, two moments of the weights' dtype, and where the blocks lie: what has to be held."""

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import smet_compile as smet
-from benchmarks.layer import DENSITY, kernels_of
+from benchmarks import chosen
+from benchmarks.layer import DENSITY
 from benchmarks.peak import Peak
 from benchmarks.sections.step import QUICK_SHAPE
 from benchmarks.settings import Settings
@@ -49,7 +50,7 @@ def _rows(shape: Shape, place: Settings) -> list[Row]:
             if number == WARMUP:
                 peak.restart()
             losses.append(float(step(batch)))
-    kernels = kernels_of(list(find_sites(model).values()))
+    kernels = f"{chosen.of_products(find_sites(model).values())}, {chosen.of_update(optimizer)}"
     more = {"first loss": f"{losses[0]:.3f}", "last loss": f"{losses[-1]:.3f}"}
     return [
         Row("peak memory", kernels, [peak.bytes / LIMIT_BYTES], PEAK, {"peak, GB": f"{peak.bytes / 1e9:.2f}"}),

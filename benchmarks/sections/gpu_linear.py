@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from benchmarks.layer import DENSITY, PRODUCTS, Layers, Size, measure
+from benchmarks.layer import DENSITY, PRODUCTS, Measured, Size, measure
 from benchmarks.ratios import Clock, Pairs
 from benchmarks.settings import Settings
 from benchmarks.tables import AWAITS_GPU, Row, Table, at_least, at_most
@@ -33,7 +33,7 @@ def tables(settings: Settings) -> list[Table]:
     sizes = settings.size(SIZES, QUICK_SIZES)
     bandwidth = l2_bandwidth(place) if place else None
     note = NOTE + (f" Measured bandwidth: {bandwidth / 1e12:.2f} TB/s." if bandwidth else "")
-    tiles = [row for block in TARGETS for size in sizes for row in _tile_rows(block, size, place, bandwidth or 0)]
+    tiles = [row for size in sizes for row in _tile_rows(size, place, bandwidth or 0)]
     single = [row for size in sizes for row in _single_rows(size, place)]
     return [
         Table("Linear layers of tiles on a GPU", "useful operations a second, sparse / dense", note, tiles),
@@ -41,22 +41,22 @@ def tables(settings: Settings) -> list[Table]:
     ]
 
 
-def _tile_rows(block: int, size: Size, place: Settings | None, bandwidth: float) -> list[Row]:
-    target = at_least(TARGETS[block])
-    names = {part: f"{part}, {block} tiles, {size}" for part in PRODUCTS}
-    if place is None:
-        return [Row(name, target=target, unmeasured=AWAITS_GPU) for name in names.values()]
-    layers, found = _measured(block, size, place)
+def _tile_rows(size: Size, place: Settings | None, bandwidth: float) -> list[Row]:
+    layers = measure(size, TARGETS, DTYPE, place) if place else [None] * len(TARGETS)
     return [
-        Row(
-            names[part],
-            layers.kernels,
-            [layers.site.density * speedup for speedup in pairs.speedups],
-            target,
-            _beside_the_bound(pairs, size.flops, block, layers.site.density, bandwidth),
-        )
-        for part, pairs in found.items()
+        _tile_row(f"{part}, {block} tiles, {size}", part, size, block, layer, bandwidth)
+        for block, layer in zip(TARGETS, layers, strict=True)
+        for part in PRODUCTS
     ]
+
+
+def _tile_row(what: str, part: str, size: Size, block: int, layer: Measured | None, bandwidth: float) -> Row:
+    target = at_least(TARGETS[block])
+    if layer is None:
+        return Row(what, target=target, unmeasured=AWAITS_GPU)
+    pairs = layer.parts[part]
+    more = _beside_the_bound(pairs, size.flops, block, layer.density, bandwidth)
+    return Row(what, layer.kernels, [layer.density * speedup for speedup in pairs.speedups], target, more)
 
 
 def _beside_the_bound(pairs: Pairs, flops: int, block: int, density: float, bandwidth: float) -> dict[str, str]:
@@ -71,16 +71,10 @@ def _beside_the_bound(pairs: Pairs, flops: int, block: int, density: float, band
 
 
 def _single_rows(size: Size, place: Settings | None) -> list[Row]:
-    names = {part: f"{part}, {size}" for part in PRODUCTS}
     if place is None:
-        return [Row(name, target=SINGLE_WEIGHTS, unmeasured=AWAITS_GPU) for name in names.values()]
-    layers, found = _measured(1, size, place)
-    return [Row(names[part], layers.kernels, pairs.costs, SINGLE_WEIGHTS) for part, pairs in found.items()]
-
-
-def _measured(block: int, size: Size, place: Settings) -> tuple[Layers, dict[str, Pairs]]:
-    layers = Layers(size, block, DTYPE, place.device)
-    return layers, measure(layers, PRODUCTS, place, Clock(place.device))
+        return [Row(f"{part}, {size}", target=SINGLE_WEIGHTS, unmeasured=AWAITS_GPU) for part in PRODUCTS]
+    (layer,) = measure(size, [1], DTYPE, place)
+    return [Row(f"{part}, {size}", layer.kernels, layer.parts[part].costs, SINGLE_WEIGHTS) for part in PRODUCTS]
 
 
 def l2_bound(block: int, bandwidth: float) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile, supported_activities
 
+import smet_compile as smet
+from benchmarks import chosen
 from benchmarks.ratios import Clock, in_turns
 from benchmarks.sections.optimizer import Kind, aged_optimizer
 from benchmarks.settings import Settings
@@ -44,7 +46,7 @@ def _row(kind: Kind, place: Settings | None) -> Row:
     active = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     source = torch.zeros(place.size(COPIED_BYTES, QUICK_COPIED_BYTES), dtype=torch.uint8, device=place.device)
     copy = torch.empty_like(source)
-    pairs = in_turns(lambda: copy.copy_(source), optimizer.step, place.repeats, Clock(place.device))
+    (pairs,) = in_turns(lambda: copy.copy_(source), [optimizer.step], place.repeats, Clock(place.device))
     moved = active * kind.bytes_per_weight / (2 * source.nbytes)
     more = {
         "copy, GB/s": f"{2 * source.nbytes / pairs.medians[0] / 1e9:.0f}",
@@ -52,18 +54,18 @@ def _row(kind: Kind, place: Settings | None) -> Row:
         "host, ms": f"{1e3 * _host_seconds(optimizer):.3g}",
         "launches": str(_num_launches(optimizer)),
     }
-    return Row(kind.name, "by the optimizer", [moved * speedup for speedup in pairs.speedups], target, more)
+    return Row(kind.name, chosen.of_update(optimizer), [moved * speedup for speedup in pairs.speedups], target, more)
 
 
-def _host_seconds(optimizer: torch.optim.Optimizer) -> float:
+def _host_seconds(optimizer: smet.ActiveAdamW) -> float:
     start = time.perf_counter()
     optimizer.step()
     return time.perf_counter() - start
 
 
-def _num_launches(optimizer: torch.optim.Optimizer) -> int:
+def _num_launches(optimizer: smet.ActiveAdamW) -> int:
     """Kernels that one step starts; 0 where there is no GPU."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=supported_activities()) as profiler:
         optimizer.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.measuring import MIB
 from benchmarks.peak import Peak
-from benchmarks.sections.step import QUICK_SHAPE, row
+from benchmarks.sections.step import QUICK_SHAPE, measure
 from benchmarks.settings import Settings
 from benchmarks.tables import AWAITS_GPU, Row, Table, at_least, at_most
 from benchmarks.training import FUSED, Recipe, Shape, Training, static_shapes, training
@@ -35,7 +35,8 @@ def tables(settings: Settings) -> list[Table]:
     if place is None:
         rows = [Row(f"{block} tiles", target=target, unmeasured=AWAITS_GPU) for block, target in TARGETS.items()]
     else:
-        rows = [row(FUSED, shape, block, DTYPE, target, place) for block, target in TARGETS.items()]
+        variants = {(FUSED, block): target for block, target in TARGETS.items()}
+        rows = measure(shape, DTYPE, variants, place)
         training.cache_clear()
     return [
         Table("Training step on a GPU", "dense / sparse", NOTE.format(**vars(shape)), rows),

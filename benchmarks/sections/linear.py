@@ -6,10 +6,10 @@ import statistics
 
 import torch
 
-from benchmarks.layer import DENSITY, PRODUCTS, Layers, Size, measure
-from benchmarks.ratios import Clock, Pairs
+from benchmarks.layer import DENSITY, PRODUCTS, Measured, Size, measure
+from benchmarks.ratios import Pairs
 from benchmarks.settings import Settings
-from benchmarks.tables import Row, Table, at_least
+from benchmarks.tables import Row, Table, Target, at_least
 
 TARGETS = {128: 0.8 / DENSITY, 64: 0.65 / DENSITY, 32: 0.4 / DENSITY}
 SIZES = tuple(Size(t, c, r) for t in (2048, 4096) for c, r in ((768, 2048), (2048, 2048), (2048, 5461)))
@@ -21,19 +21,19 @@ NOTE = (
 
 
 def tables(settings: Settings) -> list[Table]:
-    clock = Clock(settings.device)
-    sizes = settings.size(SIZES, QUICK_SIZES)
-    rows = [_row(size, block, settings, clock) for block in TARGETS for size in sizes]
+    rows = [row for size in settings.size(SIZES, QUICK_SIZES) for row in _rows(size, settings)]
     return [Table("Linear layers of tiles", "dense / sparse", NOTE.format(dtype="fp32"), rows)]
 
 
-def _row(size: Size, block: int, settings: Settings, clock: Clock) -> Row:
-    layers = Layers(size, block, torch.float32, settings.device)
-    found = measure(layers, PRODUCTS, settings, clock)
-    together = Pairs.of_sum(found.values())
-    more = {part: f"{statistics.median(pairs.speedups):.2f}" for part, pairs in found.items()}
-    more |= rates(together, len(PRODUCTS) * size.flops, layers.site.density)
-    return Row(f"{block} tiles, {size}", layers.kernels, together.speedups, at_least(TARGETS[block]), more)
+def _rows(size: Size, settings: Settings) -> list[Row]:
+    found = zip(TARGETS.items(), measure(size, TARGETS, torch.float32, settings), strict=True)
+    return [_row(f"{block} tiles, {size}", size, at_least(target), layer) for (block, target), layer in found]
+
+
+def _row(what: str, size: Size, target: Target, layer: Measured) -> Row:
+    more = {part: f"{statistics.median(pairs.speedups):.2f}" for part, pairs in layer.parts.items()}
+    more |= rates(layer.products, len(PRODUCTS) * size.flops, layer.density)
+    return Row(what, layer.kernels, layer.products.speedups, target, more)
 
 
 def rates(pairs: Pairs, dense_flops: int, density: float) -> dict[str, str]:

@@ -6,9 +6,9 @@ import statistics
 
 import torch
 
-from benchmarks.layer import PRODUCTS, UPDATE, Block, Layers, Size, measure
-from benchmarks.ratios import Clock, Pairs
-from benchmarks.sections.linear import NOTE, QUICK_SIZES, SIZES
+from benchmarks.layer import PRODUCTS, UPDATE, Block, Measured, Size, measure
+from benchmarks.ratios import Pairs
+from benchmarks.sections.linear import NOTE, QUICK_SIZES, SIZES, rates
 from benchmarks.settings import Settings
 from benchmarks.tables import Row, Table, Target, at_most
 
@@ -23,8 +23,8 @@ NAMES: dict[Block, str] = {
 FP32 = {SINGLE: at_most(1.1), RUNS: at_most(1.1)}
 BF16 = {128: at_most(1.1), 64: at_most(1.1), 32: at_most(1.1), SINGLE: at_most(1.5)}
 _WITH_UPDATE = (
-    " The last column adds the optimizer's step: `ActiveAdamW` beside fused `torch.optim.AdamW`, moments of the dtype "
-    "of the weights; in bf16 the first rounds stochastically."
+    " `with the update` adds the optimizer's step: `ActiveAdamW` beside fused `torch.optim.AdamW`, moments of the "
+    "dtype of the weights; in bf16 the first rounds stochastically."
 )
 
 
@@ -37,16 +37,20 @@ def bf16(settings: Settings) -> list[Table]:
 
 
 def _table(title: str, name: str, dtype: torch.dtype, targets: dict[Block, Target], settings: Settings) -> Table:
-    clock = Clock(settings.device)
-    sizes = settings.size(SIZES, QUICK_SIZES)
-    rows = [_row(size, block, dtype, target, settings, clock) for block, target in targets.items() for size in sizes]
+    rows = [row for size in settings.size(SIZES, QUICK_SIZES) for row in _rows(size, dtype, targets, settings)]
     return Table(title, "sparse / dense", NOTE.format(dtype=name) + _WITH_UPDATE, rows)
 
 
-def _row(size: Size, block: Block, dtype: torch.dtype, target: Target, settings: Settings, clock: Clock) -> Row:
-    layers = Layers(size, block, dtype, settings.device)
-    found = measure(layers, (*PRODUCTS, UPDATE), settings, clock)
-    more = {part: f"{statistics.median(found[part].costs):.2f}" for part in PRODUCTS}
-    more["with the update"] = f"{statistics.median(Pairs.of_sum(found.values()).costs):.2f}"
-    together = Pairs.of_sum(found[part] for part in PRODUCTS)
-    return Row(f"{NAMES[block]}, {size}", layers.kernels, together.costs, target, more)
+def _rows(size: Size, dtype: torch.dtype, targets: dict[Block, Target], settings: Settings) -> list[Row]:
+    layers = measure(size, targets, dtype, settings, (*PRODUCTS, UPDATE))
+    return [
+        _row(f"{NAMES[block]}, {size}", size, target, layer)
+        for (block, target), layer in zip(targets.items(), layers, strict=True)
+    ]
+
+
+def _row(what: str, size: Size, target: Target, layer: Measured) -> Row:
+    more = {part: f"{statistics.median(layer.parts[part].costs):.2f}" for part in PRODUCTS}
+    more["with the update"] = f"{statistics.median(Pairs.of_sum(layer.parts.values()).costs):.2f}"
+    more["dense GFLOP/s"] = rates(layer.products, len(PRODUCTS) * size.flops, layer.density)["dense GFLOP/s"]
+    return Row(what, layer.kernels, layer.products.costs, target, more)

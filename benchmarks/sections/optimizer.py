@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from benchmarks import chosen
 from benchmarks.layer import DENSITY
 from benchmarks.ratios import Clock, Pairs, in_turns
 from benchmarks.settings import Settings
-from benchmarks.tables import Row, Table, Target, at_most
+from benchmarks.tables import Row, Table, at_most
 
 MATRICES, SIDE, QUICK_SIDE = 4, 4096, 128
 NUM_UPDATES = 3
@@ -59,19 +60,20 @@ def _rows(kind: Kind, settings: Settings, clock: Clock) -> list[Row]:
     rows = []
     for name, size, limit in (("as many", active, SLOWER), ("all", MATRICES * side**2, SLOWER * DENSITY)):
         dense = torch.zeros(size, dtype=kind.dtype, device=settings.device)
-        pairs = in_turns(dense_step(dense), optimizer.step, settings.repeats, clock)
-        rows.append(_row(f"{kind.name} / {name}", kind, pairs, active, at_most(limit)))
+        (pairs,) = in_turns(dense_step(dense), [optimizer.step], settings.repeats, clock)
+        target = at_most(limit) if kind.has_target else None
+        more = _absolute(pairs, active * kind.bytes_per_weight)
+        rows.append(Row(f"{kind.name} / {name}", chosen.of_update(optimizer), pairs.costs, target, more))
     return rows
 
 
-def _row(what: str, kind: Kind, pairs: Pairs, active: int, target: Target) -> Row:
+def _absolute(pairs: Pairs, num_bytes: float) -> dict[str, str]:
     dense, sparse = pairs.medians
-    more = {
+    return {
         "dense, ms": f"{1e3 * dense:.1f}",
         "sparse, ms": f"{1e3 * sparse:.1f}",
-        "sparse, GB/s": f"{active * kind.bytes_per_weight / sparse / 1e9:.1f}",
+        "sparse, GB/s": f"{num_bytes / sparse / 1e9:.1f}",
     }
-    return Row(what, "by the optimizer", pairs.costs, target if kind.has_target else None, more)
 
 
 def dense_step(weight: Tensor) -> Callable[[], object]:

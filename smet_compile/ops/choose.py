@@ -128,28 +128,38 @@ def _cpu_updates(arguments: tuple[Any, ...]) -> bool:
 
 
 _REFERENCE = Kernel("reference", "smet_compile.ops.definition", _always)
-_PRODUCTS = (
-    Kernel("triton_tiles", f"{_TRITON}.matmul_tiles", _triton_tiles_can, _triton_tiles_pay),
-    Kernel("triton_expand", f"{_TRITON}.matmul_expanded", _triton_expands),
-    Kernel("cpu_tiles", f"{_NATIVE}.matmul_tiles", _cpu_multiplies, _cpu_tiles_pay),
-    Kernel("cpu_expand", f"{_NATIVE}.matmul_expanded", _cpu_moves),
-    Kernel("torch", "smet_compile.ops.matmul", _always),
-    _REFERENCE,
-)
+
+
+def _products(triton_tiles: str) -> tuple[Kernel, ...]:
+    return (
+        Kernel("triton_tiles", f"{_TRITON}.{triton_tiles}", _triton_tiles_can, _triton_tiles_pay),
+        Kernel("triton_expand", f"{_TRITON}.matmul_expanded", _triton_expands),
+        Kernel("cpu_tiles", f"{_NATIVE}.matmul_tiles", _cpu_multiplies, _cpu_tiles_pay),
+        Kernel("cpu_expand", f"{_NATIVE}.matmul_expanded", _cpu_moves),
+        Kernel("torch", "smet_compile.ops.matmul", _always),
+        _REFERENCE,
+    )
+
+
 _MOVES = (
     Kernel("triton_expand", f"{_TRITON}.expand", _triton_can),
     Kernel("cpu_expand", f"{_NATIVE}.expand", _cpu_moves),
     Kernel("torch", "smet_compile.ops.moves", _always),
     _REFERENCE,
 )
-_KERNELS = {"masked_matmul": _PRODUCTS, "sampled_matmul": _PRODUCTS, "unpack": _MOVES, "pack": _MOVES}
+_KERNELS = {
+    "masked_matmul": _products("matmul_tiles"),
+    "sampled_matmul": _products("sampled_tiles"),
+    "unpack": _MOVES,
+    "pack": _MOVES,
+}
 _UPDATES = (
     UpdateKernel("triton_adamw", f"{_TRITON}.adamw", _triton_updates),
     UpdateKernel("cpu_adamw", f"{_NATIVE}.adamw", _cpu_updates),
     UpdateKernel("torch", "smet_compile.ops.adamw", lambda arguments: True),
     UpdateKernel("reference", "smet_compile.ops.adamw", lambda arguments: True),
 )
-NAMES = tuple(dict.fromkeys([kernel.name for kernel in (*_PRODUCTS, *_UPDATES)] + ["cpu", "triton"]))
+NAMES = tuple(dict.fromkeys([kernel.name for kernel in (*_KERNELS["masked_matmul"], *_UPDATES)] + ["cpu", "triton"]))
 
 
 def kernel_of(op: str, case: Case) -> str:

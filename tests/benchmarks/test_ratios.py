@@ -1,6 +1,7 @@
 """Pairs, their ratios, and the tables that show them."""
 
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,9 +38,10 @@ class Counting:
 def test_turns_alternate_and_the_warm_up_does_not_count() -> None:
     calls: list[str] = []
     clock: Any = Counting()
-    pairs = in_turns(lambda: calls.append("a"), lambda: calls.append("b"), 3, clock, warmup=2)
-    assert "".join(calls) == "ab" * 5
-    assert pairs == Pairs((1.0, 3.0, 5.0), (2.0, 4.0, 6.0))
+    works = [partial(calls.append, name) for name in "abc"]
+    pairs = in_turns(works[0], works[1:], 2, clock, warmup=1)
+    assert "".join(calls) == "abc" * 3
+    assert pairs == [Pairs((4.0, 7.0), (5.0, 8.0)), Pairs((4.0, 7.0), (6.0, 9.0))]
 
 
 def test_the_clock_measures_seconds() -> None:

@@ -1,6 +1,7 @@
 """The optimizer's kernels compile for Hopper and Ampere, on any machine: in registers, and within shared memory."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,21 +34,22 @@ PLAIN = Case((1024,))
 
 
 @pytest.fixture(autouse=True)
-def as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tables of 64-bit numbers, and without fused multiply-adds."""
-    build = compiling.triton.compile
-
-    def without_fusion(source: Any, target: Any, options: dict[str, Any]) -> Any:
-        return build(source, target=target, options={**options, "enable_fp_fusion": False})
-
+def tables_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiling._POINTERS, torch.int64, "*i64")
-    monkeypatch.setattr(compiling.triton, "compile", without_fusion)
+    monkeypatch.setitem(compiling._POINTERS, torch.float64, "*fp64")
 
 
 def check(launch: compiling.Launch, architecture: str) -> str:
-    """PTX of a kernel that fits."""
+    """PTX of a kernel that fits, built with all options that it is launched with."""
     assert launch.arguments["enable_fp_fusion"] is False, "it must round as the reference does"
-    compiled = compile_for(launch, architecture)
+    build = compiling.triton.compile
+    more = {name: launch.arguments[name] for name in ("enable_fp_fusion", "maxnreg") if name in launch.arguments}
+
+    def as_launched(source: Any, target: Any, options: dict[str, Any]) -> Any:
+        return build(source, target=target, options=options | more)
+
+    with mock.patch.object(compiling.triton, "compile", as_launched):
+        compiled = compile_for(launch, architecture)
     assert compiled.shared_bytes <= SHARED_BYTES[architecture]
     assert not compiled.spilled_bytes, f"{compiled.spilled_bytes} bytes of registers are spilled"
     return compiled.ptx
@@ -64,8 +66,8 @@ def test_update(stored: str, case: str) -> None:
     with caught(adamw, "prepare") as prepare, caught(adamw, "update") as update:
         adamw.update_all(updates)
     ptx = check(update, list(ARCHITECTURES)[number % 2])
-    assert "ld.global.v4.b32" in ptx
-    assert ("st.global.v2.b32" if stored == "bf16, codes" else "st.global.v4.b32") in ptx
+    width = "v2" if stored == "bf16, codes" else "v4"  # 4 entries of each thread there, else 8
+    assert f"ld.global.{width}.b32" in ptx and f"st.global.{width}.b32" in ptx
     if number < 2:
         check(prepare, list(ARCHITECTURES)[number])
 

@@ -86,7 +86,7 @@ def test_sampled_matmul(architecture: str, dtype: torch.dtype, side: int, monkey
     values, topology = weight(dtype, (side, side))
     left, right = torch.empty(4096, 1024, dtype=dtype), torch.empty(4096, 2048, dtype=dtype)
     monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 4)
-    with caught(sampled_tiles, "_add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
+    with caught(sampled_tiles, "add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
         sampled_tiles.sampled_matmul(left, right, *topology, values.shape[0])
     check(compile_for(sum_, architecture), architecture)
     compiled = compile_for(launch, architecture)
@@ -125,15 +125,15 @@ def test_tf32(architecture: str) -> None:
 @every_architecture
 def test_unpack_and_pack(architecture: str, block_shape: tuple[int, int], packs: bool) -> None:
     """Of the dense side, 16 bytes at a time where it is written."""
-    from smet_compile.ops.kernels.triton import expand, expand_tiles, unpack
+    from smet_compile.ops.kernels.triton import expand, expand_bits, expand_tiles
 
     values, topology = weight(torch.bfloat16, block_shape)
-    module, name = (expand_tiles, "_expand_tiles") if min(block_shape) > 1 else (expand, "_expand_bits")
+    module, name = (expand_tiles, "_expand_tiles") if min(block_shape) > 1 else (expand_bits, "_expand_bits")
     with caught(module, name) as launch:
         if packs:
-            unpack.pack(torch.empty(topology[2], dtype=torch.bfloat16), *topology, values.shape[0])
+            expand.pack(torch.empty(topology[2], dtype=torch.bfloat16), *topology, values.shape[0])
         else:
-            unpack.unpack(values, *topology)
+            expand.unpack(values, *topology)
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
     assert packs or re.search(r"st\.global\.v4\.b32", compiled.ptx)
@@ -146,7 +146,7 @@ def test_sizes_that_become_constants(
     architecture: str, size: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One token, one block, one row: Triton compiles a kernel of its own where an argument is 1."""
-    from smet_compile.ops.kernels.triton import expand, expand_tiles, matmul_tiles, sampled_tiles, unpack
+    from smet_compile.ops.kernels.triton import expand, expand_bits, expand_tiles, matmul_tiles, sampled_tiles
 
     values, topology = weight(torch.bfloat16, (32, 32), size=size)
     sides = torch.empty(1, size[0], dtype=torch.bfloat16), torch.empty(1, size[1], dtype=torch.bfloat16)
@@ -157,12 +157,12 @@ def test_sizes_that_become_constants(
             matmul_tiles.masked_matmul(sides[transposed], values, *topology, transposed, None, offsets)
         launches.append(launch)
     monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 2)
-    with caught(sampled_tiles, "_add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
+    with caught(sampled_tiles, "add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
         sampled_tiles.sampled_matmul(*sides, *topology, values.shape[0], offsets)
     with caught(expand_tiles, "_expand_tiles") as tiles:
-        unpack.unpack(values, *topology)
+        expand.unpack(values, *topology)
     values, topology = weight(torch.bfloat16, (1, 1), size=size)
-    with caught(expand, "_expand_bits") as bits:
-        unpack.unpack(values, *topology)
+    with caught(expand_bits, "_expand_bits") as bits:
+        expand.unpack(values, *topology)
     for each in (*launches, launch, sum_, tiles, bits):
         compile_for(each, architecture)

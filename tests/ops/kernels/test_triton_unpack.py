@@ -18,7 +18,7 @@ every_weight = pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @every_weight
 def test_both_ways(size: tuple[int, ...], block_shape: tuple[int, int], mask: str) -> None:
-    from smet_compile.ops.kernels.triton.unpack import pack, unpack
+    from smet_compile.ops.kernels.triton.expand import pack, unpack
 
     each = cases.weight(size, block_shape, mask)
     values, topology = cases.values(each, torch.float32), cases.topology(each)
@@ -32,7 +32,7 @@ def test_both_ways(size: tuple[int, ...], block_shape: tuple[int, int], mask: st
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 8), (2, 1), (1, 3), (32, 32), (100, 300)], ids=str)
 def test_several_programs(block_shape: tuple[int, int]) -> None:
     """More groups than one program takes, and more block columns than are counted at once."""
-    from smet_compile.ops.kernels.triton.unpack import pack, unpack
+    from smet_compile.ops.kernels.triton.expand import pack, unpack
 
     size = (2, 9000) if block_shape != (100, 300) else (120, 310)
     each = cases.weight(size, block_shape)
@@ -45,7 +45,7 @@ def test_several_programs(block_shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @every_weight
 def test_dtypes(block_shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from smet_compile.ops.kernels.triton.unpack import pack, unpack
+    from smet_compile.ops.kernels.triton.expand import pack, unpack
 
     each = cases.weight((37, 29), block_shape)
     values, topology = cases.values(each, dtype), cases.topology(each)
@@ -56,7 +56,7 @@ def test_dtypes(block_shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @every_weight
 def test_a_transposed_gradient_is_read_as_it_lies(block_shape: tuple[int, int]) -> None:
-    from smet_compile.ops.kernels.triton.unpack import pack
+    from smet_compile.ops.kernels.triton.expand import pack
 
     for size in ((40, 30), (3, 21, 29)):
         each = cases.weight(size, block_shape)
@@ -67,7 +67,7 @@ def test_a_transposed_gradient_is_read_as_it_lies(block_shape: tuple[int, int]) 
 
 def test_values_without_memory_of_their_own() -> None:
     """An expanded scalar, as autograd makes of the gradient of a sum."""
-    from smet_compile.ops.kernels.triton.unpack import unpack
+    from smet_compile.ops.kernels.triton.expand import unpack
 
     for block_shape in ((1, 1), (8, 8)):
         each = cases.weight((37, 29), block_shape, "all")
@@ -81,7 +81,7 @@ def test_a_sampled_product_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(matmul_expanded, "_ROWS_OF_A_GEMM", 4)
     for size in ((37, 29), (5, 6, 7)):
-        for block_shape in ((1, 1), (1, 8), (3, 1)):
+        for block_shape in ((1, 1), (1, 8), (3, 1), (2, 8)):
             each = cases.weight(size, block_shape)
             left, right = (cases.tokens(each, 11, number, torch.float32) for number in size[-2:])
             args = left, right, *cases.topology(each), each.compact.num_active

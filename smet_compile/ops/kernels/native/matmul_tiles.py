@@ -14,7 +14,7 @@ from smet_compile.ops.kernels.native.build import library
 _BYTES_OF_A_CHUNK = 2**19
 """As much input as stays in a core's cache while all blocks pass by."""
 _MIN_TOKENS = 56
-_TOKENS_OF_A_SUM = 512
+_TOKENS_OF_A_SUM = 256
 _DEPTH = {torch.float32: 1, torch.bfloat16: 2}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

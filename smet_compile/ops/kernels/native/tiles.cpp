@@ -15,21 +15,19 @@ struct Segment {
     int64_t depth;
 };
 
-// ROWS x (VECTORS * LANES) sums over all segments. A lies at a[row * row_stride + step * step_stride].
+// ROWS x (VECTORS * LANES) sums over all segments, on top of `start` (a row for all, or null) or added to `out`, so that
+// few terms are summed one by one. A lies at a[row * row_stride + step * step_stride].
 template <class Kind, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void sum_up(
     const Segment<Kind>* segments, int64_t num_segments, int64_t row_stride, int64_t step_stride, int64_t row,
-    const float* start, bool start_by_row, int64_t start_stride, float* out, int64_t out_stride
+    const float* start, bool adds, float* out, int64_t out_stride
 ) {
     using Step = typename Kind::Step;
     Vector sum[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) {
-            const float* from = start + (start_by_row ? r * start_stride : 0) + v * LANES;
-            sum[r][v] = start ? *(const Vector*)from : Vector{};
-        }
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = start ? *(const Vector*)(start + v * LANES) : Vector{};
     for (int64_t s = 0; s < num_segments; s++) {
         const auto* a = segments[s].a + row * row_stride;
         const Step* b = segments[s].b;
@@ -54,21 +52,24 @@ inline __attribute__((always_inline)) void sum_up(
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) *(Vector*)(out + r * out_stride + v * LANES) = sum[r][v];
+        for (int v = 0; v < VECTORS; v++) {
+            Vector* to = (Vector*)(out + r * out_stride + v * LANES);  // `auto` would take it for aligned
+            *to = adds ? *to + sum[r][v] : sum[r][v];
+        }
 }
 
 template <class Kind>
 using SumUp = void (*)(
-    const Segment<Kind>*, int64_t, int64_t, int64_t, int64_t, const float*, bool, int64_t, float*, int64_t
+    const Segment<Kind>*, int64_t, int64_t, int64_t, int64_t, const float*, bool, float*, int64_t
 );
 
 template <class Kind, int ROWS, int VECTORS>
 void sum_up_of(
     const Segment<Kind>* segments, int64_t num_segments, int64_t row_stride, int64_t step_stride, int64_t row,
-    const float* start, bool start_by_row, int64_t start_stride, float* out, int64_t out_stride
+    const float* start, bool adds, float* out, int64_t out_stride
 ) {
     sum_up<Kind, ROWS, VECTORS>(
-        segments, num_segments, row_stride, step_stride, row, start, start_by_row, start_stride, out, out_stride
+        segments, num_segments, row_stride, step_stride, row, start, adds, out, out_stride
     );
 }
 
@@ -196,7 +197,7 @@ void masked(const Masked& m) {
                     const int64_t row = group * tokens / groups, rows = (group + 1) * tokens / groups - row;
                     float* to = direct ? (float*)(out + row * m.out_stride) : line_out;
                     sum_up_for<Kind>(rows, vectors_of(lanes))(
-                        segments, end - begin, m.input_stride, Kind::DEPTH, row, start, false, 0, to,
+                        segments, end - begin, m.input_stride, Kind::DEPTH, row, start, false, to,
                         direct ? m.out_stride : lanes
                     );
                     if (!direct)
@@ -295,8 +296,8 @@ void sampled(const Sampled& m) {
                         float* target = direct ? to : sums;
                         const int64_t stride = direct ? m.bn : lanes;
                         sum_up_for<Kind>(rows, vectors_of(lanes))(
-                            &segment, 1, Kind::DEPTH, m.bm * Kind::DEPTH, row, first_token ? target : nullptr, true,
-                            stride, target, stride
+                            &segment, 1, Kind::DEPTH, m.bm * Kind::DEPTH, row, nullptr, first_token > 0, target,
+                            stride
                         );
                         if (!direct)
                             for (int64_t r = 0; r < rows; r++)

@@ -6,6 +6,7 @@ The device reads addresses and numbers from a table. It is made anew, and copied
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smet_compile.ops.kernels.triton.adamw_prepare import prepare
-from smet_compile.ops.kernels.triton.adamw_rows import Shape, Update, row_of, shape_of
+from smet_compile.ops.kernels.triton.adamw_rows import Facts, Update, cut, facts_of, row_of
 from smet_compile.ops.kernels.triton.adamw_update import update
 from smet_compile.ops.kernels.triton.device import on_device_of
 
@@ -28,11 +29,11 @@ TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_NUM_WARPS = {True: 8, False: 4}
-"""With codes, and without: as few as need no spilling of registers."""
+_THREADS = {True: {"num_warps": 8, "maxnreg": 128}, False: {"num_warps": 4}}
+"""With codes, and without: what spills no registers."""
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What parameters have in common that one launch updates."""
 
     device: torch.device
@@ -57,7 +58,7 @@ def supports(arguments: tuple[Any, ...]) -> bool:
         and all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (one.values, one.grad))
         and one.exp_avg.dtype == one.exp_avg_sq.dtype
         and one.exp_avg.dtype in (torch.float32, torch.bfloat16, torch.uint8)
-        and (one.layout is None) == (one.generation is None)
+        and bool(one.shape) == (one.generation is not None)
     )
 
 
@@ -73,59 +74,74 @@ def update_all(updates: Sequence[tuple[Any, ...]]) -> None:
         _launch(kind, members)
 
 
-def kind_of(one: Update) -> _Kind:
+def kind_of(one: Update) -> Kind:
     positions = one.lists[0].dtype if one.lists else torch.int32
     generation = torch.uint8 if one.generation is None else one.generation.dtype
     dtypes = one.values.dtype, one.grad.dtype, one.exp_avg.dtype
-    return _Kind(one.values.device, dtypes, one.rounds, positions, generation)
+    return Kind(one.values.device, dtypes, one.rounds, positions, generation)
 
 
-def prepared(kind: _Kind, members: list[Update]) -> tuple[Tensor, Tensor, tuple[Shape, ...]]:
-    """Table and rates of these parameters, and how each is cut; their steps are raised, and they count as changed."""
-    shapes = tuple(shape_of(one, kind.stochastic) for one in members)
-    rows, num_rates = [], 0
-    for one, shape in zip(members, shapes, strict=True):
-        rows.append(row_of(one, shape, num_rates))
-        num_rates += 3 * (1 if one.births is None else one.births.numel())
-    table = _table(tuple(rows), kind.device)
-    rates = torch.empty(num_rates, dtype=torch.float32, device=kind.device)
-    for one in members:
-        changed = one.values, one.exp_avg, one.exp_avg_sq, one.num_skipped, one.step
-        torch.autograd.graph.increment_version(changed if one.scales is None else (*changed, one.scales))
-    prepare[(len(rows),)](table, rates, GENERATIONS=256, num_warps=1, enable_fp_fusion=False)
-    return table, rates, shapes
+class Plan(NamedTuple):
+    """What a launch finds on the device: rows of parameters, and the parameter and the piece of each program."""
+
+    table: Tensor
+    work: Tensor
+    num_rates: int
+    kinds: tuple[bool, ...]
 
 
-def _launch(kind: _Kind, members: list[Update]) -> None:
+def prepared(kind: Kind, members: list[Update]) -> tuple[Plan, Tensor]:
+    """The plan for these parameters, and their rates; their steps are raised, and they count as changed."""
+    plan = _plan(tuple(facts_of(one) for one in members), kind)
+    lrs = _on_device(tuple(0.0 if one.lr.is_cuda else float(one.lr) for one in members), torch.float64, kind.device)
+    rates = torch.empty(plan.num_rates, dtype=torch.float32, device=kind.device)
+    changed = [t for one in members for t in (one.values, *one[2:7]) if t is not None]
+    torch.autograd.graph.increment_version(changed)
+    prepare[(len(members),)](plan.table, rates, lrs, GENERATIONS=256, num_warps=1, enable_fp_fusion=False)
+    return plan, rates
+
+
+def _launch(kind: Kind, members: list[Update]) -> None:
     with on_device_of(members[0].values):
-        table, rates, shapes = prepared(kind, members)
-        work = _work(shapes, kind.device)
-        kinds = {shape.kind for shape in shapes}
-        if len(work):
-            update[(len(work),)](
-                table,
+        plan, rates = prepared(kind, members)
+        if len(plan.work):
+            update[(len(plan.work),)](
+                plan.table,
                 rates,
-                work,
+                plan.work,
                 DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
                 INDEX=TYPES[kind.positions],
                 GENERATION=TYPES[kind.generation],
-                KINDS=tuple(number in kinds for number in range(5)),
+                KINDS=plan.kinds,
                 STOCHASTIC=kind.stochastic,
-                num_warps=_NUM_WARPS[kind.coded],
+                **_THREADS[kind.coded],
                 enable_fp_fusion=False,
             )
 
 
-@functools.lru_cache(maxsize=32)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+@functools.lru_cache(maxsize=256)
+def _plan(facts: tuple[Facts, ...], kind: Kind) -> Plan:
+    ways = tuple(cut(one.layout, one.numel, one.num_active, one.coded, kind.stochastic) for one in facts)
+    ends = itertools.accumulate((3 * one.num_generations for one in facts), initial=0)
+    *first_rates, num_rates = ends
+    rows = tuple(map(row_of, facts, ways, first_rates))
+    kinds = {way.kind for way in ways}
+    work = _work(tuple(way.num_programs for way in ways), kind.device)
+    table = _on_device.__wrapped__(rows, torch.int64, kind.device)
+    return Plan(table, work, num_rates, tuple(number in kinds for number in range(5)))
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=32)
-def _work(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
+def _work(num_programs: tuple[int, ...], device: torch.device) -> Tensor:
     """(programs, 2) int32: the parameter, and the number of its piece."""
-    counts = torch.tensor([shape.num_programs for shape in shapes])
-    parameter = torch.arange(len(shapes)).repeat_interleave(counts)
+    counts = torch.tensor(num_programs)
+    parameter = torch.arange(len(counts)).repeat_interleave(counts)
     piece = torch.arange(len(parameter)) - (counts.cumsum(0) - counts)[parameter]
     return torch.stack((parameter, piece), 1).int().to(device)

@@ -12,7 +12,7 @@ ENTRIES, BLOCK, BLOCKS, GROUP_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, rang
 """What a program updates: consecutive entries of a plain parameter or of single weights; one block; several small
 blocks; a group of single weights or of runs, which share a scale or a piece of the bitmap."""
 
-NUM_COLUMNS = tl.constexpr(40)
+NUM_COLUMNS = tl.constexpr(39)
 _columns = map(tl.constexpr, range(NUM_COLUMNS.value))
 VALUES, GRAD, EXP_AVG, EXP_AVG_SQ, SCALES, NUM_SKIPPED, STEP, LR, GENERATION, BIRTHS, TOPOLOGY, POSITIONS = (
     next(_columns) for _ in range(12)
@@ -22,9 +22,7 @@ GROUP_STARTS, KIND, ALIGNED, NUMEL, BLOCK_SIZE, ENTRIES_AT_ONCE, NUM_GROUPS, NUM
 )
 NUM_BLOCKS, ROWS, COLS, BLOCK_ROWS, BLOCK_COLS, BLOCK_HEIGHT, BLOCK_WIDTH = (next(_columns) for _ in range(7))
 WARMUP_STEPS, SHARED_STEP, NOISE_SEED = (next(_columns) for _ in range(3))
-LR_VALUE, DENSITY_RATE, LOG_BETA1, LOG_BETA2, REST1, BETA2, REST2, EPS, WEIGHT_DECAY = (
-    next(_columns) for _ in range(9)
-)
+DENSITY_RATE, LOG_BETA1, LOG_BETA2, REST1, BETA2, REST2, EPS, WEIGHT_DECAY = (next(_columns) for _ in range(8))
 """Addresses (an absent tensor's is 0), integers, and the bits of fp64 numbers."""
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from smet_compile.ops.kernels.triton import adamw_columns as at
+from smet_compile.ops.kernels.triton.adamw_access import grid_of, scalars, tensors
 from smet_compile.ops.kernels.triton.adamw_columns import pointer
 from smet_compile.ops.kernels.triton.adamw_rounding import is_finite
 from smet_compile.ops.kernels.triton.adamw_step import (
@@ -18,7 +19,6 @@ from smet_compile.ops.kernels.triton.adamw_step import (
     next_moments,
     store_step,
 )
-from smet_compile.ops.kernels.triton.adamw_update import grid_of, scalars, tensors
 
 
 @triton.jit

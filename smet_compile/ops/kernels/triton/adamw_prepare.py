@@ -21,12 +21,12 @@ def rates_of(age, bias_age, row, lr):
 
 
 @triton.jit
-def prepare(table, rates, GENERATIONS: tl.constexpr):
-    """Raises each parameter's step, and fills its ``rates``."""
+def prepare(table, rates, lrs, GENERATIONS: tl.constexpr):
+    """Raises each parameter's step, and fills its ``rates``. ``lrs``: the learning rates that are on the host."""
     row = table + tl.program_id(0) * at.NUM_COLUMNS
     step_pointer = pointer(row, at.STEP, tl.int64)
     step = tl.load(step_pointer) + 1
-    lr = fp64(row, at.LR_VALUE)
+    lr = tl.load(lrs + tl.program_id(0))
     if tl.load(row + at.LR) != 0:
         lr = tl.load(pointer(row, at.LR, tl.float64))
     rates += tl.load(row + at.FIRST_RATE)

@@ -86,7 +86,7 @@ def encode(x, scale, noise, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr):
         smallest = tl.cast((tl.zeros_like(bits) + OFFSET + 1) << 20, tl.float32, bitcast=True)
         share = tl.div_rn(ratio, smallest)
         if STOCHASTIC:
-            rises = low.to(tl.float32) < share * 1048576.0
+            rises = (noise & 0xFFFFF).to(tl.float32) < share * 1048576.0
         else:
             rises = share >= 0.5
         magnitude = tl.where(bits < ((OFFSET + 1) << 20), rises.to(tl.int32), magnitude)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from smet_compile.ops.kernels.triton.adamw_columns import (
     BLOCK,
     BLOCKS,
     ENTRIES,
+    GENERATION,
     GROUP_OF_RUNS,
     GROUP_OF_WEIGHTS,
     LANES,
 )
+
+_FIRST_OPTION = 15
 
 
 class Update(NamedTuple):
@@ -60,14 +63,67 @@ class Update(NamedTuple):
         return self.noise_seed is not None and (self.values.dtype in low or self.exp_avg.dtype in low)
 
 
-class Shape(NamedTuple):
-    """How a parameter is cut into what programs take at a time."""
+class Facts(NamedTuple):
+    """All of an update that its row is made of: equal ones make equal rows.
+
+    Args:
+        addresses: from ``VALUES`` to ``TOPOLOGY``; 0 of what there is not, and of a learning rate on the host.
+        lists: address of the lists, and bytes of each of their numbers.
+        layout: the arguments of a Layout; empty for a plain parameter.
+        options: what follows the layout among the arguments of the update.
+    """
+
+    addresses: tuple[int, ...]
+    lists: tuple[int, int]
+    numel: int
+    num_active: int
+    num_generations: int
+    coded: bool
+    layout: tuple[tuple[int, ...], ...]
+    options: tuple[Any, ...]
+
+
+def facts_of(one: Update) -> Facts:
+    scales, generation, births, topology = one.scales, one.generation, one.births, one.topology
+    return Facts(
+        (
+            one.values.data_ptr(),
+            one.grad.data_ptr(),
+            one.exp_avg.data_ptr(),
+            one.exp_avg_sq.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            one.num_skipped.data_ptr(),
+            one.step.data_ptr(),
+            one.lr.data_ptr() if one.lr.is_cuda else 0,
+            0 if generation is None else generation.data_ptr(),
+            0 if births is None else births.data_ptr(),
+            0 if topology is None else topology.data_ptr(),
+        ),
+        (one.lists[0].data_ptr(), one.lists[0].element_size()) if one.lists else (0, 0),
+        one.values.numel(),
+        one.values.shape[0] if one.lists else 0,
+        1 if births is None else births.numel(),
+        scales is not None,
+        (tuple(one.shape), tuple(one.matrix), tuple(one.block_shape)) if one.shape else (),
+        one[_FIRST_OPTION:],
+    )
+
+
+class Cut(NamedTuple):
+    """How a parameter is cut into what programs take at a time.
+
+    Args:
+        grid: blocks there are, rows and columns of a matrix, of its grid of blocks, and of a block.
+        list_offsets: of positions and group_starts, in the lists of its index.
+    """
 
     kind: int
     numel: int
     block_size: int
     entries_at_once: int
     num_groups: int
+    grid: tuple[int, ...]
+    list_offsets: tuple[int | None, int | None]
 
     @property
     def num_programs(self) -> int:
@@ -78,73 +134,54 @@ class Shape(NamedTuple):
         return self.num_groups
 
 
-def shape_of(update: Update, stochastic: bool) -> Shape:
-    numel, layout = update.values.numel(), update.layout
-    if layout is None:
-        return Shape(ENTRIES.value, numel, 1, LANES.value, -(-numel // LANES.value))
-    size = math.prod(layout.block_shape)
-    coded, alone = update.scales is not None, blocks_per_group(layout) == 1
-    if layout.single_weights:
+@functools.lru_cache(maxsize=4096)
+def cut(layout: tuple[Any, ...], numel: int, num_active: int, coded: bool, stochastic: bool) -> Cut:
+    """The way of a parameter with such ``Facts``."""
+    if not layout:
+        return Cut(ENTRIES.value, numel, 1, LANES.value, -(-numel // LANES.value), (1,) * 7, (None, None))
+    lay = Layout(*layout)
+    size = math.prod(lay.block_shape)
+    if lay.single_weights:
         kind = GROUP_OF_WEIGHTS if coded or stochastic else ENTRIES
-    elif coded and not alone:
+    elif coded and blocks_per_group(lay) > 1:
         kind = GROUP_OF_RUNS
     else:
         kind = BLOCK if coded or size > LANES.value // 2 else BLOCKS
-    return Shape(kind.value, numel, size, max(1, LANES.value // size) * size, num_groups(layout))
+    grid = lay.num_blocks, *lay.matrix, lay.block_rows, lay.block_cols, *lay.block_shape
+    entries_at_once = max(1, LANES.value // size) * size
+    return Cut(kind.value, numel, size, entries_at_once, num_groups(lay), grid, _list_offsets(lay, num_active))
 
 
-def row_of(update: Update, shape: Shape, first_rate: int) -> tuple[int, ...]:
+def row_of(facts: Facts, way: Cut, first_rate: int) -> tuple[int, ...]:
     """A parameter's row of the table."""
-    layout, moved = update.layout, update[:4]
-    grid: tuple[int, ...] = (1,) * 7
-    if layout:
-        grid = (layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape)
-    on_host = update.lr.device.type == "cpu"
+    *_, warmup_steps, shared_step, noise_seed = facts.options
+    first, element_size = facts.lists
+    lists = (0 if offset is None else first + offset * element_size for offset in way.list_offsets)
+    wide = *facts.addresses[:4], facts.addresses[GENERATION.value]
     return (
-        *(t.data_ptr() for t in moved),
-        0 if update.scales is None else update.scales.data_ptr(),
-        update.num_skipped.data_ptr(),
-        update.step.data_ptr(),
-        0 if on_host else update.lr.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (update.generation, update.births, update.topology)),
-        *_list_addresses(update, layout),
-        shape.kind,
-        all(t.data_ptr() % 16 == 0 for t in (*moved, update.generation) if t is not None),
-        *shape[1:],
-        1 if update.births is None else update.births.numel(),
-        first_rate,
-        *grid,
-        update.warmup_steps,
-        update.shared_step,
-        update.noise_seed or 0,
-        *map(_bits, _numbers(update, float(update.lr) if on_host else 0.0)),
+        *facts.addresses,
+        *lists,
+        way.kind,
+        all(address % 16 == 0 for address in wide),
+        *(way.numel, way.block_size, way.entries_at_once, way.num_groups, facts.num_generations, first_rate),
+        *way.grid,
+        *(warmup_steps, shared_step, noise_seed or 0),
+        *_bits_of_numbers(*facts.options[:5]),
     )
 
 
-def _numbers(update: Update, lr: float) -> tuple[float, ...]:
-    beta1, beta2 = update.beta1, update.beta2
+@functools.lru_cache
+def _bits_of_numbers(
+    density_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[int, ...]:
     logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    eps = max(update.eps, torch.finfo(torch.float32).tiny)
-    return lr, update.density_rate, *logs, 1 - beta1, beta2, 1 - beta2, eps, update.weight_decay
+    eps = max(eps, torch.finfo(torch.float32).tiny)
+    numbers = density_rate, *logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay
+    return struct.unpack(f"<{len(numbers)}q", struct.pack(f"<{len(numbers)}d", *numbers))
 
 
-def _bits(number: float) -> int:
-    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
-    return bits
-
-
-def _list_addresses(update: Update, layout: Layout | None) -> tuple[int, int]:
-    """Of positions and group_starts."""
-    if layout is None:
-        return 0, 0
-    index = update.lists[0]
-    offsets = _list_offsets(layout, update.values.shape[0])
-    first, second = (0 if o is None else index.data_ptr() + o * index.element_size() for o in offsets)
-    return first, second
-
-
-@functools.lru_cache(maxsize=4096)
 def _list_offsets(layout: Layout, num_active: int) -> tuple[int | None, int | None]:
+    """Where positions and group_starts are in the lists of an index."""
     lists = split_index(empty_index(layout, num_active, torch.device("meta")), layout, num_active)
     return _offset(lists.positions), _offset(lists.group_starts)
 

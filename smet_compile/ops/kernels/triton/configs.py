@@ -54,9 +54,9 @@ _MASKED = {
 }
 _MASKED_WITHOUT_TENSOR_CORES = Masked(64, 16, 8, 3)
 _SAMPLED = {
-    ("hopper", "half", 32): Sampled(256, 64, 8, 4),
-    ("hopper", "half", 64): Sampled(256, 64, 8, 4),
-    ("hopper", "half", 128): Sampled(128, 64, 8, 4),
+    ("hopper", "half", 32): Sampled(256, 64, 8, 3),
+    ("hopper", "half", 64): Sampled(256, 32, 8, 4),
+    ("hopper", "half", 128): Sampled(128, 64, 8, 3),
     ("hopper", "tf32", 32): Sampled(128, 32, 4, 4),
     ("hopper", "tf32", 64): Sampled(128, 32, 4, 4),
     ("hopper", "tf32", 128): Sampled(128, 32, 8, 4),

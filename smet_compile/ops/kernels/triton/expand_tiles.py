@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smet_compile.format import Index, Layout
+from smet_compile.ops.kernels.triton.expand_bits import Span
 
 _ENTRIES = 4096
 _LANES_K = 256
@@ -36,6 +37,8 @@ def _expand_tiles(
     topology,
     positions,
     row_starts,
+    first_position,
+    end_position,
     block_rows,
     block_cols,
     num_rows,
@@ -50,22 +53,28 @@ def _expand_tiles(
     LANES_K: tl.constexpr,
     PACKS: tl.constexpr,
 ):
-    """Values → dense, a program for each position; or back where ``PACKS``, a program for each active block."""
+    """Values → dense, a program for each position; or back where ``PACKS``, a program for each active block.
+
+    Of the blocks at ``first_position`` ≤ p < ``end_position``; ``dense`` begins with the first, a block row's first.
+    """
     if PACKS:
         block = tl.program_id(0)
         position = tl.load(positions + block)
+        if (position < first_position) | (position >= end_position):
+            return
         active = True
     else:
-        position = tl.program_id(0)
+        position = first_position + tl.program_id(0)
         active = ((tl.load(topology + position // 8).to(tl.int32) >> (position % 8)) & 1) != 0
     line, across = position // block_cols, position % block_cols
     if not PACKS:
         block = tl.load(row_starts + line)
         if active:
             block += count_active_before(topology, line, across, block_cols, LANES_K)
-    matrix = line // block_rows
+    first_line = first_position // block_cols
     top, left = line % block_rows * WIDTH_M, across * WIDTH_N
-    dense += matrix.to(tl.int64) * stride_s + top.to(tl.int64) * stride_r + left.to(tl.int64) * stride_c
+    dense += (line // block_rows - first_line // block_rows).to(tl.int64) * stride_s
+    dense += (top - first_line % block_rows * WIDTH_M).to(tl.int64) * stride_r + left.to(tl.int64) * stride_c
     values += block.to(tl.int64) * (WIDTH_M * WIDTH_N)
     for first_m in range(0, WIDTH_M, BLOCK_M):
         for first_n in range(0, WIDTH_N, BLOCK_N):
@@ -82,17 +91,19 @@ def _expand_tiles(
 
 
 def expand_tiles(
-    values: Tensor, dense_SRC: Tensor, topology: Tensor, lists: Index, layout: Layout, packs: bool
+    values: Tensor, dense_SRC: Tensor, topology: Tensor, lists: Index, layout: Layout, span: Span, packs: bool
 ) -> None:
-    """Writes ``dense_SRC`` from ``values``; ``packs``: the reverse."""
+    """Writes ``dense_SRC``, which begins with the first block of ``span``, from ``values``; ``packs``: the reverse."""
     bm, bn = layout.block_shape
     block_n = min(128, triton.next_power_of_2(bn))
-    _expand_tiles[(values.shape[0] if packs else layout.num_blocks,)](
+    _expand_tiles[(values.shape[0] if packs else span.end - span.first,)](
         values,
         dense_SRC,
         topology,
         lists.positions,
         lists.row_starts,
+        span.first,
+        span.end,
         layout.block_rows,
         layout.block_cols,
         layout.rows,

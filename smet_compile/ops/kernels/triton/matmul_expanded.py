@@ -1,4 +1,4 @@
-"""Products with single weights and runs: the weight is expanded into a scratch, the vendor's GEMM does the rest.
+"""Products with any kind of block: the weight is expanded into a scratch, the vendor's GEMM does the rest.
 
 The scratch comes from PyTorch's caching allocator and goes back to it at once, so all weights of a model share the
 memory of the largest, on any number of streams and in CUDA graphs. A sampled product is made a few rows at a time,
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format import Layout, split_index
-from smet_compile.ops.kernels.triton import device
-from smet_compile.ops.kernels.triton.expand import Span, expand_bits
-from smet_compile.ops.kernels.triton.unpack import unpack
+from smet_compile.format import Layout
+from smet_compile.ops.kernels.triton.expand import move, unpack
+from smet_compile.ops.kernels.triton.expand_bits import Span
 
 SCRATCH_BYTES = 16 * 2**20
 """Of a sampled product at a time: less than half of the L2 cache, and enough rows for an efficient GEMM."""
@@ -63,8 +62,6 @@ def sampled_matmul(
     """pack(leftᵀ right), as ``ops.matmul.sampled_matmul`` defines it, without ``offsets``."""
     assert offsets is None, "supports() says so"
     layout = Layout.of_lists(shape, matrix, block_shape)
-    group_starts = split_index(index[0], layout, num_active).group_starts
-    assert group_starts is not None
     values = left.new_empty(layout.values_shape(num_active))
     left_SRT, right_STC = left.detach().mT, right.detach()
     if left.dim() == 2:
@@ -74,8 +71,7 @@ def sampled_matmul(
         here_SRT, here_STC = left_SRT[matrices, rows], right_STC[matrices]
         dense_SRC = scratch[: here_SRT.shape[0] * here_SRT.shape[1] * layout.cols].view(*here_SRT.shape[:2], -1)
         _multiply(here_SRT, here_STC, dense_SRC)
-        with device.on_device_of(left):
-            expand_bits(values, dense_SRC, topology, group_starts, layout, _span(layout, matrices, rows), packs=True)
+        move(values, dense_SRC, topology, index, layout, _span(layout, matrices, rows), packs=True)
     return values
 
 

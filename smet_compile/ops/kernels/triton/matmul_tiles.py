@@ -25,67 +25,11 @@ from torch import Tensor
 from smet_compile.format import Layout, split_index
 from smet_compile.ops.kernels.triton import configs, device
 from smet_compile.ops.kernels.triton.dot import dot_precision, multiply_add
+from smet_compile.ops.kernels.triton.line_index import blocks_of_step
+from smet_compile.ops.kernels.triton.tokens import group_of_tokens
 
 _TOKENS_TOGETHER = 2048
 """Tokens of a group: with 4096 inputs in bf16 they are 16 MB, of the 50 MB (Ampere: 40) of the L2 cache."""
-
-
-@triton.jit
-def group_of_tokens(offsets, number, num_tokens, NUM_GROUPS: tl.constexpr, LANES: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Matrix, first token and end of block ``number`` of tokens that are sorted by matrix, as ``offsets`` (S,) say.
-
-    Each group is cut into blocks for itself. Tokens past the last offset are the group of matrix S, which there is not.
-    """
-    group = tl.arange(0, LANES)
-    end = tl.load(offsets + group, mask=group < NUM_GROUPS, other=num_tokens)
-    begin = tl.load(offsets + group - 1, mask=(group > 0) & (group <= NUM_GROUPS), other=0)
-    begin = tl.where(group > NUM_GROUPS, num_tokens, begin)
-    num_blocks = (end - begin + BLOCK_T - 1) // BLOCK_T
-    blocks_until = tl.cumsum(num_blocks, 0)
-    mine = (blocks_until - num_blocks <= number) & (number < blocks_until)
-    matrix = tl.sum(tl.where(mine, group, 0))
-    within = number - tl.sum(tl.where(mine, blocks_until - num_blocks, 0))
-    first = tl.sum(tl.where(mine, begin, 0)) + within * BLOCK_T
-    return matrix, first, tl.sum(tl.where(mine, end, 0))
-
-
-@triton.jit
-def _one_block(positions, by_column, first_block, num_blocks, place, block_rows, block_cols, TRANSPOSED: tl.constexpr):
-    """Of the block at ``place`` in a line: its row of ``values``, and its own block column (block row of a column)."""
-    exists = place < num_blocks
-    block = first_block + tl.where(exists, place, 0)
-    if not TRANSPOSED:
-        block = tl.load(by_column + block, mask=exists, other=0)
-    position = tl.load(positions + block, mask=exists, other=0)
-    across = position % block_cols if TRANSPOSED else position // block_cols % block_rows
-    return block, across
-
-
-@triton.jit
-def _blocks_of_step(
-    positions,
-    by_column,
-    first_block,
-    num_blocks,
-    start,
-    block_rows,
-    block_cols,
-    PADDED_I: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """``_one_block`` of a step: scalars where it takes a part of one, else (BLOCK_I,)."""
-    place = start // PADDED_I
-    block, across = _one_block(positions, by_column, first_block, num_blocks, place, block_rows, block_cols, TRANSPOSED)
-    if PADDED_I < BLOCK_I:
-        number_k = tl.arange(0, BLOCK_I) // PADDED_I
-        for number in tl.static_range(1, BLOCK_I // PADDED_I):
-            other, other_across = _one_block(
-                positions, by_column, first_block, num_blocks, place + number, block_rows, block_cols, TRANSPOSED
-            )
-            block = tl.where(number_k >= number, other, block)
-            across = tl.where(number_k >= number, other_across, across)
-    return block, across
 
 
 @triton.jit
@@ -121,7 +65,7 @@ def _masked_tiles(
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PARTS: tl.constexpr = tl.cdiv(WIDTH_O, BLOCK_O)
+    PARTS: tl.constexpr = (WIDTH_O + BLOCK_O - 1) // BLOCK_O
     lines_of_matrix = block_rows if TRANSPOSED else block_cols
     # Program → (matrix, group of tokens, line and part of it, tokens in the group).
     program = tl.program_id(0)
@@ -162,11 +106,11 @@ def _masked_tiles(
     length = num_blocks * PADDED_I
     sum_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     # The index is read a step ahead, so that loads of weights and inputs wait for nothing.
-    block, across = _blocks_of_step(
+    block, across = blocks_of_step(
         positions, by_column, first_block, num_blocks, 0, block_rows, block_cols, PADDED_I, BLOCK_I, TRANSPOSED
     )
     for start in range(0, length, BLOCK_I):
-        next_block, next_across = _blocks_of_step(
+        next_block, next_across = blocks_of_step(
             positions,
             by_column,
             first_block,

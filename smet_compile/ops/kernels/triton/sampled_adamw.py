@@ -165,9 +165,9 @@ def _fused(left: Tensor, right: Tensor, offsets: Tensor | None, one: Update) -> 
     lists = split_index(one.lists[0], layout, one.values.shape[0])
     stacked = left.dim() == 3
     with device.on_device_of(left):
-        table, rates, _ = prepared(kind, [one])
+        plan, rates = prepared(kind, [one])
         _sampled_adamw[(num_lines * triton.cdiv(layout.block_cols, piece_n // lanes_n),)](
-            table,
+            plan.table,
             rates,
             left,
             right,

@@ -23,11 +23,10 @@ from torch import Tensor
 from smet_compile.format import Layout, split_index
 from smet_compile.ops.kernels.triton import configs, device
 from smet_compile.ops.kernels.triton.dot import dot_precision, multiply_add
+from smet_compile.ops.kernels.triton.splits import add_splits, num_splits
+from smet_compile.ops.kernels.triton.tokens import tokens_of_split
 
 _LINES_TOGETHER = 8
-_MOST_SPLITS = 16
-_COST_OF_A_SPLIT = 1000
-"""Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
 _BLOCK_OF_SUM = 1024
 
 
@@ -95,19 +94,6 @@ def accumulate_tile(
 
 
 @triton.jit
-def tokens_of_split(offsets, matrix, num_tokens, split, num_splits, BLOCK_T: tl.constexpr):
-    """First and last token of a split of the tokens of a matrix: all ``num_tokens``, or its group's of ``offsets``."""
-    begin = 0
-    end = num_tokens
-    if offsets is not None:
-        end = tl.load(offsets + matrix)
-        begin = tl.load(offsets + matrix - 1, mask=matrix > 0, other=0)
-    share = tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_T) * BLOCK_T
-    first = begin + split * share
-    return first, tl.minimum(first + share, end)
-
-
-@triton.jit
 def _sampled_tiles(
     left,
     right,
@@ -139,8 +125,8 @@ def _sampled_tiles(
     LINES_TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PARTS_M: tl.constexpr = tl.cdiv(WIDTH_M, BLOCK_M)
-    PARTS_N: tl.constexpr = tl.cdiv(WIDTH_N, BLOCK_N)
+    PARTS_M: tl.constexpr = (WIDTH_M + BLOCK_M - 1) // BLOCK_M
+    PARTS_N: tl.constexpr = (WIDTH_N + BLOCK_N - 1) // BLOCK_N
     BLOCKS: tl.constexpr = BLOCK_N // LANES_N  # of the weight, side by side
     # Program → (group of lines, blocks along the line, line, part of the block).
     program = tl.program_id(0)
@@ -190,17 +176,6 @@ def _sampled_tiles(
     to_n = row_of_values * (WIDTH_M * WIDTH_N) + offset_n
     stored = (offset_m < WIDTH_M)[:, None] & exists_n[None, :]
     tl.store(out + offset_m[:, None] * WIDTH_N + to_n[None, :], sum_mn.to(out.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _add_splits(parts, out, numel, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of ``NUM_SPLITS`` parts of ``numel`` fp32 each, first to last."""
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < numel
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(NUM_SPLITS):
-        total += tl.load(parts + tl.cast(split, tl.int64) * numel + offset, mask=inside, other=0.0)
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
 
 
 def sampled_matmul(
@@ -264,7 +239,7 @@ def sampled_matmul(
             num_stages=config.num_stages,
         )
         if splits > 1:
-            _add_splits[(triton.cdiv(out.numel(), _BLOCK_OF_SUM),)](
+            add_splits[(triton.cdiv(out.numel(), _BLOCK_OF_SUM),)](
                 parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM
             )
     return out
@@ -274,22 +249,3 @@ def _num_splits(left: Tensor, layout: Layout, num_active: int, blocks_together: 
     """``num_splits`` for the tokens of ``left``: a matrix' own, or its even share of those sorted by matrix."""
     tokens = left.shape[-2] // (1 if left.dim() == 3 else layout.num_matrices)
     return num_splits(device.num_sms(left.device), layout, tokens, num_active, blocks_together, step)
-
-
-def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
-    """Parts to sum the ``tokens`` of a matrix in, of which the time is least, in multiply-adds of one output.
-
-    Programs of ``blocks_together`` blocks run in rounds of one to each of the ``sms`` multiprocessors, and each part of
-    a sum costs its writing and reading.
-    """
-    bm, bn = layout.block_shape
-    lines = min(num_active, layout.num_matrices * layout.block_rows)
-    parts_of_block = triton.cdiv(bm, configs.WIDEST) * triton.cdiv(bn, configs.WIDEST)
-    programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)
-
-    def cost(splits: int) -> float:
-        rounds = math.ceil(programs * splits / sms)
-        return rounds * sms / programs * tokens / splits + (splits > 1) * splits * _COST_OF_A_SPLIT
-
-    most = max(1, min(_MOST_SPLITS, tokens // (4 * step)))
-    return min(range(1, most + 1), key=cost)

@@ -1,0 +1,184 @@
+"""Products and moves in C++, against the reference in fp64: by tiles summed in registers, and through dense rows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout
+from smet_compile.ops import CompactWeight, choose
+from smet_compile.ops import reference as ref
+from smet_compile.ops.kernels.native.build import library
+from tests.ops.kernels.tolerances import assert_close
+from tests.ops.matmul_cases import MASKS, Case, make_mask
+from tests.support.blocks import Grid
+from tests.support.scratch import Scratch
+
+pytestmark = [
+    pytest.mark.skipif(library("tiles") is None, reason="there is no C++ compiler"),
+    pytest.mark.usefixtures("new_memory_is_nan"),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+TILES = [  # sizes that are not multiples of anything; widths of part of a vector, of one, two and more
+    ((37, 29), (8, 8)),
+    ((70, 50), (16, 16)),
+    ((130, 70), (16, 32)),
+    ((65, 129), (32, 32)),
+    ((50, 45), (24, 40)),
+    ((200, 331), (64, 64)),
+    ((300, 170), (128, 128)),
+    ((11, 7), (3, 2)),
+    ((60, 60), (3, 40)),
+    ((3, 21, 29), (8, 16)),
+    ((2, 90, 70), (64, 32)),
+]
+OTHERS = [((37, 29), (1, 1)), ((3, 70, 50), (1, 1)), ((64, 1030), (1, 1)), ((64, 48), (1, 16)), ((37, 29), (16, 1))]
+
+
+@pytest.fixture
+def new_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def weight(size: tuple[int, ...], block_shape: tuple[int, int], mask_kind: str = "random") -> Case:
+    grid = Grid(size, block_shape)
+    mask = make_mask(mask_kind, grid)
+    dense = torch.randn(size, dtype=torch.float64).bfloat16().double() * grid.spread(mask)
+    return Case(
+        grid, mask, dense.reshape(grid.matrix), CompactWeight(Layout.of(size, block_shape), mask, int(mask.sum()))
+    )
+
+
+def kernel(name: str, op: str, dtype: torch.dtype, each: Case, grouped: bool = False) -> Callable[..., Any]:
+    """The function of the kernel ``name``; skips where the processor has none for ``dtype``."""
+    layout = each.compact.layout
+    case = choose.Case(torch.device("cpu"), dtype, layout, each.compact.num_active, grouped)
+    found = next(k for k in choose._KERNELS[op] if k.name == name)
+    if not found.can(op, case):
+        pytest.skip(f"{name} does not multiply {dtype} here")
+    function: Callable[..., Any] = getattr(importlib.import_module(found.module), op)
+    return function
+
+
+def check_masked(
+    name: str, each: Case, input: Tensor, transposed: bool, bias: Tensor | None, ends: Tensor | None
+) -> None:
+    function = kernel(name, "masked_matmul", input.dtype, each, ends is not None)
+    out = function(input, each.values(input.dtype), *each.topology, transposed, bias, ends)
+    exact = None if bias is None else bias.double()
+    law = ref.masked_matmul(input.double(), each.values(), each.mask, each.compact.layout, transposed, exact, ends)
+    assert out.is_contiguous() and out.dtype == input.dtype
+    assert_close("transposed" if transposed else "plain", out, law)
+
+
+def check_sampled(name: str, each: Case, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
+    function = kernel(name, "sampled_matmul", left.dtype, each, ends is not None)
+    out = function(left, right, *each.topology, each.compact.num_active, ends)
+    law = ref.sampled_matmul(left.double(), right.double(), each.mask, each.compact.layout, ends)
+    assert_close("weight gradient", out, law)
+
+
+every_kernel = pytest.mark.parametrize(
+    ("name", "size", "block_shape"),
+    [("cpu_tiles", *each) for each in TILES] + [("cpu_expand", *each) for each in TILES + OTHERS],
+    ids=str,
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 37, 530])
+@pytest.mark.parametrize("mask", MASKS)
+@every_dtype
+@every_kernel
+def test_products(
+    name: str, size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype, mask: str, num_tokens: int
+) -> None:
+    each = weight(size, block_shape, mask)
+    rows, cols = each.compact.layout.matrix
+    x, gy = each.tokens(num_tokens, cols, dtype), each.tokens(num_tokens, rows, dtype)
+    for bias in (None, torch.randn(rows).to(dtype)):
+        check_masked(name, each, x, True, bias, None)
+    check_masked(name, each, gy, False, None, None)
+    check_sampled(name, each, gy, x, None)
+
+
+@pytest.mark.parametrize("block_shape", [(8, 16), (16, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize("ends", [[6, 13, 20], [0, 20, 20], [4, 4, 11], [0, 0, 0]], ids=str)
+@every_dtype
+@pytest.mark.parametrize("name", ["cpu_tiles", "cpu_expand"])
+def test_grouped_tokens(name: str, dtype: torch.dtype, ends: list[int], block_shape: tuple[int, int]) -> None:
+    if name == "cpu_tiles" and block_shape == (1, 1):
+        pytest.skip("single weights are no tiles")
+    each = weight((3, 21, 29), block_shape)
+    x, gy, ends_S = torch.randn(20, 29).to(dtype), torch.randn(20, 21).to(dtype), torch.tensor(ends, dtype=torch.int32)
+    check_masked(name, each, x, True, torch.randn(21).to(dtype), ends_S)
+    check_masked(name, each, gy, False, None, ends_S)
+    check_sampled(name, each, gy, x, ends_S)
+
+
+@every_dtype
+@every_kernel
+def test_strided_inputs(name: str, size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype) -> None:
+    each = weight(size, block_shape)
+    rows, cols = each.compact.layout.matrix
+    x = each.tokens(19, 2 * cols + 5, dtype)[..., 3 : 3 + cols]
+    gy = (
+        each.tokens(rows, 19, dtype).mT
+        if each.tokens(1, rows, dtype).dim() == 2
+        else each.tokens(19, rows, dtype)[..., :]
+    )
+    check_masked(name, each, x, True, None, None)
+    check_masked(name, each, gy, False, None, None)
+    check_sampled(name, each, gy, x, None)
+
+
+@pytest.mark.parametrize("size", [(40, 50), (2048, 96)], ids=str)
+@every_dtype
+def test_many_tokens(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """8192: several chunks of them, in each product."""
+    each = weight(size, (32, 32))
+    x, gy = each.tokens(8192, size[1], dtype), each.tokens(8192, size[0], dtype)
+    check_masked("cpu_tiles", each, x, True, None, None)
+    check_masked("cpu_tiles", each, gy, False, None, None)
+    check_sampled("cpu_tiles", each, gy, x, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("size", "block_shape"), TILES + OTHERS, ids=str)
+def test_moves_are_exact(size: tuple[int, ...], block_shape: tuple[int, int], mask: str, dtype: torch.dtype) -> None:
+    each = weight(size, block_shape, mask)
+    values = each.values(dtype)
+    dense = kernel("cpu_expand", "unpack", dtype, each)(values, *each.topology)
+    assert torch.equal(dense, each.dense.to(dtype).reshape(size))
+    noise = torch.randn(size).to(dtype)
+    packed = kernel("cpu_expand", "pack", dtype, each)(noise, *each.topology, each.compact.num_active)
+    assert torch.equal(packed, each.gather(noise))
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["cpu_tiles", "cpu_expand"])
+def test_what_hangs_over_an_edge_is_zero(name: str, number: float) -> None:
+    each = weight((37, 29), (16, 16), "all")
+    left, right = torch.full((5, 37), number), torch.full((5, 29), number)
+    out = kernel(name, "sampled_matmul", torch.float32, each)(left, right, *each.topology, each.compact.num_active)
+    inside = each.gather(torch.ones(37, 29)) == 1
+    assert bool((out[~inside] == 0).all()) and not bool(out[inside].isfinite().any())
+
+
+def test_no_dense_matrix_is_made() -> None:
+    each = weight((256, 256), (32, 32))
+    x, gy = each.tokens(3, 256, torch.float32), each.tokens(3, 256, torch.float32)
+    values = each.values(torch.float32)
+    with Scratch() as scratch:
+        torch.ops.smet.masked_matmul(x, values, *each.topology, True)
+        torch.ops.smet.masked_matmul(gy, values, *each.topology, False)
+        torch.ops.smet.sampled_matmul(gy, x, *each.topology, each.compact.num_active)
+    assert max(numel for dtype, numel in scratch.made if dtype.is_floating_point) < 256 * 256
