@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ class SiteExplanation:
     Args:
         forward: the product with the weight. input_gradient: the gradient of what it is multiplied with.
         weight_gradient: of the weight, compact where fused. update: by the optimizer, in backward.
+        kernels: part → the kernel that computes it, where it is fused (``SMET_COMPILE_KERNEL`` forces one).
     """
 
     name: str
@@ -39,6 +40,7 @@ class SiteExplanation:
     input_gradient: str
     weight_gradient: str
     update: str
+    kernels: dict[str, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -74,7 +76,7 @@ class Explanation:
     def __str__(self) -> str:
         rows = [["site", "forward", "input gradient", "weight gradient", "update"]]
         for site in self.sites:
-            rows.append([site.name, *(said if said in ("fused", _NONE) else "no" for said in site.parts.values())])
+            rows.append([site.name, *(_cell(said, site.kernels.get(part)) for part, said in site.parts.items())])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
@@ -170,6 +172,9 @@ def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcom
             for part, said in outcome.parts.items():
                 for what in said:
                     whole.add(part, what)
+            for part, kernels in outcome.kernels.items():
+                for kernel in kernels:
+                    whole.add(part, "fused", kernel)
     return found
 
 
@@ -184,7 +189,13 @@ def _explained(site: Site, outcome: Outcome | None, unfused: str, broken: bool) 
     update = _said(outcome, "update")
     if weight_gradient != _NONE and (update == _NONE or broken):
         update = unfused
-    return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update)
+    kernels = {part: " and ".join(names) for part, names in outcome.kernels.items()}
+    return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update, kernels)
+
+
+def _cell(said: str, kernel: str | None) -> str:
+    """Of the table: the kernel where it is fused."""
+    return kernel or said if said == "fused" else said if said == _NONE else "no"
 
 
 def _said(outcome: Outcome, part: str) -> str:

@@ -28,8 +28,8 @@ KINDS = (
 NOTE = (
     f"{NUM_TENSORS} weights of {SIDE}x{SIDE}, density 0.25, several generations of blocks. Device time between events. "
     "Bytes of a step: each weight, gradient, moment (and age, of single weights) once read, all but gradient and age "
-    f'once written; of a copy of {COPIED_BYTES >> 20} MiB: read and written. "launches" counts kernels, by the '
-    'profiler; "host" is how long the call keeps Python.'
+    f'once written; of a copy of {COPIED_BYTES >> 20} MiB: read and written. "launches" counts kernels and '
+    'copies, by the profiler; "host" is how long the call keeps Python.'
 )
 
 
@@ -64,7 +64,7 @@ def _host_seconds(optimizer: smet.ActiveAdamW) -> float:
 
 
 def _num_launches(optimizer: smet.ActiveAdamW) -> int:
-    """Kernels that one step starts; 0 where there is no GPU."""
+    """Kernels and copies that one step starts; 0 where there is no GPU."""
     with profile(activities=supported_activities()) as profiler:
         optimizer.step()
         if torch.cuda.is_available():

@@ -147,7 +147,7 @@ _MOVES = (
     Kernel("torch", "smet_compile.ops.moves", _always),
     _REFERENCE,
 )
-_KERNELS = {
+_KERNELS: dict[str, tuple[Kernel, ...]] = {
     "masked_matmul": _products("matmul_tiles"),
     "sampled_matmul": _products("sampled_tiles"),
     "unpack": _MOVES,
@@ -159,7 +159,8 @@ _UPDATES = (
     UpdateKernel("torch", "smet_compile.ops.adamw", lambda arguments: True),
     UpdateKernel("reference", "smet_compile.ops.adamw", lambda arguments: True),
 )
-NAMES = tuple(dict.fromkeys([kernel.name for kernel in (*_KERNELS["masked_matmul"], *_UPDATES)] + ["cpu", "triton"]))
+_NAMES_OF_ALL = [kernel.name for kernel in _KERNELS["masked_matmul"]] + [kernel.name for kernel in _UPDATES]
+NAMES = tuple(dict.fromkeys([*_NAMES_OF_ALL, "cpu", "triton"]))
 
 
 def kernel_of(op: str, case: Case) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
-from smet_compile.passes.graph import PACK, SAMPLED, aten, calls, is_call, smet
+from smet_compile.ops.choose import update_kernel_of
+from smet_compile.passes.graph import PACK, SAMPLED, aten, calls, is_call, smet, val
 from smet_compile.passes.weight_views import CONVERT
 
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
@@ -20,14 +22,14 @@ def updates(graph: fx.Graph, *ops: object) -> list[fx.Node]:
     return [node for node in calls(graph, FUNCTIONALIZED) if node.args[0] in ops]
 
 
-def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, bool]]:
-    """(name of the node that holds its topology, whether it takes the product) for each site updated in ``graph``."""
+def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
+    """(name of the node that holds its topology, the update) for each site updated in ``graph``."""
     for node in updates(graph, SAMPLED_ACTIVE_ADAMW):
-        yield str(node.kwargs["topology"].name), True
+        yield str(node.kwargs["topology"].name), node
     for node in updates(graph, ACTIVE_ADAMW, TORCH_OPTIM):
         source = _gradient(node.kwargs["grad"])
         if source is not None:
-            yield source, False
+            yield source, node
 
 
 def _gradient(node: fx.Node) -> str | None:
@@ -39,3 +41,16 @@ def _gradient(node: fx.Node) -> str | None:
     if is_call(node, aten.add.Tensor, *CONVERT):
         return _gradient(node.args[0])
     return None
+
+
+def kernel_of(update: fx.Node) -> str:
+    """The kernel that will make this update: of ``active_adamw_`` and ``sampled_active_adamw_``."""
+    bases, kwargs = update.kwargs["_all_bases"], update.kwargs
+    found: list[Any] = []
+    for argument in update.args[0]._schema.arguments:
+        number = kwargs.get(f"_{argument.name}_base_index")
+        node = kwargs.get(argument.name) if number is None else bases[number]
+        if argument.name not in ("grad", "left", "right", "offsets"):
+            found.append(val(node) if isinstance(node, fx.Node) else node)
+    values, *rest = found
+    return update_kernel_of((values, values, *rest)).name  # a gradient has the dtype of its weight

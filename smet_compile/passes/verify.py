@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from smet_compile.passes.graph import MASKED, PACK, SAMPLED, UNPACK, PassReport, SiteArgs, aten, calls, is_call
-from smet_compile.passes.updates import updated_sites
+from smet_compile.ops.choose import case_of, kernel_of
+from smet_compile.passes.graph import MASKED, PACK, SAMPLED, UNPACK, PassReport, SiteArgs, aten, calls, is_call, val
+from smet_compile.passes.updates import SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updated_sites
+from smet_compile.passes.updates import kernel_of as update_kernel_of
 from smet_compile.passes.weight_reads import PRODUCTS, uses
 from smet_compile.passes.weight_views import View
 
@@ -26,14 +28,18 @@ _LOOKS_UP += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.de
 
 @dataclass
 class Outcome:
-    """For one site: part → "fused", or the reasons why it is not. A part that a graph has not is missing."""
+    """For one site: part → "fused", or the reasons why it is not. A part that a graph has not is missing.
+
+    ``kernels``: part → the names of the kernels that compute what is fused.
+    """
 
     parts: dict[str, list[str]] = field(default_factory=dict)
+    kernels: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, part: str, what: str) -> None:
-        said = self.parts.setdefault(part, [])
-        if what not in said:
-            said.append(what)
+    def add(self, part: str, what: str, kernel: str | None = None) -> None:
+        for found, new in ((self.parts, what), (self.kernels, kernel)):
+            if new is not None and new not in found.setdefault(part, []):
+                found[part].append(new)
 
     @property
     def reasons(self) -> list[str]:
@@ -57,20 +63,40 @@ def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
         return found.setdefault(SiteArgs.of(node).name, Outcome())
 
     for node in calls(graph, MASKED):
-        found.setdefault(_topology(node), Outcome()).add(INPUT_GRADIENT if node in backward else FORWARD, FUSED)
+        part, kernel = INPUT_GRADIENT if node in backward else FORWARD, _masked_kernel(node)
+        found.setdefault(_topology(node), Outcome()).add(part, FUSED, kernel)
     for node in calls(graph, UNPACK):
         for user, reason in _reasons(node):
             at(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
     for node in calls(graph, SAMPLED):
-        found.setdefault(_topology(node), Outcome()).add(WEIGHT_GRADIENT, FUSED)
+        _, _, *lists, num_active, offsets = _padded(node.args[2:], 7)
+        kernel = _sampled_kernel(node.args[0], lists, num_active, offsets)
+        found.setdefault(_topology(node), Outcome()).add(WEIGHT_GRADIENT, FUSED, kernel)
     for node in calls(graph, PACK):
         at(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
-    for name, fused_to_product in updated_sites(graph):
+    for name, update in updated_sites(graph):
         outcome = found.setdefault(name, Outcome())
-        outcome.add(UPDATE, FUSED)
-        if fused_to_product:
-            outcome.add(WEIGHT_GRADIENT, FUSED)
+        outcome.add(UPDATE, FUSED, "torch" if update.args[0] is TORCH_OPTIM else update_kernel_of(update))
+        if update.args[0] is SAMPLED_ACTIVE_ADAMW:
+            lists = [update.kwargs[key] for key in ("shape", "matrix", "block_shape")]
+            num_active = val(update.kwargs["_all_bases"][update.kwargs["_values_base_index"]]).shape[0]
+            kernel = _sampled_kernel(update.kwargs["left"], lists, num_active, update.kwargs["offsets"])
+            outcome.add(WEIGHT_GRADIENT, FUSED, kernel)
     return found
+
+
+def _masked_kernel(node: fx.Node) -> str:
+    values, offsets = val(node.args[1]), _padded(node.args, 10)[9]
+    return kernel_of("masked_matmul", case_of(values, node.args[4:7], values.shape[0], offsets))
+
+
+def _sampled_kernel(left: fx.Node, lists: Any, num_active: int, offsets: Any) -> str:
+    return kernel_of("sampled_matmul", case_of(val(left), lists, num_active, offsets))
+
+
+def _padded(arguments: Any, length: int) -> list[Any]:
+    """With the defaults at the end, which are None."""
+    return [*arguments, *[None] * (length - len(arguments))]
 
 
 def _topology(node: fx.Node) -> str:

@@ -66,7 +66,8 @@ def test_update(stored: str, case: str) -> None:
     with caught(adamw, "prepare") as prepare, caught(adamw, "update") as update:
         adamw.update_all(updates)
     ptx = check(update, list(ARCHITECTURES)[number % 2])
-    width = "v2" if stored == "bf16, codes" else "v4"  # 4 entries of each thread there, else 8
+    entries_of_a_thread = 1024 // (32 * update.option("num_warps"))
+    width = "v4" if entries_of_a_thread * (4 if "fp32" in stored else 2) >= 16 else "v2"
     assert f"ld.global.{width}.b32" in ptx and f"st.global.{width}.b32" in ptx
     if number < 2:
         check(prepare, list(ARCHITECTURES)[number])

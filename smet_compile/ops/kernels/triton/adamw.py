@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from smet_compile.ops.kernels.triton.adamw_columns import BLOCKS
 from smet_compile.ops.kernels.triton.adamw_prepare import prepare
 from smet_compile.ops.kernels.triton.adamw_rows import Facts, Update, cut, facts_of, row_of
 from smet_compile.ops.kernels.triton.adamw_update import update
@@ -29,8 +30,9 @@ TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_THREADS = {True: {"num_warps": 8, "maxnreg": 128}, False: {"num_warps": 4}}
-"""With codes, and without: what spills no registers."""
+_FEW_THREADS = {"num_warps": 4}
+_MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
+"""Of a program that would spill registers otherwise: one with codes, or with several blocks."""
 
 
 class Kind(NamedTuple):
@@ -114,7 +116,7 @@ def _launch(kind: Kind, members: list[Update]) -> None:
                 GENERATION=TYPES[kind.generation],
                 KINDS=plan.kinds,
                 STOCHASTIC=kind.stochastic,
-                **_THREADS[kind.coded],
+                **(_MANY_THREADS if kind.coded or plan.kinds[BLOCKS.value] else _FEW_THREADS),
                 enable_fp_fusion=False,
             )
 
