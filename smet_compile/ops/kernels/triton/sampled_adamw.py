@@ -146,6 +146,7 @@ def _config(left: Tensor, layout: Layout) -> tuple[configs.Sampled, int]:
 def sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets: Tensor | None, *update: Any) -> None:
     """``smet::sampled_active_adamw_``: ``active_adamw_`` by the gradient pack(leftᵀ right), for tiles."""
     one = Update(values, values, *update)
+    one = one._replace(lr=one.lr.double())
     if fuses(left, offsets, one):
         _fused(left, right, offsets, one)
         return
