@@ -7,6 +7,7 @@ import datetime
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,19 +36,32 @@ def options(description: str, sections: Mapping[str, Section]) -> argparse.Names
 
 
 def run(title: str, command: str, sections: Mapping[str, Section], args: argparse.Namespace, device: str) -> None:
-    """Measures the wanted sections, prints each table as it comes, and writes all of them."""
+    """Measures the wanted sections; prints and writes each as it comes. Exits with an error if one failed."""
     settings = Settings(args.repeats, args.quick, torch.device(device))
-    parts = [head(title, command, settings)]
-    print(parts[0], flush=True)
+    record = [head(title, command, settings)]
+    print(record[0], flush=True)
+    failed = []
     for name in args.only or sections:
         start = time.perf_counter()
-        for table in sections[name](settings):
-            parts.append(table.markdown())
-            print(parts[-1], flush=True)
+        parts, error = _measured(name, sections[name], settings)
+        failed += [name] if error else []
+        record += parts
+        print("\n".join(parts), flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(parts))
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("\n".join(record))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _measured(name: str, section: Section, settings: Settings) -> tuple[list[str], Exception | None]:
+    """The section's tables as markdown; where it fails, that it does, and the others go on."""
+    try:
+        return [table.markdown() for table in section(settings)], None
+    except Exception as error:
+        traceback.print_exc()
+        return [f"### {name}\n\nNot measured: it failed with {type(error).__name__}.\n"], error
 
 
 def head(title: str, command: str, settings: Settings) -> str:

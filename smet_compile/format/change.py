@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from smet_compile.format.topology import positions_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class TopologyChange:
 
     def remap_(self, rows: Tensor) -> Tensor:
         """Moves ``rows`` (N, ...) to the new order in place: survivors bit for bit, newcomers zero."""
-        kept = rows[self.survives]
-        rows.zero_()
-        rows[self.survived] = kept
-        return rows
+        old_rows, new_rows = self._kept_rows
+        kept = rows.index_select(0, old_rows)
+        return rows.zero_().index_copy_(0, new_rows, kept)
+
+    @functools.cached_property
+    def _kept_rows(self) -> tuple[Tensor, Tensor]:
+        """The rows of the survivors, before and after: looked for once, for all that is stored per block."""
+        return positions_of(self.survives), positions_of(self.survived)

@@ -7,6 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+_BITS_TO_TOP_BYTE = sum(1 << (56 - 7 * bit) for bit in range(8))
+"""Times this, bit 8 j of a number goes to bit 56 + j."""
+
 
 @functools.cache
 def _bits_of_byte(device: torch.device) -> Tensor:
@@ -23,10 +26,8 @@ def unpack_bits(bits: Tensor, num_blocks: int) -> Tensor:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Mask (num_blocks,) bool → packed bits (ceil(num_blocks / 8),) uint8; spare bits are zero."""
-    spare = -mask.numel() % 8
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, spare)).view(-1, 8)
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(1, dtype=torch.uint8)
+    eight = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
+    return (eight * _BITS_TO_TOP_BYTE >> 56).to(torch.uint8)  # eight bytes of 0 or 1, read as one number
 
 
 def count_active(bits: Tensor) -> int:

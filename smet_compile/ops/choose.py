@@ -25,6 +25,8 @@ _NARROWEST_TILE = 16
 _AMX_OVER_AVX512 = 4
 """How much faster a processor with AMX multiplies dense bf16 matrices than these kernels multiply tiles."""
 _LANES = 16
+_LISTS = slice(12, 15)
+"""Shape, matrix and block_shape among the arguments of ``active_adamw_``."""
 
 
 class Case(NamedTuple):
@@ -179,6 +181,19 @@ def update_kernel_of(arguments: tuple[Any, ...]) -> UpdateKernel:
     name = forced()
     told = [kernel for kernel in _UPDATES if name is not None and kernel.name.startswith(name)]
     return next(kernel for kernel in (*told, *_UPDATES) if kernel.can(arguments))
+
+
+def fused_update(left: Tensor, offsets: Tensor | None, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    """What computes a gradient's blocks and updates by them as they are summed up; None where that takes two kernels.
+
+    ``left``: the product's. ``arguments``: of ``active_adamw_``.
+    """
+    case = case_of(left, arguments[_LISTS], arguments[0].shape[0], offsets)
+    chosen = kernel_of("sampled_matmul", case), update_kernel_of(arguments).name
+    if chosen != ("triton_tiles", "triton_adamw"):
+        return None
+    function: Callable[..., None] = importlib.import_module(f"{_TRITON}.sampled_adamw").sampled_active_adamw_
+    return function
 
 
 def forced() -> str | None:

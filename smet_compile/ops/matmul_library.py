@@ -38,6 +38,10 @@ def _sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets:
 
     ``update`` are the arguments of ``active_adamw_`` after its gradient; where the blocks lie is among them.
     """
+    at_once = choose.fused_update(left, offsets, (values, values, *update))
+    if at_once is not None:
+        at_once(values, left, right, offsets, *update)
+        return
     grad = torch.ops.smet.sampled_matmul(left, right, *update[8:13], values.shape[0], offsets)
     torch.ops.smet.active_adamw_(values, grad.to(values.dtype), *update)
 

@@ -51,6 +51,6 @@ def kernel_of(update: fx.Node) -> str:
         number = kwargs.get(f"_{argument.name}_base_index")
         node = kwargs.get(argument.name) if number is None else bases[number]
         if argument.name not in ("grad", "left", "right", "offsets"):
-            found.append(val(node) if isinstance(node, fx.Node) else node)
+            found.append(fx.node.map_arg(node, val))
     values, *rest = found
     return update_kernel_of((values, values, *rest)).name  # a gradient has the dtype of its weight

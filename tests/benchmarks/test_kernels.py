@@ -1,5 +1,6 @@
 """Every section of the kernels' benchmark runs at tiny size and says what it measured."""
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import command
 from benchmarks.gpu import SECTIONS as GPU_SECTIONS
 from benchmarks.kernels import CPU_SECTIONS
 from benchmarks.ratios import Pairs
@@ -81,14 +83,29 @@ def test_bound_of_l2() -> None:
 
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "docs" / "kernels.md"
-    command = ("-m", "benchmarks.kernels", "--quick", "--repeats=2", "--only=linear", f"--out={out}")
-    printed = run_python(*command)
+    options = ("-m", "benchmarks.kernels", "--quick", "--repeats=2", "--only=linear", f"--out={out}")
+    printed = run_python(*options)
     written = out.read_text()
     assert written.startswith("# Kernels\n")
     assert "Not for the record" in written
     assert re.search(rf"torch {re.escape(torch.__version__)}.*", written)
     assert "### Linear layers of tiles" in written
     assert all(line in printed for line in written.splitlines())
+
+
+def test_a_section_that_fails_stops_no_other(tmp_path: Path) -> None:
+    def fails(settings: Settings) -> list[Table]:
+        raise RuntimeError("no memory")
+
+    def works(settings: Settings) -> list[Table]:
+        return [Table("Works", "a / b", "", [])]
+
+    out = tmp_path / "out.md"
+    args = argparse.Namespace(only=None, repeats=REPEATS, quick=True, out=out)
+    with pytest.raises(SystemExit, match="failed: first"):
+        command.run("Title", "command", {"first": fails, "second": works}, args, "cpu")
+    assert "### first\n\nNot measured: it failed with RuntimeError." in out.read_text()
+    assert "### Works" in out.read_text()
 
 
 @pytest.mark.slow
