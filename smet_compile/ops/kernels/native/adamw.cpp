@@ -123,36 +123,53 @@ bool all_finite(int64_t n, const float* grad) {
     return finite == n;
 }
 
-// What a table has at each place. Of up to 32 * PAIRS entries the table is held in registers.
+// What a table of up to 32 * PAIRS floats has at a place, 16 places at a time: the table stays in registers.
 #if defined(__AVX512F__)
 template <int PAIRS>
-int64_t look_up_in_registers(int64_t n, const uint8_t* places, const float* table, float* to) {
-    __m512 held[2 * PAIRS];
-    for (int i = 0; i < 2 * PAIRS; i++) held[i] = _mm512_loadu_ps(table + 16 * i);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(places + i)));
-        __m512 found = _mm512_permutex2var_ps(held[0], place, held[1]);
+struct Held {
+    __m512 parts[2 * PAIRS];
+
+    explicit Held(const float* table) {
+        for (int i = 0; i < 2 * PAIRS; i++) parts[i] = _mm512_loadu_ps(table + 16 * i);
+    }
+    __m512 at(__m512i place) const {
+        __m512 found = _mm512_permutex2var_ps(parts[0], place, parts[1]);
 #pragma GCC unroll 8
         for (int pair = 1; pair < PAIRS; pair++) {
             const __mmask16 here = _mm512_cmpge_epu32_mask(place, _mm512_set1_epi32(32 * pair));
-            found = _mm512_mask_mov_ps(found, here, _mm512_permutex2var_ps(held[2 * pair], place, held[2 * pair + 1]));
+            found = _mm512_mask_mov_ps(found, here, _mm512_permutex2var_ps(parts[2 * pair], place, parts[2 * pair + 1]));
         }
-        _mm512_storeu_ps(to + i, found);
+        return found;
+    }
+};
+
+template <int PAIRS>
+int64_t look_up_in_registers(
+    int64_t n, const uint8_t* places, const float* table, const float* table2, float* to, float* to2
+) {
+    const Held<PAIRS> held(table), held2(table2);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(places + i)));
+        _mm512_storeu_ps(to + i, held.at(place));
+        _mm512_storeu_ps(to2 + i, held2.at(place));
     }
     return i;
 }
 #endif
 
-void look_up(int64_t n, const uint8_t* places, int64_t num_used, const float* table, float* to) {
+// Two tables of 256 at once, of which the first num_used entries count.
+void look_up(
+    int64_t n, const uint8_t* places, int64_t num_used, const float* table, const float* table2, float* to, float* to2
+) {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    if (num_used <= 32) i = look_up_in_registers<1>(n, places, table, to);
-    else if (num_used <= 64) i = look_up_in_registers<2>(n, places, table, to);
-    else if (num_used <= 128) i = look_up_in_registers<4>(n, places, table, to);
-    else i = look_up_in_registers<8>(n, places, table, to);
+    if (num_used <= 32) i = look_up_in_registers<1>(n, places, table, table2, to, to2);
+    else if (num_used <= 64) i = look_up_in_registers<2>(n, places, table, table2, to, to2);
+    else if (num_used <= 128) i = look_up_in_registers<4>(n, places, table, table2, to, to2);
+    else i = look_up_in_registers<8>(n, places, table, table2, to, to2);
 #endif
-    for (; i < n; i++) to[i] = table[places[i]];
+    for (; i < n; i++) to[i] = table[places[i]], to2[i] = table2[places[i]];
 }
 
 // Room for one unit of work, in a core's cache.
@@ -369,10 +386,11 @@ struct Worker {
         const int64_t n = last_block - first_block;
         if (size == 1 && u.generation_bytes == 1) {
             const auto* places = (const uint8_t*)u.generation + first_block;
-            look_up(n, places, rule.num_used, rule.step.data(), room.step.data());
-            look_up(n, places, rule.num_used, rule.unbias.data(), room.unbias.data());
-            if (u.weight_decay) look_up(n, places, rule.num_used, rule.decay.data(), room.decay.data());
-            return;  // without decay its room is zero from the start
+            const float *step = rule.step.data(), *unbias = rule.unbias.data();
+            look_up(n, places, rule.num_used, step, unbias, room.step.data(), room.unbias.data());
+            if (u.weight_decay)  // without, its room is zero from the start
+                look_up(n, places, rule.num_used, rule.decay.data(), step, room.decay.data(), room.step.data());
+            return;
         }
         for (int64_t block = 0; block < n; block++) {
             const int64_t g = generation(first_block + block);
