@@ -19,13 +19,13 @@ demo: .venv-demo/ready
 	$(DEMO) -m smet_compile pretrain --preset tiny --density 0.3 --steps 400 --out runs/demo
 
 test: .venv-dev/ready
-	$(DEV) -m pytest
+	$(DEV) -m pytest -n 2
 
 check: .venv-dev/ready
 	$(DEV) -m ruff format --check .
 	$(DEV) -m ruff check .
 	$(DEV) -m mypy
-	$(DEV) -m pytest
+	$(DEV) -m pytest -n 2
 
 clean:
 	rm -rf .venv-demo .venv-dev build .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

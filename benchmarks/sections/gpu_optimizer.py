@@ -69,4 +69,5 @@ def _num_launches(optimizer: smet.ActiveAdamW) -> int:
         optimizer.step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda and not event.is_user_annotation for event in profiler.events())

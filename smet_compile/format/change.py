@@ -28,7 +28,8 @@ class TopologyChange:
     @classmethod
     def between(cls, values: torch.nn.Parameter, before: Tensor, after: Tensor) -> TopologyChange:
         """From the masks (num_blocks,) before and after."""
-        return cls(values, after[before], before[after])
+        survives = after.index_select(0, positions_of(before))
+        return cls(values, survives, before.index_select(0, positions_of(after)))
 
     def remap_(self, rows: Tensor) -> Tensor:
         """Moves ``rows`` (N, ...) to the new order in place: survivors bit for bit, newcomers zero."""

@@ -116,11 +116,9 @@ class UpdateKernel(NamedTuple):
 
 
 def _triton_updates(arguments: tuple[Any, ...]) -> bool:
-    device = arguments[0].device
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    module = importlib.import_module(f"{_TRITON}.adamw")
-    return bool(module.supports(arguments))
+    from smet_compile.ops.kernels.triton.supports import runs_on
+
+    return runs_on(arguments[0].device) and bool(importlib.import_module(f"{_TRITON}.adamw").supports(arguments))
 
 
 def _cpu_updates(arguments: tuple[Any, ...]) -> bool:

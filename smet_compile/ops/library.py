@@ -29,7 +29,8 @@ _library.define(
     "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(f!)? scales, "
     "Tensor(d!) num_skipped, Tensor(e!) step, Tensor lr, Tensor? generation, Tensor? births, Tensor? topology, "
     f"Tensor[] index, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
-    "int warmup_steps, bool shared_step, int? noise_seed) -> ()"
+    "int warmup_steps, bool shared_step, int? noise_seed) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),  # kernels read tables that the host writes anew
 )
 
 

@@ -160,7 +160,7 @@ class ActiveAdamW(Optimizer):
             state.get("scales"),
             state["num_skipped"],
             state["step"],
-            torch.as_tensor(group["lr"], dtype=torch.float64),
+            _rate(group["lr"]),
             state.get("generation"),
             state.get("births"),
             compact.topology if compact else None,
@@ -257,6 +257,11 @@ def _hold(model: nn.Module) -> dict[nn.Parameter, _Held]:
         site = by_values.get(id(parameter))
         held[parameter] = _Held(site.name if site else name, site, parameter.shape)
     return held
+
+
+def _rate(lr: float | Tensor) -> Tensor:
+    """On the host unless the user put it elsewhere, whatever the default device is."""
+    return lr.to(torch.float64) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def _ids(groups: list[dict[str, Any]]) -> list[int]:

@@ -76,10 +76,10 @@ class _Rates:
         tensor, written = self._of.get(key, (None, None))
         if tensor is None or tensor.dtype != dtype:
             tensor, written = torch.empty(1, dtype=dtype, device=device), None
-        if isinstance(lr, Tensor):
+        if isinstance(lr, Tensor) and lr.is_cuda:
             self._of[key] = tensor.copy_(lr.detach()), None
-        elif lr != written:
-            self._of[key] = tensor.fill_(lr), lr
+        elif float(lr) != written:  # written once for all parameters: a copy to a GPU would be waited for
+            self._of[key] = tensor.fill_(float(lr)), float(lr)
         return tensor
 
 

@@ -23,11 +23,11 @@ def agree_on(positions: Tensor) -> Tensor:
     return positions
 
 
-def agree_on_ready(ready: list[bool]) -> list[bool]:
-    """For each weight, whether every rank is ready to change it."""
+def agree_on_ready(ready: list[bool], device: torch.device) -> list[bool]:
+    """For each weight, whether every rank is ready to change it. ``device``: the weights'."""
     if _alone():
         return ready
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    flags = torch.tensor(ready, dtype=torch.int32, device=device)
+    on_cpu = distributed.get_backend() != "nccl"
+    flags = torch.tensor(ready, dtype=torch.int32, device="cpu" if on_cpu else device)
     distributed.all_reduce(flags, distributed.ReduceOp.MIN)
     return [bool(flag) for flag in flags.tolist()]

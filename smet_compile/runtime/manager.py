@@ -175,7 +175,8 @@ class TopologyManager:
 
     def _update(self) -> TopologyEvent | None:
         """Changes every weight that was trained in this step; None where there was none."""
-        ready = agree_on_ready([self._is_ready(site) for site in self.sites.values()])
+        device = next(iter(self.sites.values())).values.device
+        ready = agree_on_ready([self._is_ready(site) for site in self.sites.values()], device)
         if not any(ready):
             return None
         events = {name: self._change(site) for (name, site), go in zip(self.sites.items(), ready, strict=True) if go}

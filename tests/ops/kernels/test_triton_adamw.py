@@ -127,7 +127,7 @@ def test_what_changes_between_steps() -> None:
 
 def test_nothing_to_update() -> None:
     """Of an empty parameter, the step counts all the same."""
-    empty = update_of(Case((0, 3)), FP32, FP32, broken=False)
+    empty = copy_of(update_of(Case((0, 3)), FP32, FP32, broken=False), DEVICE)
     adamw.update_all([empty])
     assert int(empty[6]) == 101
     adamw.update_all([])

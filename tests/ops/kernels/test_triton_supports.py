@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smet_compile.format import Layout
+from smet_compile.ops.kernels.triton import supports as module
 from smet_compile.ops.kernels.triton.supports import OPS, supports
 from tests.support.fresh_process import run_python
 
@@ -15,6 +16,7 @@ TILES, SINGLE = Layout.of((64, 64), (32, 32)), Layout.of((64, 64), (1, 1))
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(module, "_installed", lambda: True)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -31,6 +33,13 @@ def test_dtypes_on_a_gpu(op: str) -> None:
 def test_only_tiles_take_tokens_sorted_by_matrix() -> None:
     assert supports("masked_matmul", CUDA, torch.bfloat16, TILES, True)
     assert not supports("masked_matmul", CUDA, torch.bfloat16, SINGLE, True)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_without_triton_nothing_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_installed", lambda: False)
+    assert not any(supports(op, CUDA, torch.bfloat16, TILES, False) for op in OPS)
+    assert not module.runs_on(CUDA)
 
 
 def test_older_gpus_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,21 +466,23 @@ struct Units {
 }  // namespace
 
 extern "C" void update_all(const Update* updates, int64_t num_updates, int64_t num_threads) {
+    std::vector<Rule> rules;
+    int64_t num_entries = 0;
+    for (int64_t i = 0; i < num_updates; i++) {
+        ++*updates[i].step;
+        rules.emplace_back(updates[i]);
+        num_entries += updates[i].num_blocks * updates[i].bm * updates[i].bn;
+    }
+    // One team for all: threads that sleep in between are slow to wake.
+#pragma omp parallel num_threads(num_threads) if (num_entries > 32 * GROUP)
     for (int64_t i = 0; i < num_updates; i++) {
         const Update& u = updates[i];
-        ++*u.step;
-        if (u.num_blocks == 0) continue;
-        const Rule rule(u);
         const Units units{u};
-        int64_t num_skipped = 0;
-#pragma omp parallel num_threads(num_threads) reduction(+ : num_skipped) if (u.num_blocks * u.bm * u.bn > 32 * AT_ONCE)
-        {
-            Room room(units.room());
-            Worker worker{u, rule, room};
-#pragma omp for schedule(static)
-            for (int64_t unit = 0; unit < units.count(); unit++) units.run(unit, worker);
-            num_skipped += worker.num_skipped;
-        }
-        *u.num_skipped += num_skipped;
+        Room room(units.room());
+        Worker worker{u, rules[i], room};
+#pragma omp for schedule(static) nowait
+        for (int64_t unit = 0; unit < units.count(); unit++) units.run(unit, worker);
+#pragma omp atomic
+        *u.num_skipped += worker.num_skipped;
     }
 }

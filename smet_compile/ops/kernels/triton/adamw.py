@@ -69,11 +69,17 @@ def update_all(updates: Sequence[tuple[Any, ...]]) -> None:
     by_kind = defaultdict(list)
     for arguments in updates:
         one = Update(*arguments)
-        if not one.grad.is_contiguous() or one.lr.dtype != torch.float64:
-            one = one._replace(grad=one.grad.contiguous(), lr=one.lr.double())
+        one = readable(one._replace(grad=one.grad.contiguous()))
         by_kind[kind_of(one)].append(one)
     for kind, members in by_kind.items():
         _launch(kind, members)
+
+
+def readable(one: Update) -> Update:
+    """With a learning rate that the kernel can read: fp64, on the host or on the device of the weight."""
+    if one.lr.dtype == torch.float64 and (not one.lr.is_cuda or one.lr.device == one.values.device):
+        return one
+    return one._replace(lr=one.lr.to(one.values.device if one.lr.is_cuda else one.lr.device, torch.float64))
 
 
 def kind_of(one: Update) -> Kind:
@@ -84,17 +90,18 @@ def kind_of(one: Update) -> Kind:
 
 
 class Plan(NamedTuple):
-    """What a launch finds on the device: rows of parameters, and the parameter and the piece of each program."""
+    """What a launch finds on the device, a row for each parameter, and how many programs each of them takes."""
 
     table: Tensor
-    work: Tensor
     num_rates: int
     kinds: tuple[bool, ...]
+    num_programs: tuple[int, ...]
 
 
 def prepared(kind: Kind, members: list[Update]) -> tuple[Plan, Tensor]:
     """The plan for these parameters, and their rates; their steps are raised, and they count as changed."""
-    plan = _plan(tuple(facts_of(one) for one in members), kind)
+    plan_of = _plan_of_one if len(members) == 1 else _plan_of_many
+    plan = plan_of(tuple(facts_of(one) for one in members), kind)
     lrs = _on_device(tuple(0.0 if one.lr.is_cuda else float(one.lr) for one in members), torch.float64, kind.device)
     rates = torch.empty(plan.num_rates, dtype=torch.float32, device=kind.device)
     changed = [t for one in members for t in (one.values, *one[2:7]) if t is not None]
@@ -106,11 +113,12 @@ def prepared(kind: Kind, members: list[Update]) -> tuple[Plan, Tensor]:
 def _launch(kind: Kind, members: list[Update]) -> None:
     with on_device_of(members[0].values):
         plan, rates = prepared(kind, members)
-        if len(plan.work):
-            update[(len(plan.work),)](
+        work = _work(plan.num_programs, kind.device)
+        if len(work):
+            update[(len(work),)](
                 plan.table,
                 rates,
-                plan.work,
+                work,
                 DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
                 INDEX=TYPES[kind.positions],
                 GENERATION=TYPES[kind.generation],
@@ -121,16 +129,20 @@ def _launch(kind: Kind, members: list[Update]) -> None:
             )
 
 
-@functools.lru_cache(maxsize=256)
-def _plan(facts: tuple[Facts, ...], kind: Kind) -> Plan:
+def _make_plan(facts: tuple[Facts, ...], kind: Kind) -> Plan:
     ways = tuple(cut(one.layout, one.numel, one.num_active, one.coded, kind.stochastic) for one in facts)
     ends = itertools.accumulate((3 * one.num_generations for one in facts), initial=0)
     *first_rates, num_rates = ends
     rows = tuple(map(row_of, facts, ways, first_rates))
     kinds = {way.kind for way in ways}
-    work = _work(tuple(way.num_programs for way in ways), kind.device)
     table = _on_device.__wrapped__(rows, torch.int64, kind.device)
-    return Plan(table, work, num_rates, tuple(number in kinds for number in range(5)))
+    num_programs = tuple(way.num_programs for way in ways)
+    return Plan(table, num_rates, tuple(number in kinds for number in range(5)), num_programs)
+
+
+# Fused updates come one by one, as many plans as sites, step after step; those of several hold a table of many rows.
+_plan_of_one = functools.lru_cache(maxsize=4096)(_make_plan)
+_plan_of_many = functools.lru_cache(maxsize=256)(_make_plan)
 
 
 @functools.lru_cache(maxsize=256)
@@ -140,7 +152,7 @@ def _on_device(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.devic
     return host.to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=1024)
 def _work(num_programs: tuple[int, ...], device: torch.device) -> Tensor:
     """(programs, 2) int32: the parameter, and the number of its piece."""
     counts = torch.tensor(num_programs)

@@ -24,10 +24,13 @@ def num_sms(device: torch.device) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of ``configs`` that fits: "interpreter", "ampere" or "hopper" and what came after."""
+    """The row of ``configs`` that fits: "interpreter", "ampere", or "hopper" for it and what has its shared memory.
+
+    Consumer cards of the generation after (sm_120) have less than half of that, and get the smaller row.
+    """
     if device.type != "cuda":
         return "interpreter"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

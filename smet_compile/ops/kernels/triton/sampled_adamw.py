@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smet_compile.format import Layout, split_index
 from smet_compile.ops.kernels.triton import configs, device
-from smet_compile.ops.kernels.triton.adamw import TYPES, kind_of, prepared, update_all
+from smet_compile.ops.kernels.triton.adamw import TYPES, kind_of, prepared, readable, update_all
 from smet_compile.ops.kernels.triton.adamw_epilogue import update_blocks
 from smet_compile.ops.kernels.triton.adamw_rounding import rounded_to
 from smet_compile.ops.kernels.triton.adamw_rows import Update
@@ -157,6 +157,7 @@ def sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets: 
 
 
 def _fused(left: Tensor, right: Tensor, offsets: Tensor | None, one: Update) -> None:
+    one = readable(one)
     layout, kind = one.layout, kind_of(one)
     assert layout is not None
     bm, bn = layout.block_shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 
 import torch
@@ -20,12 +22,20 @@ def supports(op: str, device: torch.device, dtype: torch.dtype, layout: Layout, 
     Tokens sorted by matrix (``has_offsets``) are multiplied for tiles alone; the other kinds of block would have to
     wait for the offsets. The CPU counts where Triton interprets its kernels (``TRITON_INTERPRET=1``).
     """
-    if op not in OPS or dtype not in _DTYPES or not _runs_on(device):
+    if op not in OPS or dtype not in _DTYPES or not runs_on(device):
         return False
     return layout.tiles or not has_offsets
 
 
-def _runs_on(device: torch.device) -> bool:
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run there at all: it has to be installed, and the device young enough."""
+    if not _installed():
+        return False
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= _OLDEST
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
