@@ -5,7 +5,15 @@ Imports torch and the standard library only.
 
 from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
 from smet_compile.format.change import TopologyChange
-from smet_compile.format.index import Index, blocks_per_group, empty_index, num_groups, split_index, write_index
+from smet_compile.format.index import (
+    Index,
+    blocks_per_group,
+    empty_index,
+    num_groups,
+    split_index,
+    whole_index,
+    write_index,
+)
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import sample_positions
 from smet_compile.format.topology import count_active, pack_bits, positions_of, unpack_bits
@@ -28,5 +36,6 @@ __all__ = [
     "split_index",
     "unpack",
     "unpack_bits",
+    "whole_index",
     "write_index",
 ]

@@ -66,6 +66,15 @@ def split_index(index: Tensor, layout: Layout, num_active: int) -> Index:
     return Index(*(part if part.numel() else None for part in parts))
 
 
+def whole_index(index: list[Tensor], topology: Tensor, layout: Layout, num_active: int) -> Tensor:
+    """The one tensor in ``index``; made anew where that is empty."""
+    if index:
+        return index[0]
+    made = empty_index(layout, num_active, topology.device)
+    write_index(made, topology, layout)
+    return made
+
+
 def write_index(index: Tensor, topology: Tensor, layout: Layout) -> None:
     """Fills ``index`` with the lists of the active blocks in ``topology``, the packed bits."""
     mask = unpack_bits(topology, layout.num_blocks)

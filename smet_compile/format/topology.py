@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,20 @@ _BITS_TO_TOP_BYTE = sum(1 << (56 - 7 * bit) for bit in range(8))
 """Times this, bit 8 j of a number goes to bit 56 + j."""
 
 
-@functools.cache
+_cached_bits: dict[torch.device, Tensor] = {}
+
+
 def _bits_of_byte(device: torch.device) -> Tensor:
     """(256,) int64 on ``device``: eight 0/1 bytes each, so that one gather expands eight blocks."""
+    if device not in _cached_bits:
+        bits = _make_bits(device)
+        if type(bits) is not Tensor:  # it only stands for a tensor, while something is traced
+            return bits
+        _cached_bits[device] = bits
+    return _cached_bits[device]
+
+
+def _make_bits(device: torch.device) -> Tensor:
     byte = torch.arange(256, device=device)
     bits = (byte[:, None] >> torch.arange(8, device=device)) & 1
     return bits.to(torch.uint8).view(torch.int64).squeeze(1)

@@ -107,24 +107,25 @@ class UpdateKernel(NamedTuple):
     """One way to make optimizer steps.
 
     Args:
-        module: has ``update_all``. can: whether it takes a parameter, by its arguments of ``active_adamw_``.
+        module: has ``update_all``. can: whether it takes a parameter, by its arguments of ``active_adamw_`` and whether
+            these are traced: then they only stand for tensors.
     """
 
     name: str
     module: str
-    can: Callable[[tuple[Any, ...]], bool]
+    can: Callable[[tuple[Any, ...], bool], bool]
 
 
-def _triton_updates(arguments: tuple[Any, ...]) -> bool:
+def _triton_updates(arguments: tuple[Any, ...], traced: bool) -> bool:
     from smet_compile.ops.kernels.triton.supports import runs_on
 
     return runs_on(arguments[0].device) and bool(importlib.import_module(f"{_TRITON}.adamw").supports(arguments))
 
 
-def _cpu_updates(arguments: tuple[Any, ...]) -> bool:
+def _cpu_updates(arguments: tuple[Any, ...], traced: bool) -> bool:
     from smet_compile.ops.kernels.native.adamw import supports
 
-    return supports(arguments)
+    return supports(arguments, traced)
 
 
 _REFERENCE = Kernel("reference", "smet_compile.ops.definition", _always)
@@ -156,8 +157,8 @@ _KERNELS: dict[str, tuple[Kernel, ...]] = {
 _UPDATES = (
     UpdateKernel("triton_adamw", f"{_TRITON}.adamw", _triton_updates),
     UpdateKernel("cpu_adamw", f"{_NATIVE}.adamw", _cpu_updates),
-    UpdateKernel("torch", "smet_compile.ops.adamw", lambda arguments: True),
-    UpdateKernel("reference", "smet_compile.ops.adamw", lambda arguments: True),
+    UpdateKernel("torch", "smet_compile.ops.adamw", lambda arguments, traced: True),
+    UpdateKernel("reference", "smet_compile.ops.adamw", lambda arguments, traced: True),
 )
 _NAMES_OF_ALL = [kernel.name for kernel in _KERNELS["masked_matmul"]] + [kernel.name for kernel in _UPDATES]
 NAMES = tuple(dict.fromkeys([*_NAMES_OF_ALL, "cpu", "triton"]))
@@ -174,11 +175,11 @@ def compute(op: str, case: Case) -> Any:
     return getattr(importlib.import_module(kernel.module), op)
 
 
-def update_kernel_of(arguments: tuple[Any, ...]) -> UpdateKernel:
+def update_kernel_of(arguments: tuple[Any, ...], traced: bool = False) -> UpdateKernel:
     """The kernel that makes the optimizer step of a parameter, by its arguments of ``active_adamw_``."""
     name = forced()
     told = [kernel for kernel in _UPDATES if name is not None and kernel.name.startswith(name)]
-    return next(kernel for kernel in (*told, *_UPDATES) if kernel.can(arguments))
+    return next(kernel for kernel in (*told, *_UPDATES) if kernel.can(arguments, traced))
 
 
 def fused_update(left: Tensor, offsets: Tensor | None, arguments: tuple[Any, ...]) -> Callable[..., None] | None:

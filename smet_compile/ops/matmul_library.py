@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.ops import choose
+from smet_compile.ops import check, choose
 
 _LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
 _library = torch.library.Library("smet", "FRAGMENT")
@@ -50,7 +50,10 @@ def _sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets:
 def _masked_matmul(
     input: Tensor, values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any, **options: Any
 ) -> Tensor:
-    case = choose.case_of(values, layout_and_more[:3], values.shape[0], _offsets(5, layout_and_more, options))
+    offsets = _offsets(5, layout_and_more, options)
+    case = choose.case_of(values, layout_and_more[:3], values.shape[0], offsets)
+    bias = layout_and_more[4] if len(layout_and_more) > 4 else options.get("bias")
+    check.masked_matmul(input, values, case.layout, layout_and_more[3], bias, offsets)
     out: Tensor = choose.compute("masked_matmul", case)(input, values, topology, index, *layout_and_more, **options)
     return out
 
@@ -60,6 +63,7 @@ def _sampled_matmul(
 ) -> Tensor:
     offsets = _offsets(4, layout_and_more, options)
     case = choose.case_of(left, layout_and_more[:3], layout_and_more[3], offsets)
+    check.sampled_matmul(left, right, case.layout, offsets)
     values: Tensor = choose.compute("sampled_matmul", case)(left, right, topology, index, *layout_and_more, **options)
     return values
 
@@ -75,6 +79,17 @@ for _name, _implementation in (
     ("sampled_active_adamw_", _sampled_active_adamw_),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "masked_matmul and sampled_matmul stand in compiled graphs, which hold their gradients already; multiply with "
+        "the module's weight instead"
+    )
+
+
+for _name in ("masked_matmul", "sampled_matmul"):
+    torch.library.register_autograd(f"smet::{_name}", _no_gradient, lib=_library)
 
 
 @torch.library.register_fake("smet::masked_matmul", lib=_library)

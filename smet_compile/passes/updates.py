@@ -53,4 +53,4 @@ def kernel_of(update: fx.Node) -> str:
         if argument.name not in ("grad", "left", "right", "offsets"):
             found.append(fx.node.map_arg(node, val))
     values, *rest = found
-    return update_kernel_of((values, values, *rest)).name  # a gradient has the dtype of its weight
+    return update_kernel_of((values, values, *rest), traced=True).name  # a gradient has the dtype of its weight

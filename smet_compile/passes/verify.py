@@ -85,13 +85,21 @@ def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
     return found
 
 
-def _masked_kernel(node: fx.Node) -> str:
+def _masked_kernel(node: fx.Node) -> str | None:
     values, offsets = val(node.args[1]), _padded(node.args, 10)[9]
-    return kernel_of("masked_matmul", case_of(values, node.args[4:7], values.shape[0], offsets))
+    return _kernel("masked_matmul", values, node.args[4:7], values.shape[0], offsets)
 
 
-def _sampled_kernel(left: fx.Node, lists: Any, num_active: int, offsets: Any) -> str:
-    return kernel_of("sampled_matmul", case_of(val(left), lists, num_active, offsets))
+def _sampled_kernel(left: fx.Node, lists: Any, num_active: Any, offsets: Any) -> str | None:
+    return _kernel("sampled_matmul", val(left), lists, num_active, offsets)
+
+
+def _kernel(op: str, tensor: Any, lists: Any, num_active: Any, offsets: Any) -> str | None:
+    """Not known where sizes are symbols."""
+    sizes = [num_active, *(number for numbers in lists for number in numbers)]
+    if not all(type(size) is int for size in sizes):
+        return None
+    return kernel_of(op, case_of(tensor, lists, num_active, offsets))
 
 
 def _padded(arguments: Any, length: int) -> list[Any]:

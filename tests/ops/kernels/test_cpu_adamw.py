@@ -25,6 +25,9 @@ CASES = {
     "single_sparse": Case((300, 300), (1, 1), 0.02),
     "runs": Case((40, 97), (1, 16)),
     "long_runs": Case((9, 1900), (1, 700)),
+    "runs_of_a_quarter_group": Case((5, 1100), (1, 256)),
+    "runs_of_half_a_group": Case((300, 1030), (1, 512), 0.1),
+    "long_columns": Case((310, 40), (300, 1)),
     "columns": Case((40, 97), (16, 1)),
     "tiles": Case((2, 50, 70), (16, 32)),
     "odd_tiles": Case((31, 45), (3, 7)),
@@ -133,7 +136,17 @@ def test_positions_beyond_32_bits_make_other_noise() -> None:
 def test_what_it_does_not_take() -> None:
     takes = update_of(CASES["tiles"], torch.float32, torch.float32)
     assert native.supports(takes)
-    assert not native.supports((takes[VALUES].double(), *takes[1:]))
-    assert not native.supports((takes[VALUES], takes[GRAD].bfloat16(), *takes[2:]))
-    assert not native.supports((takes[VALUES].transpose(1, 2), *takes[1:]))
-    assert not native.supports((takes[VALUES].to("meta"), *takes[1:]))
+    changed = {
+        VALUES: [takes[VALUES].double(), takes[VALUES].transpose(1, 2), takes[VALUES].to("meta")],
+        GRAD: [takes[GRAD].bfloat16(), takes[GRAD][:1]],
+        2: [takes[2].to("meta"), takes[2].half()],
+        6: [takes[6].float()],
+        8: [takes[8].long(), torch.stack((takes[8], takes[8]), 1)[:, 0]],
+        9: [takes[9].int(), takes[9][:32]],
+        11: [[]],
+    }
+    for place, others in changed.items():
+        for other in others:
+            assert not native.supports((*takes[:place], other, *takes[place + 1 :])), place
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert not native.supports(tuple(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in takes))

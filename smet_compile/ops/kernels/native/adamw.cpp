@@ -1,7 +1,7 @@
 // The optimizer step of many parameters: each weight, gradient and moment is read once and written once, by all cores.
 //
-// The rule, its roundings and its 8-bit codes are those of ops/reference.py and ops/codes.py; compiled without fused
-// multiply-adds, fp32 arithmetic gives the same bits.
+// The rule, its roundings and its 8-bit codes are those of ops/reference.py and ops/codes.py. Compiled without fused
+// multiply-adds, moments are the same bits; a weight's step is ordered otherwise, and differs by last bits.
 #include <cfloat>
 #include <cmath>
 #include <vector>
@@ -338,7 +338,9 @@ struct Worker {
         int64_t updated = 0;
         if (size < LARGE) updated = small_blocks(first_block, last_block);
         else for (int64_t block = first_block; block < last_block; block++) updated += large_block(block, first);
-        if (codes && updated) encode(first_group, first, n);
+        if (!codes || !updated) return;
+        if (u.rounds && size >= LARGE) find_positions(first, n, first_group, last_group);  // over those of single blocks
+        encode(first_group, first, n);
     }
 
     // What is read next: four streams come faster together than one after another.
@@ -423,7 +425,6 @@ struct Worker {
             if (u.rounds && (!codes || u.weight_kind == BF16)) find_positions(first, n, 0, 0);
             store_all(first, n, w, m, v);
         }
-        if (codes && u.rounds) find_positions(begin, size, 0, 0);
         return 1;
     }
 };

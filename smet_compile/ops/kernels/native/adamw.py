@@ -6,13 +6,14 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smet_compile.format import Layout, blocks_per_group, num_groups, split_index
 from smet_compile.ops.kernels.native.build import library
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _ENTRIES_OF_A_GROUP = 1024
+_GENERATIONS_OF_A_BYTE = 256
 
 
 class _Update(ctypes.Structure):
@@ -29,18 +30,38 @@ class _Update(ctypes.Structure):
     ]
 
 
-def supports(arguments: tuple[Any, ...]) -> bool:
-    """Whether ``update_all`` takes a parameter with these arguments of ``smet::active_adamw_``."""
-    values, grad, exp_avg, exp_avg_sq = arguments[:4]
+def supports(arguments: tuple[Any, ...], traced: bool = False) -> bool:
+    """Whether ``update_all`` takes a parameter with these arguments of ``smet::active_adamw_``.
+
+    ``traced``: they only stand for tensors, of which it would.
+    """
+    values, grad, exp_avg, exp_avg_sq, scales, num_skipped, step, _, generation, births, topology, index = arguments[
+        :12
+    ]
     return (
-        values.device.type == grad.device.type == "cpu"
+        values.device.type == "cpu"
+        and (traced or _are_plain(*arguments[:7], generation, births, topology, *index))
         and values.dtype in (torch.float32, torch.bfloat16)
-        and grad.dtype == values.dtype
         and exp_avg.dtype in _KINDS
-        and exp_avg_sq.dtype == exp_avg.dtype
-        and all(t.is_contiguous() for t in (values, exp_avg, exp_avg_sq))
+        and (grad.dtype, exp_avg_sq.dtype) == (values.dtype, exp_avg.dtype)
+        and values.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape
+        and all(t is None or t.is_contiguous() for t in (values, exp_avg, exp_avg_sq, scales, generation, births))
+        and all(t is None or t.dtype == torch.int64 for t in (num_skipped, step, births))
+        and (generation is None or _has_table(generation, births))
+        and (topology is None or len(index) == 1)
         and library("adamw") is not None
     )
+
+
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """In the CPU's memory, and nothing that only stands for a tensor."""
+    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors)
+
+
+def _has_table(generation: Tensor, births: Tensor) -> bool:
+    if generation.dtype == torch.uint8:
+        return births.numel() >= _GENERATIONS_OF_A_BYTE  # as many are looked up at once
+    return generation.dtype in (torch.int16, torch.int32)
 
 
 def update_all(all_updates: list[tuple[Any, ...]]) -> None:
@@ -122,6 +143,7 @@ def _geometry(
         groups = -(-values.numel() // _ENTRIES_OF_A_GROUP)
         return {
             "num_blocks": values.numel(),
+            "num_positions": values.numel(),
             "num_groups": groups,
             "blocks_per_group": _ENTRIES_OF_A_GROUP,
             "bm": 1,

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, split_index
+from smet_compile.format import Layout, split_index, whole_index
 from smet_compile.ops.kernels.native.build import library
 
 _SIZES = (2, 4, 8)
@@ -69,7 +69,8 @@ def pack_rows(
 def _move(
     name: str, values: Tensor, dense: Tensor, topology: Tensor, index: list[Tensor], layout: Layout, rows: slice
 ) -> None:
-    lists = split_index(index[0], layout, values.shape[0])
+    whole = whole_index(index, topology, layout, values.shape[0])
+    lists = split_index(whole, layout, values.shape[0])
     wanted = lists.group_starts if layout.single_weights else lists.positions
     assert wanted is not None and values.is_contiguous() and dense.is_contiguous()
     width = layout.cols if layout.single_weights else 1

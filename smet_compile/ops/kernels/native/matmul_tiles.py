@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.format import Index, Layout, split_index
+from smet_compile.format import Index, Layout, split_index, whole_index
 from smet_compile.ops.kernels.native.build import library
 
 _BYTES_OF_A_CHUNK = 2**19
@@ -60,7 +60,7 @@ def masked_matmul(
 ) -> Tensor:
     """As ``ops.matmul.masked_matmul``, for tiles."""
     layout = Layout.of_lists(shape, matrix, block_shape)
-    lists = _lists(index, layout, values.shape[0])
+    lists = _lists(topology, index, layout, values.shape[0])
     tokens, values = _rows_in_order(input), values.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = tokens.new_empty(*tokens.shape[:-1], layout.rows if transposed else layout.cols)
@@ -82,7 +82,8 @@ def masked_matmul(
         job.input, job.out, job.num_tokens = part.data_ptr(), out_part.data_ptr(), part.shape[0]
         job.input_stride, job.out_stride = part.stride(0), out_part.stride(0)
         job.starts = _pointer(starts) + 4 * matrix_number * lines
-        _call("masked", values.dtype, job)
+        if part.shape[0]:  # else its blocks would be repacked for nothing
+            _call("masked", values.dtype, job)
     if offsets is not None:
         rest = out[int(offsets[-1]) :]
         rest.zero_() if bias is None else rest.copy_(bias)
@@ -102,7 +103,7 @@ def sampled_matmul(
 ) -> Tensor:
     """As ``ops.matmul.sampled_matmul``, for tiles."""
     layout = Layout.of_lists(shape, matrix, block_shape)
-    lists = _lists(index, layout, num_active)
+    lists = _lists(topology, index, layout, num_active)
     left_tokens, right_tokens = _rows_in_order(left), _rows_in_order(right)
     out = left.new_empty(layout.values_shape(num_active), dtype=torch.float32)
     depth = _DEPTH[left.dtype]
@@ -132,9 +133,10 @@ def _call(name: str, dtype: torch.dtype, job: ctypes.Structure) -> None:
     getattr(lib, f"{name}_{_NAMES[dtype]}")(ctypes.byref(job))
 
 
-def _lists(index: list[Tensor], layout: Layout, num_active: int) -> Index:
-    assert index[0].dtype == torch.int32, "a weight of 2^31 tiles is none for a CPU"
-    return split_index(index[0], layout, num_active)
+def _lists(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> Index:
+    whole = whole_index(index, topology, layout, num_active)
+    assert whole.dtype == torch.int32, "a weight of 2^31 tiles is none for a CPU"
+    return split_index(whole, layout, num_active)
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -17,7 +17,7 @@ constexpr int MAX_ROWS = 6;
 #endif
 constexpr int PANEL = 2 * LANES;
 
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline float widen(uint16_t bf16) {
     uint32_t bits = uint32_t(bf16) << 16;
