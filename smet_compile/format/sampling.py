@@ -20,9 +20,10 @@ def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> T
         chosen = torch.randperm(free, generator=generator)[:count].to(taken.device)
         return positions_of(~taken)[chosen]
     # Few among many: draw with replacement, drop repeats and taken ones, until there are enough.
-    drawn = torch.empty(0, dtype=torch.int64, device=taken.device)
+    is_drawn, drawn = torch.zeros_like(taken), positions_of(taken[:0])
     while drawn.numel() < count:
         tries = 2 * (count - drawn.numel()) * taken.numel() // free + 8
         fresh = torch.randint(taken.numel(), (tries,), generator=generator).to(taken.device)
-        drawn = torch.cat((drawn, fresh[~taken[fresh]])).unique()
+        is_drawn[fresh] = True
+        drawn = positions_of(is_drawn.logical_and_(~taken))
     return drawn[torch.randperm(drawn.numel(), generator=generator)[:count].to(taken.device)]
