@@ -22,10 +22,11 @@ NOTE = (
     f'{MATRICES} matrices, density {DENSITY}, {NUM_UPDATES + 1} generations of blocks. "as many": the dense tensor has '
     'as many elements as there are active weights; "all": as many as the whole dense weights. In bf16 both hold '
     "bf16 moments and ours rounds stochastically, which torch does not. Bandwidth counts every weight, gradient and "
-    "moment once read, and all but the gradient once written. In fp32 both wait for memory: ours reads one byte of age "
-    "more (29 bytes for 28), and the rest moves with where pages lie, from run to run by a tenth. Pieces of 128 to 1,024 "
-    "entries, prefetching, ages looked up in registers and one team of threads for all parameters were tried, and kept "
-    "where they helped. bf16 and 8-bit moments are bound by arithmetic: two or three 32-bit hashes of each entry."
+    "moment once read, and all but the gradient once written. In fp32 both wait for memory: ours reads one byte of "
+    "age more (29 bytes for 28), and the rest moves with where pages lie, from run to run by a tenth. Pieces of 128 "
+    "to 1,024 entries, prefetching, ages looked up in registers and one team of threads for all parameters were "
+    "tried, and kept where they helped. bf16 and 8-bit moments are bound by arithmetic: two or three 32-bit hashes of "
+    "each entry."
 )
 
 

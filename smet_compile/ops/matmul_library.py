@@ -48,29 +48,42 @@ def _sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets:
 
 
 def _masked_matmul(
-    input: Tensor, values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any, **options: Any
+    input: Tensor,
+    values: Tensor,
+    topology: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    transposed: bool,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    offsets = _offsets(5, layout_and_more, options)
-    case = choose.case_of(values, layout_and_more[:3], values.shape[0], offsets)
-    bias = layout_and_more[4] if len(layout_and_more) > 4 else options.get("bias")
-    check.masked_matmul(input, values, case.layout, layout_and_more[3], bias, offsets)
-    out: Tensor = choose.compute("masked_matmul", case)(input, values, topology, index, *layout_and_more, **options)
+    lists = shape, matrix, block_shape
+    case = choose.case_of(values, lists, values.shape[0], offsets)
+    check.masked_matmul(input, values, case.layout, transposed, bias, offsets)
+    compute = choose.compute("masked_matmul", case)
+    out: Tensor = compute(input, values, topology, index, *lists, transposed, bias, offsets)
     return out
 
 
 def _sampled_matmul(
-    left: Tensor, right: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any, **options: Any
+    left: Tensor,
+    right: Tensor,
+    topology: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+    num_active: int,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    offsets = _offsets(4, layout_and_more, options)
-    case = choose.case_of(left, layout_and_more[:3], layout_and_more[3], offsets)
+    lists = shape, matrix, block_shape
+    case = choose.case_of(left, lists, num_active, offsets)
     check.sampled_matmul(left, right, case.layout, offsets)
-    values: Tensor = choose.compute("sampled_matmul", case)(left, right, topology, index, *layout_and_more, **options)
+    compute = choose.compute("sampled_matmul", case)
+    values: Tensor = compute(left, right, topology, index, *lists, num_active, offsets)
     return values
-
-
-def _offsets(place: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
-    found: Tensor | None = arguments[place] if len(arguments) > place else options.get("offsets")
-    return found
 
 
 for _name, _implementation in (

@@ -54,7 +54,7 @@ inline int64_t at(const void* list, bool wide, int64_t i) {
 }
 
 // θ ← θ - (step · m / (√(v · unbias) + ε) + decay · θ), where step is the rate over one bias correction, unbias one over
-// the other, and decay the rate times λ. They hang on a block's age: see Tables.
+// the other, and decay the rate times λ. They hang on a block's age: see Rule.
 struct Scalars {
     float keep1, beta2, keep2, eps;
 

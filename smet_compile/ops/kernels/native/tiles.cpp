@@ -18,7 +18,7 @@ struct Segment {
 // ROWS x (VECTORS * LANES) sums over all segments, on top of `start` (a row for all, or null) or added to `out`, so that
 // few terms are summed one by one. A lies at a[row * row_stride + step * step_stride].
 template <class Kind, int ROWS, int VECTORS>
-inline __attribute__((always_inline)) void sum_up(
+void sum_up(
     const Segment<Kind>* segments, int64_t num_segments, int64_t row_stride, int64_t step_stride, int64_t row,
     const float* start, bool adds, float* out, int64_t out_stride
 ) {
@@ -63,21 +63,11 @@ using SumUp = void (*)(
     const Segment<Kind>*, int64_t, int64_t, int64_t, int64_t, const float*, bool, float*, int64_t
 );
 
-template <class Kind, int ROWS, int VECTORS>
-void sum_up_of(
-    const Segment<Kind>* segments, int64_t num_segments, int64_t row_stride, int64_t step_stride, int64_t row,
-    const float* start, bool adds, float* out, int64_t out_stride
-) {
-    sum_up<Kind, ROWS, VECTORS>(
-        segments, num_segments, row_stride, step_stride, row, start, adds, out, out_stride
-    );
-}
-
 // By number of rows (1 to MAX_ROWS) and vectors (1 or 2).
 template <class Kind, int ROWS>
 struct Table {
     static SumUp<Kind> find(int64_t rows, int vectors) {
-        if (rows == ROWS) return vectors == 1 ? sum_up_of<Kind, ROWS, 1> : sum_up_of<Kind, ROWS, 2>;
+        if (rows == ROWS) return vectors == 1 ? sum_up<Kind, ROWS, 1> : sum_up<Kind, ROWS, 2>;
         return Table<Kind, ROWS - 1>::find(rows, vectors);
     }
 };
