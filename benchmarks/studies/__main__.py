@@ -1,0 +1,69 @@
+"""`python -m benchmarks.studies NAME ...`: runs what is missing of the named studies, then writes their pages.
+
+A study that was stopped goes on where it was: every finished run is a line of `docs/results/studies/NAME.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.studies import equal_memory, learning_rate, moments, quality, sensitivity, spikes
+from benchmarks.studies.case import Case
+from benchmarks.studies.records import Records
+from benchmarks.studies.reports import differences
+from benchmarks.studies.reports import equal_memory as equal_memory_page
+from benchmarks.studies.reports import learning_rate as learning_rate_page
+from benchmarks.studies.reports import quality as quality_page
+from benchmarks.studies.reports import spikes as spikes_page
+from benchmarks.studies.reports.page import PAGES
+from benchmarks.studies.runner import run
+from benchmarks.studies.scale import SCALES, Scale
+
+
+@dataclass(frozen=True)
+class Study:
+    """Its cases, in order of importance, and its page; ``prepare`` measures what the cases depend on."""
+
+    cases: Callable[[Scale, Path], list[Case]]
+    write: Callable[[Records, Scale, Path], None]
+    prepare: Callable[[Scale, Path], None] = lambda scale, folder: None
+
+
+def _plain(cases: Callable[[Scale], list[Case]], write: Callable[[Records, Scale, Path], None]) -> Study:
+    return Study(lambda scale, folder: cases(scale), write)
+
+
+STUDIES = {
+    learning_rate.NAME: _plain(learning_rate.cases, learning_rate_page.write),
+    spikes.NAME: _plain(spikes.cases, spikes_page.write),
+    quality.NAME: _plain(quality.cases, quality_page.write),
+    equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare),
+    sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
+    moments.NAME: _plain(moments.cases, differences.write_moments),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new run after so long")
+    parser.add_argument("--seeds", type=int, default=3, help="only the first so many")
+    parser.add_argument("--folder", type=Path, default=PAGES, help="of the pages; records are in its folder studies/")
+    options = parser.parse_args()
+    folder = options.folder / "studies"
+    for name in options.names:
+        study, scale = STUDIES[name], SCALES[options.scale]
+        records = Records(folder / f"{name}.jsonl")
+        study.prepare(scale, folder)
+        cases = [case for case in study.cases(scale, folder) if case.seed < options.seeds]
+        run(cases, records, options.workers, options.minutes, scale.eager)
+        study.write(records, scale, options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""One training run of a study, as data: everything its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A LLaMA over bytes, and how much text one step reads."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    sequence: int
+    batch: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run.
+
+    Args:
+        rate: peak learning rate α, after ``warmup`` of the steps; then ``decay``: "cosine" to a tenth, or "constant".
+        density: 1 is plain dense training with AdamW, and then nothing below matters but ``seed`` and ``probe``.
+        block: "1", "1x16", "16": as in `pretrain`.
+        exponent: p of d^(-p). local_age: bias correction by the block's age (SMET), or by the step count (naive).
+        block_warmup: W. every: ΔT, 0 for a static topology. grow: "random", "gradient".
+        drop_fraction, final_drop_fraction: ζ, by cosine; equal ones are constant.
+        seeded_moments: a grown block starts with the mean second moment of the others, instead of 0.
+        moment_dtype, dtype: of moments and weights.
+        probe: whether to follow the loss of one fixed batch around the updates.
+    """
+
+    shape: Shape
+    steps: int
+    rate: float
+    warmup: float = 0.1
+    decay: str = "cosine"
+    density: float = 1.0
+    block: str = "1"
+    distribution: str = "uniform"
+    rescale: bool = True
+    exponent: float = 1.0
+    local_age: bool = True
+    block_warmup: int = 100
+    every: int = 100
+    grow: str = "random"
+    drop_fraction: float = 0.2
+    final_drop_fraction: float = 0.005
+    stop_fraction: float = 0.75
+    seeded_moments: bool = False
+    dtype: str = "float32"
+    moment_dtype: str = "float32"
+    probe: bool = False
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The same for equal cases alone. Of what differs from the defaults, so that a new field changes no key."""
+        plain = {field.name: field.default for field in fields(self)}
+        special = {name: value for name, value in asdict(self).items() if value != plain[name]}
+        return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        sides = self.block.split("x")
+        return int(sides[0]), int(sides[-1])
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> Case:
+        return cls(**(saved | {"shape": Shape(**saved["shape"])}))

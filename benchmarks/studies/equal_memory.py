@@ -1,0 +1,146 @@
+"""At equal bytes of training state, is a wide sparse model better than a dense one?
+
+A budget is what a dense model of a given width needs: weights, gradients, moments. Against it stand dense models of
+other depths that fit, each at two rates, and for each density the widest sparse model whose weights, gradients,
+moments, ages and index fit. All are compared after the same tokens; and after the time that the dense model took, by
+step times measured side by side (`equal_memory_times.json`), each with a schedule of that length.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from benchmarks.ratios import Clock, in_turns
+from benchmarks.studies.case import Case, Shape
+from benchmarks.studies.scale import Scale
+from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT
+
+NAME = "equal_memory"
+TIMES = "equal_memory_times.json"
+DENSITIES = (0.5, 0.25, 0.1)
+BLOCKS = ("1", "32")
+DEPTHS = (2, 3, 4)
+DENSE_RATES = (DENSE_RATE, 2 * DENSE_RATE)
+_WIDTH_STEP = 16
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that fits the budget of a dense model of width ``budget``, and its bytes."""
+
+    budget: int
+    density: float
+    block: str
+    shape: Shape
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.density} {self.block} {self.shape.hidden}x{self.shape.layers}"
+
+
+def shape_of(scale: Scale, hidden: int, layers: int) -> Shape:
+    return replace(scale.large, hidden=hidden, intermediate=5 * hidden // 2, layers=layers)
+
+
+def _case(shape: Shape, density: float, block: str, rate: float, steps: int, seed: int) -> Case:
+    return Case(shape=shape, steps=steps, rate=rate, exponent=EXPONENT, density=density, block=block, seed=seed)
+
+
+@lru_cache
+def training_bytes(shape: Shape, density: float, block: str) -> int:
+    """Of weights, gradients, moments, ages and index: every tensor that outlives a step, counted after one."""
+    from benchmarks.studies.trainer import build
+
+    trainee = build(_case(replace(shape, device="cpu"), density, block, 1e-3, 1, 0))
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    trainee.model(input_ids=tokens, labels=tokens).loss.backward()
+    trainee.optimizer.step()
+    held = [t for p in trainee.model.parameters() for t in (p, p.grad)]
+    held += [t for name, t in trainee.model.named_buffers() if "parametrizations" in name]
+    held += [t for state in trainee.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum(t.nbytes for t in held)
+
+
+@lru_cache
+def candidates(scale: Scale) -> tuple[Candidate, ...]:
+    found = []
+    for budget in scale.budgets:
+        limit = training_bytes(shape_of(scale, budget, scale.large.layers), 1.0, "1")
+        kinds = [(1.0, "1", layers) for layers in DEPTHS]
+        kinds += [(density, block, scale.large.layers) for block in BLOCKS for density in DENSITIES]
+        found += [_widest(scale, budget, limit, *kind) for kind in kinds]
+    return tuple(found)
+
+
+def _widest(scale: Scale, budget: int, limit: int, density: float, block: str, layers: int) -> Candidate:
+    """Bytes grow with the width: halve the interval in which they pass the limit."""
+    low, high = 1, scale.widest // _WIDTH_STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = training_bytes(shape_of(scale, middle * _WIDTH_STEP, layers), density, block) <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    shape = shape_of(scale, low * _WIDTH_STEP, layers)
+    return Candidate(budget, density, block, shape, training_bytes(shape, density, block))
+
+
+def measure_times(scale: Scale, path: Path) -> None:
+    """Seconds of a compiled step of every candidate, by turns with the dense model that sets its budget."""
+    from benchmarks.studies.trainer import build, compiled, two_calls
+
+    times: dict[str, dict[str, float]] = {}
+    clock = Clock(torch.device(scale.large.device))
+    torch.set_num_threads(1)
+    for budget in scale.budgets:
+        rivals = [c for c in candidates(scale) if c.budget == budget]
+        rivals.sort(key=lambda c: (c.density != 1, c.shape.layers != scale.large.layers))
+        works = []
+        for rival in rivals:
+            tokens = torch.randint(256, (rival.shape.batch, rival.shape.sequence), device=rival.shape.device)
+            trainee = build(_case(rival.shape, rival.density, rival.block, 1e-3, 1, 0))
+            step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
+            works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
+        pairs = in_turns(works[0], works[1:], _REPEATS, clock, warmup=3)
+        times[str(budget)] = {rivals[0].name: 1.0} | {
+            rival.name: sorted(pair.costs)[_REPEATS // 2] for rival, pair in zip(rivals[1:], pairs, strict=True)
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(times, indent=1) + "\n")
+
+
+def prepare(scale: Scale, folder: Path) -> None:
+    if not (folder / TIMES).exists():
+        measure_times(scale, folder / TIMES)
+
+
+def times(folder: Path) -> dict[str, dict[str, float]]:
+    """By budget and candidate, the time of a step over that of the dense model that sets the budget."""
+    return json.loads((folder / TIMES).read_text())
+
+
+def same_tokens(scale: Scale, candidate: Candidate, seed: int) -> list[Case]:
+    rates = DENSE_RATES if candidate.density == 1 else (BASE_RATE,)
+    kind = (candidate.shape, candidate.density, candidate.block)
+    return [_case(*kind, rate, scale.memory_steps, seed) for rate in rates]
+
+
+def same_time(scale: Scale, candidate: Candidate, cost: float, seed: int) -> list[Case]:
+    """``cost``: of a step, over that of the dense model that sets the budget."""
+    steps = round(scale.memory_steps / cost)
+    return [replace(case, steps=steps) for case in same_tokens(scale, candidate, seed)]
+
+
+def cases(scale: Scale, folder: Path) -> list[Case]:
+    measured = times(folder)
+    found = []
+    for seed in scale.seeds:
+        for candidate in candidates(scale):
+            cost = measured[str(candidate.budget)][candidate.name]
+            found += same_tokens(scale, candidate, seed) + same_time(scale, candidate, cost, seed)
+    return found

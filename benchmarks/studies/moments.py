@@ -1,0 +1,28 @@
+"""Moments in bf16 and in 8 bits beside fp32."""
+
+from __future__ import annotations
+
+from benchmarks.studies.case import Case
+from benchmarks.studies.scale import Scale
+from benchmarks.studies.settings import BASE_RATE, EXPONENT
+
+NAME = "moments"
+DENSITY = 0.25
+MOMENTS = ("float32", "bfloat16", "int8")
+WEIGHTS = (("float32", "1"), ("float32", "16"), ("bfloat16", "1"))  # dtype, block
+
+
+def case(scale: Scale, dtype: str, block: str, moment_dtype: str, seed: int) -> Case:
+    return Case(
+        shape=scale.small, steps=scale.sensitivity_steps, rate=BASE_RATE, exponent=EXPONENT, density=DENSITY,
+        block=block, dtype=dtype, moment_dtype=moment_dtype, seed=seed,
+    )  # fmt: skip
+
+
+def cases(scale: Scale) -> list[Case]:
+    return [
+        case(scale, dtype, block, moment_dtype, seed)
+        for seed in scale.seeds
+        for dtype, block in WEIGHTS
+        for moment_dtype in MOMENTS
+    ]

@@ -1,0 +1,28 @@
+"""Results on disk: one JSON record a line, appended as runs end, so that a study goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class Records:
+    """The records of one study, by the key of their case."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        self._by_key = {record["key"]: record for record in map(json.loads, lines)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, key: str) -> dict:
+        return self._by_key[key]
+
+    def add(self, record: dict) -> None:
+        """Keeps it, here and on disk."""
+        self._by_key[record["key"]] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")

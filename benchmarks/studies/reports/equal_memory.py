@@ -1,0 +1,86 @@
+"""The page of the study at equal memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.studies import equal_memory as study
+from benchmarks.studies.case import Case
+from benchmarks.studies.records import Records
+from benchmarks.studies.reports.interval import Interval, interval
+from benchmarks.studies.reports.made import how_made
+from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.scale import Scale
+
+_HEADINGS = [
+    "model",
+    "width x layers",
+    "weights if dense",
+    "bytes",
+    "step time",
+    "loss, same tokens",
+    "loss, same time",
+]
+
+
+def best(records: Records, by_seed: list[list[Case]]) -> Interval | None:
+    """Of the rates tried the one of the lowest mean loss; each item holds the cases of one seed, by rate."""
+    means = []
+    for cases in zip(*by_seed, strict=True):
+        losses = [records[case.key]["loss"] for case in cases if case.key in records]
+        if losses:
+            means.append(interval(losses))
+    return min(means, key=lambda each: each.mean) if means else None
+
+
+def write(records: Records, scale: Scale, folder: Path) -> None:
+    page = Page(study.NAME, "Dense and sparse at equal memory", folder)
+    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, records.path.parent), records))
+    measured = study.times(records.path.parent)
+    panels = {}
+    for budget in scale.budgets:
+        rivals = [c for c in study.candidates(scale) if c.budget == budget]
+        rows, bars = [], []
+        for rival in rivals:
+            cost = measured[str(budget)][rival.name]
+            tokens = best(records, [study.same_tokens(scale, rival, seed) for seed in scale.seeds])
+            time = best(records, [study.same_time(scale, rival, cost, seed) for seed in scale.seeds])
+            rows.append(_row(rival, cost, tokens, time))
+            bars.append((_name(rival), tokens, time))
+        page.text(f"## Budget: a dense model of width {budget}, {max(r.num_bytes for r in rivals) / 1e6:.1f} MB")
+        page.table(_HEADINGS, rows)
+        panels[budget] = bars
+    page.figure(_figure(panels), "Held-out loss of all models of a budget")
+    page.write()
+
+
+def _name(rival: study.Candidate) -> str:
+    if rival.density == 1:
+        return f"dense, {rival.shape.layers} layers"
+    return f"d = {rival.density:g}, {'single weights' if rival.block == '1' else f'tiles of {rival.block}'}"
+
+
+def _row(rival: study.Candidate, cost: float, tokens: Interval | None, time: Interval | None) -> list[str]:
+    from benchmarks.studies.reports.made import parameters
+
+    weights = parameters(Case(shape=rival.shape, steps=1, rate=1e-3))
+    losses = ["—" if each is None else each.format(sign=False) for each in (tokens, time)]
+    size = f"{rival.shape.hidden} x {rival.shape.layers}"
+    return [_name(rival), size, f"{weights / 1e6:.2f}M", f"{rival.num_bytes / 1e6:.2f} MB", f"{cost:.2f}", *losses]
+
+
+def _figure(panels: dict[int, list[tuple[str, Interval | None, Interval | None]]]):
+    figure = new_figure(height=4.2)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (budget, bars) in zip(row, panels.items(), strict=True):
+        for place, (_, *found) in enumerate(reversed(bars)):
+            for each, color, shift in zip(found, ("C0", "C1"), (0.12, -0.12), strict=True):
+                if each:
+                    half = 0 if each.num < 2 else each.half
+                    axes.errorbar(each.mean, place + shift, xerr=half, fmt="o", color=color, capsize=2, markersize=4)
+        axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], fontsize=8)
+        tidy(axes, title=f"budget: dense width {budget}", xlabel="held-out loss (nats per byte)")
+    for label, color in (("same tokens", "C0"), ("same time", "C1")):
+        row[0].plot([], [], "o", color=color, label=label, markersize=4)
+    row[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,101 @@
+"""The page of the study of quality."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from benchmarks.studies import quality as study
+from benchmarks.studies.records import Records
+from benchmarks.studies.reports.interval import Interval, interval
+from benchmarks.studies.reports.made import how_made
+from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.scale import Scale
+
+# Perplexity over dense at d = .5, .25, .1 after one epoch, by model size: scaling law of the method's group
+# (repository of arXiv 2606.01155).
+LAW = {
+    "120M": {0.5: 1.030, 0.25: 1.110, 0.1: 1.30},
+    "240M": {0.5: 1.024, 0.25: 1.089, 0.1: 1.24},
+    "960M": {0.5: 1.015, 0.25: 1.054, 0.1: 1.14},
+}
+DENSITIES = sorted(study.DENSITIES, reverse=True)
+KINDS = {"1": "single weights", "1x16": "runs of 16", "16": "tiles of 16", "32": "tiles of 32", "64": "tiles of 64"}
+
+
+def excess(records: Records, scale: Scale, density: float, block: str, **options) -> Interval | None:
+    """Held-out loss above the dense model's of the same seed, over the seeds."""
+    found = []
+    for seed in scale.seeds:
+        sparse = study.sparse_case(scale, density, block, seed, **options).key
+        dense = study.dense_case(scale, seed).key
+        if sparse in records and dense in records:
+            found.append(records[sparse]["loss"] - records[dense]["loss"])
+    return interval(found) if found else None
+
+
+def active(records: Records, scale: Scale, density: float, block: str) -> str:
+    key = study.sparse_case(scale, density, block, scale.seeds[0]).key
+    return f"{records[key]['density']:.3f}" if key in records else "—"
+
+
+def write(records: Records, scale: Scale, folder: Path) -> None:
+    page = Page(study.NAME, "Quality by density and block shape", folder)
+    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale), records))
+    dense = [records[k]["loss"] for k in (study.dense_case(scale, s).key for s in scale.seeds) if k in records]
+    page.text(f"Dense: {interval(dense).format(sign=False)} (mean and 95% interval of {len(dense)} seeds). {_READ}")
+    page.figure(_figure(records, scale), "Held-out loss above dense, by density and block shape")
+    page.text("## Block shapes")
+    page.table(
+        ["blocks", *(f"d = {d:g}" for d in DENSITIES), "active, read back"],
+        [[name, *(_cell(excess(records, scale, d, block)) for d in DENSITIES),
+          ", ".join(active(records, scale, d, block) for d in DENSITIES)] for block, name in KINDS.items()],
+    )  # fmt: skip
+    page.text("## Distribution, growth, and a topology that never moves", "Single weights, seed 0.")
+    rows = {"uniform, random growth": {}} | study.VARIANTS | {"static": {"every": 0}}
+    page.table(["", *(f"d = {d:g}" for d in DENSITIES)], [_variant(records, scale, *row) for row in rows.items()])
+    page.text("## Beside the published law", _LAW)
+    ours = ["here, single weights, per byte", *(_ratio(excess(records, scale, d, "1")) for d in DENSITIES)]
+    law = [[size, *(f"{ratios[d]:.3f}" for d in DENSITIES)] for size, ratios in LAW.items()]
+    page.table(["perplexity over dense", *(f"d = {d:g}" for d in DENSITIES)], [ours, *law])
+    page.write()
+
+
+_READ = (
+    "The tables give the loss above the dense model's of the same seed, mean and 95% interval over the seeds (no "
+    "interval: one seed)."
+)
+_LAW = (
+    "The law is for perplexity per token of models a hundred times as large that saw a whole epoch; a token is about "
+    "four bytes, so its ratio is about the fourth power of one per byte. What can be compared is the order and the "
+    "growth with falling density, not the figures."
+)
+
+
+def _cell(value: Interval | None) -> str:
+    return "—" if value is None else value.format(3)
+
+
+def _ratio(value: Interval | None) -> str:
+    return "—" if value is None else f"{math.exp(value.mean):.3f}"
+
+
+def _variant(records: Records, scale: Scale, name: str, options: dict) -> list[str]:
+    first = Scale(**(vars(scale) | {"seeds": scale.seeds[:1]}))
+    return [name, *(_cell(excess(records, first, d, "1", **options)) for d in DENSITIES)]
+
+
+def _figure(records: Records, scale: Scale):
+    figure = new_figure(width=7)
+    axes = figure.subplots()
+    for block, name in KINDS.items():
+        points = [(d, excess(records, scale, d, block)) for d in DENSITIES]
+        points = [(d, e) for d, e in points if e is not None]
+        halves = [0 if math.isinf(e.half) else e.half for _, e in points]
+        axes.errorbar([d for d, _ in points], [e.mean for _, e in points], halves, fmt="o-", capsize=2, label=name)
+    axes.axhline(0, color="k", linewidth=0.8, linestyle="--")
+    tidy(axes, xscale="log", xlabel="density", ylabel="held-out loss above dense (nats per byte)", xticks=DENSITIES)
+    axes.set_xticks([], minor=True)
+    axes.set_xticklabels([f"{d:g}" for d in DENSITIES])
+    axes.legend(fontsize=8)
+    return figure

@@ -1,0 +1,39 @@
+"""How much the settings of the rule matter: one at a time, the others at their defaults."""
+
+from __future__ import annotations
+
+from benchmarks.studies.case import Case
+from benchmarks.studies.scale import Scale
+from benchmarks.studies.settings import BASE_RATE, EXPONENT
+
+NAME = "sensitivity"
+DENSITY = 0.25
+
+# Setting → the values to try beside the default, by the words of a reader.
+FACTORS: dict[str, dict[str, dict]] = {
+    "warm-up W": {str(steps): {"block_warmup": steps} for steps in (0, 25, 50, 200)},
+    "steps between updates ΔT": {str(steps): {"every": steps} for steps in (25, 50, 200)} | {"static": {"every": 0}},
+    "drop fraction ζ at the start": {str(share): {"drop_fraction": share} for share in (0.05, 0.1, 0.3, 0.5)},
+    "initial values": {"not rescaled": {"rescale": False}},
+    "moments of grown blocks": {
+        "m = 0, v seeded, no age": {"seeded_moments": True},
+        "zero, no age (naive)": {"local_age": False, "block_warmup": 0},
+    },
+    "growth": {"gradient": {"grow": "gradient"}},
+}
+DEFAULTS = {
+    "warm-up W": "100", "steps between updates ΔT": "100", "drop fraction ζ at the start": "0.2",
+    "initial values": "rescaled by 1/√d", "moments of grown blocks": "zero, local age", "growth": "random",
+}  # fmt: skip
+
+
+def case(scale: Scale, seed: int, **options) -> Case:
+    return Case(
+        shape=scale.small, steps=scale.sensitivity_steps, rate=BASE_RATE, exponent=EXPONENT, density=DENSITY,
+        seed=seed, **options,
+    )  # fmt: skip
+
+
+def cases(scale: Scale) -> list[Case]:
+    changes = [change for values in FACTORS.values() for change in values.values()]
+    return [case(scale, seed, **change) for seed in scale.seeds for change in [{}, *changes]]

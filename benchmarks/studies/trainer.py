@@ -1,0 +1,179 @@
+"""Trains one case and returns its record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+import smet_compile as smet
+from benchmarks.studies.case import Case
+from benchmarks.studies.corpus import VOCABULARY, Corpus
+from benchmarks.studies.probe import Probe
+from benchmarks.studies.seeded import SeededAdamW
+
+FINAL_RATE = 0.1
+FINAL_WINDOWS, CURVE_WINDOWS, NUM_CURVE_POINTS = 1024, 128, 10
+Step = Callable[[dict[str, Tensor]], Tensor]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+
+
+@dataclass
+class Trainee:
+    """A model with what trains it; ``manager`` is None where the topology cannot move."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    manager: smet.TopologyManager | None
+
+
+def build_model(case: Case, device: str | None = None) -> nn.Module:
+    """An unmodified Hugging Face LLaMA of the case's shape, its weights drawn from the case's seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = case.shape
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_hidden_layers=shape.layers,
+        max_position_embeddings=shape.sequence,
+        use_cache=False,
+    )
+    torch.manual_seed(case.seed)
+    with torch.device(device or shape.device):
+        return LlamaForCausalLM(config).to(_DTYPES[case.dtype])
+
+
+def build(case: Case) -> Trainee:
+    """The model of the case, sparse if it is to be, with optimizer and manager."""
+    model = build_model(case)
+    if case.density == 1:
+        return Trainee(model, torch.optim.AdamW(model.parameters(), lr=case.rate, weight_decay=0.0), None)
+    smet.sparsify(
+        model,
+        case.density,
+        block_shape=case.block_shape,
+        distribution=case.distribution,
+        rescale=case.rescale,
+        seed=case.seed,
+    )
+    kind = SeededAdamW if case.seeded_moments else smet.ActiveAdamW if case.local_age else smet.NaiveAdamW
+    optimizer = kind(
+        model,
+        lr=case.rate,
+        warmup_steps=case.block_warmup,
+        lr_density_exponent=case.exponent,
+        state_dtype=_DTYPES[case.moment_dtype],
+        seed=case.seed,
+    )
+    return Trainee(model, optimizer, _manager(case, model, optimizer) if case.every else None)
+
+
+def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> smet.TopologyManager:
+    return smet.TopologyManager(
+        model,
+        optimizer,
+        total_steps=case.steps,
+        every=case.every,
+        drop_fraction=case.drop_fraction,
+        final_drop_fraction=case.final_drop_fraction,
+        stop_fraction=case.stop_fraction,
+        grow=case.grow,
+        seed=case.seed,
+    )
+
+
+def rate_at(case: Case, step: int) -> float:
+    """The learning rate of step ``step`` (from 0)."""
+    warmup = max(1, round(case.warmup * case.steps))
+    if step < warmup:
+        return case.rate * (step + 1) / warmup
+    if case.decay == "constant":
+        return case.rate
+    progress = (step - warmup) / max(1, case.steps - warmup)
+    return case.rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
+    """Mean loss per predicted byte, in nats, over (count, sequence) windows."""
+    losses = [model(input_ids=part, labels=part).loss.double() * len(part) for part in windows.split(batch)]
+    return float(torch.stack(losses).sum() / len(windows))
+
+
+def train(case: Case, eager: bool = False) -> dict:
+    """The record of a run: the case, its losses, what was active, how long it took. ``eager``: without compiler.
+
+    A run whose loss is no longer finite ends there, with the loss None: that is its result.
+    """
+    torch._dynamo.reset()
+    device, corpus = case.shape.device, Corpus(case.shape.sequence, case.seed)
+    trainee = build(case)
+    step_fn = two_calls(trainee.model, trainee.optimizer) if eager else compiled(trainee)
+    probe = Probe(case, trainee.model, corpus) if case.probe else None
+    windows = corpus.held_out(FINAL_WINDOWS).to(device)
+    curve, train_losses, seconds = [], [], 0.0
+    for step in range(case.steps):
+        batch = corpus.batch(step, case.shape.batch).to(device)
+        began = time.perf_counter()
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = rate_at(case, step)
+        train_losses.append(step_fn({"input_ids": batch, "labels": batch}).item())
+        if probe:
+            probe.before_update(step + 1)
+        if trainee.manager:
+            trainee.manager.step()
+        seconds += time.perf_counter() - began
+        if probe:
+            probe.after_update(step + 1)
+        if not math.isfinite(train_losses[-1]):
+            break
+        if (step + 1) % max(1, case.steps // NUM_CURVE_POINTS) == 0:
+            curve.append([step + 1, held_out_loss(trainee.model, windows[:: FINAL_WINDOWS // CURVE_WINDOWS], 32)])
+    finite = len(train_losses) == case.steps and math.isfinite(train_losses[-1])
+    return {
+        "key": case.key,
+        "case": asdict(case),
+        "loss": held_out_loss(trainee.model, windows, 32) if finite else None,
+        "curve": curve,
+        "train": _means(train_losses, max(1, case.steps // 50)),
+        "density": _density(trainee),
+        "seconds": round(seconds, 1),
+        "windows": [asdict(window) for window in probe.windows] if probe else [],
+        "torch": torch.__version__,
+    }
+
+
+def compiled(trainee: Trainee) -> Step:
+    """One optimizer step on a batch, as a function: the dense model's is plain torch."""
+    if trainee.manager is None and isinstance(trainee.optimizer, torch.optim.AdamW):
+        return two_calls(torch.compile(trainee.model), trainee.optimizer)
+    return smet.compile_train_step(trainee.model, trainee.optimizer)
+
+
+def two_calls(model: Callable, optimizer: torch.optim.Optimizer) -> Step:
+    """The loop that every script has, as a function."""
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _means(losses: list[float], every: int) -> list[float]:
+    return [round(sum(part) / len(part), 4) for part in (losses[i : i + every] for i in range(0, len(losses), every))]
+
+
+def _density(trainee: Trainee) -> float:
+    sites = smet.report(trainee.model).sites
+    return sum(s.num_active for s in sites) / sum(s.num_blocks for s in sites) if sites else 1.0
