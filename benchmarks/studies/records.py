@@ -11,8 +11,11 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        self._by_key = {record["key"]: record for record in map(json.loads, lines)}
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # the machine stopped while it wrote
+            path.write_text(whole)
+        self._by_key = {record["key"]: record for record in map(json.loads, whole.splitlines())}
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key

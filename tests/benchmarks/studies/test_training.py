@@ -1,0 +1,125 @@
+"""A case trains as it says, and its record holds what the pages read."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import smet_compile as smet
+from benchmarks.studies.case import Case
+from benchmarks.studies.corpus import Corpus
+from benchmarks.studies.probe import LENGTH, Probe, Window
+from benchmarks.studies.scale import SCALES
+from benchmarks.studies.seeded import SeededAdamW
+from benchmarks.studies.trainer import build, rate_at, train
+
+CASE = Case(shape=SCALES["quick"].small, steps=20, rate=1e-2, density=0.25, every=5, block_warmup=5)
+
+pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:UserWarning")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"density": 1.0, "every": 0},
+        {"block": "1x16"},
+        {"local_age": False, "block_warmup": 0, "exponent": 0.0},
+        {"grow": "gradient", "distribution": "erk"},
+        {"moment_dtype": "int8"},
+        {"dtype": "bfloat16", "moment_dtype": "bfloat16"},
+        {"seeded_moments": True},
+        {"every": 0},
+    ],
+    ids=str,
+)
+def test_trains(change: dict) -> None:
+    case = replace(CASE, **change)
+    record = train(case, eager=True)
+    assert record["loss"] < 5.6  # the logarithm of 256 is 5.55
+    assert record["curve"][-1][0] == case.steps and record["curve"][-1][1] < record["curve"][0][1]
+    assert record["density"] == pytest.approx(case.density, abs=0.01)
+    assert Case.from_dict(record["case"]) == case and record["key"] == case.key
+
+
+def test_a_run_is_a_function_of_its_case() -> None:
+    first, again, other = (train(case, eager=True) for case in (CASE, CASE, replace(CASE, seed=1)))
+    assert first["loss"] == again["loss"] != other["loss"]
+
+
+def test_a_run_that_diverges_has_no_loss() -> None:
+    record = train(replace(CASE, rate=1e30), eager=True)
+    assert record["loss"] is None
+
+
+def test_every_field_is_in_the_key() -> None:
+    changes = asdict(CASE) | {"shape": SCALES["quick"].large}
+    different = {name: _another(value) for name, value in changes.items() if name != "shape"}
+    keys = {replace(CASE, **{name: value}).key for name, value in different.items()} | {CASE.key}
+    assert len(keys) == len(different) + 1
+
+
+def _another(value: object) -> object:
+    return not value if isinstance(value, bool) else f"{value}0" if isinstance(value, str) else value + 0.125
+
+
+def test_rates() -> None:
+    case = replace(CASE, steps=100, rate=1.0, warmup=0.1)
+    assert rate_at(case, 0) == pytest.approx(0.1) and rate_at(case, 9) == 1.0
+    assert rate_at(case, 99) == pytest.approx(0.1, abs=1e-3)
+    assert rate_at(replace(case, decay="constant"), 99) == 1.0
+
+
+def test_text_is_held_out_and_ordered_by_seed() -> None:
+    corpus, other = Corpus(16, 0), Corpus(16, 1)
+    assert torch.equal(corpus.held_out(8), other.held_out(8))
+    assert torch.equal(corpus.batch(3, 4), Corpus(16, 0).batch(3, 4))
+    assert not torch.equal(corpus.batch(3, 4), other.batch(3, 4))
+
+
+def test_windows_of_a_run() -> None:
+    windows = train(replace(CASE, steps=60, every=20, probe=True), eager=True)["windows"]
+    assert [(w["step"], w["is_control"]) for w in windows] == [(30, True), (40, False), (50, True)]
+    assert all(len(w["losses"]) == LENGTH + 1 for w in windows)
+    assert [w["after_drop"] is not None for w in windows] == [False, True, False]
+
+
+def test_metric_by_hand() -> None:
+    window = Window(100, False, losses=[2.0, 1.9, 2.3, 2.1] + 7 * [1.8], after_drop=2.05)
+    assert not window.is_open
+    assert window.rise == pytest.approx(0.3)
+    assert window.bump == pytest.approx(0.4)
+    assert window.jump == pytest.approx(0.05)
+
+
+def test_probe_sees_a_loss_that_jumps() -> None:
+    trainee = build(replace(CASE, steps=60, every=20, probe=True))
+    probe = Probe(replace(CASE, steps=60, every=20), trainee.model, Corpus(16, 0))
+    for step in range(40, 51):
+        probe.before_update(step)
+        if step == 40:
+            with torch.no_grad():
+                trainee.model.lm_head.weight.mul_(50)  # what no update should do
+        probe.after_update(step)
+    update = probe.windows[0]
+    assert update.rise == update.jump > 0 and update.bump == pytest.approx(LENGTH * update.rise)
+
+
+def test_seeded_moments() -> None:
+    trainee = build(replace(CASE, seeded_moments=True))
+    assert isinstance(trainee.optimizer, SeededAdamW) and trainee.manager is not None
+    tokens = Corpus(16, 0).batch(0, 2)
+    for _ in range(5):
+        trainee.model(input_ids=tokens, labels=tokens).loss.backward()
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad()
+    seen = {}
+    for name, site in trainee.manager.sites.items():
+        state = trainee.optimizer.state[site.values]
+        state["exp_avg_sq"].fill_(2.0)
+        seen[name] = state
+    event = trainee.manager.step()
+    assert isinstance(event, smet.TopologyEvent) and event.num_dropped > 0
+    for state in seen.values():
+        assert (state["exp_avg_sq"] == 2.0).all()
+    grown = [(state["exp_avg"] == 0).sum() for state in seen.values()]
+    assert sum(grown) >= event.num_dropped
