@@ -26,7 +26,8 @@ class Case:
 
     Args:
         rate: peak learning rate α, after ``warmup`` of the steps; then ``decay``: "cosine" to a tenth, or "constant".
-        density: 1 is plain dense training with AdamW, and then nothing below matters but ``seed`` and ``probe``.
+        plain_rate: of embeddings, output embeddings and norms, at their peak; None: as all others.
+        density: 1 is plain dense training with AdamW; then nothing below matters but ``dtype``, ``probe``, ``seed``.
         block: "1", "1x16", "16": as in `pretrain`.
         exponent: p of d^(-p). local_age: bias correction by the block's age (SMET), or by the step count (naive).
         block_warmup: W. every: ΔT, 0 for a static topology. grow: "random", "gradient".
@@ -39,6 +40,7 @@ class Case:
     shape: Shape
     steps: int
     rate: float
+    plain_rate: float | None = None
     warmup: float = 0.1
     decay: str = "cosine"
     density: float = 1.0

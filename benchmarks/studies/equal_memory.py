@@ -18,7 +18,7 @@ import torch
 from benchmarks.ratios import Clock, in_turns
 from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT
+from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT, PLAIN_RATE
 
 NAME = "equal_memory"
 TIMES = "equal_memory_times.json"
@@ -50,7 +50,16 @@ def shape_of(scale: Scale, hidden: int, layers: int) -> Shape:
 
 
 def _case(shape: Shape, density: float, block: str, rate: float, steps: int, seed: int) -> Case:
-    return Case(shape=shape, steps=steps, rate=rate, exponent=EXPONENT, density=density, block=block, seed=seed)
+    return Case(
+        shape=shape,
+        steps=steps,
+        rate=rate,
+        plain_rate=PLAIN_RATE,
+        exponent=EXPONENT,
+        density=density,
+        block=block,
+        seed=seed,
+    )
 
 
 @lru_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, EXPONENT
+from benchmarks.studies.settings import BASE_RATE, EXPONENT, PLAIN_RATE
 
 NAME = "moments"
 DENSITY = 0.25
@@ -14,9 +14,17 @@ WEIGHTS = (("float32", "1"), ("float32", "16"), ("bfloat16", "1"))  # dtype, blo
 
 def case(scale: Scale, dtype: str, block: str, moment_dtype: str, seed: int) -> Case:
     return Case(
-        shape=scale.small, steps=scale.sensitivity_steps, rate=BASE_RATE, exponent=EXPONENT, density=DENSITY,
-        block=block, dtype=dtype, moment_dtype=moment_dtype, seed=seed,
-    )  # fmt: skip
+        shape=scale.small,
+        steps=scale.sensitivity_steps,
+        rate=BASE_RATE,
+        plain_rate=PLAIN_RATE,
+        exponent=EXPONENT,
+        density=DENSITY,
+        block=block,
+        dtype=dtype,
+        moment_dtype=moment_dtype,
+        seed=seed,
+    )
 
 
 def cases(scale: Scale) -> list[Case]:

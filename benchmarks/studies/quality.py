@@ -4,33 +4,53 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT
+from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT, PLAIN_RATE
 
 NAME = "quality"
 DENSITIES = (0.25, 0.1, 0.5)
 BLOCKS = ("1", "64", "16", "1x16", "32")
-VARIANTS: dict[str, dict] = {"ERK": {"distribution": "erk"}, "gradient growth": {"grow": "gradient"}}
+IN_ALL_SEEDS = ("1", "64")
+VARIANTS: dict[str, dict] = {
+    "ERK": {"distribution": "erk"},
+    "gradient growth": {"grow": "gradient"},
+    "static": {"every": 0},
+}
 
 
 def dense_case(scale: Scale, seed: int) -> Case:
-    return Case(shape=scale.large, steps=scale.quality_steps, rate=DENSE_RATE, seed=seed)
+    return Case(shape=scale.large, steps=scale.quality_steps, rate=DENSE_RATE, plain_rate=PLAIN_RATE, seed=seed)
 
 
 def sparse_case(scale: Scale, density: float, block: str, seed: int, **options) -> Case:
     return Case(
-        shape=scale.large, steps=scale.quality_steps, rate=BASE_RATE, exponent=EXPONENT, density=density, block=block,
-        seed=seed, **options,
-    )  # fmt: skip
+        shape=scale.large,
+        steps=scale.quality_steps,
+        rate=BASE_RATE,
+        plain_rate=PLAIN_RATE,
+        exponent=EXPONENT,
+        density=density,
+        block=block,
+        seed=seed,
+        **options,
+    )
+
+
+def long_case(scale: Scale, density: float) -> Case:
+    """A run in which the number of weights counts; dense at density 1."""
+    rate = DENSE_RATE if density == 1 else BASE_RATE
+    return Case(
+        shape=scale.long, steps=scale.long_steps, rate=rate, plain_rate=PLAIN_RATE, exponent=EXPONENT, density=density
+    )
 
 
 def cases(scale: Scale) -> list[Case]:
-    """Seed by seed: first what conclusions rest on."""
-    found = []
-    for seed in scale.seeds:
+    """First what conclusions rest on."""
+    first = scale.seeds[0]
+    found = [dense_case(scale, first)]
+    found += [sparse_case(scale, density, block, first) for block in BLOCKS for density in DENSITIES]
+    found += [long_case(scale, density) for density in (1.0, *DENSITIES)]
+    for seed in scale.seeds[1:]:
         found += [dense_case(scale, seed)]
-        found += [sparse_case(scale, density, block, seed) for block in BLOCKS for density in DENSITIES]
-        if seed == scale.seeds[0]:
-            found += [sparse_case(scale, d, "1", seed, **options) for options in VARIANTS.values() for d in DENSITIES]
-            found += [sparse_case(scale, 0.25, "16", seed, **options) for options in VARIANTS.values()]
-            found += [sparse_case(scale, d, "1", seed, every=0) for d in DENSITIES]
+        found += [sparse_case(scale, density, block, seed) for block in IN_ALL_SEEDS for density in DENSITIES]
+    found += [sparse_case(scale, d, "1", first, **options) for options in VARIANTS.values() for d in DENSITIES]
     return found

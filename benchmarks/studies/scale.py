@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.studies.case import Shape
 
@@ -12,58 +12,72 @@ class Scale:
     """Shapes and lengths.
 
     Args:
-        small: 1.3M parameters on the CPU, for what needs many runs of single weights.
-        large: 2.4M parameters, wide enough for tiles of 64.
+        small: for what needs many runs of single weights.
+        large: wide enough for tiles of 64. long: ``small`` again, for runs in which capacity counts.
+        *_steps: lengths of the runs; ``long_steps`` reads ten bytes or more for every weight.
         budgets, widest: widths of the dense models that set the budgets of `equal_memory`, and the largest it tries.
-        rate_steps, spike_steps, sensitivity_steps, quality_steps: lengths of the runs of each study.
+        eager: without compiler.
     """
 
     small: Shape
     large: Shape
+    long: Shape
     rate_steps: int
     spike_steps: int
     sensitivity_steps: int
     quality_steps: int
+    long_steps: int
+    memory_steps: int
     budgets: tuple[int, ...]
     widest: int
-    memory_steps: int
     seeds: tuple[int, ...] = (0, 1, 2)
     eager: bool = False
 
 
+_SMALL = Shape(hidden=128, intermediate=352, heads=4, layers=6, sequence=64, batch=8)
+_LARGE = Shape(hidden=256, intermediate=640, heads=4, layers=3, sequence=64, batch=8)
+_GPU = Shape(hidden=512, intermediate=1376, heads=8, layers=8, sequence=256, batch=64, device="cuda")
+_QUICK = Shape(hidden=32, intermediate=64, heads=2, layers=1, sequence=16, batch=2)
+
 SCALES = {
     "cpu": Scale(
-        small=Shape(hidden=128, intermediate=352, heads=4, layers=6, sequence=64, batch=8),
-        large=Shape(hidden=256, intermediate=640, heads=4, layers=3, sequence=64, batch=8),
+        small=_SMALL,
+        large=_LARGE,
+        long=replace(_SMALL, sequence=128),
         rate_steps=500,
         spike_steps=1200,
         sensitivity_steps=1200,
         quality_steps=2000,
+        long_steps=12_000,
+        memory_steps=2000,
         budgets=(96, 160),
         widest=1024,
-        memory_steps=1500,
     ),
     "gpu": Scale(
-        small=Shape(hidden=256, intermediate=688, heads=4, layers=4, sequence=256, batch=64, device="cuda"),
-        large=Shape(hidden=512, intermediate=1376, heads=8, layers=8, sequence=256, batch=64, device="cuda"),
+        small=replace(_GPU, hidden=256, intermediate=688, heads=4, layers=4),
+        large=_GPU,
+        long=_GPU,
         rate_steps=2000,
         spike_steps=4000,
         sensitivity_steps=4000,
-        quality_steps=10000,
+        quality_steps=10_000,
+        long_steps=40_000,
+        memory_steps=10_000,
         budgets=(256, 512),
         widest=4096,
-        memory_steps=10000,
     ),
     "quick": Scale(
-        small=Shape(hidden=32, intermediate=64, heads=2, layers=1, sequence=16, batch=2),
-        large=Shape(hidden=256, intermediate=256, heads=2, layers=1, sequence=16, batch=2),
+        small=_QUICK,
+        large=replace(_QUICK, hidden=256, intermediate=256),
+        long=_QUICK,
         rate_steps=4,
         spike_steps=40,
         sensitivity_steps=8,
         quality_steps=4,
+        long_steps=6,
+        memory_steps=4,
         budgets=(64,),
         widest=256,
-        memory_steps=4,
         seeds=(0, 1),
         eager=True,
     ),

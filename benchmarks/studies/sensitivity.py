@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, EXPONENT
+from benchmarks.studies.settings import BASE_RATE, EXPONENT, PLAIN_RATE
 
 NAME = "sensitivity"
 DENSITY = 0.25
@@ -29,9 +29,15 @@ DEFAULTS = {
 
 def case(scale: Scale, seed: int, **options) -> Case:
     return Case(
-        shape=scale.small, steps=scale.sensitivity_steps, rate=BASE_RATE, exponent=EXPONENT, density=DENSITY,
-        seed=seed, **options,
-    )  # fmt: skip
+        shape=scale.small,
+        steps=scale.sensitivity_steps,
+        rate=BASE_RATE,
+        plain_rate=PLAIN_RATE,
+        exponent=EXPONENT,
+        density=DENSITY,
+        seed=seed,
+        **options,
+    )
 
 
 def cases(scale: Scale) -> list[Case]:

@@ -1,5 +1,6 @@
 """What the learning-rate study found, and every other study uses: docs/results/learning_rate.md."""
 
-DENSE_RATE = 2e-3
-BASE_RATE = 2e-3
-EXPONENT = 0.5
+PLAIN_RATE = 4e-3  # of embeddings, output embeddings and norms
+DENSE_RATE = 5e-4
+BASE_RATE = 5e-4
+EXPONENT = 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, EXPONENT
+from benchmarks.studies.settings import BASE_RATE, EXPONENT, PLAIN_RATE
 
 NAME = "spikes"
 DROP_FRACTION = 0.1
@@ -35,10 +35,21 @@ IN_ALL_SETTINGS = ("naive SET", "SMET", "naive RigL", "rate scaling only")
 
 def case(scale: Scale, method: str, every: int, density: float, seed: int) -> Case:
     options = {
-        "shape": scale.small, "steps": scale.spike_steps, "rate": BASE_RATE, "decay": "constant", "every": every,
-        "density": density, "exponent": EXPONENT, "block_warmup": 100, "drop_fraction": DROP_FRACTION,
-        "final_drop_fraction": DROP_FRACTION, "stop_fraction": 1.0, "probe": True, "seed": seed,
-    }  # fmt: skip
+        "shape": scale.small,
+        "steps": scale.spike_steps,
+        "rate": BASE_RATE,
+        "plain_rate": PLAIN_RATE,
+        "decay": "constant",
+        "every": every,
+        "density": density,
+        "exponent": EXPONENT,
+        "block_warmup": 100,
+        "drop_fraction": DROP_FRACTION,
+        "final_drop_fraction": DROP_FRACTION,
+        "stop_fraction": 1.0,
+        "probe": True,
+        "seed": seed,
+    }
     return Case(**(options | METHODS[method]))
 
 

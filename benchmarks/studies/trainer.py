@@ -53,8 +53,10 @@ def build_model(case: Case, device: str | None = None) -> nn.Module:
 def build(case: Case) -> Trainee:
     """The model of the case, sparse if it is to be, with optimizer and manager."""
     model = build_model(case)
+    # sparsify keeps these objects: they then hold the active weights
+    matrices = [layer.weight for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
     if case.density == 1:
-        return Trainee(model, torch.optim.AdamW(model.parameters(), lr=case.rate, weight_decay=0.0), None)
+        return Trainee(model, torch.optim.AdamW(_groups(case, model, matrices), weight_decay=0.0), None)
     smet.sparsify(
         model,
         case.density,
@@ -65,14 +67,22 @@ def build(case: Case) -> Trainee:
     )
     kind = SeededAdamW if case.seeded_moments else smet.ActiveAdamW if case.local_age else smet.NaiveAdamW
     optimizer = kind(
-        model,
-        lr=case.rate,
+        _groups(case, model, matrices),
+        model=model,
         warmup_steps=case.block_warmup,
         lr_density_exponent=case.exponent,
         state_dtype=_DTYPES[case.moment_dtype],
         seed=case.seed,
     )
     return Trainee(model, optimizer, _manager(case, model, optimizer) if case.every else None)
+
+
+def _groups(case: Case, model: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
+    """The linear layers' weights, and all others, which may have a rate of their own."""
+    in_layers = {id(weight) for weight in matrices}
+    plain = [p for p in model.parameters() if id(p) not in in_layers]
+    own = case.rate if case.plain_rate is None else case.plain_rate
+    return [{"params": matrices, "lr": case.rate}, {"params": plain, "lr": own}]
 
 
 def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> smet.TopologyManager:
@@ -89,15 +99,15 @@ def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     )
 
 
-def rate_at(case: Case, step: int) -> float:
-    """The learning rate of step ``step`` (from 0)."""
+def schedule(case: Case, step: int) -> float:
+    """The learning rate of step ``step`` (from 0), over its peak."""
     warmup = max(1, round(case.warmup * case.steps))
     if step < warmup:
-        return case.rate * (step + 1) / warmup
+        return (step + 1) / warmup
     if case.decay == "constant":
-        return case.rate
+        return 1.0
     progress = (step - warmup) / max(1, case.steps - warmup)
-    return case.rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -118,12 +128,13 @@ def train(case: Case, eager: bool = False) -> dict:
     step_fn = two_calls(trainee.model, trainee.optimizer) if eager else compiled(trainee)
     probe = Probe(case, trainee.model, corpus) if case.probe else None
     windows = corpus.held_out(FINAL_WINDOWS).to(device)
+    peaks = [group["lr"] for group in trainee.optimizer.param_groups]
     curve, train_losses, seconds = [], [], 0.0
     for step in range(case.steps):
         batch = corpus.batch(step, case.shape.batch).to(device)
         began = time.perf_counter()
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = rate_at(case, step)
+        for group, peak in zip(trainee.optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule(case, step)
         train_losses.append(step_fn({"input_ids": batch, "labels": batch}).item())
         if probe:
             probe.before_update(step + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -17,15 +18,43 @@ Losses = dict[float, float]
 _DIVERGED = 9.0
 
 
-def losses_of(records: Records, scale: Scale, exponent: float, density: float, block: str) -> Losses:
-    """Held-out loss by base rate."""
-    made = {rate: study.sparse_case(scale, rate, exponent, density, block).key for rate in study.RATES}
-    return {rate: _loss(records[key]) for rate, key in made.items() if key in records}
+@dataclass(frozen=True)
+class Part:
+    """The runs with one rate of embeddings and norms: ``plain_rate``, or that of everything else for None."""
+
+    records: Records
+    scale: Scale
+    plain_rate: float | None
+    densities: tuple[float, ...]
+
+    def sparse(self, exponent: float, density: float, block: str) -> Losses:
+        """Held-out loss by base rate."""
+        made = [study.sparse_case(self.scale, r, exponent, density, block, self.plain_rate) for r in study.RATES]
+        return self._losses([case.key for case in made])
+
+    def dense(self) -> Losses:
+        return self._losses([study.dense_case(self.scale, rate, self.plain_rate).key for rate in study.RATES])
+
+    def _losses(self, keys: list[str]) -> Losses:
+        pairs = zip(study.RATES, keys, strict=True)
+        return {rate: _loss(self.records[key]) for rate, key in pairs if key in self.records}
+
+    def regrets(self, exponent: float, rate: float) -> list[float]:
+        """By block and density, how far the loss lies above the lowest that any p and rate reached there."""
+        found = []
+        for block in study.BLOCKS:
+            for density in self.densities:
+                by_exponent = {p: self.sparse(p, density, block) for p in study.EXPONENTS}
+                reached = [loss for losses in by_exponent.values() for loss in losses.values()]
+                if rate in by_exponent[exponent]:
+                    found.append(by_exponent[exponent][rate] - min(reached))
+        return found
 
 
-def dense_losses(records: Records, scale: Scale) -> Losses:
-    made = {rate: study.dense_case(scale, rate).key for rate in study.RATES}
-    return {rate: _loss(records[key]) for rate, key in made.items() if key in records}
+def parts(records: Records, scale: Scale) -> tuple[Part, Part]:
+    """Embeddings at a rate of their own, and at that of the linear layers."""
+    own = Part(records, scale, study.PLAIN_RATE, study.DENSITIES)
+    return own, Part(records, scale, None, study.ONE_RATE_DENSITIES)
 
 
 def _loss(record: dict) -> float:
@@ -43,45 +72,42 @@ def best_rate(losses: Losses) -> float:
     return float(numpy.exp(-b / (2 * a)))
 
 
-def regrets(records: Records, scale: Scale, exponent: float, rate: float) -> list[float]:
-    """By density and block, how far the loss lies above the lowest that any p and rate reached there."""
-    found = []
-    for block in study.BLOCKS:
-        for density in study.DENSITIES:
-            by_exponent = {p: losses_of(records, scale, p, density, block) for p in study.EXPONENTS}
-            reached = [loss for losses in by_exponent.values() for loss in losses.values()]
-            if rate in by_exponent[exponent]:
-                found.append(by_exponent[exponent][rate] - min(reached))
-    return found
-
-
 def write(records: Records, scale: Scale, folder: Path) -> None:
     page = Page(study.NAME, "Learning rate and density", folder)
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale), records))
-    dense = dense_losses(records, scale)
-    best = best_rate(dense)
-    page.text(f"The dense model is best at α = {best:.2g} (loss {min(dense.values()):.4f}).")
-    page.figure(_figure(records, scale, dense), "Held-out loss by base rate, density and p")
-    page.text("## One base rate for all densities", _REGRET)
-    page.table(
-        ["p", *(f"α = {rate:g}" for rate in study.RATES)],
-        [[f"{p:g}", *(_regret(records, scale, p, rate) for rate in study.RATES)] for p in study.EXPONENTS],
-    )
-    page.text("## The best base rate", _BEST)
-    page.table(
-        ["block", "density", *(f"p = {p:g}" for p in study.EXPONENTS)],
-        [[block, f"{density:g}", *_bests(records, scale, density, block)]
-         for block in study.BLOCKS for density in study.DENSITIES],
-    )  # fmt: skip
-    page.text("## All losses")
-    page.table(["block", "density", "p", *(f"α = {rate:g}" for rate in study.RATES)], _all(records, scale, dense))
+    titles = (f"# Embeddings and norms at {study.PLAIN_RATE:g}", "# One rate for all parameters")
+    for part, title in zip(parts(records, scale), titles, strict=True):
+        _write_part(page, part, f"#{title}")
     page.write()
 
 
+def _write_part(page: Page, part: Part, title: str) -> None:
+    dense = part.dense()
+    if not dense:
+        return
+    page.text(title, f"Dense is best at α = {best_rate(dense):.2g} (loss {min(dense.values()):.4f}).")
+    page.figure(_figure(part, dense), "Held-out loss by base rate, density and p", "" if part.plain_rate else "_one")
+    page.text("One base rate for all densities. " + _REGRET)
+    page.table(
+        ["p", *(f"α = {rate:g}" for rate in study.RATES)],
+        [[f"{p:g}", *(_regret(part, p, rate) for rate in study.RATES)] for p in study.EXPONENTS],
+    )
+    page.text("The best base rate. " + _BEST)
+    kinds = [(block, density) for block in study.BLOCKS for density in part.densities]
+    page.table(
+        ["block", "density", *(f"p = {p:g}" for p in study.EXPONENTS)],
+        [[b, f"{d:g}", *(_best(part.sparse(p, d, b)) for p in study.EXPONENTS)] for b, d in kinds],
+    )
+    page.text("All losses.")
+    rows = [_row([b, f"{d:g}", f"{p:g}"], part.sparse(p, d, b)) for b, d in kinds for p in study.EXPONENTS]
+    headings = ["block", "density", "p", *(f"α = {rate:g}" for rate in study.RATES)]
+    page.table(headings, [_row(["dense", "1", "—"], dense), *rows])
+
+
 _REGRET = (
-    "Mean over the two block shapes and three densities (in brackets the largest) of how far the loss lies above the "
-    "lowest that any p and any rate reached at that block shape and density. A rule is good if its row has a small "
-    "number at one rate: that rate then holds whatever the density."
+    "Mean over block shapes and densities (in brackets the largest) of how far the loss lies above the lowest that any "
+    "p and any rate reached at that block shape and density. A rule is good if its row has a small number at one rate: "
+    "that rate then holds whatever the density."
 )
 _BEST = (
     "By a parabola through the best of the five and its neighbours; a rate at the edge of the five stands as it is, "
@@ -89,41 +115,31 @@ _BEST = (
 )
 
 
-def _regret(records: Records, scale: Scale, exponent: float, rate: float) -> str:
-    found = regrets(records, scale, exponent, rate)
+def _regret(part: Part, exponent: float, rate: float) -> str:
+    found = part.regrets(exponent, rate)
     return f"{statistics.fmean(found):.3f} ({max(found):.3f})" if found else "—"
 
 
-def _bests(records: Records, scale: Scale, density: float, block: str) -> list[str]:
-    cells = []
-    for exponent in study.EXPONENTS:
-        losses = losses_of(records, scale, exponent, density, block)
-        if not losses:
-            cells.append("—")
-            continue
-        rate = best_rate(losses)
-        mark = "≤ " if rate == min(study.RATES) else "≥ " if rate == max(study.RATES) else ""
-        cells.append(f"{mark}{rate:.2g} ({min(losses.values()):.4f})")
-    return cells
+def _best(losses: Losses) -> str:
+    if not losses:
+        return "—"
+    rate = best_rate(losses)
+    mark = "≤ " if rate == min(study.RATES) else "≥ " if rate == max(study.RATES) else ""
+    return f"{mark}{rate:.2g} ({min(losses.values()):.4f})"
 
 
-def _all(records: Records, scale: Scale, dense: Losses) -> list[list[str]]:
-    def row(label: list[str], losses: Losses) -> list[str]:
-        return label + [f"{losses[rate]:.4f}" if rate in losses else "—" for rate in study.RATES]
-
-    kinds = [(b, d, p) for b in study.BLOCKS for d in study.DENSITIES for p in study.EXPONENTS]
-    rows = [row([b, f"{d:g}", f"{p:g}"], losses_of(records, scale, p, d, b)) for b, d, p in kinds]
-    return [row(["dense", "1", "—"], dense), *rows]
+def _row(label: list[str], losses: Losses) -> list[str]:
+    return label + [f"{losses[rate]:.4f}" if rate in losses else "—" for rate in study.RATES]
 
 
-def _figure(records: Records, scale: Scale, dense: Losses):
+def _figure(part: Part, dense: Losses):
     figure, lowest = new_figure(height=5.5), min(dense.values())
-    grid = figure.subplots(len(study.BLOCKS), len(study.DENSITIES), sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(len(study.BLOCKS), len(part.densities), sharex=True, sharey=True, squeeze=False)
     for row, block in zip(grid, study.BLOCKS, strict=True):
-        for axes, density in zip(row, study.DENSITIES, strict=True):
+        for axes, density in zip(row, part.densities, strict=True):
             axes.plot(list(dense), list(dense.values()), "k--", linewidth=1, label="dense")
             for exponent in study.EXPONENTS:
-                losses = losses_of(records, scale, exponent, density, block)
+                losses = part.sparse(exponent, density, block)
                 axes.plot(list(losses), list(losses.values()), "o-", markersize=3, label=f"p = {exponent:g}")
             kind = "single weights" if block == "1" else f"tiles of {block}"
             tidy(axes, xscale="log", title=f"{kind}, d = {density:g}", ylim=(lowest - 0.05, lowest + 0.8))

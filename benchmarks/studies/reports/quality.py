@@ -52,12 +52,15 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
           ", ".join(active(records, scale, d, block) for d in DENSITIES)] for block, name in KINDS.items()],
     )  # fmt: skip
     page.text("## Distribution, growth, and a topology that never moves", "Single weights, seed 0.")
-    rows = {"uniform, random growth": {}} | study.VARIANTS | {"static": {"every": 0}}
+    rows = {"uniform, random growth": {}} | study.VARIANTS
     page.table(["", *(f"d = {d:g}" for d in DENSITIES)], [_variant(records, scale, *row) for row in rows.items()])
-    page.text("## Beside the published law", _LAW)
-    ours = ["here, single weights, per byte", *(_ratio(excess(records, scale, d, "1")) for d in DENSITIES)]
+    long = study.long_case(scale, 1.0)
+    num_bytes = long.steps * long.shape.batch * long.shape.sequence
+    page.text("## Beside the published law", f"The long runs: {num_bytes / 1e6:.1f} MB of text, seed 0. {_LAW}")
+    ours = ["here, short runs", *(_ratio(excess(records, scale, d, "1")) for d in DENSITIES)]
+    ours_long = ["here, long runs", *(_long(records, scale, d) for d in DENSITIES)]
     law = [[size, *(f"{ratios[d]:.3f}" for d in DENSITIES)] for size, ratios in LAW.items()]
-    page.table(["perplexity over dense", *(f"d = {d:g}" for d in DENSITIES)], [ours, *law])
+    page.table(["perplexity over dense, single weights", *(f"d = {d:g}" for d in DENSITIES)], [ours, ours_long, *law])
     page.write()
 
 
@@ -66,9 +69,9 @@ _READ = (
     "interval: one seed)."
 )
 _LAW = (
-    "The law is for perplexity per token of models a hundred times as large that saw a whole epoch; a token is about "
-    "four bytes, so its ratio is about the fourth power of one per byte. What can be compared is the order and the "
-    "growth with falling density, not the figures."
+    "The law is for perplexity per token of models a hundred times as large; a token is about four bytes, so a ratio "
+    "per byte here is about the fourth root of one per token. What can be compared is the order and the growth with "
+    "falling density."
 )
 
 
@@ -78,6 +81,13 @@ def _cell(value: Interval | None) -> str:
 
 def _ratio(value: Interval | None) -> str:
     return "—" if value is None else f"{math.exp(value.mean):.3f}"
+
+
+def _long(records: Records, scale: Scale, density: float) -> str:
+    sparse, dense = (study.long_case(scale, each).key for each in (density, 1.0))
+    if sparse not in records or dense not in records:
+        return "—"
+    return f"{math.exp(records[sparse]['loss'] - records[dense]['loss']):.3f}"
 
 
 def _variant(records: Records, scale: Scale, name: str, options: dict) -> list[str]:

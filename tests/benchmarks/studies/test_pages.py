@@ -15,7 +15,7 @@ from benchmarks.studies.case import Case
 from benchmarks.studies.probe import LENGTH
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import interval
-from benchmarks.studies.reports.learning_rate import best_rate, regrets
+from benchmarks.studies.reports.learning_rate import best_rate, parts
 from benchmarks.studies.reports.quality import excess
 from benchmarks.studies.reports.spikes import seen
 from benchmarks.studies.runner import run
@@ -82,8 +82,9 @@ def test_a_page_of_an_unfinished_study(tmp_path: Path) -> None:
 
 def test_the_power_that_made_the_losses_is_found(tmp_path: Path) -> None:
     records = fill(learning_rate.NAME, tmp_path)
-    mean = {p: statistics.fmean(regrets(records, SCALE, p, 1e-3)) for p in learning_rate.EXPONENTS}
-    assert min(mean, key=lambda p: mean[p]) == 0.5
+    for part in parts(records, SCALE):
+        mean = {p: statistics.fmean(part.regrets(p, 1e-3)) for p in learning_rate.EXPONENTS}
+        assert min(mean, key=lambda p: mean[p]) == 0.5
     assert best_rate({1e-3: 1.0, 2e-3: 0.5, 4e-3: 1.0}) == pytest.approx(2e-3)
     assert best_rate({1e-3: 0.4, 2e-3: 0.5, 4e-3: 1.0}) == 1e-3
 

@@ -11,7 +11,7 @@ from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.probe import LENGTH, Probe, Window
 from benchmarks.studies.scale import SCALES
 from benchmarks.studies.seeded import SeededAdamW
-from benchmarks.studies.trainer import build, rate_at, train
+from benchmarks.studies.trainer import build, schedule, train
 
 CASE = Case(shape=SCALES["quick"].small, steps=20, rate=1e-2, density=0.25, every=5, block_warmup=5)
 
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:U
         {"moment_dtype": "int8"},
         {"dtype": "bfloat16", "moment_dtype": "bfloat16"},
         {"seeded_moments": True},
+        {"plain_rate": 3e-3},
         {"every": 0},
     ],
     ids=str,
@@ -53,6 +54,7 @@ def test_a_run_that_diverges_has_no_loss() -> None:
 
 def test_every_field_is_in_the_key() -> None:
     changes = asdict(CASE) | {"shape": SCALES["quick"].large}
+    changes["plain_rate"] = 1.0
     different = {name: _another(value) for name, value in changes.items() if name != "shape"}
     keys = {replace(CASE, **{name: value}).key for name, value in different.items()} | {CASE.key}
     assert len(keys) == len(different) + 1
@@ -64,9 +66,9 @@ def _another(value: object) -> object:
 
 def test_rates() -> None:
     case = replace(CASE, steps=100, rate=1.0, warmup=0.1)
-    assert rate_at(case, 0) == pytest.approx(0.1) and rate_at(case, 9) == 1.0
-    assert rate_at(case, 99) == pytest.approx(0.1, abs=1e-3)
-    assert rate_at(replace(case, decay="constant"), 99) == 1.0
+    assert schedule(case, 0) == pytest.approx(0.1) and schedule(case, 9) == 1.0
+    assert schedule(case, 99) == pytest.approx(0.1, abs=1e-3)
+    assert schedule(replace(case, decay="constant"), 99) == 1.0
 
 
 def test_text_is_held_out_and_ordered_by_seed() -> None:
