@@ -22,6 +22,7 @@ EXPONENTS = (0.0, 0.5, 1.0)
 DENSITIES = (0.5, 0.25, 0.1)
 BLOCKS = ("1", "64")
 ONE_RATE_DENSITIES = (0.25, 0.1)
+_EXACT = (0.5, 0.25)  # of every weight, by count: there α d^(-p) is all that counts, and some runs are the same
 _UPDATES = 16
 
 
@@ -33,6 +34,8 @@ def sparse_case(
     scale: Scale, rate: float, exponent: float, density: float, block: str, plain_rate: float | None = PLAIN_RATE
 ) -> Case:
     every = max(1, scale.rate_steps // _UPDATES)
+    if density in _EXACT and plain_rate is not None:
+        rate, exponent = rate / density**exponent, 0.0
     return Case(
         shape=scale.large, steps=scale.rate_steps, rate=rate, plain_rate=plain_rate, exponent=exponent,
         density=density, block=block, every=every, block_warmup=every,
