@@ -3,14 +3,19 @@
 from smet_compile.api import sparsify
 from smet_compile.convert import Report, export_dense, report
 from smet_compile.explain import Explanation, explain
+from smet_compile.microscope import Inspection, inspect
 from smet_compile.optim import ActiveAdamW, NaiveAdamW, decay_groups
+from smet_compile.plan import Plan
+from smet_compile.plan_model import plan
 from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
 from smet_compile.train_step import TrainStep, compile_train_step
 
 __all__ = [
     "ActiveAdamW",
     "Explanation",
+    "Inspection",
     "NaiveAdamW",
+    "Plan",
     "Report",
     "SiteEvent",
     "TopologyEvent",
@@ -20,7 +25,9 @@ __all__ = [
     "decay_groups",
     "explain",
     "export_dense",
+    "inspect",
     "load_checkpoint",
+    "plan",
     "report",
     "save_checkpoint",
     "sparsify",

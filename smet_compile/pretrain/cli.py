@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from smet_compile.pretrain.config import RunConfig, resolve
 from smet_compile.pretrain.extras import MissingExtraError, require
 from smet_compile.pretrain.folder import RunFolder
+from smet_compile.pretrain.inspect_command import add_inspect_command
 from smet_compile.pretrain.interrupt import catch_interrupt
+from smet_compile.pretrain.plan_command import add_plan_command
 
 INTERRUPTED = 130
 
@@ -33,6 +35,8 @@ def make_app() -> Any:
         """Sparse training with smet_compile."""
 
     app.command("pretrain")(_with_options(typer, _command))
+    add_inspect_command(typer, app)
+    add_plan_command(typer, app)
     return app
 
 

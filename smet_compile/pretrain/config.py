@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from smet_compile.presets import PRESETS, find_preset
 from smet_compile.pretrain.methods import METHODS, find_method
-from smet_compile.pretrain.presets import PRESETS, find_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
@@ -63,7 +63,7 @@ class RunConfig:
             self._expect(name, getattr(self, name) >= 0, "no negative number")
         for name in ("steps", "batch", "accumulate", "every", "save_every", "eval_every", "eval_windows"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        self._expect("block", _is_block(self.block), "a side such as 16 or a shape such as 1x16")
+        parse_block(self.block, "--block")
         self._expect("device", _is_device(self.device), "a torch device such as cpu or cuda:0")
 
     def _expect(self, name: str, met: bool, expected: str) -> None:
@@ -74,8 +74,7 @@ class RunConfig:
     @property
     def block_shape(self) -> tuple[int, int]:
         """`block` as (rows, columns): "16" is (16, 16), "1x16" is (1, 16)."""
-        sides = self.block.split("x")
-        return int(sides[0]), int(sides[-1])
+        return parse_block(self.block, "--block")
 
     @property
     def step_tokens(self) -> int:
@@ -83,9 +82,12 @@ class RunConfig:
         return self.accumulate * self.batch * self.sequence
 
 
-def _is_block(text: str) -> bool:
+def parse_block(text: str, option: str) -> tuple[int, int]:
+    """(rows, columns) of "16" or "1x16"; a ValueError that names `option` for anything else."""
     sides = text.split("x")
-    return len(sides) <= 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"{option}: expected a side such as 16 or a shape such as 1x16, got {text!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 def _is_device(name: str) -> bool:

@@ -1,20 +1,5 @@
-"""The libraries of the `pretrain` extra, imported when they are first needed."""
+"""The libraries of the `pretrain` extra: see `smet_compile.extras`."""
 
-from importlib import import_module
-from types import ModuleType
+from smet_compile.extras import MissingExtraError, require
 
-
-class MissingExtraError(ModuleNotFoundError):
-    """A library of the `pretrain` extra is not installed; the message says how to install it."""
-
-
-def require(name: str) -> ModuleType:
-    """Import module `name`, or raise `MissingExtraError` with the command that installs it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != name.partition(".")[0]:
-            raise
-        raise MissingExtraError(
-            f"{name} is needed for pre-training but not installed; run: pip install 'smet-compile[pretrain]'"
-        ) from error
+__all__ = ["MissingExtraError", "require"]

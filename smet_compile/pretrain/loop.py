@@ -7,6 +7,7 @@ from typing import Any
 
 import smet_compile as smet
 from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.dead_unit_warning import DeadUnitWarning
 from smet_compile.pretrain.extras import require
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.memory import measure
@@ -56,9 +57,11 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     cut_back(run.folder.metrics, first)
     log = MetricsLog(run.folder.metrics)
     console.print(headline(run, first), soft_wrap=True, highlight=False)
+    dead_units = DeadUnitWarning(console)
+    dead_units.look(run.training.model)
     try:
         with open_progress(console, first, run.config.steps) as progress:
-            finished = _train(run, first, stop, log, progress)
+            finished = _train(run, first, stop, log, progress, dead_units)
     except OSError as error:
         raise ValueError(
             f"{run.folder.path}: could not be written ({error.strerror or error}); "
@@ -71,7 +74,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     return finished
 
 
-def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress) -> bool:
+def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> bool:
     config, training = run.config, run.training
     training.model.train()
     density, speed = active_fraction(training), 0.0
@@ -85,6 +88,7 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
         if event is not None:
             log.write("topology", step, event=_as_record(event))
             density = active_fraction(training)
+            dead_units.look(training.model)
         next_update = training.manager.next_update if training.manager else None
         progress.update(Status(step, loss, speed, density, next_update))
         if _after_step(run, step, stop, log):

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.presets import build_preset
 from smet_compile.pretrain.config import DTYPES, MOMENT_DTYPES, RunConfig
-from smet_compile.pretrain.extras import require
 from smet_compile.pretrain.gradient_bytes import GradientBytes
 from smet_compile.pretrain.methods import Method, find_method
-from smet_compile.pretrain.presets import find_preset
 
 FINAL_RATE_FRACTION = 0.1
 
@@ -35,19 +34,7 @@ class Training:
 
 def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
     """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory."""
-    transformers = require("transformers")
-    preset = find_preset(config.preset)
-    shape = transformers.LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.intermediate,
-        num_attention_heads=preset.heads,
-        num_hidden_layers=preset.layers,
-        max_position_embeddings=config.sequence,
-        use_cache=False,
-    )
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(shape, dtype=DTYPES[config.dtype])
+    return build_preset(config.preset, vocab_size, config.sequence, DTYPES[config.dtype], device)
 
 
 def build_training(config: RunConfig, vocab_size: int) -> Training:

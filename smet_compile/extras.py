@@ -1,0 +1,20 @@
+"""The libraries of the `pretrain` extra, imported when they are first needed."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """A library of the `pretrain` extra is not installed; the message says how to install it."""
+
+
+def require(name: str) -> ModuleType:
+    """Import module `name`, or raise `MissingExtraError` with the command that installs it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != name.partition(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"{name} is needed for this but not installed; run: pip install 'smet-compile[pretrain]'"
+        ) from error

@@ -1,0 +1,194 @@
+"""plan: what a training run of a model would cost, found on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from smet_compile.convert import Globs
+from smet_compile.ops import find_sites
+from smet_compile.plan import Plan, bytes_text, parse_bytes
+from smet_compile.plan_report import plan_of
+from smet_compile.planned_run import PlannedRun, Wish
+from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
+from smet_compile.shape_run import Inputs, LossFn, Step, meta_copy, token_batch
+
+_DENSITY = 0.3
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+Dtype = torch.dtype | str | None
+
+
+def plan(
+    model: nn.Module | str,
+    density: float | None = None,
+    *,
+    block_shape: int | Sequence[int] = 1,
+    batch: int | None = None,
+    sequence: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    state_dtype: torch.dtype | Literal["int8", "float32", "bfloat16"] | None = None,
+    compiled: bool = True,
+    fused_update: bool | None = None,
+    checkpointing: bool = False,
+    fits: str | int | None = None,
+    include: Globs = None,
+    exclude: Globs = None,
+    rules: Mapping[str, float] | None = None,
+    distribution: str = "uniform",
+    inputs: Inputs | None = None,
+    loss_fn: LossFn | None = None,
+    vocabulary: int = VOCABULARY,
+) -> Plan:
+    """Bytes by kind, peak memory and operations of a training step, as formulas and as numbers beside dense training.
+
+    ``model`` stays as it is and may be on the meta device; nothing is computed, so any size takes seconds::
+
+        print(smet.plan("7b", density=0.25, block_shape=64, batch=1, sequence=256, dtype="bfloat16"))
+        smet.plan("1b", block_shape=64, fits="24GB").density       # the largest that fits
+        smet.plan("1b", 0.25, block_shape=64, fits="24GB").batch   # density given: the largest batch
+
+    What is stored is exact; activations and scratch are predicted (docs/planning.md says how well).
+
+    Args:
+        model: a dense model, one that is compact already (then without ``density``), or the name of a preset.
+        density, block_shape, include, exclude, rules, distribution: as ``sparsify`` takes them; density 0.3 unless
+            given or solved for.
+        batch, sequence: of a step, in sequences and tokens. Default: the preset's; batch 1 of a model.
+        dtype: of the weights. Default: a model's own; float32 of presets.
+        state_dtype: of the moments, as ``ActiveAdamW`` takes it.
+        compiled: by ``torch.compile``, else eager. fused_update: of ``compile_train_step``; default: as ``compiled``.
+        checkpointing: of activations, by the model's ``gradient_checkpointing_enable``.
+        fits: "24GB", "22.5GiB" or bytes: solves for the largest density whose peak fits, or for the largest batch
+            where a density is given (or the model is compact) and a batch is not.
+        inputs: (batch, sequence) → what the model is called with. Default: ``input_ids`` and ``labels``.
+        loss_fn: (model, inputs) → loss. Default: ``model(**inputs).loss``.
+        vocabulary: of a preset.
+
+    Raises:
+        ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
+            shapes alone, or nothing that fits (with the least bytes there are).
+    """
+    if batch is not None:
+        _expect_positive("batch", batch)
+    if sequence is not None:
+        _expect_positive("sequence", sequence)
+    if fused_update and not compiled:
+        raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
+    on_shapes, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
+    is_compact = bool(find_sites(on_shapes))
+    if is_compact and density is not None:
+        raise ValueError(f"density: expected none for a model that is compact already, got {density}; leave it out")
+    _check_inputs(on_shapes, inputs, sequence)
+    if checkpointing and not hasattr(on_shapes, "gradient_checkpointing_enable"):
+        raise ValueError(
+            "checkpointing: expected a model with gradient_checkpointing_enable, got "
+            f"{type(on_shapes).__name__}; checkpoint in its forward, and leave this out"
+        )
+    wish = Wish(
+        name,
+        on_shapes,
+        Step(inputs or token_batch, loss_fn, sequence is not None, checkpointing),
+        block_shape,
+        sequence,
+        _dtype("state_dtype", state_dtype, _STATE_DTYPES),
+        compiled,
+        compiled if fused_update is None else fused_update,
+        {"include": include, "exclude": exclude, "rules": rules, "distribution": distribution},
+    )
+    chosen = None if is_compact else _DENSITY if density is None else density
+    if fits is None:
+        return plan_of(PlannedRun(wish, chosen), batch or default_batch)
+    limit = parse_bytes("fits", fits)
+    if (density is not None or is_compact) and batch is None:
+        return _largest_batch(PlannedRun(wish, chosen), limit)
+    if density is not None or is_compact:
+        raise ValueError("fits: expected density or batch left open, got both; leave one out")
+    return _largest_density(wish, batch or default_batch, limit)
+
+
+def _on_meta(
+    model: nn.Module | str, dtype: Dtype, sequence: int | None, vocabulary: int
+) -> tuple[nn.Module, str, int, int | None]:
+    """(the model on the meta device, its name, default batch, sequence)."""
+    wanted = _dtype("dtype", dtype, _DTYPES)
+    if isinstance(model, nn.Module):
+        return meta_copy(model, wanted), type(model).__name__, 1, sequence
+    if not isinstance(model, str):
+        raise ValueError(f"model: expected an nn.Module or one of {', '.join(PRESETS)}, got {model!r}")
+    _expect_positive("vocabulary", vocabulary)
+    preset = find_preset(model, "model")
+    sequence = sequence or preset.sequence
+    built = build_preset(model, vocabulary, sequence, wanted or torch.float32)
+    return built.train(), model, preset.batch, sequence
+
+
+def _dtype(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
+    found = known.get(given) if isinstance(given, str) else given
+    if (given is not None and found is None) or found not in (None, *known.values()):
+        raise ValueError(f"{argument}: expected None or one of {', '.join(known)}, got {given!r}")
+    return found
+
+
+def _expect_positive(argument: str, number: Any) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{argument}: expected a whole number of at least 1, got {number!r}")
+
+
+def _check_inputs(model: nn.Module, inputs: Inputs | None, sequence: int | None) -> None:
+    if inputs is not None:
+        return
+    if not hasattr(getattr(model, "config", None), "vocab_size"):
+        raise ValueError(
+            f"inputs: expected a function (batch, sequence) → inputs for {type(model).__name__}, which is no language "
+            'model of transformers, got none; pass inputs=lambda batch, sequence: {"x": torch.zeros(batch, ...)}'
+        )
+    if sequence is None:
+        raise ValueError("sequence: expected the number of tokens in a sequence, got none; pass sequence=")
+
+
+def _largest_batch(run: PlannedRun, limit: int) -> Plan:
+    least = run.peak(1)
+    if least > limit:
+        raise _nothing_fits(limit, least, "at batch 1", "lower the density, or allow more")
+    return plan_of(run, _largest(lambda batch: run.peak(batch) <= limit))
+
+
+def _largest(holds: Callable[[int], bool]) -> int:
+    """The largest number for which it ``holds``, as it does for 1, and for all below."""
+    high = 2
+    while holds(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+_PARTS = 10_000
+"""Densities that are solved for are multiples of 1 / this."""
+
+
+def _largest_density(wish: Wish, batch: int, limit: int) -> Plan:
+    """Searches by the bytes stored at each density and one run's timeline, then makes sure by runs of their own."""
+    run = PlannedRun(wish, _DENSITY)
+    least = run.peak(batch, 1 / _PARTS)
+    if least > limit:
+        raise _nothing_fits(limit, least, f"at density {1 / _PARTS:g} and batch {batch}", "lower batch or sequence")
+    parts = _largest(lambda parts: parts <= _PARTS and run.peak(batch, parts / _PARTS) <= limit)
+    for fewer in range(parts, 0, -max(1, parts // 100)):
+        found = plan_of(PlannedRun(wish, fewer / _PARTS), batch)
+        if found.sparse.peak <= limit:
+            return found
+    raise _nothing_fits(limit, least, f"at density {1 / _PARTS:g} and batch {batch}", "lower batch or sequence")
+
+
+def _nothing_fits(limit: int, least: float, where: str, advice: str) -> ValueError:
+    return ValueError(
+        f"fits: expected at least {least:,.0f} bytes ({bytes_text(least)}), the least there is {where}, got "
+        f"{limit:,}; {advice}"
+    )

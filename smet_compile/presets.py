@@ -1,0 +1,81 @@
+"""Model shapes by name, each with the training settings that suit it; and the Hugging Face model of a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from smet_compile.extras import require
+
+VOCABULARY = 32_000
+"""Of the tokenizer that the shapes were published with."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A LLaMA shape and its default training settings.
+
+    `batch` counts the sequences of one micro-batch, `accumulate` the micro-batches of one step; `lr` is the
+    rate at density 1 (a sparse weight gets lr / density ** lr_density_exponent).
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    steps: int = 20_000
+    sequence: int = 256
+    batch: int = 64
+    accumulate: int = 8
+    lr: float = 1e-3
+
+
+PRESETS = {
+    "nano": Preset(32, 88, 2, 2, steps=40, sequence=32, batch=4, accumulate=1, lr=3e-3),
+    "tiny": Preset(128, 352, 4, 6, steps=400, sequence=128, batch=16, accumulate=1, lr=1e-3),
+    "9m": Preset(128, 352, 4, 4),
+    "20m": Preset(256, 688, 4, 4),
+    "60m": Preset(512, 1376, 8, 8),
+    "130m": Preset(768, 2048, 12, 12),
+    "240m": Preset(768, 2416, 16, 24, steps=60_000),
+    "350m": Preset(1024, 2736, 16, 24, steps=60_000),
+    "1b": Preset(2048, 5461, 32, 24, steps=100_000, batch=32, accumulate=16, lr=5e-4),
+    "3b": Preset(2560, 6848, 32, 32, steps=100_000, batch=16, accumulate=32, lr=5e-4),
+    "7b": Preset(4096, 11008, 32, 32, steps=100_000, batch=8, accumulate=64, lr=5e-4),
+}
+
+
+def find_preset(name: str, argument: str = "--preset") -> Preset:
+    """The preset called `name`; a ValueError that names `argument` lists the names otherwise."""
+    if name not in PRESETS:
+        raise ValueError(f"{argument}: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+def build_preset(
+    name: str, vocabulary: int = VOCABULARY, sequence: int | None = None, dtype: torch.dtype = torch.float32,
+    device: str = "meta",
+) -> nn.Module:  # fmt: skip
+    """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory.
+
+    Args:
+        sequence: the longest it is made for. Default: the preset's.
+
+    Raises: ValueError for an unknown preset, `extras.MissingExtraError` without transformers.
+    """
+    transformers = require("transformers")
+    preset = find_preset(name)
+    shape = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=preset.hidden,
+        intermediate_size=preset.intermediate,
+        num_attention_heads=preset.heads,
+        num_hidden_layers=preset.layers,
+        max_position_embeddings=sequence or preset.sequence,
+        use_cache=False,
+    )
+    with torch.device(device):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    return model

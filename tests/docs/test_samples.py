@@ -1,0 +1,71 @@
+"""Every sample and every command of README and docs, run in the order of its page, as a reader would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.docs.commands import run_command
+from tests.docs.page import Page, Sample, all_pages
+from tests.docs.preambles import PREAMBLES
+
+PAGES = all_pages()
+PROSE = {"", "text", "math", "console", "json", "markdown", "mermaid"}
+"""Languages of blocks that are to be read: formulas, trees, what a sample prints."""
+
+
+@pytest.mark.filterwarnings("ignore:sparsify. the model's matrices as a whole")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_samples_run(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples of a page share their names and a folder.
+
+    ``torch.compile`` does not compile here: that takes up to half a minute a model, and that compiled is eager is
+    tested elsewhere (tests/passes, tests/train_step). ``explain`` captures all the same.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    waiting = {heading: make for (name, heading), make in PREAMBLES.items() if name == page.name}
+    with torch.compiler.set_stance("force_eager"):
+        for sample in page.samples():
+            if sample.heading in waiting:
+                waiting.pop(sample.heading)(names)
+            _run(sample, names)
+    assert not waiting, f"preambles for headings that {page.name} has not, or that no sample stands under"
+
+
+def _run(sample: Sample, names: dict[str, Any]) -> None:
+    for line in sample.commands() if sample.language in ("shell", "") else ():
+        run_command(line, only_named=sample.is_inline)
+    if sample.file is not None:
+        Path(sample.file).write_text(sample.text)
+    elif sample.language == "python":
+        exec(compile("\n" * sample.line + sample.text, str(sample.page.path), "exec"), names)
+    elif sample.language != "shell":
+        assert sample.language in PROSE, f"{sample.page.name}:{sample.line}: nobody can run {sample.language!r}"
+
+
+def test_a_file_is_told_apart_from_code_to_run(tmp_path: Path) -> None:
+    page = Page(tmp_path / "page.md")
+    page.path.write_text(
+        '# A\n\n```python title="a.py"\nx\n```\n\n    make demo  # soon\n\nSee `python -m smet_compile`.\n'
+    )
+    file, shell, inline = page.samples()
+    assert (file.file, file.language, file.text, file.line, file.heading) == ("a.py", "python", "x\n", 3, "A")
+    assert list(shell.commands()) == ["make demo  # soon"] and not shell.is_inline
+    assert list(inline.commands()) == ["python -m smet_compile"] and inline.is_inline
+
+
+@pytest.mark.parametrize("line", ["make nothing", "pip install '.[nothing]'", "pytest tests/nothing", "nothing"])
+def test_a_wrong_command_is_an_error(line: str) -> None:
+    with pytest.raises((AssertionError, KeyError)):
+        run_command(line, only_named=False)
+
+
+@pytest.mark.parametrize("line", ["pretrain --nothing 1", "pretrain --preset nano --densty 0.3", "nothing"])
+def test_a_wrong_option_is_an_error(line: str) -> None:
+    with pytest.raises(AssertionError):
+        run_command(f"python -m smet_compile {line}", only_named=True)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from torch import nn
+
+import smet_compile as smet
+
+CASES = [
+    ({"model": "huge"}, "model: expected one of nano, .*7b, got 'huge'"),
+    ({"model": 3}, "model: expected an nn.Module or one of"),
+    ({"density": 0}, "density: expected a number in"),
+    ({"density": 1.5}, "density: expected a number in"),
+    ({"block_shape": 0}, "block_shape: expected a positive integer"),
+    ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),
+    ({"sequence": 2.5}, "sequence: expected a whole number of at least 1"),
+    ({"dtype": "float8"}, "dtype: expected None or one of float32, .*got 'float8'"),
+    ({"state_dtype": torch.float16}, "state_dtype: expected None or one of float32, bfloat16, int8"),
+    ({"compiled": False, "fused_update": True}, "fused_update: expected False for eager training"),
+    ({"fits": "lots"}, "fits: expected bytes such as"),
+    ({"fits": "1GB", "density": 0.5, "batch": 2}, "fits: expected density or batch left open, got both"),
+    ({"distribution": "fair"}, "distribution: expected one of"),
+    ({"exclude": "*nothing*"}, "exclude: .* matches none"),
+    ({"vocabulary": 0}, "vocabulary: expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CASES, ids=str)
+def test_is_refused_by_name(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        smet.plan(**({"model": "nano", "compiled": False} | arguments))  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_compact_takes_no_density() -> None:
+    model = smet.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)
+    with pytest.raises(ValueError, match=r"density: expected none for a model that is compact already, got 0\.5"):
+        smet.plan(model, 0.5)
+
+
+def test_a_model_that_takes_no_tokens_needs_inputs() -> None:
+    with pytest.raises(ValueError, match=r"inputs: expected a function .* for Linear, which is no language model"):
+        smet.plan(nn.Linear(8, 8), 0.5)
+    with pytest.raises(ValueError, match=r"Linear cannot be run on shapes alone: .*; see inputs= and loss_fn="):
+        smet.plan(nn.Linear(8, 8), 0.5, inputs=lambda b, s: torch.zeros(b, 9), loss_fn=lambda m, x: m(x).sum())
+
+
+def test_checkpointing_is_the_model_s() -> None:
+    with pytest.raises(ValueError, match="checkpointing: expected a model with gradient_checkpointing_enable"):
+        smet.plan(nn.Linear(8, 8), 0.5, inputs=lambda b, s: {"input": torch.zeros(b, 8)}, checkpointing=True)

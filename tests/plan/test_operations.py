@@ -1,0 +1,21 @@
+"""Operations of a step: dense over sparse, beside the bounds that are known for the presets at sequence 256."""
+
+import pytest
+
+import smet_compile as smet
+from smet_compile.plan.formulas import symbols
+
+BOUNDS = {"130m": (1.61, 2.32, 3.16), "1b": (1.89, 3.38, 6.47), "7b": (1.95, 3.72, 8.18)}
+
+
+@pytest.mark.parametrize("preset", BOUNDS)
+def test_agree_with_the_bounds(preset: str) -> None:
+    """The bounds count what attention has to do: half of the square, and four products of it in backward. A plan
+    counts what kernels with a mask do: all of the square, and five, since scores are made again."""
+    d, b, s, _ = symbols()
+    plan = smet.plan(preset, 0.5, batch=1, sequence=256, compiled=False)
+    operations = plan.formulas["operations"].subs(b, 1).expand()
+    needed = (operations - operations.coeff(s, 2) * s**2 * 4 / 7).subs(s, 256)
+    for density, bound in zip((0.5, 0.25, 0.1), BOUNDS[preset], strict=True):
+        assert float(needed.subs(d, 1) / needed.subs(d, density)) == pytest.approx(bound, abs=0.01)
+    assert plan.dense.operations == pytest.approx(float(operations.subs({s: 256, d: 1})))

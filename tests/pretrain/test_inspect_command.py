@@ -1,0 +1,90 @@
+"""`inspect RUN`: its table, its plots, its errors; and the warning of `pretrain` about dead units."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from smet_compile.pretrain.cli import make_app
+from smet_compile.pretrain.inspect_command import inspect_run, print_inspection
+from smet_compile.pretrain.loop import pretrain
+from tests.pretrain.runs import SMALL_MODEL, StopAfter, moves, small_config
+
+pytestmark = SMALL_MODEL
+IMAGES = ("topology_maps.png", "ages.png", "topology_churn.png")
+
+
+def call(folder: Path) -> Result:
+    return CliRunner().invoke(make_app(), ["inspect", str(folder)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("inspected")
+    pretrain(small_config(folder, density=0.2, block="2"), folder / "run", console=Console(file=io.StringIO()))
+    return folder / "run"
+
+
+def test_a_run_is_printed_and_drawn(run: Path) -> None:
+    result = call(run)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"model\.layers\.1\.mlp\.down_proj\.weight +32x88 +0\.2", result.output)
+    assert re.search(r"input-output paths alive: a share of 10\^-\d", result.output)
+    assert result.output.rstrip().endswith(f"Plots in {run}: {', '.join(IMAGES)}")
+    for name in IMAGES:
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_inspected_is_the_checkpoint(run: Path) -> None:
+    found, _ = inspect_run(run)
+    for site in found.sites:
+        assert site.history.churn == tuple((e["step"], e["sites"][site.name]["churn_fraction"]) for e in moves(run))
+        assert site.history.explored_fraction == moves(run)[-1]["sites"][site.name]["explored_fraction"]
+    assert sum(found.age_counts.values()) == sum(site.num_active for site in found.sites)
+    assert max(found.age_counts) == 12
+
+
+def test_on_a_terminal_it_is_a_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=240)
+    monkeypatch.setattr("rich.console.Console", lambda: console)
+    print_inspection(inspect_run(run)[0])
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "┃" in shown and "model.layers.0.self_attn.q_proj.weight" in shown and "paths alive" in shown
+
+
+def test_a_run_that_was_stopped_before_any_update(tmp_path: Path) -> None:
+    pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(1), Console(file=io.StringIO()))
+    result = call(tmp_path / "run")
+    assert result.exit_code == 0 and "churn" not in result.output.splitlines()[0]
+    assert not (tmp_path / "run" / "topology_churn.png").exists()
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    assert "RUN: expected the folder of a run" in call(tmp_path).stderr
+    pretrain(small_config(tmp_path, method="dense"), tmp_path / "run", StopAfter(1), Console(file=io.StringIO()))
+    result = call(tmp_path / "run")
+    assert result.exit_code == 2 and "RUN: expected a sparse run, got a dense one" in result.stderr
+    pretrain(small_config(tmp_path), tmp_path / "other", StopAfter(1), Console(file=io.StringIO()))
+    (tmp_path / "other" / "checkpoint.safetensors").unlink()
+    assert "RUN: expected a checkpoint" in call(tmp_path / "other").stderr
+
+
+def warnings_of(tmp_path: Path, **changes: object) -> list[str]:
+    output = io.StringIO()
+    pretrain(small_config(tmp_path, **changes), tmp_path / "run", console=Console(file=output))
+    return [line for line in output.getvalue().splitlines() if line.startswith("warning: ")]
+
+
+def test_pretrain_warns_once_of_each_layer_with_dead_units(tmp_path: Path) -> None:
+    found = warnings_of(tmp_path, density=0.1, block="8", every=1)
+    assert "self_attn.q_proj.weight" in found[0] and "without an active weight; a higher --density" in found[0]
+    named = re.findall(r"model\.\S+\.weight", " ".join(found))
+    assert len(named) == len(set(named))
+
+
+def test_pretrain_says_nothing_where_every_unit_lives(tmp_path: Path) -> None:
+    assert warnings_of(tmp_path, density=0.6) == []

@@ -1,0 +1,32 @@
+"""`plan` on the command line."""
+
+import pytest
+from typer.testing import CliRunner
+
+from smet_compile.pretrain.cli import make_app
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(make_app(), ["plan", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_table() -> None:
+    code, out, _ = call("nano", "--density", "0.25", "--block", "1x16", "--batch", "2", "--eager")
+    assert code == 0 and out.startswith("nano: density 0.25, runs of 1 x 16; batch 2 x 32 tokens; float32")
+    for row in ("weights", "gradients", "moments", "ages", "index", "persistent", "activations", "peak", "operations"):
+        assert f"\n{row}" in out
+    assert "4·d·n_sparse + 4·n_dense" in out and "n_sparse = " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["huge"], "error: model: expected one of nano"),
+        (["nano", "--block", "x"], "error: --block: expected a side such as 16"),
+        (["nano", "--eager", "--fits", "1kB"], "error: fits: expected at least"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    code, out, errors = call(*arguments)
+    assert (code, out) == (2, "") and errors.startswith(message) and errors.count("\n") == 1
