@@ -1,7 +1,7 @@
 import pytest
 
-from smet_compile.pretrain.config import resolve
 from smet_compile.presets import PRESETS, find_preset
+from smet_compile.pretrain.config import resolve
 from smet_compile.pretrain.training import build_model
 
 LLAMA = {

@@ -7,18 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ALL_ROOMS = {"runtime", "plan", "convert", "passes", "optim", "ops", "format"}
-ABOVE = {
-    "api",
-    "train_step",
-    "explain",
-    "microscope",
-    "plan_model",
-    "plan_report",
-    "planned_run",
-    "shape_run",
-    "presets",
-    "extras",
-}
+ABOVE = {"api", "train_step", "explain", "planner", "microscope", "presets", "extras"}
 SIDE_BY_SIDE = "convert, passes, optim and plan never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
@@ -45,17 +34,9 @@ ROOMS = {
     "microscope": Room({"runtime", "ops", "format"}, "it looks at a model and at its history, and changes nothing"),
     "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
     "presets": Room({"extras"}, "a shape and its model know nothing of sparsity"),
-    "shape_run": Room(
-        {"convert", "plan", "passes", "optim", "ops", "format", "train_step"},
-        "it makes a step without memory; what that costs is for others to say",
-    ),
-    "planned_run": Room(
-        {"convert", "plan", "ops", "format", "shape_run"}, "it puts layouts and runs together; it runs nothing itself"
-    ),
-    "plan_report": Room({"plan", "ops", "format", "planned_run"}, "it says what a run found, and runs nothing"),
-    "plan_model": Room(
-        {"convert", "plan", "ops", "plan_report", "planned_run", "shape_run", "presets"},
-        "nothing below asks what a run will cost",
+    "planner": Room(
+        {"convert", "plan", "passes", "optim", "ops", "format", "train_step", "presets"},
+        "it makes a step without memory and asks `plan` what that comes to; nothing below asks what a run will cost",
     ),
     "__init__": Room(ALL_ROOMS | ABOVE, "the door is light, and the main job stands above it"),
     "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__"}, "imports point down only"),

@@ -28,7 +28,7 @@ from smet_compile.plan import (
     weighted_sum,
 )
 from smet_compile.plan.stored import Bytes, values_bytes
-from smet_compile.shape_run import (
+from smet_compile.planner.shapes import (
     EagerRun,
     SeveralGraphsError,
     Step,

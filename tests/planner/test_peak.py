@@ -9,7 +9,7 @@ from torch import nn
 
 import smet_compile as smet
 from tests.models.classes import REAL_MODELS
-from tests.plan.measured import eager_step, make, peak_of
+from tests.planner.measured import eager_step, make, peak_of
 
 EAGER, COMPILED = 0.05, 0.15
 
@@ -82,8 +82,8 @@ def test_compiled(density: float | None, block_shape: Any, fused: bool, dtype: t
 
 def test_equal_layers_are_planned_from_two() -> None:
     """The same bytes and operations as when every layer is run."""
-    from smet_compile.planned_run import PlannedRun, Wish
-    from smet_compile.shape_run import Step, meta_copy, token_batch
+    from smet_compile.planner.run import PlannedRun, Wish
+    from smet_compile.planner.shapes import Step, meta_copy, token_batch
 
     config = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 9, "num_attention_heads": 2}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**config, intermediate_size=96, use_cache=False))

@@ -10,7 +10,7 @@ from torch import nn
 import smet_compile as smet
 from smet_compile.passes.capture import Capture
 from tests.models.classes import REAL_MODELS, SMALL
-from tests.plan.measured import Gradients, bytes_by_kind, eager_step, make
+from tests.planner.measured import Gradients, bytes_by_kind, eager_step, make
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ON_PIXELS = {

@@ -11,10 +11,10 @@ from torch import nn
 from smet_compile.convert import Globs
 from smet_compile.ops import find_sites
 from smet_compile.plan import Plan, bytes_text, parse_bytes
-from smet_compile.plan_report import plan_of
-from smet_compile.planned_run import PlannedRun, Wish
+from smet_compile.planner.report import plan_of
+from smet_compile.planner.run import PlannedRun, Wish
+from smet_compile.planner.shapes import Inputs, LossFn, Step, meta_copy, token_batch
 from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
-from smet_compile.shape_run import Inputs, LossFn, Step, meta_copy, token_batch
 
 _DENSITY = 0.3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -24,7 +24,7 @@ from smet_compile.plan import (
 )
 from smet_compile.plan.stored import Bytes
 from smet_compile.plan.warn import cost_warnings
-from smet_compile.planned_run import PlannedRun, peak_of
+from smet_compile.planner.run import PlannedRun, peak_of
 
 if TYPE_CHECKING:
     from sympy import Expr, Symbol
