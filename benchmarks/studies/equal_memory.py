@@ -18,14 +18,14 @@ import torch
 from benchmarks.ratios import Clock, in_turns
 from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT, PLAIN_RATE
+from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
 
 NAME = "equal_memory"
 TIMES = "equal_memory_times.json"
 DENSITIES = (0.5, 0.25, 0.1)
 BLOCKS = ("1", "32")
 DEPTHS = (2, 3, 4)
-DENSE_RATES = (DENSE_RATE, 2 * DENSE_RATE)
+DENSE_RATES = (RATE, 2 * RATE)
 _WIDTH_STEP = 16
 _REPEATS = 7
 
@@ -55,7 +55,7 @@ def _case(shape: Shape, density: float, block: str, rate: float, steps: int, see
         steps=steps,
         rate=rate,
         plain_rate=PLAIN_RATE,
-        exponent=EXPONENT,
+        exponent=EXPONENTS[block],
         density=density,
         block=block,
         seed=seed,
@@ -134,7 +134,7 @@ def times(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def same_tokens(scale: Scale, candidate: Candidate, seed: int) -> list[Case]:
-    rates = DENSE_RATES if candidate.density == 1 else (BASE_RATE,)
+    rates = DENSE_RATES if candidate.density == 1 else (RATE,)
     kind = (candidate.shape, candidate.density, candidate.block)
     return [_case(*kind, rate, scale.memory_steps, seed) for rate in rates]
 

@@ -12,6 +12,8 @@ runs with one rate for all, at densities .25 and .1, stand in a second part.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
 from benchmarks.studies.settings import PLAIN_RATE
@@ -22,6 +24,7 @@ EXPONENTS = (0.0, 0.5, 1.0)
 DENSITIES = (0.5, 0.25, 0.1)
 BLOCKS = ("1", "64")
 ONE_RATE_DENSITIES = (0.25, 0.1)
+OTHER_BLOCKS, OTHER_RATE = ("1x16", "16", "32"), 5e-4
 _EXACT = (0.5, 0.25)  # of every weight, by count: there α d^(-p) is all that counts, and some runs are the same
 _UPDATES = 16
 
@@ -53,4 +56,21 @@ def cases(scale: Scale) -> list[Case]:
             for rate in (5e-4, 1e-3, 2e-3, 2.5e-4, 4e-3)
             for exponent in reversed(EXPONENTS)
         ]
-    return found
+    found += [
+        sparse_case(scale, OTHER_RATE, exponent, density, block)
+        for block in OTHER_BLOCKS
+        for density in (0.25, 0.1)
+        for exponent in reversed(EXPONENTS)
+    ]
+    return found + [replace(case, seed=seed) for seed in scale.seeds[1:] for case in again(scale)]
+
+
+def again(scale: Scale) -> list[Case]:
+    """What the choice of p rests on, for more seeds."""
+    sparse = [
+        sparse_case(scale, OTHER_RATE, exponent, density, block)
+        for density in (0.25, 0.1)
+        for block in BLOCKS
+        for exponent in (0.5, 1.0)
+    ]
+    return [dense_case(scale, OTHER_RATE), *sparse]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, EXPONENT, PLAIN_RATE
+from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
 
 NAME = "moments"
 DENSITY = 0.25
@@ -16,9 +16,9 @@ def case(scale: Scale, dtype: str, block: str, moment_dtype: str, seed: int) -> 
     return Case(
         shape=scale.small,
         steps=scale.sensitivity_steps,
-        rate=BASE_RATE,
+        rate=RATE,
         plain_rate=PLAIN_RATE,
-        exponent=EXPONENT,
+        exponent=EXPONENTS[block],
         density=DENSITY,
         block=block,
         dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, DENSE_RATE, EXPONENT, PLAIN_RATE
+from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
 
 NAME = "quality"
 DENSITIES = (0.25, 0.1, 0.5)
@@ -18,16 +18,16 @@ VARIANTS: dict[str, dict] = {
 
 
 def dense_case(scale: Scale, seed: int) -> Case:
-    return Case(shape=scale.large, steps=scale.quality_steps, rate=DENSE_RATE, plain_rate=PLAIN_RATE, seed=seed)
+    return Case(shape=scale.large, steps=scale.quality_steps, rate=RATE, plain_rate=PLAIN_RATE, seed=seed)
 
 
 def sparse_case(scale: Scale, density: float, block: str, seed: int, **options) -> Case:
     return Case(
         shape=scale.large,
         steps=scale.quality_steps,
-        rate=BASE_RATE,
+        rate=RATE,
         plain_rate=PLAIN_RATE,
-        exponent=EXPONENT,
+        exponent=EXPONENTS[block],
         density=density,
         block=block,
         seed=seed,
@@ -36,10 +36,14 @@ def sparse_case(scale: Scale, density: float, block: str, seed: int, **options) 
 
 
 def long_case(scale: Scale, density: float) -> Case:
-    """A run in which the number of weights counts; dense at density 1."""
-    rate = DENSE_RATE if density == 1 else BASE_RATE
+    """A run in which the number of weights counts, with single weights; dense at density 1."""
     return Case(
-        shape=scale.long, steps=scale.long_steps, rate=rate, plain_rate=PLAIN_RATE, exponent=EXPONENT, density=density
+        shape=scale.long,
+        steps=scale.long_steps,
+        rate=RATE,
+        plain_rate=PLAIN_RATE,
+        exponent=EXPONENTS["1"],
+        density=density,
     )
 
 

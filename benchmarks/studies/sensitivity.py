@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, EXPONENT, PLAIN_RATE
+from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
 
 NAME = "sensitivity"
 DENSITY = 0.25
@@ -31,9 +31,9 @@ def case(scale: Scale, seed: int, **options) -> Case:
     return Case(
         shape=scale.small,
         steps=scale.sensitivity_steps,
-        rate=BASE_RATE,
+        rate=RATE,
         plain_rate=PLAIN_RATE,
-        exponent=EXPONENT,
+        exponent=EXPONENTS["1"],
         density=DENSITY,
         seed=seed,
         **options,

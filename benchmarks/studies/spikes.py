@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import BASE_RATE, EXPONENT, PLAIN_RATE
+from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
 
 NAME = "spikes"
 DROP_FRACTION = 0.1
@@ -25,7 +25,7 @@ METHODS: dict[str, dict] = {
     "SMET, gradient growth": {"grow": "gradient"},
     "age only": _NAIVE | {"local_age": True},
     "warm-up only": _NAIVE | {"block_warmup": 100},
-    "rate scaling only": _NAIVE | {"exponent": EXPONENT},
+    "rate scaling only": _NAIVE | {"exponent": EXPONENTS["1"]},
     "SMET without rate scaling": {"exponent": 0.0},
     "static": {"every": 0},
     "dense": {"density": 1.0, "every": 0},
@@ -37,12 +37,12 @@ def case(scale: Scale, method: str, every: int, density: float, seed: int) -> Ca
     options = {
         "shape": scale.small,
         "steps": scale.spike_steps,
-        "rate": BASE_RATE,
+        "rate": RATE,
         "plain_rate": PLAIN_RATE,
         "decay": "constant",
         "every": every,
         "density": density,
-        "exponent": EXPONENT,
+        "exponent": EXPONENTS["1"],
         "block_warmup": 100,
         "drop_fraction": DROP_FRACTION,
         "final_drop_fraction": DROP_FRACTION,
