@@ -42,7 +42,7 @@ def made_up(case: Case, loss: float) -> dict:
 
 def loss_of(case: Case) -> float:
     """Best at a rate of 1e-3 / √d; every seed a little different."""
-    effective = case.rate / case.density ** (0.5 - case.exponent)
+    effective = case.rate * case.density ** (0.5 - case.exponent)
     return 2 + 0.1 * math.log(effective / 1e-3) ** 2 + 0.3 * (1 - case.density) + 0.01 * case.seed
 
 
