@@ -44,7 +44,8 @@ def sparsify(
         rules: glob → density for the chosen weights it matches, first match wins; 1 leaves a weight plain.
         distribution: "uniform", every weight at ``density``; "er" or "erk", Erdős-Rényi shares (see
             ``convert.budget.allocate``) with the total exact.
-        select: "random" for a fresh model, or "magnitude": the blocks of largest mean \\|w\\|, for a trained one.
+        select: "random" for a fresh model (tiles so that their rows and columns fill evenly), or "magnitude", the
+            blocks of largest mean \\|w\\|, for a trained one.
         rescale: multiplies what stays by 1/√d, so that outputs keep their variance. Default: only for "random".
         seed: of the random selection.
 

@@ -29,6 +29,7 @@ class Case:
         plain_rate: of embeddings, output embeddings and norms, at their peak; None: as all others.
         density: 1 is plain dense training with AdamW; then nothing below matters but ``dtype``, ``probe``, ``seed``.
         block: "1", "1x16", "16": as in `pretrain`.
+        even: whether rows and columns of tiles fill evenly at the start, as `sparsify` has it, or by chance.
         exponent: p of d^(-p). local_age: bias correction by the block's age (SMET), or by the step count (naive).
         block_warmup: W. every: ΔT, 0 for a static topology. grow: "random", "gradient".
         drop_fraction, final_drop_fraction: ζ, by cosine; equal ones are constant.
@@ -47,6 +48,7 @@ class Case:
     block: str = "1"
     distribution: str = "uniform"
     rescale: bool = True
+    even: bool = True
     exponent: float = 1.0
     local_age: bool = True
     block_warmup: int = 100

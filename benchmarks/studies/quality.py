@@ -9,6 +9,7 @@ from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
 NAME = "quality"
 DENSITIES = (0.25, 0.1, 0.5)
 BLOCKS = ("1", "64", "16", "1x16", "32")
+TILES = ("16", "32", "64")
 IN_ALL_SEEDS = ("1", "64")
 VARIANTS: dict[str, dict] = {
     "ERK": {"distribution": "erk"},
@@ -57,4 +58,5 @@ def cases(scale: Scale) -> list[Case]:
         found += [dense_case(scale, seed)]
         found += [sparse_case(scale, density, block, seed) for block in IN_ALL_SEEDS for density in DENSITIES]
     found += [sparse_case(scale, d, "1", first, **options) for options in VARIANTS.values() for d in DENSITIES]
+    found += [sparse_case(scale, d, block, first, even=False) for block in TILES for d in DENSITIES]
     return found

@@ -14,6 +14,7 @@ import smet_compile as smet
 from benchmarks.studies.case import Case
 from benchmarks.studies.corpus import VOCABULARY, Corpus
 from benchmarks.studies.probe import Probe
+from benchmarks.studies.scattered import scatter
 from benchmarks.studies.seeded import SeededAdamW
 
 FINAL_RATE = 0.1
@@ -65,6 +66,8 @@ def build(case: Case) -> Trainee:
         rescale=case.rescale,
         seed=case.seed,
     )
+    if not case.even:
+        scatter(model, case.seed)
     kind = SeededAdamW if case.seeded_moments else smet.ActiveAdamW if case.local_age else smet.NaiveAdamW
     optimizer = kind(
         _groups(case, model, matrices),

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from smet_compile.convert.choose import Choice
 from smet_compile.convert.earlier_optimizers import watch
-from smet_compile.format import all_block_means, sample_positions
+from smet_compile.format import all_block_means, sample_evenly, sample_positions
 from smet_compile.ops import CompactWeight
 from smet_compile.ops.sites import compact_names, parametrizations
 
@@ -44,6 +44,9 @@ def _select(choice: Choice, select: str, seed: int) -> Tensor:
         positions = all_block_means(weight.tensor, layout).topk(choice.num_active, sorted=False).indices
     else:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {weight.name}".encode()))
-        positions = sample_positions(mask, choice.num_active, generator)
+        if layout.tiles:
+            positions = sample_evenly(mask, mask, layout, choice.num_active, generator)
+        else:
+            positions = sample_positions(mask, choice.num_active, generator)
     mask[positions] = True
     return mask

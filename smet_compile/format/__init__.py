@@ -15,7 +15,7 @@ from smet_compile.format.index import (
     write_index,
 )
 from smet_compile.format.layout import Layout
-from smet_compile.format.sampling import sample_positions
+from smet_compile.format.sampling import sample_evenly, sample_positions
 from smet_compile.format.topology import count_active, pack_bits, positions_of, unpack_bits
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "pack",
     "pack_bits",
     "positions_of",
+    "sample_evenly",
     "sample_positions",
     "split_index",
     "unpack",

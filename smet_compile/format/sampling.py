@@ -1,10 +1,14 @@
-"""Draws inactive blocks at random, exactly k of them, without a list of all."""
+"""Draws inactive blocks at random, exactly k of them: any of them, or such that rows and columns fill evenly.
+
+Shape suffixes: S matrices of the stack, M and K rows and columns of blocks.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from smet_compile.format.layout import Layout
 from smet_compile.format.topology import positions_of
 
 
@@ -27,3 +31,42 @@ def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> T
         is_drawn[fresh] = True
         drawn = positions_of(is_drawn.logical_and_(~taken))
     return drawn[torch.randperm(drawn.numel(), generator=generator)[:count].to(taken.device)]
+
+
+def sample_evenly(active: Tensor, taken: Tensor, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` distinct positions where ``taken`` is false, at random, but in the emptiest rows and columns of blocks.
+
+    A row of tiles without a tile is a band of dead units, and a grid of a few tiles drawn uniformly has many: of 4 x 4
+    tiles at density 0.25 every fourth row is empty. Filled evenly, all rows hold equally many within one, and so do
+    all columns, as far as what is taken allows. Drawn on the CPU.
+
+    Args:
+        active, taken: (num_blocks,) bool: what rows and columns hold, and what is not to be drawn (at least that).
+    """
+    grid = (layout.num_matrices, layout.block_rows, layout.block_cols)
+    active_SMK, taken_SMK = active.cpu().view(grid), taken.cpu().view(grid)
+    wanted_SM = _even_shares(active_SMK.sum(-1).flatten(), (~taken_SMK).sum(-1).flatten(), count, generator)
+    wanted_SM, filled_SK = wanted_SM.view(grid[:2]), active_SMK.sum(1).double()
+    drawn_SMK = torch.zeros(grid, dtype=torch.bool)
+    for row in torch.randperm(grid[1], generator=generator).tolist():
+        chance_SK = torch.rand(filled_SK.shape, dtype=torch.float64, generator=generator)
+        order_SK = (filled_SK + chance_SK).masked_fill(taken_SMK[:, row], torch.inf).argsort(-1)
+        first_SK = torch.arange(grid[2]) < wanted_SM[:, row, None]
+        drawn_SMK[:, row].scatter_(-1, order_SK, first_SK)
+        filled_SK += drawn_SMK[:, row]
+    return positions_of(drawn_SMK.flatten()).to(active.device)
+
+
+def _even_shares(held: Tensor, free: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """How many of ``count`` each line gets, as water fills a vessel: the emptiest first, none more than is ``free``."""
+    low, high = 0, int((held + free).max())
+    while low < high:  # the highest level that count suffices for
+        level = (low + high + 1) // 2
+        needed = int((level - held).clamp(min=0).minimum(free).sum())
+        low, high = (level, high) if needed <= count else (low, level - 1)
+    shares = (low - held).clamp(min=0).minimum(free)
+    rest = count - int(shares.sum())
+    open_lines = positions_of((shares < free) & (held + shares <= low))
+    more = open_lines[torch.randperm(open_lines.numel(), generator=generator)[:rest]]
+    shares[more] += 1
+    return shares

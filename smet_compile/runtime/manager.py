@@ -196,9 +196,10 @@ class TopologyManager:
         if self.grow == "gradient":
             grown = self._scores[site.name].take(count)
             assert grown is not None
+            dropped = drop_smallest(site, before, len(grown))
         else:
-            grown = grow_random(site, before, count, self.seed, self.num_steps)
-        dropped = drop_smallest(site, before, len(grown))
+            dropped = drop_smallest(site, before, count)
+            grown = grow_random(site, before, dropped, self.seed, self.num_steps)
         return move(site, before, agree_on(dropped), agree_on(grown), self.optimizer, self._trace)
 
     def state_dict(self) -> dict[str, Any]:

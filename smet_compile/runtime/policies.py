@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from smet_compile.format import block_means, positions_of, sample_positions
+from smet_compile.format import block_means, positions_of, sample_evenly, sample_positions
 from smet_compile.ops import Site
 
 
@@ -18,10 +18,15 @@ def drop_smallest(site: Site, mask: Tensor, count: int) -> Tensor:
     return positions[scores.topk(count, largest=False, sorted=False).indices]
 
 
-def grow_random(site: Site, mask: Tensor, count: int, seed: int, step: int) -> Tensor:
-    """Positions (count,), uniform among the inactive blocks (SET, Mocanu et al. 2018).
+def grow_random(site: Site, mask: Tensor, dropped: Tensor, seed: int, step: int) -> Tensor:
+    """Positions, as many as ``dropped`` and none of these, among the inactive blocks: uniform (SET, Mocanu et al.
+    2018), or for tiles in the emptiest rows and columns of tiles.
 
-    A function of seed, step and name alone: a resumed run draws what the undisturbed one would have drawn.
+    A function of topology, seed, step and name alone: a resumed run draws what the undisturbed one would have drawn.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {step} {site.name}".encode()))
-    return sample_positions(mask, count, generator)
+    if not site.layout.tiles:
+        return sample_positions(mask, dropped.numel(), generator)
+    kept = mask.clone()
+    kept[dropped] = False
+    return sample_evenly(kept, mask, site.layout, dropped.numel(), generator)

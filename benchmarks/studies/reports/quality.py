@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.studies import quality as study
@@ -54,6 +55,12 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page.text("## Distribution, growth, and a topology that never moves", "Single weights, seed 0.")
     rows = {"uniform, random growth": {}} | study.VARIANTS
     page.table(["", *(f"d = {d:g}" for d in DENSITIES)], [_variant(records, scale, *row) for row in rows.items()])
+    page.text("## Where tiles start", _EVEN)
+    page.table(
+        ["tiles", "start", *(f"d = {d:g}" for d in DENSITIES)],
+        [[block, name, *(_cell(excess(records, _first(scale), d, block, even=even)) for d in DENSITIES)]
+         for block in study.TILES for name, even in (("even", True), ("uniform", False))],
+    )  # fmt: skip
     long = study.long_case(scale, 1.0)
     num_bytes = long.steps * long.shape.batch * long.shape.sequence
     page.text("## Beside the published law", f"The long runs: {num_bytes / 1e6:.1f} MB of text, seed 0. {_LAW}")
@@ -67,6 +74,11 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
 _READ = (
     "The tables give the loss above the dense model's of the same seed, mean and 95% interval over the seeds (no "
     "interval: one seed)."
+)
+_EVEN = (
+    "Tiles start, and grow, such that all rows and all columns of tiles hold equally many; beside it a start in which "
+    "every choice is equally likely and rows may stay empty: units that are dead. Seed 0. In this model tiles of 16, "
+    "32 and 64 make grids of 16, 8 and 4 tiles on a side; in one of width 2,048 tiles of 64 make 32."
 )
 _LAW = (
     "The law is for perplexity per token of models a hundred times as large; a token is about four bytes, so a ratio "
@@ -91,8 +103,11 @@ def _long(records: Records, scale: Scale, density: float) -> str:
 
 
 def _variant(records: Records, scale: Scale, name: str, options: dict) -> list[str]:
-    first = Scale(**(vars(scale) | {"seeds": scale.seeds[:1]}))
-    return [name, *(_cell(excess(records, first, d, "1", **options)) for d in DENSITIES)]
+    return [name, *(_cell(excess(records, _first(scale), d, "1", **options)) for d in DENSITIES)]
+
+
+def _first(scale: Scale) -> Scale:
+    return replace(scale, seeds=scale.seeds[:1])
 
 
 def _figure(records: Records, scale: Scale):

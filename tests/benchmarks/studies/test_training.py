@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:U
         {"dtype": "bfloat16", "moment_dtype": "bfloat16"},
         {"seeded_moments": True},
         {"plain_rate": 3e-3},
+        {"block": "4", "even": False},
         {"every": 0},
     ],
     ids=str,
