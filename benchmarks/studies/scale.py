@@ -14,7 +14,7 @@ class Scale:
     Args:
         small: for what needs many runs of single weights.
         large: wide enough for tiles of 64. long: ``small`` again, for runs in which capacity counts.
-        *_steps: lengths of the runs; ``long_steps`` reads ten bytes or more for every weight.
+        *_steps: lengths of the runs; ``long_steps`` reads five bytes or more for every weight.
         budgets, widest: widths of the dense models that set the budgets of `equal_memory`, and the largest it tries.
         eager: without compiler.
     """
@@ -46,10 +46,10 @@ SCALES = {
         long=replace(_SMALL, sequence=128),
         rate_steps=500,
         spike_steps=1200,
-        sensitivity_steps=1200,
-        quality_steps=2000,
-        long_steps=12_000,
-        memory_steps=2000,
+        sensitivity_steps=800,
+        quality_steps=1500,
+        long_steps=6000,
+        memory_steps=1500,
         budgets=(96, 160),
         widest=1024,
     ),

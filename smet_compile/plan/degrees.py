@@ -1,7 +1,8 @@
 """Degrees: how a size depends on batch and sequence, read off the shapes of one run.
 
 The run is made with a batch and a sequence that are primes and divide no dimension of the model, so that every factor
-of them in a shape comes from them: 7 sequences of 251 tokens make (1757, 4096) of hidden states, of degrees (1, 1).
+of them in a shape comes from them: 11 sequences of 251 tokens make (2761, 4096) of hidden states, of degrees (1, 1).
+They are larger than 5 and 7: attention has five products in backward, and images are seven pixels wide in the end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-_MOST_TRIED = 200
+_LEAST, _MOST_TRIED = 11, 200
 
 
 class Term(NamedTuple):
@@ -59,19 +60,19 @@ def _near(length: int, sequence: int) -> int:
     return sequence if sequence > 2 and abs(length - sequence) == 1 else length
 
 
-def telling_degrees(batch: int, sequence: int | None, dimensions: Iterable[int]) -> Degrees:
-    """A batch and a sequence near the wanted ones whose factors are told from the model's ``dimensions``.
+def telling_degrees(sequence: int | None, dimensions: Iterable[int]) -> Degrees:
+    """A batch, and a sequence near the wanted one, whose factors are told from the model's ``dimensions``.
 
     The sequence is shorter where possible: a model may not take longer ones.
     """
     taken = set(dimensions)
-    telling = 1 if sequence is None else _telling(_down_then_up(sequence, 5), taken, near=True)
-    return Degrees(_telling(iter(range(max(3, batch), batch + _MOST_TRIED)), taken | {telling}), telling)
+    telling = 1 if sequence is None else _telling(_down_then_up(sequence), taken, near=True)
+    return Degrees(_telling(range(_LEAST, _LEAST + _MOST_TRIED), taken | {telling}), telling)
 
 
-def _down_then_up(start: int, least: int) -> Iterable[int]:
-    yield from range(start, least - 1, -1)
-    yield from range(max(start + 1, least), start + _MOST_TRIED)
+def _down_then_up(start: int) -> Iterable[int]:
+    yield from range(start, _LEAST - 1, -1)
+    yield from range(max(start + 1, _LEAST), start + _MOST_TRIED)
 
 
 def _telling(candidates: Iterable[int], taken: set[int], near: bool = False) -> int:

@@ -43,7 +43,7 @@ class EagerStep(TorchDispatchMode):
         self._products: dict[int, tuple[float, Term]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _run(func, args, kwargs or {})
         made_here = [tensor for tensor in tree_iter(out) if isinstance(tensor, Tensor)]
         read = [_key(tensor) for tensor in tree_iter(args) if isinstance(tensor, Tensor)]
         packet = func.overloadpacket
@@ -99,6 +99,14 @@ class EagerStep(TorchDispatchMode):
         coefficient, term = self._products.pop(gradient, (0.0, Term(0, 0)))
         _add(self.operations, term, -coefficient)
         _add(self.operations, term._replace(compact=True), coefficient * density)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func`` of these; a grouped product, whose shapes torch knows in bf16 alone, as if it were one in bf16."""
+    if func.overloadpacket is not _aten._grouped_mm or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    first, second, *others = args
+    return func(first.bfloat16(), second.bfloat16(), *others, **kwargs).to(first.dtype)
 
 
 def _key(tensor: Tensor) -> int:

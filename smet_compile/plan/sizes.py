@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _DECIMAL = ("", "k", "M", "G", "T", "P")
@@ -10,17 +11,17 @@ _UNITS |= {f"{prefix}ib".lower(): 1024**power for power, prefix in enumerate(_DE
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
-def parse_bytes(argument: str, size: str | int) -> int:
+def parse_bytes(argument: str, size: str | float) -> int:
     """Bytes of "24GB", "1.5 GiB", "800MB" or a number of bytes.
 
     Raises ValueError, naming ``argument``, for anything else.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
+    if isinstance(size, int | float) and not isinstance(size, bool) and 1 <= size < math.inf:
+        return int(size)
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     unit = _UNITS.get((found[2] or "b").lower()) if found else None
     if found is None or unit is None or float(found[1]) * unit < 1:
-        raise ValueError(f'{argument}: expected bytes such as "24GB", "22.5GiB" or 24_000_000_000, got {size!r}')
+        raise ValueError(f'{argument}: expected bytes such as "24GB", "22.5GiB" or 24e9, got {size!r}')
     return int(float(found[1]) * unit)
 
 

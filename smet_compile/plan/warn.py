@@ -10,13 +10,15 @@ from smet_compile.plan.stored import Recipe
 
 _FEW = 0.02
 """The share of a run's bytes from which on something is worth a word."""
+_LITTLE = 0.005
+"""More than dense training by no more than this share is printed as 1.00 times, and is none."""
 
 
 def cost_warnings(sparse: Cost, dense: Cost, recipe: Recipe) -> Iterator[str]:
     """One line for each."""
     for what in ("persistent", "peak", "operations"):
         mine, other = getattr(sparse, what), getattr(dense, what)
-        if mine > other * (1 + 1e-6):
+        if mine > other * (1 + _LITTLE):
             yield f"{what} is {mine / other:.2f} times that of dense training{_because(what, sparse, dense)}"
     more = sparse.stored["moments"] - dense.stored["moments"]
     if more > 0:

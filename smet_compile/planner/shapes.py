@@ -149,6 +149,7 @@ def _capture_fused(model: nn.Module, step: Step, batch: Any) -> Captured:
 def _capture(call: Callable[[], Any]) -> Captured:
     """By code of its own: Dynamo counts recompiles by code object, and remembers by its name what sizes changed."""
     from torch._dynamo import config
+    from torch._dynamo.exc import Unsupported, UserError
 
     from smet_compile.passes.capture import Capture
 
@@ -156,11 +157,12 @@ def _capture(call: Callable[[], Any]) -> Captured:
     code = call.__code__.replace(co_name=f"planned_{next(_num_captured)}")
     fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
     with torch.compiler.set_stance("default"), config.patch(automatic_dynamic_shapes=False, recompile_limit=2**20):
-        torch.compile(fresh, backend=capture, dynamic=False)()
-    graphs = [graph for graph in capture.graphs if graph.joint is not None]
-    if len(graphs) != 1:
-        raise SeveralGraphsError
-    return graphs[0]
+        try:
+            torch.compile(fresh, backend=capture, dynamic=False, fullgraph=True)()
+        except (Unsupported, UserError) as broken:
+            raise SeveralGraphsError from broken
+    (graph,) = capture.graphs
+    return graph
 
 
 def token_batch(batch: int, sequence: int | None) -> Mapping[str, Tensor]:
