@@ -18,7 +18,7 @@ from benchmarks.studies.scattered import scatter
 from benchmarks.studies.seeded import SeededAdamW
 
 FINAL_RATE = 0.1
-FINAL_WINDOWS, CURVE_WINDOWS, NUM_CURVE_POINTS = 1024, 128, 10
+FINAL_WINDOWS, CURVE_WINDOWS, PROBE_WINDOWS, NUM_CURVE_POINTS = 1024, 128, 8, 10
 Step = Callable[[dict[str, Tensor]], Tensor]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 
@@ -126,42 +126,63 @@ def train(case: Case, eager: bool = False) -> dict:
     A run whose loss is no longer finite ends there, with the loss None: that is its result.
     """
     torch._dynamo.reset()
-    device, corpus = case.shape.device, Corpus(case.shape.sequence, case.seed)
-    trainee = build(case)
+    corpus, trainee = Corpus(case.shape.sequence, case.seed), build(case)
     step_fn = two_calls(trainee.model, trainee.optimizer) if eager else compiled(trainee)
-    probe = Probe(case, trainee.model, corpus) if case.probe else None
-    windows = corpus.held_out(FINAL_WINDOWS).to(device)
-    peaks = [group["lr"] for group in trainee.optimizer.param_groups]
-    curve, train_losses, seconds = [], [], 0.0
+    feed = Feed(case, corpus, [group["lr"] for group in trainee.optimizer.param_groups])
+    probe = _probe(case, trainee, corpus, feed)
+    windows = corpus.held_out(FINAL_WINDOWS).to(case.shape.device)
+    curve, losses, began = [], [], time.perf_counter()
     for step in range(case.steps):
-        batch = corpus.batch(step, case.shape.batch).to(device)
-        began = time.perf_counter()
-        for group, peak in zip(trainee.optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedule(case, step)
-        train_losses.append(step_fn({"input_ids": batch, "labels": batch}).item())
+        losses.append(feed.advance(step_fn, trainee.optimizer, step))
         if probe:
             probe.before_update(step + 1)
         if trainee.manager:
             trainee.manager.step()
-        seconds += time.perf_counter() - began
         if probe:
             probe.after_update(step + 1)
-        if not math.isfinite(train_losses[-1]):
+        if not math.isfinite(losses[-1]):
             break
         if (step + 1) % max(1, case.steps // NUM_CURVE_POINTS) == 0:
             curve.append([step + 1, held_out_loss(trainee.model, windows[:: FINAL_WINDOWS // CURVE_WINDOWS], 32)])
-    finite = len(train_losses) == case.steps and math.isfinite(train_losses[-1])
+    finite = len(losses) == case.steps and math.isfinite(losses[-1])
     return {
         "key": case.key,
         "case": asdict(case),
         "loss": held_out_loss(trainee.model, windows, 32) if finite else None,
         "curve": curve,
-        "train": _means(train_losses, max(1, case.steps // 50)),
+        "train": _means(losses, max(1, case.steps // 50)),
         "density": _density(trainee),
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - began, 1),
         "windows": [asdict(window) for window in probe.windows] if probe else [],
         "torch": torch.__version__,
     }
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Gives each step its batch and its learning rates, the same to every model that asks. ``peaks``: by group."""
+
+    case: Case
+    corpus: Corpus
+    peaks: list[float]
+
+    def advance(self, step_fn: Step, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Step ``step`` (from 0); returns its training loss."""
+        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * schedule(self.case, step)
+        batch = self.corpus.batch(step, self.case.shape.batch).to(self.case.shape.device)
+        return step_fn({"input_ids": batch, "labels": batch}).item()
+
+
+def _probe(case: Case, trainee: Trainee, corpus: Corpus, feed: Feed) -> Probe | None:
+    if not case.probe or not case.every:
+        return None
+
+    def advance(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
+        return feed.advance(two_calls(model, optimizer), optimizer, step)
+
+    batch = corpus.held_out(PROBE_WINDOWS).to(case.shape.device)
+    return Probe(trainee.model, trainee.optimizer, batch, advance, case.every, case.steps)
 
 
 def compiled(trainee: Trainee) -> Step:

@@ -28,15 +28,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:U
 
 def made_up(case: Case, loss: float) -> dict:
     """A record as `train` returns it."""
-    windows = []
-    for step in range(40, 80, 20):
-        rise = 0.5 if not case.local_age and case.every else 0.0
-        losses = [loss, loss + rise + 1e-3 * (step + case.seed)] + (LENGTH - 1) * [loss]
-        windows.append({"step": step, "is_control": False, "losses": losses, "after_drop": loss})
-        windows.append({"step": step + 10, "is_control": True, "losses": (LENGTH + 1) * [loss], "after_drop": None})
+    flat = (LENGTH + 1) * [loss]
+    jump = 0.5 if not case.local_age else 0.0
+    windows = [
+        {"step": step, "is_null": False, "without": flat, "after_drop": loss,
+         "losses": [loss, loss + jump + 1e-3 * (step + case.seed), *flat[2:]]} for step in (40, 60)
+    ] + [{"step": 50, "is_null": True, "without": flat, "after_drop": None, "losses": flat}]  # fmt: skip
     return {
         "key": case.key, "case": asdict(case), "loss": loss, "curve": [], "train": [], "density": case.density,
-        "seconds": 1.0, "windows": windows if case.probe else [], "torch": "2.13.0",
+        "seconds": 1.0, "windows": windows if case.probe and case.every else [], "torch": "2.13.0",
     }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_the_power_that_made_the_losses_is_found(tmp_path: Path) -> None:
 def test_spikes_are_differences_of_pairs(tmp_path: Path) -> None:
     records = fill(spikes.NAME, tmp_path)
     naive, smet = (seen(records, SCALE, method, *spikes.DEFAULT) for method in ("naive SET", "SMET"))
-    assert naive is not None and smet is not None and len(naive.pairs) == 2 * len(SCALE.seeds)
+    assert naive is not None and smet is not None and len(naive.updates) == 2 * len(naive.nulls) == 2 * len(SCALE.seeds)
     assert naive.rise.mean == pytest.approx(0.5 + 0.0505, abs=1e-6)
     assert naive.rise.excludes_zero and naive.rise.mean > 5 * smet.rise.mean
 

@@ -79,31 +79,44 @@ def test_text_is_held_out_and_ordered_by_seed() -> None:
     assert not torch.equal(corpus.batch(3, 4), other.batch(3, 4))
 
 
+PROBED = replace(CASE, steps=100, every=50, probe=True)
+
+
 def test_windows_of_a_run() -> None:
-    windows = train(replace(CASE, steps=60, every=20, probe=True), eager=True)["windows"]
-    assert [(w["step"], w["is_control"]) for w in windows] == [(30, True), (40, False), (50, True)]
-    assert all(len(w["losses"]) == LENGTH + 1 for w in windows)
-    assert [w["after_drop"] is not None for w in windows] == [False, True, False]
+    windows = [Window(**saved) for saved in train(PROBED, eager=True)["windows"]]
+    assert [(w.step, w.is_null, w.is_open) for w in windows] == [(50, False, False), (75, True, False)]
+    update, null = windows
+    assert len(update.losses) == len(update.without) == LENGTH + 1
+    assert null.losses == null.without  # the copy is the run, where nothing changes it
+    assert update.losses[0] == update.without[0] and update.losses[1] != update.without[1]
+    assert update.jump is not None and null.jump is None
+
+
+def test_a_probed_run_is_the_run() -> None:
+    assert train(PROBED, eager=True)["loss"] == train(replace(PROBED, probe=False), eager=True)["loss"]
 
 
 def test_metric_by_hand() -> None:
-    window = Window(100, False, losses=[2.0, 1.9, 2.3, 2.1] + 7 * [1.8], after_drop=2.05)
+    falling = [2.0 - 0.1 * k for k in range(LENGTH + 1)]
+    window = Window(100, False, [2.0, 1.9, 2.3, 2.1] + 7 * [1.8], falling, after_drop=2.05)
     assert not window.is_open
-    assert window.rise == pytest.approx(0.3)
+    assert window.rise == pytest.approx(0.3 + 0.1)  # the copy's largest rise is -0.1
     assert window.bump == pytest.approx(0.4)
     assert window.jump == pytest.approx(0.05)
 
 
 def test_probe_sees_a_loss_that_jumps() -> None:
-    trainee = build(replace(CASE, steps=60, every=20, probe=True))
-    probe = Probe(replace(CASE, steps=60, every=20), trainee.model, Corpus(16, 0))
-    for step in range(40, 51):
+    trainee = build(CASE)
+    batch = Corpus(16, 0).held_out(8)
+    probe = Probe(trainee.model, trainee.optimizer, batch, lambda model, optimizer, step: None, every=50, steps=100)
+    for step in range(50, 61):
         probe.before_update(step)
-        if step == 40:
+        if step == 50:
             with torch.no_grad():
                 trainee.model.lm_head.weight.mul_(50)  # what no update should do
         probe.after_update(step)
-    update = probe.windows[0]
+    (update,) = probe.windows
+    assert update.without == (LENGTH + 1) * [update.losses[0]]
     assert update.rise == update.jump > 0 and update.bump == pytest.approx(LENGTH * update.rise)
 
 
