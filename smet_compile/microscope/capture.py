@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from smet_compile.microscope.example import replaced, tensors_in
 from smet_compile.microscope.recorder import Call, Recorder, Ref
@@ -48,11 +49,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:  # whatever a forward meets where there are no data: the real one says if it is wrong
         reason = _reason(error)
     if any(tensor.is_meta for tensor in model.parameters()):
-        return Capture(not_captured=f"the forward needs data ({reason}), and on the meta device there are none")
+        return Capture(
+            not_captured=f"the forward cannot run without data ({reason}), and on the meta device there are none"
+        )
     held = {name: tensor.detach() for name, tensor in _held(model)}
     with kept_buffers(model):
         captured = _recorded(model, held, replaced((args, kwargs), lambda tensor: tensor.detach().clone()))
-    captured.not_captured += f"the forward needs data ({reason}): what feeds what is that of this example"
+    captured.not_captured += f"the forward cannot run without data ({reason}): what feeds what is that of this example"
     return captured
 
 
@@ -103,7 +106,8 @@ def _recorded(model: nn.Module, held: dict[str, Tensor], example: Any, mode: Any
     found.inputs = [recorder.ref(tensor) for tensor in tensors_in(example)]
     with undisturbed(model), mode or nullcontext(), recorder:
         result = torch.func.functional_call(model, held, *example)
-    found.outputs = [recorder.ref(tensor) for tensor in tensors_in(result)]
+    returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]  # not what lies in a cache
+    found.outputs = [recorder.ref(tensor) for tensor in returned or tensors_in(result)]
     if not found.outputs:
         found.not_captured = "the forward returned no tensor, so what feeds what is not known"
     return found

@@ -1,16 +1,17 @@
-"""Rules for ops that keep every unit where it is: elementwise ones, norms, softmax; and for reductions."""
+"""Rules for ops that keep every unit where it is: elementwise ones, norms, softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from smet_compile.microscope.capture import Call, Ref
-from smet_compile.microscope.reading import Reading
-from smet_compile.microscope.units import Units, Value, Weight, combine, gather, pooled, reshaped, single, varies
+from smet_compile.microscope.combine import combine, or_else
+from smet_compile.microscope.reading import Reading, short_name
+from smet_compile.microscope.recorder import Call, Ref
+from smet_compile.microscope.units import Units, Value, Weight, single
 
 KEEP_ZERO = (
     "abs", "alias", "asinh", "atan", "celu", "clone", "contiguous", "detach", "dropout", "elu", "erf", "expm1",
-    "gelu", "hardswish", "hardtanh", "leaky_relu", "lift_fresh", "lift_fresh_copy", "log1p", "mish",
+    "gelu", "hardswish", "leaky_relu", "lift_fresh", "lift_fresh_copy", "log1p", "mish",
     "native_dropout", "neg", "relu", "relu6", "round", "rms_norm", "_fused_rms_norm", "selu", "sgn", "sign",
     "silu", "sin", "sinh", "sqrt", "square", "tan", "tanh", "_to_copy", "trunc",
 )  # fmt: skip
@@ -22,10 +23,9 @@ SHIFT = (
     "cudnn_batch_norm", "miopen_batch_norm",
 )  # fmt: skip
 """What each unit becomes depends on the others too, by a mean and a scale: no path is followed through those."""
-REDUCTIONS = (
-    "sum", "mean", "amax", "amin", "var", "std", "var_mean", "linalg_vector_norm", "norm", "logsumexp", "prod",
-    "argmax", "argmin", "nansum",
-)  # fmt: skip
+BOUNDS = ("min", "min_val"), ("max", "max_val")
+PRODUCTS = ("mul", "multiply")
+QUOTIENTS = ("div", "divide", "true_divide")
 
 
 def keep(reading: Reading, call: Call) -> list[Value]:
@@ -36,6 +36,8 @@ def keep(reading: Reading, call: Call) -> list[Value]:
 
 def shift(reading: Reading, call: Call) -> list[Value]:
     """As ``keep``, but zero does not stay zero."""
+    if reading.is_site(reading.value(call.args[0])):
+        return [reading.opaque(call)] * len(call.outputs)
     value, constant = reading.units(call.args[0]), single(reading.flow.CONSTANT, ())
     rest = [single(reading.flow.CONSTANT, ref.shape) for ref in call.outputs[1:]]
     return [combine(reading.flow, "sum", [value, constant], call.outputs[0].shape), *rest]
@@ -43,17 +45,25 @@ def shift(reading: Reading, call: Call) -> list[Value]:
 
 def pointwise(reading: Reading, call: Call) -> Value | list[Value]:
     """Any elementwise op: its results have units where an operand has them."""
-    operands = [arg for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Ref)]
-    weights = [value for value in map(reading.value, operands) if isinstance(value, Weight)]
-    others = [value for value in map(reading.value, operands) if isinstance(value, Units)]
-    fits = len(weights) == 1 and tuple(weights[0].rows.shape) == call.outputs[0].shape and not weights[0].chosen
-    if fits and all(value.node == reading.flow.CONSTANT for value in others):
-        return weights[0]  # scaled, or in another dtype
-    if any(weight.name in reading.names for weight in weights):
+    operands = [reading.value(arg) for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Ref)]
+    weight = _scaled_weight(reading, call, operands)
+    if weight is not None:
+        return weight
+    if any(reading.is_site(value) for value in operands):
         return reading.opaque(call)
-    name = str(call.op.overloadpacket).removeprefix("aten.")
-    rule = _ELEMENTWISE.get(name.removesuffix("_") if call.op._schema.is_mutable else name, _any_of_all)
-    return rule(reading, call)
+    return _ELEMENTWISE.get(short_name(call), _any_of_all)(reading, call)
+
+
+def _scaled_weight(reading: Reading, call: Call, operands: list[Value]) -> Weight | None:
+    """The one matrix among the operands, scaled or in another dtype; a compact one as long as zero stays zero."""
+    weights = [value for value in operands if isinstance(value, Weight)]
+    others = [value for value in operands if isinstance(value, Units)]
+    if len(weights) != 1 or tuple(weights[0].rows.shape) != call.outputs[0].shape or weights[0].chosen:
+        return None
+    name = short_name(call)
+    keeps_zero = name in (*KEEP_ZERO, *PRODUCTS) or (name in QUOTIENTS and operands[0] is weights[0])
+    known = keeps_zero or not reading.is_site(weights[0])
+    return weights[0] if known and all(value.node == reading.flow.CONSTANT for value in others) else None
 
 
 def _any_of_all(reading: Reading, call: Call) -> Value:
@@ -62,10 +72,10 @@ def _any_of_all(reading: Reading, call: Call) -> Value:
     return combine(reading.flow, "sum", [*operands, constant], call.outputs[0].shape)
 
 
-def _sum(*positions: int) -> Callable[[Reading, Call], Value]:
+def _sum(*positions: int) -> Callable[[Reading, Call], Units]:
     """Of the arguments at ``positions``; zero where all of them are."""
 
-    def rule(reading: Reading, call: Call) -> Value:
+    def rule(reading: Reading, call: Call) -> Units:
         values = [reading.units(call.args[i]) for i in positions]
         return combine(reading.flow, "sum", values, call.outputs[0].shape)
 
@@ -85,6 +95,26 @@ def _quotient(reading: Reading, call: Call) -> Value:
     return combine(reading.flow, "product", [dividend, nonzero], call.outputs[0].shape)
 
 
+def _where(reading: Reading, call: Call) -> Value:
+    """One or the other. Where both are constant, what it says is in the choice."""
+    made, chosen_by = _sum(1, 2)(reading, call), reading.units(call.args[0])
+    return or_else(reading.flow, made, chosen_by)
+
+
+def _masked_fill(reading: Reading, call: Call) -> Value:
+    made, chosen_by = _sum(0, 2)(reading, call), reading.units(call.args[1])
+    return or_else(reading.flow, made, chosen_by)
+
+
+def _clamp(reading: Reading, call: Call) -> Value | list[Value]:
+    """Zero stays zero where it lies between the bounds."""
+    names = [argument.name for argument in call.op._schema.arguments]
+    bounds = call.kwargs | dict(zip(names[1:], call.args[1:], strict=False))
+    low, high = (next((bounds[name] for name in pair if bounds.get(name) is not None), 0) for pair in BOUNDS)
+    keeps = isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
+    return keep(reading, call) if keeps else _any_of_all(reading, call)
+
+
 def _power(reading: Reading, call: Call) -> Value | list[Value]:
     keeps = isinstance(call.args[1], int | float) and call.args[1] > 0
     return keep(reading, call) if keeps else _any_of_all(reading, call)
@@ -99,46 +129,11 @@ def _plus_product(reading: Reading, call: Call) -> Value:
 _ELEMENTWISE: dict[str, Callable[[Reading, Call], Value | list[Value]]] = {
     **dict.fromkeys(KEEP_ZERO, keep),
     **dict.fromkeys(("add", "sub", "rsub", "maximum", "minimum", "fmax", "fmin"), _sum(0, 1)),
-    **dict.fromkeys(("where",), _sum(1, 2)),
-    **dict.fromkeys(("masked_fill",), _sum(0, 2)),
-    **dict.fromkeys(("mul", "multiply"), _product),
-    **dict.fromkeys(("div", "divide", "true_divide"), _quotient),
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), _clamp),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    **dict.fromkeys(PRODUCTS, _product),
+    **dict.fromkeys(QUOTIENTS, _quotient),
     "pow": _power,
     "addcmul": _plus_product,
 }
-
-
-def reduction(reading: Reading, call: Call) -> Value | list[Value]:
-    """Everything along some dimensions becomes one entry; a statistic where units were apart there."""
-    value, shape = reading.units(call.args[0]), call.args[0].shape
-    dims = _dims(call, len(shape))
-    made = gather(reading.flow, value, dims, statistic=True)
-    return [Units(made.node, reshaped(made.labels, ref.shape)) for ref in call.outputs]
-
-
-def loss(reading: Reading, call: Call) -> Value:
-    """All that was given makes one number."""
-    return pooled(reading.flow, [reading.units(call.args[0])], ())
-
-
-def _dims(call: Call, num_dims: int) -> list[int]:
-    """Of ``dim=`` in any form; every dimension where it is left out."""
-    names = [argument.name for argument in call.op._schema.arguments]
-    at = names.index("dim") if "dim" in names else len(call.args)
-    given = call.args[at] if at < len(call.args) else call.kwargs.get("dim")
-    dims = range(num_dims) if given is None or given == [] else given if isinstance(given, list | tuple) else [given]
-    return [dim % num_dims for dim in dims]
-
-
-def along_dim(reading: Reading, call: Call) -> list[Value]:
-    """Sorts, takes the largest, adds up along one dimension: its entries are no longer told apart."""
-    value, shape = reading.units(call.args[0]), call.args[0].shape
-    at = {"topk": 2, "kthvalue": 2}.get(str(call.op.overloadpacket).removeprefix("aten."), 1)
-    dim = (call.args[at] if len(call.args) > at else call.kwargs.get("dim", -1)) % max(1, len(shape))
-    if shape and varies(value.labels, dim):
-        value = gather(reading.flow, value, (dim,))
-    labels = value.labels.narrow(dim, 0, 1) if shape else value.labels
-    first, rest = call.outputs[0], call.outputs[1:]
-    if len(first.shape) != len(shape):
-        labels = labels.squeeze(dim)
-    return [Units(value.node, labels.expand(first.shape)), *(single(reading.flow.CONSTANT, ref.shape) for ref in rest)]

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from smet_compile.format import Layout
-from smet_compile.microscope import reach
 from smet_compile.microscope.capture import Capture, capture
 from smet_compile.microscope.dead import DeadUnits, dead_units, matrix_of
 from smet_compile.microscope.flow import Flow
+from smet_compile.microscope.graph import graph_of
 from smet_compile.microscope.history import history_of
-from smet_compile.microscope.inspection import Inspection, Reach, SiteInspection
+from smet_compile.microscope.inspection import Inspection, SiteInspection
 from smet_compile.microscope.matrices import ActiveMatrix
 from smet_compile.microscope.reading import Reading, read
 from smet_compile.microscope.rules import RULES
+from smet_compile.microscope.site_reach import Reach, sites_in
 from smet_compile.ops import Site, find_sites
 from smet_compile.runtime import TopologyManager
-
-if TYPE_CHECKING:
-    import networkx
 
 
 def inspect(
@@ -36,7 +33,7 @@ def inspect(
 ) -> Inspection:
     """Dead units, live paths and the history of every compact weight of ``model``; changes nothing.
 
-    What feeds what is found by one forward on tensors without data, in the mode the model is in::
+    What feeds what is found by one forward on tensors without data, in the mode the model is in (forward hooks run)::
 
         print(smet.inspect(model, **batch, manager=manager))
 
@@ -78,13 +75,13 @@ def inspect(
     reading = _read(owner, sites, captured) if captured.complete else None
     turned = {node.weight: node.transposed for *_, node in reading.flow.uses} if reading else {}
     dead = {name: dead_units(site, turned.get(name)) for name, site in sites.items()}
-    found, share = _reach(reading, matrices, dead) if reading else ({}, None)
+    found, share = sites_in(reading, matrices, dead) if reading else ({}, None)
     events, step = (manager.history, manager.num_steps) if manager else ([], _steps(sites.values(), optimizer))
     rows = tuple(
         _row(site, matrices[name], dead[name], found.get(name), history_of(site, optimizer, events, step))
         for name, site in sites.items()
     )
-    graph = _graph(reading.flow if reading else Flow(), {row.name: row.density for row in rows})
+    graph = graph_of(reading.flow if reading else Flow(), {row.name: row.density for row in rows})
     return Inspection(rows, graph, share, tuple(_notes(captured, reading, rows)))
 
 
@@ -95,10 +92,8 @@ def _steps(sites: Iterable[Site], optimizer: Optimizer | None) -> int:
 
 
 def _read(model: nn.Module, sites: dict[str, Site], captured: Capture) -> Reading:
-    values = {}
-    for name in sites:
-        prefix, _, tensor = name.rpartition(".")
-        values[f"{prefix}.parametrizations.{tensor}.original".removeprefix(".")] = name
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    values = {named[id(site.values)]: name for name, site in sites.items()}
     return read(captured, {name: site.layout for name, site in sites.items()} | _dense(model, values), values, RULES)
 
 
@@ -110,38 +105,6 @@ def _dense(model: nn.Module, compact: dict[str, str]) -> dict[str, Layout]:
             if parameter.dim() > 1 and tensor not in compact:
                 found[tensor] = Layout.of(parameter.shape, (1, 1), flatten=isinstance(module, _ConvNd))
     return found
-
-
-def _reach(
-    reading: Reading, matrices: dict[str, ActiveMatrix], dead: dict[str, DeadUnits]
-) -> tuple[dict[str, Reach], float | None]:
-    """Of each site that the forward uses; and log10 of the share of paths alive."""
-    flow = reading.flow
-    whole = {name: ActiveMatrix(layout) for name, layout in reading.weights.items()}
-    real = whole | matrices
-    states, dense = reach.states(flow, real), reach.states(flow, whole)
-    is_read = reach.read(flow, real, states)
-    found = {name: _of_site(name, flow, real[name], dead[name], states, is_read) for name in matrices}
-    possible = reach.paths(flow, whole, dense).log10
-    share = reach.paths(flow, real, states).log10 - possible if possible > float("-inf") else None
-    return {name: one for name, one in found.items() if one is not None}, share
-
-
-def _of_site(
-    name: str, flow: Flow, matrix: ActiveMatrix, dead: DeadUnits, states: list[Any], is_read: list[Any]
-) -> Reach | None:
-    """A weight may be used several times: a unit lives where one of the uses has it live."""
-    uses = [(came, went, node.transposed) for came, went, node in flow.uses if node.weight == name]
-    if not uses:
-        return None
-    fed, wanted, sides = torch.zeros_like(dead.inputs), torch.zeros_like(dead.outputs), []
-    for came, went, transposed in uses:
-        live, sought = states[came] == reach.LIVE, is_read[went]
-        sides.append((live, sought) if transposed else (sought, live))
-        same_way = transposed == uses[-1][2]
-        fed |= live if same_way else sought
-        wanted |= sought if same_way else live
-    return Reach(~fed & ~dead.inputs, ~wanted & ~dead.outputs, matrix.count(*sides))
 
 
 def _row(site: Site, matrix: ActiveMatrix, dead: DeadUnits, found: Reach | None, history: Any) -> SiteInspection:
@@ -161,18 +124,6 @@ def _row(site: Site, matrix: ActiveMatrix, dead: DeadUnits, found: Reach | None,
     )
 
 
-def _graph(flow: Flow, densities: dict[str, float]) -> networkx.DiGraph[str]:
-    import networkx
-
-    graph: networkx.DiGraph[str] = networkx.DiGraph()
-    graph.add_nodes_from(((name, {"kind": "site", "density": density}) for name, density in densities.items()))
-    graph.add_edges_from(sorted(flow.feeds()))
-    for name in graph:
-        if name not in densities:
-            graph.nodes[name]["kind"] = name if name in ("input", "output") else "dense"
-    return graph
-
-
 def _notes(captured: Capture, reading: Reading | None, rows: tuple[SiteInspection, ...]) -> list[str]:
     notes = [captured.not_captured] if captured.not_captured else []
     for op, weights in sorted(reading.unknown.items()) if reading else ():
@@ -180,5 +131,5 @@ def _notes(captured: Capture, reading: Reading | None, rows: tuple[SiteInspectio
         notes.append(f"{op}{of} mixes units in a way that is not known: all are taken to reach all")
     if reading:
         unused = [row.name for row in rows if row.reach is None]
-        notes += [f"{name}: the example does not use it" for name in unused]
+        notes += [f"{name}: nothing of the example passes through it" for name in unused]
     return notes

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from smet_compile.microscope.dead import DeadUnits
 from smet_compile.microscope.history import Cohort, SiteHistory, together
+from smet_compile.microscope.said import active_weights, ages, aligned, number, paths_alive, survival
+from smet_compile.microscope.site_reach import Reach
 
 if TYPE_CHECKING:
     import networkx
 
 HEADINGS = ("site", "shape", "density", "dead in", "dead out", "starved in", "unread out", "effective")
 HISTORY_HEADINGS = ("churn", "mean age", "explored")
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How one weight lies in the whole model.
-
-    Args:
-        starved: (S C,) bool: inputs with active weights to which nothing comes that depends on the model's input.
-        unread: (S R,) bool: outputs with active weights of which nothing arrives at the model's output.
-        num_live_weights: active weights on a path from input to output all of which is active.
-    """
-
-    starved: Tensor
-    unread: Tensor
-    num_live_weights: int
 
 
 @dataclass(frozen=True)
@@ -90,10 +75,10 @@ class SiteInspection:
             "x".join(map(str, self.shape)),
             f"{self.density:.4f}",
             *said,
-            _number(self.effective_density, ".4f"),
-            _number(churn, ".4f"),
-            _number(self.history.mean_age, ".1f"),
-            _number(self.history.explored_fraction, ".4f"),
+            number(self.effective_density, ".4f"),
+            number(churn, ".4f"),
+            number(self.history.mean_age, ".1f"),
+            number(self.history.explored_fraction, ".4f"),
         )
 
 
@@ -143,55 +128,18 @@ class Inspection:
     @property
     def summary(self) -> list[str]:
         """What holds of the model as a whole, a line each."""
-        lines = [f"{len(self.sites)} sites, {_active(self.sites)}", *_paths(self.path_log10_share)]
-        lines += [line for line in (_ages(self.age_counts), _survival(self.cohorts)) if line]
-        return lines + [f"note: {note}" for note in self.notes]
+        total, active = (
+            sum(site.num_weights for site in self.sites),
+            sum(site.num_active_weights for site in self.sites),
+        )
+        reached = [site.reach.num_live_weights for site in self.sites if site.reach is not None]
+        lines = [
+            f"{len(self.sites)} sites, {active_weights(total, active, sum(reached) if reached else None)}",
+            paths_alive(self.path_log10_share),
+            ages(self.age_counts),
+            survival(self.cohorts),
+        ]
+        return [line for line in lines if line] + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in self.rows
-        ]
-        return "\n".join([*lines, *self.summary])
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _active(sites: tuple[SiteInspection, ...]) -> str:
-    total, active = sum(site.num_weights for site in sites), sum(site.num_active_weights for site in sites)
-    reached = [site.reach for site in sites if site.reach is not None]
-    live = f", {sum(reach.num_live_weights for reach in reached):,} on a live path" if reached else ""
-    return f"{active:,} of {total:,} weights active ({active / total:.4f}){live}"
-
-
-def _paths(log10_share: float | None) -> list[str]:
-    if log10_share is None:
-        return []
-    if log10_share == float("-inf"):
-        return ["input-output paths alive: none"]
-    return [f"input-output paths alive: a share of 10^{log10_share:.2f}"]
-
-
-def _ages(counts: dict[int, int]) -> str:
-    """Shares of the active blocks by age, in at most eight bins."""
-    if not counts:
-        return ""
-    total, width = sum(counts.values()), max(1, -(-(max(counts) + 1) // 8))
-    bins = {start: 0 for start in range(0, max(counts) + 1, width)}
-    for age, count in counts.items():
-        bins[age // width * width] += count
-    said = "  ".join(f"{start}-{start + width - 1}: {count / total:.1%}" for start, count in bins.items())
-    return f"active blocks by age in steps:  {said}"
-
-
-def _survival(cohorts: tuple[Cohort, ...]) -> str:
-    """The latest eight births."""
-    known = [(c.born_step, c.survival_fraction) for c in cohorts if c.survival_fraction is not None]
-    said = "  ".join(f"{born}: {fraction:.1%}" for born, fraction in known[-8:])
-    return f"still active, by step of birth:  {said}" if len(known) > 1 else ""
+        return "\n".join([*aligned(self.rows), *self.summary])

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.microscope.capture import Call, Ref
+from smet_compile.microscope.combine import gather
 from smet_compile.microscope.flow import Link
-from smet_compile.microscope.reading import Reading
+from smet_compile.microscope.reading import Reading, short_name
+from smet_compile.microscope.recorder import Call, Ref
 from smet_compile.microscope.units import (
     Units,
     Value,
@@ -59,7 +60,7 @@ def _swaps_last(call: Call) -> bool:
     """Whether the op exchanges the last two dimensions."""
     last = len(call.args[0].shape)
     dims = [dim % last for dim in call.args[1:] if isinstance(dim, int)]
-    return str(call.op.overloadpacket) == "aten.transpose" and sorted(dims) == [last - 2, last - 1]
+    return short_name(call) == "transpose" and sorted(dims) == [last - 2, last - 1]
 
 
 def _moved(value: Value, move: Any) -> Value | list[Value]:
@@ -76,13 +77,13 @@ def _moved(value: Value, move: Any) -> Value | list[Value]:
 
 def cat(reading: Reading, call: Call) -> Value:
     """``cat`` and ``stack``: units of one node, or those of several in one."""
-    if any(isinstance(value := reading.value(arg), Weight) and value.name in reading.names for arg in call.args[0]):
+    if any(reading.is_site(reading.value(arg)) for arg in call.args[0]):
         return reading.opaque(call)
     values = [reading.units(arg) for arg in call.args[0]]
     dim = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % len(call.outputs[0].shape)
     units, start, links = [], 0, []
     for value in values:
-        if str(call.op.overloadpacket) == "aten.stack":
+        if short_name(call) == "stack":
             value = Units(value.node, value.labels.unsqueeze(dim))
         if value.labels.dim() == len(call.outputs[0].shape):  # an empty one may have any shape
             units.append(value)
@@ -120,7 +121,19 @@ def pad(reading: Reading, call: Call) -> Value:
     return Units(value.node, labels.expand(out))
 
 
+def as_complex(reading: Reading, call: Call) -> Value:
+    """Two entries become one number."""
+    pair = gather(reading.flow, reading.units(call.args[0]), (len(call.args[0].shape) - 1,))
+    return Units(pair.node, pair.labels.squeeze(-1))
+
+
+def as_real(reading: Reading, call: Call) -> Value:
+    """A number becomes two entries."""
+    value = reading.units(call.args[0])
+    return Units(value.node, value.labels.unsqueeze(-1).expand(call.outputs[0].shape))
+
+
 def made(reading: Reading, call: Call) -> Value:
     """A new tensor: of nothing that the model was given."""
-    zero = str(call.op.overloadpacket).removeprefix("aten.").removesuffix("_") in MADE_ZERO
+    zero = short_name(call) in MADE_ZERO
     return single(reading.flow.ZERO if zero else reading.flow.CONSTANT, call.outputs[0].shape)

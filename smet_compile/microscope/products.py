@@ -1,4 +1,4 @@
-"""Rules for matrix products: with a weight, of two tensors (attention), convolutions, lookups."""
+"""Rules for matrix products: with a weight, or of two tensors, as in attention."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from smet_compile.microscope.capture import Call
+from smet_compile.microscope.combine import MOST_PAIRS, combine, gather, pooled
 from smet_compile.microscope.flow import Link
 from smet_compile.microscope.reading import Reading
-from smet_compile.microscope.units import (
-    MOST_PAIRS,
-    Units,
-    Value,
-    Weight,
-    combine,
-    gather,
-    narrowed,
-    pooled,
-    single,
-    varies,
-)
+from smet_compile.microscope.recorder import Call, Ref
+from smet_compile.microscope.units import Units, Value, Weight, narrowed, single, varies
 
 
 def multiply(reading: Reading, left: Value, right: Value) -> Units | None:
@@ -58,7 +48,7 @@ def _times_weight(reading: Reading, left: Units, weight: Weight) -> Units | None
     met, made = (weight.rows, weight.cols) if transposed else (weight.cols, weight.rows)
     num_met, num_made = (weight.num_rows, weight.num_cols) if transposed else (weight.num_cols, weight.num_rows)
     batch = torch.broadcast_shapes(left.labels.shape[:-2], met.shape[:-2])
-    columns = _pairs(reading, left, met[..., 0].unsqueeze(-2), num_met)
+    columns = meets(reading, left, met[..., 0].unsqueeze(-2), num_met)
     rows = reading.flow.matrix(weight.name, columns, num_met, num_made, transposed)
     made_at = made[..., 0, :].unsqueeze(-2)
     return Units(rows, made_at.expand(*batch, left.labels.shape[-2], made.shape[-1]))
@@ -69,7 +59,7 @@ def _runs_along(inner: Tensor, outer: Tensor) -> bool:
     return not (varies(inner, -1) or varies(outer, -2))
 
 
-def _pairs(reading: Reading, value: Units, met: Tensor, num_met: int) -> Link:
+def meets(reading: Reading, value: Units, met: Tensor, num_met: int) -> Link:
     """Which units of ``value`` meet which columns, labels that broadcast with those of the units."""
     num_units = reading.flow.nodes[value.node].num_units
     keys = torch.unique(narrowed(met) * num_units + narrowed(value.labels))
@@ -115,44 +105,27 @@ def grouped_mm(reading: Reading, call: Call) -> Value:
 
 
 def attention(reading: Reading, call: Call) -> list[Value]:
-    """Fused attention of q, k and v (B, H, T, D), with fewer heads of k and v where they share."""
+    """Fused attention of q, k and v (B, H, T, D), with fewer heads of k and v where they share.
+
+    Scores that are all zero, or a constant, still let values through: all alike.
+    """
     query, key, value = (reading.units(arg) for arg in call.args[:3])
     heads = query.labels.shape[-3]
     key, value = (Units(x.node, _shared(x.labels, heads)) for x in (key, value))
-    scores = _contract(reading, query, Units(key.node, key.labels.mT))
+    products = _contract(reading, query, Units(key.node, key.labels.mT))
+    added = [single(reading.flow.CONSTANT, ()), *_score_bias(reading, call)]
+    scores = combine(reading.flow, "sum", [products, *added], tuple(products.labels.shape))
     rest = [single(reading.flow.CONSTANT, ref.shape) for ref in call.outputs[1:]]
     return [_contract(reading, scores, value), *rest]
 
 
+def _score_bias(reading: Reading, call: Call) -> list[Units]:
+    """What is added to the scores: a mask, or biases that the model computes."""
+    names = [argument.name for argument in call.op._schema.arguments]
+    given = call.kwargs | dict(zip(names, call.args, strict=False))
+    found = [given[name] for name in ("attn_mask", "attn_bias") if isinstance(given.get(name), Ref)]
+    return [reading.units(ref) for ref in found]
+
+
 def _shared(labels: Tensor, heads: int) -> Tensor:
     return labels if labels.shape[-3] == heads else labels.repeat_interleave(heads // labels.shape[-3], dim=-3)
-
-
-def embedding(reading: Reading, call: Call) -> Value:
-    """A lookup: which row depends on the input, what it holds does not."""
-    table, chosen = reading.value(call.args[0]), reading.units(call.args[1])
-    if not isinstance(table, Weight) or varies(table.rows, 1) or varies(table.cols, 0):
-        return reading.opaque(call)
-    if chosen.node == reading.flow.CONSTANT:
-        return single(reading.flow.CONSTANT, call.outputs[0].shape)
-    entry = pooled(reading.flow, [chosen], ())
-    link = Link(entry.node, torch.zeros(table.num_rows, dtype=torch.int64))
-    columns = reading.flow.matrix(table.name, link, table.num_rows, table.num_cols, transposed=True)
-    return Units(columns, table.cols[0].expand(call.outputs[0].shape))
-
-
-def convolution(reading: Reading, call: Call) -> Value:
-    """(B, I, ...) to (B, O, ...) with a weight (O, I, ...): a channel meets all columns of its kernel."""
-    value, weight = reading.units(call.args[0]), reading.value(call.args[1])
-    transposed, groups = call.args[6], call.args[8]
-    if not isinstance(weight, Weight) or transposed or groups != 1 or varies(weight.cols, 0) or varies(weight.rows, 1):
-        return reading.opaque(call)
-    batch_and_space = (0, *range(2, value.labels.dim()))
-    channels = gather(reading.flow, value, batch_and_space)
-    channels = Units(channels.node, channels.labels.flatten(2))
-    link = _pairs(reading, channels, weight.cols[:1].flatten(2), weight.num_cols)
-    rows = reading.flow.matrix(weight.name, link, weight.num_cols, weight.num_rows)
-    at_channel = weight.rows.flatten(1)[:, 0].view(-1, *[1] * (value.labels.dim() - 2))
-    out = Units(rows, at_channel.expand(call.outputs[0].shape))
-    bias = single(reading.flow.CONSTANT if call.args[2] else reading.flow.ZERO, ())
-    return combine(reading.flow, "sum", [out, bias], out.labels.shape)

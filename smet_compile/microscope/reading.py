@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from smet_compile.format import Layout
-from smet_compile.microscope.capture import Call, Capture, Ref
+from smet_compile.microscope.capture import Capture
+from smet_compile.microscope.combine import combine, pooled
 from smet_compile.microscope.flow import Flow, Link
-from smet_compile.microscope.units import Units, Value, Weight, combine, pooled, reshaped, single
+from smet_compile.microscope.recorder import Call, Ref
+from smet_compile.microscope.units import Units, Value, Weight, reshaped, single
 
 Rule = Callable[["Reading", Call], Value | list[Value]]
 
@@ -36,11 +38,6 @@ class Reading:
     values: dict[int, Value] = field(default_factory=dict)
     unknown: dict[str, set[str]] = field(default_factory=dict)
 
-    @property
-    def names(self) -> set[str]:
-        """Of the sites."""
-        return set(self.sites.values())
-
     def value(self, arg: Any) -> Value:
         """Of a tensor or a number; of what was never computed in the forward: a constant."""
         if not isinstance(arg, Ref):
@@ -51,6 +48,9 @@ class Reading:
         """The same of what multiplies nothing: a matrix added to or scaled by is a constant."""
         value = self.value(arg)
         return value if isinstance(value, Units) else single(self.flow.CONSTANT, arg.shape)
+
+    def is_site(self, value: Value) -> bool:
+        return isinstance(value, Weight) and value.name in self.sites.values()
 
     def weight(self, name: str) -> Weight:
         """The matrix as it lies in its parameter."""
@@ -73,68 +73,79 @@ class Reading:
             columns = Link(made.node, torch.zeros(weight.num_cols, dtype=torch.int64))
             rows = self.flow.matrix(weight.name, columns, weight.num_cols, weight.num_rows)
             made = pooled(self.flow, [Units(rows, torch.arange(weight.num_rows))], ())
-            self.unknown.setdefault(_name(call), set()).add(weight.name)
+            self.unknown.setdefault(name_of(call), set()).add(weight.name)
         if made.node != self.flow.CONSTANT:
-            self.unknown.setdefault(_name(call), set())
+            self.unknown.setdefault(name_of(call), set())
         return made
 
     def step(self, call: Call) -> None:
         """Takes in one op."""
-        name = _name(call)
-        if not call.outputs:
-            return
-        if name == "smet.unpack":
+        if call.outputs and name_of(call) == "smet.unpack":
             self.values[call.outputs[0].number] = self.weight(self.sites[call.args[0].number])
             return
-        rule = self.rules.get(name.removeprefix("aten.")) or self.rules["pointwise" if _pointwise(call) else "unknown"]
-        try:
-            made = rule(self, call)
-            self._check(call, made)
-        except Exception:  # a use of the op that its rule does not expect: no unit is lost by taking it as unknown
-            made = self.opaque(call)
-        made = made if isinstance(made, list) else [made] * len(call.outputs)
+        before = {ref.number: self.value(ref) for ref in call.aliases}
+        made = self._made(call)
         for ref, value in zip(call.outputs, made, strict=True):
             self.values[ref.number] = self._shaped(ref, value)
-        for alias in call.aliases:
-            self._rewrite(alias, call.outputs[0])
+        if call.written:
+            self._write(call, before)
 
-    def _check(self, call: Call, made: Value | list[Value]) -> None:
-        """Raises where a rule came to other shapes than the op."""
-        for ref, value in zip(
-            call.outputs, made if isinstance(made, list) else [made] * len(call.outputs), strict=True
-        ):
-            labels = value.rows if isinstance(value, Weight) else value.labels
-            if isinstance(value, Weight) and value.chosen:
-                labels = labels[0]
-            assert labels.numel() == 1 or prod(labels.shape) == prod(ref.shape), (labels.shape, ref.shape)
+    def _made(self, call: Call) -> list[Value]:
+        """Of each output."""
+        rule = self.rules.get(short_name(call)) or self.rules["pointwise" if _is_pointwise(call) else "unknown"]
+        if not call.outputs:
+            return []
+        try:
+            made = rule(self, call)
+            made = made if isinstance(made, list) else [made] * len(call.outputs)
+            _check(call, made)
+        except Exception:  # a use of the op that its rule does not expect: no unit is lost by taking it as unknown
+            made = [self.opaque(call)] * len(call.outputs)
+        return made
 
     def _shaped(self, ref: Ref, value: Value) -> Value:
-        """Truth values carry no path: what they choose is not a function to take a derivative of."""
-        if ref.dtype == torch.bool:
-            return single(self.flow.CONSTANT, ref.shape)
         if isinstance(value, Weight):
             return value
         if value.labels.numel() == 1:
             return Units(value.node, value.labels.reshape(()).expand(ref.shape))
         return Units(value.node, reshaped(value.labels, ref.shape))
 
-    def _rewrite(self, alias: Ref, written: Ref) -> None:
-        """Another view of memory that was written to: what it was, and anything of what was written."""
-        old, new = self.value(alias), self.units(written)
-        if isinstance(old, Units) and new.node != old.node:
-            anything = pooled(self.flow, [new], ())
-            self.values[alias.number] = combine(self.flow, "sum", [old, anything], alias.shape)
+    def _write(self, call: Call, before: dict[int, Value]) -> None:
+        """What an unknown op wrote to without returning it is made of everything; other views of the same memory are
+        what they were, and anything of what was written."""
+        for ref in call.written:
+            if ref not in call.outputs and short_name(call) not in self.rules:  # else it is the buffers of a norm
+                self.values[ref.number] = self._shaped(ref, self.opaque(call))
+        written = [self.units(ref) for ref in call.written]
+        for alias in call.aliases:
+            old = before[alias.number]
+            stays = name_of(call) != "aten.copy" and all(new.node == getattr(old, "node", None) for new in written)
+            if isinstance(old, Units) and not stays:
+                anything = pooled(self.flow, written, ())
+                self.values[alias.number] = combine(self.flow, "sum", [old, anything], alias.shape)
 
 
-def _name(call: Call) -> str:
-    packet = call.op.overloadpacket
-    name = str(packet)
-    in_place = name.endswith("_") and call.op._schema.is_mutable
-    return name[:-1] if in_place else name
+def name_of(call: Call) -> str:
+    """Such as "aten.add", of ``add_`` too."""
+    name = str(call.op.overloadpacket)
+    return name[:-1] if name.endswith("_") and call.op._schema.is_mutable else name
 
 
-def _pointwise(call: Call) -> bool:
+def short_name(call: Call) -> str:
+    return name_of(call).removeprefix("aten.")
+
+
+def _is_pointwise(call: Call) -> bool:
     return torch.Tag.pointwise in call.op.tags
+
+
+def _check(call: Call, made: list[Value]) -> None:
+    """Raises where a rule came to other shapes than the op."""
+    for ref, value in zip(call.outputs, made, strict=True):
+        labels: Tensor = value.rows if isinstance(value, Weight) else value.labels
+        if isinstance(value, Weight) and value.chosen:
+            labels = labels[0]
+        assert labels.numel() == 1 or prod(labels.shape) == prod(ref.shape), (labels.shape, ref.shape)
 
 
 def read(captured: Capture, weights: dict[str, Layout], sites: dict[str, str], rules: dict[str, Rule]) -> Reading:
@@ -157,10 +168,8 @@ def read(captured: Capture, weights: dict[str, Layout], sites: dict[str, str], r
 
 
 def _input(flow: Flow, ref: Ref) -> Units:
-    """Units of an input: none apart of whole numbers, which are looked up; else its last dimension, and of what has
-    four dimensions or more (images) all but the first."""
-    if ref.dtype == torch.bool:
-        return single(flow.CONSTANT, ref.shape)
+    """Units of an input: none apart of whole numbers and truth values, which are looked up or choose; else its last
+    dimension, and of what has four dimensions or more (images) all but the first."""
     if not ref.dtype.is_floating_point or not ref.shape:
         return single(flow.add("input", 1), ref.shape)
     units = ref.shape[1:] if len(ref.shape) > 3 else ref.shape[-1:]

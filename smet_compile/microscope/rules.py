@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smet_compile.microscope import elementwise, indexing, movement, products
+from smet_compile.microscope import convolutions, elementwise, indexing, movement, products, reductions
 from smet_compile.microscope.reading import Reading, Rule
 
 RULES: dict[str, Rule] = {
@@ -18,22 +18,27 @@ RULES: dict[str, Rule] = {
             "_scaled_dot_product_efficient_attention",
             "_scaled_dot_product_cudnn_attention",
             "_scaled_dot_product_attention_math",
+            "_scaled_dot_product_attention_math_for_mps",
+            "_scaled_dot_product_fused_attention_overrideable",
         ),
         products.attention,
     ),
-    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), elementwise.loss),
-    "embedding": products.embedding,
-    "convolution": products.convolution,
+    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), reductions.loss),
+    "embedding": indexing.embedding,
+    "convolution": convolutions.convolution,
+    **dict.fromkeys(convolutions.OVER_SPACE, convolutions.over_space),
     **dict.fromkeys(elementwise.KEEP_ZERO, elementwise.pointwise),
-    **dict.fromkeys(("where", "masked_fill"), elementwise.pointwise),
-    **dict.fromkeys(("native_dropout", "rms_norm", "_fused_rms_norm"), elementwise.keep),
+    **dict.fromkeys(("where", "masked_fill", "clamp", "clamp_min", "clamp_max", "hardtanh"), elementwise.pointwise),
+    **dict.fromkeys(("native_dropout", "rms_norm", "_fused_rms_norm", "_prelu_kernel"), elementwise.keep),
     **dict.fromkeys(elementwise.SHIFT, elementwise.shift),
-    **dict.fromkeys(elementwise.REDUCTIONS, elementwise.reduction),
-    **dict.fromkeys(("topk", "sort", "cumsum", "max", "min", "kthvalue", "logcumsumexp"), elementwise.along_dim),
+    **dict.fromkeys(reductions.REDUCTIONS, reductions.reduction),
+    **dict.fromkeys(reductions.ALONG_DIM, reductions.along_dim),
     **dict.fromkeys(movement.SHAPES, movement.shape),
     **dict.fromkeys(movement.VIEWS, movement.view),
     **dict.fromkeys(("cat", "stack"), movement.cat),
     "constant_pad_nd": movement.pad,
+    "view_as_complex": movement.as_complex,
+    "view_as_real": movement.as_real,
     "index": indexing.index,
     **dict.fromkeys(("index_select", "gather"), indexing.index_select),
     **dict.fromkeys(("index_add", "scatter", "scatter_add", "index_copy"), indexing.write),

@@ -8,7 +8,6 @@ Inductor: docs/planning.md says how well it predicts.
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from smet_compile.plan.degrees import Degrees, Term
+from smet_compile.plan.fusion import base, is_effect, is_fused, packet, shape, users, wants_tensor
 from smet_compile.plan.timeline import Timeline
 
-_aten, _prims = torch.ops.aten, torch.ops.prims
-_FUSED: set[Any] = {
-    _aten.clone, _aten._to_copy, _aten.constant_pad_nd, _aten.cat, _aten.embedding, _aten.index, _aten.gather,
-    _aten.full, _aten.full_like, _aten.arange, _aten.empty, _aten.lift_fresh_copy, _aten.scalar_tensor, _aten.flip,
-    _aten.select_scatter, _aten.slice_scatter, _aten.scatter, _prims.convert_element_type, _prims.iota,
-}  # fmt: skip
-_REDUCED: set[Any] = {
-    _aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.var_mean, _aten.any, _aten.all, _aten.prod, _aten.argmax,
-}  # fmt: skip
 _COMPACT: set[Any] = {torch.ops.smet.pack, torch.ops.smet.sampled_matmul}
 
 
@@ -61,8 +52,8 @@ class _Half:
         self.degrees = degrees
         self.timeline = timeline
         self.nodes: list[fx.Node] = list(graph.nodes)
-        self.outputs = {_base(node) for node in graph.output_node().all_input_nodes}
-        self.names = {node.name: _base(node) for node in graph.output_node().all_input_nodes}
+        self.outputs = {base(node) for node in graph.output_node().all_input_nodes}
+        self.names = {node.name: base(node) for node in graph.output_node().all_input_nodes}
         self.buffers = {node for node in self.nodes if self._is_buffer(node)}
         self.held_of: dict[fx.Node, Buffer | None] = {}
         self._reads: dict[fx.Node, set[fx.Node]] = {}
@@ -79,12 +70,12 @@ class _Half:
             if node.op == "placeholder" and node.name in held:
                 self._take(node, held[node.name])
             elif node in self.buffers:
-                early = [each for each in dead if _is_fused(node) and self._fits(node, each)]
+                early = [each for each in dead if is_fused(node) and self._fits(node, each)]
                 self._free(early)
                 self._make(node)
                 dead = [each for each in dead if each not in early]
             self._free(dead)
-        return {name: self.held_of.get(base) for name, base in self.names.items()}
+        return {name: self.held_of.get(node) for name, node in self.names.items()}
 
     def _take(self, node: fx.Node, buffer: Buffer | None) -> None:
         self.held_of[node] = buffer
@@ -96,7 +87,7 @@ class _Half:
         new, old = node.meta.get("val"), dead.meta.get("val")
         if dead.op == "placeholder" or not isinstance(new, Tensor) or not isinstance(old, Tensor):
             return False
-        return math.prod(_shape(new)) * new.itemsize == math.prod(_shape(old)) * old.itemsize
+        return math.prod(shape(new)) * new.itemsize == math.prod(shape(old)) * old.itemsize
 
     def _free(self, dead: list[fx.Node]) -> None:
         for node in dead:
@@ -111,15 +102,15 @@ class _Half:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return
-        size, term = self.degrees.of(_shape(value))
-        term = Term(0, 0, compact=True) if _packet(node) in _COMPACT else term
+        size, term = self.degrees.of(shape(value))
+        term = Term(0, 0, compact=True) if packet(node) in _COMPACT else term
         self.held_of[node] = buffer = Buffer(size * value.element_size(), term, num_holders=1)
         self.timeline.add(buffer.bytes, buffer.term)
 
     def _last_reads(self) -> dict[fx.Node, int]:
         last: dict[fx.Node, int] = {}
         for place, node in enumerate(self.nodes):
-            if node in self.buffers or node.op == "output" or _is_effect(node):
+            if node in self.buffers or node.op == "output" or is_effect(node):
                 for read in self._read_by(node):
                     last[read] = place
         for node in self.buffers:
@@ -131,10 +122,10 @@ class _Half:
         """The buffers that the kernel of ``node`` reads, through all that is fused into it."""
         if node not in self._reads:
             found: set[fx.Node] = set()
-            for source in map(_base, node.all_input_nodes):
+            for source in map(base, node.all_input_nodes):
                 if source in self.buffers:
                     found.add(source)
-                elif not _is_effect(source):
+                elif not is_effect(source):
                     found |= self._read_by(source)
             self._reads[node] = found
         return self._reads[node]
@@ -142,54 +133,8 @@ class _Half:
     def _is_buffer(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return True
-        if node.op != "call_function" or _base(node) is not node or _is_effect(node):
+        if node.op != "call_function" or base(node) is not node or is_effect(node):
             return False
-        if not _is_fused(node):
+        if not is_fused(node):
             return not isinstance(node.meta.get("val"), tuple | list)
-        return node in self.outputs or any(_wants_tensor(user) for user in _users(node))
-
-
-def _shape(value: Tensor) -> list[int]:
-    """Its lengths, as they were in this run where a checkpointed region holds some as symbols."""
-    return [length.node.hint if isinstance(length, torch.SymInt) else length for length in value.shape]
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", node.target)
-
-
-def _is_fused(node: fx.Node) -> bool:
-    """Whether code generation merges it into what reads it."""
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in op.tags or op.overloadpacket in _FUSED
-
-
-def _is_effect(node: fx.Node) -> bool:
-    """Writes into what there is, and makes nothing."""
-    return _packet(node) is _aten.copy_ or "auto_functionalized" in str(node.target)
-
-
-def _wants_tensor(user: fx.Node) -> bool:
-    if user.op == "output" or _is_effect(user):
-        return True
-    return not _is_fused(user) and _packet(user) not in _REDUCED
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """What ``node`` is a view of, or a part of; itself where it is neither."""
-    op = node.target
-    if isinstance(op, torch._ops.OpOverload) and (op.is_view or op.overloadpacket is _aten.reshape):
-        return _base(node.all_input_nodes[0])
-    if op is operator.getitem and _is_effect(node.args[0]):  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
-    return node
-
-
-def _users(node: fx.Node) -> set[fx.Node]:
-    """What reads ``node`` or a view of it."""
-    found: set[fx.Node] = set()
-    for user in node.users:
-        found |= _users(user) if _base(user) is not user and user.op != "output" else {user}
-    return found
+        return node in self.outputs or any(wants_tensor(user) for user in users(node))

@@ -2,7 +2,8 @@
 
 The run is made with a batch and a sequence that are primes and divide no dimension of the model, so that every factor
 of them in a shape comes from them: 11 sequences of 251 tokens make (2761, 4096) of hidden states, of degrees (1, 1).
-They are larger than 5 and 7: attention has five products in backward, and images are seven pixels wide in the end.
+Neither is 2 or 5, as many products as attention has in forward and backward, nor is the batch 7, as many pixels as
+images are wide in the end.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-_LEAST, _MOST_TRIED = 11, 200
+_LEAST_BATCH, _LEAST_SEQUENCE, _MOST_TRIED = 11, 7, 200
 
 
 class Term(NamedTuple):
@@ -67,12 +68,12 @@ def telling_degrees(sequence: int | None, dimensions: Iterable[int]) -> Degrees:
     """
     taken = set(dimensions)
     telling = 1 if sequence is None else _telling(_down_then_up(sequence), taken, near=True)
-    return Degrees(_telling(range(_LEAST, _LEAST + _MOST_TRIED), taken | {telling}), telling)
+    return Degrees(_telling(range(_LEAST_BATCH, _MOST_TRIED), taken | {telling}), telling)
 
 
 def _down_then_up(start: int) -> Iterable[int]:
-    yield from range(start, _LEAST - 1, -1)
-    yield from range(max(start + 1, _LEAST), start + _MOST_TRIED)
+    yield from range(start, _LEAST_SEQUENCE - 1, -1)
+    yield from range(max(start + 1, _LEAST_SEQUENCE), start + _MOST_TRIED)
 
 
 def _telling(candidates: Iterable[int], taken: set[int], near: bool = False) -> int:

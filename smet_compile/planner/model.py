@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,10 +10,13 @@ from torch import nn
 
 from smet_compile.convert import Globs
 from smet_compile.ops import find_sites
-from smet_compile.plan import Plan, bytes_text, parse_bytes
+from smet_compile.plan import Plan, parse_bytes
+from smet_compile.planner.copies import meta_copy
+from smet_compile.planner.fits import largest_batch, largest_density
 from smet_compile.planner.report import plan_of
-from smet_compile.planner.run import PlannedRun, Wish
-from smet_compile.planner.shapes import Inputs, LossFn, Step, meta_copy, token_batch
+from smet_compile.planner.run import PlannedRun
+from smet_compile.planner.shapes import Inputs, LossFn, Step, token_batch
+from smet_compile.planner.wish import Wish
 from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
 
 _DENSITY = 0.3
@@ -34,7 +37,7 @@ def plan(
     compiled: bool = True,
     fused_update: bool | None = None,
     checkpointing: bool = False,
-    fits: str | int | None = None,
+    fits: str | float | None = None,
     include: Globs = None,
     exclude: Globs = None,
     rules: Mapping[str, float] | None = None,
@@ -104,10 +107,10 @@ def plan(
         return plan_of(PlannedRun(wish, chosen), batch or default_batch)
     limit = parse_bytes("fits", fits)
     if (density is not None or is_compact) and batch is None:
-        return _largest_batch(PlannedRun(wish, chosen), limit)
+        return largest_batch(PlannedRun(wish, chosen), limit)
     if density is not None or is_compact:
         raise ValueError("fits: expected density or batch left open, got both; leave one out")
-    return _largest_density(wish, batch or default_batch, limit)
+    return largest_density(wish, _DENSITY, batch or default_batch, limit)
 
 
 def _on_meta(
@@ -148,47 +151,3 @@ def _check_inputs(model: nn.Module, inputs: Inputs | None, sequence: int | None)
         )
     if sequence is None:
         raise ValueError("sequence: expected the number of tokens in a sequence, got none; pass sequence=")
-
-
-def _largest_batch(run: PlannedRun, limit: int) -> Plan:
-    least = run.peak(1)
-    if least > limit:
-        raise _nothing_fits(limit, least, "at batch 1", "lower the density, or allow more")
-    return plan_of(run, _largest(lambda batch: run.peak(batch) <= limit))
-
-
-def _largest(holds: Callable[[int], bool]) -> int:
-    """The largest number for which it ``holds``, as it does for 1, and for all below."""
-    high = 2
-    while holds(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
-
-_PARTS = 10_000
-"""Densities that are solved for are multiples of 1 / this."""
-
-
-def _largest_density(wish: Wish, batch: int, limit: int) -> Plan:
-    """Searches by the bytes stored at each density and one run's timeline, then makes sure by runs of their own."""
-    run = PlannedRun(wish, _DENSITY)
-    least = run.peak(batch, 1 / _PARTS)
-    if least > limit:
-        raise _nothing_fits(limit, least, f"at density {1 / _PARTS:g} and batch {batch}", "lower batch or sequence")
-    parts = _largest(lambda parts: parts <= _PARTS and run.peak(batch, parts / _PARTS) <= limit)
-    for fewer in range(parts, 0, -max(1, parts // 100)):
-        found = plan_of(PlannedRun(wish, fewer / _PARTS), batch)
-        if found.sparse.peak <= limit:
-            return found
-    raise _nothing_fits(limit, least, f"at density {1 / _PARTS:g} and batch {batch}", "lower batch or sequence")
-
-
-def _nothing_fits(limit: int, least: float, where: str, advice: str) -> ValueError:
-    return ValueError(
-        f"fits: expected at least {least:,.0f} bytes ({bytes_text(least)}), the least there is {where}, got "
-        f"{limit:,}; {advice}"
-    )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 
 from torch import nn
 
-from smet_compile.convert import choose
 from smet_compile.convert.choose import Choice
 from smet_compile.ops import find_sites
 from smet_compile.plan import (
@@ -22,46 +19,20 @@ from smet_compile.plan import (
     Timeline,
     find_repeats,
     resident_bytes,
-    shortened,
     telling_degrees,
     total_bytes,
     weighted_sum,
 )
 from smet_compile.plan.stored import Bytes, values_bytes
+from smet_compile.planner.copies import dense_copy, make_sparse, meta_copy
+from smet_compile.planner.layers import run_each, stand_in
 from smet_compile.planner.shapes import (
     EagerRun,
     SeveralGraphsError,
-    Step,
-    dense_copy,
-    make_sparse,
-    meta_copy,
     run_compiled,
     run_eager,
 )
-
-_BATCH = 4
-"""About the one that shapes are run with: memory is a polynomial in it."""
-Run = TypeVar("Run")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What ``plan`` was asked, but for density and batch.
-
-    Args:
-        name: of the model. model: on the meta device, dense or compact; never changed.
-        selection: the other arguments of ``sparsify`` that decide which weights are chosen.
-    """
-
-    name: str
-    model: nn.Module
-    step: Step
-    block_shape: Any
-    sequence: int | None
-    state_dtype: Any
-    compiled: bool
-    fused: bool
-    selection: dict[str, Any]
+from smet_compile.planner.wish import Wish
 
 
 class PlannedRun:
@@ -77,15 +48,12 @@ class PlannedRun:
         self.dense_model = dense_copy(wish.model)
         self.model = meta_copy(wish.model)
         if density is not None:
-            make_sparse(self.model, self._choices(self.model, density))
+            make_sparse(self.model, wish.choices(self.model, density))
         sites = find_sites(self.model).values()
         blocks = sum(site.layout.num_blocks for site in sites)
         self.density = density or sum(site.num_active for site in sites) / blocks
         self.repeats = find_repeats(self.model, self._num_active_of)
         self.broken = False
-
-    def _choices(self, model: nn.Module, density: float) -> list[Choice]:
-        return choose(model, density, self.wish.block_shape, **self.wish.selection).choices
 
     def _num_active_of(self, name: str) -> int:
         return self.model.get_parameter(name).shape[0] if name.endswith(".original") else 0
@@ -93,7 +61,7 @@ class PlannedRun:
     @cached_property
     def degrees(self) -> Degrees:
         lengths = {length for tensor in self.dense_model.parameters() for length in tensor.shape}
-        return telling_degrees(_BATCH, self.wish.sequence, lengths)
+        return telling_degrees(self.wish.sequence, lengths)
 
     @property
     def recipe(self) -> Recipe:
@@ -101,7 +69,7 @@ class PlannedRun:
 
     @cached_property
     def eager(self) -> list[tuple[int, EagerRun]]:
-        return self._each(self.model, lambda model: run_eager(model, self.wish.step, self.degrees))
+        return self._eager(self.model)
 
     @cached_property
     def timeline(self) -> Stack:
@@ -117,36 +85,16 @@ class PlannedRun:
     def dense_timeline(self) -> Stack:
         if self.wish.compiled and not self.broken:
             return self._compiled(self.dense_model, False)
-        runs = self._each(self.dense_model, lambda model: run_eager(model, self.wish.step, self.degrees))
-        return _stack([(factor, run.followed.timeline) for factor, run in runs])
+        return _stack([(factor, run.followed.timeline) for factor, run in self._eager(self.dense_model)])
+
+    def _eager(self, model: nn.Module) -> list[tuple[int, EagerRun]]:
+        wish = self.wish
+        return run_each(model, self.repeats, partial(run_eager, step=wish.step, degrees=self.degrees), wish.name)
 
     def _compiled(self, model: nn.Module, fused: bool) -> Stack:
-        return _stack(self._each(model, lambda part: run_compiled(part, self.wish.step, self.degrees, fused)))
-
-    def _each(self, model: nn.Module, run: Callable[[nn.Module], Run]) -> list[tuple[int, Run]]:
-        """``run`` of models with fewer layers, of which the whole is the weighted sum; of the whole without repeats."""
-        run = self._explaining(run)
-        if not self.repeats:
-            return [(1, run(model))]
-        fewest = 1 - sum(repeat.extra for repeat in self.repeats), run(shortened(model, self.repeats))
-        longer = [(repeat.extra, run(shortened(model, self.repeats, repeat))) for repeat in self.repeats]
-        return [fewest, *longer]
-
-    def _explaining(self, run: Callable[[nn.Module], Run]) -> Callable[[nn.Module], Run]:
-        """What a model's own code raises, as a ValueError."""
-
-        def explained(model: nn.Module) -> Run:
-            try:
-                return run(model)
-            except SeveralGraphsError:
-                raise
-            except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(
-                    f"model: {self.wish.name} cannot be run on shapes alone: {reason}; see inputs= and loss_fn="
-                ) from error
-
-        return explained
+        wish = self.wish
+        run = partial(run_compiled, step=wish.step, degrees=self.degrees, fused=fused)
+        return _stack(run_each(model, self.repeats, run, wish.name))
 
     def operations(self, dense: bool = False) -> Amount:
         return weighted_sum(
@@ -162,9 +110,8 @@ class PlannedRun:
             if site is None:
                 found.append(Stored(name, parameter.numel(), parameter.dtype, trained=trained))
             else:
-                layout = site.layout
-                count = layout.num_weights, parameter.dtype, layout, site.num_active
-                found.append(Stored(site.name, *count, trained))
+                count = site.layout.num_weights
+                found.append(Stored(site.name, count, parameter.dtype, site.layout, site.num_active, trained))
         return found if density is None else [self._at(density, each) for each in found]
 
     def _at(self, density: float, parameter: Stored) -> Stored:
@@ -176,18 +123,13 @@ class PlannedRun:
     @lru_cache(maxsize=64)  # noqa: B019  one run is planned at a time
     def _counts(self, density: float) -> dict[str, Choice]:
         try:
-            return {choice.weight.name: choice for choice in self._choices(self.dense_model, density)}
+            return {choice.weight.name: choice for choice in self.wish.choices(self.dense_model, density)}
         except ValueError:  # every weight keeps all its blocks
             return {}
 
     def _is_trained(self, name: str) -> bool:
         """As a layer that stands for this one is; told by the run of the model with the fewest layers."""
-        for repeat in self.repeats:
-            prefix = repeat.name + "."
-            if name.startswith(prefix):
-                number, _, rest = name.removeprefix(prefix).partition(".")
-                name = f"{prefix}{min(int(number), repeat.kept - 1)}.{rest}"
-        return name in self.eager[0][1].trained
+        return stand_in(name, self.repeats) in self.eager[0][1].trained
 
     @property
     def buffers(self) -> int:
@@ -198,9 +140,8 @@ class PlannedRun:
     def point(self, batch: int, density: float | None = None) -> Point:
         compact = 1.0
         if density is not None:
-            compact = values_bytes(self.stored(density), self._site_names) / values_bytes(
-                self.stored(), self._site_names
-            )
+            there, here = (values_bytes(self.stored(each), self._site_names) for each in (density, None))
+            compact = there / here
         return Point(batch, self.wish.sequence or 1, compact)
 
     @cached_property

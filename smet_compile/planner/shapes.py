@@ -5,11 +5,10 @@ Nothing is computed and no code is generated, so a model of any size is run in s
 
 from __future__ import annotations
 
-import copy
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smet_compile.convert import export_dense
-from smet_compile.convert.choose import Choice
-from smet_compile.convert.compact import make_compact
-from smet_compile.ops import find_sites, saved_weights
 from smet_compile.optim import ActiveAdamW
 from smet_compile.plan import Degrees, EagerStep, Timeline, compiled_timeline
+from smet_compile.planner.copies import copy_with
 from smet_compile.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -65,42 +61,9 @@ class Step:
         return self.loss_fn(model, batch) if self.loss_fn is not None else model(**batch)
 
 
-def meta_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """``model`` on the meta device, its floating-point tensors in ``dtype`` if there is one; ``model`` is untouched."""
-
-    def like(tensor: Tensor) -> Tensor:
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device="meta")
-
-    return _copy(model, like).train()
-
-
-def _copy(model: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy with other tensors in the place of parameters and buffers; tied ones stay tied."""
-    known: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        made = like(tensor)
-        known[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copy.deepcopy(model, known)
-
-
-def make_sparse(model: nn.Module, choices: Iterable[Choice]) -> None:
-    """``sparsify`` of a model on the meta device."""
-    for choice in choices:
-        make_compact(choice, "random", False, 0)
-        saved_weights.install(choice.weight.module, owner=True)
-    saved_weights.install(model)
-
-
-def dense_copy(model: nn.Module) -> nn.Module:
-    """A meta copy of ``model``, which is on the meta device, with every weight dense."""
-    copied = meta_copy(model)
-    return export_dense(copied) if find_sites(copied) else copied
-
-
 def _fake_copy(model: nn.Module, step: Step) -> nn.Module:
     """To be called under a fake tensor mode: as on a CPU, where the compiler and attention take their usual ways."""
-    made = _copy(model, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
+    made = copy_with(model, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
     if step.checkpointing:
         enable: Any = made.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -135,19 +98,24 @@ def run_compiled(model: nn.Module, step: Step, degrees: Degrees, fused: bool) ->
         fake = _fake_copy(model, step)
         batch = step.batch(degrees)
         captured = _capture_fused(fake, step, batch) if fused else _capture(lambda: step.results(fake, batch))
+    if captured is None:
+        raise SeveralGraphsError
     assert captured.forward is not None
     return compiled_timeline(captured.forward.graph, captured.backward.graph if captured.backward else None, degrees)
 
 
-def _capture_fused(model: nn.Module, step: Step, batch: Any) -> Captured:
+def _capture_fused(model: nn.Module, step: Step, batch: Any) -> Captured | None:
     trained = TrainStep(model, ActiveAdamW(model), step.loss, accumulate=1, max_norm=None)
     updates = trained.updates()
     with trained.gradients_in_sinks(updates):
         return _capture(lambda: trained.forward(batch, updates))
 
 
-def _capture(call: Callable[[], Any]) -> Captured:
-    """By code of its own: Dynamo counts recompiles by code object, and remembers by its name what sizes changed."""
+def _capture(call: Callable[[], Any]) -> Captured | None:
+    """The one graph of ``call``; None where it breaks into several.
+
+    By code of its own: Dynamo counts recompiles by code object, and remembers by its name what sizes changed.
+    """
     from torch._dynamo import config
     from torch._dynamo.exc import Unsupported, UserError
 
@@ -159,8 +127,8 @@ def _capture(call: Callable[[], Any]) -> Captured:
     with torch.compiler.set_stance("default"), config.patch(automatic_dynamic_shapes=False, recompile_limit=2**20):
         try:
             torch.compile(fresh, backend=capture, dynamic=False, fullgraph=True)()
-        except (Unsupported, UserError) as broken:
-            raise SeveralGraphsError from broken
+        except (Unsupported, UserError):
+            return None
     (graph,) = capture.graphs
     return graph
 

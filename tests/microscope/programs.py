@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.format import pack_bits
 from smet_compile.ops import find_sites
 
 WIDTH = 6
@@ -144,7 +145,17 @@ def sparse(steps: list[Step], density: float, block_shape: Any, seed: int) -> nn
     if not names:
         return None
     include = [f"layers.{name}.weight" for name in names]
-    return smet.sparsify(network, density, block_shape=block_shape, include=include, seed=seed)
+    return scattered(smet.sparsify(network, density, block_shape=block_shape, include=include, seed=seed), seed)
+
+
+def scattered(model: nn.Module, seed: int) -> nn.Module:
+    """The same with its active blocks anywhere, so that some rows and columns have none."""
+    generator = torch.Generator().manual_seed(seed)
+    for site in find_sites(model).values():
+        mask = torch.zeros(site.layout.num_blocks, dtype=torch.bool)
+        mask[torch.randperm(mask.numel(), generator=generator)[: site.num_active]] = True
+        site.compact.topology = pack_bits(mask)
+    return model
 
 
 def masks_of(network: nn.Module) -> dict[str, Tensor]:

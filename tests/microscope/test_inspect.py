@@ -101,8 +101,8 @@ def test_where_the_forward_looks_at_its_data_it_is_run_for_real_and_said() -> No
     model = smet.sparsify(LooksAtData(), 0.5)
     before = copy.deepcopy(model.state_dict())
     found = smet.inspect(model, torch.randn(5, 4))
-    assert "needs data (aten._local_scalar_dense" in found.notes[0] and "of this example" in found.notes[0]
-    assert found.notes[1:] == ("other.weight: the example does not use it",)
+    assert "cannot run without data (aten._local_scalar_dense" in found.notes[0] and "of this example" in found.notes[0]
+    assert found.notes[1:] == ("other.weight: nothing of the example passes through it",)
     assert found["one.weight"].reach is not None and found["other.weight"].reach is None
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 

@@ -23,7 +23,7 @@ def random_mask(size: int, seed: int) -> torch.Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(matrices(), st.integers(0, 99))
 def test_sums_over_rows_and_columns(made: tuple[ActiveMatrix, torch.Tensor], seed: int) -> None:
     matrix, dense = made
@@ -34,7 +34,7 @@ def test_sums_over_rows_and_columns(made: tuple[ActiveMatrix, torch.Tensor], see
     assert torch.equal(matrix.to_cols(of_rows), torch.einsum("src,sr->sc", dense, of_rows.view(stack, rows)).flatten())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(matrices(), st.integers(1, 3), st.integers(0, 99))
 def test_active_weights_in_any_of_some_rows_and_columns(
     made: tuple[ActiveMatrix, torch.Tensor], num_pairs: int, seed: int

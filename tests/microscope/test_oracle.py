@@ -24,7 +24,7 @@ ROTARY = program(("linear", 0), ("halves", 1), ("add", 1, 2), ("linear", 3))
 SWAPPED = program(("linear", 0), ("swap_and_add", 1, 1), ("linear", 2))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @example(GATE, 0.1, 1, 0)
 @example(GATE, 0.3, 2, 1)
 @example(GATE_OF_GATE, 0.1, 1, 2)
@@ -77,7 +77,7 @@ def _feeds(steps: list[Step]) -> set[tuple[str, str]]:
     return edges | {(source, "output") for source in coming[-1]}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(programs(), st.integers(0, 1000))
 def test_the_graph_has_the_edges_of_the_program(steps: list[Step], seed: int) -> None:
     network = sparse(steps, 0.5, 1, seed)

@@ -8,7 +8,6 @@ import transformers as hf
 from torch import nn
 
 import smet_compile as smet
-from smet_compile.passes.capture import Capture
 from tests.models.classes import REAL_MODELS, SMALL
 from tests.planner.measured import Gradients, bytes_by_kind, eager_step, make
 
@@ -47,8 +46,18 @@ def stored(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> Any
     return bytes_by_kind(model, optimizer, gradients.of)
 
 
-@pytest.mark.parametrize(("block_shape", "dtype"), [(1, FP32), ((1, 16), BF16), (16, FP32)], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5"])
+@pytest.mark.parametrize(
+    ("name", "block_shape", "dtype"),
+    [
+        ("llama", 1, FP32),
+        ("gpt2", (1, 16), BF16),
+        ("bert", 16, FP32),
+        ("vit", (1, 16), FP32),
+        pytest.param("t5", 1, BF16, marks=pytest.mark.slow),
+        ("mixtral", 16, FP32),
+    ],
+    ids=str,
+)
 def test_of_real_models(name: str, block_shape: Any, dtype: torch.dtype) -> None:
     model = make(REAL_MODELS[name].make, dtype, None)
     plan = planned(model, name, density=0.4, block_shape=block_shape)
@@ -57,35 +66,25 @@ def test_of_real_models(name: str, block_shape: Any, dtype: torch.dtype) -> None
     assert plan.sparse.stored["index"] > 0
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama", FP32), ("gpt2", BF16), ("vit", FP32), ("t5", BF16)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [("llama", FP32), ("gpt2", BF16)], ids=str)
 def test_of_dense_training(name: str, dtype: torch.dtype) -> None:
     model = make(REAL_MODELS[name].make, dtype, None)
-    plan = planned(model, name)
-    assert plan.dense.stored == stored(model, name, torch.optim.AdamW(model.parameters(), fused=True))
     plan = planned(model, name, density=1)
+    assert plan.dense.stored == stored(model, name, torch.optim.AdamW(model.parameters(), fused=True))
     model = make(REAL_MODELS[name].make, dtype, None)
     assert plan.sparse.stored == stored(model, name, smet.ActiveAdamW(model))
 
 
-@pytest.mark.parametrize("state_dtype", [None, BF16, "int8"], ids=str)
-@pytest.mark.parametrize("block_shape", [1, (1, 16), 16, 64], ids=str)
+@pytest.mark.parametrize(
+    ("block_shape", "state_dtype"),
+    [(1, "int8"), ((1, 16), BF16), ((1, 16), "int8"), (16, None), (64, "int8")],
+    ids=str,
+)
 def test_moments_of_every_dtype(block_shape: Any, state_dtype: Any) -> None:
     model = make(wide, BF16, None)
     plan = planned(model, "llama", density=0.4, block_shape=block_shape, state_dtype=state_dtype)
     smet.sparsify(model, 0.4, block_shape=block_shape)
     assert plan.sparse.stored == stored(model, "llama", smet.ActiveAdamW(model, state_dtype=state_dtype))
-
-
-def test_with_fused_updates() -> None:
-    model = make(wide, FP32, None)
-    plan = planned(model, "llama", density=0.4, block_shape=64, compiled=True)
-    smet.sparsify(model, 0.4, block_shape=64)
-    optimizer = smet.ActiveAdamW(model)
-    gradients = Gradients(optimizer)
-    step = smet.compile_train_step(model, optimizer)
-    step.compile(backend=Capture())
-    step(REAL_MODELS["llama"].batch())
-    assert step.fused and plan.sparse.stored == bytes_by_kind(model, optimizer, gradients.of)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,6 @@ def test_of_every_selection(options: dict[str, Any]) -> None:
     plan = planned(model, "llama", density=0.4, block_shape=16, **options)
     smet.sparsify(model, 0.4, block_shape=16, **options)
     assert plan.sparse.stored == stored(model, "llama", smet.ActiveAdamW(model))
-    assert planned(model, "llama").sparse.stored == plan.sparse.stored, "of the model that is compact already"
 
 
 def test_frozen_parameters_have_neither_gradient_nor_moments() -> None:
@@ -138,11 +136,12 @@ def test_formulas_differ_by_rounding_alone(block_shape: Any, options: dict[str, 
     assert plan.rounding_bytes < 0.3 * plan.sparse.persistent
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_of_a_model_that_is_compact_already_and_is_left_as_it_is() -> None:
     model = make(wide, FP32, 0.5, block_shape=16)
     before, kinds = {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
     model.eval()
-    planned(model, "llama")
+    plan = planned(model, "llama")
     after = model.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     assert [type(m) for m in model.modules()] == kinds and not model.training
+    assert plan.sparse.stored == stored(model.train(), "llama", smet.ActiveAdamW(model))

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+import smet_compile as smet
 from smet_compile.pretrain.cli import make_app
 from smet_compile.pretrain.inspect_command import inspect_run, print_inspection
-from smet_compile.pretrain.loop import pretrain
+from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, moves, small_config
 
 pytestmark = SMALL_MODEL
@@ -29,6 +30,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def found(run: Path) -> smet.Inspection:
+    return inspect_run(run)[0]
+
+
 def test_a_run_is_printed_and_drawn(run: Path) -> None:
     result = call(run)
     assert result.exit_code == 0, result.output
@@ -39,8 +45,7 @@ def test_a_run_is_printed_and_drawn(run: Path) -> None:
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_inspected_is_the_checkpoint(run: Path) -> None:
-    found, _ = inspect_run(run)
+def test_what_is_inspected_is_the_checkpoint(run: Path, found: smet.Inspection) -> None:
     for site in found.sites:
         assert site.history.churn == tuple((e["step"], e["sites"][site.name]["churn_fraction"]) for e in moves(run))
         assert site.history.explored_fraction == moves(run)[-1]["sites"][site.name]["explored_fraction"]
@@ -48,10 +53,10 @@ def test_what_is_inspected_is_the_checkpoint(run: Path) -> None:
     assert max(found.age_counts) == 12
 
 
-def test_on_a_terminal_it_is_a_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_it_is_a_table(found: smet.Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=240)
     monkeypatch.setattr("rich.console.Console", lambda: console)
-    print_inspection(inspect_run(run)[0])
+    print_inspection(found)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "┃" in shown and "model.layers.0.self_attn.q_proj.weight" in shown and "paths alive" in shown
 
@@ -73,17 +78,24 @@ def test_mistakes(tmp_path: Path) -> None:
     assert "RUN: expected a checkpoint" in call(tmp_path / "other").stderr
 
 
-def warnings_of(tmp_path: Path, **changes: object) -> list[str]:
-    output = io.StringIO()
-    pretrain(small_config(tmp_path, **changes), tmp_path / "run", console=Console(file=output))
+def warnings_in(output: io.StringIO) -> list[str]:
     return [line for line in output.getvalue().splitlines() if line.startswith("warning: ")]
 
 
-def test_pretrain_warns_once_of_each_layer_with_dead_units(tmp_path: Path) -> None:
+def warnings_of(tmp_path: Path, **changes: object) -> list[str]:
+    output = io.StringIO()
+    pretrain(small_config(tmp_path, **changes), tmp_path / "run", StopAfter(5), Console(file=output))
+    return warnings_in(output)
+
+
+def test_pretrain_warns_once_of_each_layer_with_dead_units_and_again_when_it_goes_on(tmp_path: Path) -> None:
     found = warnings_of(tmp_path, density=0.1, block="8", every=1)
     assert "self_attn.q_proj.weight" in found[0] and "without an active weight; a higher --density" in found[0]
     named = re.findall(r"model\.\S+\.weight", " ".join(found))
     assert len(named) == len(set(named))
+    output = io.StringIO()
+    resume(tmp_path / "run", StopAfter(3), Console(file=output))
+    assert "self_attn.q_proj.weight" in warnings_in(output)[0]
 
 
 def test_pretrain_says_nothing_where_every_unit_lives(tmp_path: Path) -> None:
