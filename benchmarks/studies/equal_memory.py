@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+import smet_compile as smet
 from benchmarks.ratios import Clock, in_turns
 from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
+from benchmarks.studies.settings import RATE, tuned
 
 NAME = "equal_memory"
 TIMES = "equal_memory_times.json"
@@ -49,32 +50,16 @@ def shape_of(scale: Scale, hidden: int, layers: int) -> Shape:
     return replace(scale.large, hidden=hidden, intermediate=5 * hidden // 2, layers=layers)
 
 
-def _case(shape: Shape, density: float, block: str, rate: float, steps: int, seed: int) -> Case:
-    return Case(
-        shape=shape,
-        steps=steps,
-        rate=rate,
-        plain_rate=PLAIN_RATE,
-        exponent=EXPONENTS[block],
-        density=density,
-        block=block,
-        seed=seed,
-    )
-
-
 @lru_cache
 def training_bytes(shape: Shape, density: float, block: str) -> int:
-    """Of weights, gradients, moments, ages and index: every tensor that outlives a step, counted after one."""
-    from benchmarks.studies.trainer import build
+    """Of weights, gradients, moments, ages and index: every tensor that outlives a step, as the planner counts them."""
+    from benchmarks.studies.trainer import build_model
 
-    trainee = build(_case(replace(shape, device="cpu"), density, block, 1e-3, 1, 0))
-    tokens = torch.zeros(1, 2, dtype=torch.int64)
-    trainee.model(input_ids=tokens, labels=tokens).loss.backward()
-    trainee.optimizer.step()
-    held = [t for p in trainee.model.parameters() for t in (p, p.grad)]
-    held += [t for name, t in trainee.model.named_buffers() if "parametrizations" in name]
-    held += [t for state in trainee.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(t.nbytes for t in held)
+    case = tuned(shape, 1, density, block, 0)
+    model = build_model(case, "meta")
+    given = {"block_shape": case.block_shape, "batch": 1, "sequence": shape.sequence, "compiled": False}
+    found = smet.plan(model, 0.5, **given).dense if density == 1 else smet.plan(model, density, **given).sparse
+    return sum(number for kind, number in found.stored.items() if kind != "buffers")
 
 
 @lru_cache
@@ -112,7 +97,7 @@ def measure_times(scale: Scale, path: Path) -> None:
         works = []
         for rival in rivals:
             tokens = torch.randint(256, (rival.shape.batch, rival.shape.sequence), device=rival.shape.device)
-            trainee = build(_case(rival.shape, rival.density, rival.block, 1e-3, 1, 0))
+            trainee = build(tuned(rival.shape, 1, rival.density, rival.block, 0))
             step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
             works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
         pairs = in_turns(works[0], works[1:], _REPEATS, clock, warmup=3)
@@ -135,14 +120,22 @@ def times(folder: Path) -> dict[str, dict[str, float]]:
 
 def same_tokens(scale: Scale, candidate: Candidate, seed: int) -> list[Case]:
     rates = DENSE_RATES if candidate.density == 1 else (RATE,)
-    kind = (candidate.shape, candidate.density, candidate.block)
-    return [_case(*kind, rate, scale.memory_steps, seed) for rate in rates]
+    return [_run(scale.memory_steps, candidate, rate, seed) for rate in rates]
 
 
 def same_time(scale: Scale, candidate: Candidate, cost: float, seed: int) -> list[Case]:
     """``cost``: of a step, over that of the dense model that sets the budget."""
     steps = round(scale.memory_steps / cost)
-    return [replace(case, steps=steps) for case in same_tokens(scale, candidate, seed)]
+    return [_run(steps, candidate, case.rate, seed) for case in same_tokens(scale, candidate, seed)]
+
+
+def _run(steps: int, candidate: Candidate, rate: float, seed: int) -> Case:
+    return tuned(candidate.shape, steps, candidate.density, candidate.block, seed, rate=rate)
+
+
+def is_main(scale: Scale, candidate: Candidate) -> bool:
+    """Whether it is run with every seed: the dense model that sets the budget, and sparse ones of density .25."""
+    return candidate.density == 0.25 or (candidate.density == 1 and candidate.shape.layers == scale.large.layers)
 
 
 def cases(scale: Scale, folder: Path) -> list[Case]:
@@ -150,6 +143,8 @@ def cases(scale: Scale, folder: Path) -> list[Case]:
     found = []
     for seed in scale.seeds:
         for candidate in candidates(scale):
+            if seed != scale.seeds[0] and not is_main(scale, candidate):
+                continue
             cost = measured[str(candidate.budget)][candidate.name]
             found += same_tokens(scale, candidate, seed) + same_time(scale, candidate, cost, seed)
     return found

@@ -7,7 +7,7 @@ best p is the one whose losses lie nearest, at one α, to the best found at each
 Embeddings, output embeddings and norms have no density, and a first look found that they want a rate ten times that
 of the linear layers: with one rate for all, what is learnt is mostly about them (dense loses 0.11 nats per byte by it,
 and a tenth of its weights trains better than all of them). So they have a rate of their own, the same in all runs; the
-runs with one rate for all, at densities .25 and .1, stand in a second part.
+runs with one rate for all, fewer of them, stand in a second part.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 EXPONENTS = (0.0, 0.5, 1.0)
 DENSITIES = (0.5, 0.25, 0.1)
 BLOCKS = ("1", "64")
-ONE_RATE_DENSITIES = (0.25, 0.1)
-OTHER_BLOCKS, OTHER_RATE = ("1x16", "16", "32"), 5e-4
+TUNED = tuple((density, block) for density in (0.25, 0.1, 0.5) for block in BLOCKS)
+ONE_RATE = ((0.25, "1"), (0.25, "64"), (0.1, "1"))  # in the second part
+OTHER_BLOCKS, OTHER_DENSITIES, OTHER_RATE, OTHER_EXPONENTS = ("1x16", "16", "32"), (0.25, 0.1), 5e-4, (0.5, 1.0)
 _EXACT = (0.5, 0.25)  # of every weight, by count: there α d^(-p) is all that counts, and some runs are the same
 _UPDATES = 16
 
@@ -47,20 +48,19 @@ def sparse_case(
 
 def cases(scale: Scale) -> list[Case]:
     found = []
-    for plain_rate, densities in ((PLAIN_RATE, (0.25, 0.1, 0.5)), (None, ONE_RATE_DENSITIES)):
+    for plain_rate, kinds in ((PLAIN_RATE, TUNED), (None, ONE_RATE)):
         found += [dense_case(scale, rate, plain_rate) for rate in RATES]
         found += [
             sparse_case(scale, rate, exponent, density, block, plain_rate)
-            for density in densities
-            for block in BLOCKS
+            for density, block in kinds
             for rate in (5e-4, 1e-3, 2e-3, 2.5e-4, 4e-3)
             for exponent in reversed(EXPONENTS)
         ]
     found += [
         sparse_case(scale, OTHER_RATE, exponent, density, block)
         for block in OTHER_BLOCKS
-        for density in (0.25, 0.1)
-        for exponent in reversed(EXPONENTS)
+        for density in OTHER_DENSITIES
+        for exponent in OTHER_EXPONENTS
     ]
     return found + [replace(case, seed=seed) for seed in scale.seeds[1:] for case in again(scale)]
 
@@ -69,8 +69,7 @@ def again(scale: Scale) -> list[Case]:
     """What the choice of p rests on, for more seeds."""
     sparse = [
         sparse_case(scale, OTHER_RATE, exponent, density, block)
-        for density in (0.25, 0.1)
-        for block in BLOCKS
-        for exponent in (0.5, 1.0)
+        for density, block in ONE_RATE
+        for exponent in OTHER_EXPONENTS
     ]
     return [dense_case(scale, OTHER_RATE), *sparse]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
+from benchmarks.studies.settings import tuned
 
 NAME = "moments"
 DENSITY = 0.25
@@ -13,18 +13,7 @@ WEIGHTS = (("float32", "1"), ("float32", "16"), ("bfloat16", "1"))  # dtype, blo
 
 
 def case(scale: Scale, dtype: str, block: str, moment_dtype: str, seed: int) -> Case:
-    return Case(
-        shape=scale.small,
-        steps=scale.sensitivity_steps,
-        rate=RATE,
-        plain_rate=PLAIN_RATE,
-        exponent=EXPONENTS[block],
-        density=DENSITY,
-        block=block,
-        dtype=dtype,
-        moment_dtype=moment_dtype,
-        seed=seed,
-    )
+    return tuned(scale.tiny, scale.tiny_steps, DENSITY, block, seed, dtype=dtype, moment_dtype=moment_dtype)
 
 
 def cases(scale: Scale) -> list[Case]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
+from benchmarks.studies.settings import tuned
 
 NAME = "quality"
 DENSITIES = (0.25, 0.1, 0.5)
 BLOCKS = ("1", "64", "16", "1x16", "32")
 TILES = ("16", "32", "64")
-IN_ALL_SEEDS = ("1", "64")
+VARIED, EVEN_DENSITY = (0.25, 0.1), 0.25
+IN_ALL_SEEDS = ((0.25, "1"), (0.1, "1"), (0.25, "64"))
+LONG = ((0.25, "1"), (0.1, "1"), (0.5, "1"), (0.25, "16"), (0.5, "16"), (0.25, "1x16"))
 VARIANTS: dict[str, dict] = {
     "ERK": {"distribution": "erk"},
     "gradient growth": {"grow": "gradient"},
@@ -19,33 +21,16 @@ VARIANTS: dict[str, dict] = {
 
 
 def dense_case(scale: Scale, seed: int) -> Case:
-    return Case(shape=scale.large, steps=scale.quality_steps, rate=RATE, plain_rate=PLAIN_RATE, seed=seed)
+    return tuned(scale.large, scale.quality_steps, 1.0, "1", seed)
 
 
 def sparse_case(scale: Scale, density: float, block: str, seed: int, **options) -> Case:
-    return Case(
-        shape=scale.large,
-        steps=scale.quality_steps,
-        rate=RATE,
-        plain_rate=PLAIN_RATE,
-        exponent=EXPONENTS[block],
-        density=density,
-        block=block,
-        seed=seed,
-        **options,
-    )
+    return tuned(scale.large, scale.quality_steps, density, block, seed, **options)
 
 
-def long_case(scale: Scale, density: float) -> Case:
-    """A run in which the number of weights counts, with single weights; dense at density 1."""
-    return Case(
-        shape=scale.long,
-        steps=scale.long_steps,
-        rate=RATE,
-        plain_rate=PLAIN_RATE,
-        exponent=EXPONENTS["1"],
-        density=density,
-    )
+def long_case(scale: Scale, density: float, block: str, seed: int) -> Case:
+    """A run so long, of a model so small, that the number of weights counts; dense at density 1."""
+    return tuned(scale.tiny, scale.long_steps, density, block, seed)
 
 
 def cases(scale: Scale) -> list[Case]:
@@ -53,10 +38,9 @@ def cases(scale: Scale) -> list[Case]:
     first = scale.seeds[0]
     found = [dense_case(scale, first)]
     found += [sparse_case(scale, density, block, first) for block in BLOCKS for density in DENSITIES]
-    found += [long_case(scale, density) for density in (1.0, *DENSITIES)]
+    found += [long_case(scale, *kind, first) for kind in ((1.0, "1"), *LONG)]
     for seed in scale.seeds[1:]:
-        found += [dense_case(scale, seed)]
-        found += [sparse_case(scale, density, block, seed) for block in IN_ALL_SEEDS for density in DENSITIES]
-    found += [sparse_case(scale, d, "1", first, **options) for options in VARIANTS.values() for d in DENSITIES]
-    found += [sparse_case(scale, d, block, first, even=False) for block in TILES for d in DENSITIES]
-    return found
+        found += [dense_case(scale, seed), *(sparse_case(scale, *kind, seed) for kind in IN_ALL_SEEDS)]
+    found += [sparse_case(scale, d, "1", first, **options) for options in VARIANTS.values() for d in VARIED]
+    found += [sparse_case(scale, EVEN_DENSITY, block, first, even=False) for block in TILES]
+    return found + [long_case(scale, *kind, seed) for seed in scale.seeds[1:] for kind in ((1.0, "1"), *LONG)]

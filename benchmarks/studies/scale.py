@@ -12,19 +12,19 @@ class Scale:
     """Shapes and lengths.
 
     Args:
-        small: for what needs many runs of single weights.
-        large: wide enough for tiles of 64. long: ``small`` again, for runs in which capacity counts.
-        *_steps: lengths of the runs; ``long_steps`` reads five bytes or more for every weight.
+        small: for spikes. large: wide enough for tiles of 64.
+        tiny: so few weights that ``long_steps`` read ten bytes or more for each: there the number of weights counts.
+        *_steps: lengths of the runs; ``tiny_steps`` of those that change one setting.
         budgets, widest: widths of the dense models that set the budgets of `equal_memory`, and the largest it tries.
         eager: without compiler.
     """
 
     small: Shape
     large: Shape
-    long: Shape
+    tiny: Shape
     rate_steps: int
     spike_steps: int
-    sensitivity_steps: int
+    tiny_steps: int
     quality_steps: int
     long_steps: int
     memory_steps: int
@@ -43,23 +43,23 @@ SCALES = {
     "cpu": Scale(
         small=_SMALL,
         large=_LARGE,
-        long=replace(_SMALL, sequence=128),
+        tiny=replace(_SMALL, hidden=64, intermediate=160, layers=4),
         rate_steps=500,
         spike_steps=1200,
-        sensitivity_steps=800,
-        quality_steps=1500,
-        long_steps=6000,
-        memory_steps=1500,
-        budgets=(96, 160),
+        tiny_steps=2000,
+        quality_steps=1000,
+        long_steps=5000,
+        memory_steps=1000,
+        budgets=(64, 112),
         widest=1024,
     ),
     "gpu": Scale(
         small=replace(_GPU, hidden=256, intermediate=688, heads=4, layers=4),
         large=_GPU,
-        long=_GPU,
+        tiny=replace(_GPU, hidden=256, intermediate=688, heads=4, layers=4),
         rate_steps=2000,
         spike_steps=4000,
-        sensitivity_steps=4000,
+        tiny_steps=4000,
         quality_steps=10_000,
         long_steps=40_000,
         memory_steps=10_000,
@@ -69,10 +69,10 @@ SCALES = {
     "quick": Scale(
         small=_QUICK,
         large=replace(_QUICK, hidden=256, intermediate=256),
-        long=_QUICK,
+        tiny=_QUICK,
         rate_steps=4,
         spike_steps=40,
-        sensitivity_steps=8,
+        tiny_steps=8,
         quality_steps=4,
         long_steps=6,
         memory_steps=4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
+from benchmarks.studies.settings import tuned
 
 NAME = "sensitivity"
 DENSITY = 0.25
@@ -28,16 +28,7 @@ DEFAULTS = {
 
 
 def case(scale: Scale, seed: int, **options) -> Case:
-    return Case(
-        shape=scale.small,
-        steps=scale.sensitivity_steps,
-        rate=RATE,
-        plain_rate=PLAIN_RATE,
-        exponent=EXPONENTS["1"],
-        density=DENSITY,
-        seed=seed,
-        **options,
-    )
+    return tuned(scale.tiny, scale.tiny_steps, DENSITY, "1", seed, **options)
 
 
 def cases(scale: Scale) -> list[Case]:

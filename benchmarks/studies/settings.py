@@ -1,5 +1,25 @@
 """What the learning-rate study found, and every other study uses: docs/results/learning_rate.md."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.studies.case import Case, Shape
+
 PLAIN_RATE = 4e-3  # of embeddings, output embeddings and norms
 RATE = 5e-4  # of the linear layers, dense; sparse ones get RATE / d^p
-EXPONENTS = {"1": 1.0, "1x16": 1.0, "16": 0.5, "32": 0.5, "64": 0.5}  # p, by block
+EXPONENTS = {"1": 1.0, "1x16": 1.0, "16": 1.0, "32": 1.0, "64": 0.5}  # p, by block
+_UPDATES, _EVERY = 20, 100
+
+
+def tuned(shape: Shape, steps: int, density: float, block: str, seed: int, **options: Any) -> Case:
+    """A run with the rates above and all else at its default, but in short runs more often an update.
+
+    Dense at density 1. ``options`` are further fields of the case.
+    """
+    every = max(1, min(_EVERY, steps // _UPDATES))
+    plain: dict[str, Any] = {"rate": RATE, "plain_rate": PLAIN_RATE, "seed": seed}
+    if density < 1:
+        plain |= {"density": density, "block": block, "exponent": EXPONENTS[block]}
+        plain |= {"every": every, "block_warmup": every}
+    return Case(shape=shape, steps=steps, **(plain | options))

@@ -54,9 +54,9 @@ def case(scale: Scale, method: str, every: int, density: float, seed: int) -> Ca
 
 
 def cases(scale: Scale) -> list[Case]:
-    return [
-        case(scale, method, every, density, seed)
-        for seed in scale.seeds
-        for every, density in (SETTINGS if seed in scale.seeds[:2] else SETTINGS[:1])
-        for method in (METHODS if (every, density) == DEFAULT else IN_ALL_SETTINGS)
-    ]
+    """All methods in two seeds, what is concluded of in three, other settings in one."""
+    first, *others = scale.seeds
+    found = [case(scale, method, *DEFAULT, first) for method in METHODS]
+    found += [case(scale, method, *setting, first) for setting in SETTINGS[1:] for method in IN_ALL_SETTINGS]
+    found += [case(scale, method, *DEFAULT, seed) for seed in others for method in IN_ALL_SETTINGS]
+    return found + [case(scale, method, *DEFAULT, others[0]) for method in METHODS if method not in IN_ALL_SETTINGS]

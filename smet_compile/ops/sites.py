@@ -51,8 +51,11 @@ class Site:
 
 
 def parametrizations(module: nn.Module) -> Any:
-    """Tensor name → chain of parametrizations of ``module``; empty for most modules."""
-    return getattr(module, "parametrizations", {})
+    """Tensor name → chain of parametrizations of ``module``; empty for most modules.
+
+    Not by ``getattr``: a module compiled by itself answers with the attributes of the one in it.
+    """
+    return module._modules.get("parametrizations", {})
 
 
 def compact_names(module: nn.Module) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,38 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange
-from smet_compile.ops import Site, find_sites
 from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.optim import generations
+from smet_compile.optim.held import hold
 from smet_compile.optim.state import check_state, moment_dtype, new_state
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What the optimizer knows of a parameter: its name, its site if it is compact, its shape when first seen."""
-
-    name: str
-    site: Site | None
-    shape: torch.Size
-
-    @property
-    def density(self) -> float:
-        return self.site.density if self.site else 1.0
-
-    def check(self, parameter: Tensor) -> None:
-        if self.site is not None and self.site.values is not parameter:
-            raise ValueError(
-                f"{self.name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
-                "the optimizer was made; make the optimizer anew"
-            )
-        if parameter.shape != self.shape:
-            raise ValueError(
-                f"{self.name}: expected shape {tuple(self.shape)}, got {tuple(parameter.shape)}: sparsify was "
-                "called after the optimizer was made; make the optimizer anew"
-            )
 
 
 class ActiveAdamW(Optimizer):
@@ -70,7 +44,8 @@ class ActiveAdamW(Optimizer):
     All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group.
 
     Raises:
-        ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's.
+        ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's; a compact
+            weight that is sharded.
     """
 
     shared_step: ClassVar[bool] = False
@@ -105,7 +80,7 @@ class ActiveAdamW(Optimizer):
         self.stochastic_rounding = stochastic_rounding is not False
         self.seed = seed
         self._model = model
-        self._held = _hold(model)
+        self._held = hold(model)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -121,7 +96,7 @@ class ActiveAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_options(self.defaults | param_group)
         super().add_param_group(param_group)
-        self._held = _hold(self._model) | self._held
+        self._held = hold(self._model) | self._held
         for parameter in self.param_groups[-1]["params"]:
             if parameter not in self._held:
                 del self.param_groups[-1]
@@ -248,15 +223,6 @@ class NaiveAdamW(ActiveAdamW):
 
     def __init__(self, params: nn.Module | Iterable[Any], *args: Any, warmup_steps: int = 0, **options: Any) -> None:
         super().__init__(params, *args, warmup_steps=warmup_steps, **options)
-
-
-def _hold(model: nn.Module) -> dict[nn.Parameter, _Held]:
-    by_values = {id(site.values): site for site in find_sites(model).values()}
-    held = {}
-    for name, parameter in model.named_parameters():
-        site = by_values.get(id(parameter))
-        held[parameter] = _Held(site.name if site else name, site, parameter.shape)
-    return held
 
 
 def _rate(lr: float | Tensor) -> Tensor:

@@ -20,14 +20,30 @@ def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
     """A paragraph for the page."""
     done = [records[case.key] for case in dict.fromkeys(cases) if case.key in records]
     hours = sum(record["seconds"] for record in done) / 3600
-    first = cases[0]
-    shape = first.shape
+    by_shape = {case.shape: case for case in cases}
     missing = len(dict.fromkeys(cases)) - len(done)
+    what = f"{len(done)} runs, {hours:.1f} hours of one thread in all"
     return (
-        f"Made by `python -m benchmarks.studies {name}`: {len(done)} runs, {hours:.1f} hours of one thread in all"
-        f"{f' ({missing} runs are missing)' if missing else ''}. "
-        f"{processor()}, torch {done[0]['torch'] if done else '?'}. LLaMA of {parameters(first) / 1e6:.1f}M parameters "
-        f"(hidden {shape.hidden}, intermediate {shape.intermediate}, {shape.layers} layers) over bytes of the Python "
-        f"standard library's source, {shape.batch * shape.sequence} bytes a step, {first.steps} steps; losses are in "
-        f"nats per byte on 65,000 held-out bytes, the same for every run. Records: `docs/results/studies/{name}.jsonl`."
+        f"Made by `python -m benchmarks.studies {name}`: {what}{f' ({missing} runs are missing)' if missing else ''}. "
+        f"{processor()}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over bytes of "
+        f"the Python standard library's source, {cases[0].shape.batch * cases[0].shape.sequence} bytes a step, "
+        f"{_range([case.steps for case in cases])} steps; losses are in nats per byte on 65,000 held-out bytes, the "
+        f"same for every run. Records: `docs/results/studies/{name}.jsonl`."
     )
+
+
+def _models(cases: list[Case]) -> str:
+    """One of each shape."""
+    if len(cases) > 2:
+        sizes = [parameters(case) for case in cases]
+        return f"LLaMAs of {min(sizes) / 1e6:.1f}M to {max(sizes) / 1e6:.1f}M parameters"
+    each = [
+        f"{parameters(case) / 1e6:.1f}M parameters (hidden {case.shape.hidden}, intermediate "
+        f"{case.shape.intermediate}, {case.shape.layers} layers)" for case in cases
+    ]  # fmt: skip
+    return f"LLaMA of {' and of '.join(each)}"
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

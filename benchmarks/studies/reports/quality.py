@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.studies import quality as study
+from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import Interval, interval
-from benchmarks.studies.reports.made import how_made
+from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
@@ -26,12 +27,19 @@ KINDS = {"1": "single weights", "1x16": "runs of 16", "16": "tiles of 16", "32":
 
 def excess(records: Records, scale: Scale, density: float, block: str, **options) -> Interval | None:
     """Held-out loss above the dense model's of the same seed, over the seeds."""
-    found = []
-    for seed in scale.seeds:
-        sparse = study.sparse_case(scale, density, block, seed, **options).key
-        dense = study.dense_case(scale, seed).key
-        if sparse in records and dense in records:
-            found.append(records[sparse]["loss"] - records[dense]["loss"])
+    return _over_seeds(records, [(study.sparse_case(scale, density, block, seed, **options),
+                                  study.dense_case(scale, seed)) for seed in scale.seeds])  # fmt: skip
+
+
+def long_excess(records: Records, scale: Scale, density: float, block: str) -> Interval | None:
+    """The same of the long runs."""
+    return _over_seeds(records, [(study.long_case(scale, density, block, seed),
+                                  study.long_case(scale, 1.0, "1", seed)) for seed in scale.seeds])  # fmt: skip
+
+
+def _over_seeds(records: Records, pairs: list[tuple[Case, Case]]) -> Interval | None:
+    keys = [(sparse.key, dense.key) for sparse, dense in pairs]
+    found = [records[a]["loss"] - records[b]["loss"] for a, b in keys if a in records and b in records]
     return interval(found) if found else None
 
 
@@ -61,11 +69,15 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         [[block, name, *(_cell(excess(records, _first(scale), d, block, even=even)) for d in DENSITIES)]
          for block in study.TILES for name, even in (("even", True), ("uniform", False))],
     )  # fmt: skip
-    long = study.long_case(scale, 1.0)
-    num_bytes = long.steps * long.shape.batch * long.shape.sequence
-    page.text("## Beside the published law", f"The long runs: {num_bytes / 1e6:.1f} MB of text, seed 0. {_LAW}")
+    page.text("## Where the number of weights counts", f"{_long_runs(scale)} {_LONG}")
+    page.table(
+        ["blocks", *(f"d = {d:g}" for d in DENSITIES)],
+        [[name, *(_cell(long_excess(records, scale, d, block)) for d in DENSITIES)]
+         for block, name in KINDS.items() if block in {b for _, b in study.LONG}],
+    )  # fmt: skip
+    page.text("## Beside the published law", _LAW)
     ours = ["here, short runs", *(_ratio(excess(records, scale, d, "1")) for d in DENSITIES)]
-    ours_long = ["here, long runs", *(_long(records, scale, d) for d in DENSITIES)]
+    ours_long = ["here, long runs", *(_ratio(long_excess(records, scale, d, "1")) for d in DENSITIES)]
     law = [[size, *(f"{ratios[d]:.3f}" for d in DENSITIES)] for size, ratios in LAW.items()]
     page.table(["perplexity over dense, single weights", *(f"d = {d:g}" for d in DENSITIES)], [ours, ours_long, *law])
     page.write()
@@ -79,6 +91,10 @@ _EVEN = (
     "Tiles start, and grow, such that all rows and all columns of tiles hold equally many; beside it a start in which "
     "every choice is equally likely and rows may stay empty: units that are dead. Seed 0. In this model tiles of 16, "
     "32 and 64 make grids of 16, 8 and 4 tiles on a side; in one of width 2,048 tiles of 64 make 32."
+)
+_LONG = (
+    "A model so small sees every weight used to its limit: here a density costs what it costs at the end of a real "
+    "training run, where the short runs above still learn what any of the models could hold."
 )
 _LAW = (
     "The law is for perplexity per token of models a hundred times as large; a token is about four bytes, so a ratio "
@@ -95,11 +111,13 @@ def _ratio(value: Interval | None) -> str:
     return "—" if value is None else f"{math.exp(value.mean):.3f}"
 
 
-def _long(records: Records, scale: Scale, density: float) -> str:
-    sparse, dense = (study.long_case(scale, each).key for each in (density, 1.0))
-    if sparse not in records or dense not in records:
-        return "—"
-    return f"{math.exp(records[sparse]['loss'] - records[dense]['loss']):.3f}"
+def _long_runs(scale: Scale) -> str:
+    case = study.long_case(scale, 1.0, "1", 0)
+    num_bytes, num_weights = case.steps * case.shape.batch * case.shape.sequence, parameters(case)
+    return (
+        f"A model of {num_weights / 1e6:.2f}M parameters (hidden {case.shape.hidden}, {case.shape.layers} layers) that "
+        f"reads {num_bytes / 1e6:.1f} MB of text, {num_bytes / num_weights:.0f} bytes for each."
+    )
 
 
 def _variant(records: Records, scale: Scale, name: str, options: dict) -> list[str]:
