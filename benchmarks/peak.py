@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from benchmarks.measuring import resident, restart_peak
+from benchmarks.measuring import at_rest, resident, restart_peak
 from benchmarks.ratios import is_gpu
 
 
@@ -16,7 +16,7 @@ class Peak:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         gc.collect()
-        self._before = torch.cuda.memory_allocated(device) if is_gpu(device) else resident("VmRSS")
+        self._before = torch.cuda.memory_allocated(device) if is_gpu(device) else at_rest()
 
     def restart(self) -> None:
         if is_gpu(self._device):

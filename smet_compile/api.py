@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from smet_compile.convert import Globs, Report, check_choice, choose, make_compact, remember_reasons, report
+from smet_compile.convert import Globs, check_choice, choose, make_compact, remember_reasons, report
 from smet_compile.convert.compact import SELECTS
+from smet_compile.convert.doubts import warn_if_dense, warn_if_rows_are_empty
 from smet_compile.ops import saved_weights
-
-_WARN_ABOVE = 1.5
 
 
 def sparsify(
@@ -64,7 +62,8 @@ def sparsify(
     saved_weights.install(model)
     _install_passes()
     remember_reasons(model, plan.dense_reasons)
-    _warn_if_dense(report(model), density)
+    warn_if_dense(report(model), density)
+    warn_if_rows_are_empty(plan.choices)
     return model
 
 
@@ -73,16 +72,3 @@ def _install_passes() -> None:
     from smet_compile.passes.install import install
 
     install()
-
-
-def _warn_if_dense(made: Report, density: float) -> None:
-    if made.density <= _WARN_ABOVE * density:
-        return
-    largest = sorted(made.skipped, key=lambda row: -row.num_weights)[:3]
-    left = ", ".join(f"{row.name} ({row.num_weights:,} weights: {row.reason})" for row in largest)
-    why = f"largest left dense: {left}" if left else "a weight keeps at least one block; use smaller blocks"
-    warnings.warn(
-        f"sparsify: the model's matrices as a whole have density {made.density:.2f}, more than 1.5 times the "
-        f"{density} asked for; {why}",
-        stacklevel=3,
-    )

@@ -59,7 +59,8 @@ class Plan:
             and the counts in ``symbols``. Those of what is stored differ from the exact bytes by at most
             ``rounding_bytes`` together; those of working and scratch hold near this batch, sequence and density.
         symbols: what the counts stand for.
-        warnings: where a choice costs more than dense training, or a number is a rougher estimate.
+        warnings: where a choice costs more than dense training, a number is a rougher estimate, or rows of
+            blocks must stay empty.
     """
 
     title: str

@@ -95,6 +95,13 @@ def test_a_warning_when_much_stays_dense() -> None:
         smet.sparsify(model, density=0.3)
 
 
+def test_a_warning_when_rows_of_blocks_must_be_empty() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match=r"0\.weight \(3 blocks for 8 rows and 4 columns of blocks\): some") as caught:
+        smet.sparsify(model, density=0.1, block_shape=8, rules={"1": 0.13})
+    assert len(caught) == 1 and "1.weight" not in str(caught[0].message)  # it has 8 for 8 and 8
+
+
 def test_no_warning_when_the_request_is_met() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -45,3 +45,11 @@ def test_a_model_that_takes_no_tokens_needs_inputs() -> None:
 def test_checkpointing_is_the_model_s() -> None:
     with pytest.raises(ValueError, match="checkpointing: expected a model with gradient_checkpointing_enable"):
         smet.plan(nn.Linear(8, 8), 0.5, inputs=lambda b, s: {"input": torch.zeros(b, 8)}, checkpointing=True)
+
+
+def test_blocks_too_few_for_their_rows_are_said() -> None:
+    step = {"inputs": lambda b, s: torch.zeros(b, 32), "loss_fn": lambda m, x: m(x).sum(), "compiled": False}
+    few = smet.plan(nn.Linear(32, 64), 0.1, block_shape=8, **step)
+    assert any("weight (3 blocks for 8 rows and 4 columns of blocks): some outputs" in each for each in few.warnings)
+    enough = smet.plan(nn.Linear(32, 64), 0.25, block_shape=8, **step)
+    assert not any("columns of blocks" in each for each in enough.warnings)

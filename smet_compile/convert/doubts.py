@@ -1,0 +1,51 @@
+"""What is allowed, and hardly meant: the warnings of sparsify."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from smet_compile.convert.choose import Choice
+from smet_compile.convert.report import Report
+from smet_compile.format import Layout
+
+_WARN_ABOVE = 1.5
+_STACKLEVEL = 3  # the caller of sparsify
+_NAMED = 3
+
+
+def warn_if_dense(made: Report, density: float) -> None:
+    """Where what stays dense is so much that little is saved."""
+    if made.density <= _WARN_ABOVE * density:
+        return
+    largest = sorted(made.skipped, key=lambda row: -row.num_weights)[:_NAMED]
+    left = ", ".join(f"{row.name} ({row.num_weights:,} weights: {row.reason})" for row in largest)
+    why = f"largest left dense: {left}" if left else "a weight keeps at least one block; use smaller blocks"
+    warnings.warn(
+        f"sparsify: the model's matrices as a whole have density {made.density:.2f}, more than 1.5 times the "
+        f"{density} asked for; {why}",
+        stacklevel=_STACKLEVEL,
+    )
+
+
+def warn_if_rows_are_empty(choices: Iterable[Choice]) -> None:
+    """Where a weight gets fewer active blocks than it has rows, or columns, of blocks."""
+    doubt = empty_rows((choice.weight.name, choice.layout, choice.num_active) for choice in choices)
+    if doubt:
+        warnings.warn(f"sparsify: {doubt}, and see smet_compile.inspect", stacklevel=_STACKLEVEL)
+
+
+def empty_rows(weights: Iterable[tuple[str, Layout, int]]) -> str:
+    """Which of the weights (name, layout, number of active blocks) have too few blocks for their rows or columns."""
+    few = []
+    for name, layout, count in weights:
+        rows, cols = (layout.num_matrices * n for n in (layout.block_rows, layout.block_cols))
+        if count < max(rows, cols):
+            few.append(f"{name} ({count:,} blocks for {rows:,} rows and {cols:,} columns of blocks)")
+    if not few:
+        return ""
+    others = f" and {len(few) - _NAMED} more" if len(few) > _NAMED else ""
+    return (
+        f"{', '.join(few[:_NAMED])}{others}: some outputs or inputs have no weight at all; take smaller blocks or a "
+        "higher density"
+    )
