@@ -60,6 +60,10 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         [[name, *(_cell(excess(records, scale, d, block)) for d in DENSITIES),
           ", ".join(active(records, scale, d, block) for d in DENSITIES)] for block, name in KINDS.items()],
     )  # fmt: skip
+    page.text("## By active tiles in a row", _IN_A_ROW)
+    page.table(
+        ["active tiles in a row", "tile", "density", "above dense", "above single weights"], _in_a_row(records, scale)
+    )
     page.text("## Distribution, growth, and a topology that never moves", "Single weights, seed 0.")
     rows = {"uniform, random growth": {}} | study.VARIANTS
     page.table(["", *(f"d = {d:g}" for d in DENSITIES)], [_variant(records, scale, *row) for row in rows.items()])
@@ -87,6 +91,10 @@ _READ = (
     "The tables give the loss above the dense model's of the same seed, mean and 95% interval over the seeds (no "
     "interval: one seed)."
 )
+_IN_A_ROW = (
+    "The same runs, sorted by the number of active tiles in a row of tiles of the square matrices: density times width "
+    "over side. Seed 0."
+)
 _EVEN = (
     "Tiles start, and grow, such that all rows and all columns of tiles hold equally many; beside it a start in which "
     "every choice is equally likely and rows may stay empty: units that are dead. Seed 0. In this model tiles of 16, "
@@ -101,6 +109,17 @@ _LAW = (
     "per byte here is about the fourth root of one per token. What can be compared is the order and the growth with "
     "falling density."
 )
+
+
+def _in_a_row(records: Records, scale: Scale) -> list[list[str]]:
+    first, rows = _first(scale), []
+    for block in study.TILES:
+        for density in DENSITIES:
+            tiles, single = (excess(records, first, density, each) for each in (block, "1"))
+            if tiles and single:
+                number, above = density * scale.large.hidden / int(block), tiles.mean - single.mean
+                rows.append((number, [f"{number:.1f}", block, f"{density:g}", _cell(tiles), f"{above:+.3f}"]))
+    return [row for _, row in sorted(rows, key=lambda each: -each[0])]
 
 
 def _cell(value: Interval | None) -> str:
