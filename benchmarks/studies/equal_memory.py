@@ -1,9 +1,10 @@
 """At equal bytes of training state, is a wide sparse model better than a dense one?
 
 A budget is what a dense model of a given width needs: weights, gradients, moments. Against it stand dense models of
-other depths that fit, each at two rates, and for each density the widest sparse model whose weights, gradients,
-moments, ages and index fit. All are compared after the same tokens; and after the time that the dense model took, by
-step times measured side by side (`equal_memory_times.json`), each with a schedule of that length.
+other depths that fit, and for each density the widest sparse model whose weights, gradients, moments, ages and index
+fit. Narrow models want higher rates than the wide one that rates were tuned on: dense ones are tried at three, sparse
+ones at two, and the best counts. All are compared after the same tokens; and after the time that the dense model took,
+by step times measured side by side (`equal_memory_times.json`), each with a schedule of that length.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TIMES = "equal_memory_times.json"
 DENSITIES = (0.5, 0.25, 0.1)
 BLOCKS = ("1", "32")
 DEPTHS = (2, 3, 4)
-DENSE_RATES = (RATE, 2 * RATE)
+RATES = (RATE, 2 * RATE)
+DENSE_RATES = (*RATES, 4 * RATE)
 _WIDTH_STEP = 16
 _REPEATS = 7
 
@@ -119,7 +121,7 @@ def times(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def same_tokens(scale: Scale, candidate: Candidate, seed: int) -> list[Case]:
-    rates = DENSE_RATES if candidate.density == 1 else (RATE,)
+    rates = DENSE_RATES if candidate.density == 1 else RATES
     return [_run(scale.memory_steps, candidate, rate, seed) for rate in rates]
 
 
@@ -134,8 +136,9 @@ def _run(steps: int, candidate: Candidate, rate: float, seed: int) -> Case:
 
 
 def is_main(scale: Scale, candidate: Candidate) -> bool:
-    """Whether it is run with every seed: the dense model that sets the budget, and sparse ones of density .25."""
-    return candidate.density == 0.25 or (candidate.density == 1 and candidate.shape.layers == scale.large.layers)
+    """Whether it is run with every seed: the dense model that sets the budget, and single weights at density .25."""
+    is_budget = candidate.density == 1 and candidate.shape.layers == scale.large.layers
+    return is_budget or (candidate.density == 0.25 and candidate.block == "1")
 
 
 def cases(scale: Scale, folder: Path) -> list[Case]:
@@ -143,8 +146,9 @@ def cases(scale: Scale, folder: Path) -> list[Case]:
     found = []
     for seed in scale.seeds:
         for candidate in candidates(scale):
-            if seed != scale.seeds[0] and not is_main(scale, candidate):
-                continue
             cost = measured[str(candidate.budget)][candidate.name]
-            found += same_tokens(scale, candidate, seed) + same_time(scale, candidate, cost, seed)
+            if seed == scale.seeds[0]:
+                found += same_tokens(scale, candidate, seed) + same_time(scale, candidate, cost, seed)
+            elif is_main(scale, candidate):
+                found += same_tokens(scale, candidate, seed)
     return found

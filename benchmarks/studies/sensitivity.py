@@ -33,4 +33,5 @@ def case(scale: Scale, seed: int, **options) -> Case:
 
 def cases(scale: Scale) -> list[Case]:
     changes = [change for values in FACTORS.values() for change in values.values()]
-    return [case(scale, seed, **change) for seed in scale.seeds for change in [{}, *changes]]
+    defaults = [case(scale, seed) for seed in scale.seeds]
+    return defaults + [case(scale, seed, **change) for seed in scale.seeds for change in changes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from benchmarks.studies import equal_memory as study
@@ -37,7 +38,7 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page = Page(study.NAME, "Dense and sparse at equal memory", folder)
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, records.path.parent), records))
     measured = study.times(records.path.parent)
-    panels = {}
+    panels, points = {}, []
     for budget in scale.budgets:
         rivals = [c for c in study.candidates(scale) if c.budget == budget]
         rows, bars = [], []
@@ -47,17 +48,25 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
             time = best(records, [study.same_time(scale, rival, cost, seed) for seed in scale.seeds])
             rows.append(_row(rival, cost, tokens, time))
             bars.append((_name(rival), tokens, time))
+            points += [(rival, tokens)] if tokens else []
         page.text(f"## Budget: a dense model of width {budget}, {max(r.num_bytes for r in rivals) / 1e6:.1f} MB")
         page.table(_HEADINGS, rows)
         panels[budget] = bars
     page.figure(_figure(panels), "Held-out loss of all models of a budget")
+    page.figure(
+        _by_bytes(points, scale), "Held-out loss after the same tokens, by bytes of training state", "_by_bytes"
+    )
     page.write()
 
 
 def _name(rival: study.Candidate) -> str:
-    if rival.density == 1:
-        return f"dense, {rival.shape.layers} layers"
-    return f"d = {rival.density:g}, {'single weights' if rival.block == '1' else f'tiles of {rival.block}'}"
+    return f"dense, {rival.shape.layers} layers" if rival.density == 1 else _kind(rival.density, rival.block)
+
+
+def _kind(density: float, block: str) -> str:
+    if density == 1:
+        return "dense"
+    return f"d = {density:g}, {'single weights' if block == '1' else f'tiles of {block}'}"
 
 
 def _row(rival: study.Candidate, cost: float, tokens: Interval | None, time: Interval | None) -> list[str]:
@@ -67,6 +76,26 @@ def _row(rival: study.Candidate, cost: float, tokens: Interval | None, time: Int
     losses = ["—" if each is None else each.format(sign=False) for each in (tokens, time)]
     size = f"{rival.shape.hidden} x {rival.shape.layers}"
     return [_name(rival), size, f"{weights / 1e6:.2f}M", f"{rival.num_bytes / 1e6:.2f} MB", f"{cost:.2f}", *losses]
+
+
+def _by_bytes(points: list[tuple[study.Candidate, Interval]], scale: Scale):
+    """The models of the depth that sets the budgets: loss after the same tokens over what their training stores."""
+    figure = new_figure(width=6.5, height=3.8)
+    axes = figure.subplots()
+    for block, density in [("1", 1.0), *itertools.product(study.BLOCKS, study.DENSITIES)]:
+        found = [
+            (rival.num_bytes / 1e6, loss.mean)
+            for rival, loss in points
+            if (rival.density, rival.block, rival.shape.layers) == (density, block, scale.large.layers)
+        ]
+        if not found:
+            continue
+        style = "k--o" if density == 1 else "-o" if block == "1" else ":s"
+        color = {} if density == 1 else {"color": f"C{study.DENSITIES.index(density)}"}
+        axes.plot(*zip(*found, strict=True), style, markersize=4, label=_kind(density, block), **color)
+    tidy(axes, xlabel="weights, gradients, moments, ages, index (MB)", ylabel="held-out loss (nats per byte)")
+    axes.legend(fontsize=8)
+    return figure
 
 
 def _figure(panels: dict[int, list[tuple[str, Interval | None, Interval | None]]]):
