@@ -4,7 +4,8 @@ A budget is what a dense model of a given width needs: weights, gradients, momen
 other depths that fit, and for each density the widest sparse model whose weights, gradients, moments, ages and index
 fit. Narrow models want higher rates than the wide one that rates were tuned on: dense ones are tried at three, sparse
 ones at two, and the best counts. All are compared after the same tokens; and after the time that the dense model took,
-by step times measured side by side (`equal_memory_times.json`), each with a schedule of that length.
+by step times measured side by side (`equal_memory_times.json`), each with a schedule of that length. The tables are of
+seed 0.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NAME = "equal_memory"
 TIMES = "equal_memory_times.json"
 DENSITIES = (0.5, 0.25, 0.1)
 BLOCKS = ("1", "32")
-DEPTHS = (2, 3, 4)
+DEPTHS = (2 / 3, 1, 4 / 3)  # of dense models, over that of the model which sets the budget
 RATES = (RATE, 2 * RATE)
 DENSE_RATES = (*RATES, 4 * RATE)
 _WIDTH_STEP = 16
@@ -69,7 +70,8 @@ def candidates(scale: Scale) -> tuple[Candidate, ...]:
     found = []
     for budget in scale.budgets:
         limit = training_bytes(shape_of(scale, budget, scale.large.layers), 1.0, "1")
-        kinds = [(1.0, "1", layers) for layers in DEPTHS]
+        depths = {round(scale.large.layers * depth) for depth in DEPTHS}
+        kinds = [(1.0, "1", layers) for layers in sorted(depths)]
         kinds += [(density, block, scale.large.layers) for block in BLOCKS for density in DENSITIES]
         found += [_widest(scale, budget, limit, *kind) for kind in kinds]
     return tuple(found)

@@ -9,7 +9,7 @@ from benchmarks.studies.settings import tuned
 NAME = "moments"
 DENSITY = 0.25
 MOMENTS = ("float32", "bfloat16", "int8")
-WEIGHTS = (("float32", "1"), ("float32", "16"), ("bfloat16", "1"))  # dtype, block
+WEIGHTS = (("float32", "1"), ("bfloat16", "1"), ("float32", "16"))  # dtype, block
 
 
 def case(scale: Scale, dtype: str, block: str, moment_dtype: str, seed: int) -> Case:

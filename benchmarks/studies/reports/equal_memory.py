@@ -24,14 +24,17 @@ _HEADINGS = [
 ]
 
 
-def best(records: Records, by_seed: list[list[Case]]) -> Interval | None:
-    """Of the rates tried the one of the lowest mean loss; each item holds the cases of one seed, by rate."""
-    means = []
-    for cases in zip(*by_seed, strict=True):
-        losses = [records[case.key]["loss"] for case in cases if case.key in records]
-        if losses:
-            means.append(interval(losses))
-    return min(means, key=lambda each: each.mean) if means else None
+def best(records: Records, cases: list[Case]) -> float | None:
+    """The lowest loss of the rates tried."""
+    return min((records[case.key]["loss"] for case in cases if case.key in records), default=None)
+
+
+def over_seeds(records: Records, scale: Scale, budget: int) -> Interval | None:
+    """Of single weights at density .25, the loss after the same tokens less that of the dense model of the budget."""
+    dense, sparse = (c for c in study.candidates(scale) if c.budget == budget and study.is_main(scale, c))
+    pairs = [[best(records, study.same_tokens(scale, c, seed)) for c in (sparse, dense)] for seed in scale.seeds]
+    found = [a - b for a, b in pairs if a is not None and b is not None]
+    return interval(found) if found else None
 
 
 def write(records: Records, scale: Scale, folder: Path) -> None:
@@ -44,13 +47,16 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         rows, bars = [], []
         for rival in rivals:
             cost = measured[str(budget)][rival.name]
-            tokens = best(records, [study.same_tokens(scale, rival, seed) for seed in scale.seeds])
-            time = best(records, [study.same_time(scale, rival, cost, seed) for seed in scale.seeds])
+            tokens = best(records, study.same_tokens(scale, rival, scale.seeds[0]))
+            time = best(records, study.same_time(scale, rival, cost, scale.seeds[0]))
             rows.append(_row(rival, cost, tokens, time))
             bars.append((_name(rival), tokens, time))
             points += [(rival, tokens)] if tokens else []
         page.text(f"## Budget: a dense model of width {budget}, {max(r.num_bytes for r in rivals) / 1e6:.1f} MB")
         page.table(_HEADINGS, rows)
+        if difference := over_seeds(records, scale, budget):
+            page.text(f"Single weights at density 0.25 less dense, same tokens, {difference.num} seeds: "
+                      f"{difference.format(3)}.")  # fmt: skip
         panels[budget] = bars
     page.figure(_figure(panels), "Held-out loss of all models of a budget")
     page.figure(
@@ -69,22 +75,22 @@ def _kind(density: float, block: str) -> str:
     return f"d = {density:g}, {'single weights' if block == '1' else f'tiles of {block}'}"
 
 
-def _row(rival: study.Candidate, cost: float, tokens: Interval | None, time: Interval | None) -> list[str]:
+def _row(rival: study.Candidate, cost: float, tokens: float | None, time: float | None) -> list[str]:
     from benchmarks.studies.reports.made import parameters
 
     weights = parameters(Case(shape=rival.shape, steps=1, rate=1e-3))
-    losses = ["—" if each is None else each.format(sign=False) for each in (tokens, time)]
+    losses = ["—" if each is None else f"{each:.4f}" for each in (tokens, time)]
     size = f"{rival.shape.hidden} x {rival.shape.layers}"
     return [_name(rival), size, f"{weights / 1e6:.2f}M", f"{rival.num_bytes / 1e6:.2f} MB", f"{cost:.2f}", *losses]
 
 
-def _by_bytes(points: list[tuple[study.Candidate, Interval]], scale: Scale):
+def _by_bytes(points: list[tuple[study.Candidate, float]], scale: Scale):
     """The models of the depth that sets the budgets: loss after the same tokens over what their training stores."""
     figure = new_figure(width=6.5, height=3.8)
     axes = figure.subplots()
     for block, density in [("1", 1.0), *itertools.product(study.BLOCKS, study.DENSITIES)]:
         found = [
-            (rival.num_bytes / 1e6, loss.mean)
+            (rival.num_bytes / 1e6, loss)
             for rival, loss in points
             if (rival.density, rival.block, rival.shape.layers) == (density, block, scale.large.layers)
         ]
@@ -98,15 +104,14 @@ def _by_bytes(points: list[tuple[study.Candidate, Interval]], scale: Scale):
     return figure
 
 
-def _figure(panels: dict[int, list[tuple[str, Interval | None, Interval | None]]]):
+def _figure(panels: dict[int, list[tuple[str, float | None, float | None]]]):
     figure = new_figure(height=4.2)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (budget, bars) in zip(row, panels.items(), strict=True):
         for place, (_, *found) in enumerate(reversed(bars)):
             for each, color, shift in zip(found, ("C0", "C1"), (0.12, -0.12), strict=True):
-                if each:
-                    half = 0 if each.num < 2 else each.half
-                    axes.errorbar(each.mean, place + shift, xerr=half, fmt="o", color=color, capsize=2, markersize=4)
+                if each is not None:
+                    axes.plot(each, place + shift, "o", color=color, markersize=4)
         axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], fontsize=8)
         tidy(axes, title=f"budget: dense width {budget}", xlabel="held-out loss (nats per byte)")
     for label, color in (("same tokens", "C0"), ("same time", "C1")):
