@@ -41,6 +41,6 @@ def cases(scale: Scale) -> list[Case]:
     found += [long_case(scale, *kind, first) for kind in ((1.0, "1"), *LONG)]
     for seed in scale.seeds[1:]:
         found += [dense_case(scale, seed), *(sparse_case(scale, *kind, seed) for kind in IN_ALL_SEEDS)]
-    found += [sparse_case(scale, d, "1", first, **options) for d in DENSITIES for options in VARIANTS.values()]
     found += [sparse_case(scale, EVEN_DENSITY, block, first, even=False) for block in TILES]
+    found += [sparse_case(scale, d, "1", first, **options) for d in DENSITIES for options in VARIANTS.values()]
     return found + [long_case(scale, *kind, seed) for seed in scale.seeds[1:] for kind in ((1.0, "1"), *LONG)]
