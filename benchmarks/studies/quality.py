@@ -10,7 +10,7 @@ NAME = "quality"
 DENSITIES = (0.25, 0.1, 0.5)
 BLOCKS = ("1", "64", "16", "1x16", "32")
 TILES = ("16", "32", "64")
-EVEN_DENSITY = 0.25
+VARIED = 0.25  # where one other factor is changed at a time
 IN_ALL_SEEDS = ((0.25, "1"), (0.1, "1"), (0.25, "64"))
 LONG = ((0.25, "1"), (0.1, "1"), (0.5, "1"), (0.25, "16"), (0.5, "16"), (0.25, "1x16"))
 VARIANTS: dict[str, dict] = {
@@ -41,6 +41,6 @@ def cases(scale: Scale) -> list[Case]:
     found += [long_case(scale, *kind, first) for kind in ((1.0, "1"), *LONG)]
     for seed in scale.seeds[1:]:
         found += [dense_case(scale, seed), *(sparse_case(scale, *kind, seed) for kind in IN_ALL_SEEDS)]
-    found += [sparse_case(scale, EVEN_DENSITY, block, first, even=False) for block in TILES]
-    found += [sparse_case(scale, d, "1", first, **options) for d in DENSITIES for options in VARIANTS.values()]
+    found += [sparse_case(scale, VARIED, block, first, even=False) for block in TILES]
+    found += [sparse_case(scale, VARIED, "1", first, **options) for options in VARIANTS.values()]
     return found + [long_case(scale, *kind, seed) for seed in scale.seeds[1:] for kind in ((1.0, "1"), *LONG)]

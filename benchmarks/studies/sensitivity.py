@@ -17,7 +17,7 @@ FACTORS: dict[str, dict[str, dict]] = {
     "initial values": {"not rescaled": {"rescale": False}},
     "moments of grown blocks": {
         "m = 0, v seeded, no age": {"seeded_moments": True},
-        "zero, no age (naive)": {"local_age": False, "block_warmup": 0},
+        "zero, no age, W = 0 (naive)": {"local_age": False, "block_warmup": 0},
     },
     "growth": {"gradient": {"grow": "gradient"}},
 }

@@ -25,8 +25,11 @@ _HEADINGS = [
 
 
 def best(records: Records, cases: list[Case]) -> float | None:
-    """The lowest loss of the rates tried."""
-    return min((records[case.key]["loss"] for case in cases if case.key in records), default=None)
+    """The lowest loss of the rates tried, once all were; one that diverged has none."""
+    if any(case.key not in records for case in cases):
+        return None
+    losses = [records[case.key]["loss"] for case in cases]
+    return min((loss for loss in losses if loss is not None), default=None)
 
 
 def over_seeds(records: Records, scale: Scale, budget: int) -> Interval | None:
