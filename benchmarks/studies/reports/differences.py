@@ -19,7 +19,7 @@ _READ = (
 
 
 def difference(records: Records, pairs: list[tuple[Case, Case]]) -> Interval | None:
-    """Of the losses of (changed, default) runs; None where there is none yet."""
+    """Of the losses of (changed, compared) runs; None where there is none yet."""
     keys = [(changed.key, default.key) for changed, default in pairs]
     found = [records[a]["loss"] - records[b]["loss"] for a, b in keys if a in records and b in records]
     return interval(found) if found else None

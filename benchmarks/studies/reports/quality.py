@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.studies import quality as study
-from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
+from benchmarks.studies.reports.differences import difference
 from benchmarks.studies.reports.interval import Interval, interval
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, new_figure, tidy
@@ -27,20 +27,14 @@ KINDS = {"1": "single weights", "1x16": "runs of 16", "16": "tiles of 16", "32":
 
 def excess(records: Records, scale: Scale, density: float, block: str, **options) -> Interval | None:
     """Held-out loss above the dense model's of the same seed, over the seeds."""
-    return _over_seeds(records, [(study.sparse_case(scale, density, block, seed, **options),
+    return difference(records, [(study.sparse_case(scale, density, block, seed, **options),
                                   study.dense_case(scale, seed)) for seed in scale.seeds])  # fmt: skip
 
 
 def long_excess(records: Records, scale: Scale, density: float, block: str) -> Interval | None:
     """The same of the long runs."""
-    return _over_seeds(records, [(study.long_case(scale, density, block, seed),
+    return difference(records, [(study.long_case(scale, density, block, seed),
                                   study.long_case(scale, 1.0, "1", seed)) for seed in scale.seeds])  # fmt: skip
-
-
-def _over_seeds(records: Records, pairs: list[tuple[Case, Case]]) -> Interval | None:
-    keys = [(sparse.key, dense.key) for sparse, dense in pairs]
-    found = [records[a]["loss"] - records[b]["loss"] for a, b in keys if a in records and b in records]
-    return interval(found) if found else None
 
 
 def active(records: Records, scale: Scale, density: float, block: str) -> str:
