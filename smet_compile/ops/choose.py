@@ -163,7 +163,7 @@ def forced() -> str | None:
 
 
 def _reported(op: str, case: Case) -> Kernel:
-    """The kernel that computes ``op``, with a warning where another one was named for it."""
+    """Returns the kernel that computes ``op``; warns where another one was named for it."""
     kernel, miss = _chosen(op, case, forced())
     if miss is not None:
         warn_once(miss)
@@ -172,7 +172,7 @@ def _reported(op: str, case: Case) -> Kernel:
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(op: str, case: Case, name: str | None) -> tuple[Kernel, str | None]:
-    """The kernel for a case, and what to warn of where it is not the one that ``name`` stands for."""
+    """Returns the kernel for a case, and a warning where it is none of those that ``name`` stands for."""
     named = [kernel for kernel in _KERNELS[op] if name is not None and kernel.name.startswith(name)]
     able = [kernel for kernel in _KERNELS[op] if kernel.can(op, case)]
     told = [kernel for kernel in named if kernel in able]

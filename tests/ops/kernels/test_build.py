@@ -5,6 +5,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -182,12 +183,18 @@ def test_a_folder_that_others_can_write_to(compiled: list[str], tmp_path: Path, 
 def test_a_temporary_folder_that_others_can_write_to(
     compiled: list[str], tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    used, make = [], cache.new_workplace
+
+    def made(folder: Path) -> AbstractContextManager[Path]:
+        used.append(folder)
+        return make(folder)
+
     temporary.chmod(0o777)
     monkeypatch.setenv("SMET_COMPILE_CACHE", str(temporary))
-    before = set(Path("/tmp").iterdir())
+    monkeypatch.setattr(cache, "new_workplace", made)
     with pytest.warns(UserWarning, match="other users may write to"):
         assert build.library("expand") is not None
-    assert not [path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith("smet_compile_")]
+    assert used == [Path("/tmp").resolve()]
 
 
 @compiles
@@ -224,7 +231,7 @@ def test_no_folder_can_be_made_in_the_cache(
 ) -> None:
     made = cache.new_workplace
 
-    def refuse(folder: Path) -> object:
+    def refuse(folder: Path) -> AbstractContextManager[Path]:
         if folder == tmp_path:
             raise OSError(errno.EROFS, "Read-only file system")
         return made(folder)
@@ -316,7 +323,7 @@ def test_without_memory_that_may_be_executed(
 @compiles
 def test_leftovers_of_killed_processes_are_removed(compiled: list[str], tmp_path: Path) -> None:
     others = tmp_path / "others"
-    leftovers = {name: tmp_path / f"smet_compile_{name}" for name in ("old", "new", "file", "link")}
+    leftovers = {name: tmp_path / f"smet_compile_workplace_{name}" for name in ("old", "new", "file", "link")}
     others.mkdir()
     for name in ("old", "new"):
         leftovers[name].mkdir()

@@ -66,7 +66,7 @@ def _warn_of_plain_torch(what: str) -> None:
 
 
 def _kept(name: str, cxx: list[str]) -> Path | None:
-    """Where the library is kept, under a name that says all that it was made from; None where nothing can be kept."""
+    """Returns where to keep the library, by a name that says all that it was made from; None where nothing is kept."""
     sources = [_HERE / "vectors.h", _HERE / f"{name}.cpp"]
     made_by = Path(cxx[0]).resolve()
     version = made_by.stat().st_size, made_by.stat().st_mtime_ns
@@ -111,7 +111,7 @@ def _load(code: bytes, name: Path | str) -> ctypes.CDLL:
 
 
 def _compile(target: Path | None, name: str, cxx: list[str]) -> bytes:
-    """Compiles to ``target``; where that cannot be done, in a temporary folder of which nothing is left."""
+    """Compiles to ``target``; where that cannot be done, in a temporary folder that is removed."""
     if target is None:
         return _compile_elsewhere(name, cxx)
     code = None
@@ -119,7 +119,7 @@ def _compile(target: Path | None, name: str, cxx: list[str]) -> bytes:
         with cache.new_workplace(target.parent) as workplace:
             code = _run(workplace, name, cxx)
             cache.write(target, code, workplace)
-    except (OSError, subprocess.CalledProcessError) as error:  # read only, full, or of a compiler that may not write
+    except (OSError, subprocess.CalledProcessError) as error:  # read only or full
         code = _compile_elsewhere(name, cxx) if code is None else code
         _warn_of_compiling_again(target.parent, _reason(error))
     return code
@@ -147,7 +147,7 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
 
 
 def _folder() -> Path | None:
-    """Where compiled libraries are kept; None, with a warning, where another user could put code there."""
+    """Returns where to keep libraries; None, with a warning, where another user could put code there."""
     wanted = None
     try:
         wanted = Path(os.environ.get("SMET_COMPILE_CACHE") or Path.home() / ".cache" / "smet_compile")
@@ -166,7 +166,7 @@ def _warn_of_compiling_again(folder: Path | str, why: str) -> None:
 
 
 def _temporary_folder() -> Path:
-    """The folder for temporary files, or ``/tmp`` where another user could change what lies there."""
+    """Returns the folder for temporary files, or ``/tmp`` where another user could change what lies there."""
     try:
         return trusted_folder(Path(tempfile.gettempdir()))
     except OSError:

@@ -19,7 +19,7 @@ from pathlib import Path
 from smet_compile.ops.kernels.native.trust import is_trusted
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_PREFIX = "smet_compile_"
+_PREFIX = "smet_compile_workplace_"
 _ABANDONED_AFTER_S = 3600.0
 
 
@@ -64,7 +64,7 @@ def write(entry: Path, code: bytes, workplace: Path) -> None:
 
 @contextlib.contextmanager
 def new_workplace(folder: Path) -> Iterator[Path]:
-    """Makes a folder in ``folder`` for this user alone, and removes it; also those that killed processes left."""
+    """Makes a folder in ``folder`` for this user alone and removes it, as it does those that killed processes left."""
     for each in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             if _is_abandoned(each.lstat()):

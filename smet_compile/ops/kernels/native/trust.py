@@ -67,7 +67,7 @@ def _check(path: Path) -> bool:
 
 
 def _owners() -> set[int]:
-    """Root, this user, and the owner of ``/``, as root appears in a namespace that does not map it."""
+    """Returns root, this user, and the owner of ``/``: root itself, under another number in some containers."""
     return {0, os.geteuid(), _ROOT.stat().st_uid}
 
 
