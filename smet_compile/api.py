@@ -9,6 +9,7 @@ from torch import nn
 from smet_compile.convert import Globs, check_choice, choose, make_compact, remember_reasons, report
 from smet_compile.convert.compact import SELECTS
 from smet_compile.convert.doubts import warn_if_dense, warn_if_rows_are_empty
+from smet_compile.format import arguments
 from smet_compile.ops import saved_weights
 
 
@@ -53,9 +54,11 @@ def sparsify(
         ValueError: a density outside (0, 1], a block shape that is not positive, a glob or rule that matches
             nothing, a weight that is compact already, or nothing to make sparse. The model is then unchanged.
     """
+    arguments.module("sparsify", model)
     check_choice("select", select, SELECTS)
+    rescale = select == "random" if rescale is None else arguments.flag("rescale", rescale)
+    seed = arguments.seed_number("seed", seed)
     plan = choose(model, density, block_shape, include, exclude, rules, distribution)
-    rescale = select == "random" if rescale is None else rescale
     for choice in plan.choices:
         make_compact(choice, select, rescale, seed)
         saved_weights.install(choice.weight.module, owner=True)

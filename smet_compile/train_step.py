@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from smet_compile.format import arguments
+from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.fused import Update, updates_of
@@ -56,10 +58,13 @@ def compile_train_step(
         ValueError: a model without compact weights; another optimizer, or one that holds other parameters; an
             argument out of range. In a step: a loss that is not a scalar, or a batch the default cannot take.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate: expected a number of calls of at least 1, got {accumulate}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: expected a number above 0 or None, got {max_grad_norm}")
+    arguments.module("model", model)
+    arguments.optimizer("optimizer", optimizer)
+    accumulate = whole_number("accumulate", accumulate, at_least=1)
+    if max_grad_norm is not None:
+        max_grad_norm = number("max_grad_norm", max_grad_norm, above=0, advice="pass None for no clipping")
+    if loss_fn is not None:
+        function("loss_fn", loss_fn, "(model, batch) → loss")
     sites = find_sites(model)
     if not sites:
         raise ValueError("compile_train_step: expected a model with compact weights, got one with none; sparsify it")

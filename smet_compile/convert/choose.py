@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from smet_compile.convert.budget import DISTRIBUTIONS, allocate
 from smet_compile.convert.survey import ALREADY_COMPACT, Weight, survey
 from smet_compile.format import Layout
+from smet_compile.format.arguments import described, number, one_of, whole_number
 
 Globs = str | Iterable[str] | None
 
@@ -43,13 +44,14 @@ def choose(
 ) -> Plan:
     """Arguments and errors as in ``smet_compile.sparsify``."""
     check_choice("distribution", distribution, DISTRIBUTIONS)
-    _check_density("density", density)
+    density = _check_density("density", density)
     block = _check_block_shape(block_shape)
+    densities = _check_rules(rules)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
     weights = survey(model)
     chosen = _sparse_weights(weights, included, excluded)
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
-    counts = _counts(chosen, layouts, density, dict(rules or {}), distribution)
+    counts = _counts(chosen, layouts, density, densities, distribution)
     choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
     if not choices and density < 1:
         raise ValueError(
@@ -60,32 +62,51 @@ def choose(
 
 
 def check_choice(argument: str, got: str, known: Sequence[str]) -> None:
-    if got not in known:
-        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {got!r}")
+    one_of(argument, got, known)
 
 
-def _check_density(what: str, density: float) -> None:
-    number = isinstance(density, int | float) and not isinstance(density, bool)
-    if not number or not 0 < density <= 1:
-        raise ValueError(f"{what}: expected a number in (0, 1], got {density!r}; it is the fraction that stays")
+def _check_density(what: str, density: float) -> float:
+    return number(what, density, above=0, at_most=1, advice="it is the fraction that stays")
 
 
 def _check_block_shape(block_shape: int | Sequence[int]) -> tuple[int, int]:
-    pair = (block_shape, block_shape) if isinstance(block_shape, int) else tuple(block_shape)
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+    try:
+        is_list = not isinstance(block_shape, str | bytes | Mapping) and getattr(block_shape, "shape", None) != ()
+        pair = tuple(block_shape) if is_list else (block_shape, block_shape)  # type: ignore[arg-type]
+    except TypeError:
+        pair = (block_shape, block_shape)
+    try:
+        rows, cols = (whole_number("block_shape", side, at_least=1) for side in pair)
+    except ValueError:
         raise ValueError(
-            f"block_shape: expected a positive integer or two of them (rows, columns), got {block_shape!r}"
-        )
-    return pair[0], pair[1]
+            "block_shape: expected a positive integer or two of them (rows, columns), got "
+            f"{described(block_shape)}; pass 1 for single weights, 64 for tiles of (64, 64)"
+        ) from None
+    return rows, cols
 
 
 def _globs(globs: Globs, argument: str) -> list[str] | None:
     if globs is None:
         return None
-    listed = [globs] if isinstance(globs, str) else list(globs)
+    is_list = isinstance(globs, Iterable) and not isinstance(globs, str | bytes | Tensor)
+    listed = [globs] if isinstance(globs, str) else list(globs) if is_list else [globs]
     if not all(isinstance(glob, str) for glob in listed):
-        raise ValueError(f"{argument}: expected a glob or a list of globs over qualified names, got {globs!r}")
-    return listed
+        raise ValueError(
+            f"{argument}: expected a glob or a list of globs over qualified names, got {described(globs)}; pass "
+            'for example "layers.*.mlp.*"'
+        )
+    return [str(glob) for glob in listed]
+
+
+def _check_rules(rules: Mapping[str, float] | None) -> dict[str, float]:
+    if rules is None:
+        return {}
+    if not isinstance(rules, Mapping) or not all(isinstance(glob, str) for glob in rules):
+        raise ValueError(
+            f"rules: expected a dict from globs to densities, got {described(rules)}; pass for example "
+            '{"*.o_proj": 0.5}'
+        )
+    return {glob: _check_density(f"rules[{glob!r}]", ruled) for glob, ruled in rules.items()}
 
 
 def _matches(weight: Weight, glob: str) -> bool:
@@ -142,8 +163,6 @@ def _counts(
 ) -> dict[str, int]:
     """Active blocks per chosen weight: by the first rule that matches, the others by the distribution."""
     _check_globs("rules", rules, chosen.values(), "weights chosen to be sparse")
-    for glob, ruled in rules.items():
-        _check_density(f"rules[{glob!r}]", ruled)
     counts = {}
     for name, weight in chosen.items():
         matching = [ruled for glob, ruled in rules.items() if _matches(weight, glob)]

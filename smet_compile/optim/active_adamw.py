@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.format import TopologyChange
+from smet_compile.format import TopologyChange, arguments
+from smet_compile.format.arguments import described, flag, number, seed_number, whole_number
 from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.optim import generations
@@ -18,6 +19,8 @@ from smet_compile.optim.held import hold
 from smet_compile.optim.state import check_state, moment_dtype, new_state
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+_MOST_STEPS = 2**53
+_MOST_EXPONENT = 10.0
 
 
 class ActiveAdamW(Optimizer):
@@ -72,30 +75,32 @@ class ActiveAdamW(Optimizer):
                 f"{type(self).__name__}: expected a model, or parameters with model=..., got parameters alone; pass "
                 "model= so that compact weights are known"
             )
-        if state_dtype not in _STATE_DTYPES:
+        arguments.module("model", model)
+        if not any(state_dtype is known or (isinstance(known, str) and state_dtype == known) for known in _STATE_DTYPES):
             raise ValueError(
-                f'state_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {state_dtype!r}'
+                f'state_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {described(state_dtype)}'
             )
         self.state_dtype = state_dtype
-        self.stochastic_rounding = stochastic_rounding is not False
-        self.seed = seed
+        self.stochastic_rounding = stochastic_rounding is None or flag("stochastic_rounding", stochastic_rounding)
+        self.seed = seed_number("seed", seed)
         self._model = model
         self._held = hold(model)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "lr_density_exponent": lr_density_exponent,
-        }
-        _check_options(defaults)
+        defaults = _check_options(
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "lr_density_exponent": lr_density_exponent,
+            }
+        )
         self._options = frozenset(defaults)  # torch adds others to its own copy, when a state is loaded
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_options(self.defaults | param_group)
-        super().add_param_group(param_group)
+        checked = _check_options(self.defaults | param_group)
+        super().add_param_group(param_group | {key: checked[key] for key in param_group if key in self.defaults})
         self._held = hold(self._model) | self._held
         for parameter in self.param_groups[-1]["params"]:
             if parameter not in self._held:
@@ -234,14 +239,38 @@ def _ids(groups: list[dict[str, Any]]) -> list[int]:
     return [key for group in groups for key in group["params"]]
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    checks = (
-        ("lr", options["lr"] >= 0, "a number of at least 0"),
-        ("betas", all(0 <= beta < 1 for beta in options["betas"]), "two numbers in [0, 1)"),
-        ("eps", options["eps"] >= 0, "a number of at least 0"),
-        ("weight_decay", options["weight_decay"] >= 0, "a number of at least 0"),
-        ("warmup_steps", options["warmup_steps"] >= 0, "a number of steps of at least 0"),
-    )
-    for name, good, expected in checks:
-        if not good:
-            raise ValueError(f"{name}: expected {expected}, got {options[name]}")
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``options`` with the numbers as plain Python; a ValueError names the first that is out of range.
+
+    The bounds are those of what is computed from an option: a step count is an int64, a rate a finite number.
+    """
+    return options | {
+        "lr": _check_rate(options["lr"]),
+        "betas": _check_betas(options["betas"]),
+        "eps": number("eps", options["eps"], at_least=0),
+        "weight_decay": number("weight_decay", options["weight_decay"], at_least=0),
+        "warmup_steps": whole_number("warmup_steps", options["warmup_steps"], at_least=0, at_most=_MOST_STEPS),
+        "lr_density_exponent": number(
+            "lr_density_exponent", options["lr_density_exponent"], at_least=-_MOST_EXPONENT, at_most=_MOST_EXPONENT
+        ),
+    }
+
+
+def _check_rate(lr: Any) -> float | Tensor:
+    """A tensor stays one: a compiled step reads it anew each time."""
+    if not isinstance(lr, Tensor):
+        return number("lr", lr, at_least=0)
+    if lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool:
+        raise ValueError(f"lr: expected a number or a real tensor without dimensions, got {described(lr)}; pass a float")
+    if not lr.is_meta:
+        number("lr", lr.detach(), at_least=0)
+    return lr
+
+
+def _check_betas(betas: Any) -> tuple[float, float]:
+    is_list = isinstance(betas, Sequence) and not isinstance(betas, str | bytes)
+    listed = list(betas) if is_list or getattr(betas, "shape", None) == (2,) else []
+    if len(listed) != 2:
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {described(betas)}; pass a pair such as (0.9, 0.999)")
+    first, second = (number("betas", beta, at_least=0, below=1) for beta in listed)
+    return first, second
