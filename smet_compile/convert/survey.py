@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from smet_compile.convert.routers import find_routers, is_expert_stack
 from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
 _MHA_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -54,7 +54,7 @@ def survey(model: nn.Module) -> dict[str, Weight]:
     """Every parameter of two or more dimensions by qualified name, compact ones included."""
     names = _owners(model)
     heads = _output_embeddings(model)
-    routers = {id(m) for parent in model.modules() for m in _routers(parent)}
+    routers = find_routers(model)
     found = {}
     for prefix, module in _modules(model):
         for tensor_name, tensor in _matrices(module):
@@ -102,27 +102,6 @@ def _output_embeddings(model: nn.Module) -> set[int]:
         if isinstance(head, nn.Module):
             heads.update(id(m) for m in head.modules())
     return heads
-
-
-def _routers(parent: nn.Module) -> Iterator[nn.Module]:
-    """Children of ``parent`` that send tokens to experts."""
-    for name, child in parent.named_children():
-        beside_experts = hasattr(parent, "experts") and name in ("gate", "router")
-        if beside_experts or name.endswith("expert_gate") or "router" in type(child).__name__.lower():
-            yield from child.modules()
-
-
-def is_expert_stack(module: nn.Module, tensor: Tensor) -> bool:
-    """The rule for stacked experts: (E, R, C) with R, C > 1, in a module that says it holds experts.
-
-    It says so by its class name ("MixtralExperts"), or by an attribute ``num_experts``, ``num_local_experts``,
-    ``n_experts`` or ``n_routed_experts`` that equals E > 1. Position embeddings (1, T, D) and class tokens
-    (1, 1, D) have E = 1; routers are 2-D.
-    """
-    if tensor.dim() != 3 or min(tensor.shape) <= 1:
-        return False
-    counts = [getattr(module, name, None) for name in _EXPERT_COUNTS]
-    return "experts" in type(module).__name__.lower() or tensor.shape[0] in counts
 
 
 def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:

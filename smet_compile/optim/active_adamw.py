@@ -76,7 +76,9 @@ class ActiveAdamW(Optimizer):
                 "model= so that compact weights are known"
             )
         arguments.module("model", model)
-        if not any(state_dtype is known or (isinstance(known, str) and state_dtype == known) for known in _STATE_DTYPES):
+        if not any(
+            state_dtype is known or (isinstance(known, str) and state_dtype == known) for known in _STATE_DTYPES
+        ):
             raise ValueError(
                 f'state_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {described(state_dtype)}'
             )
@@ -261,7 +263,9 @@ def _check_rate(lr: Any) -> float | Tensor:
     if not isinstance(lr, Tensor):
         return number("lr", lr, at_least=0)
     if lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool:
-        raise ValueError(f"lr: expected a number or a real tensor without dimensions, got {described(lr)}; pass a float")
+        raise ValueError(
+            f"lr: expected a number or a real tensor without dimensions, got {described(lr)}; pass a float"
+        )
     if not lr.is_meta:
         number("lr", lr.detach(), at_least=0)
     return lr
@@ -271,6 +275,8 @@ def _check_betas(betas: Any) -> tuple[float, float]:
     is_list = isinstance(betas, Sequence) and not isinstance(betas, str | bytes)
     listed = list(betas) if is_list or getattr(betas, "shape", None) == (2,) else []
     if len(listed) != 2:
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {described(betas)}; pass a pair such as (0.9, 0.999)")
+        raise ValueError(
+            f"betas: expected two numbers in [0, 1), got {described(betas)}; pass a pair such as (0.9, 0.999)"
+        )
     first, second = (number("betas", beta, at_least=0, below=1) for beta in listed)
     return first, second
