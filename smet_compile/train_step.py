@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.fused import Update, updates_of
 
@@ -65,10 +66,8 @@ def compile_train_step(
         max_grad_norm = number("max_grad_norm", max_grad_norm, above=0, advice="pass None for no clipping")
     if loss_fn is not None:
         function("loss_fn", loss_fn, "(model, batch) → loss")
-    sites = find_sites(model)
-    if not sites:
-        raise ValueError("compile_train_step: expected a model with compact weights, got one with none; sparsify it")
-    _check_holds(model, optimizer, sites.values())
+    check_sparsified("compile_train_step", model)
+    _check_holds(model, optimizer, find_sites(model).values())
     return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
 
@@ -109,7 +108,7 @@ class TrainStep:
     def fused(self) -> bool:
         """Whether compact weights are updated in backward, and their gradients never kept."""
         kept = self.accumulate > 1 or self.max_grad_norm is not None or self._is_reduced
-        return not kept and self._is_whole and self._update_of is not None
+        return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[Update | None]) -> Tensor:
         """The part that is compiled: opens the sinks and computes the loss."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from smet_compile.format import Layout
 from smet_compile.format.arguments import described, number, one_of, whole_number
 
 Globs = str | Iterable[str] | None
+KEEPS_EVERY_BLOCK = "keeps every block: density 1"
+_ABSURD = 16
+_Density = TypeVar("_Density", float, None)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,15 @@ class Choice:
     weight: Weight
     layout: Layout
     num_active: int
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.layout.num_weights * self.weight.tensor.element_size()
+
+    @property
+    def values_bytes(self) -> int:
+        """Bytes of the active blocks, what hangs over the edge of the matrix included."""
+        return math.prod(self.layout.values_shape(self.num_active)) * self.weight.tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -53,11 +67,12 @@ def choose(
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
     counts = _counts(chosen, layouts, density, densities, distribution)
     choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
-    if not choices and density < 1:
+    if not choices and any(_asked(weight, densities, density) < 1 for weight in chosen.values()):
         raise ValueError(
             f"sparsify: nothing to make sparse: all {len(chosen)} chosen weights keep every block at density "
             f"{density} and block shape {block}; lower the density or use smaller blocks"
         )
+    _check_bytes(choices, block)
     return Plan(choices, _dense_reasons(weights, choices, chosen, excluded))
 
 
@@ -154,6 +169,24 @@ def _wanted(weight: Weight, include: list[str] | None) -> bool:
     return weight.dense_reason is None
 
 
+def _asked(weight: Weight, rules: dict[str, float], otherwise: _Density) -> float | _Density:
+    """The density of the first rule that matches."""
+    return next((ruled for glob, ruled in rules.items() if _matches(weight, glob)), otherwise)
+
+
+def _check_bytes(choices: list[Choice], block: tuple[int, int]) -> None:
+    """Blocks that hang far over the edge of their matrix are a slip, not a choice: nothing that size is made."""
+    dense = sum(choice.dense_bytes for choice in choices)
+    compact = sum(choice.values_bytes for choice in choices)
+    if compact > _ABSURD * dense:
+        worst = max(choices, key=lambda choice: choice.values_bytes)
+        raise ValueError(
+            f"block_shape: expected blocks that save memory, got {block}: compact weights of {compact:,} bytes in the "
+            f"place of {dense:,} dense ones (most in {worst.weight.name} of shape {worst.layout.shape}); take blocks "
+            "no larger than the matrices"
+        )
+
+
 def _counts(
     chosen: dict[str, Weight],
     layouts: dict[str, Layout],
@@ -165,9 +198,9 @@ def _counts(
     _check_globs("rules", rules, chosen.values(), "weights chosen to be sparse")
     counts = {}
     for name, weight in chosen.items():
-        matching = [ruled for glob, ruled in rules.items() if _matches(weight, glob)]
-        if matching:
-            counts[name] = layouts[name].num_active(matching[0])
+        ruled = _asked(weight, rules, None)
+        if ruled is not None:
+            counts[name] = layouts[name].num_active(ruled)
     others = {name: layout for name, layout in layouts.items() if name not in counts}
     return counts | allocate(others, density, distribution)
 
@@ -181,7 +214,7 @@ def _dense_reasons(
         if name in compact or weight.never_reason == ALREADY_COMPACT:
             continue
         if name in chosen:
-            reasons[name] = "keeps every block: density 1"
+            reasons[name] = KEEPS_EVERY_BLOCK
         elif any(_matches(weight, glob) for glob in exclude):
             reasons[name] = "excluded"
         else:

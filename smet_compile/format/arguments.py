@@ -30,7 +30,7 @@ def whole_number(
     except TypeError:
         found = None
     if found is None or (at_least is not None and found < at_least) or found > at_most:
-        shown = at_most if at_most != LARGEST or (found is not None and found > at_most) else None
+        shown = at_most if found is not None and found > at_most else None
         expected = f"a whole number{_range_text(at_least, None, shown, None)}"
         raise ValueError(f"{name}: expected {expected}, got {described(value)}; {advice}")
     return found

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, one_of, seed_number, whole_number
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime.agreement import agree_on, agree_on_ready
 from smet_compile.runtime.events import SiteEvent, TopologyEvent
 from smet_compile.runtime.gradient_growth import GradientScores
@@ -82,11 +83,10 @@ class TopologyManager:
         one_of("grow", grow, ("random", "gradient"))
         one_of("schedule", schedule, tuple(SCHEDULES))
         seed = seed_number("seed", seed)
+        check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
-        if not self.sites:
-            raise ValueError("TopologyManager: expected a model with compact weights, got one with none; sparsify it")
         stop_step = stop_fraction * total_steps
-        self.schedule = SCHEDULES[schedule](every, stop_step, drop_fraction, final_drop_fraction)
+        self.schedule = SCHEDULES[schedule if self.sites else "none"](every, stop_step, drop_fraction, final_drop_fraction)
         self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
             _check_feasible(self.sites, self._max_drop_fraction)
