@@ -19,6 +19,7 @@ from smet_compile.optim.held import hold
 from smet_compile.optim.state import check_state, moment_dtype, new_state
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+_TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_STEPS = 2**53
 _MOST_EXPONENT = 10.0
 
@@ -48,7 +49,7 @@ class ActiveAdamW(Optimizer):
 
     Raises:
         ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's; a compact
-            weight that is sharded.
+            weight that is sharded; a complex parameter. In a step: a gradient for a dtype that is not trained.
     """
 
     shared_step: ClassVar[bool] = False
@@ -85,6 +86,7 @@ class ActiveAdamW(Optimizer):
         self.state_dtype = state_dtype
         self.stochastic_rounding = stochastic_rounding is None or flag("stochastic_rounding", stochastic_rounding)
         self.seed = seed_number("seed", seed)
+        _check_initialised(type(self).__name__, model)
         self._model = model
         self._held = hold(model)
         defaults = _check_options(
@@ -111,6 +113,9 @@ class ActiveAdamW(Optimizer):
                     f"{type(self).__name__}: got a parameter of shape {tuple(parameter.shape)} that is none of the "
                     "model's; add it to the model first"
                 )
+            if parameter.requires_grad and parameter.is_complex():
+                del self.param_groups[-1]
+                raise _not_trained(self._held[parameter].name, parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,6 +127,8 @@ class ActiveAdamW(Optimizer):
         trained = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, _ in trained:
             self._held[parameter].check(parameter)
+            if parameter.dtype not in _TRAINED:
+                raise _not_trained(self._held[parameter].name, parameter)
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise ValueError(
                     f"{self._held[parameter].name}: expected a dense gradient, got a sparse one; use sparse=False"
@@ -235,6 +242,21 @@ class NaiveAdamW(ActiveAdamW):
 def _rate(lr: float | Tensor) -> Tensor:
     """On the host unless the user put it elsewhere, whatever the default device is."""
     return lr.to(torch.float64) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+
+
+def _check_initialised(optimizer: str, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
+            )
+
+
+def _not_trained(name: str, parameter: Tensor) -> ValueError:
+    return ValueError(
+        f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
+        "an optimizer of torch.optim, and give ActiveAdamW the other parameters with model="
+    )
 
 
 def _ids(groups: list[dict[str, Any]]) -> list[int]:

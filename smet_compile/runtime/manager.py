@@ -86,7 +86,9 @@ class TopologyManager:
         check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
         stop_step = stop_fraction * total_steps
-        self.schedule = SCHEDULES[schedule if self.sites else "none"](every, stop_step, drop_fraction, final_drop_fraction)
+        self.schedule = SCHEDULES[schedule if self.sites else "none"](
+            every, stop_step, drop_fraction, final_drop_fraction
+        )
         self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
             _check_feasible(self.sites, self._max_drop_fraction)
