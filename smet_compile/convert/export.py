@@ -68,12 +68,12 @@ def _plain_copy(model: nn.Module) -> nn.Module:
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` or data parallelism wraps; ``module`` itself where none does."""
     while True:
-        inner = module._modules["_orig_mod"] if "_orig_mod" in module._modules else None
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if inner is None:
+            module = module.module
+        elif "_orig_mod" in module._modules and (inner := module._modules["_orig_mod"]) is not None:
+            module = inner
+        else:
             return module
-        module = inner
 
 
 def _objects_in(model: nn.Module) -> Iterator[Any]:

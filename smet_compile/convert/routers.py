@@ -17,6 +17,7 @@ _SAID_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_exper
 _SCORING_WORDS = {"gate", "gates", "gating", "routing", "wg", "switch", "dispatch", "dispatcher", "selector", "scorer"}
 _SCORING_WORDS |= {"noise", "noisy"}
 _SCORING_CLASSES = ("gate", "gating", "routing", "topk", "top1", "top2", "selector", "dispatch")
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 _GATES = ("gate", "gates", "gating", "wg")
 
 
@@ -34,7 +35,8 @@ def find_routers(model: nn.Module) -> set[int]:
             path = f"{name}.{child_name}" if name else child_name
             inside = modules.get(path, module._modules[child_name])
             assert inside is not None
-            if not any(_is_experts(part_name, part) for part_name, part in inside._modules.items()):
+            parts = ((part_name.rpartition(".")[2], part) for part_name, part in inside.named_modules() if part_name)
+            if not any(_is_experts(part_name, part) for part_name, part in parts):
                 found.update(id(part) for part in inside.modules())
     return found
 
@@ -70,7 +72,7 @@ def _routers_of(parent: nn.Module, beside: set[int], within: set[int]) -> Iterat
     """
     children = {name: child for name, child in parent._modules.items() if child is not None}
     others = {name: child for name, child in children.items() if not _is_experts(name, child)}
-    holds_experts = bool(beside) or len(others) < len(children)
+    holds_experts = bool(beside) or len(others) < len(children) or attribute(parent, "experts") is not None
     counted = within | _said_counts(parent, and_config=holds_experts)
     lists = {len(child._modules) for child in children.values() if _is_list_of_alike(child)}
     named = set()
@@ -96,32 +98,36 @@ def _scores_by_name(name: str, child: nn.Module) -> bool:
 
 def _is_experts(name: str, child: nn.Module | None) -> bool:
     """Whether a child holds the experts among which a router chooses; shared experts see every token."""
-    if child is None or "shared" in name.lower() or "gate" in name.lower():
+    name, kind = name.lower(), type(child).__name__.lower()
+    if child is None or "shared" in name or "gate" in name or "router" in kind:
         return False
-    if "expert" in name.lower() or "experts" in type(child).__name__.lower():
-        return "router" not in type(child).__name__.lower()
-    return False
+    return name == "experts" or "experts" in kind or ("expert" in name and bool(_counts_in(child)))
 
 
 def _expert_counts(module: nn.Module) -> set[int]:
     """Numbers of experts that ``module`` holds: in a child that holds them all, or in stacks of its own."""
-    counts = set()
+    named = [t for name, t in module._parameters.items() if t is not None and "expert" in name.lower()]
+    stacks = [tensor for tensor in _parameters(module) if is_expert_stack(module, tensor)]
+    counts = {tensor.shape[0] for tensor in [*stacks, *named] if not nn.parameter.is_lazy(tensor) and tensor.dim() == 3}
+    held = [child for name, child in module._modules.items() if child is not None and _is_experts(name, child)]
+    return {count for count in counts.union(*(_counts_in(child) for child in held)) if count > 1}
+
+
+def _counts_in(child: nn.Module) -> set[int]:
+    """How many experts lie in a module of experts: by its attributes, as the length of a list, as that of stacks."""
+    if isinstance(child, _LISTS):
+        return {len(child._modules)}
+    inside = [part for part in child._modules.values() if part is not None]
+    counts = {len(part._modules) for part in inside if isinstance(part, _LISTS)}
+    stacks = {t.shape[0] for part in (child, *inside) for t in _parameters(part) if t.dim() == 3}
+    return counts | stacks | _said_counts(child, and_config=False)
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """Those of ``module`` itself that have a shape."""
     for tensor in module._parameters.values():
-        if tensor is not None and not nn.parameter.is_lazy(tensor) and is_expert_stack(module, tensor):
-            counts.add(tensor.shape[0])
-    for name, child in module._modules.items():
-        if child is None or not _is_experts(name, child):
-            continue
-        counts |= _said_counts(child, and_config=False)
-        for part in child.modules():
-            counts |= {t.shape[0] for t in part._parameters.values() if _is_stack(t)}
-            if isinstance(part, nn.ModuleList | nn.ModuleDict):
-                counts.add(len(part._modules))
-    return {count for count in counts if count > 1}
-
-
-def _is_stack(tensor: Tensor | None) -> bool:
-    return tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.dim() == 3
+        if tensor is not None and not nn.parameter.is_lazy(tensor):
+            yield tensor
 
 
 def _said_counts(module: nn.Module, and_config: bool) -> set[int]:
@@ -133,12 +139,12 @@ def _said_counts(module: nn.Module, and_config: bool) -> set[int]:
 
 def _is_list_of_alike(child: nn.Module) -> bool:
     parts = [part for part in child._modules.values() if part is not None]
-    return isinstance(child, nn.ModuleList | nn.ModuleDict) and len(parts) > 1 and len({type(p) for p in parts}) == 1
+    return isinstance(child, _LISTS) and len(parts) > 1 and len({type(p) for p in parts}) == 1
 
 
 def _outputs(module: nn.Module) -> set[int]:
     """Numbers of features that come out of the last matrix in ``module``; of each, for a list of modules."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if isinstance(module, _LISTS):
         return set().union(*(_outputs(part) for part in module._modules.values() if part is not None))
     found: set[int] = set()
     for part in module.modules():
@@ -153,8 +159,7 @@ def _own_outputs(module: nn.Module) -> set[int]:
     if type(module).__name__ == "Conv1D":
         features = attribute(module, "nf")
         return {features} if isinstance(features, int) else set()
-    tensors = [t for t in module._parameters.values() if t is not None and not nn.parameter.is_lazy(t)]
-    return {side for tensor in tensors if tensor.dim() == 2 for side in tensor.shape[:1]}
+    return {tensor.shape[0] for tensor in _parameters(module) if tensor.dim() == 2}
 
 
 def _widths(children: dict[str, nn.Module]) -> set[int]:
@@ -164,9 +169,9 @@ def _widths(children: dict[str, nn.Module]) -> set[int]:
         for name, child in children.items()
         if _is_experts(name, child)
         for part in child.modules()
-        for tensor in part._parameters.values()
-        if tensor is not None and not nn.parameter.is_lazy(tensor)
-        for side in (tensor.shape[-2:] if tensor.dim() == 3 else tensor.shape if tensor.dim() == 2 else ())
+        for tensor in _parameters(part)
+        if tensor.dim() >= 2
+        for side in tensor.shape[-2:]
     }
 
 

@@ -67,8 +67,8 @@ def inspect(
     owner: nn.Module = getattr(model, "_orig_mod", model)
     if manager is not None and not isinstance(manager, TopologyManager):
         raise ValueError(
-            f"manager: expected a TopologyManager or None, got {arguments.described(manager)}; an input of the model by "
-            "this name is given by its place"
+            f"manager: expected a TopologyManager or None, got {arguments.described(manager)}; give an input of "
+            "the model that has this name by its place"
         )
     if optimizer is not None:
         arguments.optimizer("optimizer", optimizer)

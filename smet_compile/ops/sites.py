@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from smet_compile.format import Layout
 from smet_compile.ops.compact_weight import CompactWeight
 
-
 _AT_DENSITY_ONE = "_smet_at_density_one"
 
 
@@ -58,8 +57,9 @@ def parametrizations(module: nn.Module) -> Any:
 
     Not by ``getattr``: a module compiled by itself answers with the attributes of the one in it.
     """
-    modules = module._modules
-    found = modules["parametrizations"] if "parametrizations" in modules else None  # TorchScript's has no `get`
+    if "parametrizations" not in module._modules:  # TorchScript's mapping has no `get`
+        return {}
+    found = module._modules["parametrizations"]
     return found if isinstance(found, nn.ModuleDict) else {}
 
 

@@ -162,6 +162,23 @@ BY_HAND: ByHand = {
         lambda: holding(experts=nn.ModuleList(GatedMLP(16, 4) for _ in range(4)), gate=nn.Linear(16, 4)),
         ("gate.weight",),
     ),
+    "experts_of_several_layers": (
+        lambda: holding(
+            experts=nn.ModuleList(
+                holding(layers=nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])) for _ in "abcd"
+            ),
+            score=nn.Linear(16, 4),
+            pair=nn.Linear(16, 2),
+        ),
+        ("score.weight",),
+    ),
+    "router_that_embeds_experts": (
+        lambda: holding(
+            experts=experts(), router=holding(query=nn.Linear(16, 8), expert_embeddings=nn.Embedding(4, 8))
+        ),
+        ("router.query.weight", "router.expert_embeddings.weight"),
+    ),
+    "one_expert_is_no_mixture": (lambda: holding(expert=mlp(), gate_proj=nn.Linear(16, 4)), ()),
     "gated_mlp": (GatedMLP, ()),
     "gated_mlp_beside": (
         lambda: holding(moe=holding(experts=experts(), gate=nn.Linear(16, 4)), shared=GatedMLP(16, 4)),
