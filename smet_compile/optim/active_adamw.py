@@ -70,6 +70,8 @@ class ActiveAdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError(f"model: expected none beside a model, got {described(model)}; leave it out")
             model, params = params, list(params.parameters())
         if model is None:
             raise ValueError(
@@ -288,8 +290,7 @@ def _check_rate(lr: Any) -> float | Tensor:
         raise ValueError(
             f"lr: expected a number or a real tensor without dimensions, got {described(lr)}; pass a float"
         )
-    if not lr.is_meta:
-        number("lr", lr.detach(), at_least=0)
+    number("lr", lr.detach(), at_least=0)
     return lr
 
 
