@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from smet_compile.convert import Globs, check_choice, choose, make_compact, remember_reasons, report
+from smet_compile.convert import Globs, check_choice, check_density, choose, make_compact, remember_reasons, report
 from smet_compile.convert.compact import SELECTS
 from smet_compile.convert.doubts import warn_if_dense, warn_if_larger, warn_if_rows_are_empty
 from smet_compile.format import arguments
@@ -57,6 +57,7 @@ def sparsify(
             is then unchanged.
     """
     arguments.module("sparsify", model)
+    density = check_density("density", density)
     check_choice("select", select, SELECTS)
     rescale = select == "random" if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from smet_compile.convert.budget import DISTRIBUTIONS, allocate
 from smet_compile.convert.survey import ALREADY_COMPACT, Weight, survey
@@ -58,7 +58,7 @@ def choose(
 ) -> Plan:
     """Arguments and errors as in ``smet_compile.sparsify``."""
     check_choice("distribution", distribution, DISTRIBUTIONS)
-    density = _check_density("density", density)
+    density = check_density("density", density)
     block = _check_block_shape(block_shape)
     densities = _check_rules(rules)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
@@ -80,7 +80,7 @@ def check_choice(argument: str, got: str, known: Sequence[str]) -> None:
     one_of(argument, got, known)
 
 
-def _check_density(what: str, density: float) -> float:
+def check_density(what: str, density: float) -> float:
     return number(what, density, above=0, at_most=1, advice="it is the fraction that stays")
 
 
@@ -103,8 +103,8 @@ def _check_block_shape(block_shape: int | Sequence[int]) -> tuple[int, int]:
 def _globs(globs: Globs, argument: str) -> list[str] | None:
     if globs is None:
         return None
-    is_list = isinstance(globs, Iterable) and not isinstance(globs, str | bytes | Tensor)
-    listed = [globs] if isinstance(globs, str) else list(globs) if is_list else [globs]
+    is_list = isinstance(globs, Iterable) and not isinstance(globs, str | bytes) and getattr(globs, "shape", 1) == 1
+    listed = list(globs) if is_list else [globs]
     if not all(isinstance(glob, str) for glob in listed):
         raise ValueError(
             f"{argument}: expected a glob or a list of globs over qualified names, got {described(globs)}; pass "
@@ -121,7 +121,7 @@ def _check_rules(rules: Mapping[str, float] | None) -> dict[str, float]:
             f"rules: expected a dict from globs to densities, got {described(rules)}; pass for example "
             '{"*.o_proj": 0.5}'
         )
-    return {glob: _check_density(f"rules[{glob!r}]", ruled) for glob, ruled in rules.items()}
+    return {glob: check_density(f"rules[{glob!r}]", ruled) for glob, ruled in rules.items()}
 
 
 def _matches(weight: Weight, glob: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 _LONGEST = 60
+_LONGEST_NAME = 255
 LARGEST = 2**63 - 1
 _Called = TypeVar("_Called", bound=Callable[..., Any])
 
@@ -103,9 +104,12 @@ def optimizer(name: str, value: object) -> Any:
 
 
 def path(name: str, value: object) -> str:
-    """Returns the path of a file as text."""
-    if not isinstance(value, str | os.PathLike) or not isinstance(found := os.fspath(value), str) or not found:
+    """Returns the path of a file as text, each part of it a name that file systems take."""
+    found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(found, str) or not found or "\0" in found:
         raise ValueError(f"{name}: expected the path of a file, got {described(value)}; pass a str or a pathlib.Path")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in found.split(os.sep)):
+        raise ValueError(f"{name}: expected names of at most {_LONGEST_NAME} bytes, got {described(value)}; shorten it")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from smet_compile.convert import Globs
+from smet_compile.convert import Globs, check_density
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.ops import find_sites
@@ -77,6 +77,7 @@ def plan(
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
             shapes alone, or nothing that fits (with the least bytes there are).
     """
+    density = None if density is None else check_density("density", density)
     batch = None if batch is None else _count("batch", batch)
     sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
     compiled = arguments.flag("compiled", compiled)

@@ -60,6 +60,9 @@ RANGES: list[tuple[Callable[[], Any], str]] = [
     (lambda: arguments.optimizer("x", None), "expected an optimizer .*, got None; pass what holds"),
     (lambda: arguments.function("x", 3, "(a) → b"), r"expected a function \(a\) → b, got 3"),  # type: ignore[type-var]
     (lambda: arguments.path("x", b"x"), "expected the path of a file, got b'x'"),
+    (lambda: arguments.path("x", "a/" + "b" * 256), "expected names of at most 255 bytes"),
+    (lambda: arguments.path("x", "a\0b"), "expected the path of a file"),
+    (lambda: arguments.path("x", ""), "expected the path of a file, got ''"),
     (lambda: arguments.path("x", 1), "expected the path of a file, got 1"),
 ]
 
