@@ -114,8 +114,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-FEW = ("deepseek_v3", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "jamba", "jetmoe", "llama4", "mixtral")
-FEW += ("olmoe", "phimoe", "qwen3_moe", "qwen3_next", "switch_transformers")
+FEW = ("deepseek_v3", "gpt_oss", "hunyuan_v1_moe", "jetmoe", "llama4", "mixtral", "qwen3_next", "switch_transformers")
 
 
 def build(name: str) -> nn.Module | None:
