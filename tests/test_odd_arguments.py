@@ -108,6 +108,13 @@ def stepped(run: Run, argument: str, value: Any) -> None:
             assert math.isfinite(step(seed))
 
 
+def materialized(run: Run, argument: str, value: Any) -> None:
+    with torch.device("meta"):
+        model = smet.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), 0.4)
+    smet.materialize(**({"model": model, "device": "cpu"} | {argument: value}))
+    assert loss_of(model, 0).isfinite()
+
+
 def decayed(run: Run, argument: str, value: Any) -> None:
     groups = smet.decay_groups(**({"model": run.model, "weight_decay": 0.1} | {argument: value}))
     run.trained(smet.ActiveAdamW(groups, model=run.model))
@@ -163,6 +170,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
         ("model", "optimizer", "total_steps", "every", *FRACTIONS, "drop", "grow", "schedule", "seed"),
     ),
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
+    "materialize": (materialized, ("model", "seed", "device", "initialize")),
     "decay_groups": (decayed, ("model", "weight_decay")),
     "report": (lambda run, argument, value: str(smet.report(value)), ("model",)),  # type: ignore[arg-type, return-value]
     "export_dense": (lambda run, argument, value: smet.export_dense(value), ("model",)),  # type: ignore[arg-type, return-value]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from smet_compile.convert.routers import find_routers, is_expert_stack
+from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
 from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
@@ -54,14 +54,14 @@ class Weight:
 def survey(model: nn.Module) -> dict[str, Weight]:
     """Every parameter of two or more dimensions by qualified name, compact ones included."""
     names = _owners(model)
-    heads = _output_embeddings(model)
+    heads, adapters = _output_embeddings(model), _adapters(model)
     routers = find_routers(model)
     found = {}
     for prefix, module in _modules(model):
         for tensor_name, tensor in _matrices(module):
             name = f"{prefix}.{tensor_name}" if prefix else tensor_name
             never = _never(name, module, tensor_name, tensor, names)
-            dense = _left_dense(module, tensor_name, tensor, heads, routers)
+            dense = _left_dense(module, tensor_name, tensor, heads, adapters, routers)
             found[name] = Weight(name, module, tensor_name, tensor, dense, never)
     return found
 
@@ -108,6 +108,18 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     return heads
 
 
+def _adapters(model: nn.Module) -> set[int]:
+    """Returns the identities of low-rank adapters: what PEFT's layers name as theirs, and what is called ``lora_*``."""
+    found: set[int] = set()
+    for module in model.modules():
+        named = attribute(module, "adapter_layer_names")
+        names = set(named) if isinstance(named, tuple | list) else set()
+        for name, part in (*module.named_children(), *module.named_parameters(recurse=False)):
+            if name in names or name.startswith("lora_"):
+                found.update(id(inner) for inner in (part.modules() if isinstance(part, nn.Module) else [part]))
+    return found
+
+
 def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:
     hugging_face_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     if isinstance(module, nn.Linear) or hugging_face_conv1d:
@@ -117,9 +129,13 @@ def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:
     return is_expert_stack(module, tensor)
 
 
-def _left_dense(module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], routers: set[int]) -> str | None:
+def _left_dense(
+    module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], adapters: set[int], routers: set[int]
+) -> str | None:
     if id(module) in heads:
         return "output embeddings"
+    if id(module) in adapters or id(tensor) in adapters:
+        return "an adapter"
     if id(module) in routers:
         return "routes tokens to experts"
     if nn.parameter.is_lazy(tensor):
