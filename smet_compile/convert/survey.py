@@ -114,8 +114,8 @@ def _adapters(model: nn.Module) -> set[int]:
     for module in model.modules():
         named = attribute(module, "adapter_layer_names")
         names = set(named) if isinstance(named, tuple | list) else set()
-        for name, part in (*module.named_children(), *module.named_parameters(recurse=False)):
-            if name in names or name.startswith("lora_"):
+        for name, part in (*module._modules.items(), *module._parameters.items()):
+            if part is not None and (name in names or name.startswith("lora_")):
                 found.update(id(inner) for inner in (part.modules() if isinstance(part, nn.Module) else [part]))
     return found
 
