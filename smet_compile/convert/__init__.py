@@ -1,17 +1,17 @@
 """Where a model becomes sparse, and back: find the weights, share out the density, parametrize, export."""
 
 from smet_compile.convert.choose import Globs, check_choice, choose
-from smet_compile.convert.compact import make_compact
+from smet_compile.convert.compact import draw, make_compact
 from smet_compile.convert.export import export_dense
-from smet_compile.convert.report import Report, remember_reasons, report
+from smet_compile.convert.report import Report, report
 
 __all__ = [
     "Globs",
     "Report",
     "check_choice",
     "choose",
+    "draw",
     "export_dense",
     "make_compact",
-    "remember_reasons",
     "report",
 ]

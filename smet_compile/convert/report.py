@@ -9,7 +9,7 @@ from torch import nn
 
 from smet_compile.convert.survey import ALREADY_COMPACT, survey
 from smet_compile.format import block_sizes, count_active, positions_of
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import CompactWeight, Site, find_sites
 
 _REASONS = "_smet_dense_reasons"
 
@@ -112,7 +112,13 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)
 
 def remember_reasons(model: nn.Module, reasons: dict[str, str]) -> None:
     """Keeps with the model why its other weights stayed dense; a second sparsify adds to the first."""
-    model.__dict__[_REASONS] = model.__dict__.get(_REASONS, {}) | reasons
+    if reasons:
+        model.__dict__[_REASONS] = reasons_of(model) | reasons
+
+
+def reasons_of(model: nn.Module) -> dict[str, str]:
+    """Returns what ``remember_reasons`` keeps with the model."""
+    return dict(model.__dict__.get(_REASONS, {}))
 
 
 def forget_reasons(model: nn.Module) -> None:
@@ -125,7 +131,7 @@ def report(model: nn.Module) -> Report:
     On the meta device, where a topology has no data, the number of active blocks is the number of values.
     """
     sites = [_site_report(site) for site in find_sites(model).values()]
-    reasons = model.__dict__.get(_REASONS, {})
+    reasons = reasons_of(model)
     dense, seen = [], set()
     for name, weight in survey(model).items():
         if weight.never_reason == ALREADY_COMPACT:
@@ -137,7 +143,7 @@ def report(model: nn.Module) -> Report:
         dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, why))
     num_dense = sum(row.num_weights for row in dense if row.bytes)
     total = sum(_num_weights(site.shape) for site in sites)
-    active = sum(_num_active_weights(site) for site in find_sites(model).values())
+    active = sum(num_active_weights(site.compact) for site in find_sites(model).values())
     return Report(sites, dense, total + num_dense, active + num_dense)
 
 
@@ -148,13 +154,14 @@ def _num_weights(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _num_active_weights(site: Site) -> int:
+def num_active_weights(compact: CompactWeight) -> int:
     """Weights inside active blocks; a block at the edge has fewer. On the meta device: about as many."""
-    if site.layout.single_weights:
-        return site.num_active
-    if site.compact.topology.is_meta:
-        return round(site.density * site.layout.num_weights)
-    return int(block_sizes(site.layout, positions_of(site.mask())).sum())
+    layout = compact.layout
+    if layout.single_weights:
+        return compact.num_active
+    if compact.topology.is_meta:
+        return round(compact.num_active / layout.num_blocks * layout.num_weights)
+    return int(block_sizes(layout, positions_of(compact.mask())).sum())
 
 
 def _site_report(site: Site) -> SiteReport:
