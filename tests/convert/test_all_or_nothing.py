@@ -130,7 +130,10 @@ def test_what_fails_changes_nothing(owner: Any, name: str, call: int, after: boo
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"exclude": "*a*"}, "more than 1.5 times"), ({"block_shape": 8, "include": "last"}, "some outputs or inputs")],
+    [
+        ({"exclude": "*a*"}, "more than 1.5 times"),
+        ({"density": 0.9, "rules": {"last": 0.25}, "block_shape": 4}, "some outputs or inputs"),
+    ],
     ids=["dense", "empty_rows"],
 )
 def test_a_warning_that_is_an_error(options: dict[str, Any], message: str) -> None:
