@@ -68,12 +68,13 @@ def sparsify(
         check_nothing_else_says_density(density, rules, distribution)
     wanted = _DENSITY if density is None else density
     plan = choose(model, wanted, block_shape, include, exclude, rules, distribution, select)
-    drawn = [draw(choice, select, seed) for choice in plan.choices]
+    rescale = select == "random" if rescale is None else rescale
+    drawn = [draw(choice, select, rescale, seed) for choice in plan.choices]
     if select != "nonzero":
         warn_if_dense(report(model), drawn, plan.dense_reasons, wanted)
         warn_if_rows_are_empty(plan.choices)
     _install_passes()
-    make_compact(model, drawn, select == "random" if rescale is None else rescale, plan.dense_reasons)
+    make_compact(model, drawn, plan.dense_reasons)
     return model
 
 

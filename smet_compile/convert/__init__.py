@@ -3,6 +3,7 @@
 from smet_compile.convert.choose import Globs, check_choice, choose
 from smet_compile.convert.compact import draw, make_compact
 from smet_compile.convert.export import export_dense
+from smet_compile.convert.materialize import materialize
 from smet_compile.convert.report import Report, report
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "draw",
     "export_dense",
     "make_compact",
+    "materialize",
     "report",
 ]

@@ -17,7 +17,7 @@ from smet_compile.convert.nonzero import nonzero_blocks
 from smet_compile.convert.report import remember_reasons
 from smet_compile.convert.undo import Undo
 from smet_compile.format import all_block_means, sample_evenly, sample_positions
-from smet_compile.ops import CompactWeight, saved_weights
+from smet_compile.ops import CompactWeight, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
 
 SELECTS = ("random", "magnitude", "nonzero")
@@ -32,15 +32,17 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(choice: Choice, select: str, seed: int) -> Drawn:
+def draw(choice: Choice, select: str, rescale: bool, seed: int) -> Drawn:
     """Selects the active blocks of a weight, and packs it once for trial. Changes nothing."""
-    compact = CompactWeight(choice.layout, _select(choice, select, seed), choice.num_active)
+    mask = select_blocks(choice, select, seed)
+    compact = CompactWeight(choice.layout, mask, choice.num_active, choice.weight.name)
+    compact.select, compact.rescale = select, rescale
     compact.right_inverse(choice.weight.tensor)
     return Drawn(choice, compact)
 
 
 @torch.no_grad()
-def make_compact(model: nn.Module, drawn: Sequence[Drawn], rescale: bool, reasons: Mapping[str, str]) -> None:
+def make_compact(model: nn.Module, drawn: Sequence[Drawn], reasons: Mapping[str, str]) -> None:
     """Makes all drawn weights of ``model`` compact, and remembers for what ``reasons`` others stay dense.
 
     First everything is registered while the weights are dense, which can be undone. Then they are packed one by one,
@@ -54,13 +56,14 @@ def make_compact(model: nn.Module, drawn: Sequence[Drawn], rescale: bool, reason
         for each in drawn:
             weight = each.choice.weight
             parametrize.register_parametrization(weight.module, weight.tensor_name, _Dense(), unsafe=True)
+            reads.accept_parameters(weight.module, parametrizations)
             each.compact.train(weight.module.training)
         for each in drawn:
             saved_weights.install(each.choice.weight.module, owner=True)
         saved_weights.install(model)
         remember_reasons(model, dict(reasons))
         for each in sorted(drawn, key=_num_bytes, reverse=True):
-            _pack(each, rescale)
+            _pack(each)
     except BaseException as error:
         packed = [each.choice.weight for each in drawn if _is_packed(each)]
         undo(packed)
@@ -95,7 +98,7 @@ def _is_packed(drawn: Drawn) -> bool:
     return name in chains and chains[name][0] is drawn.compact
 
 
-def _pack(drawn: Drawn, rescale: bool) -> None:
+def _pack(drawn: Drawn) -> None:
     """Whatever fails or interrupts, the parameter holds the whole dense weight or its values."""
     weight, compact = drawn.choice.weight, drawn.compact
     tensor, dense, grad = weight.tensor, weight.tensor.detach(), weight.tensor.grad
@@ -106,7 +109,7 @@ def _pack(drawn: Drawn, rescale: bool) -> None:
         chain[0] = compact
         chain.right_inverse(dense)
         tensor.grad = None
-        if rescale:
+        if compact.rescale:
             tensor.mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
     except BaseException:
         chain[0] = place
@@ -117,8 +120,8 @@ def _pack(drawn: Drawn, rescale: bool) -> None:
         raise
 
 
-def _select(choice: Choice, select: str, seed: int) -> Tensor:
-    """(num_blocks,) bool: the blocks that start active."""
+def select_blocks(choice: Choice, select: str, seed: int) -> Tensor:
+    """Returns the mask (num_blocks,) of the blocks that start active."""
     weight, layout = choice.weight, choice.layout
     mask = torch.zeros(layout.num_blocks, dtype=torch.bool, device=weight.tensor.device)
     if weight.tensor.is_meta:

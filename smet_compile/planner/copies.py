@@ -35,7 +35,7 @@ def copy_with(model: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def make_sparse(model: nn.Module, choices: Iterable[Choice]) -> None:
     """``sparsify`` of a model on the meta device."""
-    make_compact(model, [draw(choice, "random", seed=0) for choice in choices], rescale=False, reasons={})
+    make_compact(model, [draw(choice, "random", rescale=False, seed=0) for choice in choices], reasons={})
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
