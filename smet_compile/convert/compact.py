@@ -113,7 +113,7 @@ def _pack(drawn: Drawn) -> None:
             tensor.mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
     except BaseException:
         chain[0] = place
-        if not tensor.is_set_to(dense):
+        if tensor.shape != dense.shape:
             tensor.data = dense
         tensor.grad = grad
         forget(tensor)

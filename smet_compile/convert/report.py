@@ -112,13 +112,7 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)
 
 def remember_reasons(model: nn.Module, reasons: dict[str, str]) -> None:
     """Keeps with the model why its other weights stayed dense; a second sparsify adds to the first."""
-    if reasons:
-        model.__dict__[_REASONS] = reasons_of(model) | reasons
-
-
-def reasons_of(model: nn.Module) -> dict[str, str]:
-    """Returns what ``remember_reasons`` keeps with the model."""
-    return dict(model.__dict__.get(_REASONS, {}))
+    model.__dict__[_REASONS] = model.__dict__.get(_REASONS, {}) | reasons
 
 
 def forget_reasons(model: nn.Module) -> None:
@@ -131,7 +125,7 @@ def report(model: nn.Module) -> Report:
     On the meta device, where a topology has no data, the number of active blocks is the number of values.
     """
     sites = [_site_report(site) for site in find_sites(model).values()]
-    reasons = reasons_of(model)
+    reasons = model.__dict__.get(_REASONS, {})
     dense, seen = [], set()
     for name, weight in survey(model).items():
         if weight.never_reason == ALREADY_COMPACT:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from smet_compile.convert.report import forget_reasons, reasons_of, remember_reasons
 from smet_compile.convert.survey import Weight
 from smet_compile.ops.sites import parametrizations
 
+_NOTES = "_smet_"
+"""How the names of attributes begin that this library gives to modules."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 
 
@@ -22,7 +23,7 @@ class Undo:
 
     def __init__(self, model: nn.Module, weights: Iterable[Weight]) -> None:
         self._model = model
-        self._reasons = reasons_of(model)
+        self._notes = {module: _notes(module) for module in model.modules()}
         modules: dict[nn.Module, set[str]] = {model: set()}
         for weight in weights:
             modules.setdefault(weight.module, set()).add(weight.tensor_name)
@@ -37,9 +38,14 @@ class Undo:
             before.restore_weights(kept.get(before.module, set()))
             if before.module not in kept and not (kept and before.module is self._model):
                 before.restore_hooks()
-        if not kept:
-            forget_reasons(self._model)
-            remember_reasons(self._model, self._reasons)
+        for module, notes in self._notes.items() if not kept else ():
+            for name in _notes(module):
+                del module.__dict__[name]
+            module.__dict__.update(notes)
+
+
+def _notes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name.startswith(_NOTES)}
 
 
 class _Before:
