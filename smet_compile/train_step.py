@@ -91,6 +91,7 @@ class TrainStep:
         self._update_of = updates_of(optimizer)
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._num_accumulated = 0
+        self._unfinished: list[Update | None] | None = None
         self._leaf = torch.zeros((), requires_grad=True)
         self._is_whole = True
         self.compile()
@@ -133,12 +134,15 @@ class TrainStep:
                 f"batch: expected a dict of the model's arguments, got {type(batch).__name__}; pass "
                 "loss_fn=lambda model, batch: ..."
             )
-        updates = self.updates()
+        self._abandon()  # a step whose cleaning up was interrupted
+        self._unfinished = updates = self.updates()
         try:
-            return self._step(batch, updates)
+            loss = self._step(batch, updates)
         except BaseException:
-            self._abandon(updates)
+            self._abandon()
             raise
+        self._unfinished = None
+        return loss
 
     def _step(self, batch: Any, updates: list[Update | None]) -> Tensor:
         is_last = self._num_accumulated + 1 == self.accumulate
@@ -161,16 +165,23 @@ class TrainStep:
             self._num_accumulated = 0
         return loss.detach()
 
-    def _abandon(self, updates: list[Update | None]) -> None:
-        """Leaves nothing of a step that broke but the updates that it made."""
+    def _abandon(self) -> None:
+        """Leaves nothing of a step that broke but the updates that it made. Does nothing where none is unfinished."""
+        updates = self._unfinished
+        if updates is None:
+            return
         self._num_accumulated = 0
         self.model.zero_grad(set_to_none=True)
         for reducer in self._reducers:
             _forget_reduction(reducer)
-        for site in self.sites:
+        for site, update in zip(self.sites, updates, strict=True):
+            site.compact.update_sink = None
+            if update is not None:
+                site.values.requires_grad_(True)
             if site.compact.candidates is not None:
                 site.compact.candidates.fill_(NO_GRADIENT)
         self.forget_unused(updates)
+        self._unfinished = None
 
     def _loss(self, batch: Any, updates: list[Update | None]) -> Tensor:
         with self.gradients_in_sinks(updates):

@@ -59,10 +59,10 @@ class Forwards(threading.local, Generic[C]):
     def enter(self, module: nn.Module, caller: FrameType, context: C | None) -> None:
         """Begins a forward of ``module`` and its context. ``caller``: the frame that calls its hooks."""
         forward = _Forward(module, caller, context)
-        self._stack.append(forward)
         call = _object_of_call(caller)
         if call is not None:
             forward.call = weakref.ref(call, _Freed(self._stack, forward))
+        self._stack.append(forward)
         if context is not None:
             context.begin()
 

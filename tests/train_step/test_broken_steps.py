@@ -1,7 +1,10 @@
 """Whatever breaks a step, and wherever: no gradient is left, and the next step is that of a fresh TrainStep."""
 
 import copy
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
+from random import Random
 from typing import Any
 
 import pytest
@@ -288,6 +291,66 @@ def test_growth_that_breaks(options: dict[str, Any], monkeypatch: pytest.MonkeyP
         step(batch_of(call))
     event = manager.step()
     assert event is not None and set(event.sites) == {"first.weight", "last.weight"}
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_an_interrupt_while_a_broken_step_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call does the rest."""
+    run = run_of(active)
+    step = run.compiled()
+    with monkeypatch.context() as patched, pytest.raises(Interrupt):
+        patched.setattr(run.model, "zero_grad", lambda **_: in_turn(Interrupt()))
+        step(in_backward(run, batch_of(7), Fault()))
+    assert [name for name, p in run.model.named_parameters() if p.grad is not None]
+    other = fresh_copy(run, active)
+    run.in_step(step, map(batch_of, range(2)))
+    other.in_step(other.compiled(), map(batch_of, range(2)))
+    assert_same(dict(run.model.state_dict()), dict(other.model.state_dict()), "model")
+    assert_nothing_left(run.model)
+
+
+def in_turn(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "max_grad_norm": 0.1}], ids=str)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_signals_at_any_time(options: dict[str, Any]) -> None:
+    """A timer interrupts steps where it likes: in forwards, hooks, between the updates, in the optimizer."""
+    run, random = run_of(active), Random(0)
+    step = run.compiled(**options)
+    run.in_step(step, map(batch_of, range(6)))
+    begin = time.perf_counter()
+    run.in_step(step, map(batch_of, range(6)))
+    duration, num_interrupts = (time.perf_counter() - begin) / 6, 0
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for call in range(300):
+            asks = [p.requires_grad for p in run.model.parameters()]
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, duration))
+                    step(batch_of(call))
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupt:
+                num_interrupts += 1
+                if step._num_accumulated == 0:  # else it came between two calls, and left what they accumulated
+                    assert_nothing_left(run.model)
+            assert [p.requires_grad for p in run.model.parameters()] == asks
+            assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert num_interrupts > 100
+    step._num_accumulated = 0
+    run.model.zero_grad()
+    check_that_it_goes_on(run, step, active, num_calls=step.accumulate)
 
 
 def test_a_compiled_step() -> None:
