@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from smet_compile.convert import Globs, check_choice, check_density, choose, make_compact, remember_reasons, report
+from smet_compile.convert import Globs, check_choice, check_density, choose, draw, make_compact, report
 from smet_compile.convert.compact import SELECTS
 from smet_compile.convert.doubts import warn_if_dense, warn_if_larger, warn_if_rows_are_empty
+from smet_compile.convert.nonzero import check_nothing_else_says_density
 from smet_compile.format import arguments
-from smet_compile.ops import saved_weights
+
+_DENSITY = 0.3
 
 
 def sparsify(
     model: nn.Module,
-    density: float = 0.3,
+    density: float | None = None,
     *,
     block_shape: int | Sequence[int] = 1,
     include: Globs = None,
@@ -35,8 +37,8 @@ def sparsify(
 
     Args:
         model: any module; on the meta device only layouts are made.
-        density: fraction of blocks that are active, in (0, 1]. At 1 the model stays dense and everything that follows
-            works on it, as a baseline.
+        density: fraction of blocks that are active, in (0, 1]. Default: 0.3; for "nonzero" it follows from the zeros.
+            At 1 the model stays dense and everything that follows works on it, as a baseline.
         block_shape: the unit of sparsity: 1 for single weights, B for (B, B) tiles, or (bm, bn).
         include: globs over qualified names of weights or their modules. Given, they are the whole selection, and
             a weight they match may be any parameter of two or more dimensions (convolutions, embeddings).
@@ -44,8 +46,9 @@ def sparsify(
         rules: glob → density for the chosen weights it matches, first match wins; 1 leaves a weight plain.
         distribution: "uniform", every weight at ``density``; "er" or "erk", Erdős-Rényi shares (see
             ``convert.budget.allocate``) with the total exact.
-        select: "random" for a fresh model (tiles so that their rows and columns fill evenly), or "magnitude", the
-            blocks of largest mean \\|w\\|, for a trained one.
+        select: "random" for a fresh model (tiles so that their rows and columns fill evenly); "magnitude", the blocks
+            of largest mean \\|w\\|, for a trained one; or "nonzero" for a pruned one: of each weight the blocks that
+            are not all zero, at least one, and a weight without a block of zeros stays dense.
         rescale: multiplies what stays by 1/√d, so that outputs keep their variance. Default: only for "random".
         seed: of the random selection.
 
@@ -53,24 +56,30 @@ def sparsify(
 
     Raises:
         ValueError: a density outside (0, 1], a block shape that is not positive or far larger than the matrices, a
-            glob or rule that matches nothing, a weight that is compact already, or nothing to make sparse. The model
-            is then unchanged.
+            glob or rule that matches nothing, a weight that is compact already, nothing to make sparse, or "nonzero"
+            with a density or without data. The model is then unchanged.
+
+    The model is unchanged too where one of its warnings is made an error, where a module refuses its new weight, and
+    where memory is short: blocks are drawn and warnings given before the first weight is packed, and the largest one
+    is packed first. Only an interrupt (Ctrl-C) after that, or memory that something else took, ends with some weights
+    compact and the others as they were; the exception names the compact ones. Their inactive weights are lost, since
+    keeping them would take the memory of a second dense model.
     """
     arguments.module("sparsify", model)
-    density = check_density("density", density)
     check_choice("select", select, SELECTS)
+    if select == "nonzero":
+        check_nothing_else_says_density(density, rules, distribution)
+    wanted = _DENSITY if density is None else check_density("density", density)
     rescale = select == "random" if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
-    plan = choose(model, density, block_shape, include, exclude, rules, distribution)
+    plan = choose(model, wanted, block_shape, include, exclude, rules, distribution, select)
     warn_if_larger(plan.choices)
-    for choice in plan.choices:
-        make_compact(choice, select, rescale, seed)
-        saved_weights.install(choice.weight.module, owner=True)
-    saved_weights.install(model)
+    drawn = [draw(choice, select, rescale, seed) for choice in plan.choices]
+    if select != "nonzero":
+        warn_if_dense(report(model), drawn, plan.dense_reasons, wanted)
+        warn_if_rows_are_empty(plan.choices)
     _install_passes()
-    remember_reasons(model, plan.dense_reasons)
-    warn_if_dense(report(model), density)
-    warn_if_rows_are_empty(plan.choices)
+    make_compact(model, drawn, plan.dense_reasons)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sinks import NO_GRADIENT
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.fused import Update, updates_of
@@ -45,6 +46,14 @@ def compile_train_step(
         for batch in loader:
             loss = step(batch)
             scheduler.step(); manager.step()
+
+    A step may break: something raises in its forward, backward or update, or Ctrl-C ends it. Then every gradient of the
+    model is dropped, also one that was there before or that earlier calls accumulated; accumulation begins anew with
+    the next call, and state that the optimizer made for an update that did not come is forgotten. What cannot be taken
+    back are updates in backward: weights that had theirs have made the step, the others have not, as if they had been
+    frozen in it. The model trains on from there; to repeat the step exactly, load a checkpoint.
+
+    With accumulation DistributedDataParallel reduces gradients in the last call of each optimizer step only.
 
     Args:
         model: with compact weights; not compiled before.
@@ -84,8 +93,9 @@ class TrainStep:
         self.max_grad_norm = max_norm
         self.sites = list(find_sites(model).values())
         self._update_of = updates_of(optimizer)
-        self._is_reduced = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+        self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._num_accumulated = 0
+        self._unfinished: list[Update | None] | None = None
         self._leaf = torch.zeros((), requires_grad=True)
         self._is_whole = True
         self.compile()
@@ -107,7 +117,7 @@ class TrainStep:
     @property
     def fused(self) -> bool:
         """Whether compact weights are updated in backward, and their gradients never kept."""
-        kept = self.accumulate > 1 or self.max_grad_norm is not None or self._is_reduced
+        kept = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
         return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[Update | None]) -> Tensor:
@@ -128,21 +138,54 @@ class TrainStep:
                 f"batch: expected a dict of the model's arguments, got {type(batch).__name__}; pass "
                 "loss_fn=lambda model, batch: ..."
             )
-        updates = self.updates()
+        self._abandon()  # a step whose cleaning up was interrupted
+        self._unfinished = updates = self.updates()
         try:
-            loss = self._loss(batch, updates)
-        except _not_one_graph() as broken:
-            if not self.fused:
-                raise
-            updates = [None] * len(self.sites)
-            loss = self._loss_in_parts(batch, broken)
-        (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+            loss = self._step(batch, updates)
+        except BaseException:
+            self._abandon()
+            raise
+        self._unfinished = None
+        return loss
+
+    def _step(self, batch: Any, updates: list[Update | None]) -> Tensor:
+        is_last = self._num_accumulated + 1 == self.accumulate
+        with ExitStack() as stack:
+            for reducer in () if is_last else self._reducers:
+                if not reducer.static_graph:  # which fails without a reduction
+                    stack.enter_context(reducer.no_sync())
+            try:
+                loss = self._loss(batch, updates)
+            except _not_one_graph() as broken:
+                if not self.fused:
+                    raise
+                updates = [None] * len(self.sites)
+                loss = self._loss_in_parts(batch, broken)
+            (loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self.forget_unused(updates)
         self._num_accumulated += 1
-        if self._num_accumulated == self.accumulate:
-            self._num_accumulated = 0
+        if is_last:
             self._finish()
+            self._num_accumulated = 0
         return loss.detach()
+
+    def _abandon(self) -> None:
+        """Leaves nothing of a step that broke but the updates that it made. Does nothing where none is unfinished."""
+        updates = self._unfinished
+        if updates is None:
+            return
+        self._num_accumulated = 0
+        self.model.zero_grad(set_to_none=True)
+        for reducer in self._reducers:
+            _forget_reduction(reducer)
+        for site, update in zip(self.sites, updates, strict=True):
+            site.compact.update_sink = None
+            if update is not None:
+                site.values.requires_grad_(True)
+            if site.compact.candidates is not None:
+                site.compact.candidates.fill_(NO_GRADIENT)
+        self.forget_unused(updates)
+        self._unfinished = None
 
     def _loss(self, batch: Any, updates: list[Update | None]) -> Tensor:
         with self.gradients_in_sinks(updates):
@@ -176,16 +219,23 @@ class TrainStep:
         """The update of each site in backward; None for one that is frozen, or has a gradient from elsewhere to add
         to, and for all where none is fused."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        updates: list[Update | None] = []
-        for site in self.sites:
-            values, update = site.values, None
-            if values.requires_grad and values not in groups:
-                raise _not_held(site)
-            if self.fused and self._update_of and values.requires_grad and values.grad is None:
-                update = self._update_of(values, groups[values])
-                count_by(self.optimizer, values, update.num_updates, update.num_skipped)
-            updates.append(update)
-        return updates
+        stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
+        try:
+            return [self._update(site, groups) for site in self.sites]
+        except BaseException:
+            for values in stateless:
+                self.optimizer.state.pop(values, None)
+            raise
+
+    def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]]) -> Update | None:
+        values = site.values
+        if values.requires_grad and values not in groups:
+            raise _not_held(site)
+        if not (self.fused and self._update_of and values.requires_grad and values.grad is None):
+            return None
+        update = self._update_of(values, groups[values])
+        count_by(self.optimizer, values, update.num_updates, update.num_skipped)
+        return update
 
     @contextmanager
     def gradients_in_sinks(self, updates: list[Update | None]) -> Iterator[None]:
@@ -195,23 +245,27 @@ class TrainStep:
         what it saved the first time. Under ``use_reentrant=True`` it then leaves a gradient, which
         ``optimizer.step()`` uses up.
         """
-        updated = [site for site, update in zip(self.sites, updates, strict=True) if update is not None]
-        for site in updated:
-            site.values.requires_grad_(False)
+        updated = [
+            (site.values, site.compact) for site, update in zip(self.sites, updates, strict=True) if update is not None
+        ]
         try:
+            for values, _ in updated:
+                values.requires_grad_(False)
             yield
         except BaseException:
             self.forget_unused(updates)
             raise
         finally:
-            for site in updated:
-                site.values.requires_grad_(True)
-                site.compact.update_sink = None
+            for values, compact in updated:
+                values.requires_grad_(True)
+                compact.update_sink = None
 
     def forget_unused(self, updates: list[Update | None]) -> None:
         """State is made before it is known whether the step reaches a weight."""
         for site, update in zip(self.sites, updates, strict=True):
-            if update is not None and update.made_state and int(update.num_updates) == 0:
+            if update is None or not update.made_state or site.values not in self.optimizer.state:
+                continue
+            if int(update.num_updates) == 0:
                 assert self._update_of is not None
                 self._update_of.forget(site.values)
 
@@ -226,6 +280,11 @@ def _not_one_graph() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
 
     return Unsupported, UserError, FailOnRecompileLimitHit
+
+
+def _forget_reduction(reducer: DistributedDataParallel) -> None:
+    """Lets the next forward begin where a backward was broken off: the reducer would wait for the rest of it."""
+    reducer.reducer._reset_state()
 
 
 def _checked(loss: Any) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from smet_compile.convert.budget import DISTRIBUTIONS, allocate
+from smet_compile.convert.nonzero import count_nonzero_blocks
 from smet_compile.convert.survey import ALREADY_COMPACT, Weight, survey
 from smet_compile.format import Layout
 from smet_compile.format.arguments import described, number, one_of, whole_number
@@ -55,6 +56,7 @@ def choose(
     exclude: Globs,
     rules: Mapping[str, float] | None,
     distribution: str,
+    select: str = "random",
 ) -> Plan:
     """Arguments and errors as in ``smet_compile.sparsify``."""
     check_choice("distribution", distribution, DISTRIBUTIONS)
@@ -65,8 +67,16 @@ def choose(
     weights = survey(model)
     chosen = _sparse_weights(weights, included, excluded)
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
-    counts = _counts(chosen, layouts, density, densities, distribution)
+    if select == "nonzero":
+        counts = {name: count_nonzero_blocks(name, w.tensor, layouts[name]) for name, w in chosen.items()}
+    else:
+        counts = _counts(chosen, layouts, density, densities, distribution)
     choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
+    if not choices and select == "nonzero":
+        raise ValueError(
+            f"sparsify: nothing to make sparse: none of the {len(chosen)} chosen weights has a block of {block} that "
+            'is all zero; use smaller blocks, or select="magnitude" with a density'
+        )
     if not choices and any(_asked(weight, densities, density) < 1 for weight in chosen.values()):
         raise ValueError(
             f"sparsify: nothing to make sparse: all {len(chosen)} chosen weights keep every block at density "
@@ -125,7 +135,7 @@ def _check_rules(rules: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def _matches(weight: Weight, glob: str) -> bool:
-    return fnmatchcase(weight.name, glob) or fnmatchcase(weight.module_name, glob)
+    return any(fnmatchcase(name, glob) for name in (weight.name, weight.module_name, weight.name_of_computed))
 
 
 def _check_globs(argument: str, globs: Iterable[str], among: Iterable[Weight], what: str) -> None:
@@ -155,12 +165,20 @@ def _sparse_weights(weights: dict[str, Weight], include: list[str] | None, exclu
             raise ValueError(f"include: {glob!r} matches {first.name}, which cannot be sparse: {first.never_reason}")
     chosen = {name: weight for name, weight in wanted.items() if weight.never_reason is None}
     if not chosen:
-        found = "; ".join(f"{n}: {w.reason or 'excluded'}" for n, w in list(weights.items())[:5])
+        found = "; ".join(f"{n}: {reason}" for n, reason in _telling_reasons(weights)[:5])
         raise ValueError(
             f"sparsify: nothing to make sparse in {len(weights)} parameters of two or more dimensions "
             f"({found}); name weights with include="
         )
     return chosen
+
+
+def _telling_reasons(weights: dict[str, Weight]) -> list[tuple[str, str]]:
+    """The first weight of each reason; first the reasons that somebody can do something about."""
+    reasons: dict[str, str] = {}
+    for name, weight in sorted(weights.items(), key=lambda item: item[1].never_reason is None):
+        reasons.setdefault(weight.reason or "excluded", name)
+    return [(name, reason) for reason, name in reasons.items()]
 
 
 def _wanted(weight: Weight, include: list[str] | None) -> bool:

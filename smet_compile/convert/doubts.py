@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from smet_compile.convert.choose import Choice
-from smet_compile.convert.report import Report
+from smet_compile.convert.compact import Drawn
+from smet_compile.convert.report import Report, num_active_weights
 from smet_compile.format import Layout
 
 _WARN_ABOVE = 1.5
@@ -14,15 +15,26 @@ _STACKLEVEL = 3  # the caller of sparsify
 _NAMED = 3
 
 
-def warn_if_dense(made: Report, density: float) -> None:
-    """Where what stays dense is so much that little is saved."""
-    if made.density <= _WARN_ABOVE * density:
+def warn_if_dense(before: Report, drawn: Sequence[Drawn], reasons: Mapping[str, str], density: float) -> None:
+    """Warns where what will stay dense is so much that little is saved.
+
+    Args:
+        before: the report of the model before ``drawn`` weights become compact.
+        reasons: why each other weight stays dense. density: what was asked for.
+    """
+    saved = sum(each.choice.layout.num_weights - num_active_weights(each.compact) for each in drawn)
+    made_density = (before.num_active_weights - saved) / max(1, before.num_weights)
+    if made_density <= _WARN_ABOVE * density:
         return
-    largest = sorted(made.skipped, key=lambda row: -row.num_weights)[:_NAMED]
-    left = ", ".join(f"{row.name} ({row.num_weights:,} weights: {row.reason})" for row in largest)
+    compact = {each.choice.weight.name for each in drawn}
+    skipped = [row for row in before.skipped if row.name not in compact]
+    largest = sorted(skipped, key=lambda row: -row.num_weights)[:_NAMED]
+    left = ", ".join(
+        f"{row.name} ({row.num_weights:,} weights: {reasons.get(row.name, row.reason)})" for row in largest
+    )
     why = f"largest left dense: {left}" if left else "a weight keeps at least one block; use smaller blocks"
     warnings.warn(
-        f"sparsify: the model's matrices as a whole have density {made.density:.2f}, more than 1.5 times the "
+        f"sparsify: the model's matrices as a whole have density {made_density:.2f}, more than 1.5 times the "
         f"{density} asked for; {why}",
         stacklevel=_STACKLEVEL,
     )

@@ -24,6 +24,11 @@ def watch(values: Tensor, dense_shape: torch.Size) -> None:
     _dense_shapes[values] = dense_shape
 
 
+def forget(parameter: Tensor) -> None:
+    """Takes back ``watch``: the parameter is dense again."""
+    _dense_shapes.pop(parameter, None)
+
+
 @functools.cache
 def _install() -> None:
     """One hook for every optimizer, with the first compact weight."""

@@ -10,7 +10,7 @@ from torch import nn
 from smet_compile.convert.choose import KEEPS_EVERY_BLOCK
 from smet_compile.convert.survey import ALREADY_COMPACT, survey
 from smet_compile.format import arguments, block_sizes, count_active, positions_of
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import CompactWeight, Site, find_sites
 from smet_compile.ops.sites import forget_dense, mark_dense
 
 _REASONS = "_smet_dense_reasons"
@@ -150,7 +150,7 @@ def report(model: nn.Module) -> Report:
         dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, why))
     num_dense = sum(row.num_weights for row in dense if row.bytes)
     total = sum(_num_weights(site.shape) for site in sites)
-    active = sum(_num_active_weights(site) for site in find_sites(model).values())
+    active = sum(num_active_weights(site.compact) for site in find_sites(model).values())
     return Report(sites, dense, total + num_dense, active + num_dense)
 
 
@@ -161,13 +161,14 @@ def _num_weights(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _num_active_weights(site: Site) -> int:
+def num_active_weights(compact: CompactWeight) -> int:
     """Weights inside active blocks; a block at the edge has fewer. On the meta device: about as many."""
-    if site.layout.single_weights:
-        return site.num_active
-    if site.compact.topology.is_meta:
-        return round(site.density * site.layout.num_weights)
-    return int(block_sizes(site.layout, positions_of(site.mask())).sum())
+    layout = compact.layout
+    if layout.single_weights:
+        return compact.num_active
+    if compact.topology.is_meta:
+        return round(compact.num_active / layout.num_blocks * layout.num_weights)
+    return int(block_sizes(layout, positions_of(compact.mask())).sum())
 
 
 def _site_report(site: Site) -> SiteReport:

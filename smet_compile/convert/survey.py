@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from smet_compile.convert.computed import computed_weight
 from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
 from smet_compile.ops.sites import compact_names, parametrizations
 
@@ -44,6 +45,12 @@ class Weight:
     @property
     def module_name(self) -> str:
         return self.name.rpartition(".")[0]
+
+    @property
+    def name_of_computed(self) -> str:
+        """The name of the weight that a hook computes from this parameter; its own name for most parameters."""
+        computed = computed_weight(self.module, self.tensor_name)
+        return self.name if computed is None else f"{self.module_name}.{computed[0]}".removeprefix(".")
 
     @property
     def flatten(self) -> bool:
@@ -159,6 +166,9 @@ def _never(name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owner
     others = [other for other in owners.get(id(tensor), []) if other != name]
     if others:
         return f"tied to {', '.join(others)}"
+    computed = computed_weight(module, tensor_name)
+    if computed is not None:
+        return computed[1]
     if parametrize.is_parametrized(module, tensor_name):
         return "has another parametrization"
     if isinstance(module, nn.RNNBase):

@@ -8,62 +8,23 @@ low-precision copy of one) is replaced by a recipe, and unpacked again in backwa
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from smet_compile.ops.forwards import Forwards
 from smet_compile.ops.library import CHANGED
 
 if TYPE_CHECKING:
     from smet_compile.ops.compact_weight import CompactWeight
 
+_PackAndUnpack = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 _RECIPE = "smet.recipe"
-
-
-class _Entered(NamedTuple):
-    """One forward under way: the module, the frame that calls it, and its hooks where it installed some."""
-
-    module: nn.Module
-    frame: FrameType
-    hooks: _Hooks | None
-
-
-class _Forward(threading.local):
-    """The forwards under way in this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[_Entered] = []
-
-    @property
-    def hooks(self) -> _Hooks | None:
-        return next((entered.hooks for entered in reversed(self.stack) if entered.hooks is not None), None)
-
-    def leave(self) -> nn.Module:
-        """Ends the innermost forward; returns its module."""
-        entered = self.stack.pop()
-        if entered.hooks is not None:
-            entered.hooks.context.__exit__(None, None, None)
-        return entered.module
-
-    def leave_interrupted(self, frame: FrameType | None) -> None:
-        """Ends forwards that a KeyboardInterrupt broke off: torch calls no hook then, but their frames are gone."""
-        if not self.stack:
-            return
-        running = set()
-        while frame is not None:
-            running.add(id(frame))
-            frame = frame.f_back
-        while self.stack and id(self.stack[-1].frame) not in running:
-            self.leave()
-
-
-_forward = _Forward()
 
 
 @dataclass(frozen=True)
@@ -134,10 +95,25 @@ class _Hooks:
     What is no weight goes to the hooks that were in force before (those of activation checkpointing, of a user).
     """
 
-    def __init__(self, below: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
-        self.below = below
+    def __init__(self) -> None:
+        self.below: _PackAndUnpack | None = None
         self.live: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
         self.context = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        self.is_begun = False
+
+    def begin(self) -> None:
+        self.below = _top_hooks()
+        self.is_begun = True
+        self.context.__enter__()
+
+    def end(self) -> None:
+        if self.is_begun:
+            self.context.__exit__(None, None, None)
+            self.is_begun = False
+
+    def is_innermost(self) -> bool:
+        top = _top_hooks()
+        return not self.is_begun or (top is not None and getattr(top[0], "__self__", None) is self)
 
     def remember(self, dense: Tensor, recipe: _Recipe) -> None:
         # The weak reference keeps the storage's address from being used again while the entry stands.
@@ -168,6 +144,9 @@ class _Hooks:
         return saved.restore()
 
 
+_forwards: Forwards[_Hooks] = Forwards()
+
+
 def _recipe_of_copy(copy: Tensor) -> _Recipe | None:
     """The recipe of the weight that ``copy`` is another dtype of, laid out as ``to`` lays it out again."""
     if copy.grad_fn is None or copy._version != 0 or copy.grad_fn.name() != "ToCopyBackward0":
@@ -186,7 +165,7 @@ def _notes(node: Any) -> dict[str, Any]:
 
 def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
     """Notes that ``dense`` was unpacked from ``values``, if a forward is under way."""
-    hooks = _forward.hooks
+    hooks = _forwards.context
     if hooks is None or dense.is_inference():
         return
     recipe = _Recipe(values, values._version, compact.topology, compact.index, compact.op_layout())
@@ -195,40 +174,46 @@ def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
         _notes(dense.grad_fn)[_RECIPE] = recipe
 
 
+def _top_hooks() -> _PackAndUnpack | None:
+    """The saved-tensor hooks in force in this thread."""
+    autograd: Any = torch._C._autograd
+    hooks: _PackAndUnpack | None = autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
 def _new_hooks() -> _Hooks | None:
-    """Hooks for a forward; None where they are of no use (no training) or in force already."""
+    """Makes hooks for a forward; None where they are of no use (no training) or in force already."""
     autograd: Any = torch._C._autograd
     if not (torch.is_grad_enabled() and autograd._saved_tensors_hooks_is_enabled()):
         return None
-    top = autograd._top_saved_tensors_default_hooks(False)
-    ours = top is not None and top[1] is _Hooks.unpack
-    return None if ours else _Hooks(top)
+    in_force = _forwards.context
+    return None if in_force is not None and in_force.is_innermost() else _Hooks()
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    caller = sys._getframe(1)
-    _forward.leave_interrupted(caller)
-    hooks = _new_hooks()
-    if hooks is not None:
-        hooks.context.__enter__()
-    _forward.stack.append(_Entered(module, caller, hooks))
+    if not torch.compiler.is_compiling():
+        _begin(module, sys._getframe(1))
 
 
 def _exit(module: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or not any(module is entered.module for entered in _forward.stack):
-        return
-    while _forward.leave() is not module:
-        pass
+    if not torch.compiler.is_compiling():
+        _forwards.exit(module)
 
 
 def _enter_owner(module: nn.Module, args: Any) -> None:
-    _enter(module, args)
+    if not torch.compiler.is_compiling():
+        _begin(module, sys._getframe(1))
 
 
 def _exit_owner(module: nn.Module, args: Any, output: Any) -> None:
-    _exit(module, args, output)
+    if not torch.compiler.is_compiling():
+        _forwards.exit(module)
+
+
+def _begin(module: nn.Module, caller: FrameType) -> None:
+    """Begins a forward of ``module``. ``caller``: the frame that calls the module's hooks, which outlives it."""
+    _forwards.exit_broken(caller)
+    _forwards.enter(module, caller, _new_hooks())
 
 
 _OF_MODEL, _OF_OWNER = (_enter, _exit), (_enter_owner, _exit_owner)

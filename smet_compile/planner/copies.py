@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.convert import export_dense
+from smet_compile.convert import draw, export_dense, make_compact
 from smet_compile.convert.choose import Choice
-from smet_compile.convert.compact import make_compact
-from smet_compile.ops import find_sites, saved_weights
+from smet_compile.ops import find_sites
 
 
 def meta_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -36,10 +35,7 @@ def copy_with(model: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def make_sparse(model: nn.Module, choices: Iterable[Choice]) -> None:
     """``sparsify`` of a model on the meta device."""
-    for choice in choices:
-        make_compact(choice, "random", False, 0)
-        saved_weights.install(choice.weight.module, owner=True)
-    saved_weights.install(model)
+    make_compact(model, [draw(choice, "random", rescale=False, seed=0) for choice in choices], reasons={})
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
