@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[Record]:
 def _read_record(path: Path, number: int, line: bytes) -> Record:
     try:
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"expected a record as JSON, got {error}") from error
         return check_record(record)

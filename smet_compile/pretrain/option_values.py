@@ -10,7 +10,7 @@ LARGEST = 2**63 - 1
 EXPECTED = {
     bool: "true or false",
     str: "text without NUL characters",
-    int: f"a whole number such as 400, of at most {LARGEST}",
+    int: "a whole number such as 400",
     float: "a number such as 0.3",
 }
 NUMBER = {
@@ -38,7 +38,9 @@ def checked(option: str, value: Any, kind: type) -> Any:
             return str(value)
     if kind is bool and is_bool:
         return bool(value)
-    if kind is int and isinstance(value, Integral) and not is_bool and abs(int(value)) <= LARGEST:
+    if kind is int and isinstance(value, Integral) and not is_bool:
+        if abs(int(value)) > LARGEST:
+            raise ValueError(f"{option}: expected a whole number of at most {LARGEST}, got {shown(value)}")
         return int(value)
     if kind is float and isinstance(value, Real) and not is_bool:
         try:

@@ -1,5 +1,6 @@
 """Text to token numbers: bytes as they are, or a Hugging Face tokenizer from disk."""
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +68,6 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"--tokenizer: expected bytes or an existing path, got {name!r}")
     return FileTokenizer(path)
