@@ -79,12 +79,12 @@ def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> numpy.ndarray:
     """The tokens of all files, (T,), in an order that is mixed but always the same."""
     datasets = require("datasets")
     mixed = random.Random(0).sample(paths, len(paths))
-    files = datasets.Dataset.from_dict({"path": [str(path) for path in mixed]}).to_iterable_dataset()
+    files = datasets.Dataset.from_dict({"path": [os.fsencode(path) for path in mixed]}).to_iterable_dataset()
     return numpy.concatenate([tokenizer.encode(example["text"]) for example in files.map(_read_text)])
 
 
-def _read_text(example: dict[str, str]) -> dict[str, str]:
-    path = example["path"]
+def _read_text(example: dict[str, bytes]) -> dict[str, str]:
+    path = os.fsdecode(example["path"])
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from smet_compile.pretrain.cli import make_app
+from smet_compile.pretrain.inspect_command import inspect_run
 from smet_compile.pretrain.lock import RunLock
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, finish, in_new_process, losses, small_config, write_text
@@ -40,13 +41,13 @@ def test_a_folder_in_use_is_refused_with_its_holder_named(tmp_path: Path) -> Non
             resume(tmp_path / "run", console=quiet())
         result = CliRunner().invoke(make_app(), ["pretrain", "--resume", str(tmp_path / "run")])
         assert result.exit_code == 2 and re.match("error: --resume: " + HELD.format(os.getpid()), result.stderr)
-        assert CliRunner().invoke(make_app(), ["inspect", str(tmp_path / "run")]).exit_code == 0
+        assert inspect_run(tmp_path / "run")[0].sites
         with RunLock(tmp_path / "new", "--out"), pytest.raises(ValueError, match="^--out: " + HELD.format(os.getpid())):
             pretrain(small_config(tmp_path), tmp_path / "new", console=quiet())
     assert not (tmp_path / "new").exists()
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
     assert not (tmp_path / "run" / "lock").exists()
-    assert resume(tmp_path / "run", console=quiet())
+    assert not resume(tmp_path / "run", StopAfter(1), quiet())
 
 
 def test_a_run_that_is_still_building_holds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,7 @@ def test_an_error_that_is_not_ours_frees_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         pretrain(small_config(tmp_path), tmp_path / "run", stop, quiet())
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
-    assert resume(tmp_path / "run", console=quiet())
+    assert not resume(tmp_path / "run", StopAfter(1), quiet())
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match=r"this file system has no locks \(No locks available\); see to it yourself"):
-        assert pretrain(small_config(tmp_path, steps=2), tmp_path / "run", console=quiet())
+        assert not pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(1), quiet())
 
 
 @pytest.mark.parametrize("content", ["a list of mine\n", None])
