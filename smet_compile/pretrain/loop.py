@@ -41,9 +41,9 @@ def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = 
     with RunLock(path, "--out") as lock:
         folder.expect_free()
         run = build_run(folder, lock, config)
-        lock.keep_folder()
         with _explaining_failed_writes(folder):
             folder.create(config)
+        lock.keep_folder()
         return _finish(run, 0, stop, console)
 
 
@@ -69,8 +69,6 @@ def resume(path: Path, stop: Stop = _never, console: Any = None) -> bool:
 def _explaining_failed_writes(folder: RunFolder) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError as error:
-        raise ValueError(f"the output was closed; what was saved is whole; go on: {folder.resume_command}") from error
     except OSError as error:
         raise ValueError(
             f"{folder.path}: could not be written ({error.strerror or error}); "

@@ -100,9 +100,9 @@ def test_a_lock_that_somebody_removes_is_taken_again(tmp_path: Path) -> None:
     def stop() -> bool:
         seen.append((tmp_path / "run" / "lock").exists())
         (tmp_path / "run" / "lock").unlink(missing_ok=True)
-        return False
+        return len(seen) == 3
 
-    assert pretrain(small_config(tmp_path, save_every=1, steps=3), tmp_path / "run", stop, Console(file=io.StringIO()))
+    assert not pretrain(small_config(tmp_path, save_every=1), tmp_path / "run", stop, Console(file=io.StringIO()))
     assert seen == [True, True, True]
 
 
@@ -116,7 +116,9 @@ def test_a_folder_in_place_of_a_file_is_an_error_at_once(name: str, tmp_path: Pa
     assert not (tmp_path / "run" / "lock").exists()
 
 
-def test_a_report_that_cannot_be_written_can_be_made_later(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_can_be_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smet_compile.pretrain.report.draw_plots", lambda *_: [])
+
     def stop() -> bool:
         (tmp_path / "run" / "report.md").mkdir(exist_ok=True)
         return False
@@ -128,6 +130,59 @@ def test_a_report_that_cannot_be_written_can_be_made_later(tmp_path: Path) -> No
     assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / "lock").exists()
     (tmp_path / "run" / "report.md").rmdir()
     assert resume(tmp_path / "run") and (tmp_path / "run" / "report.md").read_text().startswith("# smet")
+
+
+def test_a_disk_that_is_full_leaves_nothing_of_a_run_that_did_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = small_config(tmp_path)
+    monkeypatch.setattr(Path, "write_text", no_space)
+    with pytest.raises(ValueError, match=r"run: could not be written \(No space left on device\); .* free some space"):
+        pretrain(config, tmp_path / "deep" / "run", console=Console(file=io.StringIO()))
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_log_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, save, sync = tmp_path / "run", smet.save_checkpoint, os.fsync
+    on_disk: dict[int, int] = {}
+    saved = []
+
+    def note(handle: int) -> None:
+        sync(handle)
+        on_disk[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def check(*arguments: Any, **options: Any) -> None:
+        log, config, folder = ((run / name).stat() for name in ("metrics.jsonl", "config.json", ""))
+        assert on_disk[log.st_ino] == log.st_size and on_disk[config.st_ino] == config.st_size
+        assert folder.st_ino in on_disk
+        saved.append(options["extra"]["step"])
+        save(*arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(smet, "save_checkpoint", check)
+    monkeypatch.setattr("smet_compile.pretrain.report.draw_plots", lambda *_: [])
+    pretrain(small_config(tmp_path), run, console=Console(file=io.StringIO()))
+    assert saved == [4, 8, 12]
+    log = (run / "metrics.jsonl").stat()
+    assert on_disk[log.st_ino] == log.st_size
+
+
+def test_a_lack_of_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import smet_compile.pretrain.loop as loop
+
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(loop, "train_step", fail)
+        with pytest.raises(
+            ValueError, match=r"there is not enough memory \((MemoryError|Default.*)\); take a smaller --b"
+        ):
+            pretrain(small_config(tmp_path), tmp_path / type(error).__name__, console=Console(file=io.StringIO()))
 
 
 def test_a_corpus_that_vanished_is_an_error_before_anything_changes(tmp_path: Path) -> None:
@@ -154,8 +209,9 @@ def test_a_checkpoint_that_is_not_of_this_run_is_refused(tmp_path: Path, monkeyp
             resume(run)
 
 
-@pytest.mark.parametrize("name", ["run[/1] [red]x", ":smile: two  spaces", "-a|b\nc", os.fsdecode(b"caf\xe9")])
+@pytest.mark.parametrize("name", ["[/1] [red]x :smile: two  spaces", os.fsdecode(b"-a|b\nc caf\xe9")])
 def test_names_are_printed_as_they_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smet_compile.pretrain.report.draw_plots", lambda *_: [])
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "[text]" / name, num_files=2)
     data = f"text:*text*/{name.replace('[', '[[]')}/*.txt" if "[" in name else f"text:*text*/{name}/*.txt"
@@ -172,7 +228,7 @@ def test_names_are_printed_as_they_are(name: str, tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_that_diverges_goes_on_to_its_report(tmp_path: Path) -> None:
-    config = small_config(tmp_path, lr=1e30, steps=4)
+    config = small_config(tmp_path, lr=1e30, steps=2)
     assert learning_rate(config, 0) == 1e30
     assert pretrain(config, tmp_path / "run", console=Console(file=io.StringIO()))
     assert [loss for *_, loss in losses(tmp_path / "run")][-1] != 0

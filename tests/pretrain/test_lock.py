@@ -33,7 +33,8 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_a_folder_in_use_is_refused_with_its_holder_named(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_with_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smet_compile.pretrain.inspect_command.draw_inspection", lambda *_: [])
     pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(2), quiet())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with RunLock(tmp_path / "run", "--resume"):

@@ -188,7 +188,7 @@ def test_any_kinds_of_records_make_a_report(root: Path, tmp_path: Path, monkeypa
     (tmp_path / "config.json").write_bytes((root / "whole" / "config.json").read_bytes())
     kinds = sorted({record["kind"] for record in records})
     assert kinds == ["bytes", "end", "eval", "topology", "train"]
-    for count in range(len(kinds) + 1):
+    for count in (0, 1, 4, 5):
         for left in itertools.combinations(kinds, count):
             write_metrics(tmp_path / "metrics.jsonl", [record for record in records if record["kind"] in left])
             saved.clear()
