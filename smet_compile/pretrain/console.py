@@ -13,7 +13,7 @@ def print_plainly(console: Any, text: str) -> None:
 
 
 def as_cell(text: str, style: str = "") -> Any:
-    """`text` for a cell or a title of a rich table, in which square brackets are square brackets."""
+    """Return `text` for a cell or a title of a rich table, in which square brackets are square brackets."""
     return require("rich.text").Text(text, style)
 
 

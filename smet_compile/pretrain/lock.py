@@ -121,7 +121,7 @@ def _text(handle: int) -> str:
 
 
 def _is_at(path: Path, handle: int) -> bool:
-    """Whether the open file `handle` is the one that `path` names now."""
+    """Return whether the open file `handle` is the one that `path` names now."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(handle))
     except OSError:

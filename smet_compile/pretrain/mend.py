@@ -41,14 +41,14 @@ def _lost_updates(records: list[Record], step: int, history: Sequence[smet.Topol
 
 
 def steps_without_record(records: list[Record], last: int) -> Ranges:
-    """The steps from 1 to `last` that have no train record, as (first, last) of each range."""
+    """Return the steps from 1 to `last` that have no train record, as (first, last) of each range."""
     known = {record["step"] for record in of_kind(records, "train") if 1 <= record["step"] <= last}
     edges = [0, *sorted(known), last + 1]
     return [(before + 1, after - 1) for before, after in pairwise(edges) if after - before > 1]
 
 
 def count(ranges: Ranges) -> int:
-    """How many steps the ranges hold."""
+    """Return the number of steps in the ranges."""
     return sum(last - first + 1 for first, last in ranges)
 
 

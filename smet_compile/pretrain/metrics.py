@@ -40,7 +40,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         os.fsync(self._file.fileno())
 
     def is_in_place(self) -> bool:
-        """Whether the file's path still names the file."""
+        """Return whether the file's path still names the file."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except OSError:

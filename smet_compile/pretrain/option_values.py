@@ -21,7 +21,7 @@ MOST_CHARACTERS = 80
 
 
 def option_name(field: str) -> str:
-    """The command-line option of the field `field`: --lr-density-exponent of lr_density_exponent."""
+    """Return the command-line option of a field: --lr-density-exponent of lr_density_exponent."""
     return "--" + field.replace("_", "-")
 
 

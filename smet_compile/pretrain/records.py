@@ -69,6 +69,6 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def event_values(event: smet.TopologyEvent) -> dict[str, Any]:
-    """The values under `event` of a topology record."""
+    """Return the values under `event` of a topology record."""
     totals = {"num_dropped": event.num_dropped, "churn_fraction": event.churn_fraction}
     return event.to_dict() | totals
