@@ -7,14 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from smet_compile.pretrain.config import RunConfig, resolve
+from smet_compile.pretrain.config import KINDS, RunConfig, resolve
+from smet_compile.pretrain.console import end_with_error, print_any_character
 from smet_compile.pretrain.extras import MissingExtraError, require
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.inspect_command import add_inspect_command
 from smet_compile.pretrain.interrupt import catch_interrupt
+from smet_compile.pretrain.option_values import checked, from_text, option_name
 from smet_compile.pretrain.plan_command import add_plan_command
 
 INTERRUPTED = 130
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: None}
 
 
 def main() -> None:
@@ -33,6 +36,7 @@ def make_app() -> Any:
     @app.callback()
     def _about() -> None:
         """Sparse training with smet_compile."""
+        print_any_character()
 
     app.command("pretrain")(_with_options(typer, _command))
     add_inspect_command(typer, app)
@@ -41,21 +45,26 @@ def make_app() -> Any:
 
 
 def _with_options(typer: Any, command: Any) -> Any:
-    """Give `command(**options)` the signature that typer reads: two paths and an option per config field."""
+    """Give `command(**options)` the signature that typer reads: two paths and an option per config field.
+
+    Numbers come as text, so that one rule reads them and one line says what is wrong with them.
+    """
     paths = {
         "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
         "resume": "Go on with the run in this folder; takes no other option.",
     }
-    options: dict[str, tuple[Any, str]] = {name: (Path, text) for name, text in paths.items()}
-    options |= {item.name: (item.type, item.metadata["help"]) for item in fields(RunConfig)}
+    options: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
+    options |= {item.name: (METAVARS[KINDS[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
     parameters = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[kind | None, typer.Option(help=text, show_default=False)],
+            annotation=Annotated[
+                (str if metavar else bool) | None, typer.Option(help=text, show_default=False, metavar=metavar)
+            ],
         )
-        for name, (kind, text) in options.items()
+        for name, (metavar, text) in options.items()
     ]
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -67,28 +76,28 @@ def _command(**options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     try:
         folder, finished = _run(given)
+        from smet_compile.pretrain.report import summarize
+
+        done = f"Done: {summarize(folder)}.\nReport: {folder.report}" if finished else ""
     except (ValueError, OSError, MissingExtraError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        end_with_error(error)
     if not finished:
         print(f"Stopped and saved. Go on with:\n{folder.resume_command}")
         sys.exit(INTERRUPTED)
-    from smet_compile.pretrain.report import summarize
-
-    print(f"Done: {summarize(folder)}.\nReport: {folder.report}")
+    print(done)
 
 
 def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
-    resumed, out = given.pop("resume", None), given.pop("out", None)
+    resumed, out = (_path(name, given.pop(name, None)) for name in ("resume", "out"))
     if resumed is not None and (given or out):
-        names = ", ".join("--" + name.replace("_", "-") for name in ([*given, "out"] if out else given))
+        names = ", ".join(option_name(name) for name in ([*given, "out"] if out else given))
         raise ValueError(f"--resume: expected no other option (the run keeps its own), got {names}; leave them out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if resumed is not None:
         folder = RunFolder(resumed)
         folder.open()
     else:
-        config = resolve(**given)
+        config = resolve(**{name: from_text(option_name(name), value, KINDS[name]) for name, value in given.items()})
         folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
         folder.expect_free()
     from smet_compile.pretrain.loop import pretrain, resume
@@ -97,3 +106,7 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
         if resumed is not None:
             return folder, resume(folder.path, interrupt)
         return folder, pretrain(config, folder.path, interrupt)
+
+
+def _path(name: str, text: str | None) -> Path | None:
+    return None if text is None else Path(checked(option_name(name), text, str))

@@ -1,19 +1,21 @@
 """A run is a function of its `RunConfig`; each field is also a command-line option."""
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smet_compile.presets import PRESETS, find_preset
+from smet_compile.pretrain.durable import write_atomically
 from smet_compile.pretrain.methods import METHODS, find_method
+from smet_compile.pretrain.option_values import checked, option_name, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
+LONGEST_SIDE = 65_536
 
 
 def _option(text: str) -> Any:
@@ -52,24 +54,30 @@ class RunConfig:
     eval_windows: int = _option("Sequences of held-out text in a validation. Default: 256.")
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, _checked(item.name, getattr(self, item.name)))
         find_preset(self.preset)
         find_method(self.method)
         self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._expect("moment_dtype", self.moment_dtype in MOMENT_DTYPES, f"one of {', '.join(MOMENT_DTYPES)}")
-        self._expect("density", 0 < self.density <= 1, "a number in (0, 1]")
-        self._expect("lr", self.lr > 0, "a positive number")
         self._expect("sequence", self.sequence >= 2, "at least 2 tokens")
-        for name in ("weight_decay", "warmup", "block_warmup", "seed"):
-            self._expect(name, getattr(self, name) >= 0, "no negative number")
         for name in ("steps", "batch", "accumulate", "every", "save_every", "eval_every", "eval_windows"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("density", 0 < self.density <= 1, "a number in (0, 1]")
+        self._expect("lr", 0 < self.lr < math.inf, "a positive number")
+        for name in ("drop_fraction", "final_drop_fraction"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        for name in ("weight_decay", "warmup", "block_warmup", "seed"):
+            self._expect(name, 0 <= getattr(self, name) < math.inf, "no negative number")
+        rate = _sparse_rate(self.lr, self.density, self.lr_density_exponent)
+        expected = f"an exponent p for which lr / density**p = {self.lr:g} / {self.density:g}**p is a positive number"
+        self._expect("lr_density_exponent", 0 < rate < math.inf, expected)
         parse_block(self.block, "--block")
         self._expect("device", _is_device(self.device), "a torch device such as cpu or cuda:0")
 
     def _expect(self, name: str, met: bool, expected: str) -> None:
         if not met:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option}: expected {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{option_name(name)}: expected {expected}, got {shown(getattr(self, name))}")
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -82,27 +90,47 @@ class RunConfig:
         return self.accumulate * self.batch * self.sequence
 
 
+KINDS: dict[str, Any] = {item.name: item.type for item in fields(RunConfig)}
+
+
 def parse_block(text: str, option: str) -> tuple[int, int]:
     """(rows, columns) of "16" or "1x16"; a ValueError that names `option` for anything else."""
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ValueError(f"{option}: expected a side such as 16 or a shape such as 1x16, got {text!r}")
-    return int(sides[0]), int(sides[-1])
+    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and len(side) < 9 for side in sides):
+        raise ValueError(f"{option}: expected a side such as 16 or a shape such as 1x16, got {shown(text)}")
+    rows, columns = int(sides[0]), int(sides[-1])
+    if not 1 <= min(rows, columns) <= max(rows, columns) <= LONGEST_SIDE:
+        raise ValueError(f"{option}: expected sides from 1 to {LONGEST_SIDE}, got {shown(text)}")
+    return rows, columns
+
+
+def _checked(name: str, value: Any) -> Any:
+    return checked(option_name(name), value, KINDS[name])
+
+
+def _sparse_rate(lr: float, density: float, exponent: float) -> float:
+    """lr / density**exponent, 0 or infinity or NaN where floats cannot hold it."""
+    try:
+        return lr / density**exponent
+    except ZeroDivisionError:
+        return math.inf
+    except OverflowError:
+        return 0.0
 
 
 def _is_device(name: str) -> bool:
     try:
-        torch.device(name)
+        return torch.device(name).type != "meta"
     except RuntimeError:
         return False
-    return True
 
 
 def resolve(**given: Any) -> RunConfig:
     """A complete `RunConfig` from the options `given`; the others follow from preset and number of steps.
 
-    Dense training has density 1 whatever is given.
+    Dense training has density 1 whatever is given. Raises ValueError for a value that no run can have.
     """
+    given = {name: _checked(name, value) if name in KINDS else value for name, value in given.items()}
     preset = find_preset(given.get("preset", "tiny"))
     steps = given.get("steps", preset.steps)
     every = given.get("every", max(1, min(100, steps // 16)))
@@ -116,9 +144,8 @@ def resolve(**given: Any) -> RunConfig:
         "device": _default_device(), "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
-    if given.get("method") == "dense":
-        given["density"] = 1.0
-    return RunConfig(**(defaults | given))
+    config = RunConfig(**(defaults | given))
+    return replace(config, density=1.0) if config.method == "dense" else config
 
 
 def _default_device() -> str:
@@ -131,21 +158,31 @@ def write_config(path: Path, config: RunConfig) -> None:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The config that `write_config` wrote; a ValueError names options that are missing or unknown."""
+    """The config that `write_config` wrote, by this version or an older one.
+
+    An option that is missing, as one that was added later, gets the default that follows from the others. Raises
+    ValueError, which names the file and the option, for unknown options (of a newer version) and wrong values.
+    """
+    values = _read_json(path)
+    wrong = set(values) - KINDS.keys()
+    if 2 * len(values) < len(KINDS):
+        wrong |= KINDS.keys() - set(values)
+    if wrong:
+        raise ValueError(f"{path}: expected exactly the options of this version, got another set "
+                         f"({', '.join(sorted(wrong))}); resume with the version that wrote it")  # fmt: skip
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return resolve(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; restore the file, or begin a new run with --out") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, got {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}; begin a new run with --out") from error
-    names = {item.name for item in fields(RunConfig)}
-    if set(values) != names:
-        wrong = ", ".join(sorted(set(values) ^ names))
-        raise ValueError(f"{path}: expected exactly the options of this version, got another set ({wrong}); "
-                         "resume with the version that wrote it")  # fmt: skip
-    return RunConfig(**values)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object of options, got {shown(values)}; begin a new run with --out")
+    return values

@@ -1,5 +1,6 @@
 """From `--data` to batches of training tokens and a held-out validation split."""
 
+import os
 import random
 import sysconfig
 from dataclasses import dataclass
@@ -67,9 +68,10 @@ def stdlib_paths() -> list[Path]:
 
 def text_paths(pattern: str) -> list[Path]:
     """The files that match the glob `pattern`, sorted; a ValueError if there are none."""
-    paths = sorted(Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file())
+    paths = sorted(Path(name) for name in glob(pattern, recursive=True) if os.path.isfile(name))
     if not paths:
-        raise ValueError(f"--data: expected files that match {pattern!r}, got none; check the path and quote the glob")
+        what = "a folder; add /*.txt, say" if os.path.isdir(pattern) else "none; check the path and quote the glob"
+        raise ValueError(f"--data: expected files that match {pattern!r}, got {what}")
     return paths
 
 
@@ -77,9 +79,16 @@ def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> numpy.ndarray:
     """The tokens of all files, (T,), in an order that is mixed but always the same."""
     datasets = require("datasets")
     mixed = random.Random(0).sample(paths, len(paths))
-    files = datasets.Dataset.from_dict({"path": [str(path) for path in mixed]}).to_iterable_dataset()
+    files = datasets.Dataset.from_dict({"path": [os.fsencode(path) for path in mixed]}).to_iterable_dataset()
     return numpy.concatenate([tokenizer.encode(example["text"]) for example in files.map(_read_text)])
 
 
-def _read_text(example: dict[str, str]) -> dict[str, str]:
-    return {"text": Path(example["path"]).read_text(encoding="utf-8", errors="replace")}
+def _read_text(example: dict[str, bytes]) -> dict[str, str]:
+    path = os.fsdecode(example["path"])
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"--data: expected files that can be read, got {path} ({error.strerror})") from error
+    if "\0" in text:
+        raise ValueError(f"--data: expected text in UTF-8, got {path}, which holds NUL characters; leave that file out")
+    return {"text": text}

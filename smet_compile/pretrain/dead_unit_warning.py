@@ -6,6 +6,7 @@ from torch import nn
 
 from smet_compile.microscope import dead_units
 from smet_compile.ops import find_sites
+from smet_compile.pretrain.console import print_plainly
 
 MOST_NAMES = 3
 
@@ -30,10 +31,8 @@ class DeadUnitWarning:
         inputs = sum(int(found[name].inputs.sum()) for name in new)
         outputs = sum(int(found[name].outputs.sum()) for name in new)
         named = ", ".join(new[:MOST_NAMES]) + (f" and {len(new) - MOST_NAMES} more" if len(new) > MOST_NAMES else "")
-        self._console.print(
+        print_plainly(
+            self._console,
             f"warning: {named}: {inputs:,} inputs and {outputs:,} outputs without an active weight; a higher --density "
             "or a smaller --block avoids that, `inspect` shows where they are",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
         )

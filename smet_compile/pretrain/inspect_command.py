@@ -1,7 +1,6 @@
 """`python -m smet_compile inspect RUN`: what has become of the topology of a pre-training run."""
 
 import dataclasses
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ import torch
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
+from smet_compile.pretrain.console import as_cell, end_with_error
 from smet_compile.pretrain.extras import MissingExtraError, require
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.inspect_plots import draw_inspection, evenly_chosen, masks_of
@@ -27,8 +27,7 @@ def add_inspect_command(typer: Any, app: Any) -> None:
         try:
             found, images = inspect_run(run)
         except (ValueError, OSError, MissingExtraError) as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(2)
+            end_with_error(error)
         print_inspection(found)
         print(f"Plots in {run}: {', '.join(images)}")
 
@@ -76,9 +75,9 @@ def print_inspection(found: smet.Inspection) -> None:
     head, *rows = found.rows
     table = require("rich.table").Table(header_style="bold")
     for number, title in enumerate(head):
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
+        table.add_column(as_cell(title), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(as_cell, row))
     console.print(table)
     for line in found.summary:
-        console.print(line, highlight=False, markup=False)
+        console.print(as_cell(line))

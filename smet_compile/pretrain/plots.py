@@ -1,5 +1,6 @@
 """The plots of a run, from its metrics."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def _draw_churn(axes: Any, records: list[Record]) -> bool:
     if not events:
         return False
     names = list(events[0]["sites"])
-    churn = [[event["sites"][name]["churn_fraction"] for event in events] for name in names]
+    if not names:
+        return False
+    churn = [[_churn(event, name) for event in events] for name in names]
     image = axes.imshow(churn, aspect="auto", interpolation="nearest", cmap="viridis")
     axes.figure.colorbar(image, label="blocks moved / active blocks")
     shown = range(0, len(names), -(-len(names) // 14))
@@ -61,6 +64,10 @@ def _draw_churn(axes: Any, records: list[Record]) -> bool:
     axes.set_xticks(list(marked), [str(events[i]["step"]) for i in marked])
     axes.set(xlabel="topology update at step")
     return True
+
+
+def _churn(event: dict[str, Any], name: str) -> float:
+    return event["sites"][name]["churn_fraction"] if name in event["sites"] else math.nan
 
 
 def _draw_bytes(axes: Any, records: list[Record]) -> bool:
@@ -73,6 +80,8 @@ def _draw_bytes(axes: Any, records: list[Record]) -> bool:
         for key, who in (("run", "this run"), ("dense", "dense AdamW"))
         if found[0][scope]["num_weights"]
     }
+    if not bars:
+        return False
     below = [0.0] * len(bars)
     for kind in KINDS:
         heights = [counts[kind] / 2**20 for counts in bars.values()]

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from smet_compile.pretrain.console import print_plainly
 from smet_compile.pretrain.extras import require
 
 PLAIN_LINES = 20
@@ -46,7 +47,7 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
         columns = (
             bars.BarColumn(bar_width=8),
             bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
         )
         self._bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task("starting", total=steps, completed=first)
@@ -77,7 +78,7 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
         """Print the status where a line is due."""
         due = status.step % max(1, self._steps // PLAIN_LINES) == 0 or time.monotonic() - self._printed > PLAIN_SECONDS
         if due or status.step in (self._first + 1, self._steps):
-            self._console.print(f"step {status.step}/{self._steps}  {status}", soft_wrap=True, highlight=False)
+            print_plainly(self._console, f"step {status.step}/{self._steps}  {status}")
             self._printed = time.monotonic()
 
 

@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 from smet_compile.pretrain.config import RunConfig, read_config
+from smet_compile.pretrain.durable import write_atomically
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.memory import KINDS
+from smet_compile.pretrain.mend import as_text, count, steps_without_record
 from smet_compile.pretrain.metrics import Record, of_kind, read_metrics
 from smet_compile.pretrain.plots import draw_plots
 
@@ -24,8 +26,21 @@ MAX_EXPONENT = 700
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write `report.md` and its plots from `config.json` and `metrics.jsonl`."""
+    """Write `report.md` and its plots from `config.json` and `metrics.jsonl`, whatever records those hold.
+
+    Raises ValueError where they cannot be written.
+    """
     config, records = read_config(folder.config), read_metrics(folder.metrics)
+    try:
+        _write(folder, config, records)
+    except OSError as error:
+        raise ValueError(
+            f"{folder.path}: the report could not be written ({error.strerror or error}); the run itself is saved; "
+            f"mend that, then {folder.resume_command}"
+        ) from error
+
+
+def _write(folder: RunFolder, config: RunConfig, records: list[Record]) -> None:
     images = draw_plots(records, folder.path)
     parts = [
         f"# {config.method}, {config.preset}, {_sparsity(config)}",
@@ -40,14 +55,16 @@ def write_report(folder: RunFolder) -> None:
         "## Settings",
         _table(["option", "value"], [[name, str(value)] for name, value in vars(config).items()]),
     ]
-    folder.report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    text = ("\n\n".join(parts) + "\n").encode(errors="backslashreplace")
+    write_atomically(folder.report, lambda temporary: temporary.write_bytes(text))
 
 
 def summarize(folder: RunFolder) -> str:
     """One line: how well the finished run in `folder` predicts held-out text, and what its weights take."""
     records = read_metrics(folder.metrics)
-    loss = of_kind(records, "eval")[-1]["loss"]
-    return f"validation perplexity {_perplexity(loss):.4f}" + "".join(map(_bytes_sentence, of_kind(records, "bytes")))
+    evals = of_kind(records, "eval")
+    perplexity = f"{_perplexity(evals[-1]['loss']):.4f}" if evals else "not recorded"
+    return f"validation perplexity {perplexity}" + "".join(map(_bytes_sentence, of_kind(records, "bytes")[:1]))
 
 
 def _perplexity(loss: float) -> float:
@@ -55,6 +72,8 @@ def _perplexity(loss: float) -> float:
 
 
 def _bytes_sentence(record: Record) -> str:
+    if not record["all"]["num_weights"]:
+        return ""
     run, dense = (sum(record["all"][who].values()) / record["all"]["num_weights"] for who in ("run", "dense"))
     return f", {run:.2f} bytes per weight for weights, gradients and optimizer (dense AdamW: {dense:.2f})"
 
@@ -64,19 +83,42 @@ def _sparsity(config: RunConfig) -> str:
 
 
 def _result(config: RunConfig, records: list[Record]) -> str:
-    train, last = of_kind(records, "train"), of_kind(records, "eval")[-1]
-    seconds = sum(record["seconds"] for record in train)
-    tokens = len(train) * config.step_tokens
+    train = of_kind(records, "train")
+    steps = max((record["step"] for record in records), default=0)
     rows = [
-        ["validation perplexity (per token)", f"{_perplexity(last['loss']):.4f}"],
-        ["validation loss", f"{last['loss']:.4f} nats per token"],
-        ["training loss, first and last step", f"{train[0]['loss']:.4f}, {train[-1]['loss']:.4f}"],
-        ["steps and tokens", f"{len(train):,} steps, {tokens:,} tokens"],
-        ["time in steps", f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens per second on {config.device}"],
+        *_validation_rows(config, records),
+        ["training loss, first and last step", _first_and_last_loss(train)],
+        ["steps and tokens", f"{steps:,} steps, {steps * config.step_tokens:,} tokens"],
+        ["time in steps", _time(config, train)],
+    ]
+    if missing := steps_without_record(records, steps):
+        rows.append(["steps without a record", f"{count(missing):,} ({as_text(missing)})"])
+    return _table(["result", "value"], rows)
+
+
+def _validation_rows(config: RunConfig, records: list[Record]) -> list[list[str]]:
+    evals = of_kind(records, "eval")
+    if not evals:
+        return [["validation loss", "not recorded"]]
+    loss = evals[-1]["loss"]
+    rows = [
+        ["validation perplexity (per token)", f"{_perplexity(loss):.4f}"],
+        ["validation loss", f"{loss:.4f} nats per token"],
     ]
     if config.tokenizer == "bytes":
-        rows.insert(1, ["validation bits per byte", f"{last['loss'] / math.log(2):.4f}"])
-    return _table(["result", "value"], rows)
+        rows.insert(1, ["validation bits per byte", f"{loss / math.log(2):.4f}"])
+    return rows
+
+
+def _first_and_last_loss(train: list[Record]) -> str:
+    return f"{train[0]['loss']:.4f}, {train[-1]['loss']:.4f}" if train else "not recorded"
+
+
+def _time(config: RunConfig, train: list[Record]) -> str:
+    seconds, tokens = sum(record.get("seconds", 0) for record in train), len(train) * config.step_tokens
+    if not seconds > 0:
+        return "not recorded"
+    return f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens per second on {config.device}"
 
 
 def _bytes(records: list[Record]) -> list[str]:
@@ -102,7 +144,7 @@ def _bytes_table(counts: dict[str, Any], title: str) -> str:
 
 
 def _bytes_row(kind: str, run: int, dense: int, total: int) -> list[str]:
-    ratio = "-" if kind in ONLY_SPARSE else f"{run / dense:.3f}"
+    ratio = "-" if kind in ONLY_SPARSE or not dense else f"{run / dense:.3f}"
     return [kind, f"{run:,}", f"{run / total:.3f}", f"{dense:,}", f"{dense / total:.3f}", ratio]
 
 
@@ -135,5 +177,10 @@ def _mean(event: dict[str, Any], key: str, form: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *([_escaped(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Keep the characters of a path from ending a cell or a row."""
+    return " ".join(cell.splitlines()).replace("|", "\\|")

@@ -10,6 +10,8 @@ import torch
 
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.extras import require
+from smet_compile.pretrain.memory_limit import expect_room_for_windows
+from smet_compile.pretrain.option_values import shown
 from smet_compile.pretrain.tokenizer import Tokenizer
 
 
@@ -26,9 +28,9 @@ class StreamSource:
         for epoch in count(self._dataset.epoch):
             self._dataset.set_epoch(epoch)
             empty = True
-            for example in self._dataset:
+            for text in _texts(self._dataset):
                 empty = False
-                yield self._tokenizer.encode(example["text"]).astype(numpy.int64)
+                yield self._tokenizer.encode(text).astype(numpy.int64)
             if empty and not len(self._left):
                 raise ValueError("--data: expected a stream with documents to train on, got an empty one")
 
@@ -49,10 +51,31 @@ class StreamSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self._dataset.load_state_dict(state["stream"])
-        self._dataset.set_epoch(state["stream"]["epoch"])
-        self._left = numpy.array(state["left"], dtype=numpy.int64)
+        try:
+            self._dataset.load_state_dict(state["stream"])
+            self._dataset.set_epoch(state["stream"]["epoch"])
+            self._left = numpy.array(state["left"], dtype=numpy.int64)
+        except Exception as error:
+            raise ValueError(f"--resume: expected a position in this run's stream, got another ({error!r}); "
+                             "begin a new run with --out") from error  # fmt: skip
         self._documents = self._read()
+
+
+def _texts(dataset: Any) -> Iterator[str]:
+    """The documents of a stream; ValueError where one cannot be read or holds no text."""
+    examples = iter(dataset)
+    while True:
+        try:
+            example = next(examples)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(f"--data: the stream could not be read ({error}); check files and network") from error
+        if "text" not in example:
+            raise ValueError(f"--data: expected a column called text, got {', '.join(map(str, example))}")
+        if not isinstance(example["text"], str):
+            raise ValueError(f"--data: expected text in the column text, got {shown(example['text'])}")
+        yield example["text"]
 
 
 def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[StreamSource, torch.Tensor]:
@@ -61,6 +84,7 @@ def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[Str
     Validation text is the start of the "validation" split, or of "train" where there is none; what was taken
     from "train" is skipped in training.
     """
+    expect_room_for_windows(config)
     name, _, variant = spec.partition(":")
     splits = _load_splits(name, variant or None)
     if "train" not in splits:
@@ -87,10 +111,8 @@ def _load_splits(name: str, variant: str | None) -> dict[str, Any]:
 def _read_validation(dataset: Any, config: RunConfig, tokenizer: Tokenizer) -> tuple[torch.Tensor, int]:
     wanted = config.eval_windows * config.sequence
     parts: list[numpy.ndarray] = []
-    for example in dataset:
-        if "text" not in example:
-            raise ValueError(f"--data: expected a column called text, got {', '.join(example)}")
-        parts.append(tokenizer.encode(example["text"]).astype(numpy.int64))
+    for text in _texts(dataset):
+        parts.append(tokenizer.encode(text).astype(numpy.int64))
         if sum(map(len, parts)) >= wanted:
             break
     tokens = numpy.concatenate(parts) if parts else numpy.zeros(0, dtype=numpy.int64)

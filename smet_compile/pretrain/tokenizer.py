@@ -1,5 +1,6 @@
 """Text to token numbers: bytes as they are, or a Hugging Face tokenizer from disk."""
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> numpy.ndarray:
         """The bytes of `text` and a closing zero, (T,) uint8."""
-        return numpy.frombuffer(text.encode() + b"\0", dtype=numpy.uint8)
+        return numpy.frombuffer(text.encode(errors="replace") + b"\0", dtype=numpy.uint8)
 
 
 class FileTokenizer:
@@ -37,13 +38,18 @@ class FileTokenizer:
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = _load(path)
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may leave some out
+        if not self.vocab_size:
+            raise ValueError(f"--tokenizer: expected a tokenizer with a vocabulary in {path}, got an empty one")
         self._dtype = numpy.min_scalar_type(self.vocab_size - 1)
         self._end = self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> numpy.ndarray:
         """The tokens of `text` and the tokenizer's end-of-text token where it has one, (T,)."""
-        tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:
+            raise ValueError(f"--tokenizer: expected a tokenizer that takes any text, got {error}") from error
         return numpy.array(tokens if self._end is None else [*tokens, self._end], dtype=self._dtype)
 
 
@@ -62,6 +68,6 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"--tokenizer: expected bytes or an existing path, got {name!r}")
     return FileTokenizer(path)

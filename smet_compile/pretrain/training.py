@@ -39,7 +39,6 @@ def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
 
 def build_training(config: RunConfig, vocab_size: int) -> Training:
     """A new model, made sparse and given an optimizer as the method says."""
-    _expect_device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size, config.device)
     method = find_method(config.method)
@@ -62,11 +61,12 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
     return Training(model, optimizer, manager, _step(config, model, optimizer))
 
 
-def _expect_device(device: str) -> None:
+def expect_device(device: str) -> None:
+    """Raise ValueError where this machine cannot compute on `device`."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"--device: expected a device of this machine such as cpu, got {device!r} ({reason})"
         ) from error

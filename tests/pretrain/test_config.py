@@ -1,9 +1,13 @@
+import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
-from smet_compile.pretrain.config import read_config, resolve, write_config
+from smet_compile.pretrain.config import KINDS, read_config, resolve, write_config
 from smet_compile.pretrain.training import learning_rate
 
 
@@ -22,6 +26,20 @@ from smet_compile.pretrain.training import learning_rate
         ("save_every", 0, "--save-every: expected at least 1, got 0"),
         ("lr", -1.0, "--lr: expected a positive number, got -1.0"),
         ("sequence", 1, "--sequence: expected at least 2 tokens, got 1"),
+        ("lr", math.inf, "--lr: expected a positive number, got inf"),
+        ("density", math.nan, r"--density: expected a number in \(0, 1\], got nan"),
+        ("drop_fraction", 1.0, r"--drop-fraction: expected a number in \[0, 1\), got 1.0"),
+        ("final_drop_fraction", -0.1, r"--final-drop-fraction: expected a number in \[0, 1\), got -0.1"),
+        ("lr_density_exponent", 5000.0, r"--lr-density-exponent: expected an exponent p .*, got 5000.0"),
+        ("lr_density_exponent", -5000.0, r"--lr-density-exponent: expected an exponent p .*, got -5000.0"),
+        ("block", "１６", "--block: expected a side such as 16 .*, got '１６'"),
+        ("block", "²", "--block: expected a side such as 16 .*, got '²'"),
+        ("block", "1x", "--block: expected a side such as 16 .*, got '1x'"),
+        ("block", "16x16x16", "--block: expected a side such as 16 .*, got '16x16x16'"),
+        ("block", "99999999999999999999", "--block: expected a side such as 16 .*, got '9999"),
+        ("block", "70000", "--block: expected sides from 1 to 65536, got '70000'"),
+        ("seed", 2**70, "--seed: expected a whole number of at most 9223372036854775807, got 1180591620717411303424"),
+        ("device", "meta", "--device: expected a torch device .*, got 'meta'"),
         ("device", "abacus", "--device: expected a torch device .*, got 'abacus'"),
     ],
 )
@@ -52,14 +70,104 @@ def test_a_config_comes_back_from_its_file(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.json") == config
 
 
+def written(folder: Path, **changes: Any) -> Path:
+    """The config.json of a run, with changes made by hand."""
+    path = folder / "config.json"
+    write_config(path, resolve(preset="nano", steps=24, lr=0.5, moment_dtype="int8", dtype="bfloat16", seed=7))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
 def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"preset": "tiny"}')
     with pytest.raises(ValueError, match=r"expected exactly the options of this version.*density"):
         read_config(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+    path = written(tmp_path, densty=0.3, model_type="llama")
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected exactly .*\(densty, model_type\); resume with the ver"
+    ):
         read_config(path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_option_that_was_added_later_gets_its_default(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path)
+    values = json.loads(path.read_text())
+    del values[name]
+    path.write_text(json.dumps(values))
+    assert read_config(path) == resolve(**values)
+    left_out = {"moment_dtype": "bfloat16", "every": 1, "save_every": 2, "steps": 40, "lr": 3e-3, "eager": False}
+    assert name not in left_out or getattr(read_config(path), name) == left_out[name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "expected JSON, got"),
+        (b"", "expected JSON, got"),
+        (b'{"preset": "caf\xe9"}', "expected JSON, got 'utf-8' codec"),
+        (b"\0" * 300, "expected JSON, got"),
+        (b"[" * 100_000, "expected JSON, got"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "expected JSON, got"),
+        (b"[1, 2]", r"expected a JSON object of options, got \[1, 2\]"),
+        (b"null", "expected a JSON object of options, got None"),
+        (b'"tiny"', "expected a JSON object of options, got 'tiny'"),
+    ],
+)
+def test_a_file_that_is_no_config(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: " + message):
+        read_config(tmp_path / "config.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder: expected a file that can be read, got Is a directory"):
+        read_config(tmp_path / "folder")
+
+
+WRONG_FOR = {
+    int: [True, 1.0, 1.5, "4", None, [], {}, math.nan, 2**63, -(2**70), 10**400, -1],
+    float: [True, "0.3", None, [0.3], {}, math.nan, math.inf, -math.inf, 10**400],
+    str: [1, True, None, [], {}, "", "a\0b", 0.5],
+    bool: [0, 1, "true", None, [], 0.0],
+}
+WRONG = [(name, value) for name, kind in KINDS.items() for value in WRONG_FOR[kind]]
+
+
+def test_every_option_of_a_wrong_type_or_range_is_named_with_its_file(tmp_path: Path) -> None:
+    assert len(WRONG) > 200
+    for name, value in WRONG:
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=f"{option}: expected "):
+            resolve(**{"preset": "nano", name: value})
+        if value != 10**400:  # Python reads no number of that length from a file
+            path = written(tmp_path, **{name: value})
+            with pytest.raises(ValueError, match=rf"config\.json: {option}: expected .*; restore the file, or begin"):
+                read_config(path)
+
+
+def test_numbers_of_numpy_become_numbers_of_python() -> None:
+    config = resolve(
+        preset="nano", steps=numpy.int32(12), lr=numpy.float32(0.5), eager=numpy.bool_(True), density=Fraction(1, 4)
+    )
+    assert (config.steps, config.lr, config.eager, config.density) == (12, 0.5, True, 0.25)
+    assert [type(getattr(config, name)) for name in ("steps", "lr", "eager", "density")] == [int, float, bool, float]
+    assert type(resolve(lr=1).lr) is float
+
+
+def test_a_config_is_written_whole_and_leaves_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path)
+    for left in ("config.json.tmp", "config.json.0123456789abcdef.tmp"):
+        (tmp_path / left).write_text("left by a kill")
+    before = path.read_text()
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            write_config(path, resolve())
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"config.json": before}
 
 
 def test_the_learning_rate_rises_then_falls_to_a_tenth() -> None:

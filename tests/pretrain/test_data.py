@@ -123,3 +123,33 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
         open_tokenizer(str(tmp_path / "no"))
     with pytest.raises(ValueError, match="--tokenizer: expected a Hugging Face tokenizer in"):
         open_tokenizer(str(tmp_path))
+
+
+def test_files_that_are_no_text_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("words " * 99)
+    (tmp_path / "b.txt").write_bytes("words".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"--data: expected text in UTF-8, got .*b\.txt, which holds NUL characters"):
+        open_bytes(resolve(preset="nano", data=f"text:{tmp_path}/*.txt"))
+    with pytest.raises(ValueError, match=r"--data: expected files that match .*, got a folder; add /\*\.txt, say"):
+        open_bytes(resolve(preset="nano", data=f"text:{tmp_path}"))
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(
+        ValueError, match=r"--data: expected files that can be read, got .*a\.txt \(Permission denied\)"
+    ):
+        open_bytes(resolve(preset="nano", data=f"text:{tmp_path}/a.txt"))
+
+
+def test_a_vocabulary_that_leaves_numbers_out(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"sparse": 0, "weights": 1000}))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (tokenizer.encode("weights sparse").tolist(), tokenizer.vocab_size) == ([1000, 0], 1001)
+    with pytest.raises(ValueError, match=r"--tokenizer: expected a tokenizer that takes any text, got .*UNK"):
+        tokenizer.encode("other")

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,19 @@ def test_a_stream_that_validation_uses_up(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "long enough " * 9}))
     with pytest.raises(ValueError, match="--data: expected a stream with documents to train on, got an empty"):
         open_folder(tmp_path).train.batch(0)
+
+
+def test_documents_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "long enough for a window of tokens"}\n{"text": null}\n')
+    with pytest.raises(ValueError, match="--data: expected text in the column text, got None"):
+        open_folder(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"text": "long enough for a window of tokens"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"--data: .*(could not be opened|the stream could not be read) "):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{}, {"stream": None, "left": []}, {"stream": {"epoch": 0}, "left": "x"}])
+def test_a_position_of_another_stream_is_refused(state: dict[str, Any], tmp_path: Path) -> None:
+    write_split(tmp_path, "train")
+    with pytest.raises(ValueError, match="--resume: expected a position in this run's stream, got another"):
+        open_folder(tmp_path).train.load_state_dict(state)
