@@ -132,9 +132,10 @@ def test_what_fails_changes_nothing(owner: Any, name: str, call: int, after: boo
     ("options", "message"),
     [
         ({"exclude": "*a*"}, "more than 1.5 times"),
-        ({"density": 0.9, "rules": {"last": 0.25}, "block_shape": 4}, "some outputs or inputs"),
+        ({"density": 0.9, "rules": {"last": 0.25}, "block_shape": 4}, "take more memory than dense ones"),
+        ({"density": 0.9, "rules": {"last": 0.25}, "block_shape": 4, "exclude": "*proj"}, "some outputs or inputs"),
     ],
-    ids=["dense", "empty_rows"],
+    ids=["dense", "larger", "empty_rows"],
 )
 def test_a_warning_that_is_an_error(options: dict[str, Any], message: str) -> None:
     model = mixed()
