@@ -29,6 +29,11 @@ class Site:
         return compact
 
     @property
+    def is_compact(self) -> bool:
+        """False once the module's parametrization was taken off (``remove_parametrizations``)."""
+        return self.tensor_name in compact_names(self.module)
+
+    @property
     def values(self) -> nn.Parameter:
         """The compact parameter: (N,) for single weights, (N, bm, bn) for larger blocks."""
         values: nn.Parameter = parametrizations(self.module)[self.tensor_name].original

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.optimizers import FoundOptimizer, find_optimizers, siblings
+from smet_compile.ops.outside_graphs import outside_graphs
 from smet_compile.runtime.agreement import agree_on, agree_on_ready
 from smet_compile.runtime.events import SiteEvent, TopologyEvent
 from smet_compile.runtime.gradient_growth import GradientScores
 from smet_compile.runtime.move import move
-from smet_compile.runtime.optimizer_state import check_elementwise, check_holds
+from smet_compile.runtime.optimizer_state import StateToMove, block_ages, check_holds, state_to_move
 from smet_compile.runtime.policies import drop_smallest, grow_random
 from smet_compile.runtime.schedules import SCHEDULES
+from smet_compile.runtime.step_listener import StepListener
 from smet_compile.runtime.trace import Trace
 from smet_compile.runtime.trained import Trained
 
 _PATIENCE = 10
+_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION = 10, 100
+"""Calls without a step of the optimizer, one after another, until a warning."""
 
 
 class TopologyManager:
@@ -38,8 +44,14 @@ class TopologyManager:
     warning. Under ``torch.distributed`` every rank must hold the same model and call ``step()`` alike (data
     parallelism): then all ranks change to one topology, gradient growth taking the candidates of rank 0.
 
+    The optimizer may be wrapped (Accelerate's, Lookahead, SAM, ZeroRedundancyOptimizer): the steps of the innermost
+    optimizers count, and the state that any of them keeps for a weight follows the topology. Several optimizers may
+    share a manager: since the last call of ``step()``, there were as many steps as the one with most of them made.
+
     Args:
-        model: with compact weights. optimizer: holds them; any elementwise ``torch.optim`` optimizer.
+        model: with compact weights.
+        optimizer: holds them; any elementwise ``torch.optim`` optimizer, or several in a list, tuple or dict. For
+            compact weights that an ``ActiveAdamW`` does not hold, others made with the same model are taken too.
         total_steps: length of the run, in optimizer steps.
         every: steps between updates (ΔT).
         drop_fraction, final_drop_fraction: ζ at the start and at the end of the updates.
@@ -50,14 +62,15 @@ class TopologyManager:
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
-            is neither shaped like the values nor a scalar; a drop fraction for which there are too few inactive
-            blocks (the largest possible is named); an argument out of range.
+            is neither shaped like the values nor a scalar, or of which it cannot be asked what a new weight starts
+            with; a drop fraction for which there are too few inactive blocks (the largest possible is named); an
+            argument out of range. In ``step()``: a compact weight that was replaced after the optimizer was made.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Any] | Mapping[Any, Any],
         *,
         total_steps: int,
         every: int = 100,
@@ -88,20 +101,28 @@ class TopologyManager:
         self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
             _check_feasible(self.sites, self._max_drop_fraction)
-        check_holds(optimizer, self.sites)
-        check_elementwise(optimizer, self.sites)
         self.model = model
         self.optimizer = optimizer
+        self._optimizers: list[FoundOptimizer] = []
+        self._listeners: dict[int, StepListener] = {}
+        self._find_optimizers()
         self.grow = grow
         self.seed = seed
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
         self._num_new = 0
+        self._new_of: Counter[int] = Counter()
+        self._num_idle = 0
         self._num_postponed = 0
-        self._trained = Trained(optimizer)
+        self._trained = Trained()
         self._scores: dict[str, GradientScores] = {}
         self._trace = Trace(self.sites)
         self._listen()
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers that were found in what was given, wrappers before what they wrap."""
+        return [found.optimizer for found in self._optimizers]
 
     @property
     def next_update(self) -> int | None:
@@ -113,36 +134,94 @@ class TopologyManager:
     def _is_due(self, step: int) -> bool:
         return self.next_update is not None and self.next_update <= step
 
+    def _find_optimizers(self) -> StateToMove:
+        """Looks anew: a group may have been added, and some wrappers make what they wrap in their first steps."""
+        found = find_optimizers(self.optimizer, self.model.parameters())
+        held = {parameter for each in found for parameter in each.holds}
+        missing = [site.values for site in self.sites.values() if id(site.values) not in held]
+        found += find_optimizers(siblings(found, missing), self.model.parameters())
+        check_holds(found, self.sites, self.optimizer)
+        state = state_to_move(found, self.sites)
+        self._optimizers = found
+        self._values = {name: site.values for name, site in self.sites.items()}
+        return state
+
     def _listen(self) -> None:
-        """To the optimizer, which is not to keep a manager alive that nobody else holds; and to gradients."""
-        self.optimizer.register_step_post_hook(partial(_tell, weakref.ref(self)))
+        """To optimizers, which are not to keep a manager alive that nobody else holds; and to gradients."""
+        self._listen_to_optimizers()
+        self.step.prepare()  # type: ignore[attr-defined]
         weakref.finalize(self, _stop_listening, self._scores).atexit = False
         self._expect_update()
 
-    def _after_optimizer_step(self) -> None:
+    def _listen_to_optimizers(self) -> None:
+        for found in self._optimizers:
+            if found.steps and id(found.optimizer) not in self._listeners:
+                self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step)
+        self._trained.watch(self.optimizers)
+
+    def _after_optimizer_step(self, optimizer: Any) -> None:
         """Looks at the gradients of the step: a closure makes them in it, ``zero_grad`` may soon take them away."""
-        self._num_new += 1
-        if self._is_due(self.num_steps + self._num_new):
-            self._trained.look()
-        if self._is_due(self.num_steps + self._num_new + 1):
+        if not self._num_new:
+            self._new_of.clear()
+        self._new_of[id(optimizer)] += 1
+        num_new = self._new_of[id(optimizer)]
+        self._num_new = max(self._num_new, num_new)
+        if self._is_due(self.num_steps + num_new):
+            self._trained.look(optimizer)
+        if self._is_due(self.num_steps + num_new + 1):
             self._trained.expect()
 
+    @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None."""
+        self._check_values()
         if not self._num_new:
+            self._count_idle_call()
             return None
+        self._num_idle = 0
         due = self._is_due(self.num_steps + self._num_new)
         if due or self.num_steps == 0:
-            check_elementwise(self.optimizer, self.sites)
+            self._state = self._find_optimizers()
+            self._listen_to_optimizers()
         self.num_steps += self._num_new
         self._num_new = 0
         event = self._update() if due else None
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == _PATIENCE:
             self._give_up()
+        self._trained.forget()
         self._watch_gradients()
         return event
+
+    def _check_values(self) -> None:
+        """Raises ValueError where a compact weight is no longer the parameter that the optimizer was made with."""
+        for name, site in self.sites.items():
+            if not site.is_compact:
+                raise ValueError(
+                    f"{name}: the weight was made dense (remove_parametrizations, export_dense, ...) after the manager "
+                    "was made; make the optimizer and the manager anew"
+                )
+            if site.values is not self._values[name] and site.values.requires_grad:
+                held = (p for found in self._optimizers for g in found.optimizer.param_groups for p in g["params"])
+                if not any(p is site.values for p in held):
+                    raise ValueError(
+                        f"{name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
+                        "the optimizer was made; make the optimizer and the manager anew"
+                    )
+
+    def _count_idle_call(self) -> None:
+        """Warns once where no step of the optimizer is ever seen; gradients that wait for one are accumulated."""
+        self._num_idle += 1
+        is_waiting = any(site.values.grad is not None for site in self.sites.values())
+        if self._num_idle == (_IDLE_CALLS_OF_ACCUMULATION if is_waiting else _IDLE_CALLS):
+            names = ", ".join(sorted({found.name for found in self._optimizers if found.steps}))
+            warnings.warn(
+                f"TopologyManager: step() was called {self._num_idle} times and no step of the optimizer ({names}) was "
+                "seen, so the topology does not change; pass the optimizer whose step() trains the model, and call "
+                "manager.step() after it. A GradScaler that skips every step looks the same",
+                stacklevel=5,
+            )
 
     def _expect_update(self) -> None:
         """Made or loaded right before a step that an update is due after."""
@@ -200,7 +279,8 @@ class TopologyManager:
         else:
             dropped = drop_smallest(site, before, count)
             grown = grow_random(site, before, dropped, self.seed, self.num_steps)
-        return move(site, before, agree_on(dropped), agree_on(grown), self.optimizer, self._trace)
+        ages = block_ages(self._optimizers, site.values)
+        return move(site, before, agree_on(dropped), agree_on(grown), self._state, ages, self._trace)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps counted, history, and which blocks were ever active: what a resumed run needs."""
@@ -228,14 +308,9 @@ class TopologyManager:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
+        self._listeners = {}
+        self._find_optimizers()
         self._listen()
-
-
-def _tell(manager: weakref.ref[TopologyManager], *_: Any) -> None:
-    """The optimizer's hook."""
-    listening = manager()
-    if listening is not None:
-        listening._after_optimizer_step()
 
 
 def _stop_listening(scores: dict[str, GradientScores]) -> None:
