@@ -1,4 +1,4 @@
-"""outside_graphs: methods that torch.compile does not trace. Importing this imports no compiler."""
+"""outside_graphs: functions that torch.compile does not trace. Importing this imports no compiler."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ from typing import Any, TypeVar
 
 import torch
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
+_not_prepared: list[Callable[[], Any]] = []
 
 
-def outside_graphs(advice: str) -> Callable[[Method], Method]:
+def outside_graphs(advice: str) -> Callable[[Function], Function]:
     """Marks a function as one that a compiled function calls in eager mode, between two graphs.
 
     Args:
         advice: what the error says where no graph may end (``fullgraph=True``).
     """
 
-    def mark(function: Method) -> Method:
-        disabled: list[Callable[..., Any]] = []
+    def mark(function: Function) -> Function:
+        untraced: list[Callable[..., Any]] = []
 
-        def prepare() -> None:
-            """Imports the compiler, as making any optimizer does; the first call may come from a traced function."""
-            if not disabled:
-                disabled.append(torch.compiler.disable(function, reason=advice))
+        def disable() -> None:
+            if not untraced:
+                untraced.append(torch.compiler.disable(function, reason=advice))
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not disabled:
-                prepare()
-            return disabled[0](*args, **kwargs)
+            if not untraced:
+                disable()
+            return untraced[0](*args, **kwargs)
 
-        call.prepare = prepare  # type: ignore[attr-defined]
+        _not_prepared.append(disable)
         return call  # type: ignore[return-value]
 
     return mark
+
+
+def prepare() -> None:
+    """Imports the compiler, as making any optimizer does, so that a call that is traced first finds all in place."""
+    while _not_prepared:
+        _not_prepared.pop()()

@@ -15,7 +15,7 @@ from smet_compile.format import TopologyChange
 from smet_compile.ops import find_sites
 from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
-from smet_compile.ops.outside_graphs import outside_graphs
+from smet_compile.ops.outside_graphs import outside_graphs, prepare
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.optim import generations
 from smet_compile.optim.held import hold
@@ -98,7 +98,7 @@ class ActiveAdamW(Optimizer):
         self._is_first_step = True
         super().__init__(params, defaults)
         register(self)
-        ActiveAdamW.step.prepare()  # type: ignore[attr-defined]
+        prepare()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_options(self.defaults | param_group)
@@ -112,7 +112,7 @@ class ActiveAdamW(Optimizer):
                     "model's; add it to the model first"
                 )
 
-    @outside_graphs("ActiveAdamW.step runs in eager mode; compile the function that calls it without fullgraph=True")
+    @outside_graphs("ActiveAdamW.step runs in eager mode; compile what calls it without fullgraph=True")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if there is one.
@@ -153,8 +153,8 @@ class ActiveAdamW(Optimizer):
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             warnings.warn(
                 f"{type(self).__name__}: {shown} got a gradient and are in no parameter group, so they are never "
-                "trained unless another optimizer holds them. A compact weight is the parameter named "
-                "'...parametrizations.weight.original': choose it by that name, or make the groups with "
+                "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
+                "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
                 "smet.decay_groups(model, weight_decay); freeze it with requires_grad_(False) to leave it as it is",
                 stacklevel=7,
             )
@@ -272,7 +272,9 @@ _STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "num_skipped", "scales", "g
 
 
 def _is_beside(key: str, rows: Any, change: TopologyChange) -> bool:
-    return key not in _STATE and isinstance(rows, Tensor) and rows.shape == change.values.shape
+    if key in _STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
+        return False
+    return rows.data_ptr() != change.values.data_ptr()
 
 
 def _rate(lr: float | Tensor) -> Tensor:

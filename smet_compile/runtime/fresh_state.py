@@ -19,38 +19,60 @@ from torch.optim import SGD
 
 from smet_compile.ops.optimizers import FoundOptimizer, attributes, inner_optimizers, is_hooks, is_optimizer_like
 
+_MOST_STEPS = 100
+"""Some wrappers write a state only in every k-th step."""
+
 
 class FreshState:
     """Answers for one topology update; options such as the learning rate may change until the next."""
 
     def __init__(self, optimizers: list[FoundOptimizer]) -> None:
         self._optimizers = optimizers
-        self._answers: dict[Any, dict[tuple[int, str], float]] = {}
+        self._questions: dict[Any, _Question] = {}
 
     def of(self, optimizer: Any, values: nn.Parameter, key: str) -> float | None:
         """The number that fills the state ``key`` of a new weight; None where the optimizer cannot be asked.
 
         Wrappers are asked last: what they wrap mostly answers for itself.
         """
-        for asked in reversed([each.optimizer for each in self._optimizers if id(values) in each.holds]):
-            group = _group_of(asked, values)
-            question = id(asked), id(group), values.dtype, values.device, values.dim()
-            if question not in self._answers:
-                self._answers[question] = _ask(asked, values)
-            if (id(optimizer), key) in self._answers[question]:
-                return self._answers[question][id(optimizer), key]
+        holders = [each.optimizer for each in self._optimizers if id(values) in each.holds]
+        for num_steps in (1, _MOST_STEPS):
+            for asked in reversed(holders):
+                answer = self._question(asked, values).answer((id(optimizer), key), num_steps)
+                if answer is not None:
+                    return answer
         return None
 
+    def _question(self, asked: Any, values: nn.Parameter) -> _Question:
+        about = id(asked), id(_group_of(asked, values)), values.dtype, values.device, values.dim()
+        if about not in self._questions:
+            self._questions[about] = _Question(asked, values)
+        return self._questions[about]
 
-def _ask(optimizer: Any, values: nn.Parameter) -> dict[tuple[int, str], float]:
-    """(id of the optimizer or of one inside it, key of its state) → what a new weight starts with."""
-    devices = [values.device] if values.device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        twins = _Twins(values)
-        twin = twins.of(optimizer)
-        if twin is not None and _group_of(twin, twins.weight) is not None:
-            _step(twin, twins.weight)
-    return twins.first_written()
+
+class _Question:
+    """Steps a second ``optimizer`` until it has written the state that is asked for."""
+
+    def __init__(self, optimizer: Any, values: nn.Parameter) -> None:
+        self._twins = _Twins(values)
+        with self._own_random_numbers():
+            self._twin = self._twins.of(optimizer)
+        self._num_steps = 0
+        self._can_step = _group_of(self._twin, self._twins.weight) is not None
+
+    def answer(self, key: tuple[int, str], num_steps: int) -> float | None:
+        known = self._twins.first_written()
+        with self._own_random_numbers():
+            while key not in known and self._can_step and self._num_steps < num_steps:
+                self._num_steps += 1
+                self._can_step = _step(self._twin, self._twins.weight)
+                known = self._twins.first_written()
+        return known.get(key)
+
+    def _own_random_numbers(self) -> Any:
+        device = self._twins.weight.device
+        others = [] if device.type == "cpu" else [device]
+        return torch.random.fork_rng(others, device_type=device.type if others else "cuda")
 
 
 def _group_of(optimizer: Any, values: Tensor) -> dict[str, Any] | None:
@@ -58,22 +80,30 @@ def _group_of(optimizer: Any, values: Tensor) -> dict[str, Any] | None:
     return next((group for group in groups if any(p is values for p in group["params"])), None)
 
 
-def _step(twin: Any, weight: nn.Parameter) -> None:
-    """By the class's own method, without hooks; a two-step optimizer wants a closure."""
+def _step(twin: Any, weight: nn.Parameter) -> bool:
+    """Whether the twin could make a step, by the class's own methods and without hooks.
+
+    An optimizer of two steps (SAM) wants a closure, or has ``first_step`` and ``second_step``.
+    """
 
     def closure() -> Tensor:
         weight.grad = torch.zeros_like(weight)
         return torch.zeros((), device=weight.device)
 
-    method = type(twin).step
-    method = method.__wrapped__ if getattr(method, "hooked", False) else method
-    for arguments in ((closure,), ()):
-        weight.grad = torch.zeros_like(weight)
+    for calls in ((("step", closure),), (("step",),), (("first_step",), ("second_step",))):
         try:
-            method(twin, *arguments)
-        except Exception:  # whatever it fails with: then it cannot be asked in this way
+            for name, *arguments in calls:
+                closure()
+                _method(twin, name)(twin, *arguments)
+        except Exception:  # whatever it fails with: it cannot be asked in this way
             continue
-        return
+        return True
+    return False
+
+
+def _method(twin: Any, name: str) -> Any:
+    method = getattr(type(twin), name)
+    return method.__wrapped__ if getattr(method, "hooked", False) else method
 
 
 class _Twins:

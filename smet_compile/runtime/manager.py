@@ -149,7 +149,6 @@ class TopologyManager:
     def _listen(self) -> None:
         """To optimizers, which are not to keep a manager alive that nobody else holds; and to gradients."""
         self._listen_to_optimizers()
-        self.step.prepare()  # type: ignore[attr-defined]
         weakref.finalize(self, _stop_listening, self._scores).atexit = False
         self._expect_update()
 
@@ -220,7 +219,7 @@ class TopologyManager:
                 f"TopologyManager: step() was called {self._num_idle} times and no step of the optimizer ({names}) was "
                 "seen, so the topology does not change; pass the optimizer whose step() trains the model, and call "
                 "manager.step() after it. A GradScaler that skips every step looks the same",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _expect_update(self) -> None:
@@ -237,7 +236,7 @@ class TopologyManager:
         warnings.warn(
             f"TopologyManager: an update was postponed for {_PATIENCE} steps since {reason}; it is left out, the next "
             f"is due after step {self.next_update}",
-            stacklevel=3,
+            stacklevel=6,
         )
 
     def _drop_count(self, site: Site, step: int) -> int:
@@ -305,10 +304,12 @@ class TopologyManager:
         """Raises ValueError where ``state`` is that of other weights."""
         self._trace.check_state_dict(state["trace"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_listeners": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
-        self._listeners = {}
         self._find_optimizers()
         self._listen()
 

@@ -72,11 +72,11 @@ def state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> S
     """
     told = [each.optimizer for each in optimizers if _knows_topologies(each.optimizer)]
     others = [each for each in _with_state_of_their_own(optimizers) if not _knows_topologies(each.optimizer)]
-    fresh = FreshState(others)
+    fresh = FreshState(optimizers)
     for each in others:
         _check_kinds(each)
     rows = {name: list(_rows(others, site, fresh)) for name, site in sites.items()}
-    known = {id(row.tensor) for of_site in rows.values() for row in of_site}
+    known = {_memory(row.tensor) for of_site in rows.values() for row in of_site}
     for each in others:
         _check_attributes(each, sites, known)
     return StateToMove(rows, told)
@@ -111,12 +111,14 @@ def _check_kinds(found: FoundOptimizer) -> None:
 
 
 def _rows(optimizers: list[FoundOptimizer], site: Site, fresh: FreshState) -> Iterator[Rows]:
-    values, seen = site.values, set[int]()
+    """Leaves out what shares its memory with the values: SAM makes its copy of the weight the weight."""
+    values = site.values
+    seen = {_memory(tensor) for tensor in (values, values.grad) if tensor is not None}
     for each in optimizers:
         for key, state in each.state_of(values).items():
-            if _is_shared(state) or id(state) in seen:
+            if _is_shared(state) or _memory(state) in seen:
                 continue
-            seen.add(id(state))
+            seen.add(_memory(state))
             if state.shape != values.shape:
                 raise ValueError(
                     f"{site.name}: {each.name} keeps a state {key!r} of shape {tuple(state.shape)}, expected "
@@ -147,7 +149,7 @@ def _check_attributes(found: FoundOptimizer, sites: dict[str, Site], known: set[
     in_use = {_memory(tensor) for each in values for tensor in (each, each.grad) if tensor is not None}
     for name, tensor in _tensors_beside_state(found.optimizer):
         is_like_values = tensor.shape in shapes and tensor.is_floating_point()
-        if is_like_values and id(tensor) not in known and _memory(tensor) not in in_use:
+        if is_like_values and _memory(tensor) not in known | in_use:
             raise ValueError(
                 f"{found.name} keeps a tensor of shape {tuple(tensor.shape)}, that of a compact weight, in {name}, "
                 "which cannot follow a topology change; keep it in state[parameter], or give the class a method "
@@ -156,7 +158,8 @@ def _check_attributes(found: FoundOptimizer, sites: dict[str, Site], known: set[
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else id(tensor)
+    """Where the tensor begins in memory; two with one beginning are changed together."""
+    return id(tensor) if tensor.is_meta or tensor.layout != torch.strided else tensor.data_ptr()
 
 
 def _tensors_beside_state(optimizer: Any) -> Iterator[tuple[str, Tensor]]:

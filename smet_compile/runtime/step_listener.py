@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
-from smet_compile.ops.outside_graphs import outside_graphs
+from smet_compile.ops.outside_graphs import outside_graphs, prepare
 
 _ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
 
@@ -38,8 +38,7 @@ class StepListener:
                 f"{type(found.optimizer).__name__} without step hooks; derive it from torch.optim.Optimizer and call "
                 "super().__init__(params, defaults)"
             ) from None
-        _before.prepare()  # type: ignore[attr-defined]
-        _after.prepare()  # type: ignore[attr-defined]
+        prepare()
 
 
 @outside_graphs(_ADVICE)
