@@ -100,10 +100,17 @@ def is_hooks(name: str) -> bool:
 
 
 def is_optimizer_like(thing: Any) -> bool:
-    """Whether ``thing`` is an optimizer, or has a method ``step`` as one: a scheduler, a wrapper of any class."""
+    """Whether ``thing`` is an optimizer, or has groups or a method ``step`` as one: a wrapper of any class."""
     if isinstance(thing, nn.Module | Tensor | type):
         return False
-    return isinstance(thing, Optimizer) or callable(getattr(type(thing), "step", None))
+    if isinstance(thing, Optimizer) or callable(getattr(type(thing), "step", None)):
+        return True
+    return "param_groups" in getattr(thing, "__dict__", {}) or _answers_with_groups(thing)
+
+
+def _answers_with_groups(thing: Any) -> bool:
+    """Of a proxy that hands all attributes on to what it wraps."""
+    return hasattr(type(thing), "__getattr__") and hasattr(thing, "param_groups")
 
 
 class _Search:

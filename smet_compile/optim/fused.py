@@ -49,11 +49,12 @@ def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
         return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
     if type(optimizer) is SGD:
         return _TorchOptim(optimizer, "sgd", _new_sgd_state, _sgd) if _is_plain(optimizer) else None
-    inside = next((f"the optimizer in its {name}, or " for name, _ in inner_optimizers(optimizer)), "")
+    inside = [name for name, _ in inner_optimizers(optimizer)]
+    advice = f"pass the optimizer in its attribute {inside[0]!r}, or train" if inside else "train"
     raise ValueError(
         "optimizer: expected ActiveAdamW, or AdamW, Adam or SGD of torch.optim, got "
-        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; {'pass ' if inside else ''}{inside}train it with "
-        "loss.backward() and optimizer.step()"
+        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; {advice} it with loss.backward() and "
+        "optimizer.step()"
     )
 
 

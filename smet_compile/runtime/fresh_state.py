@@ -71,7 +71,7 @@ class _Question:
 
     def _own_random_numbers(self) -> Any:
         device = self._twins.weight.device
-        others = [] if device.type == "cpu" else [device]
+        others = [device] if device.type in ("cuda", "xpu") else []
         return torch.random.fork_rng(others, device_type=device.type if others else "cuda")
 
 

@@ -14,13 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from smet_compile.ops import Site, find_sites
-from smet_compile.ops.optimizers import FoundOptimizer, find_optimizers, siblings
 from smet_compile.ops.outside_graphs import outside_graphs
 from smet_compile.runtime.agreement import agree_on, agree_on_ready
 from smet_compile.runtime.events import SiteEvent, TopologyEvent
 from smet_compile.runtime.gradient_growth import GradientScores
+from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.move import move
-from smet_compile.runtime.optimizer_state import StateToMove, block_ages, check_holds, state_to_move
 from smet_compile.runtime.policies import drop_smallest, grow_random
 from smet_compile.runtime.schedules import SCHEDULES
 from smet_compile.runtime.step_listener import StepListener
@@ -103,9 +102,8 @@ class TopologyManager:
             _check_feasible(self.sites, self._max_drop_fraction)
         self.model = model
         self.optimizer = optimizer
-        self._optimizers: list[FoundOptimizer] = []
+        self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
         self._listeners: dict[int, StepListener] = {}
-        self._find_optimizers()
         self.grow = grow
         self.seed = seed
         self.num_steps = 0
@@ -122,7 +120,7 @@ class TopologyManager:
     @property
     def optimizers(self) -> list[Any]:
         """The optimizers that were found in what was given, wrappers before what they wrap."""
-        return [found.optimizer for found in self._optimizers]
+        return [found.optimizer for found in self._optimizers.found]
 
     @property
     def next_update(self) -> int | None:
@@ -134,18 +132,6 @@ class TopologyManager:
     def _is_due(self, step: int) -> bool:
         return self.next_update is not None and self.next_update <= step
 
-    def _find_optimizers(self) -> StateToMove:
-        """Looks anew: a group may have been added, and some wrappers make what they wrap in their first steps."""
-        found = find_optimizers(self.optimizer, self.model.parameters())
-        held = {parameter for each in found for parameter in each.holds}
-        missing = [site.values for site in self.sites.values() if id(site.values) not in held]
-        found += find_optimizers(siblings(found, missing), self.model.parameters())
-        check_holds(found, self.sites, self.optimizer)
-        state = state_to_move(found, self.sites)
-        self._optimizers = found
-        self._values = {name: site.values for name, site in self.sites.items()}
-        return state
-
     def _listen(self) -> None:
         """To optimizers, which are not to keep a manager alive that nobody else holds; and to gradients."""
         self._listen_to_optimizers()
@@ -153,8 +139,8 @@ class TopologyManager:
         self._expect_update()
 
     def _listen_to_optimizers(self) -> None:
-        for found in self._optimizers:
-            if found.steps and id(found.optimizer) not in self._listeners:
+        for found in self._optimizers.stepping:
+            if id(found.optimizer) not in self._listeners:
                 self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step)
         self._trained.watch(self.optimizers)
 
@@ -174,14 +160,14 @@ class TopologyManager:
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None."""
-        self._check_values()
+        self._optimizers.check_weights()
         if not self._num_new:
             self._count_idle_call()
             return None
         self._num_idle = 0
         due = self._is_due(self.num_steps + self._num_new)
         if due or self.num_steps == 0:
-            self._state = self._find_optimizers()
+            self._optimizers.find()
             self._listen_to_optimizers()
         self.num_steps += self._num_new
         self._num_new = 0
@@ -193,28 +179,14 @@ class TopologyManager:
         self._watch_gradients()
         return event
 
-    def _check_values(self) -> None:
-        """Raises ValueError where a compact weight is no longer the parameter that the optimizer was made with."""
-        for name, site in self.sites.items():
-            if not site.is_compact:
-                raise ValueError(
-                    f"{name}: the weight was made dense (remove_parametrizations, export_dense, ...) after the manager "
-                    "was made; make the optimizer and the manager anew"
-                )
-            if site.values is not self._values[name] and site.values.requires_grad:
-                held = (p for found in self._optimizers for g in found.optimizer.param_groups for p in g["params"])
-                if not any(p is site.values for p in held):
-                    raise ValueError(
-                        f"{name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
-                        "the optimizer was made; make the optimizer and the manager anew"
-                    )
-
     def _count_idle_call(self) -> None:
         """Warns once where no step of the optimizer is ever seen; gradients that wait for one are accumulated."""
         self._num_idle += 1
-        is_waiting = any(site.values.grad is not None for site in self.sites.values())
+        if self._num_idle not in (_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION):
+            return
+        is_waiting = any(parameter.grad is not None for parameter in self.model.parameters())
         if self._num_idle == (_IDLE_CALLS_OF_ACCUMULATION if is_waiting else _IDLE_CALLS):
-            names = ", ".join(sorted({found.name for found in self._optimizers if found.steps}))
+            names = ", ".join(sorted({found.name for found in self._optimizers.stepping}))
             warnings.warn(
                 f"TopologyManager: step() was called {self._num_idle} times and no step of the optimizer ({names}) was "
                 "seen, so the topology does not change; pass the optimizer whose step() trains the model, and call "
@@ -278,8 +250,8 @@ class TopologyManager:
         else:
             dropped = drop_smallest(site, before, count)
             grown = grow_random(site, before, dropped, self.seed, self.num_steps)
-        ages = block_ages(self._optimizers, site.values)
-        return move(site, before, agree_on(dropped), agree_on(grown), self._state, ages, self._trace)
+        state, ages = self._optimizers.state, self._optimizers.ages(site.values)
+        return move(site, before, agree_on(dropped), agree_on(grown), state, ages, self._trace)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps counted, history, and which blocks were ever active: what a resumed run needs."""
@@ -310,7 +282,7 @@ class TopologyManager:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
-        self._find_optimizers()
+        self._optimizers.find()
         self._listen()
 
 

@@ -43,28 +43,6 @@ class StateToMove(NamedTuple):
                 rows.tensor[~change.survived] = rows.fresh
 
 
-def block_ages(optimizers: list[FoundOptimizer], values: nn.Parameter) -> Tensor | None:
-    """Ages of the active blocks, of the optimizer that steps the weight; None where it keeps none."""
-    for each in optimizers:
-        if id(values) in each.steps and hasattr(each.optimizer, "block_ages"):
-            ages: Tensor = each.optimizer.block_ages(values)
-            return ages
-    return None
-
-
-def check_holds(optimizers: list[FoundOptimizer], sites: dict[str, Site], given: Any) -> None:
-    """Raises ValueError for a compact weight that no optimizer trains. ``given``: what the caller passed."""
-    held = {parameter for each in optimizers for parameter in each.holds}
-    names = [name for name, site in sites.items() if id(site.values) not in held and site.values.requires_grad]
-    if names:
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise ValueError(
-            f"{shown}: expected the optimizer to hold the compact values, but {type(given).__name__} does not; make "
-            "the optimizer from model.parameters() after sparsify, and where there are several, pass all of them in a "
-            "list"
-        )
-
-
 def state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> StateToMove:
     """Finds the state of every compact weight.
 
@@ -76,7 +54,8 @@ def state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> S
     for each in others:
         _check_kinds(each)
     rows = {name: list(_rows(others, site, fresh)) for name, site in sites.items()}
-    known = {_memory(row.tensor) for of_site in rows.values() for row in of_site}
+    kept = (each.state_of(site.values).values() for each in optimizers for site in sites.values())
+    known = {_memory(tensor) for tensors in kept for tensor in tensors if isinstance(tensor, Tensor)}
     for each in others:
         _check_attributes(each, sites, known)
     return StateToMove(rows, told)
@@ -116,7 +95,7 @@ def _rows(optimizers: list[FoundOptimizer], site: Site, fresh: FreshState) -> It
     seen = {_memory(tensor) for tensor in (values, values.grad) if tensor is not None}
     for each in optimizers:
         for key, state in each.state_of(values).items():
-            if _is_shared(state) or _memory(state) in seen:
+            if _is_shared(state) or _memory(state) in seen or state.numel() == 1 != values.numel():
                 continue
             seen.add(_memory(state))
             if state.shape != values.shape:

@@ -19,7 +19,7 @@ class Trained:
     def __init__(self) -> None:
         self._optimizers: list[Any] = []
         self._before: dict[nn.Parameter, tuple[UpdateCounts, tuple[int, int]]] = {}
-        self._trained: dict[int, list[nn.Parameter]] = {}
+        self._trained: dict[int, set[int]] = {}
         self._not_finite: dict[int, list[nn.Parameter]] = {}
 
     def watch(self, optimizers: list[Any]) -> None:
@@ -27,7 +27,7 @@ class Trained:
         self._optimizers = optimizers
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
-        return any(p is parameter for trained in self._trained.values() for p in trained)
+        return any(id(parameter) in trained for trained in self._trained.values())
 
     @property
     def not_finite(self) -> list[nn.Parameter]:
@@ -44,7 +44,7 @@ class Trained:
         counts = self._counts()
         moved = {p: self._moved(p, counts[p]) for p in held if p in counts}
         trained = [p for p in held if p.grad is not None or (p in moved and moved[p][0])]
-        self._trained[id(optimizer)] = trained
+        self._trained[id(optimizer)] = {id(p) for p in trained}
         self._not_finite[id(optimizer)] = [p for p in trained if (p in moved and moved[p][1]) or not _is_finite(p)]
 
     def forget(self) -> None:

@@ -58,7 +58,9 @@ def test_one_graph_is_refused_with_advice(which: str) -> None:
     model, optimizer, manager = make()
     loss_on(model, 0).backward()
     step = {"optimizer": optimizer.step, "manager": manager.step}[which]
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"in eager mode; .*without? .*fullgraph=True|fullgraph=True"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"in eager mode; .*without? .*fullgraph=True|fullgraph=True"
+    ):
         torch.compile(step, backend="eager", fullgraph=True)()
 
 

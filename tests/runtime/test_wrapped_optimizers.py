@@ -147,7 +147,10 @@ def test_asking_changes_nothing() -> None:
     [
         (lambda m: LookaheadInLists(adamw(m)), r"LookaheadInLists keeps a tensor .* in slow_weights\[0\]\[\d\]"),
         (lambda m: LookaheadInLists(active(m)), r"LookaheadInLists keeps a tensor .* in slow_weights\[0\]\[\d\]"),
-        (lambda m: Unanswering(torch.Generator(), m.parameters()), r"0\.weight: Unanswering keeps a state 'trust' .* could not be made to ask"),
+        (
+            lambda m: Unanswering(torch.Generator(), m.parameters()),
+            r"0\.weight: Unanswering keeps a state 'trust' .* could not be made to ask",
+        ),
     ],
     ids=["lists", "lists round ActiveAdamW", "unanswering"],
 )

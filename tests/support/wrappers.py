@@ -71,7 +71,9 @@ class LookaheadInLists(Optimizer):
 class SAM(Optimizer):
     """Two steps; makes its copy of a weight the weight."""
 
-    def __init__(self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, **options: Any) -> None:
+    def __init__(
+        self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, **options: Any
+    ) -> None:
         super().__init__(params, {"rho": rho, **options})
         self.base_optimizer = base_optimizer(self.param_groups, **options)
         self.param_groups = self.base_optimizer.param_groups
