@@ -51,10 +51,10 @@ def find_optimizers(given: Any, parameters: Iterable[nn.Parameter]) -> list[Foun
     Args:
         given: an optimizer, a wrapper of one, or several in a list, tuple or dict.
     """
-    search = _Search({id(parameter) for parameter in parameters})
+    search = _Search()
     for name, thing in _roots(given):
         search.visit(thing, name)
-    return search.found
+    return search.found({id(parameter) for parameter in parameters})
 
 
 def optimizer_that_steps(given: Any, parameter: nn.Parameter) -> Any:
@@ -114,26 +114,43 @@ def _answers_with_groups(thing: Any) -> bool:
 
 
 class _Search:
-    def __init__(self, wanted: set[int]) -> None:
-        self.wanted = wanted
-        self.found: list[FoundOptimizer] = []
-        self._held_in: dict[int, set[int]] = {}
-        self._visited: list[Any] = []  # keeps the ids those of living objects
+    """Everything that was reached, and what each leads to."""
 
-    def visit(self, thing: Any, name: str) -> set[int]:
-        """The wanted parameters that ``thing`` holds, itself or in an optimizer inside it."""
-        if id(thing) in self._held_in:
-            return self._held_in[id(thing)]
-        self._visited.append(thing)
-        self._held_in[id(thing)] = set()
-        place, inside = len(self.found), set()
-        for attribute, inner in inner_optimizers(thing):
-            inside |= self.visit(inner, f"{name}.{attribute}")
-        own = _held_by(thing) & self.wanted
-        if own:
-            self.found.insert(place, FoundOptimizer(thing, name, frozenset(own), frozenset(own - inside)))
-        self._held_in[id(thing)] = own | inside
-        return own | inside
+    def __init__(self) -> None:
+        self._reached: dict[int, tuple[str, Any]] = {}
+        self._inside: dict[int, list[int]] = {}
+
+    def visit(self, thing: Any, name: str) -> None:
+        if id(thing) in self._reached:
+            return
+        self._reached[id(thing)] = name, thing
+        inner = list(inner_optimizers(thing))
+        self._inside[id(thing)] = [id(each) for _, each in inner]
+        for attribute, each in inner:
+            self.visit(each, f"{name}.{attribute}")
+
+    def found(self, wanted: set[int]) -> list[FoundOptimizer]:
+        holds = {key: _held_by(thing) & wanted for key, (_, thing) in self._reached.items()}
+        leads_to = {key: self._leads_to(key) for key in holds}
+        found = []
+        for key, (name, thing) in self._reached.items():
+            inside = (
+                inner for inner in leads_to[key] if key not in leads_to[inner]
+            )  # an inner one may know its wrapper
+            steps = holds[key].difference(*(holds[inner] for inner in inside))
+            if holds[key]:
+                found.append(FoundOptimizer(thing, name, frozenset(holds[key]), frozenset(steps)))
+        return found
+
+    def _leads_to(self, key: int) -> set[int]:
+        seen: set[int] = set()
+        ahead = list(self._inside[key])
+        while ahead:
+            inner = ahead.pop()
+            if inner not in seen:
+                seen.add(inner)
+                ahead += self._inside[inner]
+        return seen
 
 
 def _held_by(thing: Any) -> set[int]:

@@ -19,11 +19,13 @@ from tests.support.wrappers import (
     SAM,
     Bag,
     Bound,
+    Known,
     Lookahead,
     LookaheadInLists,
     LookaheadInside,
     OfParent,
     OnesAtFirst,
+    Proxy,
     Unanswering,
     step_in_two,
 )
@@ -75,6 +77,9 @@ WRAPPED: dict[str, tuple[Make, dict[str, float]]] = {
     "in a container": (lambda model: Bag(adamw(model)), {"exp_avg": 0.0}),
     "by a bound method": (lambda model: Bound(active(model)), {"exp_avg": 0.0}),
     "three deep": (lambda model: Bag(Bound(LookaheadInside(adamw(model)))), {"slow": 0.0, "exp_avg": 0.0}),
+    "by a proxy": (lambda model: Proxy(active(model)), {"exp_avg": 0.0}),
+    "proxies in a list": (lambda model: Bag(Proxy(adamw(model))), {"exp_avg": 0.0}),  # type: ignore[arg-type]
+    "knows its wrapper": (lambda model: Known(adamw(model)).inner, {"exp_avg": 0.0}),
     "a step of its parent": (of(OfParent), {"exp_avg": 0.0}),
     "Rprop": (of(torch.optim.Rprop, lr=1e-2), {"step_size": 1e-2, "prev": 0.0}),
     "Rprop in lookahead": (lambda m: LookaheadInside(torch.optim.Rprop(m.parameters(), lr=0.02)), {"step_size": 0.02}),

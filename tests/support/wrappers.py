@@ -126,6 +126,26 @@ class Bound(Optimizer):
         self.go()
 
 
+class Proxy:
+    """Hands everything on to what it wraps."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_optimizer":
+            raise AttributeError(name)
+        return getattr(self._optimizer, name)
+
+
+class Known(Bound):
+    """Is known to the optimizer that it wraps."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.inner, inner.outer = inner, self
+
+
 class OfParent(torch.optim.AdamW):
     """Its step is that of its parent, whose hooks run too once a parent was made."""
 
