@@ -38,22 +38,36 @@ class FreshState:
         holders = [each.optimizer for each in self._optimizers if id(values) in each.holds]
         for num_steps in (1, _MOST_STEPS):
             for asked in reversed(holders):
-                answer = self._question(asked, values).answer((id(optimizer), key), num_steps)
+                question = self._question(asked, values)
+                owner = question.optimizer if asked is optimizer else optimizer
+                answer = question.answer((id(owner), key), num_steps)
                 if answer is not None:
                     return answer
         return None
 
     def _question(self, asked: Any, values: nn.Parameter) -> _Question:
-        about = id(asked), id(_group_of(asked, values)), values.dtype, values.device, values.dim()
+        about = _kind_of(asked, values), values.dtype, values.device, values.dim()
         if about not in self._questions:
             self._questions[about] = _Question(asked, values)
         return self._questions[about]
+
+
+def _kind_of(optimizer: Any, values: nn.Parameter) -> Any:
+    """Equal for optimizers that answer alike: one per layer is asked once. Other classes may know more than options."""
+    group = _group_of(optimizer, values)
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return id(optimizer), id(group)
+    options = {} if group is None else {key: option for key, option in group.items() if key != "params"}
+    return type(optimizer), tuple(
+        (k, id(each) if isinstance(each, Tensor) else repr(each)) for k, each in options.items()
+    )
 
 
 class _Question:
     """Steps a second ``optimizer`` until it has written the state that is asked for."""
 
     def __init__(self, optimizer: Any, values: nn.Parameter) -> None:
+        self.optimizer = optimizer
         self._twins = _Twins(values)
         with self._own_random_numbers():
             self._twin = self._twins.of(optimizer)

@@ -53,14 +53,15 @@ class ManagedOptimizers:
     def check_weights(self) -> None:
         """Raises ValueError where a compact weight is no longer the parameter that an optimizer was made with."""
         for name, site in self._sites.items():
-            if not site.is_compact:
+            values = site.values_maybe
+            if values is None:
                 raise ValueError(
                     f"{name}: the weight was made dense (remove_parametrizations, export_dense, ...) after the manager "
                     "was made; make the optimizer and the manager anew"
                 )
-            if site.values is not self._values[name] and site.values.requires_grad:
+            if values is not self._values[name] and values.requires_grad:
                 groups = (group for each in self.found for group in each.optimizer.param_groups)
-                if not any(p is site.values for group in groups for p in group["params"]):
+                if not any(p is values for group in groups for p in group["params"]):
                     raise ValueError(
                         f"{name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
                         "the optimizer was made; make the optimizer and the manager anew"
