@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from smet_compile.format import Layout
+from smet_compile.format import Layout, arguments
 from smet_compile.microscope.capture import Capture, capture
 from smet_compile.microscope.dead import DeadUnits, dead_units, matrix_of
 from smet_compile.microscope.flow import Flow
@@ -20,7 +20,8 @@ from smet_compile.microscope.reading import Reading, read
 from smet_compile.microscope.rules import RULES
 from smet_compile.microscope.site_reach import Reach, sites_in
 from smet_compile.ops import Site, find_sites
-from smet_compile.ops.optimizers import optimizer_that_steps
+from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime import TopologyManager
 
 
@@ -63,10 +64,17 @@ def inspect(
     Raises:
         ValueError: a model without compact weights; a topology without data.
     """
+    arguments.module("inspect", model)
     owner: nn.Module = getattr(model, "_orig_mod", model)
+    if manager is not None and not isinstance(manager, TopologyManager):
+        raise ValueError(
+            f"manager: expected a TopologyManager or None, got {arguments.described(manager)}; give an input of "
+            "the model that has this name by its place"
+        )
+    if optimizer is not None and not find_optimizers(optimizer, owner.parameters()):
+        arguments.optimizer("optimizer", optimizer)
+    check_sparsified("inspect", owner)
     sites = find_sites(owner)
-    if not sites:
-        raise ValueError("inspect: expected a model with compact weights, got one with none; sparsify it")
     optimizer = optimizer or (manager.optimizers if manager else None)
     matrices = {name: matrix_of(site) for name, site in sites.items()}
     if example or inputs:

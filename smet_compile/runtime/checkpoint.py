@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smet_compile.format import arguments
 from smet_compile.ops import find_sites
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
@@ -30,6 +31,7 @@ def save_checkpoint(
 
     torch's random states are saved too. Raises ValueError where the file cannot be written.
     """
+    _check_arguments("save_checkpoint", path, model, optimizer, manager)
     checkpoint_file.write(
         path,
         {
@@ -62,6 +64,7 @@ def load_checkpoint(
         ValueError: the file is not whole, was altered, has a newer format, or is of another model, block shape,
             optimizer or manager. Nothing in memory has then changed.
     """
+    _check_arguments("load_checkpoint", path, model, optimizer, manager)
     saved = checkpoint_file.read(path)
     _check_model(path, saved, model)
     if optimizer is not None:
@@ -78,6 +81,16 @@ def load_checkpoint(
     if manager is not None:
         manager.load_state_dict(saved["manager"])
     return saved["extra"]
+
+
+def _check_arguments(where: str, path: Any, model: Any, optimizer: Any, manager: Any) -> None:
+    arguments.path(f"{where}: path", path)
+    arguments.module(f"{where}: model", model)
+    if optimizer is not None or where == "save_checkpoint":
+        arguments.optimizer(f"{where}: optimizer", optimizer)
+    if manager is not None and not isinstance(manager, TopologyManager):
+        got = arguments.described(manager)
+        raise ValueError(f"{where}: manager: expected a TopologyManager or None, got {got}; name other things extra=")
 
 
 def _layouts(model: nn.Module) -> dict[str, list[list[int]]]:

@@ -23,6 +23,8 @@ class Flattener:
         Raises ValueError for anything that JSON and safetensors cannot hold.
         """
         if isinstance(tree, Tensor):
+            if tree.is_meta:
+                raise ValueError(f"{path}: expected a tensor with data, got one on the meta device; move it first")
             return {_TENSOR: self._add(tree.detach(), path)}
         if isinstance(tree, dict):
             if all(isinstance(key, str) and not key.startswith("$") for key in tree):
