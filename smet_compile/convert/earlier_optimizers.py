@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from smet_compile.ops.outside_graphs import outside_graphs
+
 _dense_shapes: Any = WeakIdKeyDictionary()
 
 
@@ -35,6 +37,7 @@ def _install() -> None:
     register_optimizer_step_pre_hook(check)
 
 
+@outside_graphs("an optimizer's step is checked in eager mode; compile what calls it without fullgraph=True")
 def check(optimizer: Optimizer, *_: Any) -> None:
     """Raises ValueError before a step with moments from before sparsify."""
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

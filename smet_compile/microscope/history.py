@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from smet_compile.ops import Site
+from smet_compile.ops.optimizers import optimizer_that_steps
 from smet_compile.runtime import TopologyEvent
 
 
@@ -55,8 +56,8 @@ class SiteHistory:
         return sum(age * count for age, count in self.age_counts.items()) / num_blocks if num_blocks else None
 
 
-def history_of(site: Site, optimizer: Optimizer | None, events: Sequence[TopologyEvent], step: int) -> SiteHistory:
-    """``step``: how many steps the optimizer has taken."""
+def history_of(site: Site, optimizer: Any, events: Sequence[TopologyEvent], step: int) -> SiteHistory:
+    """``optimizer``: it, or several, or a wrapper. ``step``: how many steps it has taken."""
     own = [(event.step, event.sites[site.name]) for event in events if site.name in event.sites]
     ages = age_counts(site, optimizer)
     grown = {0: site.num_active} | {at: said.num_dropped for at, said in own}
@@ -70,9 +71,9 @@ def history_of(site: Site, optimizer: Optimizer | None, events: Sequence[Topolog
     )
 
 
-def age_counts(site: Site, optimizer: Optimizer | None) -> dict[int, int]:
+def age_counts(site: Site, optimizer: Any) -> dict[int, int]:
     """Age in steps → number of active blocks of that age; empty where the optimizer keeps no ages."""
-    ages_of = getattr(optimizer, "block_ages", None)
+    ages_of = getattr(optimizer_that_steps(optimizer, site.values), "block_ages", None)
     if ages_of is None:
         return {}
     ages, counts = torch.unique(ages_of(site.values).cpu(), return_counts=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.optim import Optimizer
 
 from smet_compile.format import Layout, arguments
 from smet_compile.microscope.capture import Capture, capture
@@ -21,6 +20,7 @@ from smet_compile.microscope.reading import Reading, read
 from smet_compile.microscope.rules import RULES
 from smet_compile.microscope.site_reach import Reach, sites_in
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime import TopologyManager
 
@@ -29,7 +29,7 @@ def inspect(
     model: nn.Module,
     *example: Any,
     manager: TopologyManager | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Any = None,
     **inputs: Any,
 ) -> Inspection:
     """Dead units, live paths and the history of every compact weight of ``model``; changes nothing.
@@ -58,7 +58,8 @@ def inspect(
     Args:
         model: with compact weights, compiled or not. On the meta device the topologies must have data.
         example, inputs: what it is called with; without any, only what holds of each weight alone is found.
-        manager: whose history says churn, survival and exploration. optimizer: which knows ages; the manager's.
+        manager: whose history says churn, survival and exploration. optimizer: which knows ages, or several;
+            those of the manager.
 
     Raises:
         ValueError: a model without compact weights; a topology without data.
@@ -70,11 +71,11 @@ def inspect(
             f"manager: expected a TopologyManager or None, got {arguments.described(manager)}; give an input of "
             "the model that has this name by its place"
         )
-    if optimizer is not None:
+    if optimizer is not None and not find_optimizers(optimizer, owner.parameters()):
         arguments.optimizer("optimizer", optimizer)
     check_sparsified("inspect", owner)
     sites = find_sites(owner)
-    optimizer = optimizer or (manager.optimizer if manager else None)
+    optimizer = optimizer or (manager.optimizers if manager else None)
     matrices = {name: matrix_of(site) for name, site in sites.items()}
     if example or inputs:
         captured = capture(owner, example, inputs)
@@ -93,9 +94,10 @@ def inspect(
     return Inspection(rows, graph, share, tuple(_notes(captured, reading, rows)))
 
 
-def _steps(sites: Iterable[Site], optimizer: Optimizer | None) -> int:
+def _steps(sites: Iterable[Site], optimizer: Any) -> int:
     """What the optimizer has taken, by its own count."""
-    counts = [optimizer.state[site.values].get("step", 0) for site in sites] if optimizer else []
+    stepping = ((site.values, optimizer_that_steps(optimizer, site.values)) for site in sites)
+    counts = [found.state.get(values, {}).get("step", 0) for values, found in stepping if found is not None]
     return max((int(count) for count in counts), default=0)
 
 

@@ -31,6 +31,16 @@ class Site:
         return compact
 
     @property
+    def values_maybe(self) -> nn.Parameter | None:
+        """``values``; None once the module's parametrization was taken off (``remove_parametrizations``).
+
+        Every optimizer step asks for it, so it takes no detour through ``nn.Module.__getattr__``.
+        """
+        chains = self.module._modules.get("parametrizations")
+        chain = None if chains is None else chains._modules.get(self.tensor_name)
+        return None if chain is None else chain._parameters.get("original")
+
+    @property
     def values(self) -> nn.Parameter:
         """The compact parameter: (N,) for single weights, (N, bm, bn) for larger blocks."""
         values: nn.Parameter = parametrizations(self.module)[self.tensor_name].original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
@@ -12,8 +13,10 @@ from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange, arguments
 from smet_compile.format.arguments import described, flag, number, seed_number, whole_number
-from smet_compile.ops import check
+from smet_compile.ops import check, find_sites
 from smet_compile.ops.adamw_all import update_all
+from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
+from smet_compile.ops.outside_graphs import outside_graphs, prepare
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.optim import generations
 from smet_compile.optim.held import hold
@@ -103,7 +106,10 @@ class ActiveAdamW(Optimizer):
             }
         )
         self._options = frozenset(defaults)  # torch adds others to its own copy, when a state is loaded
+        self._is_first_step = True
         super().__init__(params, defaults)
+        register(self)
+        prepare()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = _check_options(self.defaults | param_group)
@@ -120,24 +126,54 @@ class ActiveAdamW(Optimizer):
                 del self.param_groups[-1]
                 raise _not_trained(self._held[parameter].name, parameter)
 
+    @outside_graphs("ActiveAdamW.step runs in eager mode; compile what calls it without fullgraph=True")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the closure's loss, if there is one."""
+        """One update of every parameter that has a gradient. Returns the closure's loss, if there is one.
+
+        A first step in which every rate is 0 and every gradient is zero only makes the state:
+        ``torch.distributed.checkpoint`` steps so before it saves or loads.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        held = [(p, group) for group in self.param_groups for p in group["params"]]
+        for parameter, _ in held:
+            if parameter.requires_grad or parameter.grad is not None:
+                self._held[parameter].check(parameter)
+        trained = [(p, group) for p, group in held if p.grad is not None]
         for parameter, _ in trained:
-            self._held[parameter].check(parameter)
             if parameter.dtype not in _TRAINED:
                 raise _not_trained(self._held[parameter].name, parameter)
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise ValueError(
                     f"{self._held[parameter].name}: expected a dense gradient, got a sparse one; use sparse=False"
                 )
-        update_all([(p, p.grad, *self.update_arguments(p, group)) for p, group in trained])
+        only_makes_state = not has_state(self) and changes_nothing(self)
+        updates = [(p, p.grad, *self.update_arguments(p, group)) for p, group in trained]
+        if only_makes_state:
+            return loss
+        if self._is_first_step:
+            self._is_first_step = False
+            self._warn_of_untrained()
+        update_all(updates)
         return loss
+
+    def _warn_of_untrained(self) -> None:
+        """Groups made by name ("...weight" decays) miss compact weights, whose parameters are called ``original``."""
+        sites = {n: s.values for n, s in find_sites(self._model).items() if s.values.grad is not None}
+        held = {id(p) for each in registered_holders(sites.values()) for g in each.param_groups for p in g["params"]}
+        names = [name for name, values in sites.items() if id(values) not in held and values.requires_grad]
+        if names:
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            warnings.warn(
+                f"{type(self).__name__}: {shown} got a gradient and are in no parameter group, so they are never "
+                "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
+                "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
+                "smet.decay_groups(model, weight_decay); freeze it with requires_grad_(False) to leave it as it is",
+                stacklevel=7,
+            )
 
     def update_arguments(self, parameter: nn.Parameter, group: dict[str, Any]) -> tuple[Any, ...]:
         """What ``smet::active_adamw_`` takes after the gradient; state is made where there is none yet."""
@@ -186,13 +222,15 @@ class ActiveAdamW(Optimizer):
     def on_topology_change(self, change: TopologyChange) -> None:
         """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0.
 
-        Scales of 8-bit moments stay: they belong to groups of dense positions, whoever is active there.
+        Scales of 8-bit moments stay: they belong to groups of dense positions, whoever is active there. What a wrapper
+        keeps in the same place, shaped like the values (Lookahead's slow weights), moves too.
         """
         state = self.state.get(change.values)
         if not state or change.survived.all():
             return
-        for key in ("exp_avg", "exp_avg_sq", "generation"):
-            change.remap_(state[key])
+        for key, rows in state.items():
+            if key in ("exp_avg", "exp_avg_sq", "generation") or _is_beside(key, rows, change):
+                change.remap_(rows)
         group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
         mature = generations.mature_after(group["betas"], group["warmup_steps"], compute_dtype(change.values.dtype))
         state["generation"], state["births"] = generations.add_generation(
@@ -231,8 +269,12 @@ class ActiveAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held", "_options")
+        ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held", "_options", "_is_first_step")
         return super().__getstate__() | {key: getattr(self, key) for key in ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_is_first_step": True} | state)
+        register(self)
 
 
 class NaiveAdamW(ActiveAdamW):
@@ -246,6 +288,15 @@ class NaiveAdamW(ActiveAdamW):
 
     def __init__(self, params: nn.Module | Iterable[Any], *args: Any, warmup_steps: int = 0, **options: Any) -> None:
         super().__init__(params, *args, warmup_steps=warmup_steps, **options)
+
+
+_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "num_skipped", "scales", "generation", "births"})
+
+
+def _is_beside(key: str, rows: Any, change: TopologyChange) -> bool:
+    if key in _STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
+        return False
+    return rows.data_ptr() != change.values.data_ptr()
 
 
 def _rate(lr: float | Tensor) -> Tensor:

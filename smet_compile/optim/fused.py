@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from smet_compile.ops.optimizers import inner_optimizers
 from smet_compile.ops.torch_optim import ADAM_OPTIONS, SGD_OPTIONS
 from smet_compile.optim.active_adamw import ActiveAdamW
 
@@ -48,9 +49,11 @@ def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
         return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
     if type(optimizer) is SGD:
         return _TorchOptim(optimizer, "sgd", _new_sgd_state, _sgd) if _is_plain(optimizer) else None
+    inside = [name for name, _ in inner_optimizers(optimizer)]
+    advice = f"pass the optimizer in its attribute {inside[0]!r}, or train" if inside else "train"
     raise ValueError(
         "optimizer: expected ActiveAdamW, or AdamW, Adam or SGD of torch.optim, got "
-        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; train it with loss.backward() and "
+        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; {advice} it with loss.backward() and "
         "optimizer.step()"
     )
 

@@ -23,7 +23,14 @@ class Held:
         return self.site.density if self.site else 1.0
 
     def check(self, parameter: Tensor) -> None:
-        if self.site is not None and self.site.values is not parameter:
+        """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
+        values = parameter if self.site is None else self.site.values_maybe
+        if values is None:
+            raise ValueError(
+                f"{self.name}: the weight was made dense (remove_parametrizations, export_dense, ...) after the "
+                "optimizer was made; make the optimizer anew"
+            )
+        if values is not parameter:
             raise ValueError(
                 f"{self.name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
                 "the optimizer was made; make the optimizer anew"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,23 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, one_of, seed_number, whole_number
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.optimizers import find_optimizers
+from smet_compile.ops.outside_graphs import outside_graphs
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime.agreement import agree_on, agree_on_ready
 from smet_compile.runtime.events import SiteEvent, TopologyEvent
 from smet_compile.runtime.gradient_growth import GradientScores
+from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.move import move
-from smet_compile.runtime.optimizer_state import check_elementwise, check_holds
 from smet_compile.runtime.policies import drop_smallest, grow_random
 from smet_compile.runtime.schedules import SCHEDULES
+from smet_compile.runtime.step_listener import StepListener
 from smet_compile.runtime.trace import Trace
 from smet_compile.runtime.trained import Trained
 
 _PATIENCE = 10
+_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION = 10, 100
+"""Calls without a step of the optimizer, one after another, until a warning."""
 
 
 class TopologyManager:
@@ -41,8 +47,14 @@ class TopologyManager:
     warning. Under ``torch.distributed`` every rank must hold the same model and call ``step()`` alike (data
     parallelism): then all ranks change to one topology, gradient growth taking the candidates of rank 0.
 
+    The optimizer may be wrapped (Accelerate's, Lookahead, SAM, ZeroRedundancyOptimizer): the steps of the innermost
+    optimizers count, and the state that any of them keeps for a weight follows the topology. Several optimizers may
+    share a manager: since the last call of ``step()``, there were as many steps as the one with most of them made.
+
     Args:
-        model: with compact weights. optimizer: holds them; any elementwise ``torch.optim`` optimizer.
+        model: with compact weights.
+        optimizer: holds them; any elementwise ``torch.optim`` optimizer, or several in a list, tuple or dict. For
+            compact weights that an ``ActiveAdamW`` does not hold, others made with the same model are taken too.
         total_steps: length of the run, in optimizer steps.
         every: steps between updates (ΔT).
         drop_fraction, final_drop_fraction: ζ at the start and at the end of the updates.
@@ -53,14 +65,15 @@ class TopologyManager:
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
-            is neither shaped like the values nor a scalar; a drop fraction for which there are too few inactive
-            blocks (the largest possible is named); an argument out of range.
+            is neither shaped like the values nor a scalar, or of which it cannot be asked what a new weight starts
+            with; a drop fraction for which there are too few inactive blocks (the largest possible is named); an
+            argument out of range. In ``step()``: a compact weight that was replaced after the optimizer was made.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Any] | Mapping[Any, Any],
         *,
         total_steps: int,
         every: int = 100,
@@ -73,7 +86,8 @@ class TopologyManager:
         seed: int = 0,
     ) -> None:
         arguments.module("model", model)
-        arguments.optimizer("optimizer", optimizer)
+        if not find_optimizers(optimizer, model.parameters()):
+            arguments.optimizer("optimizer", optimizer)
         total_steps = whole_number("total_steps", total_steps, at_least=1)
         every = whole_number("every", every, at_least=1)
         stop_fraction = number("stop_fraction", stop_fraction, above=0, at_most=1)
@@ -92,20 +106,27 @@ class TopologyManager:
         self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
             _check_feasible(self.sites, self._max_drop_fraction)
-        check_holds(optimizer, self.sites)
-        check_elementwise(optimizer, self.sites)
         self.model = model
         self.optimizer = optimizer
+        self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
+        self._listeners: dict[int, StepListener] = {}
         self.grow = grow
         self.seed = seed
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
         self._num_new = 0
+        self._new_of: Counter[int] = Counter()
+        self._num_idle = 0
         self._num_postponed = 0
-        self._trained = Trained(optimizer)
+        self._trained = Trained()
         self._scores: dict[str, GradientScores] = {}
         self._trace = Trace(self.sites)
         self._listen()
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers that were found in what was given, wrappers before what they wrap."""
+        return [found.optimizer for found in self._optimizers.found]
 
     @property
     def next_update(self) -> int | None:
@@ -118,35 +139,66 @@ class TopologyManager:
         return self.next_update is not None and self.next_update <= step
 
     def _listen(self) -> None:
-        """To the optimizer, which is not to keep a manager alive that nobody else holds; and to gradients."""
-        self.optimizer.register_step_post_hook(partial(_tell, weakref.ref(self)))
+        """To optimizers, which are not to keep a manager alive that nobody else holds; and to gradients."""
+        self._listen_to_optimizers()
         weakref.finalize(self, _stop_listening, self._scores).atexit = False
         self._expect_update()
 
-    def _after_optimizer_step(self) -> None:
+    def _listen_to_optimizers(self) -> None:
+        for found in self._optimizers.stepping:
+            if id(found.optimizer) not in self._listeners:
+                self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step)
+        self._trained.watch(self.optimizers)
+
+    def _after_optimizer_step(self, optimizer: Any) -> None:
         """Looks at the gradients of the step: a closure makes them in it, ``zero_grad`` may soon take them away."""
-        self._num_new += 1
-        if self._is_due(self.num_steps + self._num_new):
-            self._trained.look()
-        if self._is_due(self.num_steps + self._num_new + 1):
+        if not self._num_new:
+            self._new_of.clear()
+        self._new_of[id(optimizer)] += 1
+        num_new = self._new_of[id(optimizer)]
+        self._num_new = max(self._num_new, num_new)
+        if self._is_due(self.num_steps + num_new):
+            self._trained.look(optimizer)
+        if self._is_due(self.num_steps + num_new + 1):
             self._trained.expect()
 
+    @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None."""
+        self._optimizers.check_weights()
         if not self._num_new:
+            self._count_idle_call()
             return None
+        self._num_idle = 0
         due = self._is_due(self.num_steps + self._num_new)
         if due or self.num_steps == 0:
-            check_elementwise(self.optimizer, self.sites)
+            self._optimizers.find()
+            self._listen_to_optimizers()
         self.num_steps += self._num_new
         self._num_new = 0
         event = self._update() if due else None
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == _PATIENCE:
             self._give_up()
+        self._trained.forget()
         self._watch_gradients()
         return event
+
+    def _count_idle_call(self) -> None:
+        """Warns once where no step of the optimizer is ever seen; gradients that wait for one are accumulated."""
+        self._num_idle += 1
+        if self._num_idle not in (_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION):
+            return
+        is_waiting = any(parameter.grad is not None for parameter in self.model.parameters())
+        if self._num_idle == (_IDLE_CALLS_OF_ACCUMULATION if is_waiting else _IDLE_CALLS):
+            names = ", ".join(sorted({found.name for found in self._optimizers.stepping}))
+            warnings.warn(
+                f"TopologyManager: step() was called {self._num_idle} times and no step of the optimizer ({names}) was "
+                "seen, so the topology does not change; pass the optimizer whose step() trains the model, and call "
+                "manager.step() after it. A GradScaler that skips every step looks the same",
+                stacklevel=6,
+            )
 
     def _expect_update(self) -> None:
         """Made or loaded right before a step that an update is due after."""
@@ -162,7 +214,7 @@ class TopologyManager:
         warnings.warn(
             f"TopologyManager: an update was postponed for {_PATIENCE} steps since {reason}; it is left out, the next "
             f"is due after step {self.next_update}",
-            stacklevel=3,
+            stacklevel=6,
         )
 
     def _drop_count(self, site: Site, step: int) -> int:
@@ -204,7 +256,8 @@ class TopologyManager:
         else:
             dropped = drop_smallest(site, before, count)
             grown = grow_random(site, before, dropped, self.seed, self.num_steps)
-        return move(site, before, agree_on(dropped), agree_on(grown), self.optimizer, self._trace)
+        state, ages = self._optimizers.state, self._optimizers.ages(site.values)
+        return move(site, before, agree_on(dropped), agree_on(grown), state, ages, self._trace)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps counted, history, and which blocks were ever active: what a resumed run needs."""
@@ -229,17 +282,14 @@ class TopologyManager:
         """Raises ValueError where ``state`` is that of other weights."""
         self._trace.check_state_dict(state["trace"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_listeners": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
+        self._optimizers.find()
         self._listen()
-
-
-def _tell(manager: weakref.ref[TopologyManager], *_: Any) -> None:
-    """The optimizer's hook."""
-    listening = manager()
-    if listening is not None:
-        listening._after_optimizer_step()
 
 
 def _stop_listening(scores: dict[str, GradientScores]) -> None:

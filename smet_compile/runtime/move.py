@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
 from smet_compile.runtime.events import SiteEvent
-from smet_compile.runtime.optimizer_state import follow
+from smet_compile.runtime.optimizer_state import StateToMove
 from smet_compile.runtime.trace import Trace
 
 
-def move(site: Site, before: Tensor, dropped: Tensor, grown: Tensor, optimizer: Optimizer, trace: Trace) -> SiteEvent:
-    """Drops and grows the blocks at the given positions, as many of each; ``before`` is the mask of active ones."""
-    ages = optimizer.block_ages(site.values) if hasattr(optimizer, "block_ages") else None
+def move(
+    site: Site,
+    before: Tensor,
+    dropped: Tensor,
+    grown: Tensor,
+    state: StateToMove,
+    ages: Tensor | None,
+    trace: Trace,
+) -> SiteEvent:
+    """Drops and grows the blocks at the given positions, as many of each.
+
+    Args:
+        before: the mask of active blocks. state: what else follows. ages: of the active blocks, where they are known.
+    """
     after = before.clone()
     after[dropped] = False
     after[grown] = True
@@ -23,7 +33,7 @@ def move(site: Site, before: Tensor, dropped: Tensor, grown: Tensor, optimizer: 
     if site.values.grad is not None:
         change.remap_(site.values.grad)
     site.compact.set_mask(after)
-    follow(optimizer, site, change)
+    state.follow(site, change)
     survival, explored = trace.record(site.name, after, after & ~before)
     return SiteEvent(
         num_active=site.num_active,

@@ -18,6 +18,36 @@ class ChangeTopology(TrainerCallback):
         self.manager.step()
 
 
+class MakeManager(TrainerCallback):
+    """Makes the manager of what the Trainer hands to callbacks: Accelerate's wrapper of an optimizer of its own."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **handed: Any) -> None:
+        model, optimizer = handed["model"], handed["optimizer"]
+        self.manager = smet.TopologyManager(model, optimizer, total_steps=state.max_steps, every=2)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.manager.step()
+
+
+def test_a_manager_of_the_optimizer_that_the_trainer_makes(tmp_path: Path) -> None:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    model = smet.sparsify(LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1)), density=0.3)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(64, (8, 16))]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    make = MakeManager()
+    Trainer(model, arguments, train_dataset=rows, callbacks=[make]).train()
+    assert make.manager.num_steps == 6 and [event.step for event in make.manager.history] == [2, 4]
+
+
 @pytest.mark.parametrize(("grow", "bf16"), [("random", False), ("gradient", True)])
 def test_the_trainer_trains(grow: str, bf16: bool, tmp_path: Path) -> None:
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
