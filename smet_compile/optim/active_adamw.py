@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from smet_compile.format import TopologyChange
 from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.reference import compute_dtype
+from smet_compile.ops.saved_groups import Saved, check_groups
 from smet_compile.optim import generations
 from smet_compile.optim.held import hold
 from smet_compile.optim.state import check_state, moment_dtype, new_state
@@ -187,25 +188,40 @@ class ActiveAdamW(Optimizer):
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
 
         torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
+
+        Raises:
+            ValueError: see ``check_state_dict``. Nothing has then changed.
         """
-        for group in state_dict["param_groups"]:
-            for option in self._options - group.keys():
-                raise ValueError(
-                    f"param_groups: expected {option!r} in every group; load the state of {type(self).__name__}"
-                )
-        saved = dict(zip(_ids(state_dict["param_groups"]), self._parameters(), strict=False))
+        saved = self.check_state_dict(state_dict)
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
+        for key, state in state_dict["state"].items():
+            parameter = saved[key].parameter
+            loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        super().load_state_dict(state_dict)
+        self.state.update(loaded)
+
+    def check_state_dict(self, state_dict: Any) -> dict[Hashable, Saved]:
+        """Returns, by the number that stands for it, each parameter and its saved group.
+
+        Raises:
+            ValueError: an option that the constructor would refuse; state of other parameters, or of another dtype or
+                shape; counts, ages or scales that no training makes. Moments may be anything: an overflow is kept.
+        """
+        saved = check_groups(state_dict, self, self._options)
+        for i, group in enumerate(state_dict["param_groups"]):
+            try:
+                _check_options({option: group[option] for option in self._options})
+                for parameter in self.param_groups[i]["params"]:
+                    self._held[parameter].density ** -group["lr_density_exponent"]
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"param_groups[{i}]: {error}") from error
         for key, state in state_dict["state"].items():
             if key not in saved:
                 raise ValueError("optimizer state: expected that of this model's parameters, got that of others")
-            parameter, held = saved[key], self._held[saved[key]]
+            parameter = saved[key].parameter
+            held = self._held[parameter]
             check_state(held.name, parameter, held.site, moment_dtype(parameter, self.state_dtype), state)
-        super().load_state_dict(state_dict)
-        for key, state in state_dict["state"].items():
-            parameter = saved[key]
-            self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held", "_options")
@@ -228,10 +244,6 @@ class NaiveAdamW(ActiveAdamW):
 def _rate(lr: float | Tensor) -> Tensor:
     """On the host unless the user put it elsewhere, whatever the default device is."""
     return lr.to(torch.float64) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
-
-
-def _ids(groups: list[dict[str, Any]]) -> list[int]:
-    return [key for group in groups for key in group["params"]]
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_altered_anywhere(tmp_path: Path, content: bytes) -> None:
 
 def test_an_altered_version(tmp_path: Path, content: bytes) -> None:
     """The checksum covers the version as well."""
-    versions = re.findall(rb'version\\?\\?": *1', content)
+    versions = re.findall(rb'version\\": *1', content)
     assert len(versions) == 1
     (tmp_path / "altered").write_bytes(content.replace(versions[0], versions[0][:-1] + b"0"))
     assert_refused(tmp_path / "altered", "altered")
