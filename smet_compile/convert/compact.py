@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from smet_compile.convert.choose import Choice
 from smet_compile.convert.earlier_optimizers import watch
 from smet_compile.format import all_block_means, sample_evenly, sample_positions
-from smet_compile.ops import CompactWeight
+from smet_compile.ops import CompactWeight, reads
 from smet_compile.ops.sites import compact_names, parametrizations
 
 SELECTS = ("random", "magnitude")
@@ -26,8 +26,9 @@ def make_compact(choice: Choice, select: str, rescale: bool, seed: int) -> None:
     made_before = [parametrizations(weight.module)[name][0] for name in compact_names(weight.module)]
     order = made_before[0].parameter_order if made_before else list(weight.module._parameters)
     dense_shape = weight.tensor.shape
-    compact = CompactWeight(layout, _select(choice, select, seed), num_active)
+    compact = CompactWeight(layout, _select(choice, select, seed), num_active, weight.name)
     parametrize.register_parametrization(weight.module, weight.tensor_name, compact, unsafe=True)
+    reads.accept_parameters(weight.module)
     compact.parameter_order = order
     watch(weight.tensor, dense_shape)
     if rescale:

@@ -16,7 +16,14 @@ from smet_compile.format.index import (
 )
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import sample_evenly, sample_positions
-from smet_compile.format.topology import count_active, pack_bits, positions_of, unpack_bits
+from smet_compile.format.topology import (
+    count_active,
+    digest_bits,
+    pack_bits,
+    positions_of,
+    spare_bits,
+    unpack_bits,
+)
 
 __all__ = [
     "Index",
@@ -27,6 +34,7 @@ __all__ = [
     "block_sizes",
     "blocks_per_group",
     "count_active",
+    "digest_bits",
     "empty_index",
     "num_groups",
     "pack",
@@ -34,6 +42,7 @@ __all__ = [
     "positions_of",
     "sample_evenly",
     "sample_positions",
+    "spare_bits",
     "split_index",
     "unpack",
     "unpack_bits",

@@ -6,7 +6,9 @@ import importlib
 from collections import defaultdict
 from typing import Any
 
-from smet_compile.ops import choose
+from smet_compile.ops import check, choose
+
+_END_OF_LAYOUT = 15
 
 
 def update_all(updates: list[tuple[Any, ...]]) -> None:
@@ -19,5 +21,6 @@ def update_all(updates: list[tuple[Any, ...]]) -> None:
 
 
 def active_adamw_(*arguments: Any) -> None:
-    """The op: see ``ops.adamw.active_adamw_``, which defines it."""
+    """Computes the op, which ``ops.adamw.active_adamw_`` defines, after a look at what it is given."""
+    check.update("active_adamw_", arguments[0], *arguments[2:_END_OF_LAYOUT])
     update_all([arguments])

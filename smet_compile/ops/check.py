@@ -1,10 +1,13 @@
-"""What products are given, looked at before a kernel takes it by its address."""
+"""Checks of what products and updates are given, before a kernel takes it by its address."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
+from smet_compile.ops import gate
+from smet_compile.ops.codes import num_scales
 
 
 def masked_matmul(
@@ -31,6 +34,44 @@ def sampled_matmul(left: Tensor, right: Tensor, layout: Layout, offsets: Tensor 
         raise ValueError(
             f"sampled_matmul: expected as many tokens on both sides, got {tuple(left.shape)} and {tuple(right.shape)}"
         )
+
+
+def update(
+    name: str,
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scales: Tensor | None,
+    num_skipped: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    generation: Tensor | None,
+    births: Tensor | None,
+    topology: Tensor | None,
+    index: list[Tensor],
+    shape: list[int],
+    matrix: list[int],
+    block_shape: list[int],
+) -> None:
+    """Raises ValueError where state, ages or topology do not fit ``values``; arguments as of ``active_adamw_``."""
+    for key, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if moment.shape != values.shape or moment.device != values.device:
+            raise ValueError(
+                f"{name}: expected {key} of shape {tuple(values.shape)} on {values.device}, got "
+                f"{tuple(moment.shape)} on {moment.device}; make the optimizer anew, or load its state again"
+            )
+    for key, count in (("num_skipped", num_skipped), ("step", step)):
+        if count.dtype != torch.int64 or count.numel() != 1:
+            raise ValueError(f"{name}: expected {key} as one int64, got {count.dtype} of shape {tuple(count.shape)}")
+    layout = None if topology is None else Layout.of_lists(shape, matrix, block_shape)
+    if scales is not None and tuple(scales.shape) != (2, num_scales(values.numel(), layout)):
+        raise ValueError(
+            f"{name}: expected scales of shape {(2, num_scales(values.numel(), layout))}, got {tuple(scales.shape)}"
+        )
+    if values.dim():
+        gate.check_ages(name, generation, births, values.shape[0])
+    if topology is not None and layout is not None:
+        gate.check_topology(topology, index, layout, values.shape[0])
 
 
 def _alike(op: str, tensor: Tensor, **others: Tensor | None) -> None:

@@ -2,50 +2,72 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout, count_active, empty_index, pack_bits, unpack_bits, write_index
-from smet_compile.ops import saved_weights
+from smet_compile.format import Layout, digest_bits, empty_index, pack_bits, unpack_bits, write_index
+from smet_compile.ops import gate, reads, saved_weights
 
 _OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
+_OF_AN_OBJECT = dict.fromkeys(("write_error", "stand_in"))
+_TO_EMPTY = (
+    "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights with "
+    "smet_compile.materialize(model, seed=...)"
+)
+_WRITTEN = (
+    "its topology was written from outside, by an average of the model, say: rows of values of two topologies are other "
+    "weights. Average dense weights, AveragedModel(export_dense(model)) and update_parameters(export_dense(model)); copy "
+    "with load_state_dict"
+)
 
 
 class CompactWeight(nn.Module):
     """values → dense weight (``forward``) and back (``right_inverse``), for one site.
 
     Its buffers: ``topology``, one bit per block, the truth and what a checkpoint holds; and ``lists``, what kernels
-    want of it (``format.Index``), derived from it and rebuilt after every load.
+    want of it (``format.Index``), derived from it and rebuilt after every load. Neither reaches a kernel before it was
+    checked (``ops.gate``), again after every change in place.
 
     Args:
         layout: how the weight is cut into blocks.
         mask: (num_blocks,) bool, the active blocks; on the meta device only its count is known.
         num_active: number of true entries of ``mask``.
+        name: of the weight, for errors.
     """
 
     topology: Tensor
     lists: Tensor
     parameter_order: list[str]
     """Names of the module's parameters, in the order they had when this one was dense."""
+    fingerprint: int | None
+    """Of the topology that the rows of the values belong to; None before there is one."""
     update_sink: Tensor | None
     """Where the gradient of every read goes instead of to the values, within a step whose update is fused."""
     candidates: Tensor | None
     """Filled in backward with the inactive blocks of largest gradient, where somebody asks for them."""
+    write_error: BaseException | None
+    """Why a change of a read could not be kept, until it is raised at the next use."""
+    stand_in: Tensor | None
+    """A dense tensor that is read instead, while the weight is initialised."""
 
-    def __init__(self, layout: Layout, mask: Tensor, num_active: int) -> None:
+    def __init__(self, layout: Layout, mask: Tensor, num_active: int, name: str = "weight") -> None:
         super().__init__()
         self.layout = layout
         self.num_active = num_active
+        self.name = name
         self.parameter_order = []
-        self.__dict__.update(_OF_A_STEP)
+        self.fingerprint = None
+        self.__dict__.update(_OF_A_STEP | _OF_AN_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
         self.register_buffer("lists", empty_index(layout, num_active, torch.device("meta")), persistent=False)
-        self._derive()
+        self._accept()
 
     def mask(self) -> Tensor:
         """(num_blocks,) bool: the active blocks, row-major."""
+        self.check()
         return unpack_bits(self.topology, self.layout.num_blocks)
 
     @property
@@ -55,7 +77,40 @@ class CompactWeight(nn.Module):
 
     def set_mask(self, mask: Tensor) -> None:
         """Moves the active set, in place: same number of blocks, same storage."""
-        self.topology.copy_(pack_bits(mask))
+        bits = pack_bits(mask)
+        if error := gate.topology_error(bits, self.layout, self.num_active):
+            raise ValueError(f"{self.name}: {error}")
+        self.topology.copy_(bits)
+        self._accept()
+
+    def check(self) -> None:
+        """Keeps what was written into reads of the weight, and raises ValueError where its topology cannot be used.
+
+        It cannot before there is one (a model from the meta device, ``to_empty``), nor after others wrote into it.
+        """
+        if torch.compiler.is_compiling():
+            return
+        reads.settle_live()
+        if self.write_error is not None:
+            error, self.write_error = self.write_error, None
+            raise error
+        topology, index = self.topology, self.index
+        if not gate.has_passed(topology, index, self.layout, self.num_active) and not gate.is_traced(topology):
+            self._check_again()
+
+    def _check_again(self) -> None:
+        """Looks at a topology that was replaced or written since it passed; moved or equal bits pass."""
+        if self.fingerprint is None:
+            raise ValueError(f"{self.name}: {_TO_EMPTY}")
+        error = gate.topology_error(self.topology, self.layout, self.num_active)
+        if error is not None or digest_bits(self.topology)[1] != self.fingerprint:
+            raise ValueError(f"{self.name}: {_WRITTEN if gate.is_known(self.topology) else _TO_EMPTY}")
+        self._derive()
+
+    def _accept(self) -> None:
+        """Takes the topology as that of the values; it was checked."""
+        if not self.topology.is_meta:
+            self.fingerprint = digest_bits(self.topology)[1]
         self._derive()
 
     def _derive(self) -> None:
@@ -64,6 +119,8 @@ class CompactWeight(nn.Module):
             self.lists = torch.empty_like(self.lists, device=self.topology.device)
         if not self.topology.is_meta:
             write_index(self.lists, self.topology, self.layout)
+            gate.belongs_to(self.topology, self._check_again)
+            gate.passed(self.topology, self.index, self.layout, self.num_active)
 
     def op_layout(self) -> tuple[list[int], list[int], list[int]]:
         """The layout as the ops take it."""
@@ -71,9 +128,17 @@ class CompactWeight(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         tracing = torch.compiler.is_compiling()
+        self.check()
+        if not tracing and torch.is_inference_mode_enabled() and not values.is_inference():
+            # Tensors made in inference mode have no version that would tell whether they are written.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(values)
+        if self.stand_in is not None:
+            return self.stand_in
         sinks = self.update_sink, self._growth_sink(values)
         dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout(), *sinks, tracing)
         if not tracing:
+            dense = reads.watch(self, values, dense)
             saved_weights.remember(self, values, dense)
         return dense
 
@@ -86,30 +151,76 @@ class CompactWeight(nn.Module):
         return sink
 
     def right_inverse(self, dense: Tensor) -> Tensor:
+        self.check()
         return torch.ops.smet.pack(dense, self.topology, self.index, *self.op_layout(), self.num_active)
 
+    @torch.no_grad()
+    def replace(self, values: Tensor, dense: Tensor) -> None:
+        """Makes ``dense`` the weight, as ``module.weight.data = dense`` asks for.
+
+        Where it holds numbers where no block is active (an adapter was merged, say), the weight keeps every block from
+        now on, with a warning.
+
+        Raises:
+            ValueError: another shape, dtype or device than the weight's.
+        """
+        if (tuple(dense.shape), dense.dtype, dense.device) != (self.layout.shape, values.dtype, values.device):
+            raise ValueError(
+                f"{self.name}: expected data of {values.dtype}, shape {self.layout.shape} on {values.device}, got "
+                f"{dense.dtype}, {tuple(dense.shape)} on {dense.device}; convert the model with model.to(...)"
+            )
+        new = self.right_inverse(dense.detach())
+        if int(dense.count_nonzero()) == int(new.count_nonzero()):
+            values.copy_(new)
+            return
+        everything = torch.ones(self.layout.num_blocks, dtype=torch.bool, device=self.topology.device)
+        self.resize(values, everything)
+        values.copy_(self.right_inverse(dense.detach()))
+        warnings.warn(
+            f"{self.name}: the data that the weight was given has numbers where no block was active; it keeps every "
+            "block from now on, in as much memory as a dense weight. Assign to the weight itself, without .data, to "
+            "keep the active part alone",
+            stacklevel=4,
+        )
+
+    @torch.no_grad()
+    def resize(self, values: Tensor, mask: Tensor) -> None:
+        """Gives the weight the active blocks of ``mask``, however many; the values are zero afterwards."""
+        self.num_active = int(mask.sum())
+        values.data = values.new_zeros(self.layout.values_shape(self.num_active))
+        self.topology.copy_(pack_bits(mask))
+        self.lists = empty_index(self.layout, self.num_active, self.topology.device)
+        self._accept()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **_OF_A_STEP}
+        return {**super().__getstate__(), **_OF_A_STEP, **_OF_AN_OBJECT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self.topology.is_meta:
+            gate.belongs_to(self.topology, self._check_again)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if gate.is_known(self.topology):  # memory that nobody wrote may be saved, to be loaded into
+            self.check()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        error = self._misfit(state_dict.get(prefix + "topology"), prefix)
+        bits = state_dict.get(prefix + "topology")
+        error = self._misfit(bits, prefix)
         if error is not None:
             args[-1].append(error)
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._derive()
+        if bits is not None and not bits.is_meta:
+            self._accept()
 
     def _misfit(self, bits: Tensor | None, prefix: str) -> str | None:
-        """Why ``bits`` cannot be this weight's topology; None where they can."""
+        """Says why ``bits`` cannot be this weight's topology; None where they can."""
         if bits is None or bits.is_meta:
             return None
+        error = gate.topology_error(bits, self.layout, self.num_active)
+        if error is None:
+            return None
         name = prefix.replace(".parametrizations", "").removesuffix(".0.")
-        if bits.dtype != torch.uint8 or bits.shape != self.topology.shape:
-            want, got = f"uint8 {tuple(self.topology.shape)}", f"{bits.dtype} {tuple(bits.shape)}"
-            return f"{name}: expected a topology of {want}, got {got}; sparsify with the same block_shape"
-        if count_active(bits) != self.num_active:
-            return (
-                f"{name}: expected a topology of {self.num_active} active blocks, got {count_active(bits)}; "
-                "sparsify with the same density"
-            )
-        return None
+        return f"{name}: topology: {error}; sparsify with the same block_shape and density"

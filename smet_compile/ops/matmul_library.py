@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.ops import check, choose
+from smet_compile.ops import check, choose, gate
 
 _LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
 _library = torch.library.Library("smet", "FRAGMENT")
@@ -39,6 +39,7 @@ def _sampled_active_adamw_(values: Tensor, left: Tensor, right: Tensor, offsets:
 
     ``update`` are the arguments of ``active_adamw_`` after its gradient; where the blocks lie is among them.
     """
+    check.update("sampled_active_adamw_", values, *update[:13])
     at_once = choose.fused_update(left, offsets, (values, values, *update))
     if at_once is not None:
         at_once(values, left, right, offsets, *update)
@@ -61,6 +62,7 @@ def _masked_matmul(
 ) -> Tensor:
     lists = shape, matrix, block_shape
     case = choose.case_of(values, lists, values.shape[0], offsets)
+    gate.check_topology(topology, index, case.layout, case.num_active)
     check.masked_matmul(input, values, case.layout, transposed, bias, offsets)
     compute = choose.compute("masked_matmul", case)
     out: Tensor = compute(input, values, topology, index, *lists, transposed, bias, offsets)
@@ -80,6 +82,7 @@ def _sampled_matmul(
 ) -> Tensor:
     lists = shape, matrix, block_shape
     case = choose.case_of(left, lists, num_active, offsets)
+    gate.check_topology(topology, index, case.layout, case.num_active)
     check.sampled_matmul(left, right, case.layout, offsets)
     compute = choose.compute("sampled_matmul", case)
     values: Tensor = compute(left, right, topology, index, *lists, num_active, offsets)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange
+from smet_compile.ops import check
 from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.reference import compute_dtype
 from smet_compile.ops.saved_groups import Saved, check_groups
@@ -130,7 +131,9 @@ class ActiveAdamW(Optimizer):
             self.state[parameter] = new_state(parameter, held.site, moment_dtype(parameter, self.state_dtype))
         state = self.state[parameter]
         compact = held.site.compact if held.site else None
-        return (
+        if compact is not None:
+            compact.check()
+        arguments = (
             state["exp_avg"],
             state["exp_avg_sq"],
             state.get("scales"),
@@ -142,6 +145,10 @@ class ActiveAdamW(Optimizer):
             compact.topology if compact else None,
             compact.index if compact else [],
             *(compact.op_layout() if compact else ([], [], [])),
+        )
+        check.update(held.name, parameter, *arguments)
+        return (
+            *arguments,
             held.density ** -group["lr_density_exponent"],
             *group["betas"],
             group["eps"],

@@ -1,0 +1,159 @@
+"""The gate: C++ and Triton kernels follow indices by address, so they receive only topologies and ages that passed here.
+
+A check reads every bit once. Its result is kept with the versions of the tensors that were read, so that a tensor is
+read again only after it was replaced or changed in place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from smet_compile.format import Layout, digest_bits, empty_index, spare_bits, write_index
+
+_GENERATIONS_OF_A_BYTE = 256
+_GENERATION_DTYPES = (torch.uint8, torch.int16, torch.int32)
+
+
+class _Passed(NamedTuple):
+    """Records the state of the tensors that passed.
+
+    Args:
+        version: of the tensor that the record is kept for.
+        others, other_versions: the tensors that were read with it, held weakly, and their versions.
+        facts: what else was compared.
+    """
+
+    version: int
+    others: tuple[weakref.ref[Tensor], ...]
+    other_versions: tuple[int, ...]
+    facts: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> _Passed:
+        versions = tuple(other._version for other in others)
+        return cls(tensor._version, tuple(weakref.ref(other) for other in others), versions, facts)
+
+    def still_holds(self, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
+        return (
+            self.version == tensor._version
+            and self.facts == facts
+            and len(self.others) == len(others)
+            and all(
+                known() is other and version == other._version
+                for known, version, other in zip(self.others, self.other_versions, others, strict=True)
+            )
+        )
+
+
+_passed = WeakIdKeyDictionary()
+_owners = WeakIdKeyDictionary()
+
+
+def belongs_to(topology: Tensor, check_again: Callable[[], object]) -> None:
+    """Notes who checks ``topology`` after it was changed in place; ``check_again`` is a bound method, held weakly."""
+    _owners[topology] = weakref.WeakMethod(check_again)
+
+
+def passed(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> None:
+    """Notes that ``topology`` and the lists derived from it were checked, as they are now."""
+    _passed[topology] = _Passed.of(topology, index, (layout, num_active))
+
+
+def has_passed(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> bool:
+    """Returns whether nothing was changed since these tensors passed."""
+    known = _passed.get(topology)
+    return known is not None and known.still_holds(topology, index, (layout, num_active))
+
+
+def is_known(topology: Tensor) -> bool:
+    """Returns whether somebody owns this very tensor, whatever became of its content."""
+    return topology in _owners
+
+
+def check_topology(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> None:
+    """Raises ValueError unless ``topology`` holds ``num_active`` blocks of ``layout`` and ``index`` is derived from it.
+
+    To be called by every op before a kernel is chosen. Whoever owns the topology is asked first, and can name it.
+    """
+    if is_traced(topology) or has_passed(topology, index, layout, num_active):
+        return
+    owner = _owners.get(topology)
+    check_again = None if owner is None else owner()
+    if check_again is not None:
+        check_again()
+        if has_passed(topology, index, layout, num_active):
+            return
+    error = topology_error(topology, layout, num_active) or _index_error(topology, index, layout, num_active)
+    if error is not None:
+        raise ValueError(f"topology: {error}")
+    passed(topology, index, layout, num_active)
+
+
+def topology_error(bits: Tensor, layout: Layout, num_active: int) -> str | None:
+    """Says why ``bits`` cannot be the topology of ``num_active`` values of ``layout``; None where they can."""
+    shape = (-(-layout.num_blocks // 8),)
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != shape:
+        return f"expected uint8 of shape {shape}, got {bits.dtype} of {tuple(bits.shape)}"
+    if spare := spare_bits(bits, layout.num_blocks):
+        return f"expected zeros behind the last of {layout.num_blocks} blocks, got the spare bits {spare:b}"
+    count, _ = digest_bits(bits)
+    if count != num_active:
+        return f"expected {num_active} active blocks, one for each row of the values, got {count}"
+    return None
+
+
+def _index_error(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> str | None:
+    """Compares the lists with those that follow from the topology, which passed."""
+    if not index:
+        return None
+    derived = empty_index(layout, num_active, topology.device)
+    write_index(derived, topology, layout)
+    lists = index[0]
+    if len(index) != 1 or lists.dtype != derived.dtype or not torch.equal(lists, derived):
+        return "expected the lists that are derived from it, got others; pass CompactWeight.index, or []"
+    return None
+
+
+def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_active: int) -> None:
+    """Raises ValueError unless every block's generation is an entry of the table ``births``.
+
+    Args:
+        generation: (num_active,) uint8, int16 or int32. births: (num_generations,) int64. None: there are no ages.
+    """
+    if generation is None or births is None:
+        if generation is not births:
+            raise ValueError(f"{name}: expected generation and births, or neither, got one of them")
+        return
+    if births.dtype != torch.int64 or births.dim() != 1 or births.numel() == 0:
+        raise ValueError(
+            f"{name}: expected births of int64 and one dimension, got {births.dtype} of {tuple(births.shape)}"
+        )
+    if generation.dtype not in _GENERATION_DTYPES or tuple(generation.shape) != (num_active,):
+        raise ValueError(
+            f"{name}: expected a generation of uint8, int16 or int32 and shape {(num_active,)}, got "
+            f"{generation.dtype} of {tuple(generation.shape)}"
+        )
+    whole_table = generation.dtype == torch.uint8 and births.numel() >= _GENERATIONS_OF_A_BYTE
+    if whole_table or is_traced(generation):
+        return
+    facts = (births.numel(),)
+    known = _passed.get(generation)
+    if known is not None and known.still_holds(generation, [], facts):
+        return
+    if num_active and not (0 <= int(generation.min()) and int(generation.max()) < births.numel()):
+        raise ValueError(
+            f"{name}: expected generations from 0 to {births.numel() - 1}, the entries of births, got "
+            f"{int(generation.min())} to {int(generation.max())}; load a state that was saved whole"
+        )
+    _passed[generation] = _Passed.of(generation, [], facts)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Returns whether the tensor only stands for one: on the meta device, or while something is traced."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta

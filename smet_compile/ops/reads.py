@@ -1,0 +1,185 @@
+"""Sends what is written into a read weight back to its values.
+
+``module.weight`` of a compact weight is made anew at every read, so a change in place (``nn.init``, weight clipping, a
+merged adapter) would change a copy. In eager mode a read is therefore a `WeightRead`: when it dies, or the weight is
+used next, its version tells whether it was written, and the active part goes to the values.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from smet_compile.ops.compact_weight import CompactWeight
+
+_STACKLEVEL = 5  # whoever drops the last reference to what was read, or uses the weight next
+
+
+@dataclass(eq=False)
+class _Source:
+    """Records what a read was made from; shared by the read and its aliases.
+
+    Args:
+        values_version: of the values that the content belongs to.
+        node: name of the autograd node that made the read; None where gradients are not recorded.
+    """
+
+    compact: CompactWeight
+    values: Tensor
+    values_version: int
+    node: str | None
+
+
+class WeightRead(Tensor):
+    """The dense weight that ``module.weight`` returns: a tensor as any other, whose changes in place are kept.
+
+    ``detach()`` and ``.data`` return aliases of the same kind, ``numpy()`` an array that cannot be written to.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def detach(self) -> Tensor:
+        return _as_read(super().detach(), self.__dict__["source"])
+
+    @property
+    def data(self) -> Tensor:
+        return _as_read(_plain_data(self), self.__dict__["source"])
+
+    @data.setter
+    def data(self, replacement: Tensor) -> None:
+        source: _Source = self.__dict__["source"]
+        source.compact.replace(source.values, replacement)
+        source.values_version = source.values._version
+        Tensor.data.__set__(self, replacement)  # type: ignore[attr-defined]
+        self.__dict__["version"] = self._version
+
+    def numpy(self, *, force: bool = False) -> Any:
+        array = Tensor.numpy(_plain(self), force=force)
+        array.flags.writeable = False
+        return array
+
+    def __del__(self) -> None:
+        if _live.pop(id(self), None) is not None and self.__dict__["version"] != self._version:
+            _settle_or_note(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return _plain(self).__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
+
+
+def _plain_data(read: Tensor) -> Tensor:
+    data: Tensor = Tensor.data.__get__(read)  # type: ignore[attr-defined]
+    return data
+
+
+def _plain(read: Tensor) -> Tensor:
+    """Returns an alias without a source."""
+    return Tensor.detach(read).requires_grad_(read.requires_grad)
+
+
+def watch(compact: CompactWeight, values: Tensor, dense: Tensor) -> Tensor:
+    """Makes ``dense``, unpacked from ``values`` just now, a read whose changes are kept."""
+    if type(dense) is not Tensor or dense.is_meta or dense.is_inference() or values.is_inference():
+        return dense
+    _settle_before_steps()
+    node = None if dense.grad_fn is None else dense.grad_fn.name()
+    return _as_read(dense, _Source(compact, values, values._version, node))
+
+
+def _as_read(dense: Tensor, source: _Source) -> Tensor:
+    dense.__class__ = WeightRead
+    dense.__dict__.update(source=source, version=dense._version)
+    _live[id(dense)] = weakref.ref(dense)
+    return dense
+
+
+_live: dict[int, weakref.ref[Tensor]] = {}
+
+
+def settle_live(*_: Any) -> None:
+    """Keeps what was written into reads that are still alive. What goes wrong is raised at the weight's next use."""
+    for reference in list(_live.values()):
+        read = reference()
+        if read is not None and read.__dict__["version"] != read._version:
+            _settle_or_note(read)
+
+
+@functools.cache
+def _settle_before_steps() -> None:
+    """Makes every optimizer keep what was written before it changes the values."""
+    register_optimizer_step_pre_hook(settle_live)
+
+
+def _settle_or_note(read: Tensor) -> None:
+    try:
+        settle(read)
+    except BaseException as error:  # in a finalizer an error is printed and lost
+        read.__dict__["source"].compact.write_error = error
+
+
+@torch.no_grad()
+def settle(read: Tensor) -> None:
+    """Writes the active part of a read that was changed in place to the values.
+
+    Warns where it holds numbers where no block is active, which are lost. Raises ValueError where the change cannot be
+    kept: it came after the values had changed, or was recorded by autograd, or gave another shape.
+    """
+    source: _Source = read.__dict__["source"]
+    read.__dict__["version"] = read._version
+    compact, values = source.compact, source.values
+    if tuple(read.shape) != compact.layout.shape:
+        raise _lost(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.layout.shape}; assign it")
+    if source.node is not None and read.grad_fn is not None and read.grad_fn.name() != source.node:
+        raise _lost(compact, "was changed in place while gradients are recorded; change it under torch.no_grad()")
+    content = _plain(read).detach()
+    new = compact.right_inverse(content)
+    if torch.equal(new, values):
+        return
+    if source.values_version != values._version:
+        raise _lost(compact, "was changed in place after its values had moved on; read it again and change that")
+    num_lost = int(content.count_nonzero()) - int(new.count_nonzero())
+    values.copy_(new)
+    source.values_version = values._version
+    if num_lost:
+        warnings.warn(
+            f"{compact.name}: {num_lost:,} of the numbers written into the weight lie where no block is active, and "
+            "are dropped; initialise before sparsify, or export_dense first where they matter",
+            stacklevel=_STACKLEVEL,
+        )
+
+
+def _lost(compact: CompactWeight, what: str) -> ValueError:
+    return ValueError(f"{compact.name}: the weight that was read {what}")
+
+
+
+def accept_parameters(module: nn.Module) -> None:
+    """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for the compact weights of ``module``.
+
+    ``nn.Module`` would look for a parameter of that name, and raise a KeyError. The class is the module's own, made by
+    ``torch.nn.utils.parametrize``, and shared with its deep copies.
+    """
+    own = type(module)
+    if "__setattr__" in vars(own):
+        return
+    assign_tensor = own.__setattr__
+
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self._modules.get("parametrizations", ()):
+            value = value.detach()
+        assign_tensor(self, name, value)
+
+    own.__setattr__ = assign  # type: ignore[method-assign, assignment]
