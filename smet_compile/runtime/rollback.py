@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smet_compile.ops import find_sites
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.random_states import random_states, restore_random_states
+from smet_compile.runtime.tree import as_bytes
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def all_or_nothing(model: nn.Module, optimizer: Optimizer | None, manager: Topol
     """
     tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _tensors_of(model)]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in model.modules() if _has_extra(module)]
-    references = [*_optimizer_dicts(optimizer), *_manager_dicts(manager)]
+    references = [*_compact_dicts(model), *_optimizer_dicts(optimizer), *_manager_dicts(manager)]
     before = [dict(entries) for entries in references]
     random = random_states()
     try:
@@ -44,7 +46,7 @@ def all_or_nothing(model: nn.Module, optimizer: Optimizer | None, manager: Topol
 def _restore(tensors: list[tuple[Tensor, Tensor]]) -> None:
     """Writes only where something changed: not every buffer can be written to."""
     for tensor, before in tensors:
-        if not torch.equal(tensor.cpu(), before):
+        if as_bytes(tensor.detach().cpu().contiguous()) != as_bytes(before.contiguous()):
             tensor.copy_(before)
 
 
@@ -56,6 +58,12 @@ def _tensors_of(model: nn.Module) -> list[Tensor]:
 
 def _has_extra(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _compact_dicts(model: nn.Module) -> Iterator[dict[Any, Any]]:
+    """A compact weight notes which topology its values belong to."""
+    for site in find_sites(model).values():
+        yield from (site.compact.__dict__, site.compact._buffers)
 
 
 def _optimizer_dicts(optimizer: Optimizer | None) -> list[dict[Any, Any]]:
