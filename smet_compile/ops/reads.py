@@ -165,7 +165,6 @@ def _lost(compact: CompactWeight, what: str) -> ValueError:
     return ValueError(f"{compact.name}: the weight that was read {what}")
 
 
-
 def accept_parameters(module: nn.Module) -> None:
     """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for the compact weights of ``module``.
 

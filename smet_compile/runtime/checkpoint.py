@@ -135,8 +135,6 @@ def _check(
 
 def _rename(saved: dict[str, Any], rename: Rename) -> None:
     """Gives every weight its canonical name, wherever a checkpoint names one."""
-    if rename is str:
-        return
     saved["model"] = _renamed(saved["model"], rename)
     saved["layouts"] = _renamed(saved["layouts"], rename)
     match saved["optimizer"]:

@@ -105,15 +105,13 @@ def renaming(saved_names: Iterable[str], model: nn.Module) -> Rename:
     """
     names, raw = set(saved_names), list(model.state_dict())
     known = {canonical_name(model, name) for name in raw}
-    if names == known:
-        return str
-    if names == set(raw):
+    if names == set(raw) != known:
         return partial(canonical_name, model)
     return partial(_known_as, known | find_sites(model).keys())
 
 
 def _known_as(known: set[str], name: str) -> str:
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
     for candidate in (name, ".".join(parts), ".".join(parts[1:]) if parts[0] == "module" else name):
         if candidate in known:
             return candidate

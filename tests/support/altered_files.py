@@ -40,7 +40,16 @@ ODD: list[Any] = [
     {"$items": [[[], 2]]},
     [[[]]],
 ]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -103,7 +112,9 @@ def _alter_json(chosen: random.Random, body: Any) -> str:
 def _alter_tensor(chosen: random.Random, tensors: dict[str, Tensor]) -> str:
     name = chosen.choice(sorted(tensors))
     tensor = tensors[name].clone()
-    how = chosen.choice(["drop", "dtype", "cut", "longer", "flat", "scalar", "value", "value", "flip", "flip", "swap", "fill"])
+    how = chosen.choice(
+        ["drop", "dtype", "cut", "longer", "flat", "scalar", "value", "value", "flip", "flip", "swap", "fill"]
+    )
     if how == "drop":
         del tensors[name]
         return f"{how} {name}"
