@@ -52,8 +52,10 @@ def check_alike(where: str, got: Any, ours: Any) -> None:
     taken as well.
     """
     if isinstance(ours, bool):
-        if type(got) is not bool:
+        if got is not None and type(got) is not bool:
             raise ValueError(f"{where}: expected True or False, got {_shown(got)}")
+    elif isinstance(ours, float) and math.isinf(ours) and type(got) is float and got == ours:
+        return  # an option of no limit
     elif isinstance(ours, int | float | Tensor):
         _check_number_or_tensor(where, got, ours)
     elif isinstance(ours, list | tuple):
