@@ -1,7 +1,7 @@
 """Sparse memory-efficient training: weights stored, differentiated and optimised only where they are active."""
 
 from smet_compile.api import sparsify
-from smet_compile.convert import Report, export_dense, report
+from smet_compile.convert import Report, export_dense, materialize, report
 from smet_compile.explain import Explanation, explain
 from smet_compile.microscope import Inspection, inspect
 from smet_compile.optim import ActiveAdamW, NaiveAdamW, decay_groups
@@ -27,6 +27,7 @@ __all__ = [
     "export_dense",
     "inspect",
     "load_checkpoint",
+    "materialize",
     "plan",
     "report",
     "save_checkpoint",

@@ -3,6 +3,7 @@
 from smet_compile.convert.choose import Globs, check_choice, choose
 from smet_compile.convert.compact import make_compact
 from smet_compile.convert.export import export_dense
+from smet_compile.convert.materialize import materialize
 from smet_compile.convert.report import Report, remember_reasons, report
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "choose",
     "export_dense",
     "make_compact",
+    "materialize",
     "remember_reasons",
     "report",
 ]

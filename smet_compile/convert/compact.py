@@ -26,17 +26,18 @@ def make_compact(choice: Choice, select: str, rescale: bool, seed: int) -> None:
     made_before = [parametrizations(weight.module)[name][0] for name in compact_names(weight.module)]
     order = made_before[0].parameter_order if made_before else list(weight.module._parameters)
     dense_shape = weight.tensor.shape
-    compact = CompactWeight(layout, _select(choice, select, seed), num_active, weight.name)
+    compact = CompactWeight(layout, select_blocks(choice, select, seed), num_active, weight.name)
     parametrize.register_parametrization(weight.module, weight.tensor_name, compact, unsafe=True)
-    reads.accept_parameters(weight.module)
+    reads.accept_parameters(weight.module, parametrizations)
     compact.parameter_order = order
+    compact.select, compact.rescale = select, rescale
     watch(weight.tensor, dense_shape)
     if rescale:
         weight.tensor.mul_(math.sqrt(layout.num_blocks / num_active))
 
 
-def _select(choice: Choice, select: str, seed: int) -> Tensor:
-    """(num_blocks,) bool: the blocks that start active."""
+def select_blocks(choice: Choice, select: str, seed: int) -> Tensor:
+    """Returns the mask (num_blocks,) of the blocks that start active."""
     weight, layout = choice.weight, choice.layout
     mask = torch.zeros(layout.num_blocks, dtype=torch.bool, device=weight.tensor.device)
     if weight.tensor.is_meta:

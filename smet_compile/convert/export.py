@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.report import forget_reasons
-from smet_compile.ops import find_sites, saved_weights
+from smet_compile.ops import find_sites, reads, saved_weights
 
 
 @torch.no_grad()
@@ -24,6 +24,7 @@ def export_dense(model: nn.Module) -> nn.Module:
     """
     if not find_sites(model):
         raise ValueError("export_dense: expected a model with compact weights, got one with none; it is plain already")
+    reads.settle_live()
     dense = copy.deepcopy(model)
     for site in find_sites(dense).values():
         order = site.compact.parameter_order

@@ -10,6 +10,21 @@ from smet_compile.ops import gate
 from smet_compile.ops.codes import num_scales
 
 
+def unpack(values: Tensor, layout: Layout) -> None:
+    """Raises ValueError where ``values`` are not rows of blocks of ``layout``."""
+    if values.dim() == 0 or tuple(values.shape) != layout.values_shape(values.shape[0]):
+        want = layout.values_shape(0)[1:]
+        raise ValueError(
+            f"values: expected shape (N, *{want}) for blocks of {layout.block_shape}, got {tuple(values.shape)}"
+        )
+
+
+def pack(dense: Tensor, layout: Layout) -> None:
+    """Raises ValueError where ``dense`` is not of the weight's shape."""
+    if tuple(dense.shape) != layout.shape:
+        raise ValueError(f"expected a weight of shape {layout.shape}, got {tuple(dense.shape)}")
+
+
 def masked_matmul(
     input: Tensor, values: Tensor, layout: Layout, transposed: bool, bias: Tensor | None, offsets: Tensor | None
 ) -> None:

@@ -3,7 +3,7 @@
 ``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the definition), ``torch`` (plain
 torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``;
 or ``cpu`` or ``triton`` for any of three. Elsewhere, and where nothing is told, the first of a list is taken that can
-do the case and pays.
+do the case and pays. A warning names each kind of case that the named kernel has a function for and cannot compute.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
+from smet_compile.ops import refusals
+from smet_compile.ops.refusals import Case as Case
+from smet_compile.ops.warn import warn_once
 
 _VARIABLE = "SMET_COMPILE_KERNEL"
 _NATIVE, _TRITON = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton"
@@ -29,42 +32,22 @@ _LISTS = slice(12, 15)
 """Shape, matrix and block_shape among the arguments of ``active_adamw_``."""
 
 
-class Case(NamedTuple):
-    """What a kernel is chosen by.
-
-    Args:
-        grouped: tokens come sorted by matrix, with offsets.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    layout: Layout
-    num_active: int
-    grouped: bool = False
-
-    @property
-    def density(self) -> float:
-        return self.num_active / self.layout.num_blocks
-
-
 class Kernel(NamedTuple):
     """One way to compute some ops.
 
     Args:
         name: as ``SMET_COMPILE_KERNEL`` and ``explain`` know it. module: has a function named as the op.
-        can: whether it computes a case at all. pays: whether it is faster there than what comes after it.
+        refusal: says why it cannot compute a case; None where it can.
+        pays: whether it is faster there than what comes after it.
     """
 
     name: str
     module: str
-    can: Callable[[str, Case], bool]
+    refusal: Callable[[str, Case], str | None]
     pays: Callable[[Case], bool] = lambda case: True
 
-
-def _cpu_multiplies(op: str, case: Case) -> bool:
-    from smet_compile.ops.kernels.native.matmul_tiles import multiplies
-
-    return case.device.type == "cpu" and case.layout.tiles and multiplies(case.dtype)
+    def can(self, op: str, case: Case) -> bool:
+        return self.refusal(op, case) is None
 
 
 def _cpu_tiles_pay(case: Case) -> bool:
@@ -75,77 +58,45 @@ def _cpu_tiles_pay(case: Case) -> bool:
     return case.density * slower < filled
 
 
-def _cpu_moves(op: str, case: Case) -> bool:
-    from smet_compile.ops.kernels.native.expand import moves
-
-    return case.device.type == "cpu" and moves(case.dtype)
-
-
-def _triton_can(op: str, case: Case) -> bool:
-    from smet_compile.ops.kernels.triton.supports import supports
-
-    return supports(op, case.device, case.dtype, case.layout, case.grouped)
-
-
-def _triton_tiles_can(op: str, case: Case) -> bool:
-    return case.layout.tiles and _triton_can(op, case)
-
-
 def _triton_tiles_pay(case: Case) -> bool:
     return min(case.layout.block_shape) >= _NARROWEST_TILE
-
-
-def _triton_expands(op: str, case: Case) -> bool:
-    return not case.grouped and _triton_can(op, case)
-
-
-def _always(op: str, case: Case) -> bool:
-    return True
 
 
 class UpdateKernel(NamedTuple):
     """One way to make optimizer steps.
 
     Args:
-        module: has ``update_all``. can: whether it takes a parameter, by its arguments of ``active_adamw_`` and whether
-            these are traced: then they only stand for tensors.
+        module: has ``update_all``.
+        refusal: says why it does not take a parameter; None where it does. Gets its arguments of ``active_adamw_`` and
+            whether these are traced: then they only stand for tensors.
     """
 
     name: str
     module: str
-    can: Callable[[tuple[Any, ...], bool], bool]
+    refusal: Callable[[tuple[Any, ...], bool], str | None]
+
+    def can(self, arguments: tuple[Any, ...], traced: bool) -> bool:
+        return self.refusal(arguments, traced) is None
 
 
-def _triton_updates(arguments: tuple[Any, ...], traced: bool) -> bool:
-    from smet_compile.ops.kernels.triton.supports import runs_on
-
-    return runs_on(arguments[0].device) and bool(importlib.import_module(f"{_TRITON}.adamw").supports(arguments))
-
-
-def _cpu_updates(arguments: tuple[Any, ...], traced: bool) -> bool:
-    from smet_compile.ops.kernels.native.adamw import supports
-
-    return supports(arguments, traced)
-
-
-_REFERENCE = Kernel("reference", "smet_compile.ops.definition", _always)
+_REFERENCE = Kernel("reference", "smet_compile.ops.definition", refusals.never)
 
 
 def _products(triton_tiles: str) -> tuple[Kernel, ...]:
     return (
-        Kernel("triton_tiles", f"{_TRITON}.{triton_tiles}", _triton_tiles_can, _triton_tiles_pay),
-        Kernel("triton_expand", f"{_TRITON}.matmul_expanded", _triton_expands),
-        Kernel("cpu_tiles", f"{_NATIVE}.matmul_tiles", _cpu_multiplies, _cpu_tiles_pay),
-        Kernel("cpu_expand", f"{_NATIVE}.matmul_expanded", _cpu_moves),
-        Kernel("torch", "smet_compile.ops.matmul", _always),
+        Kernel("triton_tiles", f"{_TRITON}.{triton_tiles}", refusals.triton_tiles, _triton_tiles_pay),
+        Kernel("triton_expand", f"{_TRITON}.matmul_expanded", refusals.triton_products_by_expanding),
+        Kernel("cpu_tiles", f"{_NATIVE}.matmul_tiles", refusals.cpu_tiles, _cpu_tiles_pay),
+        Kernel("cpu_expand", f"{_NATIVE}.matmul_expanded", refusals.cpu_expand),
+        Kernel("torch", "smet_compile.ops.matmul", refusals.never),
         _REFERENCE,
     )
 
 
 _MOVES = (
-    Kernel("triton_expand", f"{_TRITON}.expand", _triton_can),
-    Kernel("cpu_expand", f"{_NATIVE}.expand", _cpu_moves),
-    Kernel("torch", "smet_compile.ops.moves", _always),
+    Kernel("triton_expand", f"{_TRITON}.expand", refusals.triton),
+    Kernel("cpu_expand", f"{_NATIVE}.expand", refusals.cpu_expand),
+    Kernel("torch", "smet_compile.ops.moves", refusals.never),
     _REFERENCE,
 )
 _KERNELS: dict[str, tuple[Kernel, ...]] = {
@@ -155,10 +106,10 @@ _KERNELS: dict[str, tuple[Kernel, ...]] = {
     "pack": _MOVES,
 }
 _UPDATES = (
-    UpdateKernel("triton_adamw", f"{_TRITON}.adamw", _triton_updates),
-    UpdateKernel("cpu_adamw", f"{_NATIVE}.adamw", _cpu_updates),
-    UpdateKernel("torch", "smet_compile.ops.adamw", lambda arguments, traced: True),
-    UpdateKernel("reference", "smet_compile.ops.adamw", lambda arguments, traced: True),
+    UpdateKernel("triton_adamw", f"{_TRITON}.adamw", refusals.triton_adamw),
+    UpdateKernel("cpu_adamw", f"{_NATIVE}.adamw", refusals.cpu_adamw),
+    UpdateKernel("torch", "smet_compile.ops.adamw", refusals.never),
+    UpdateKernel("reference", "smet_compile.ops.adamw", refusals.never),
 )
 _NAMES_OF_ALL = [kernel.name for kernel in _KERNELS["masked_matmul"]] + [kernel.name for kernel in _UPDATES]
 NAMES = tuple(dict.fromkeys([*_NAMES_OF_ALL, "cpu", "triton"]))
@@ -166,20 +117,25 @@ NAMES = tuple(dict.fromkeys([*_NAMES_OF_ALL, "cpu", "triton"]))
 
 def kernel_of(op: str, case: Case) -> str:
     """The name of the kernel that computes ``op``: unpack, pack, masked_matmul or sampled_matmul."""
-    return _chosen(op, case, forced()).name
+    return _chosen(op, case, forced())[0].name
 
 
 def compute(op: str, case: Case) -> Any:
     """The function that computes ``op``; it takes what the op takes."""
-    kernel = _chosen(op, case, forced())
-    return getattr(importlib.import_module(kernel.module), op)
+    return getattr(importlib.import_module(_reported(op, case).module), op)
 
 
 def update_kernel_of(arguments: tuple[Any, ...], traced: bool = False) -> UpdateKernel:
     """The kernel that makes the optimizer step of a parameter, by its arguments of ``active_adamw_``."""
     name = forced()
-    told = [kernel for kernel in _UPDATES if name is not None and kernel.name.startswith(name)]
-    return next(kernel for kernel in (*told, *_UPDATES) if kernel.can(arguments, traced))
+    named = [kernel for kernel in _UPDATES if name is not None and kernel.name.startswith(name)]
+    chosen = next(kernel for kernel in (*named, *_UPDATES) if kernel.can(arguments, traced))
+    if named and chosen not in named and not traced:
+        values, _, exp_avg = arguments[:3]
+        kind = f"{values.dtype} parameters with {exp_avg.dtype} moments on {values.device.type}"
+        reasons = {kernel.name: str(kernel.refusal(arguments, traced)) for kernel in named}
+        warn_once(_miss(name, "the optimizer step", kind, reasons, chosen.name))
+    return chosen
 
 
 def fused_update(left: Tensor, offsets: Tensor | None, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
@@ -188,7 +144,7 @@ def fused_update(left: Tensor, offsets: Tensor | None, arguments: tuple[Any, ...
     ``left``: the product's. ``arguments``: of ``active_adamw_``.
     """
     case = case_of(left, arguments[_LISTS], arguments[0].shape[0], offsets)
-    chosen = kernel_of("sampled_matmul", case), update_kernel_of(arguments).name
+    chosen = _reported("sampled_matmul", case).name, update_kernel_of(arguments).name
     if chosen != ("triton_tiles", "triton_adamw"):
         return None
     function: Callable[..., None] = importlib.import_module(f"{_TRITON}.sampled_adamw").sampled_active_adamw_
@@ -206,12 +162,33 @@ def forced() -> str | None:
     return name
 
 
+def _reported(op: str, case: Case) -> Kernel:
+    """Returns the kernel that computes ``op``; warns where another one was named for it."""
+    kernel, miss = _chosen(op, case, forced())
+    if miss is not None:
+        warn_once(miss)
+    return kernel
+
+
 @functools.lru_cache(maxsize=4096)
-def _chosen(op: str, case: Case, name: str | None) -> Kernel:
+def _chosen(op: str, case: Case, name: str | None) -> tuple[Kernel, str | None]:
+    """Returns the kernel for a case, and a warning where it is none of those that ``name`` stands for."""
+    named = [kernel for kernel in _KERNELS[op] if name is not None and kernel.name.startswith(name)]
     able = [kernel for kernel in _KERNELS[op] if kernel.can(op, case)]
-    told = [kernel for kernel in able if name is not None and kernel.name.startswith(name)]
-    paying = [kernel for kernel in told or able if kernel.pays(case)]
-    return (paying or told)[0]
+    told = [kernel for kernel in named if kernel in able]
+    kernel = next((kernel for kernel in told or able if kernel.pays(case)), (told or able)[0])
+    if told or not named:
+        return kernel, None
+    reasons = {each.name: str(each.refusal(op, case)) for each in named}
+    return kernel, _miss(name, op, case.kind, reasons, kernel.name)
+
+
+def _miss(name: str | None, what: str, kind: str, reasons: dict[str, str], instead: str) -> str:
+    why = " and ".join(f"{kernel} {reason}" for kernel, reason in reasons.items())
+    return (
+        f"{_VARIABLE}={name}: {instead} computes {what} of {kind}, since {why}; name a kernel that can, or unset "
+        "the variable"
+    )
 
 
 def case_of(tensor: Tensor, lists: Any, num_active: int, offsets: Tensor | None = None) -> Case:

@@ -13,14 +13,15 @@ from smet_compile.ops import gate, reads, saved_weights
 
 _OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
 _OF_AN_OBJECT = dict.fromkeys(("write_error", "stand_in"))
-_TO_EMPTY = (
-    "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights with "
-    "smet_compile.materialize(model, seed=...)"
+_IS_KNOWN = "is_known"
+_NO_DATA = (
+    "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights "
+    "with smet_compile.materialize(model, seed=...)"
 )
 _WRITTEN = (
-    "its topology was written from outside, by an average of the model, say: rows of values of two topologies are other "
-    "weights. Average dense weights, AveragedModel(export_dense(model)) and update_parameters(export_dense(model)); copy "
-    "with load_state_dict"
+    "its topology was written from outside, by an average of models, say, which would add up rows that belong to "
+    "different weights. Average dense weights: AveragedModel(export_dense(model)) and "
+    "update_parameters(export_dense(model)). Copy a model with load_state_dict"
 )
 
 
@@ -42,6 +43,9 @@ class CompactWeight(nn.Module):
     lists: Tensor
     parameter_order: list[str]
     """Names of the module's parameters, in the order they had when this one was dense."""
+    select: str
+    rescale: bool
+    """How ``sparsify`` chose the first active blocks, and whether it scaled them: what a later first draw repeats."""
     fingerprint: int | None
     """Of the topology that the rows of the values belong to; None before there is one."""
     update_sink: Tensor | None
@@ -59,11 +63,21 @@ class CompactWeight(nn.Module):
         self.num_active = num_active
         self.name = name
         self.parameter_order = []
+        self.select, self.rescale = "random", False
         self.fingerprint = None
         self.__dict__.update(_OF_A_STEP | _OF_AN_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
         self.register_buffer("lists", empty_index(layout, num_active, torch.device("meta")), persistent=False)
         self._accept()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks a topology that is assigned, and takes it as that of the values."""
+        assigned = name == "topology" and isinstance(value, Tensor) and not gate.is_traced(value)
+        if assigned and (error := gate.topology_error(value, self.layout, self.num_active)):
+            raise ValueError(f"{self.name}: topology: {error}")
+        super().__setattr__(name, value)
+        if assigned:
+            self._accept()
 
     def mask(self) -> Tensor:
         """(num_blocks,) bool: the active blocks, row-major."""
@@ -83,6 +97,16 @@ class CompactWeight(nn.Module):
         self.topology.copy_(bits)
         self._accept()
 
+    def has_data(self) -> bool:
+        """Returns whether there is a topology that the values belong to."""
+        topology = self.topology
+        if gate.is_traced(topology) or self.fingerprint is None:
+            return False
+        if gate.has_passed(topology, self.index, self.layout, self.num_active):
+            return True
+        error = gate.topology_error(topology, self.layout, self.num_active)
+        return error is None and digest_bits(topology)[1] == self.fingerprint
+
     def check(self) -> None:
         """Keeps what was written into reads of the weight, and raises ValueError where its topology cannot be used.
 
@@ -95,16 +119,16 @@ class CompactWeight(nn.Module):
             error, self.write_error = self.write_error, None
             raise error
         topology, index = self.topology, self.index
-        if not gate.has_passed(topology, index, self.layout, self.num_active) and not gate.is_traced(topology):
+        known = self.fingerprint is not None and gate.has_passed(topology, index, self.layout, self.num_active)
+        if not known and not gate.is_traced(topology):
             self._check_again()
 
     def _check_again(self) -> None:
         """Looks at a topology that was replaced or written since it passed; moved or equal bits pass."""
         if self.fingerprint is None:
-            raise ValueError(f"{self.name}: {_TO_EMPTY}")
-        error = gate.topology_error(self.topology, self.layout, self.num_active)
-        if error is not None or digest_bits(self.topology)[1] != self.fingerprint:
-            raise ValueError(f"{self.name}: {_WRITTEN if gate.is_known(self.topology) else _TO_EMPTY}")
+            raise ValueError(f"{self.name}: {_NO_DATA}")
+        if not self.has_data():
+            raise ValueError(f"{self.name}: {_WRITTEN if gate.is_known(self.topology) else _NO_DATA}")
         self._derive()
 
     def _accept(self) -> None:
@@ -127,14 +151,14 @@ class CompactWeight(nn.Module):
         return list(self.layout.shape), list(self.layout.matrix), list(self.layout.block_shape)
 
     def forward(self, values: Tensor) -> Tensor:
+        if self.stand_in is not None:
+            return self.stand_in
         tracing = torch.compiler.is_compiling()
         self.check()
         if not tracing and torch.is_inference_mode_enabled() and not values.is_inference():
             # Tensors made in inference mode have no version that would tell whether they are written.
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(values)
-        if self.stand_in is not None:
-            return self.stand_in
         sinks = self.update_sink, self._growth_sink(values)
         dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout(), *sinks, tracing)
         if not tracing:
@@ -152,6 +176,11 @@ class CompactWeight(nn.Module):
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         self.check()
+        if tuple(dense.shape) != self.layout.shape:
+            raise ValueError(
+                f"{self.name}: expected a weight of shape {self.layout.shape}, got {tuple(dense.shape)}; "
+                "assign one of the dense shape"
+            )
         return torch.ops.smet.pack(dense, self.topology, self.index, *self.op_layout(), self.num_active)
 
     @torch.no_grad()
@@ -193,11 +222,13 @@ class CompactWeight(nn.Module):
         self._accept()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **_OF_A_STEP, **_OF_AN_OBJECT}
+        known = gate.is_known(self.topology)
+        return {**super().__getstate__(), **_OF_A_STEP, **_OF_AN_OBJECT, _IS_KNOWN: known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = state.pop(_IS_KNOWN, False)
         super().__setstate__(state)
-        if not self.topology.is_meta:
+        if known and not self.topology.is_meta:
             gate.belongs_to(self.topology, self._check_again)
 
     def _save_to_state_dict(self, *args: Any) -> None:

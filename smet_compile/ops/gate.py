@@ -1,4 +1,4 @@
-"""The gate: C++ and Triton kernels follow indices by address, so they receive only topologies and ages that passed here.
+"""The gate: kernels follow indices by address, so they receive only topologies and ages that passed here.
 
 A check reads every bit once. Its result is kept with the versions of the tensors that were read, so that a tensor is
 read again only after it was replaced or changed in place.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.format import Layout, digest_bits, empty_index, spare_bits, write_index
+from smet_compile.format import Layout, count_active, empty_index, spare_bits, write_index
 
 _GENERATIONS_OF_A_BYTE = 256
 _GENERATION_DTYPES = (torch.uint8, torch.int16, torch.int32)
@@ -36,19 +36,24 @@ class _Passed(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> _Passed:
-        versions = tuple(other._version for other in others)
-        return cls(tensor._version, tuple(weakref.ref(other) for other in others), versions, facts)
+        versions = tuple(_version(other) for other in others)
+        return cls(_version(tensor), tuple(weakref.ref(other) for other in others), versions, facts)
 
     def still_holds(self, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
         return (
-            self.version == tensor._version
+            self.version == _version(tensor)
             and self.facts == facts
             and len(self.others) == len(others)
             and all(
-                known() is other and version == other._version
+                known() is other and version == _version(other)
                 for known, version, other in zip(self.others, self.other_versions, others, strict=True)
             )
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """Returns how often the tensor was changed in place; those made in inference mode do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 _passed = WeakIdKeyDictionary()
@@ -102,7 +107,7 @@ def topology_error(bits: Tensor, layout: Layout, num_active: int) -> str | None:
         return f"expected uint8 of shape {shape}, got {bits.dtype} of {tuple(bits.shape)}"
     if spare := spare_bits(bits, layout.num_blocks):
         return f"expected zeros behind the last of {layout.num_blocks} blocks, got the spare bits {spare:b}"
-    count, _ = digest_bits(bits)
+    count = count_active(bits)
     if count != num_active:
         return f"expected {num_active} active blocks, one for each row of the values, got {count}"
     return None
@@ -146,7 +151,7 @@ def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_
     known = _passed.get(generation)
     if known is not None and known.still_holds(generation, [], facts):
         return
-    if num_active and not (0 <= int(generation.min()) and int(generation.max()) < births.numel()):
+    if num_active and not (int(generation.min()) >= 0 and int(generation.max()) < births.numel()):
         raise ValueError(
             f"{name}: expected generations from 0 to {births.numel() - 1}, the entries of births, got "
             f"{int(generation.min())} to {int(generation.max())}; load a state that was saved whole"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.ops import adamw_all, choose, gate
+from smet_compile.ops import adamw_all, check, choose, gate
 
 CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
@@ -43,6 +43,7 @@ def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_m
     if layout_and_more[-1]:
         on_unseen_graph()
     case = choose.case_of(values, layout, values.shape[0])
+    check.unpack(values, case.layout)
     gate.check_topology(topology, index, case.layout, case.num_active)
     dense: Tensor = choose.compute("unpack", case)(values, topology, index, *layout)
     return dense
@@ -50,6 +51,7 @@ def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_m
 
 def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
     case = choose.case_of(dense, layout_and_count[:3], layout_and_count[3])
+    check.pack(dense, case.layout)
     gate.check_topology(topology, index, case.layout, case.num_active)
     values: Tensor = choose.compute("pack", case)(dense, topology, index, *layout_and_count)
     return values

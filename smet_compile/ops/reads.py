@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class WeightRead(Tensor):
     ``detach()`` and ``.data`` return aliases of the same kind, ``numpy()`` an array that cannot be written to.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def detach(self) -> Tensor:
         return _as_read(super().detach(), self.__dict__["source"])
@@ -165,10 +166,11 @@ def _lost(compact: CompactWeight, what: str) -> ValueError:
     return ValueError(f"{compact.name}: the weight that was read {what}")
 
 
-def accept_parameters(module: nn.Module) -> None:
+def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> None:
     """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for the compact weights of ``module``.
 
-    ``nn.Module`` would look for a parameter of that name, and raise a KeyError. The class is the module's own, made by
+    ``chains(module)`` holds the parametrizations of a module by tensor name. ``nn.Module`` would look for a parameter
+    of that name, and raise a KeyError. The class is the module's own, made by
     ``torch.nn.utils.parametrize``, and shared with its deep copies.
     """
     own = type(module)
@@ -177,8 +179,8 @@ def accept_parameters(module: nn.Module) -> None:
     assign_tensor = own.__setattr__
 
     def assign(self: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and name in self._modules.get("parametrizations", ()):
+        if isinstance(value, nn.Parameter) and name in chains(self):
             value = value.detach()
         assign_tensor(self, name, value)
 
-    own.__setattr__ = assign  # type: ignore[method-assign, assignment]
+    own.__setattr__ = assign  # type: ignore[method-assign]

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import smet_compile as smet
-from smet_compile.format import pack_bits
 from smet_compile.ops import find_sites
 
 
@@ -22,7 +21,7 @@ def mlp(bias: bool = False) -> nn.Module:
     first = torch.tensor([[0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
     second = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
     for site, mask in zip(find_sites(model).values(), (first, second), strict=True):
-        site.compact.topology = pack_bits(mask.flatten())
+        site.compact.resize(site.values, mask.flatten())
     return model
 
 
@@ -52,7 +51,7 @@ def test_a_bias_makes_a_constant_and_no_path() -> None:
 def test_no_path_at_all() -> None:
     model = mlp()
     site = find_sites(model)["2.weight"]
-    site.compact.topology = pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool))
+    site.compact.resize(site.values, torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool))
     found = smet.inspect(model, torch.randn(5, 3))
     assert found.path_log10_share == -math.inf
     assert "input-output paths alive: none" in str(found)
@@ -71,7 +70,8 @@ def test_a_weight_used_twice_lives_where_one_use_has_it_live() -> None:
     model = smet.sparsify(Twice(), 0.5)
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[1, 0] = mask[2, 1] = mask[3, 3] = True
-    find_sites(model)["layer.weight"].compact.topology = pack_bits(mask.flatten())
+    site = find_sites(model)["layer.weight"]
+    site.compact.resize(site.values, mask.flatten())
     (site,) = smet.inspect(model, torch.randn(2, 4)).sites
     assert site.reach is not None and site.reach.num_live_weights == 3
     assert not site.reach.starved.any() and not site.reach.unread.any()

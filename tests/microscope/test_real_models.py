@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import smet_compile as smet
-from smet_compile.format import pack_bits
 from smet_compile.ops import find_sites
 from tests.models.classes import CAUSAL, REAL_MODELS, llama, mixtral
 
@@ -130,7 +129,7 @@ def test_attention_of_queries_to_other_keys_uses_thirds_of_one_weight() -> None:
     mask = torch.ones(24, 8, dtype=torch.bool)
     mask[3] = False  # a query without weights: its key has no partner
     mask[16 + 5] = False  # a value without weights: the output gets its bias alone
-    site.compact.topology = pack_bits(mask.flatten())
+    site.compact.resize(site.values, mask.flatten())
     found = smet.inspect(model, torch.randn(2, 4, 8), torch.randn(2, 6, 8))
     assert found.notes == ()
     assert found["attention.in_proj_weight"].dead.outputs.nonzero().flatten().tolist() == [3, 21]

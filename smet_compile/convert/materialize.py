@@ -1,0 +1,187 @@
+"""materialize: draws the weights of a model that was made sparse on shapes alone, one dense weight at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smet_compile.convert.choose import Choice
+from smet_compile.convert.compact import select_blocks
+from smet_compile.convert.survey import Weight
+from smet_compile.ops import Site, find_sites
+
+Initialize = Callable[[nn.Module], None]
+_RESETS = ("reset_parameters", "_reset_parameters")
+
+
+@torch.no_grad()
+def materialize(
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    initialize: Initialize | None = None,
+) -> nn.Module:
+    """Gives a model without data its first weights and topologies: after ``sparsify`` on the meta device, in place.
+
+    Every module's parameters are drawn by its ``reset_parameters``, and then by ``_init_weights`` of the Hugging Face
+    model that it is part of; a compact weight is dense only while its own module is drawn. The result is that of
+    ``torch.manual_seed(seed)``, construction and ``sparsify(..., seed=seed)`` on the device itself, bit for bit where
+    the constructors draw by these methods alone, in the order in which modules are registered::
+
+        with torch.device("meta"):
+            model = Model(config)
+        smet.sparsify(model, density=0.1)
+        smet.materialize(model, device="cuda", seed=0)
+
+    Args:
+        model: with compact weights, on the meta device or after ``to_empty``. seed: of weights and topologies; the
+            random state of torch is put back.
+        device: where the model goes from the meta device; default: torch's default device.
+        initialize: takes a module and writes its own parameters and buffers, in place of the methods above.
+
+    Returns: ``model``.
+
+    Raises:
+        ValueError: a model without compact weights, or with weights that have data; afterwards, a parameter or buffer
+            that nothing has written.
+    """
+    sites = find_sites(model)
+    if not sites:
+        raise ValueError("materialize: expected a model with compact weights, got one with none; sparsify it")
+    for name, site in sites.items():
+        if site.compact.has_data():
+            raise ValueError(f"{name}: expected a weight without data, got one that has a topology; load a state dict")
+    if any(tensor.is_meta for tensor in _tensors(model)):
+        model.to_empty(device=torch.get_default_device() if device is None else device)
+    try:
+        _draw_all(model, sites, seed, initialize)
+    except BaseException:
+        for site in sites.values():
+            site.compact.fingerprint = None  # there is no data still, and it can be called again
+        raise
+    return model
+
+
+def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: Initialize | None) -> None:
+    unwritten = _mark_unwritten(model, sites)
+    draws = _draws(model) if initialize is None else ((initialize, module) for module in _children_first(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for draw, module in draws:
+            _draw(module, [site for site in sites.values() if site.module is module], draw, seed)
+    _expect_written(unwritten, sites)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _children_first(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields modules in the order in which their constructors end, but for the insides of parametrizations."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        for name, child in module.named_children():
+            if name != "parametrizations":
+                yield from visit(child)
+        yield module
+
+    return visit(model)
+
+
+def _reset(module: nn.Module) -> None:
+    for name in _RESETS:
+        if callable(reset := getattr(module, name, None)):
+            reset()
+            return
+
+
+def _draws(model: nn.Module) -> Iterator[tuple[Initialize, nn.Module]]:
+    """Yields each module with what draws it, in the order in which constructors do that on a real device.
+
+    A Hugging Face model ends its constructor with ``_init_weights`` on every part that no inner model has initialised.
+    """
+    initialised: set[int] = set()
+    for module in _children_first(model):
+        yield _reset, module
+        init_weights = getattr(module, "_init_weights", None)
+        if callable(init_weights):
+            for part in _children_first(module):
+                if id(part) not in initialised:
+                    initialised.add(id(part))
+                    yield init_weights, part
+
+
+def _draw(module: nn.Module, sites: list[Site], draw: Initialize, seed: int) -> None:
+    """Lets ``draw`` write the parameters of one module, its compact ones as dense tensors, and keeps what is active."""
+    with _dense(sites):
+        draw(module)
+        for site in sites:
+            dense = site.compact.stand_in
+            assert dense is not None
+            if not dense.isnan().any():
+                _keep(site, dense, seed)
+
+
+@contextmanager
+def _dense(sites: list[Site]) -> Iterator[None]:
+    for site in sites:
+        site.compact.stand_in = site.values.new_full(site.layout.shape, math.nan)
+    try:
+        yield
+    finally:
+        for site in sites:
+            site.compact.stand_in = None
+
+
+def _keep(site: Site, dense: Tensor, seed: int) -> None:
+    compact = site.compact
+    weight = Weight(compact.name, site.module, site.tensor_name, dense)
+    mask = select_blocks(Choice(weight, site.layout, site.num_active), compact.select, seed)
+    compact.set_mask(mask)
+    values = torch.ops.smet.pack(dense, compact.topology, compact.index, *compact.op_layout(), compact.num_active)
+    if compact.rescale:
+        values.mul_(math.sqrt(site.layout.num_blocks / site.num_active))
+    site.values.copy_(values)
+
+
+def _mark_unwritten(model: nn.Module, sites: dict[str, Site]) -> list[tuple[str, Tensor]]:
+    """Fills every plain tensor with what no initialisation writes; returns them with their names."""
+    compact = {id(site.values) for site in sites.values()}
+    compact |= {id(buffer) for site in sites.values() for buffer in site.compact.buffers()}
+    marked = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in compact and tensor.numel() > 0 and tensor.dtype != torch.bool:
+            tensor.fill_(_unwritten(tensor.dtype))
+            marked.append((name, tensor))
+    return marked
+
+
+def _unwritten(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    limits = torch.iinfo(dtype)
+    return limits.min if limits.min < 0 else limits.max
+
+
+def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site]) -> None:
+    names = [name for name, site in sites.items() if not site.compact.has_data()]
+    for name, tensor in marked:
+        mark = _unwritten(tensor.dtype)
+        if bool(tensor.isnan().any() if math.isnan(mark) else (tensor == mark).all()):
+            names.append(name)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"materialize: {', '.join(names[:3])}{more} were written by no reset_parameters and no _init_weights; pass "
+            "initialize=, a function of a module, or load a state dict"
+        )
