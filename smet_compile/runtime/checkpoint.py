@@ -24,7 +24,7 @@ from smet_compile.runtime.saved_model import (
     model_metadata,
     renaming,
 )
-from smet_compile.runtime.saved_optimizer import check_optimizer_state, numbers_with_state
+from smet_compile.runtime.saved_optimizer import check_optimizer_state, has_usual_parts, numbers_with_state
 from smet_compile.runtime.settings import check_override
 
 
@@ -189,8 +189,11 @@ def _check_optimizer(saved: Any, model: nn.Module, optimizer: Optimizer, wrapper
         raise ValueError("the checkpoint's optimizer holds other parameters or groups; make it alike")
     state = saved["state"]
     check_optimizer_state(optimizer, state)
-    for ours, group in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
-        if group["params"] != ours["params"]:
-            raise ValueError(f"param_groups: expected the parameters {ours['params']!r:.80}, got others in their order")
-    if saved.get("with_state", numbers_with_state(state)) != numbers_with_state(state):
+    ours = optimizer.state_dict()
+    if has_usual_parts(ours):
+        numbers = [group["params"] for group in ours["param_groups"]]
+        if [group["params"] for group in state["param_groups"]] != numbers:
+            raise ValueError(f"param_groups: expected the parameters {numbers!r:.80}, got them in another order")
+    with_state = saved.get("with_state", numbers_with_state(state))
+    if not isinstance(with_state, list) or {*map(repr, with_state)} != {*map(repr, numbers_with_state(state))}:
         raise ValueError("expected the optimizer's state of all parameters that were trained, some is missing")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.ops.loaded import check_alike, kind_of
+from smet_compile.ops.loaded import check_alike, check_keys, kind_of
 from smet_compile.ops.saved_groups import Saved, check_groups
 
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf")
@@ -28,7 +28,11 @@ def check_optimizer_state(optimizer: Optimizer, state_dict: Any) -> None:
     if hasattr(optimizer, "check_state_dict"):
         optimizer.check_state_dict(state_dict)
         return
-    saved = check_groups(state_dict, optimizer, _options_without_default(optimizer, state_dict))
+    ours = optimizer.state_dict()
+    if not has_usual_parts(ours):
+        check_keys("optimizer", state_dict, ours.keys())
+        return
+    saved = check_groups(state_dict, optimizer, _options_without_default(optimizer))
     for i, group in enumerate(state_dict["param_groups"]):
         _check_by_constructor(f"param_groups[{i}]", optimizer, group, optimizer.param_groups[i])
     for number, state in state_dict["state"].items():
@@ -38,8 +42,15 @@ def check_optimizer_state(optimizer: Optimizer, state_dict: Any) -> None:
             raise ValueError(f"state: expected that of the optimizer's parameters, got that of {number!r:.80}")
 
 
+def has_usual_parts(state_dict: dict[str, Any]) -> bool:
+    """Returns whether a state dict is made as ``torch.optim.Optimizer`` makes it; some classes make their own."""
+    return isinstance(state_dict.get("state"), dict) and isinstance(state_dict.get("param_groups"), list)
+
+
 def numbers_with_state(state_dict: dict[str, Any]) -> list[Hashable]:
     """Returns which parameters have state, so that a file cannot lose some of it unseen."""
+    if not has_usual_parts(state_dict):
+        return []
     return [number for number, state in state_dict["state"].items() if state]
 
 
@@ -47,31 +58,21 @@ def _is_torch_optim(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
-def _bare(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
-    """Returns an optimizer of the same class with these groups, no state, no hooks, nothing in common to change."""
-    bare: Optimizer = object.__new__(type(optimizer))
-    bare.__dict__.update(optimizer.__dict__)
-    for name, value in optimizer.__dict__.items():
-        if name.endswith("_hooks"):
-            bare.__dict__[name] = OrderedDict()
-        elif isinstance(value, dict):
-            bare.__dict__[name] = dict(value)
-    bare.__setstate__({"state": defaultdict(dict), "param_groups": groups})
-    return bare
-
-
-def _options_without_default(optimizer: Optimizer, state_dict: Any) -> set[str]:
+def _options_without_default(optimizer: Optimizer) -> set[str]:
     """Options that a group must have: of others, ``torch`` knows what older versions meant."""
     if not _is_torch_optim(optimizer):
         return set(optimizer.defaults)
-    return set(optimizer.defaults) - _bare(optimizer, [{"params": []}]).param_groups[0].keys()
+    bare: Optimizer = object.__new__(type(optimizer))
+    bare.__dict__.update(defaults=dict(optimizer.defaults))
+    bare.__setstate__({"state": defaultdict(dict), "param_groups": [{"params": []}]})
+    return set(optimizer.defaults) - bare.param_groups[0].keys()
 
 
 def _check_by_constructor(where: str, optimizer: Optimizer, group: dict[str, Any], ours: dict[str, Any]) -> None:
     """Options are in range where the constructor takes them; a class whose present options it refuses is not asked."""
     if not _is_torch_optim(optimizer) or not ours["params"]:
         return
-    names = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
+    names = _arguments(optimizer)
     for fixed in group.keys() & optimizer.defaults.keys() - names:
         if group[fixed] != ours[fixed]:
             raise ValueError(f"{where}.{fixed}: expected {ours[fixed]!r} as {type(optimizer).__name__} sets it")
@@ -79,6 +80,11 @@ def _check_by_constructor(where: str, optimizer: Optimizer, group: dict[str, Any
         refusal = _refusal(optimizer, {name: group[name] for name in names & group.keys()}, ours["params"][0])
         if refusal is not None:
             raise ValueError(f"{where}: {refusal}") from refusal
+
+
+def _arguments(optimizer: Optimizer) -> set[str]:
+    """The options that the constructor takes."""
+    return inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
 
 
 def _refusal(optimizer: Optimizer, options: dict[str, Any], like: nn.Parameter) -> Exception | None:
@@ -98,20 +104,27 @@ def _check_state(where: str, optimizer: Optimizer, saved: Saved, state: Any) -> 
     if not state:
         return
     shape = tuple(saved.parameter.shape)
-    expected, per_weight = _state_after_a_step(optimizer, saved), _small(saved.parameter)
-    if expected is None and optimizer.state.get(saved.parameter):
-        expected, per_weight = optimizer.state[saved.parameter], shape
-    if expected is not None:
+    expected = _state_after_a_step(optimizer, saved)
+    if expected is None:
+        _check_like_present(where, optimizer.state.get(saved.parameter, {}), state, shape)
+    else:
         for key in expected.keys() - state.keys():
             raise ValueError(f"{where}: expected {key!r} in it, found none; load the state of the same optimizer")
         for key, value in state.items():
             if isinstance(expected.get(key, value), Tensor):
-                shapes = _shapes(expected.get(key), per_weight, shape)
+                shapes = _shapes(expected.get(key), _small(saved.parameter), shape)
                 _check_tensor(f"{where}: {key}", value, expected.get(key), shapes)
             elif key in expected or not isinstance(value, int | float | None):
                 check_alike(f"{where}: {key}", value, expected.get(key))
     for key, value in state.items():
         _check_range(f"{where}: {key}", key, value)
+
+
+def _check_like_present(where: str, present: dict[str, Any], state: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Of an optimizer that nobody knows, what is a tensor now is the measure; lists and numbers may come and go."""
+    for key in present.keys() & state.keys():
+        if isinstance(present[key], Tensor) and isinstance(state[key], Tensor):
+            _check_tensor(f"{where}: {key}", state[key], present[key], _shapes(present[key], shape, shape))
 
 
 def _shapes(
@@ -161,12 +174,12 @@ def _state_after_a_step(optimizer: Optimizer, saved: Saved) -> dict[str, Any] | 
         return None
     small = nn.Parameter(torch.zeros(_small(saved.parameter), dtype=saved.parameter.dtype, device="cpu"))
     small.grad = torch.ones_like(small)
-    plain = {flag: False for flag in _FLAGS_OF_DEVICES if flag in saved.group}
-    options = {key: value for key, value in optimizer.defaults.items() if key != "params"}
+    options = {name: saved.group[name] for name in _arguments(optimizer) & saved.group.keys()}
+    options |= {flag: False for flag in _FLAGS_OF_DEVICES if flag in options}
     try:
-        bare = _bare(optimizer, [options | saved.group | plain | {"params": [small]}])
+        twin = type(optimizer)([small], **options)
         with torch.no_grad():
-            inspect.unwrap(type(optimizer).step)(bare)  # without the hooks of all optimizers
-    except Exception:  # it needs a closure, sparse gradients, state from its constructor
+            inspect.unwrap(type(twin).step)(twin)  # without the hooks of all optimizers
+    except Exception:  # it needs a closure, sparse gradients, a matrix
         return None
-    return dict(bare.state[small])
+    return dict(twin.state[small])

@@ -80,7 +80,7 @@ def test_only_what_is_named_may_differ(path: Path) -> None:
 @pytest.mark.parametrize("override", ["evry", ["every", "lr"], ("",), [3]])
 def test_an_unknown_name(override: Any, path: Path) -> None:
     objects = make()
-    with Unchanged(*objects), pytest.raises(ValueError, match="override: expected names of settings.*every"):
+    with Unchanged(*objects), pytest.raises(ValueError, match=r"override: expected names of settings.*every"):
         smet.load_checkpoint(path, *objects, override=override)
 
 

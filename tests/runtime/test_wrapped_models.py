@@ -131,3 +131,20 @@ def test_the_wrappers_are_where_torch_has_them(where: str, name: str, child: str
     }
     if name in made:
         assert isinstance(made[name](), wrapper) and list(made[name]()._modules) == [child]
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, optimizer, manager = make("plain")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        another = smet.ActiveAdamW(wrapped, lr=1e-2, warmup_steps=3)
+        assert list(smet.TopologyManager(wrapped, another, total_steps=100).sites) == list(manager.sites)
+        train(wrapped, optimizer, manager, steps=3)
+        smet.save_checkpoint(tmp_path / "a", wrapped, optimizer, manager)
+        other = make("plain", seed=7)
+        smet.load_checkpoint(tmp_path / "a", *other)
+        assert_same(state_of(*other), state_of(model, optimizer, manager))
+        smet.load_checkpoint(tmp_path / "a", nn.parallel.DistributedDataParallel(other[0]), *other[1:])
+    finally:
+        torch.distributed.destroy_process_group()
