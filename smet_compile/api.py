@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from smet_compile.convert import Globs, check_choice, choose, make_compact, remember_reasons, report
+from smet_compile.convert import Globs, check_choice, check_density, choose, make_compact, remember_reasons, report
 from smet_compile.convert.compact import SELECTS
-from smet_compile.convert.doubts import warn_if_dense, warn_if_rows_are_empty
+from smet_compile.convert.doubts import warn_if_dense, warn_if_larger, warn_if_rows_are_empty
+from smet_compile.format import arguments
 from smet_compile.ops import saved_weights
 
 
@@ -34,7 +35,8 @@ def sparsify(
 
     Args:
         model: any module; on the meta device only layouts are made.
-        density: fraction of blocks that are active, in (0, 1].
+        density: fraction of blocks that are active, in (0, 1]. At 1 the model stays dense and everything that follows
+            works on it, as a baseline.
         block_shape: the unit of sparsity: 1 for single weights, B for (B, B) tiles, or (bm, bn).
         include: globs over qualified names of weights or their modules. Given, they are the whole selection, and
             a weight they match may be any parameter of two or more dimensions (convolutions, embeddings).
@@ -50,12 +52,17 @@ def sparsify(
     Returns: ``model``.
 
     Raises:
-        ValueError: a density outside (0, 1], a block shape that is not positive, a glob or rule that matches
-            nothing, a weight that is compact already, or nothing to make sparse. The model is then unchanged.
+        ValueError: a density outside (0, 1], a block shape that is not positive or far larger than the matrices, a
+            glob or rule that matches nothing, a weight that is compact already, or nothing to make sparse. The model
+            is then unchanged.
     """
+    arguments.module("sparsify", model)
+    density = check_density("density", density)
     check_choice("select", select, SELECTS)
+    rescale = select == "random" if rescale is None else arguments.flag("rescale", rescale)
+    seed = arguments.seed_number("seed", seed)
     plan = choose(model, density, block_shape, include, exclude, rules, distribution)
-    rescale = select == "random" if rescale is None else rescale
+    warn_if_larger(plan.choices)
     for choice in plan.choices:
         make_compact(choice, select, rescale, seed)
         saved_weights.install(choice.weight.module, owner=True)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -93,23 +95,28 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
     generates no code and uses no compile cache: a warm cache runs no pass, so it could say nothing::
 
         print(smet.explain(model, **batch))
-        print(smet.explain(step, batch))         # of compile_train_step: its updates too
+        print(smet.explain(step, batch))         # of compile_train_step: its updates too; or step, **batch
 
     Args:
         model: with compact weights, compiled or not; or what ``compile_train_step`` made.
-        example, inputs: what it is called with.
+        example, inputs: what it is called with. A step takes one batch: inputs by keyword are the dict of them.
         strict: raise where anything that could be fused is not.
 
     Raises:
         ValueError: a model without compact weights; with ``strict``, the list of what is not fused, with reasons.
     """
     step = model if isinstance(model, TrainStep) else None
+    if step is None:
+        arguments.module("explain", model)
+    strict = arguments.flag("strict", strict)
     owner: Any = step.model if step else getattr(model, "_orig_mod", model)
     updates_fused = step is not None and step.fused
+    check_sparsified("explain", owner)
     sites = find_sites(owner)
-    if not sites:
-        raise ValueError("explain: expected a model with compact weights, got one with none; sparsify it")
-    graphs, breaks = _capture_step(step, *example) if step else _capture(owner, lambda: owner(*example, **inputs))
+    if step:
+        graphs, breaks = _capture_step(step, _one_batch(example, inputs))
+    else:
+        graphs, breaks = _capture(owner, lambda: owner(*example, **inputs))
     outcomes = _by_site(sites, graphs)
     unfused = _SEVERAL_GRAPHS if breaks else _KEPT if updates_fused else _AFTER_BACKWARD
     rows = [_explained(site, outcomes.get(name), unfused, bool(breaks)) for name, site in sites.items()]
@@ -118,6 +125,16 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
         lines = [f"{name}: {reason}" for name, reasons in explanation.not_fused.items() for reason in reasons]
         raise ValueError("explain: expected every site to be fused, got some that are not\n" + "\n".join(lines))
     return explanation
+
+
+def _one_batch(example: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+    """A step takes one batch; given by keywords it is the dict of them."""
+    if len(example) + bool(inputs) != 1:
+        raise ValueError(
+            f"explain: expected one batch as the step takes it, got {len(example)} by place and {len(inputs)} by "
+            "keyword; call explain(step, batch), or explain(step, **batch) for a dict"
+        )
+    return example[0] if example else inputs
 
 
 def _capture_step(step: TrainStep, batch: Any) -> tuple[list[Captured], list[str]]:

@@ -15,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from smet_compile.format import arguments
+from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.fused import Update, updates_of
 
@@ -56,14 +59,15 @@ def compile_train_step(
         ValueError: a model without compact weights; another optimizer, or one that holds other parameters; an
             argument out of range. In a step: a loss that is not a scalar, or a batch the default cannot take.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate: expected a number of calls of at least 1, got {accumulate}")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: expected a number above 0 or None, got {max_grad_norm}")
-    sites = find_sites(model)
-    if not sites:
-        raise ValueError("compile_train_step: expected a model with compact weights, got one with none; sparsify it")
-    _check_holds(model, optimizer, sites.values())
+    arguments.module("model", model)
+    arguments.optimizer("optimizer", optimizer)
+    accumulate = whole_number("accumulate", accumulate, at_least=1)
+    if max_grad_norm is not None:
+        max_grad_norm = number("max_grad_norm", max_grad_norm, above=0, advice="pass None for no clipping")
+    if loss_fn is not None:
+        function("loss_fn", loss_fn, "(model, batch) → loss")
+    check_sparsified("compile_train_step", model)
+    _check_holds(model, optimizer, find_sites(model).values())
     return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
 
@@ -104,7 +108,7 @@ class TrainStep:
     def fused(self) -> bool:
         """Whether compact weights are updated in backward, and their gradients never kept."""
         kept = self.accumulate > 1 or self.max_grad_norm is not None or self._is_reduced
-        return not kept and self._is_whole and self._update_of is not None
+        return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[Update | None]) -> Tensor:
         """The part that is compiled: opens the sinks and computes the loss."""

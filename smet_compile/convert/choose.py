@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
 from smet_compile.convert.budget import DISTRIBUTIONS, allocate
 from smet_compile.convert.survey import ALREADY_COMPACT, Weight, survey
 from smet_compile.format import Layout
+from smet_compile.format.arguments import described, number, one_of, whole_number
 
 Globs = str | Iterable[str] | None
+KEEPS_EVERY_BLOCK = "keeps every block: density 1"
+_ABSURD = 16
+_Density = TypeVar("_Density", float, None)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,15 @@ class Choice:
     weight: Weight
     layout: Layout
     num_active: int
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.layout.num_weights * self.weight.tensor.element_size()
+
+    @property
+    def values_bytes(self) -> int:
+        """Bytes of the active blocks, what hangs over the edge of the matrix included."""
+        return math.prod(self.layout.values_shape(self.num_active)) * self.weight.tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -43,49 +58,70 @@ def choose(
 ) -> Plan:
     """Arguments and errors as in ``smet_compile.sparsify``."""
     check_choice("distribution", distribution, DISTRIBUTIONS)
-    _check_density("density", density)
+    density = check_density("density", density)
     block = _check_block_shape(block_shape)
+    densities = _check_rules(rules)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
     weights = survey(model)
     chosen = _sparse_weights(weights, included, excluded)
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
-    counts = _counts(chosen, layouts, density, dict(rules or {}), distribution)
+    counts = _counts(chosen, layouts, density, densities, distribution)
     choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
-    if not choices and density < 1:
+    if not choices and any(_asked(weight, densities, density) < 1 for weight in chosen.values()):
         raise ValueError(
             f"sparsify: nothing to make sparse: all {len(chosen)} chosen weights keep every block at density "
             f"{density} and block shape {block}; lower the density or use smaller blocks"
         )
+    _check_bytes(choices, block)
     return Plan(choices, _dense_reasons(weights, choices, chosen, excluded))
 
 
 def check_choice(argument: str, got: str, known: Sequence[str]) -> None:
-    if got not in known:
-        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {got!r}")
+    one_of(argument, got, known)
 
 
-def _check_density(what: str, density: float) -> None:
-    number = isinstance(density, int | float) and not isinstance(density, bool)
-    if not number or not 0 < density <= 1:
-        raise ValueError(f"{what}: expected a number in (0, 1], got {density!r}; it is the fraction that stays")
+def check_density(what: str, density: float) -> float:
+    return number(what, density, above=0, at_most=1, advice="it is the fraction that stays")
 
 
 def _check_block_shape(block_shape: int | Sequence[int]) -> tuple[int, int]:
-    pair = (block_shape, block_shape) if isinstance(block_shape, int) else tuple(block_shape)
-    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
+    try:
+        is_list = not isinstance(block_shape, str | bytes | Mapping) and getattr(block_shape, "shape", None) != ()
+        pair = tuple(block_shape) if is_list else (block_shape, block_shape)  # type: ignore[arg-type]
+    except TypeError:
+        pair = (block_shape, block_shape)
+    try:
+        rows, cols = (whole_number("block_shape", side, at_least=1) for side in pair)
+    except ValueError:
         raise ValueError(
-            f"block_shape: expected a positive integer or two of them (rows, columns), got {block_shape!r}"
-        )
-    return pair[0], pair[1]
+            "block_shape: expected a positive integer or two of them (rows, columns), got "
+            f"{described(block_shape)}; pass 1 for single weights, 64 for tiles of (64, 64)"
+        ) from None
+    return rows, cols
 
 
 def _globs(globs: Globs, argument: str) -> list[str] | None:
     if globs is None:
         return None
-    listed = [globs] if isinstance(globs, str) else list(globs)
+    is_list = isinstance(globs, Iterable) and not isinstance(globs, str | bytes) and getattr(globs, "shape", 1) == 1
+    listed = list(globs) if is_list else [globs]
     if not all(isinstance(glob, str) for glob in listed):
-        raise ValueError(f"{argument}: expected a glob or a list of globs over qualified names, got {globs!r}")
-    return listed
+        raise ValueError(
+            f"{argument}: expected a glob or a list of globs over qualified names, got {described(globs)}; pass "
+            'for example "layers.*.mlp.*"'
+        )
+    return [str(glob) for glob in listed]
+
+
+def _check_rules(rules: Mapping[str, float] | None) -> dict[str, float]:
+    if rules is None:
+        return {}
+    if not isinstance(rules, Mapping) or not all(isinstance(glob, str) for glob in rules):
+        raise ValueError(
+            f"rules: expected a dict from globs to densities, got {described(rules)}; pass for example "
+            '{"*.o_proj": 0.5}'
+        )
+    return {glob: check_density(f"rules[{glob!r}]", ruled) for glob, ruled in rules.items()}
 
 
 def _matches(weight: Weight, glob: str) -> bool:
@@ -133,6 +169,24 @@ def _wanted(weight: Weight, include: list[str] | None) -> bool:
     return weight.dense_reason is None
 
 
+def _asked(weight: Weight, rules: dict[str, float], otherwise: _Density) -> float | _Density:
+    """The density of the first rule that matches."""
+    return next((ruled for glob, ruled in rules.items() if _matches(weight, glob)), otherwise)
+
+
+def _check_bytes(choices: list[Choice], block: tuple[int, int]) -> None:
+    """Blocks that hang far over the edge of their matrix are a slip, not a choice: nothing that size is made."""
+    dense = sum(choice.dense_bytes for choice in choices)
+    compact = sum(choice.values_bytes for choice in choices)
+    if compact > _ABSURD * dense:
+        worst = max(choices, key=lambda choice: choice.values_bytes)
+        raise ValueError(
+            f"block_shape: expected blocks that save memory, got {block}: compact weights of {compact:,} bytes in the "
+            f"place of {dense:,} dense ones (most in {worst.weight.name} of shape {worst.layout.shape}); take blocks "
+            "no larger than the matrices"
+        )
+
+
 def _counts(
     chosen: dict[str, Weight],
     layouts: dict[str, Layout],
@@ -142,13 +196,11 @@ def _counts(
 ) -> dict[str, int]:
     """Active blocks per chosen weight: by the first rule that matches, the others by the distribution."""
     _check_globs("rules", rules, chosen.values(), "weights chosen to be sparse")
-    for glob, ruled in rules.items():
-        _check_density(f"rules[{glob!r}]", ruled)
     counts = {}
     for name, weight in chosen.items():
-        matching = [ruled for glob, ruled in rules.items() if _matches(weight, glob)]
-        if matching:
-            counts[name] = layouts[name].num_active(matching[0])
+        ruled = _asked(weight, rules, None)
+        if ruled is not None:
+            counts[name] = layouts[name].num_active(ruled)
     others = {name: layout for name, layout in layouts.items() if name not in counts}
     return counts | allocate(others, density, distribution)
 
@@ -162,7 +214,7 @@ def _dense_reasons(
         if name in compact or weight.never_reason == ALREADY_COMPACT:
             continue
         if name in chosen:
-            reasons[name] = "keeps every block: density 1"
+            reasons[name] = KEEPS_EVERY_BLOCK
         elif any(_matches(weight, glob) for glob in exclude):
             reasons[name] = "excluded"
         else:

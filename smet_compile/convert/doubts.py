@@ -28,6 +28,24 @@ def warn_if_dense(made: Report, density: float) -> None:
     )
 
 
+def warn_if_larger(choices: Iterable[Choice]) -> None:
+    """Where the blocks of a weight, which hang over its edge, take more memory than the dense weight."""
+    larger = [choice for choice in choices if choice.values_bytes > choice.dense_bytes]
+    if not larger:
+        return
+    named = ", ".join(
+        f"{choice.weight.name} ({choice.values_bytes:,} bytes in blocks of {choice.layout.block_shape}, "
+        f"{choice.dense_bytes:,} dense)"
+        for choice in sorted(larger, key=lambda choice: choice.dense_bytes - choice.values_bytes)[:_NAMED]
+    )
+    others = f" and {len(larger) - _NAMED} more" if len(larger) > _NAMED else ""
+    warnings.warn(
+        f"sparsify: compact weights that take more memory than dense ones: {named}{others}; take smaller blocks, or "
+        "leave these weights dense with exclude=",
+        stacklevel=_STACKLEVEL,
+    )
+
+
 def warn_if_rows_are_empty(choices: Iterable[Choice]) -> None:
     """Where a weight gets fewer active blocks than it has rows, or columns, of blocks."""
     doubt = empty_rows((choice.weight.name, choice.layout, choice.num_active) for choice in choices)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.report import forget_reasons
+from smet_compile.format import arguments
 from smet_compile.ops import find_sites, reads, saved_weights
+from smet_compile.ops.sites import check_sparsified
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_ENDS = (*_PLAIN, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+"""A deep copy takes these as they are, or through an object that is kept elsewhere too."""
 
 
 @torch.no_grad()
@@ -19,13 +29,17 @@ def export_dense(model: nn.Module) -> nn.Module:
     ``model`` itself stays compact and trainable. For a Hugging Face model, ``save_pretrained`` of the copy
     loads anywhere. Takes the memory of the dense weights.
 
+    The copy is of the module itself where ``model`` or a module in it is wrapped by ``torch.compile`` or by data
+    parallelism. A tensor that a module keeps together with its graph (a loss, a recurrent state) is copied detached.
+
     Raises:
-        ValueError: the model has no compact weight.
+        ValueError: no model, or one that was never made sparse.
     """
-    if not find_sites(model):
-        raise ValueError("export_dense: expected a model with compact weights, got one with none; it is plain already")
+    arguments.module("export_dense", model)
+    model = _unwrapped(model)
+    check_sparsified("export_dense", model)
     reads.settle_live()
-    dense = copy.deepcopy(model)
+    dense = _plain_copy(model)
     for site in find_sites(dense).values():
         order = site.compact.parameter_order
         _give_own_class(site.module)
@@ -35,6 +49,58 @@ def export_dense(model: nn.Module) -> nn.Module:
         saved_weights.uninstall(module)
         forget_reasons(module)
     return dense
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """Returns a deep copy without wrappers, and without the graphs of tensors that modules keep."""
+    copies: dict[int, Any] = {}
+    for kept in _objects_in(model):
+        if isinstance(kept, Tensor) and not kept.is_leaf:
+            copies[id(kept)] = kept.detach().clone()
+        elif isinstance(kept, torch.jit.ScriptFunction):  # cannot be copied, nor changed
+            copies[id(kept)] = kept
+    for module in reversed(list(model.modules())):  # what is inside first
+        inner = _unwrapped(module)
+        if inner is not module:
+            copies[id(module)] = copy.deepcopy(inner, copies)
+    return copy.deepcopy(model, copies)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` or data parallelism wraps; ``module`` itself where none does."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif "_orig_mod" in module._modules and (inner := module._modules["_orig_mod"]) is not None:
+            module = inner
+        else:
+            return module
+
+
+def _objects_in(model: nn.Module) -> Iterator[Any]:
+    """Every object that ``model`` keeps: in its attributes, its modules, and containers and objects in these."""
+    waiting, seen = deque[Any]([model]), set[int]()
+    while waiting:
+        found = waiting.popleft()
+        if id(found) in seen or isinstance(found, _ENDS):
+            continue
+        seen.add(id(found))
+        yield found
+        if isinstance(found, Tensor):
+            waiting.append(found.grad if found.is_leaf else None)
+        elif isinstance(found, dict):
+            waiting.extend(found.values())
+        elif isinstance(found, list | tuple | set | frozenset | deque):
+            waiting.extend(found)
+        elif not isinstance(found, torch.jit.ScriptFunction):
+            waiting.extend(getattr(found, "__dict__", {}).values())
+            slots = (name for base in type(found).__mro__ for name in _slots(base))
+            waiting.extend(getattr(found, name) for name in slots if hasattr(found, name))
+
+
+def _slots(base: type) -> tuple[str, ...]:
+    names = vars(base).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _restore_order(module: nn.Module, order: list[str]) -> None:

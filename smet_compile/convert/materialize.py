@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from smet_compile.convert.choose import Choice
 from smet_compile.convert.compact import select_blocks
 from smet_compile.convert.survey import Weight
+from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import check_sparsified
 
 Initialize = Callable[[nn.Module], None]
 _RESETS = ("reset_parameters", "_reset_parameters")
@@ -50,9 +52,13 @@ def materialize(
         ValueError: a model without compact weights, or with weights that have data; afterwards, a parameter or buffer
             that nothing has written.
     """
+    arguments.module("materialize", model)
+    seed = arguments.seed_number("seed", seed)
+    if initialize is not None:
+        arguments.function("initialize", initialize, "of a module")
+    device = None if device is None else _usable(device)
     sites = find_sites(model)
-    if not sites:
-        raise ValueError("materialize: expected a model with compact weights, got one with none; sparsify it")
+    check_sparsified("materialize", model)
     for name, site in sites.items():
         if site.compact.has_data():
             raise ValueError(f"{name}: expected a weight without data, got one that has a topology; load a state dict")
@@ -65,6 +71,19 @@ def materialize(
             site.compact.fingerprint = None  # there is no data still, and it can be called again
         raise
     return model
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        tensor = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected one of this machine, got {arguments.described(device)} ({reason})"
+        ) from error
+    if tensor.is_meta:
+        raise ValueError("device: expected one that holds data, got meta; pass cpu or cuda")
+    return tensor.device
 
 
 def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: Initialize | None) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from smet_compile.convert.choose import KEEPS_EVERY_BLOCK
 from smet_compile.convert.survey import ALREADY_COMPACT, survey
-from smet_compile.format import block_sizes, count_active, positions_of
+from smet_compile.format import arguments, block_sizes, count_active, positions_of
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import forget_dense, mark_dense
 
 _REASONS = "_smet_dense_reasons"
 
@@ -113,17 +115,25 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)
 def remember_reasons(model: nn.Module, reasons: dict[str, str]) -> None:
     """Keeps with the model why its other weights stayed dense; a second sparsify adds to the first."""
     model.__dict__[_REASONS] = model.__dict__.get(_REASONS, {}) | reasons
+    modules = dict(model.named_modules())
+    for name, reason in reasons.items():
+        if reason == KEEPS_EVERY_BLOCK:
+            mark_dense(modules[name.rpartition(".")[0]])
 
 
-def forget_reasons(model: nn.Module) -> None:
-    model.__dict__.pop(_REASONS, None)
+def forget_reasons(module: nn.Module) -> None:
+    module.__dict__.pop(_REASONS, None)
+    forget_dense(module)
 
 
 def report(model: nn.Module) -> Report:
     """What of ``model`` is compact, with densities read back from the topology, and what was left dense and why.
 
     On the meta device, where a topology has no data, the number of active blocks is the number of values.
+
+    Raises ValueError for anything but a model.
     """
+    arguments.module("report", model)
     sites = [_site_report(site) for site in find_sites(model).values()]
     reasons = model.__dict__.get(_REASONS, {})
     dense, seen = [], set()
@@ -132,6 +142,9 @@ def report(model: nn.Module) -> Report:
             continue
         why = reasons.get(name) or weight.reason or "not sparsified"
         tensor = weight.tensor
+        if nn.parameter.is_lazy(tensor):
+            dense.append(DenseReport(name, (), 0, 0, why))
+            continue
         num_bytes = 0 if id(tensor) in seen else tensor.numel() * tensor.element_size()
         seen.add(id(tensor))
         dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, why))

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
 from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
+_NOT_INITIALISED = "not initialised yet: run a forward first"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
 _MHA_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -24,7 +25,7 @@ class Weight:
 
     Args:
         name: qualified name. module, tensor_name: where it lives.
-        tensor: the parameter (of a compact weight: its values).
+        tensor: the parameter (of a compact weight: its values; of a lazy module: without a shape yet).
         dense_reason: why it is left dense unless it is included by name; None for a site by default.
         never_reason: why it cannot be made compact at all; None where it can.
     """
@@ -53,14 +54,14 @@ class Weight:
 def survey(model: nn.Module) -> dict[str, Weight]:
     """Every parameter of two or more dimensions by qualified name, compact ones included."""
     names = _owners(model)
-    heads = _output_embeddings(model)
-    routers = {id(m) for parent in model.modules() for m in _routers(parent)}
+    heads, adapters = _output_embeddings(model), _adapters(model)
+    routers = find_routers(model)
     found = {}
     for prefix, module in _modules(model):
         for tensor_name, tensor in _matrices(module):
             name = f"{prefix}.{tensor_name}" if prefix else tensor_name
             never = _never(name, module, tensor_name, tensor, names)
-            dense = _left_dense(module, tensor_name, tensor, heads, routers)
+            dense = _left_dense(module, tensor_name, tensor, heads, adapters, routers)
             found[name] = Weight(name, module, tensor_name, tensor, dense, never)
     return found
 
@@ -76,7 +77,10 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if not nn.parameter.is_lazy(parameter) and parameter.dim() >= 2 and parameter.numel() > 0:
+        if nn.parameter.is_lazy(parameter):
+            if name != "bias":
+                yield name, parameter
+        elif parameter.dim() >= 2 and parameter.numel() > 0:
             yield name, parameter
     for name in compact_names(module):
         yield name, parametrizations(module)[name].original
@@ -97,32 +101,23 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     for module in model.modules():
         try:
             head = module.get_output_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, TypeError):
+        except Exception:  # none, or a model that cannot say
             continue
         if isinstance(head, nn.Module):
             heads.update(id(m) for m in head.modules())
     return heads
 
 
-def _routers(parent: nn.Module) -> Iterator[nn.Module]:
-    """Children of ``parent`` that send tokens to experts."""
-    for name, child in parent.named_children():
-        beside_experts = hasattr(parent, "experts") and name in ("gate", "router")
-        if beside_experts or name.endswith("expert_gate") or "router" in type(child).__name__.lower():
-            yield from child.modules()
-
-
-def is_expert_stack(module: nn.Module, tensor: Tensor) -> bool:
-    """The rule for stacked experts: (E, R, C) with R, C > 1, in a module that says it holds experts.
-
-    It says so by its class name ("MixtralExperts"), or by an attribute ``num_experts``, ``num_local_experts``,
-    ``n_experts`` or ``n_routed_experts`` that equals E > 1. Position embeddings (1, T, D) and class tokens
-    (1, 1, D) have E = 1; routers are 2-D.
-    """
-    if tensor.dim() != 3 or min(tensor.shape) <= 1:
-        return False
-    counts = [getattr(module, name, None) for name in _EXPERT_COUNTS]
-    return "experts" in type(module).__name__.lower() or tensor.shape[0] in counts
+def _adapters(model: nn.Module) -> set[int]:
+    """Returns the identities of low-rank adapters: what PEFT's layers name as theirs, and what is called ``lora_*``."""
+    found: set[int] = set()
+    for module in model.modules():
+        named = attribute(module, "adapter_layer_names")
+        names = set(named) if isinstance(named, tuple | list) else set()
+        for name, part in (*module._modules.items(), *module._parameters.items()):
+            if part is not None and (name in names or name.startswith("lora_")):
+                found.update(id(inner) for inner in (part.modules() if isinstance(part, nn.Module) else [part]))
+    return found
 
 
 def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:
@@ -134,11 +129,17 @@ def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:
     return is_expert_stack(module, tensor)
 
 
-def _left_dense(module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], routers: set[int]) -> str | None:
+def _left_dense(
+    module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], adapters: set[int], routers: set[int]
+) -> str | None:
     if id(module) in heads:
         return "output embeddings"
+    if id(module) in adapters or id(tensor) in adapters:
+        return "an adapter"
     if id(module) in routers:
         return "routes tokens to experts"
+    if nn.parameter.is_lazy(tensor):
+        return _NOT_INITIALISED
     if _is_linear(module, tensor_name, tensor):
         return None
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -151,6 +152,10 @@ def _left_dense(module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[
 def _never(name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owners: dict[int, list[str]]) -> str | None:
     if tensor_name in compact_names(module):
         return ALREADY_COMPACT
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a TorchScript module, whose weights are read inside compiled code"
+    if nn.parameter.is_lazy(tensor):
+        return _NOT_INITIALISED
     others = [other for other in owners.get(id(tensor), []) if other != name]
     if others:
         return f"tied to {', '.join(others)}"

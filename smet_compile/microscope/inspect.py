@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from smet_compile.format import Layout
+from smet_compile.format import Layout, arguments
 from smet_compile.microscope.capture import Capture, capture
 from smet_compile.microscope.dead import DeadUnits, dead_units, matrix_of
 from smet_compile.microscope.flow import Flow
@@ -21,6 +21,7 @@ from smet_compile.microscope.reading import Reading, read
 from smet_compile.microscope.rules import RULES
 from smet_compile.microscope.site_reach import Reach, sites_in
 from smet_compile.ops import Site, find_sites
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime import TopologyManager
 
 
@@ -62,10 +63,17 @@ def inspect(
     Raises:
         ValueError: a model without compact weights; a topology without data.
     """
+    arguments.module("inspect", model)
     owner: nn.Module = getattr(model, "_orig_mod", model)
+    if manager is not None and not isinstance(manager, TopologyManager):
+        raise ValueError(
+            f"manager: expected a TopologyManager or None, got {arguments.described(manager)}; give an input of "
+            "the model that has this name by its place"
+        )
+    if optimizer is not None:
+        arguments.optimizer("optimizer", optimizer)
+    check_sparsified("inspect", owner)
     sites = find_sites(owner)
-    if not sites:
-        raise ValueError("inspect: expected a model with compact weights, got one with none; sparsify it")
     optimizer = optimizer or (manager.optimizer if manager else None)
     matrices = {name: matrix_of(site) for name, site in sites.items()}
     if example or inputs:

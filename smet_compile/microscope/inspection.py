@@ -142,4 +142,4 @@ class Inspection:
         return [line for line in lines if line] + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        return "\n".join([*aligned(self.rows), *self.summary])
+        return "\n".join([*(aligned(self.rows) if self.sites else []), *self.summary])

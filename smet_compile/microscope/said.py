@@ -26,7 +26,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def active_weights(total: int, active: int, live: int | None) -> str:
     on_path = "" if live is None else f", {live:,} on a live path"
-    return f"{active:,} of {total:,} weights active ({active / total:.4f}){on_path}"
+    return f"{active:,} of {total:,} weights active ({active / max(1, total):.4f}){on_path}"
 
 
 def paths_alive(log10_share: float | None) -> str:

@@ -79,10 +79,16 @@ def update(
         if count.dtype != torch.int64 or count.numel() != 1:
             raise ValueError(f"{name}: expected {key} as one int64, got {count.dtype} of shape {tuple(count.shape)}")
     layout = None if topology is None else Layout.of_lists(shape, matrix, block_shape)
-    if scales is not None and tuple(scales.shape) != (2, num_scales(values.numel(), layout)):
-        raise ValueError(
-            f"{name}: expected scales of shape {(2, num_scales(values.numel(), layout))}, got {tuple(scales.shape)}"
-        )
+    if scales is not None:
+        want = (2, num_scales(values.numel(), layout))
+        if scales.dtype != torch.float32 or tuple(scales.shape) != want:
+            raise ValueError(
+                f"{name}: expected scales of float32 and {want}, got {scales.dtype} of {tuple(scales.shape)}"
+            )
+    kept = {"num_skipped": num_skipped, "step": step, "scales": scales, "generation": generation, "births": births}
+    for key, tensor in kept.items():
+        if tensor is not None and tensor.device != values.device:
+            raise ValueError(f"{name}: expected {key} on {values.device}, got {tensor.device}; load the state again")
     if values.dim():
         gate.check_ages(name, generation, births, values.shape[0])
     if topology is not None and layout is not None:

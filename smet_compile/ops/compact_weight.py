@@ -139,8 +139,10 @@ class CompactWeight(nn.Module):
 
     def _derive(self) -> None:
         """Rewrites what follows from the topology: in place, unless the topology came to another device."""
-        if self.lists.device != self.topology.device:
-            self.lists = torch.empty_like(self.lists, device=self.topology.device)
+        wanted = empty_index(self.layout, self.num_active, torch.device("meta"))
+        lists, same = self.lists, (wanted.dtype, wanted.shape, self.topology.device)
+        if (lists.dtype, lists.shape, lists.device) != same or not lists.is_contiguous():
+            self.lists = torch.empty_like(wanted, device=self.topology.device)
         if not self.topology.is_meta:
             write_index(self.lists, self.topology, self.layout)
             gate.belongs_to(self.topology, self._check_again)
@@ -153,6 +155,8 @@ class CompactWeight(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if self.stand_in is not None:
             return self.stand_in
+        if self.topology.is_meta and not values.is_meta:
+            raise ValueError(f"{self.name}: {_NO_DATA}")
         tracing = torch.compiler.is_compiling()
         self.check()
         if not tracing and torch.is_inference_mode_enabled() and not values.is_inference():

@@ -24,36 +24,40 @@ class _Passed(NamedTuple):
     """Records the state of the tensors that passed.
 
     Args:
-        version: of the tensor that the record is kept for.
-        others, other_versions: the tensors that were read with it, held weakly, and their versions.
+        state: of the tensor that the record is kept for.
+        others, other_states: the tensors that were read with it, held weakly, and their states.
         facts: what else was compared.
     """
 
-    version: int
+    state: tuple[int, ...]
     others: tuple[weakref.ref[Tensor], ...]
-    other_versions: tuple[int, ...]
+    other_states: tuple[tuple[int, ...], ...]
     facts: tuple[Any, ...]
 
     @classmethod
     def of(cls, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> _Passed:
-        versions = tuple(_version(other) for other in others)
-        return cls(_version(tensor), tuple(weakref.ref(other) for other in others), versions, facts)
+        states = tuple(_state(other) for other in others)
+        return cls(_state(tensor), tuple(weakref.ref(other) for other in others), states, facts)
 
     def still_holds(self, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
         return (
-            self.version == _version(tensor)
+            self.state == _state(tensor)
             and self.facts == facts
             and len(self.others) == len(others)
             and all(
-                known() is other and version == _version(other)
-                for known, version, other in zip(self.others, self.other_versions, others, strict=True)
+                known() is other and state == _state(other)
+                for known, state, other in zip(self.others, self.other_states, others, strict=True)
             )
         )
 
 
-def _version(tensor: Tensor) -> int:
-    """Returns how often the tensor was changed in place; those made in inference mode do not count it."""
-    return -1 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[int, ...]:
+    """Returns what changes with every change in place; tensors made in inference mode do not count theirs.
+
+    The address and the size change where ``tensor.data`` was set, which raises no version.
+    """
+    version = -1 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr(), tensor.numel()
 
 
 _passed = WeakIdKeyDictionary()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from smet_compile.format import Layout
 from smet_compile.ops.compact_weight import CompactWeight
 
+_AT_DENSITY_ONE = "_smet_at_density_one"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -56,13 +58,16 @@ def parametrizations(module: nn.Module) -> Any:
 
     Not by ``getattr``: a module compiled by itself answers with the attributes of the one in it.
     """
-    return module._modules.get("parametrizations", {})
+    if "parametrizations" not in module._modules:  # TorchScript's mapping has no `get`
+        return {}
+    found = module._modules["parametrizations"]
+    return found if isinstance(found, nn.ModuleDict) else {}
 
 
 def compact_names(module: nn.Module) -> Iterator[str]:
     """Names of the tensors of ``module`` that are compact."""
     for name, chain in parametrizations(module).items():
-        if isinstance(chain[0], CompactWeight):
+        if isinstance(chain, nn.ModuleList) and isinstance(chain[0], CompactWeight):
             yield name
 
 
@@ -113,3 +118,20 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             name = canonical_name(model, f"{prefix}.{tensor_name}" if prefix else tensor_name)
             sites[name] = Site(name, module, tensor_name)
     return sites
+
+
+def mark_dense(module: nn.Module) -> None:
+    """Notes that a weight of ``module`` was made sparse at density 1, which leaves it a plain parameter."""
+    module.__dict__[_AT_DENSITY_ONE] = True
+
+
+def forget_dense(module: nn.Module) -> None:
+    """Takes back ``mark_dense``."""
+    module.__dict__.pop(_AT_DENSITY_ONE, None)
+
+
+def check_sparsified(where: str, model: nn.Module) -> None:
+    """Raises ValueError for a model that ``sparsify`` never saw. One at density 1 passes, as a dense baseline."""
+    if find_sites(model) or any(_AT_DENSITY_ONE in module.__dict__ for module in model.modules()):
+        return
+    raise ValueError(f"{where}: expected a model with compact weights, got one with none; sparsify it")

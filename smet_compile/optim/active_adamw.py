@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.format import TopologyChange
+from smet_compile.format import TopologyChange, arguments
+from smet_compile.format.arguments import described, flag, number, seed_number, whole_number
 from smet_compile.ops import check
 from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.reference import compute_dtype
@@ -20,6 +21,9 @@ from smet_compile.optim.held import hold
 from smet_compile.optim.state import check_state, moment_dtype, new_state
 
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+_TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MOST_STEPS = 2**53
+_MOST_EXPONENT = 10.0
 
 
 class ActiveAdamW(Optimizer):
@@ -47,7 +51,7 @@ class ActiveAdamW(Optimizer):
 
     Raises:
         ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's; a compact
-            weight that is sharded.
+            weight that is sharded; a complex parameter. In a step: a gradient for a dtype that is not trained.
     """
 
     shared_step: ClassVar[bool] = False
@@ -68,36 +72,43 @@ class ActiveAdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError(f"model: expected none beside a model, got {described(model)}; leave it out")
             model, params = params, list(params.parameters())
         if model is None:
             raise ValueError(
                 f"{type(self).__name__}: expected a model, or parameters with model=..., got parameters alone; pass "
                 "model= so that compact weights are known"
             )
-        if state_dtype not in _STATE_DTYPES:
+        arguments.module("model", model)
+        if not any(
+            state_dtype is known or (isinstance(known, str) and state_dtype == known) for known in _STATE_DTYPES
+        ):
             raise ValueError(
-                f'state_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {state_dtype!r}'
+                f'state_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {described(state_dtype)}'
             )
         self.state_dtype = state_dtype
-        self.stochastic_rounding = stochastic_rounding is not False
-        self.seed = seed
+        self.stochastic_rounding = stochastic_rounding is None or flag("stochastic_rounding", stochastic_rounding)
+        self.seed = seed_number("seed", seed)
+        _check_initialised(type(self).__name__, model)
         self._model = model
         self._held = hold(model)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "lr_density_exponent": lr_density_exponent,
-        }
-        _check_options(defaults)
+        defaults = _check_options(
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "lr_density_exponent": lr_density_exponent,
+            }
+        )
         self._options = frozenset(defaults)  # torch adds others to its own copy, when a state is loaded
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_options(self.defaults | param_group)
-        super().add_param_group(param_group)
+        checked = _check_options(self.defaults | param_group)
+        super().add_param_group(param_group | {key: checked[key] for key in param_group if key in self.defaults})
         self._held = hold(self._model) | self._held
         for parameter in self.param_groups[-1]["params"]:
             if parameter not in self._held:
@@ -106,6 +117,9 @@ class ActiveAdamW(Optimizer):
                     f"{type(self).__name__}: got a parameter of shape {tuple(parameter.shape)} that is none of the "
                     "model's; add it to the model first"
                 )
+            if parameter.requires_grad and parameter.is_complex():
+                del self.param_groups[-1]
+                raise _not_trained(self._held[parameter].name, parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -117,6 +131,8 @@ class ActiveAdamW(Optimizer):
         trained = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, _ in trained:
             self._held[parameter].check(parameter)
+            if parameter.dtype not in _TRAINED:
+                raise _not_trained(self._held[parameter].name, parameter)
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise ValueError(
                     f"{self._held[parameter].name}: expected a dense gradient, got a sparse one; use sparse=False"
@@ -218,9 +234,7 @@ class ActiveAdamW(Optimizer):
         for i, group in enumerate(state_dict["param_groups"]):
             try:
                 _check_options({option: group[option] for option in self._options})
-                for parameter in self.param_groups[i]["params"]:
-                    self._held[parameter].density ** -group["lr_density_exponent"]
-            except (ValueError, TypeError, OverflowError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"param_groups[{i}]: {error}") from error
         for key, state in state_dict["state"].items():
             if key not in saved:
@@ -253,14 +267,56 @@ def _rate(lr: float | Tensor) -> Tensor:
     return lr.to(torch.float64) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    checks = (
-        ("lr", options["lr"] >= 0, "a number of at least 0"),
-        ("betas", all(0 <= beta < 1 for beta in options["betas"]), "two numbers in [0, 1)"),
-        ("eps", options["eps"] >= 0, "a number of at least 0"),
-        ("weight_decay", options["weight_decay"] >= 0, "a number of at least 0"),
-        ("warmup_steps", options["warmup_steps"] >= 0, "a number of steps of at least 0"),
+def _check_initialised(optimizer: str, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
+            )
+
+
+def _not_trained(name: str, parameter: Tensor) -> ValueError:
+    return ValueError(
+        f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
+        "an optimizer of torch.optim, and give ActiveAdamW the other parameters with model="
     )
-    for name, good, expected in checks:
-        if not good:
-            raise ValueError(f"{name}: expected {expected}, got {options[name]}")
+
+
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``options`` with the numbers as plain Python; a ValueError names the first that is out of range.
+
+    The bounds are those of what is computed from an option: a step count is an int64, a rate a finite number.
+    """
+    return options | {
+        "lr": _check_rate(options["lr"]),
+        "betas": _check_betas(options["betas"]),
+        "eps": number("eps", options["eps"], at_least=0),
+        "weight_decay": number("weight_decay", options["weight_decay"], at_least=0),
+        "warmup_steps": whole_number("warmup_steps", options["warmup_steps"], at_least=0, at_most=_MOST_STEPS),
+        "lr_density_exponent": number(
+            "lr_density_exponent", options["lr_density_exponent"], at_least=-_MOST_EXPONENT, at_most=_MOST_EXPONENT
+        ),
+    }
+
+
+def _check_rate(lr: Any) -> float | Tensor:
+    """A tensor stays one: a compiled step reads it anew each time."""
+    if not isinstance(lr, Tensor):
+        return number("lr", lr, at_least=0)
+    if lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool:
+        raise ValueError(
+            f"lr: expected a number or a real tensor without dimensions, got {described(lr)}; pass a float"
+        )
+    number("lr", lr.detach(), at_least=0)
+    return lr
+
+
+def _check_betas(betas: Any) -> tuple[float, float]:
+    is_list = isinstance(betas, Sequence) and not isinstance(betas, str | bytes)
+    listed = list(betas) if is_list or getattr(betas, "shape", None) == (2,) else []
+    if len(listed) != 2:
+        raise ValueError(
+            f"betas: expected two numbers in [0, 1), got {described(betas)}; pass a pair such as (0.9, 0.999)"
+        )
+    first, second = (number("betas", beta, at_least=0, below=1) for beta in listed)
+    return first, second

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
+
+from smet_compile.format import arguments
 
 _DECIMAL = ("", "k", "M", "G", "T", "P")
 _UNITS = {f"{prefix}b".lower(): 1000**power for power, prefix in enumerate(_DECIMAL)}
@@ -16,13 +17,16 @@ def parse_bytes(argument: str, size: str | float) -> int:
 
     Raises ValueError, naming ``argument``, for anything else.
     """
-    if isinstance(size, int | float) and not isinstance(size, bool) and 1 <= size < math.inf:
-        return int(size)
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     unit = _UNITS.get((found[2] or "b").lower()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
-        raise ValueError(f'{argument}: expected bytes such as "24GB", "22.5GiB" or 24e9, got {size!r}')
-    return int(float(found[1]) * unit)
+    try:
+        written = float(found[1]) * unit if found and unit else size
+        return int(arguments.number(argument, written, at_least=1, at_most=2**63))
+    except ValueError:
+        raise ValueError(
+            f'{argument}: expected bytes such as "24GB", "22.5GiB" or 24e9, got {arguments.described(size)}; give the '
+            "memory of the device"
+        ) from None
 
 
 def bytes_text(num_bytes: float) -> str:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from smet_compile.convert import Globs
+from smet_compile.convert import Globs, check_density
+from smet_compile.format import arguments
+from smet_compile.format.arguments import described
 from smet_compile.ops import find_sites
 from smet_compile.plan import Plan, parse_bytes
 from smet_compile.planner.copies import meta_copy
@@ -75,11 +77,17 @@ def plan(
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
             shapes alone, or nothing that fits (with the least bytes there are).
     """
-    if batch is not None:
-        _expect_positive("batch", batch)
-    if sequence is not None:
-        _expect_positive("sequence", sequence)
-    if fused_update and not compiled:
+    density = None if density is None else check_density("density", density)
+    batch = None if batch is None else _count("batch", batch)
+    sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
+    compiled = arguments.flag("compiled", compiled)
+    checkpointing = arguments.flag("checkpointing", checkpointing)
+    if inputs is not None:
+        arguments.function("inputs", inputs, "(batch, sequence) → what the model is called with")
+    if loss_fn is not None:
+        arguments.function("loss_fn", loss_fn, "(model, inputs) → loss")
+    limit = None if fits is None else parse_bytes("fits", fits)
+    if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
         raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
     on_shapes, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
     is_compact = bool(find_sites(on_shapes))
@@ -103,9 +111,8 @@ def plan(
         {"include": include, "exclude": exclude, "rules": rules, "distribution": distribution},
     )
     chosen = None if is_compact else _DENSITY if density is None else density
-    if fits is None:
+    if limit is None:
         return plan_of(PlannedRun(wish, chosen), batch or default_batch)
-    limit = parse_bytes("fits", fits)
     if (density is not None or is_compact) and batch is None:
         return largest_batch(PlannedRun(wish, chosen), limit)
     if density is not None or is_compact:
@@ -121,8 +128,8 @@ def _on_meta(
     if isinstance(model, nn.Module):
         return meta_copy(model, wanted), type(model).__name__, 1, sequence
     if not isinstance(model, str):
-        raise ValueError(f"model: expected an nn.Module or one of {', '.join(PRESETS)}, got {model!r}")
-    _expect_positive("vocabulary", vocabulary)
+        raise ValueError(f"model: expected an nn.Module or one of {', '.join(PRESETS)}, got {described(model)}")
+    vocabulary = _count("vocabulary", vocabulary)
     preset = find_preset(model, "model")
     sequence = sequence or preset.sequence
     built = build_preset(model, vocabulary, sequence, wanted or torch.float32)
@@ -131,14 +138,15 @@ def _on_meta(
 
 def _dtype(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
     found = known.get(given) if isinstance(given, str) else given
-    if (given is not None and found is None) or found not in (None, *known.values()):
-        raise ValueError(f"{argument}: expected None or one of {', '.join(known)}, got {given!r}")
+    is_known = isinstance(found, str | torch.dtype) and found in known.values()
+    if not is_known and given is not None:
+        raise ValueError(f"{argument}: expected None or one of {', '.join(known)}, got {described(given)}")
     return found
 
 
-def _expect_positive(argument: str, number: Any) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{argument}: expected a whole number of at least 1, got {number!r}")
+def _count(argument: str, given: Any, at_most: int = 2**31 - 1) -> int:
+    """The bounds keep sizes of tensors, attention's square of the sequence too, below 2^63."""
+    return arguments.whole_number(argument, given, at_least=1, at_most=at_most)
 
 
 def _check_inputs(model: nn.Module, inputs: Inputs | None, sequence: int | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from smet_compile.format import arguments
 from smet_compile.ops import canonical_name
 from smet_compile.ops.loaded import check_keys, kind_of
 from smet_compile.runtime import checkpoint_file
@@ -45,6 +46,7 @@ def save_checkpoint(
     torch's random states are saved too. A model that ``torch.compile`` or data parallelism wraps is saved under the
     names of the plain one. Raises ValueError where the file cannot be written, or cannot hold a value exactly.
     """
+    _check_arguments("save_checkpoint", path, model, optimizer, manager)
     inner = _unwrapped(optimizer)
     state = inner.state_dict()
     checkpoint_file.write(
@@ -87,6 +89,7 @@ def load_checkpoint(
         ValueError: the file is not whole, was altered, has a newer format, or is of another model, block shape,
             optimizer or manager, or holds a value that no run has. Nothing in memory has then changed.
     """
+    _check_arguments("load_checkpoint", path, model, optimizer, manager)
     if check_override(override) and manager is None:
         raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
@@ -106,6 +109,16 @@ def load_checkpoint(
     except Exception as error:
         raise ValueError(f"{path}: could not be loaded ({error}); everything is as it was before") from error
     return saved["extra"]
+
+
+def _check_arguments(where: str, path: Any, model: Any, optimizer: Any, manager: Any) -> None:
+    arguments.path(f"{where}: path", path)
+    arguments.module(f"{where}: model", model)
+    if optimizer is not None or where == "save_checkpoint":
+        arguments.optimizer(f"{where}: optimizer", optimizer)
+    if manager is not None and not isinstance(manager, TopologyManager):
+        got = arguments.described(manager)
+        raise ValueError(f"{where}: manager: expected a TopologyManager or None, got {got}; name other things extra=")
 
 
 def _check(

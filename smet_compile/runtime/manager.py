@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from smet_compile.format import arguments
+from smet_compile.format.arguments import number, one_of, seed_number, whole_number
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.loaded import check_integer, check_keys
+from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime.agreement import agree_on, agree_on_ready
 from smet_compile.runtime.events import SiteEvent, TopologyEvent, check_history
 from smet_compile.runtime.gradient_growth import GradientScores
@@ -72,22 +75,23 @@ class TopologyManager:
         schedule: str = "cosine",
         seed: int = 0,
     ) -> None:
-        _check_range("total_steps", total_steps, total_steps >= 1, "a number of steps of at least 1")
-        _check_range("every", every, every >= 1, "a number of steps of at least 1")
-        _check_range("stop_fraction", stop_fraction, 0 < stop_fraction <= 1, "a number in (0, 1]")
-        for name, fraction in (
-            ("drop_fraction", drop_fraction),
-            ("final_drop_fraction", final_drop_fraction),
-        ):
-            _check_range(name, fraction, 0 <= fraction < 1, "a number in [0, 1)")
-        _check_range("drop", drop, drop == "magnitude", "'magnitude'")
-        _check_range("grow", grow, grow in ("random", "gradient"), "'random' or 'gradient'")
-        _check_range("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        arguments.module("model", model)
+        arguments.optimizer("optimizer", optimizer)
+        total_steps = whole_number("total_steps", total_steps, at_least=1)
+        every = whole_number("every", every, at_least=1)
+        stop_fraction = number("stop_fraction", stop_fraction, above=0, at_most=1)
+        drop_fraction = number("drop_fraction", drop_fraction, at_least=0, below=1)
+        final_drop_fraction = number("final_drop_fraction", final_drop_fraction, at_least=0, below=1)
+        one_of("drop", drop, ("magnitude",))
+        one_of("grow", grow, ("random", "gradient"))
+        one_of("schedule", schedule, tuple(SCHEDULES))
+        seed = seed_number("seed", seed)
+        check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
-        if not self.sites:
-            raise ValueError("TopologyManager: expected a model with compact weights, got one with none; sparsify it")
         stop_step = stop_fraction * total_steps
-        self.schedule = SCHEDULES[schedule](every, stop_step, drop_fraction, final_drop_fraction)
+        self.schedule = SCHEDULES[schedule if self.sites else "none"](
+            every, stop_step, drop_fraction, final_drop_fraction
+        )
         self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
             _check_feasible(self.sites, self._max_drop_fraction)
@@ -276,11 +280,6 @@ def _stop_listening(scores: dict[str, GradientScores]) -> None:
     for listening in scores.values():
         listening.detach()
     scores.clear()
-
-
-def _check_range(name: str, got: Any, good: bool, expected: str) -> None:
-    if not good:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 def _check_feasible(sites: dict[str, Site], drop_fraction: float) -> None:

@@ -38,6 +38,8 @@ class Flattener:
         if depth > _DEEPEST:
             raise ValueError(f"{path[:200]}: expected at most {_DEEPEST} dicts and lists in one another, got more")
         if isinstance(tree, Tensor):
+            if tree.is_meta:
+                raise ValueError(f"{path}: expected a tensor with data, got one on the meta device; move it first")
             return {_TENSOR: self._add(tree.detach(), path)}
         if type(tree) in (dict, *_DICTS.values()):
             return self._flatten_dict(tree, path, depth + 1)
@@ -84,8 +86,6 @@ class Flattener:
             got = f"a {type(tensor).__name__}"
         elif tensor.is_nested or tensor.layout != torch.strided:
             got = f"one of layout {tensor.layout}"
-        elif tensor.is_meta:
-            got = "one on the meta device, which has no data"
         elif tensor.dtype not in self._dtypes:
             got = f"one of {tensor.dtype}"
         if got:

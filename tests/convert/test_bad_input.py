@@ -97,6 +97,34 @@ def test_unknown_names(argument: str, value: str) -> None:
         smet.sparsify(model, **{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *[("density", value) for value in (True, "0.5", None, [0.5], torch.tensor([0.5]), 10**400)],
+        *[("block_shape", value) for value in (1.5, True, "44", None, (2.0, 2), [4, "4"], {4: 4}, 10**30, (1, 10**19))],
+        *[("include", value) for value in (3, [3], b"0.weight", [None], torch.ones(1))],
+        *[("exclude", value) for value in (3, ["*", 3])],
+        *[("rules", value) for value in (3, "x", [("*", 0.5)], {3: 0.5}, {"*": None}, {"*": "0.5"}, {"*": True})],
+        *[("distribution", value) for value in (None, 3, ["er"])],
+        *[("select", value) for value in (None, ["random"])],
+        *[("rescale", value) for value in (1, "yes", 0.5)],
+        *[("seed", value) for value in (None, 1.5, "1", True, 2**64, -(2**63) - 1)],
+    ],
+    ids=str,
+)
+def test_values_of_another_kind(argument: str, value: Any) -> None:
+    model = two_layers()
+    with Unchanged(model), pytest.raises(ValueError, match=argument):
+        smet.sparsify(model, **{argument: value})
+
+
+@pytest.mark.parametrize("thing", [None, 3, torch.ones(2), nn.Linear, "model"], ids=str)
+def test_what_is_no_model(thing: Any) -> None:
+    for function in (smet.sparsify, smet.report, smet.export_dense, smet.inspect, smet.explain):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: expected a model \(torch\.nn\.Module\), got "):
+            function(thing)
+
+
 def test_a_one_dimensional_parameter_by_name() -> None:
     model = two_layers()
     with Unchanged(model), pytest.raises(ValueError, match=r"0\.bias"):

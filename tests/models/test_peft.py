@@ -67,3 +67,19 @@ def test_adapters_stay_dense_by_default() -> None:
     assert sorted(name.split(".")[-3] for name in find_sites(adapted)) == ["o_proj", "q_proj"]
     reasons = {row.name: row.reason for row in smet.report(adapted).skipped}
     assert len(reasons) == 4 and set(reasons.values()) == {"an adapter"}
+
+
+def test_adapters_of_other_libraries_stay_dense_too() -> None:
+    class LoraLinear(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 32)
+            self.lora_A, self.lora_B = nn.Parameter(torch.zeros(4, 16)), nn.Parameter(torch.zeros(32, 4))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.lora_down = LoraLinear(), nn.Linear(32, 4)
+
+    model = smet.sparsify(Block(), density=0.5)
+    assert list(find_sites(model)) == ["up.weight"]
+    assert {row.reason for row in smet.report(model).skipped} == {"an adapter"}

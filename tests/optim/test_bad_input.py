@@ -24,6 +24,34 @@ from tests.support.training import train
         ("eps", -1e-8),
         ("weight_decay", -0.1),
         ("warmup_steps", -1),
+        ("warmup_steps", 1.5),
+        ("warmup_steps", float("inf")),
+        ("warmup_steps", True),
+        ("lr", float("inf")),
+        ("lr", None),
+        ("lr", "0.1"),
+        ("lr", torch.tensor([0.1, 0.2])),
+        ("lr", torch.tensor([0.1])),
+        ("lr", torch.tensor(float("nan"))),
+        ("lr", torch.tensor(0.1j)),
+        ("eps", float("inf")),
+        ("weight_decay", float("inf")),
+        ("weight_decay", float("nan")),
+        ("lr_density_exponent", float("nan")),
+        ("lr_density_exponent", float("inf")),
+        ("lr_density_exponent", "x"),
+        ("lr_density_exponent", 1e6),
+        ("betas", (0.9,)),
+        ("betas", (0.9, 0.99, 0.999)),
+        ("betas", ()),
+        ("betas", 0.9),
+        ("betas", {0.9, 0.99}),
+        ("betas", ("0.9", 0.99)),
+        ("stochastic_rounding", 0),
+        ("seed", 1.5),
+        ("seed", None),
+        ("seed", 2**64),
+        ("state_dtype", torch.ones(2)),
         ("state_dtype", torch.int8),
         ("state_dtype", "int4"),
     ],
@@ -33,6 +61,25 @@ def test_options_out_of_range(option: str, value: object) -> None:
     model = smet.sparsify(two_layers(), density=0.5)
     with pytest.raises(ValueError, match="beta" if option == "betas" else option):
         smet.ActiveAdamW(model, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", float("nan")), ("betas", (0.9,)), ("warmup_steps", 2.0), ("eps", True)], ids=str
+)
+def test_options_of_a_group_out_of_range(option: str, value: object) -> None:
+    model = smet.sparsify(two_layers(), density=0.5)
+    first, *others = model.parameters()
+    optimizer = smet.ActiveAdamW(others, model=model)
+    with Unchanged(model, optimizer), pytest.raises(ValueError, match=option):
+        optimizer.add_param_group({"params": [first], option: value})
+
+
+@pytest.mark.parametrize("weight_decay", [float("nan"), float("inf"), -1, "x", None, True], ids=str)
+def test_decay_groups(weight_decay: Any) -> None:
+    with pytest.raises(ValueError, match="weight_decay: expected a finite number of at least 0"):
+        smet.decay_groups(two_layers(), weight_decay)
+    with pytest.raises(ValueError, match=r"decay_groups: expected a model \(torch.nn.Module\), got 3"):
+        smet.decay_groups(3, 0.1)  # type: ignore[arg-type]
 
 
 def test_param_groups_need_the_model() -> None:

@@ -47,13 +47,30 @@ def test_the_largest_possible_is_possible() -> None:
         ("drop", "smallest"),
         ("grow", "gradients"),
         ("schedule", "cosin"),
+        ("total_steps", 10.0),
+        ("total_steps", float("inf")),
+        ("total_steps", True),
+        ("total_steps", 10**30),
+        ("every", 1.5),
+        ("every", float("nan")),
+        ("every", None),
+        ("stop_fraction", float("nan")),
+        ("drop_fraction", "0.2"),
+        ("drop_fraction", 1.0),
+        ("drop", None),
+        ("grow", ["random"]),
+        ("schedule", 3),
+        ("seed", float("nan")),
+        ("seed", None),
+        ("model", None),
+        ("optimizer", None),
     ],
     ids=str,
 )
 def test_options_out_of_range(option: str, value: Any) -> None:
     model, optimizer = make()
     with Unchanged(model, optimizer), pytest.raises(ValueError, match=option):
-        smet.TopologyManager(model, optimizer, **{"total_steps": 100, option: value})
+        smet.TopologyManager(**({"model": model, "optimizer": optimizer, "total_steps": 100} | {option: value}))
 
 
 def test_an_optimizer_that_does_not_hold_the_values() -> None:

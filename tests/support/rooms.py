@@ -29,8 +29,10 @@ ROOMS = {
     "plan": Room({"ops", "format"}, SIDE_BY_SIDE),
     "runtime": Room({"ops", "format"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "api": Room(ALL_ROOMS, "imports point down only"),
-    "train_step": Room({"ops", "optim"}, "a step computes and updates; it does not know when the topology changes"),
-    "explain": Room({"ops", "passes", "train_step"}, "it asks the passes what they did, and changes nothing"),
+    "train_step": Room(
+        {"ops", "optim", "format"}, "a step computes and updates; it does not know when the topology changes"
+    ),
+    "explain": Room({"ops", "passes", "train_step", "format"}, "it asks the passes what they did, and changes nothing"),
     "microscope": Room({"runtime", "ops", "format"}, "it looks at a model and at its history, and changes nothing"),
     "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
     "presets": Room({"extras"}, "a shape and its model know nothing of sparsity"),

@@ -30,6 +30,30 @@ def test_an_optimizer_of_another_model_too() -> None:
         smet.compile_train_step(model, optimizer)
 
 
+BAD_ARGUMENTS = [
+    ({"accumulate": 1.5}, "accumulate: expected a whole number of at least 1, got 1.5"),
+    ({"accumulate": float("nan")}, "accumulate: expected a whole number"),
+    ({"accumulate": float("inf")}, "accumulate: expected a whole number"),
+    ({"accumulate": True}, "accumulate: expected a whole number"),
+    ({"accumulate": 0}, "accumulate: expected a whole number of at least 1, got 0"),
+    ({"max_grad_norm": float("nan")}, "max_grad_norm: expected a finite number above 0, got nan; pass None"),
+    ({"max_grad_norm": float("inf")}, "max_grad_norm: expected a finite number above 0, got inf; pass None"),
+    ({"max_grad_norm": 0}, "max_grad_norm: expected a finite number above 0"),
+    ({"max_grad_norm": "1"}, "max_grad_norm: expected a finite number above 0"),
+    ({"loss_fn": 3}, r"loss_fn: expected a function \(model, batch\) → loss, got 3"),
+    ({"model": None}, "model: expected a model"),
+    ({"optimizer": None}, "optimizer: expected an optimizer"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=str)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    model = sparse()
+    optimizer = active(model)
+    with Unchanged(model, optimizer), pytest.raises(ValueError, match=message):
+        smet.compile_train_step(**({"model": model, "optimizer": optimizer} | arguments))
+
+
 def no_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return model(**batch).loss.detach()
 
