@@ -2,6 +2,6 @@
 
 from smet_compile.ops import library, matmul_library  # they register the ops
 from smet_compile.ops.compact_weight import CompactWeight
-from smet_compile.ops.sites import Site, find_sites
+from smet_compile.ops.sites import Site, canonical_name, find_sites
 
-__all__ = ["CompactWeight", "Site", "find_sites", "library", "matmul_library"]
+__all__ = ["CompactWeight", "Site", "canonical_name", "find_sites", "library", "matmul_library"]

@@ -5,6 +5,7 @@ Attributes set on a Parameter are lost by ``deepcopy`` and ``load_state_dict(ass
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -80,12 +81,51 @@ def compact_names(module: nn.Module) -> Iterator[str]:
             yield name
 
 
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+)
+"""Modules that only pass calls on: where the class is defined, its name, and the child that it wraps."""
+
+
+def wrapped_child(module: nn.Module) -> str | None:
+    """Returns the name of the child that ``module`` wraps, None where it is no wrapper.
+
+    A wrapper is told by its class, never by the name of a child. A class that nobody has imported has no instance.
+    """
+    for where, name, child in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(where), name, None)
+        if wrapper is not None and isinstance(module, wrapper):
+            return child
+    return None
+
+
+def canonical_name(model: nn.Module, name: str) -> str:
+    """Returns the qualified name of a module, parameter or buffer of ``model`` without the names of wrappers.
+
+    A model compiled or wrapped for data parallelism, in whole or in part, so names its tensors as the plain model.
+    """
+    module: nn.Module | None = model
+    kept = []
+    for part in name.split(".") if name else []:
+        while module is not None and (child := wrapped_child(module)) is not None:
+            module = module._modules[child]
+            if part == child:
+                break
+        else:
+            kept.append(part)
+            module = None if module is None else module._modules.get(part)
+    return ".".join(kept)
+
+
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every compact weight of ``model`` by its qualified name, as ``named_parameters`` would have named it dense."""
+    """Every compact weight of ``model`` by its canonical name, as ``named_parameters`` of the plain dense model."""
     sites = {}
     for prefix, module in model.named_modules():
         for tensor_name in compact_names(module):
-            name = f"{prefix}.{tensor_name}" if prefix else tensor_name
+            name = canonical_name(model, f"{prefix}.{tensor_name}" if prefix else tensor_name)
             sites[name] = Site(name, module, tensor_name)
     return sites
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +18,7 @@ from smet_compile.ops.adamw_all import update_all
 from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
 from smet_compile.ops.outside_graphs import outside_graphs, prepare
 from smet_compile.ops.reference import compute_dtype
+from smet_compile.ops.saved_groups import Saved, check_groups
 from smet_compile.optim import generations
 from smet_compile.optim.held import hold
 from smet_compile.optim.state import check_state, moment_dtype, new_state
@@ -248,25 +249,38 @@ class ActiveAdamW(Optimizer):
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
 
         torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
+
+        Raises:
+            ValueError: see ``check_state_dict``. Nothing has then changed.
         """
-        for group in state_dict["param_groups"]:
-            for option in self._options - group.keys():
-                raise ValueError(
-                    f"param_groups: expected {option!r} in every group; load the state of {type(self).__name__}"
-                )
-        saved = dict(zip(_ids(state_dict["param_groups"]), self._parameters(), strict=False))
+        saved = self.check_state_dict(state_dict)
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
+        for key, state in state_dict["state"].items():
+            parameter = saved[key].parameter
+            loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        super().load_state_dict(state_dict)
+        self.state.update(loaded)
+
+    def check_state_dict(self, state_dict: Any) -> dict[Hashable, Saved]:
+        """Returns, by the number that stands for it, each parameter and its saved group.
+
+        Raises:
+            ValueError: an option that the constructor would refuse; state of other parameters, or of another dtype or
+                shape; counts, ages or scales that no training makes. Moments may be anything: an overflow is kept.
+        """
+        saved = check_groups(state_dict, self, self._options)
+        for i, group in enumerate(state_dict["param_groups"]):
+            try:
+                _check_options({option: group[option] for option in self._options})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"param_groups[{i}]: {error}") from error
         for key, state in state_dict["state"].items():
             if key not in saved:
                 raise ValueError("optimizer state: expected that of this model's parameters, got that of others")
-            parameter, held = saved[key], self._held[saved[key]]
+            parameter = saved[key].parameter
+            held = self._held[parameter]
             check_state(held.name, parameter, held.site, moment_dtype(parameter, self.state_dtype), state)
-        super().load_state_dict(state_dict)
-        for key, state in state_dict["state"].items():
-            parameter = saved[key]
-            self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         ours = ("state_dtype", "stochastic_rounding", "seed", "_model", "_held", "_options", "_is_first_step")
@@ -317,10 +331,6 @@ def _not_trained(name: str, parameter: Tensor) -> ValueError:
         f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
         "an optimizer of torch.optim, and give ActiveAdamW the other parameters with model="
     )
-
-
-def _ids(groups: list[dict[str, Any]]) -> list[int]:
-    return [key for group in groups for key in group["params"]]
 
 
 def _check_options(options: dict[str, Any]) -> dict[str, Any]:

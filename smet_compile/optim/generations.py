@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _FREE = -1
+_SIZES = tuple(2**bits for bits in range(8, 32))
 _DTYPES = ((256, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
 
 
@@ -21,6 +22,25 @@ def first_generation(num_blocks: int, device: torch.device) -> tuple[Tensor, Ten
     births = torch.full((256,), _FREE, dtype=torch.int64, device=device)
     births[0] = 0
     return torch.zeros(num_blocks, dtype=torch.uint8, device=device), births
+
+
+def check_generations(name: str, generation: Tensor, births: Tensor, num_blocks: int, step: int) -> None:
+    """Raises ValueError for a table that no training makes, or a block whose generation is not in the table."""
+    size = births.numel()
+    if births.dtype != torch.int64 or births.dim() != 1 or size not in _SIZES:
+        raise ValueError(f"{name}: expected births of int64, 256 or a larger power of two, got {births.dtype} {size}")
+    if bool(((births < _FREE) | (births > step)).any()):
+        raise ValueError(f"{name}: expected births of {_FREE} or from 0 to step {step}, got others")
+    if generation.dtype != _dtype_for(size) or generation.shape != (num_blocks,):
+        raise ValueError(
+            f"{name}: expected a generation of {_dtype_for(size)} for each of {num_blocks} blocks, got "
+            f"{generation.dtype} of shape {tuple(generation.shape)}"
+        )
+    if num_blocks > 0 and not 0 <= int(generation.min()) <= int(generation.max()) < size:
+        raise ValueError(f"{name}: expected generations from 0 to {size - 1}, got others")
+    is_used = torch.zeros_like(births, dtype=torch.bool).index_fill_(0, generation.long(), True)
+    if bool((births[is_used] == _FREE).any()):
+        raise ValueError(f"{name}: expected generations that have a birth, got one that is free")
 
 
 def ages(generation: Tensor, births: Tensor, step: Tensor) -> Tensor:
@@ -72,7 +92,11 @@ def _merge_mature(generation: Tensor, births: Tensor, latest_birth: int) -> None
 
 def _grow(generation: Tensor, births: Tensor) -> tuple[Tensor, Tensor]:
     size = births.numel() * 2
-    dtype = next(dtype for limit, dtype in _DTYPES if size <= limit)
     grown = torch.full((size,), _FREE, dtype=torch.int64, device=births.device)
     grown[: births.numel()] = births
-    return generation.to(dtype), grown
+    return generation.to(_dtype_for(size)), grown
+
+
+def _dtype_for(size: int) -> torch.dtype:
+    """The smallest dtype for the number of a generation in a table of ``size``."""
+    return next(dtype for limit, dtype in _DTYPES if size <= limit)

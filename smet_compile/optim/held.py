@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import Site, canonical_name, find_sites
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def hold(model: nn.Module) -> dict[nn.Parameter, Held]:
     held = {}
     for name, parameter in model.named_parameters():
         site = by_values.get(id(parameter))
-        held[parameter] = Held(site.name if site else name, site, parameter.shape)
+        held[parameter] = Held(site.name if site else canonical_name(model, name), site, parameter.shape)
     return held
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from smet_compile.ops import Site
 from smet_compile.ops.codes import num_scales
-from smet_compile.optim.generations import first_generation
+from smet_compile.optim.generations import check_generations, first_generation
+
+_MOST_STEPS = 2**53
 
 
 def moment_dtype(parameter: Tensor, wanted: torch.dtype | str | None) -> torch.dtype:
@@ -37,17 +39,24 @@ def new_state(parameter: nn.Parameter, site: Site | None, dtype: torch.dtype) ->
 
 def check_state(name: str, parameter: nn.Parameter, site: Site | None, dtype: torch.dtype, state: Any) -> None:
     """Raises ValueError where ``state`` is not what this optimizer keeps for the parameter."""
-    wanted = {"exp_avg": (dtype, tuple(parameter.shape)), "exp_avg_sq": (dtype, tuple(parameter.shape))}
-    _check_moments(name, wanted, state)
+    shape = tuple(parameter.shape)
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"exp_avg": (dtype, shape), "exp_avg_sq": (dtype, shape)}
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{name}: expected a state of tensors, got others; load the state of the same optimizer")
+    _check_kinds(name, wanted, state)
     if dtype == torch.uint8:
         wanted["scales"] = (torch.float32, _scales_shape(parameter, site))
-    keys = {"step", "num_skipped", *wanted} | ({"generation", "births"} if site else set())
+    wanted |= {"step": (torch.int64, ()), "num_skipped": (torch.int64, ())}
+    keys = wanted.keys() | ({"generation", "births"} if site else set())
     if set(state) != keys:
         raise ValueError(
-            f"{name}: expected a state of {', '.join(sorted(keys))}, got {', '.join(sorted(state)) or 'none'}; load "
+            f"{name}: expected a state of {', '.join(sorted(keys))}, got {', '.join(map(str, state)) or 'none'}; load "
             "the state of the same optimizer and a model made sparse in the same way"
         )
-    _check_moments(name, wanted, state)
+    _check_kinds(name, wanted, state)
+    _check_values(name, state)
+    if site is not None:
+        check_generations(name, state["generation"], state["births"], site.num_active, int(state["step"]))
 
 
 def _scales_shape(parameter: Tensor, site: Site | None) -> tuple[int, int]:
@@ -55,7 +64,7 @@ def _scales_shape(parameter: Tensor, site: Site | None) -> tuple[int, int]:
     return 2, num_scales(parameter.numel(), site.compact.layout if site else None)
 
 
-def _check_moments(name: str, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]], state: Any) -> None:
+def _check_kinds(name: str, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]], state: dict[str, Tensor]) -> None:
     for key, (dtype, shape) in wanted.items():
         if key in state and (state[key].dtype != dtype or state[key].shape != shape):
             raise ValueError(
@@ -63,3 +72,15 @@ def _check_moments(name: str, wanted: dict[str, tuple[torch.dtype, tuple[int, ..
                 f"{tuple(state[key].shape)}; load the state of the same optimizer, with the same state_dtype, and a "
                 "model made sparse in the same way"
             )
+
+
+def _check_values(name: str, state: dict[str, Tensor]) -> None:
+    """Moments may be infinite or nan, as an overflow leaves them, but a mean of squares is never negative."""
+    for key in ("step", "num_skipped"):
+        if not 0 <= int(state[key]) <= _MOST_STEPS:
+            raise ValueError(f"{name}: expected {key} from 0 to {_MOST_STEPS}, got {int(state[key])}")
+    for key in ("exp_avg_sq", "scales"):
+        if key in state and bool((state[key] < 0).any()):
+            raise ValueError(f"{name}: expected {key} of at least 0, got {float(state[key].min())}")
+    if "scales" in state and not bool(state["scales"].isfinite().all()):
+        raise ValueError(f"{name}: expected finite scales, got others")

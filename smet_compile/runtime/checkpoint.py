@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
-from smet_compile.ops import find_sites
+from smet_compile.ops import canonical_name
+from smet_compile.ops.loaded import check_keys, kind_of
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
+from smet_compile.runtime.random_states import check_random_states, random_states, restore_random_states
+from smet_compile.runtime.rollback import all_or_nothing
+from smet_compile.runtime.saved_model import (
+    Rename,
+    check_model,
+    layouts_of,
+    loadable,
+    model_entries,
+    model_metadata,
+    renaming,
+)
+from smet_compile.runtime.saved_optimizer import check_optimizer_state, has_usual_parts, numbers_with_state
+from smet_compile.runtime.settings import check_override
 
 
 def save_checkpoint(
@@ -29,21 +43,26 @@ def save_checkpoint(
         extra: what else the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and tuples of
             numbers, strings and tensors.
 
-    torch's random states are saved too. Raises ValueError where the file cannot be written.
+    torch's random states are saved too. A model that ``torch.compile`` or data parallelism wraps is saved under the
+    names of the plain one. Raises ValueError where the file cannot be written, or cannot hold a value exactly.
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
+    inner = _unwrapped(optimizer)
+    state = inner.state_dict()
     checkpoint_file.write(
         path,
         {
-            "layouts": _layouts(model),
-            "model": dict(model.state_dict()),
+            "layouts": layouts_of(model),
+            "model": model_entries(model),
+            "model_metadata": model_metadata(model),
             "optimizer": {
-                "class": type(optimizer).__name__,
-                "names": _names(model, optimizer),
-                "state": optimizer.state_dict(),
+                "class": type(inner).__name__,
+                "names": _names(model, inner),
+                "with_state": numbers_with_state(state),
+                "state": state,
             },
             "manager": None if manager is None else manager.state_dict(),
-            "random": _random_states(),
+            "random": random_states(),
             "extra": extra,
         },
     )
@@ -54,32 +73,41 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     manager: TopologyManager | None = None,
+    *,
+    override: Iterable[str] = (),
 ) -> Any:
     """Loads what ``save_checkpoint`` wrote into a model made sparse in the same way; returns ``extra``.
 
     Parameters keep their storage, so an optimizer or a compiled model that holds them goes on. With an optimizer
     given, torch's random states are restored as well, and the run continues as if never stopped.
 
+    Args:
+        override: names of the manager's settings (``"total_steps"``, ``"every"``, ...) that may differ from those of
+            the saved run, which then goes on with this manager's.
+
     Raises:
         ValueError: the file is not whole, was altered, has a newer format, or is of another model, block shape,
-            optimizer or manager. Nothing in memory has then changed.
+            optimizer or manager, or holds a value that no run has. Nothing in memory has then changed.
     """
     _check_arguments("load_checkpoint", path, model, optimizer, manager)
+    if check_override(override) and manager is None:
+        raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
-    _check_model(path, saved, model)
-    if optimizer is not None:
-        _check_optimizer(path, saved["optimizer"], model, optimizer)
-    if manager is not None:
-        if saved["manager"] is None:
-            raise ValueError(f"{path}: expected a checkpoint with a manager, got one saved without; leave it out")
-        manager.check_state_dict(saved["manager"])
-    if optimizer is not None:
-        optimizer.load_state_dict(saved["optimizer"]["state"])
-    model.load_state_dict(saved["model"])
-    if optimizer is not None:
-        _restore_random_states(saved["random"])
-    if manager is not None:
-        manager.load_state_dict(saved["manager"])
+    inner = None if optimizer is None else _unwrapped(optimizer)
+    try:
+        _check(saved, model, inner, manager, override, type(optimizer).__name__)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        with all_or_nothing(model, inner, manager):
+            model.load_state_dict(loadable(saved["model"], saved.get("model_metadata"), model))
+            if inner is not None:
+                inner.load_state_dict(saved["optimizer"]["state"])
+                restore_random_states(saved["random"])
+            if manager is not None:
+                manager.load_state_dict(saved["manager"], override=override)
+    except Exception as error:
+        raise ValueError(f"{path}: could not be loaded ({error}); everything is as it was before") from error
     return saved["extra"]
 
 
@@ -93,62 +121,92 @@ def _check_arguments(where: str, path: Any, model: Any, optimizer: Any, manager:
         raise ValueError(f"{where}: manager: expected a TopologyManager or None, got {got}; name other things extra=")
 
 
-def _layouts(model: nn.Module) -> dict[str, list[list[int]]]:
-    return {name: [list(part) for part in site.compact.op_layout()] for name, site in find_sites(model).items()}
+def _check(
+    saved: Any,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    manager: TopologyManager | None,
+    override: Iterable[str],
+    wrapper: str,
+) -> None:
+    """Checks all of ``saved`` that will be loaded, and renames in it what an older version named otherwise."""
+    required = ("layouts", "model", "optimizer", "manager", "random", "extra")
+    check_keys("checkpoint", saved, required, ("model_metadata",))
+    for part in ("layouts", "model"):
+        if not isinstance(saved[part], dict):
+            raise ValueError(f"{part}: expected a dict, got {kind_of(saved[part])}")
+    _rename(saved, renaming(saved["model"], model))
+    check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
+    if optimizer is not None:
+        _check_optimizer(saved["optimizer"], model, optimizer, wrapper)
+        check_random_states(saved["random"])
+    if manager is not None:
+        if saved["manager"] is None:
+            raise ValueError("expected a checkpoint with a manager, got one saved without; leave it out")
+        manager.check_state_dict(saved["manager"], override=override)
+
+
+def _rename(saved: dict[str, Any], rename: Rename) -> None:
+    """Gives every weight its canonical name, wherever a checkpoint names one."""
+    saved["model"] = _renamed(saved["model"], rename)
+    saved["layouts"] = _renamed(saved["layouts"], rename)
+    match saved["optimizer"]:
+        case {"names": list(groups)}:
+            saved["optimizer"]["names"] = [
+                [rename(name) if isinstance(name, str) else name for name in group]
+                if isinstance(group, list)
+                else group
+                for group in groups
+            ]
+    match saved["manager"]:
+        case {"trace": {"explored": dict(), "grown": dict()} as trace, "history": list(history)}:
+            saved["manager"]["trace"] = {part: _renamed(bits, rename) for part, bits in trace.items()}
+            for event in history:
+                match event:
+                    case {"sites": dict(sites)}:
+                        event["sites"] = _renamed(sites, rename)
+
+
+def _renamed(entries: Any, rename: Rename) -> Any:
+    renamed = {rename(name) if isinstance(name, str) else name: value for name, value in entries.items()}
+    if len(renamed) != len(entries):
+        raise ValueError(
+            "the checkpoint is of a model in wrappers that this one does not have; wrap it in the same way"
+        )
+    return renamed
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer that holds the state: the one in a wrapper that has none, or shares it."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer) and (optimizer.state is inner.state or not optimizer.state):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:
     """The parameters of each group by name."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): canonical_name(model, name) for name, p in model.named_parameters()}
     return [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _check_model(path: Any, saved: dict[str, Any], model: nn.Module) -> None:
-    layouts = _layouts(model)
-    for name, (shape, _, block) in saved["layouts"].items():
-        if name not in layouts:
-            raise ValueError(f"{path}: {name} is compact in the checkpoint, not in this model; sparsify it alike")
-        if layouts[name][2] != block:
-            raise ValueError(
-                f"{path}: {name}: expected block shape {tuple(layouts[name][2])}, got {tuple(block)} in the "
-                "checkpoint; sparsify with the same block_shape"
-            )
-        if layouts[name][0] != shape:
-            raise ValueError(f"{path}: {name}: expected shape {layouts[name][0]}, got {shape} in the checkpoint")
-    here, there = dict(model.state_dict()), saved["model"]
-    for name in here.keys() ^ there.keys():
-        where = "this model" if name in here else "the checkpoint"
-        raise ValueError(f"{path}: {name} is only in {where}: the checkpoint is of another model")
-    for name, tensor in here.items():
-        if _kind(tensor) != _kind(there[name]):
-            raise ValueError(
-                f"{path}: {name}: expected {_kind(tensor)}, got {_kind(there[name])} in the checkpoint; it is of "
-                "another model, density or dtype"
-            )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__
-
-
-def _check_optimizer(path: Any, saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-    if saved["class"] != type(optimizer).__name__:
+def _check_optimizer(saved: Any, model: nn.Module, optimizer: Optimizer, wrapper: str) -> None:
+    """Older versions wrote the class of the wrapper."""
+    check_keys("optimizer", saved, ("class", "names", "state"), ("with_state",))
+    if saved["class"] not in (type(optimizer).__name__, wrapper):
         raise ValueError(
-            f"{path}: expected the state of {type(optimizer).__name__}, got that of {saved['class']}; resume with "
-            "the optimizer that was saved"
+            f"expected the state of {type(optimizer).__name__}, got that of {saved['class']!r:.80}; resume with the "
+            "optimizer that was saved"
         )
     if saved["names"] != _names(model, optimizer):
-        raise ValueError(f"{path}: the checkpoint's optimizer holds other parameters or groups; make it alike")
-
-
-def _random_states() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        raise ValueError("the checkpoint's optimizer holds other parameters or groups; make it alike")
+    state = saved["state"]
+    check_optimizer_state(optimizer, state)
+    ours = optimizer.state_dict()
+    if has_usual_parts(ours):
+        numbers = [group["params"] for group in ours["param_groups"]]
+        if [group["params"] for group in state["param_groups"]] != numbers:
+            raise ValueError(f"param_groups: expected the parameters {numbers!r:.80}, got them in another order")
+    with_state = saved.get("with_state", numbers_with_state(state))
+    if not isinstance(with_state, list) or {*map(repr, with_state)} != {*map(repr, numbers_with_state(state))}:
+        raise ValueError("expected the optimizer's state of all parameters that were trained, some is missing")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from smet_compile.ops import Site
+from smet_compile.ops.loaded import check_integer, check_keys, check_number
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,31 @@ class TopologyEvent:
     def from_dict(cls, saved: dict[str, Any]) -> TopologyEvent:
         sites = {name: SiteEvent(**site) for name, site in saved["sites"].items()}
         return cls(saved["step"], saved["drop_fraction"], sites)
+
+
+def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> None:
+    """Raises ValueError where ``history`` is not that of ``num_steps`` steps of these sites, as ``to_dict`` made it."""
+    if not isinstance(history, list):
+        raise ValueError(f"history: expected a list of events, got {type(history).__name__}")
+    earliest = 1
+    for i, event in enumerate(history):
+        where = f"history[{i}]"
+        check_keys(where, event, [field.name for field in fields(TopologyEvent)])
+        check_integer(f"{where}.step", event["step"], earliest, num_steps)
+        check_number(f"{where}.drop_fraction", event["drop_fraction"], 0, 1)
+        check_keys(f"{where}.sites", event["sites"], (), sites.keys())
+        for name, site in event["sites"].items():
+            _check_site_event(f"{where}.sites[{name!r}]", site, sites[name])
+        earliest = event["step"] + 1
+
+
+def _check_site_event(where: str, event: Any, site: Site) -> None:
+    check_keys(where, event, [field.name for field in fields(SiteEvent)])
+    check_integer(f"{where}.num_active", event["num_active"], site.num_active, site.num_active)
+    check_integer(f"{where}.num_dropped", event["num_dropped"], 0, site.num_active)
+    check_number(f"{where}.churn_fraction", event["churn_fraction"], 0, 1)
+    check_number(f"{where}.explored_fraction", event["explored_fraction"], 0, 1)
+    if event["grown_survival_fraction"] is not None:
+        check_number(f"{where}.grown_survival_fraction", event["grown_survival_fraction"], 0, 1)
+    if event["mean_age"] is not None:
+        check_number(f"{where}.mean_age", event["mean_age"], 0)

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,19 @@ from torch.optim import Optimizer
 
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, one_of, seed_number, whole_number
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import Site, canonical_name, find_sites
+from smet_compile.ops.loaded import check_integer, check_keys
 from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.outside_graphs import outside_graphs
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime.agreement import agree_on, agree_on_ready
-from smet_compile.runtime.events import SiteEvent, TopologyEvent
+from smet_compile.runtime.events import SiteEvent, TopologyEvent, check_history
 from smet_compile.runtime.gradient_growth import GradientScores
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.move import move
 from smet_compile.runtime.policies import drop_smallest, grow_random
 from smet_compile.runtime.schedules import SCHEDULES
+from smet_compile.runtime.settings import check_settings
 from smet_compile.runtime.step_listener import StepListener
 from smet_compile.runtime.trace import Trace
 from smet_compile.runtime.trained import Trained
@@ -106,6 +108,15 @@ class TopologyManager:
         self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
         if schedule != "none":
             _check_feasible(self.sites, self._max_drop_fraction)
+        self._settings = {
+            "total_steps": total_steps,
+            "every": every,
+            "drop_fraction": drop_fraction,
+            "final_drop_fraction": final_drop_fraction,
+            "stop_fraction": stop_fraction,
+            "drop": drop,
+            "schedule": schedule,
+        }
         self.model = model
         self.optimizer = optimizer
         self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
@@ -209,7 +220,7 @@ class TopologyManager:
     def _give_up(self) -> None:
         self._num_postponed = 0
         bad = {id(p) for p in self._trained.not_finite}
-        names = [name for name, p in self.model.named_parameters() if id(p) in bad]
+        names = [canonical_name(self.model, name) for name, p in self.model.named_parameters() if id(p) in bad]
         reason = f"the gradient of {', '.join(names[:3])} is not finite" if bad else "no gradient came"
         warnings.warn(
             f"TopologyManager: an update was postponed for {_PATIENCE} steps since {reason}; it is left out, the next "
@@ -260,17 +271,27 @@ class TopologyManager:
         return move(site, before, agree_on(dropped), agree_on(grown), state, ages, self._trace)
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps counted, history, and which blocks were ever active: what a resumed run needs."""
+        """Settings, steps counted, history, and which blocks were ever active: what a resumed run needs."""
         return {
+            "settings": self._own_settings(),
             "num_steps": self.num_steps,
             "num_postponed": self._num_postponed,
             "history": [event.to_dict() for event in self.history],
             "trace": self._trace.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where ``state_dict`` was saved; the model and optimizer are loaded on their own."""
-        self.check_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
+        """Takes up where ``state_dict`` was saved; the model and optimizer are loaded on their own.
+
+        Args:
+            override: names of settings (``"total_steps"``, ``"every"``, ...) that may differ from those of the saved
+                run; it then goes on with this manager's.
+
+        Raises:
+            ValueError: ``state`` is of another model, was made with other settings, or is not whole. Nothing has then
+                changed.
+        """
+        self.check_state_dict(state, override=override)
         self.num_steps = state["num_steps"]
         self._num_new = 0
         self._num_postponed = state["num_postponed"]
@@ -278,9 +299,21 @@ class TopologyManager:
         self._trace.load_state_dict(state["trace"])
         self._expect_update()
 
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where ``state`` is that of other weights."""
+    def check_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
+        """Raises ValueError where ``load_state_dict`` would."""
+        check_keys("manager", state, ("num_steps", "num_postponed", "history", "trace"), ("settings",))
+        check_settings(state.get("settings", {}), self._own_settings(), override)
+        check_integer("num_steps", state["num_steps"])
+        check_integer("num_postponed", state["num_postponed"], 0, _PATIENCE - 1)
+        check_history(state["history"], state["num_steps"], self.sites)
         self._trace.check_state_dict(state["trace"])
+
+    def parts_of_state(self) -> list[dict[str, Any]]:
+        """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
+        return [self.__dict__, self._trace.__dict__, self._trained.__dict__, self._scores]
+
+    def _own_settings(self) -> dict[str, Any]:
+        return self._settings | {"grow": self.grow, "seed": self.seed}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_listeners": {}}

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from smet_compile.format import count_active, pack_bits
+from smet_compile.format import count_active, pack_bits, spare_bits
 from smet_compile.ops import Site
+from smet_compile.ops.loaded import check_keys, kind_of
 
 
 class Trace:
@@ -32,17 +33,32 @@ class Trace:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"explored": dict(self._explored), "grown": dict(self._grown)}
 
-    def check_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Raises ValueError where ``state`` is that of other weights."""
-        for name in self._sites.keys() ^ state["explored"].keys():
+    def check_state_dict(self, state: Any) -> None:
+        """Raises ValueError where ``state`` is not that of these weights."""
+        check_keys("trace", state, ("explored", "grown"))
+        for part in ("explored", "grown"):
+            if not isinstance(state[part], dict):
+                raise ValueError(f"trace.{part}: expected a dict of bits, got {kind_of(state[part])}")
+        for name in self._sites.keys() ^ state["explored"].keys() | state["grown"].keys() - self._sites.keys():
             raise ValueError(f"{name}: expected the topology history of the same weights, got that of other ones")
-        for name, bits in state["explored"].items():
-            if bits.shape != self._explored[name].shape:
-                raise ValueError(
-                    f"{name}: expected a topology history of {tuple(self._explored[name].shape)} bytes, got "
-                    f"{tuple(bits.shape)}; sparsify with the same block_shape"
-                )
+        for part in ("explored", "grown"):
+            for name, bits in state[part].items():
+                self._check_bits(name, part, bits)
+
+    def _check_bits(self, name: str, part: str, bits: Any) -> None:
+        expected, site = self._explored[name], self._sites[name]
+        if not isinstance(bits, Tensor) or bits.dtype != expected.dtype or bits.shape != expected.shape:
+            raise ValueError(
+                f"{name}: expected a topology history of {tuple(expected.shape)} bytes, got {kind_of(bits)}; sparsify "
+                "with the same block_shape"
+            )
+        if spare_bits(bits, site.layout.num_blocks):
+            raise ValueError(f"{name}: expected zeros after the bits of {part} blocks, got others; use another file")
+        count = count_active(bits)
+        too_few, too_many = part == "explored" and count < site.num_active, part == "grown" and count > site.num_active
+        if too_few or too_many:
+            raise ValueError(f"{name}: got {count} {part} blocks, where {site.num_active} are active")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._explored = {name: bits.clone() for name, bits in state["explored"].items()}
-        self._grown = {name: bits.clone() for name, bits in state["grown"].items()}
+        self._explored = {name: bits.cpu().clone() for name, bits in state["explored"].items()}
+        self._grown = {name: bits.cpu().clone() for name, bits in state["grown"].items()}

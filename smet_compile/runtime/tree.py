@@ -2,71 +2,168 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
+from smet_compile.ops.loaded import kind_of, plain_number
+
+_TENSOR, _TUPLE, _ITEMS, _CLASS, _METADATA = "$tensor", "$tuple", "$items", "$class", "$metadata"
+_DICTS: dict[str, type[dict[Any, Any]]] = {"OrderedDict": OrderedDict, "Counter": Counter}
+_DEEPEST = 100
+_MOST_BITS = 10_000
+_SIMPLE = (bool, int, float, str, type(None))
 
 
 class Flattener:
-    """Collects the tensors of several trees; a tensor that is there twice (tied weights) is stored once."""
+    """Collects the tensors of several trees; a tensor that is there twice (tied weights) is stored once.
 
-    def __init__(self) -> None:
+    Args:
+        dtypes: those that the file can hold.
+    """
+
+    def __init__(self, dtypes: frozenset[torch.dtype]) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self._dtypes = dtypes
         self._names: dict[tuple[Any, ...], str] = {}
 
-    def flatten(self, tree: Any, path: str) -> Any:
+    def flatten(self, tree: Any, path: str, depth: int = 0) -> Any:
         """``tree`` with each tensor replaced by its name; ``path`` is the start of the names.
 
-        Raises ValueError for anything that JSON and safetensors cannot hold.
+        Raises ValueError for anything that JSON and safetensors cannot hold exactly.
         """
+        tree = plain_number(tree)
+        if depth > _DEEPEST:
+            raise ValueError(f"{path[:200]}: expected at most {_DEEPEST} dicts and lists in one another, got more")
         if isinstance(tree, Tensor):
             if tree.is_meta:
                 raise ValueError(f"{path}: expected a tensor with data, got one on the meta device; move it first")
             return {_TENSOR: self._add(tree.detach(), path)}
-        if isinstance(tree, dict):
-            if all(isinstance(key, str) and not key.startswith("$") for key in tree):
-                return {key: self.flatten(value, f"{path}.{key}") for key, value in tree.items()}
-            items = [[self.flatten(k, path), self.flatten(v, f"{path}.{k}")] for k, v in tree.items()]
-            return {_ITEMS: items}
-        if isinstance(tree, tuple):
-            return {_TUPLE: [self.flatten(value, f"{path}.{i}") for i, value in enumerate(tree)]}
-        if isinstance(tree, list):
-            return [self.flatten(value, f"{path}.{i}") for i, value in enumerate(tree)]
-        if tree is None or isinstance(tree, bool | int | float | str):
+        if type(tree) in (dict, *_DICTS.values()):
+            return self._flatten_dict(tree, path, depth + 1)
+        if type(tree) in (tuple, torch.Size):
+            return {_TUPLE: [self.flatten(value, f"{path}.{i}", depth + 1) for i, value in enumerate(tree)]}
+        if type(tree) is list:
+            return [self.flatten(value, f"{path}.{i}", depth + 1) for i, value in enumerate(tree)]
+        if type(tree) in _SIMPLE and not (type(tree) is int and tree.bit_length() > _MOST_BITS):
             return tree
         raise ValueError(
-            f"{path}: expected numbers, strings, tensors, or dicts and lists of them, got {type(tree).__name__}; "
+            f"{path}: expected numbers, strings, tensors, or dicts and lists of them, got {type(tree).__qualname__}; "
             "a checkpoint holds JSON and tensors only"
         )
 
+    def _flatten_dict(self, tree: dict[Any, Any], path: str, depth: int) -> Any:
+        values = [self.flatten(value, f"{path}.{key}", depth) for key, value in tree.items()]
+        if type(tree) is dict and all(type(key) is str and not key.startswith("$") for key in tree):
+            return dict(zip(tree, values, strict=True))
+        keys = [self.flatten(_checked_key(key, path), path, depth) for key in tree]
+        flat: dict[str, Any] = {_ITEMS: [list(item) for item in zip(keys, values, strict=True)]}
+        if type(tree) is not dict:
+            flat[_CLASS] = type(tree).__name__
+        if hasattr(tree, "_metadata"):
+            flat[_METADATA] = self.flatten(tree._metadata, f"{path}._metadata", depth)
+        return flat
+
     def _add(self, tensor: Tensor, path: str) -> str:
-        tensor = tensor.contiguous()
-        where = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.dtype)
+        self._check(tensor, path)
+        place = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride())
+        where = (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
         if tensor.numel() == 0 or where not in self._names:
-            self._names[where] = path
-            self.tensors[path] = tensor
+            path = path.encode(errors="replace").decode()  # the header of a file is UTF-8
+            name, number = path, 1
+            while name in self.tensors:  # other keys may join to the same path
+                number += 1
+                name = f"{path}#{number}"
+            self._names[where] = name
+            self.tensors[name] = tensor
         return self._names[where]
+
+    def _check(self, tensor: Tensor, path: str) -> None:
+        got = ""
+        if type(tensor) not in (Tensor, nn.Parameter):
+            got = f"a {type(tensor).__name__}"
+        elif tensor.is_nested or tensor.layout != torch.strided:
+            got = f"one of layout {tensor.layout}"
+        elif tensor.dtype not in self._dtypes:
+            got = f"one of {tensor.dtype}"
+        if got:
+            raise ValueError(f"{path}: expected a plain dense tensor that safetensors can hold, got {got}; convert it")
+
+
+def _checked_key(key: Any, path: str) -> Any:
+    key = plain_number(key)
+    if type(key) is tuple:
+        return tuple(_checked_key(part, path) for part in key)
+    if type(key) not in _SIMPLE or key != key:
+        raise ValueError(f"{path}: expected numbers, strings or tuples of them as keys, got {kind_of(key)} {key!r:.40}")
+    return key
 
 
 def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """Takes back ``flatten``."""
-    if isinstance(tree, list):
-        return [unflatten(value, tensors) for value in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if _TENSOR in tree:
-        return tensors[tree[_TENSOR]]
-    if _TUPLE in tree:
-        return tuple(unflatten(value, tensors) for value in tree[_TUPLE])
-    if _ITEMS in tree:
-        return {unflatten(k, tensors): unflatten(v, tensors) for k, v in tree[_ITEMS]}
-    return {key: unflatten(value, tensors) for key, value in tree.items()}
+    """Takes back ``flatten``. No two tensors of the result share memory.
+
+    Raises ValueError for a tree that ``flatten`` never makes.
+    """
+    return _Unflattener(tensors).unflatten(tree, "checkpoint")
+
+
+class _Unflattener:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._taken: set[str] = set()
+
+    def unflatten(self, tree: Any, path: str, depth: int = 0) -> Any:
+        if depth > 3 * _DEEPEST:
+            raise ValueError(f"{path[:200]}: expected at most {_DEEPEST} dicts and lists in one another, got more")
+        if isinstance(tree, list):
+            return [self.unflatten(value, f"{path}.{i}", depth + 1) for i, value in enumerate(tree)]
+        if not isinstance(tree, dict):
+            return tree
+        marks = {key for key in tree if key.startswith("$")}
+        if not marks:
+            return {key: self.unflatten(value, f"{path}.{key}", depth + 1) for key, value in tree.items()}
+        if set(tree) == {_TENSOR} and isinstance(tree[_TENSOR], str):
+            return self._take(tree[_TENSOR], path)
+        if set(tree) == {_TUPLE} and isinstance(tree[_TUPLE], list):
+            return tuple(self.unflatten(tree[_TUPLE], path, depth + 1))
+        if _ITEMS in tree and set(tree) <= {_ITEMS, _CLASS, _METADATA}:
+            return self._items(tree, path, depth + 1)
+        raise ValueError(f"{path}: expected a tensor, a tuple or items, got {', '.join(sorted(marks))}")
+
+    def _take(self, name: str, path: str) -> Tensor:
+        if name not in self._tensors:
+            raise ValueError(f"{path}: expected a tensor {name!r} in the file, found none")
+        tensor = self._tensors[name]
+        if name in self._taken:
+            return tensor.clone()
+        self._taken.add(name)
+        return tensor
+
+    def _items(self, tree: dict[str, Any], path: str, depth: int) -> dict[Any, Any]:
+        items, kind = tree[_ITEMS], tree.get(_CLASS)
+        if not isinstance(items, list) or not all(isinstance(item, list) and len(item) == 2 for item in items):
+            raise ValueError(f"{path}: expected pairs of a key and a value, got {kind_of(items)} of something else")
+        if kind is not None and not (isinstance(kind, str) and kind in _DICTS):
+            raise ValueError(f"{path}: expected one of {', '.join(_DICTS)}, got {kind!r}; upgrade smet_compile")
+        loaded: dict[Any, Any] = dict() if kind is None else _DICTS[kind]()
+        for saved_key, value in items:
+            key = _checked_key(self.unflatten(saved_key, path, depth), path)
+            if key in loaded:
+                raise ValueError(f"{path}: expected each key once, got {key!r} twice")
+            loaded[key] = self.unflatten(value, f"{path}.{key}", depth)
+        if _METADATA in tree:
+            if kind != "OrderedDict":
+                raise ValueError(f"{path}: expected metadata with an OrderedDict only, got it with {kind}")
+            loaded._metadata = self.unflatten(tree[_METADATA], path, depth)  # type: ignore[attr-defined]
+        return loaded
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, uncopied."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    """The bytes of a contiguous CPU tensor, uncopied where its strides are the usual ones."""
+    flat = tensor.reshape(-1)
+    if flat.stride() != (1,):  # a single entry of a longer row counts as contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
