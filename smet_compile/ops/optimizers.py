@@ -76,6 +76,28 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+def state_holders(given: Any, parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Returns the optimizers in ``given`` whose state dicts hold all that it keeps, wrappers before what they wrap.
+
+    ``ZeroRedundancyOptimizer`` collects the state of the part that it wraps, and stands for it.
+    """
+    holders: list[Any] = []
+    for found in find_optimizers(given, parameters):
+        optimizer = unwrapped(found.optimizer)
+        within = any(_collects_state(holder) and _leads_to(holder, optimizer) for holder in holders)
+        if not within and all(optimizer is not holder for holder in holders):
+            holders.append(optimizer)
+    return holders or [unwrapped(given)]
+
+
+def _collects_state(optimizer: Any) -> bool:
+    return any(kind.__module__.startswith("torch.distributed.optim") for kind in type(optimizer).__mro__)
+
+
+def _leads_to(outer: Any, inner: Any) -> bool:
+    return any(each is inner or _leads_to(each, inner) for _, each in inner_optimizers(outer) if each is not outer)
+
+
 def inner_optimizers(thing: Any) -> Iterator[tuple[str, Any]]:
     """(attribute, object) of what may be an optimizer, or lead to one, in the attributes of ``thing``."""
     for name, value in attributes(thing):

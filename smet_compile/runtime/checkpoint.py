@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.ops import canonical_name
 from smet_compile.ops.loaded import check_keys, kind_of
+from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.random_states import check_random_states, random_states, restore_random_states
@@ -39,7 +40,8 @@ def save_checkpoint(
     """Writes the run to one file, atomically: either the new checkpoint is there whole, or the old one.
 
     Args:
-        path: the file (its folder is made). model, optimizer, manager: as they are between two steps.
+        path: the file (its folder is made). model, optimizer, manager: as they are between two steps. Of a wrapped
+            optimizer, and of several in a list, the state of each is saved.
         extra: what else the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and tuples of
             numbers, strings and tensors.
 
@@ -47,20 +49,15 @@ def save_checkpoint(
     names of the plain one. Raises ValueError where the file cannot be written, or cannot hold a value exactly.
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
-    inner = _unwrapped(optimizer)
-    state = inner.state_dict()
+    first, *others = [_optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
     checkpoint_file.write(
         path,
         {
             "layouts": layouts_of(model),
             "model": model_entries(model),
             "model_metadata": model_metadata(model),
-            "optimizer": {
-                "class": type(inner).__name__,
-                "names": _names(model, inner),
-                "with_state": numbers_with_state(state),
-                "state": state,
-            },
+            "optimizer": first,
+            "other_optimizers": others,
             "manager": None if manager is None else manager.state_dict(),
             "random": random_states(),
             "extra": extra,
@@ -93,16 +90,16 @@ def load_checkpoint(
     if check_override(override) and manager is None:
         raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
-    inner = None if optimizer is None else _unwrapped(optimizer)
+    holders = [] if optimizer is None else state_holders(optimizer, model.parameters())
     try:
-        _check(saved, model, inner, manager, override, type(optimizer).__name__)
+        _check(saved, model, holders, manager, override, type(optimizer).__name__)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     try:
-        with all_or_nothing(model, inner, manager):
+        with all_or_nothing(model, holders, manager):
             model.load_state_dict(loadable(saved["model"], saved.get("model_metadata"), model))
-            if inner is not None:
-                inner.load_state_dict(saved["optimizer"]["state"])
+            if holders:
+                _load_optimizers(holders, [entry["state"] for entry in _entries(saved)])
                 restore_random_states(saved["random"])
             if manager is not None:
                 manager.load_state_dict(saved["manager"], override=override)
@@ -114,7 +111,8 @@ def load_checkpoint(
 def _check_arguments(where: str, path: Any, model: Any, optimizer: Any, manager: Any) -> None:
     arguments.path(f"{where}: path", path)
     arguments.module(f"{where}: model", model)
-    if optimizer is not None or where == "save_checkpoint":
+    given = optimizer is not None or where == "save_checkpoint"
+    if given and not find_optimizers(optimizer, model.parameters()):
         arguments.optimizer(f"{where}: optimizer", optimizer)
     if manager is not None and not isinstance(manager, TopologyManager):
         got = arguments.described(manager)
@@ -124,21 +122,31 @@ def _check_arguments(where: str, path: Any, model: Any, optimizer: Any, manager:
 def _check(
     saved: Any,
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizers: list[Any],
     manager: TopologyManager | None,
     override: Iterable[str],
     wrapper: str,
 ) -> None:
     """Checks all of ``saved`` that will be loaded, and renames in it what an older version named otherwise."""
     required = ("layouts", "model", "optimizer", "manager", "random", "extra")
-    check_keys("checkpoint", saved, required, ("model_metadata",))
+    check_keys("checkpoint", saved, required, ("model_metadata", "other_optimizers"))
+    if not isinstance(saved.get("other_optimizers", []), list):
+        raise ValueError(f"other_optimizers: expected a list, got {kind_of(saved['other_optimizers'])}")
     for part in ("layouts", "model"):
         if not isinstance(saved[part], dict):
             raise ValueError(f"{part}: expected a dict, got {kind_of(saved[part])}")
     _rename(saved, renaming(saved["model"], model))
     check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
-    if optimizer is not None:
-        _check_optimizer(saved["optimizer"], model, optimizer, wrapper)
+    if optimizers:
+        entries = _entries(saved)
+        if len(entries) != len(optimizers):
+            names = ", ".join(type(each).__name__ for each in optimizers)
+            raise ValueError(
+                f"expected the state of {len(optimizers)} optimizers ({names}), got that of {len(entries)}; resume "
+                "with the optimizer that was saved, in the same wrappers"
+            )
+        for entry, each in zip(entries, optimizers, strict=True):
+            _check_optimizer(entry, model, each, wrapper)
         check_random_states(saved["random"])
     if manager is not None:
         if saved["manager"] is None:
@@ -150,14 +158,15 @@ def _rename(saved: dict[str, Any], rename: Rename) -> None:
     """Gives every weight its canonical name, wherever a checkpoint names one."""
     saved["model"] = _renamed(saved["model"], rename)
     saved["layouts"] = _renamed(saved["layouts"], rename)
-    match saved["optimizer"]:
-        case {"names": list(groups)}:
-            saved["optimizer"]["names"] = [
-                [rename(name) if isinstance(name, str) else name for name in group]
-                if isinstance(group, list)
-                else group
-                for group in groups
-            ]
+    for entry in _entries(saved):
+        match entry:
+            case {"names": list(groups)}:
+                entry["names"] = [
+                    [rename(name) if isinstance(name, str) else name for name in group]
+                    if isinstance(group, list)
+                    else group
+                    for group in groups
+                ]
     match saved["manager"]:
         case {"trace": {"explored": dict(), "grown": dict()} as trace, "history": list(history)}:
             saved["manager"]["trace"] = {part: _renamed(bits, rename) for part, bits in trace.items()}
@@ -176,12 +185,30 @@ def _renamed(entries: Any, rename: Rename) -> Any:
     return renamed
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Returns the optimizer that holds the state: the one in a wrapper that has none, or shares it."""
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer) and (optimizer.state is inner.state or not optimizer.state):
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    return optimizer
+def _entries(saved: dict[str, Any]) -> list[Any]:
+    """Returns what was saved of each optimizer: the outermost, then those that it wraps or that were given with it."""
+    return [saved["optimizer"], *saved.get("other_optimizers", [])]
+
+
+def _optimizer_entry(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {
+        "class": type(optimizer).__name__,
+        "names": _names(model, optimizer),
+        "with_state": numbers_with_state(state),
+        "state": state,
+    }
+
+
+def _load_optimizers(optimizers: list[Any], states: list[Any]) -> None:
+    """Loads each; those that shared their parameter groups share them afterwards, as a scheduler expects."""
+    groups = [optimizer.param_groups for optimizer in optimizers]
+    for optimizer, state in reversed(list(zip(optimizers, states, strict=True))):
+        optimizer.load_state_dict(state)
+    for i, optimizer in enumerate(optimizers):
+        same = next((j for j in range(i) if groups[j] is groups[i]), None)
+        if same is not None:
+            optimizer.param_groups = optimizers[same].param_groups
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from smet_compile.ops import find_sites
 from smet_compile.runtime.manager import TopologyManager
@@ -18,15 +17,16 @@ from smet_compile.runtime.tree import as_bytes
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module, optimizer: Optimizer | None, manager: TopologyManager | None) -> Iterator[None]:
+def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyManager | None) -> Iterator[None]:
     """If the block raises, everything that it changed is as before, in the same tensors.
 
-    The model's tensors are copied to the CPU meanwhile, since loading writes into them. Of the optimizer, references
+    The model's tensors are copied to the CPU meanwhile, since loading writes into them. Of the optimizers, references
     are enough: loading replaces what it holds.
     """
     tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _tensors_of(model)]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in model.modules() if _has_extra(module)]
-    references = [*_compact_dicts(model), *_optimizer_dicts(optimizer), *_manager_dicts(manager)]
+    of_optimizers = (entries for optimizer in optimizers for entries in _optimizer_dicts(optimizer))
+    references = [*_compact_dicts(model), *of_optimizers, *_manager_dicts(manager)]
     before = [dict(entries) for entries in references]
     random = random_states()
     try:
@@ -66,10 +66,8 @@ def _compact_dicts(model: nn.Module) -> Iterator[dict[Any, Any]]:
         yield from (site.compact.__dict__, site.compact._buffers)
 
 
-def _optimizer_dicts(optimizer: Optimizer | None) -> list[dict[Any, Any]]:
+def _optimizer_dicts(optimizer: Any) -> list[dict[Any, Any]]:
     """Loading puts other dicts in the place of some of these, and changes the others."""
-    if optimizer is None:
-        return []
     return [optimizer.__dict__, optimizer.state, *optimizer.state.values(), *optimizer.param_groups]
 
 
