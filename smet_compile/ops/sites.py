@@ -116,7 +116,7 @@ def canonical_name(model: nn.Module, name: str) -> str:
                 break
         else:
             kept.append(part)
-            module = None if module is None else module._modules.get(part)
+            module = None if module is None or part not in module._modules else module._modules[part]
     return ".".join(kept)
 
 

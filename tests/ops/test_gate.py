@@ -223,3 +223,52 @@ def test_an_average_across_topologies_is_refused(use_buffers: bool, block: int |
     for call in (lambda: average(x()), average.state_dict, lambda: smet.export_dense(average)):
         with pytest.raises(ValueError, match=WRITTEN + r".*AveragedModel\(export_dense\(model\)\)"):
             call()
+
+
+ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "largest": lambda t: torch.full_like(t, torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max),
+    "shorter": lambda t: t[:-1].clone() if t.dim() else t.repeat(3),
+    "longer": lambda t: torch.cat([t, t]) if t.dim() else t.repeat(2),
+    "int64": lambda t: t.to(torch.int64),
+    "int16": lambda t: t.to(torch.int16),
+    "shuffled": lambda t: t.flatten().flip(0).view(t.shape).clone(),
+    "numbers": lambda t: torch.arange(-2, t.numel() - 2).view(t.shape).to(t.dtype),
+    "meta": lambda t: t.to("meta"),
+}
+STATE = ("exp_avg", "exp_avg_sq", "step", "num_skipped", "generation", "births")
+WHERES = ("topology", "lists", "values", "scales", *STATE)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "data"])
+@pytest.mark.parametrize("where", WHERES)
+@pytest.mark.parametrize("block", [1, (4, 4)], ids=str)
+def test_whatever_is_written_is_refused_or_trained_on(block: int | tuple[int, int], where: str, how: str) -> None:
+    """A kernel that followed it would end the process."""
+    for odd in ODD_TENSORS.values():
+        model = sparse(block)
+        optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype="int8" if where == "scales" else None)
+        manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2)
+        train(model, optimizer, manager, steps=3)
+        site = find_sites(model)["0.weight"]
+        state = optimizer.state[site.values]
+        holder = {"values": site.values.data} if where == "values" else site.compact._buffers
+        if where not in holder:
+            holder = state
+        current = holder[where]
+        assert current is not None
+        try:
+            new = odd(current)
+            if how == "in place":
+                current.copy_(new)
+            elif how == "data" or where == "values":
+                (site.values if where == "values" else current).data = new
+            else:
+                holder[where] = new
+        except (RuntimeError, NotImplementedError):  # torch takes no such tensor there
+            continue
+        try:
+            train(model, optimizer, manager, first=3, steps=3)
+            smet.export_dense(model)
+        except (ValueError, RuntimeError, NotImplementedError):
+            continue

@@ -1,4 +1,4 @@
-"""A checkpoint of a wrapped optimizer, or of several, holds the state of each: a resumed run equals an undisturbed one."""
+"""A checkpoint holds the state of wrapped optimizers and of several: a resumed run equals an undisturbed one."""
 
 from collections.abc import Callable
 from pathlib import Path

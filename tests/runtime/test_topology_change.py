@@ -54,7 +54,8 @@ def update_and_judge(model: nn.Module, optimizer: torch.optim.Optimizer, grow: s
         assert num_dropped == event.sites[name].num_dropped == int(event.drop_fraction * int(old.mask.sum()))
         assert after.tensors.keys() == old.tensors.keys()
         for key, tensor in after.tensors.items():
-            assert_moved(old.tensors[key], old.mask, tensor, after.mask, f"{name} {key}")
+            fresh = optimizer.param_groups[0]["lr"] if key == "step_size" else 0.0  # Rprop's step sizes begin there
+            assert_moved(old.tensors[key], old.mask, tensor, after.mask, f"{name} {key}", fresh)
     return event.num_dropped
 
 

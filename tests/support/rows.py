@@ -11,10 +11,12 @@ def rows_of(mask: Tensor, wanted: Tensor) -> Tensor:
     return (mask.cumsum(0) - 1)[wanted]
 
 
-def assert_moved(before: Tensor, old_mask: Tensor, after: Tensor, new_mask: Tensor, what: str) -> None:
-    """Survivors bit for bit, newcomers zero."""
+def assert_moved(
+    before: Tensor, old_mask: Tensor, after: Tensor, new_mask: Tensor, what: str, fresh: float = 0.0
+) -> None:
+    """Survivors bit for bit, newcomers ``fresh``."""
     survivors, newcomers = old_mask & new_mask, new_mask & ~old_mask
     assert after.shape == before.shape, what
     kept = same_bits(after[rows_of(new_mask, survivors)], before[rows_of(old_mask, survivors)])
     assert kept, f"{what}: a survivor changed"
-    assert bool((after[rows_of(new_mask, newcomers)] == 0).all()), f"{what}: a newcomer is not zero"
+    assert bool((after[rows_of(new_mask, newcomers)] == fresh).all()), f"{what}: a newcomer is not {fresh}"
