@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -236,8 +237,8 @@ ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "numbers": lambda t: torch.arange(-2, t.numel() - 2).view(t.shape).to(t.dtype),
     "meta": lambda t: t.to("meta"),
 }
-STATE = ("exp_avg", "exp_avg_sq", "step", "num_skipped", "generation", "births")
-WHERES = ("topology", "lists", "values", "scales", *STATE)
+STATE = ("exp_avg", "exp_avg_sq", "step", "num_skipped", "generation", "births", "scales")
+WHERES = ("topology", "lists", "values", *STATE)
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "data"])
@@ -248,27 +249,23 @@ def test_whatever_is_written_is_refused_or_trained_on(block: int | tuple[int, in
     for odd in ODD_TENSORS.values():
         model = sparse(block)
         optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype="int8" if where == "scales" else None)
-        manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2)
-        train(model, optimizer, manager, steps=3)
+        train(model, optimizer)
         site = find_sites(model)["0.weight"]
-        state = optimizer.state[site.values]
-        holder = {"values": site.values.data} if where == "values" else site.compact._buffers
-        if where not in holder:
-            holder = state
-        current = holder[where]
-        assert current is not None
+        holder: dict[str, Any] = optimizer.state[site.values] if where in STATE else site.compact._buffers
+        current = site.values if where == "values" else holder[where]
         try:
-            new = odd(current)
+            new = odd(current.detach())
             if how == "in place":
-                current.copy_(new)
+                current.detach().copy_(new)
             elif how == "data" or where == "values":
-                (site.values if where == "values" else current).data = new
+                current.data = new
             else:
                 holder[where] = new
         except (RuntimeError, NotImplementedError):  # torch takes no such tensor there
             continue
         try:
-            train(model, optimizer, manager, first=3, steps=3)
-            smet.export_dense(model)
-        except (ValueError, RuntimeError, NotImplementedError):
-            continue
+            train(model, optimizer, first=1)
+        except ValueError as error:
+            assert "0.weight" in str(error) or "values" in str(error)
+        except (RuntimeError, NotImplementedError):
+            assert where == "values"  # of a dtype or on a device that torch's own product refuses
