@@ -41,7 +41,7 @@ def warn_if_dense(before: Report, drawn: Sequence[Drawn], reasons: Mapping[str, 
 
 
 def warn_if_larger(choices: Iterable[Choice]) -> None:
-    """Where the blocks of a weight, which hang over its edge, take more memory than the dense weight."""
+    """Warns where the blocks of a weight, which hang over its edge, take more memory than the dense weight."""
     larger = [choice for choice in choices if choice.values_bytes > choice.dense_bytes]
     if not larger:
         return

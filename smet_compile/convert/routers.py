@@ -124,7 +124,7 @@ def _counts_in(child: nn.Module) -> set[int]:
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
-    """Those of ``module`` itself that have a shape."""
+    """Yields the parameters of ``module`` itself that have a shape."""
     for tensor in module._parameters.values():
         if tensor is not None and not nn.parameter.is_lazy(tensor):
             yield tensor

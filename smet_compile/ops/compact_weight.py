@@ -47,7 +47,7 @@ class CompactWeight(nn.Module):
     rescale: bool
     """How ``sparsify`` chose the first active blocks, and whether it scaled them: what a later first draw repeats."""
     fingerprint: int | None
-    """Of the topology that the rows of the values belong to; None before there is one."""
+    """The fingerprint of the topology that the rows of the values belong to; None before there is one."""
     update_sink: Tensor | None
     """Where the gradient of every read goes instead of to the values, within a step whose update is fused."""
     candidates: Tensor | None

@@ -40,7 +40,7 @@ class FoundOptimizer:
     steps: frozenset[int]
 
     def state_of(self, parameter: nn.Parameter) -> Any:
-        """What the optimizer keeps for ``parameter``; empty where it keeps nothing."""
+        """Returns what the optimizer keeps for ``parameter``; empty where it keeps nothing."""
         state = getattr(self.optimizer, "state", None)
         return state.get(parameter, {}) if isinstance(state, Mapping) else {}
 
@@ -131,7 +131,7 @@ def is_optimizer_like(thing: Any) -> bool:
 
 
 def _answers_with_groups(thing: Any) -> bool:
-    """Of a proxy that hands all attributes on to what it wraps."""
+    """Returns whether ``thing`` is a proxy that hands its attributes on to an optimizer."""
     return hasattr(type(thing), "__getattr__") and hasattr(thing, "param_groups")
 
 

@@ -17,7 +17,7 @@ _OTHER_STATE = "does not take parameters, gradients or optimizer state of this d
 
 
 class Case(NamedTuple):
-    """What a kernel is chosen by.
+    """Holds what a kernel is chosen by.
 
     Args:
         grouped: tokens come sorted by matrix, with offsets.

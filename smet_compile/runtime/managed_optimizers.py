@@ -39,7 +39,7 @@ class ManagedOptimizers:
 
     @property
     def stepping(self) -> list[FoundOptimizer]:
-        """Those whose own step updates a parameter of the model."""
+        """Returns the optimizers whose own step updates a parameter of the model."""
         return [each for each in self.found if each.steps]
 
     def ages(self, values: nn.Parameter) -> Tensor | None:

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class StateToMove(NamedTuple):
-    """What follows a topology change: the state of each weight by its name, and optimizers that move their own."""
+    """Holds what follows a topology change: the state of each weight by its name, and optimizers that move their own."""
 
     rows: dict[str, list[Rows]]
     told: list[Any]
@@ -62,7 +62,7 @@ def state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> S
 
 
 def _knows_topologies(optimizer: Any) -> bool:
-    """By a method of its own: a wrapper may answer with one of the optimizer in it."""
+    """Returns whether the class has the method itself: a wrapper may answer with that of the optimizer in it."""
     method = getattr(optimizer, "on_topology_change", None)
     return method is not None and getattr(method, "__self__", optimizer) is optimizer
 
@@ -137,7 +137,7 @@ def _check_attributes(found: FoundOptimizer, sites: dict[str, Site], known: set[
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where the tensor begins in memory; two with one beginning are changed together."""
+    """Returns where the tensor begins in memory; two with one beginning are changed together."""
     return id(tensor) if tensor.is_meta or tensor.layout != torch.strided else tensor.data_ptr()
 
 

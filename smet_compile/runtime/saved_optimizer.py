@@ -121,7 +121,7 @@ def _check_state(where: str, optimizer: Optimizer, saved: Saved, state: Any) -> 
 
 
 def _check_like_present(where: str, present: dict[str, Any], state: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """Of an optimizer that nobody knows, what is a tensor now is the measure; lists and numbers may come and go."""
+    """Checks against the present state where the optimizer is not known; lists and numbers may come and go."""
     for key in present.keys() & state.keys():
         if isinstance(present[key], Tensor) and isinstance(state[key], Tensor):
             _check_tensor(f"{where}: {key}", state[key], present[key], _shapes(present[key], shape, shape))
