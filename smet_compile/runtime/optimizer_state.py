@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class StateToMove(NamedTuple):
-    """Holds what follows a topology change: the state of each weight by its name, and optimizers that move their own."""
+    """Holds what follows a topology change: the state of each weight, and optimizers that move their own."""
 
     rows: dict[str, list[Rows]]
     told: list[Any]
