@@ -206,23 +206,27 @@ class CompactWeight(nn.Module):
         if int(dense.count_nonzero()) == int(new.count_nonzero()):
             values.copy_(new)
             return
-        everything = torch.ones(self.layout.num_blocks, dtype=torch.bool, device=self.topology.device)
-        self.resize(values, everything)
-        values.copy_(self.right_inverse(dense.detach()))
         warnings.warn(
             f"{self.name}: the data that the weight was given has numbers where no block was active; it keeps every "
             "block from now on, in as much memory as a dense weight. Assign to the weight itself, without .data, to "
             "keep the active part alone",
             stacklevel=4,
         )
+        everything = torch.ones(self.layout.num_blocks, dtype=torch.bool, device=self.topology.device)
+        bits, num_blocks = pack_bits(everything), self.layout.num_blocks
+        blocks = torch.ops.smet.pack(dense.detach(), bits, [], *self.op_layout(), num_blocks)
+        self.resize(values, everything)
+        values.copy_(blocks)
 
     @torch.no_grad()
     def resize(self, values: Tensor, mask: Tensor) -> None:
-        """Gives the weight the active blocks of ``mask``, however many; the values are zero afterwards."""
-        self.num_active = int(mask.sum())
-        values.data = values.new_zeros(self.layout.values_shape(self.num_active))
-        self.topology.copy_(pack_bits(mask))
-        self.lists = empty_index(self.layout, self.num_active, self.topology.device)
+        """Gives the weight the active blocks of ``mask``, however many; the values are then zero, without grad."""
+        num_active, bits = int(mask.sum()), pack_bits(mask)
+        zeros = values.new_zeros(self.layout.values_shape(num_active))
+        lists = empty_index(self.layout, num_active, self.topology.device)
+        values.grad = None
+        values.data, self.num_active, self.lists = zeros, num_active, lists
+        self.topology.copy_(bits)
         self._accept()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -213,6 +213,12 @@ def test_another_shape_is_refused() -> None:
 def test_data_that_no_active_blocks_hold_makes_every_block_active(block: Any) -> None:
     model = sparse(block)
     merged = model[0].weight.detach() + torch.randn(20, 12)
+    before = model[0].weight.detach().clone()
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"0\.weight"):
+        warnings.simplefilter("error")
+        model[0].weight.data = merged
+    assert torch.equal(model[0].weight, before) and find_sites(model)["0.weight"].density < 1
+    train(model, torch.optim.SGD(model.parameters(), lr=0.0))  # gradients are there
     with pytest.warns(UserWarning, match=r"0\.weight: .* keeps every block from now on"):
         model[0].weight.data = merged
     assert torch.equal(model[0].weight, merged)
