@@ -24,31 +24,24 @@ class _Passed(NamedTuple):
     """Records the state of the tensors that passed.
 
     Args:
-        state: of the tensor that the record is kept for.
-        others, other_states: the tensors that were read with it, held weakly, and their states.
+        tensor: what the record is kept for. state: as it was then.
+        others, other_states: the tensors that were read with it, and their states.
         facts: what else was compared.
     """
 
+    tensor: weakref.ref[Tensor]
     state: tuple[int, ...]
     others: tuple[weakref.ref[Tensor], ...]
     other_states: tuple[tuple[int, ...], ...]
     facts: tuple[Any, ...]
 
-    @classmethod
-    def of(cls, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> _Passed:
-        states = tuple(_state(other) for other in others)
-        return cls(_state(tensor), tuple(weakref.ref(other) for other in others), states, facts)
-
     def still_holds(self, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
-        return (
-            self.state == _state(tensor)
-            and self.facts == facts
-            and len(self.others) == len(others)
-            and all(
-                known() is other and state == _state(other)
-                for known, state, other in zip(self.others, self.other_states, others, strict=True)
-            )
-        )
+        if self.tensor() is not tensor or self.state != _state(tensor) or len(self.others) != len(others):
+            return False
+        for known, state, other in zip(self.others, self.other_states, others, strict=True):
+            if known() is not other or state != _state(other):
+                return False
+        return self.facts == facts
 
 
 def _state(tensor: Tensor) -> tuple[int, ...]:
@@ -56,12 +49,34 @@ def _state(tensor: Tensor) -> tuple[int, ...]:
 
     The address and the size change where ``tensor.data`` was set, which raises no version.
     """
-    version = -1 if tensor.is_inference() else tensor._version
+    try:
+        version = tensor._version
+    except RuntimeError:
+        version = -1
     return version, tensor.data_ptr(), tensor.numel()
 
 
-_passed = WeakIdKeyDictionary()
+_passed: dict[int, _Passed] = {}
+"""The record of each tensor by its id, while it lives: read in every op, where a weak dictionary costs too much."""
 _owners = WeakIdKeyDictionary()
+
+
+def _note(tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> None:
+    key = id(tensor)
+
+    def forget(dead: weakref.ref[Tensor]) -> None:
+        known = _passed.get(key)
+        if known is not None and known.tensor is dead:
+            del _passed[key]
+
+    states = tuple(_state(other) for other in others)
+    references = tuple(weakref.ref(other) for other in others)
+    _passed[key] = _Passed(weakref.ref(tensor, forget), _state(tensor), references, states, facts)
+
+
+def _holds(tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
+    known = _passed.get(id(tensor))
+    return known is not None and known.still_holds(tensor, others, facts)
 
 
 def belongs_to(topology: Tensor, check_again: Callable[[], object]) -> None:
@@ -71,13 +86,12 @@ def belongs_to(topology: Tensor, check_again: Callable[[], object]) -> None:
 
 def passed(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> None:
     """Notes that ``topology`` and the lists derived from it were checked, as they are now."""
-    _passed[topology] = _Passed.of(topology, index, (layout, num_active))
+    _note(topology, index, (layout, num_active))
 
 
 def has_passed(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> bool:
     """Returns whether nothing was changed since these tensors passed."""
-    known = _passed.get(topology)
-    return known is not None and known.still_holds(topology, index, (layout, num_active))
+    return _holds(topology, index, (layout, num_active))
 
 
 def is_known(topology: Tensor) -> bool:
@@ -152,15 +166,14 @@ def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_
     if whole_table or is_traced(generation):
         return
     facts = (births.numel(),)
-    known = _passed.get(generation)
-    if known is not None and known.still_holds(generation, [], facts):
+    if _holds(generation, [], facts):
         return
     if num_active and not (int(generation.min()) >= 0 and int(generation.max()) < births.numel()):
         raise ValueError(
             f"{name}: expected generations from 0 to {births.numel() - 1}, the entries of births, got "
             f"{int(generation.min())} to {int(generation.max())}; load a state that was saved whole"
         )
-    _passed[generation] = _Passed.of(generation, [], facts)
+    _note(generation, [], facts)
 
 
 def is_traced(tensor: Tensor) -> bool:
