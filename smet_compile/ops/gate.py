@@ -47,13 +47,13 @@ class _Passed(NamedTuple):
 def _state(tensor: Tensor) -> tuple[int, ...]:
     """Returns what changes with every change in place; tensors made in inference mode do not count theirs.
 
-    The address and the size change where ``tensor.data`` was set, which raises no version.
+    The address changes where ``tensor.data`` was set to another tensor, which raises no version.
     """
     try:
         version = tensor._version
     except RuntimeError:
         version = -1
-    return version, tensor.data_ptr(), tensor.numel()
+    return version, tensor.data_ptr()
 
 
 _passed: dict[int, _Passed] = {}

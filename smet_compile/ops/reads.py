@@ -39,6 +39,10 @@ class _Source:
     node: str | None
 
 
+_live: dict[int, weakref.ref[Tensor]] = {}
+"""The reads that are alive, by id."""
+
+
 class WeightRead(Tensor):
     """The dense weight that ``module.weight`` returns: a tensor as any other, whose changes in place are kept.
 
@@ -67,9 +71,22 @@ class WeightRead(Tensor):
         array.flags.writeable = False
         return array
 
-    def __del__(self) -> None:
-        if _live.pop(id(self), None) is not None and self.__dict__["version"] != self._version:
-            _settle_or_note(self)
+    def __del__(self, live: dict[int, weakref.ref[Tensor]] = _live) -> None:
+        """Keeps what was written; where the interpreter ends, the names of this module are gone: nothing is kept."""
+        settle_or_note = globals().get("_settle_or_note")
+        if live.pop(id(self), None) is not None and self.__dict__["version"] != self._version and settle_or_note:
+            settle_or_note(self)
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, wanted: bool) -> None:
+        """Becomes an ordinary parameter, as ``nn.Parameter(read)`` asks for: what is written into it is its own."""
+        _live.pop(id(self), None)
+        self.__dict__.clear()
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return _plain(self).__deepcopy__(memo)
@@ -105,9 +122,6 @@ def _as_read(dense: Tensor, source: _Source) -> Tensor:
     dense.__dict__.update(source=source, version=dense._version)
     _live[id(dense)] = weakref.ref(dense)
     return dense
-
-
-_live: dict[int, weakref.ref[Tensor]] = {}
 
 
 def settle_live(*_: Any) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -285,3 +287,49 @@ def test_reads_in_a_cache_are_kept_too() -> None:
         model[0].weight.mul_(0.5)
         assert torch.equal(model[0].weight, before / 2)
     assert torch.equal(model[0].weight, before / 2)
+
+
+def test_a_parameter_made_of_a_read_is_one_of_its_own() -> None:
+    model, other = sparse(), nn.Linear(12, 20)
+    before = model[0].weight.detach().clone()
+    other.weight = nn.Parameter(model[0].weight.detach())
+    assert type(other.weight) is nn.Parameter and type(other.weight.data) is Tensor
+    other.load_state_dict({"weight": model[0].weight.detach(), "bias": other.bias.detach()}, assign=True)
+    assert type(other.weight) is nn.Parameter and other.weight.requires_grad
+    other(torch.ones(2, 12)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    other.weight.data.mul_(3)
+    model(torch.ones(2, 12))
+    assert torch.equal(model[0].weight, before) and not torch.equal(other.weight, before)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_read_goes_into_a_compiled_function(backend: str) -> None:
+    model, x = sparse(), torch.randn(4, 12)
+    compiled = torch.compile(lambda weight, x: x @ weight.t() * 2, backend=backend, fullgraph=True)
+    compiled(model[0].weight, x).sum().backward()
+    compact = find_sites(model)["0.weight"].values
+    got, compact.grad = compact.grad, None
+    (x @ model[0].weight.t() * 2).sum().backward()
+    assert got is not None and compact.grad is not None
+    torch.testing.assert_close(got, compact.grad)
+
+
+def test_a_constraint_in_the_forward_of_its_own_module_is_kept() -> None:
+    class Constrained(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = smet.sparsify(nn.Sequential(Constrained(12, 20), nn.Linear(20, 7)), 0.5)
+    before = model[0].weight.detach().clone()
+    model(torch.ones(2, 12)).sum().backward()
+    torch.testing.assert_close(model[0].weight.detach(), torch.renorm(before, p=2, dim=0, maxnorm=0.3))
+    assert float(model[0].weight.detach().norm(dim=1).max()) <= 0.3 + 1e-6
+
+
+def test_nothing_is_printed_where_the_interpreter_ends() -> None:
+    code = "import torch, smet_compile as s; m = s.sparsify(torch.nn.Linear(8, 8), 0.5); w = m.weight; d = w.detach()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
