@@ -135,6 +135,7 @@ def test_some_altered_files(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_many_altered_files(kind: str, tmp_path: Path) -> None:
     counts, wrong = try_files(tmp_path, kind, range(1000, 1700))
