@@ -152,6 +152,8 @@ class _Twins:
         if group is None:
             raise ValueError
         options = {key: _own(option) for key, option in group.items() if key != "params"}
+        if "differentiable" in options:
+            options["differentiable"] = False  # the state is the same, and a recorded step of a leaf fails
         # One that moves its own state is not asked: inside a wrapper, anything that steps stands for it.
         kind = SGD if hasattr(optimizer, "on_topology_change") else type(optimizer)
         accepted = inspect.signature(kind).parameters

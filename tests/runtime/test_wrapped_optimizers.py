@@ -247,3 +247,12 @@ def test_steps_that_a_scaler_skips_do_not_count(fused: bool) -> None:
         optimizer.zero_grad()
         manager.step()
     assert manager.num_steps == 4 and [event.step for event in manager.history] == [2, 4]
+
+
+def test_a_group_whose_steps_are_differentiable_is_asked_too() -> None:
+    model, optimizer, manager = make(lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9))
+    optimizer.param_groups[0]["differentiable"] = True  # the optimizer goes by what it was made with
+    for step in range(3):
+        train_step(model, optimizer, step)
+        manager.step()
+    assert len(manager.history) == 1
