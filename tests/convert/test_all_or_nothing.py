@@ -209,7 +209,7 @@ def check_consistent(model: nn.Module, plain: nn.Module, note: str) -> None:
 
 @pytest.mark.parametrize("call", range(2, len(WEIGHTS) + 1, 3))
 def test_memory_that_is_gone_midway(call: int) -> None:
-    """What cannot be undone is whole, and is said: the weights that are packed stay compact, the others are dense."""
+    """An interrupt leaves each weight wholly compact or wholly dense, and the exception names the compact ones."""
     model, plain = mixed(), mixed()
     with pytest.MonkeyPatch.context() as patched, pytest.raises(MemoryError) as raised:
         patched.setattr(

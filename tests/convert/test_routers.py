@@ -1,4 +1,4 @@
-"""What routes tokens to experts stays dense, and nothing else does for that reason."""
+"""Routers stay dense, and nothing else does for that reason."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase

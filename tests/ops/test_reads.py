@@ -1,4 +1,4 @@
-"""What is written into ``module.weight`` in place is kept, or an error or a warning says that it is not."""
+"""In-place changes of ``module.weight`` are kept, or an error or a warning says that they are not."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What happens to a run's files while it goes on: a clean error, nothing left where it does not belong."""
+"""Files of a run that go while it goes on end it with a clean error, and nothing is left where it does not belong."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What goes into a checkpoint comes back exactly, or is refused by its path; a file is written and read whole."""
+"""A checkpoint gives back exactly what it was given, or refuses it by its path; a file is written and read whole."""
 
 import collections
 import enum

@@ -1,4 +1,4 @@
-"""What fails while a checkpoint is loaded, though every check has passed, leaves everything as it was."""
+"""A load that fails although every check has passed leaves everything as it was."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What save_checkpoint writes of any optimizer is taken; what no optimizer has is refused before anything changes."""
+"""State that save_checkpoint writes of any optimizer is taken; any other is refused before anything changes."""
 
 import copy
 import warnings

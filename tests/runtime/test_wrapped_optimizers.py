@@ -207,7 +207,7 @@ def accelerator() -> Iterator[Accelerator]:
 
 @pytest.mark.parametrize("prepare_first", [True, False])
 def test_accelerate_accumulates(accelerator: Accelerator, prepare_first: bool) -> None:
-    """The same run as without Accelerate, whichever is made first; only the inner optimizer's steps count."""
+    """A run with Accelerate equals one without, whichever is made first; only the inner optimizer's steps count."""
     torch.manual_seed(0)
     model = smet.sparsify(two_layers(), density=0.4)
     plain = active(model)

@@ -79,7 +79,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def altered(tensors: dict[str, Tensor], body: Any, seed: int) -> tuple[str, dict[str, Tensor], Any]:
-    """What was changed, and the changed content: one place of the JSON, or one or two tensors."""
+    """Returns what was changed, and the changed content: one place of the JSON, or one or two tensors."""
     chosen, tensors, body = random.Random(seed), dict(tensors), copy.deepcopy(body)
     if chosen.random() < 0.55:
         return _alter_json(chosen, body), tensors, body

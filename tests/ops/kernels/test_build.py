@@ -350,7 +350,7 @@ def test_several_processes_compile_at_a_time(compiled: list[str], tmp_path: Path
 
 @compiles
 def test_a_compiler_gets_nothing_to_leave_behind(code: bytes, tmp_path: Path, temporary: Path) -> None:
-    """What a killed compiler leaves lies in a folder that is removed."""
+    """A killed compiler leaves its files in a folder that is removed."""
     script = compiler_of(code, tmp_path, 'echo half > "$TMPDIR/half.s"')
     with cache.new_workplace(temporary) as workplace:
         assert build._run(workplace, "expand", [str(script)]) == code

@@ -127,7 +127,7 @@ PRIVATE: dict[str, tuple[str, list[str], dict[str, int], bool]] = {
 
 @pytest.mark.parametrize("case", PRIVATE)
 def test_a_group_of_one_user_is_no_other(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the umask is 002 by default, every user has a group of their own."""
+    """Entries are used under umask 002, where every user has a group of their own."""
     name, members, first_groups, expected = PRIVATE[case]
     users = [
         SimpleNamespace(pw_name=user, pw_uid=os.geteuid() + (user != "me"), pw_gid=group)
