@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from smet_compile.convert.report import forget_reasons
 from smet_compile.format import arguments
 from smet_compile.ops import find_sites, reads, saved_weights
-from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.sites import check_sparsified, wrapped_child
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _ENDS = (*_PLAIN, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
@@ -67,14 +67,12 @@ def _plain_copy(model: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` or data parallelism wraps; ``module`` itself where none does."""
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif "_orig_mod" in module._modules and (inner := module._modules["_orig_mod"]) is not None:
-            module = inner
-        else:
-            return module
+    """Returns the module that ``torch.compile`` or data parallelism wraps; ``module`` itself where none does."""
+    while (child := wrapped_child(module)) is not None:
+        inner = module._modules[child]
+        assert inner is not None
+        module = inner
+    return module
 
 
 def _objects_in(model: nn.Module) -> Iterator[Any]:
