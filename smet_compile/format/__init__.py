@@ -3,49 +3,30 @@
 Imports torch and the standard library only.
 """
 
+from smet_compile.format.bits import count_active, digest_bits, pack_bits, positions_of, spare_bits, unpack_bits
 from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
-from smet_compile.format.change import TopologyChange
-from smet_compile.format.index import (
-    Index,
-    blocks_per_group,
-    empty_index,
-    num_groups,
-    split_index,
-    whole_index,
-    write_index,
-)
-from smet_compile.format.layout import Layout
+from smet_compile.format.layout import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.format.sampling import sample_evenly, sample_positions
-from smet_compile.format.topology import (
-    count_active,
-    digest_bits,
-    pack_bits,
-    positions_of,
-    spare_bits,
-    unpack_bits,
-)
+from smet_compile.format.topology import Topology, TopologyChange, empty_lists, write_lists
 
 __all__ = [
-    "Index",
+    "WEIGHTS_OF_A_GROUP",
     "Layout",
+    "Topology",
     "TopologyChange",
     "all_block_means",
     "block_means",
     "block_sizes",
-    "blocks_per_group",
     "count_active",
     "digest_bits",
-    "empty_index",
-    "num_groups",
+    "empty_lists",
     "pack",
     "pack_bits",
     "positions_of",
     "sample_evenly",
     "sample_positions",
     "spare_bits",
-    "split_index",
     "unpack",
     "unpack_bits",
-    "whole_index",
-    "write_index",
+    "write_lists",
 ]

@@ -1,10 +1,14 @@
-"""Layout: how a weight's shape is cut into matrices and blocks. Static, plain integers, no tensors."""
+"""Layout describes how a weight's shape is cut into matrices and blocks. It is static: plain integers, no tensors."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+WEIGHTS_OF_A_GROUP = 1024
+"""Dense weights that share the scale of an 8-bit moment, where blocks are not tiles."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Layout:
 
     @classmethod
     def of(cls, shape: Sequence[int], block_shape: tuple[int, int], flatten: bool = False) -> Layout:
-        """The layout of a weight: its last two dimensions are the matrix, leading ones are stacked.
+        """Makes the layout of a weight: its last two dimensions are the matrix, leading ones are stacked.
 
         ``flatten`` is for convolution weights, whose trailing dimensions become the columns instead.
         """
@@ -33,9 +37,13 @@ class Layout:
         return cls(shape, matrix, block_shape)
 
     @classmethod
-    def of_lists(cls, shape: Sequence[int], matrix: Sequence[int], block_shape: Sequence[int]) -> Layout:
-        """From the lists of integers as which a layout travels through an op."""
-        return cls(tuple(shape), (matrix[0], matrix[1]), (block_shape[0], block_shape[1]))
+    def from_flat(cls, numbers: Sequence[int]) -> Layout:
+        """Makes the layout of the integers that ``flat`` returns."""
+        return _from_flat(tuple(numbers))
+
+    def flat(self) -> list[int]:
+        """Returns shape, matrix and block shape one after another, as a layout travels through an op."""
+        return [*self.shape, *self.matrix, *self.block_shape]
 
     @property
     def rows(self) -> int:
@@ -63,7 +71,7 @@ class Layout:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all matrices together; a block's position counts them row-major, matrix by matrix."""
+        """Counts the blocks of all matrices; a block's position counts them row-major, matrix by matrix."""
         return self.num_matrices * self.block_rows * self.block_cols
 
     @property
@@ -72,13 +80,28 @@ class Layout:
 
     @property
     def tiles(self) -> bool:
-        """Blocks of several rows and several columns; the others are single weights and runs."""
+        """Tells whether blocks have several rows and several columns; the others are single weights and runs."""
         return min(self.block_shape) > 1
 
+    @property
+    def blocks_per_group(self) -> int:
+        """Counts the consecutive block positions that share the scale of a moment: a tile, or 1024 dense weights."""
+        bm, bn = self.block_shape
+        return 1 if self.tiles else max(1, WEIGHTS_OF_A_GROUP // (bm * bn))
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self.num_blocks // self.blocks_per_group)
+
     def values_shape(self, num_active: int) -> tuple[int, ...]:
-        """Shape of the compact weight: (N,) for single weights, (N, bm, bn) for larger blocks."""
+        """Returns the shape of the compact weight: (N,) for single weights, (N, bm, bn) for larger blocks."""
         return (num_active,) if self.single_weights else (num_active, *self.block_shape)
 
     def num_active(self, density: float) -> int:
-        """Blocks that ``density`` keeps: rounded half up, at least one."""
+        """Returns the number of blocks that ``density`` keeps: rounded half up, at least one."""
         return max(1, math.floor(density * self.num_blocks + 0.5))
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_flat(numbers: tuple[int, ...]) -> Layout:
+    return Layout(numbers[:-4], (numbers[-4], numbers[-3]), (numbers[-2], numbers[-1]))

@@ -1,82 +1,202 @@
-"""Topology: which blocks are active, as one bit per block. The packed bits are the truth, all else is derived."""
+"""Topology describes which blocks of a weight are active: their bits, and the lists that kernels read of them.
+
+Shape suffixes: S stacked matrices, M block rows, K block cols, N active blocks, G groups.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-_BITS_TO_TOP_BYTE = sum(1 << (56 - 7 * bit) for bit in range(8))
-"""Times this, bit 8 j of a number goes to bit 56 + j."""
-_WORDS_AT_ONCE = 2**18
-_MIX = -0x61C8864680B583EB
-"""An odd number without pattern (2^64 over the golden ratio, as a signed number)."""
+from smet_compile.format.bits import count_active, pack_bits, positions_of, unpack_bits
+from smet_compile.format.layout import Layout
+
+_Constant = TypeVar("_Constant")
 
 
-_cached_bits: dict[torch.device, Tensor] = {}
+class _Lists(NamedTuple):
+    positions: Tensor | None
+    by_column: Tensor | None
+    row_starts: Tensor | None
+    column_starts: Tensor | None
+    group_starts: Tensor | None
 
 
-def _bits_of_byte(device: torch.device) -> Tensor:
-    """(256,) int64 on ``device``: eight 0/1 bytes each, so that one gather expands eight blocks."""
-    if device not in _cached_bits:
-        bits = _make_bits(device)
-        if type(bits) is not Tensor:  # it only stands for a tensor, while something is traced
-            return bits
-        _cached_bits[device] = bits
-    return _cached_bits[device]
+class Topology:
+    """Holds the active blocks of one weight. It is made anew after every change, and nothing in it changes.
 
+    Args:
+        layout: how the weight is cut into blocks.
+        bits: (ceil(num_blocks / 8),) uint8, one bit per block: the truth, and what a checkpoint holds.
+        lists: one int32 or int64 tensor that holds, one after another, the lists below that this kind of block has;
+            derived from the bits, never saved.
+        num_active: N, the number of active blocks.
 
-def _make_bits(device: torch.device) -> Tensor:
-    byte = torch.arange(256, device=device)
-    bits = (byte[:, None] >> torch.arange(8, device=device)) & 1
-    return bits.to(torch.uint8).view(torch.int64).squeeze(1)
-
-
-def unpack_bits(bits: Tensor, num_blocks: int) -> Tensor:
-    """Packed bits (ceil(num_blocks / 8),) uint8 → mask (num_blocks,) bool. Bit j of byte i is block 8 i + j."""
-    return _bits_of_byte(bits.device).index_select(0, bits.int()).view(torch.bool)[:num_blocks]
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Mask (num_blocks,) bool → packed bits (ceil(num_blocks / 8),) uint8; spare bits are zero."""
-    eight = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
-    return (eight * _BITS_TO_TOP_BYTE >> 56).to(torch.uint8)  # eight bytes of 0 or 1, read as one number
-
-
-def count_active(bits: Tensor) -> int:
-    """Returns the number of active blocks, read from the bits."""
-    return digest_bits(bits)[0]
-
-
-def spare_bits(bits: Tensor, num_blocks: int) -> int:
-    """Returns the bits behind the last block, as a number: 0 in every valid topology."""
-    return int(bits[-1]) >> num_blocks % 8 if num_blocks % 8 else 0
-
-
-def digest_bits(bits: Tensor) -> tuple[int, int]:
-    """Returns the number of active blocks and a 64-bit fingerprint of ``bits``, the same on every device.
-
-    Reads each bit once, in pieces of a few megabytes; waits for the device.
+    Attributes:
+        positions: (N,) of the active blocks, row-major; tiles and runs.
+        by_column: (N,) rows of ``values`` in order of (matrix, block column, block row); tiles.
+        row_starts: (S M + 1,) the blocks of block row r, counted through all matrices, are
+            ``values[row_starts[r] : row_starts[r + 1]]``; tiles.
+        column_starts: (S K + 1,) the same for ``by_column``; tiles.
+        group_starts: (G + 1,) active blocks before each group of ``layout.blocks_per_group`` positions; single weights
+            and runs. A list that this kind of block has not is None.
     """
-    padded = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(torch.int64)
-    totals = torch.zeros(2, dtype=torch.int64, device=bits.device)
-    for first in range(0, padded.numel(), _WORDS_AT_ONCE):
-        words = padded[first : first + _WORDS_AT_ONCE]
-        totals[0] += _ones(words).sum()
-        place = torch.arange(first + 1, first + 1 + words.numel(), device=bits.device)
-        mixed = (words ^ place * _MIX) * _MIX
-        totals[1] += ((mixed ^ mixed >> 29) * _MIX).sum()
-    count, fingerprint = totals.tolist()
-    return count, fingerprint
+
+    def __init__(self, layout: Layout, bits: Tensor, lists: Tensor, num_active: int) -> None:
+        self.layout = layout
+        self.bits = bits
+        self.lists = lists
+        self.num_active = num_active
+        self.positions, self.by_column, self.row_starts, self.column_starts, self.group_starts = _split(
+            lists, layout, num_active
+        )
+        self.flat_layout = layout.flat()
+        self._constants: dict[Hashable, Any] = {}
+        self._states = self._read_states()
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, layout: Layout, num_active: int | None = None) -> Topology:
+        """Derives the lists from the bits; counts them where ``num_active`` is not known."""
+        num_active = count_active(bits) if num_active is None else num_active
+        lists = empty_lists(layout, num_active, bits.device)
+        write_lists(lists, bits, layout)
+        return cls(layout, bits, lists, num_active)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, layout: Layout) -> Topology:
+        """Packs the mask (num_blocks,) bool."""
+        return cls.from_bits(pack_bits(mask), layout)
+
+    @property
+    def density(self) -> float:
+        return self.num_active / self.layout.num_blocks
+
+    def mask(self) -> Tensor:
+        """Returns the mask (num_blocks,) bool of the active blocks, row-major."""
+        return unpack_bits(self.bits, self.layout.num_blocks)
+
+    def active_blocks(self) -> Tensor:
+        """Returns the positions (N,) int64 of the active blocks where they are listed, else their mask."""
+        return self.mask() if self.positions is None else self.positions.long()
+
+    def is_unchanged(self) -> bool:
+        """Returns whether neither bits nor lists were written, moved or replaced since this object was made."""
+        return self._states == self._read_states()
+
+    def constant(self, key: Hashable, make: Callable[[], _Constant]) -> _Constant:
+        """Returns what ``make`` made the first time: anything a launch needs that is the same until the next change."""
+        found = self._constants.get(key)
+        if found is None:
+            found = self._constants[key] = make()
+        kept: _Constant = found
+        return kept
+
+    def _read_states(self) -> tuple[int, int, int, int]:
+        """Reads what changes with every change in place, and where ``tensor.data`` is set to another tensor."""
+        bits, lists = self.bits, self.lists
+        try:
+            return bits._version, bits.data_ptr(), lists._version, lists.data_ptr()
+        except RuntimeError:  # tensors made in inference mode do not count their versions, and fake ones have no address
+            return -1, _address(bits), -1, _address(lists)
 
 
-def _ones(words: Tensor) -> Tensor:
-    """Returns the number of set bits of each int64, added up in ever wider fields (Warren, Hacker's Delight, 5-1)."""
-    words = words - (words >> 1 & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
-    words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F
-    return words * 0x0101010101010101 >> 56 & 0xFF
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return id(tensor)
 
 
-def positions_of(mask: Tensor) -> Tensor:
-    """Positions (N,) int64 of the active blocks, row-major."""
-    return mask.nonzero().squeeze(1)
+def _lengths(layout: Layout, num_active: int) -> tuple[int, ...]:
+    """Returns the length of each list of ``_Lists``, in its order; 0 for those that there are not."""
+    if layout.tiles:
+        stacked = layout.num_matrices
+        return num_active, num_active, stacked * layout.block_rows + 1, stacked * layout.block_cols + 1, 0
+    return 0 if layout.single_weights else num_active, 0, 0, 0, layout.num_groups + 1
+
+
+def _split(lists: Tensor, layout: Layout, num_active: int) -> _Lists:
+    """Returns views of the lists in the one tensor."""
+    lengths = _lengths(layout, num_active)
+    if lists.numel() != sum(lengths):
+        return _Lists(None, None, None, None, None)
+    parts = lists.split(lengths)
+    return _Lists(*(part if part.numel() else None for part in parts))
+
+
+def empty_lists(layout: Layout, num_active: int, device: torch.device) -> Tensor:
+    """Returns the tensor that holds the lists, unwritten."""
+    dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
+    return torch.empty(sum(_lengths(layout, num_active)), dtype=dtype, device=device)
+
+
+def write_lists(lists: Tensor, bits: Tensor, layout: Layout) -> None:
+    """Fills ``lists`` with those of the active blocks in ``bits``."""
+    mask = unpack_bits(bits, layout.num_blocks)
+    if layout.tiles:
+        _write_tiles(lists, mask, layout)
+        return
+    over = -layout.num_blocks % layout.blocks_per_group
+    in_group = torch.nn.functional.pad(mask, (0, over)).view(-1, layout.blocks_per_group).sum(1)
+    group_starts = lists[-(in_group.numel() + 1) :]
+    group_starts[0] = 0
+    torch.cumsum(in_group, 0, out=group_starts[1:])
+    if not layout.single_weights:
+        lists[: -group_starts.numel()] = positions_of(mask)
+
+
+def _write_tiles(lists: Tensor, mask: Tensor, layout: Layout) -> None:
+    positions = positions_of(mask)
+    row, col = positions // layout.block_cols, positions % layout.block_cols
+    column = row // layout.block_rows * layout.block_cols + col
+    to = _split(lists, layout, positions.numel())
+    for target, source in (
+        (to.positions, positions),
+        (to.by_column, column.argsort(stable=True)),
+        (to.row_starts, _starts(row, layout.num_matrices * layout.block_rows)),
+        (to.column_starts, _starts(column, layout.num_matrices * layout.block_cols)),
+    ):
+        assert target is not None
+        target.copy_(source)
+
+
+def _starts(line_N: Tensor, num_lines: int) -> Tensor:
+    counts = torch.bincount(line_N, minlength=num_lines)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+@dataclass(frozen=True)
+class TopologyChange:
+    """Describes what a topology update did to one weight, for whoever stores something per block. N stays.
+
+    Args:
+        values: the compact parameter, already holding the new values.
+        survives: (N,) bool over the rows before: the block is still active.
+        survived: (N,) bool over the rows after: the block was active before. False: newly grown.
+    """
+
+    values: torch.nn.Parameter
+    survives: Tensor
+    survived: Tensor
+
+    @classmethod
+    def between(cls, values: torch.nn.Parameter, before: Tensor, after: Tensor) -> TopologyChange:
+        """Compares the masks (num_blocks,) before and after."""
+        survives = after.index_select(0, positions_of(before))
+        return cls(values, survives, before.index_select(0, positions_of(after)))
+
+    def remap_(self, rows: Tensor) -> Tensor:
+        """Moves ``rows`` (N, ...) to the new order in place: survivors bit for bit, newcomers zero."""
+        old_rows, new_rows = self._kept_rows
+        kept = rows.index_select(0, old_rows)
+        return rows.zero_().index_copy_(0, new_rows, kept)
+
+    @functools.cached_property
+    def _kept_rows(self) -> tuple[Tensor, Tensor]:
+        """Finds the rows of the survivors, before and after, once for all that is stored per block."""
+        return positions_of(self.survives), positions_of(self.survived)

@@ -1,9 +1,10 @@
-"""The one place that chooses the kernel of an op: by device, dtype, block shape and density, or as told.
+"""The one place that knows the kernels and chooses one for each op: by device, dtype, block shape and density.
 
-``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the definition), ``torch`` (plain
-torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``;
-or ``cpu`` or ``triton`` for any of three. Elsewhere, and where nothing is told, the first of a list is taken that can
-do the case and pays. A warning names each kind of case that the named kernel has a function for and cannot compute.
+``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain torch),
+``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``, a kernel
+that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere, and where no kernel is named, the
+first in the order of registration is taken that can compute the case and is profitable. A warning names each kind of
+case that the named kernel has a function for and cannot compute, and what computes it instead.
 """
 
 from __future__ import annotations
@@ -17,180 +18,310 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout
-from smet_compile.ops import refusals
-from smet_compile.ops.refusals import Case as Case
+from smet_compile.format import Layout, Topology
+from smet_compile.ops.updates import Update
 from smet_compile.ops.warn import warn_once
 
 _VARIABLE = "SMET_COMPILE_KERNEL"
-_NATIVE, _TRITON = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton"
-_NARROWEST_TILE = 16
-_AMX_OVER_AVX512 = 4
-"""How much faster a processor with AMX multiplies dense bf16 matrices than these kernels multiply tiles."""
-_LANES = 16
-_LISTS = slice(12, 15)
-"""Shape, matrix and block_shape among the arguments of ``active_adamw_``."""
+OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
+"""The ops that a kernel may compute. ``sampled_update`` joins two of them in one kernel."""
+
+
+class Case(NamedTuple):
+    """Holds what a kernel of products or moves is chosen by.
+
+    Args:
+        grouped: tokens come sorted by matrix, with offsets.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    num_active: int
+    grouped: bool = False
+
+    @property
+    def density(self) -> float:
+        return self.num_active / self.layout.num_blocks
+
+    @property
+    def kind(self) -> str:
+        """Says what decides whether a kernel can compute it."""
+        layout = self.layout
+        blocks = "tiles" if layout.tiles else "single weights" if layout.single_weights else "runs"
+        sorted_tokens = ", with tokens sorted by matrix," if self.grouped else ""
+        return f"{self.dtype} {blocks}{sorted_tokens} on {self.device.type}"
+
+
+class UpdateCase(NamedTuple):
+    """Holds what a kernel of optimizer steps is chosen by; ``is_traced``: the tensors only stand for tensors."""
+
+    update: Update
+    is_traced: bool = False
+
+    @property
+    def kind(self) -> str:
+        update = self.update
+        slots = {str(slot.dtype) for slot in update.slots}
+        state = f"{' and '.join(sorted(slots))} state" if slots else "no state"
+        return f"{update.values.dtype} parameters with {state} by the rule {update.rule.name} on {update.values.device.type}"
+
+
+def _takes_everything(op: str, case: Any) -> str | None:
+    return None
+
+
+def _always(case: Any) -> bool:
+    return True
 
 
 class Kernel(NamedTuple):
-    """One way to compute some ops.
+    """One way to compute some of the ops.
 
     Args:
-        name: as ``SMET_COMPILE_KERNEL`` and ``explain`` know it. module: has a function named as the op.
-        refusal: says why it cannot compute a case; None where it can.
-        pays: whether it is faster there than what comes after it.
+        name: as ``SMET_COMPILE_KERNEL`` and ``explain`` know it.
+        functions: op → the function, or "module:function" of one that is imported when it is first chosen. It takes
+            what the functions of ``ops.products`` and ``ops.chunks`` of that name take.
+        refusal: (op, case) → why it cannot compute a case; None where it can. The case is a ``Case``, or an
+            ``UpdateCase`` for ``update_all``.
+        is_profitable: (case) → whether it is faster there than the kernels after it.
     """
 
     name: str
-    module: str
-    refusal: Callable[[str, Case], str | None]
-    pays: Callable[[Case], bool] = lambda case: True
+    functions: dict[str, Callable[..., Any] | str]
+    refusal: Callable[[str, Any], str | None] = _takes_everything
+    is_profitable: Callable[[Any], bool] = _always
 
-    def can(self, op: str, case: Case) -> bool:
-        return self.refusal(op, case) is None
-
-
-def _cpu_tiles_pay(case: Case) -> bool:
-    """Where skipping blocks is faster than multiplying all of them, at the processor's speed for dense matrices."""
-    bm, bn = case.layout.block_shape
-    filled = min(side / (-(-side // _LANES) * _LANES) for side in (bm, bn))
-    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
-    return case.density * slower < filled
+    def function(self, op: str) -> Callable[..., Any]:
+        found = self.functions[op]
+        if isinstance(found, str):
+            module, name = found.split(":")
+            found = self.functions[op] = getattr(importlib.import_module(module), name)
+        return found
 
 
-def _triton_tiles_pay(case: Case) -> bool:
-    return min(case.layout.block_shape) >= _NARROWEST_TILE
+_kernels: list[Kernel] = []
 
 
-class UpdateKernel(NamedTuple):
-    """One way to make optimizer steps.
+def register_kernel(kernel: Kernel, before: str | None = None) -> None:
+    """Adds a kernel to those that are chosen from.
 
     Args:
-        module: has ``update_all``.
-        refusal: says why it does not take a parameter; None where it does. Gets its arguments of ``active_adamw_`` and
-            whether these are traced: then they only stand for tensors.
+        before: the name of a kernel that it goes before; None: before all.
+
+    Raises:
+        ValueError: a name that is taken, or that ``before`` does not find; an op that is not one of ``OPS``.
     """
-
-    name: str
-    module: str
-    refusal: Callable[[tuple[Any, ...], bool], str | None]
-
-    def can(self, arguments: tuple[Any, ...], traced: bool) -> bool:
-        return self.refusal(arguments, traced) is None
-
-
-_REFERENCE = Kernel("reference", "smet_compile.ops.definition", refusals.never)
-
-
-def _products(triton_tiles: str) -> tuple[Kernel, ...]:
-    return (
-        Kernel("triton_tiles", f"{_TRITON}.{triton_tiles}", refusals.triton_tiles, _triton_tiles_pay),
-        Kernel("triton_expand", f"{_TRITON}.matmul_expanded", refusals.triton_products_by_expanding),
-        Kernel("cpu_tiles", f"{_NATIVE}.matmul_tiles", refusals.cpu_tiles, _cpu_tiles_pay),
-        Kernel("cpu_expand", f"{_NATIVE}.matmul_expanded", refusals.cpu_expand),
-        Kernel("torch", "smet_compile.ops.matmul", refusals.never),
-        _REFERENCE,
-    )
+    if any(kernel.name == other.name for other in _kernels):
+        raise ValueError(f"kernel {kernel.name!r}: expected a name of its own, got one that is registered; rename it")
+    unknown = kernel.functions.keys() - set(OPS)
+    if unknown or not kernel.functions:
+        raise ValueError(f"kernel {kernel.name!r}: expected functions for {', '.join(OPS)}, got {sorted(unknown)}")
+    names = [other.name for other in _kernels]
+    if before is not None and before not in names:
+        raise ValueError(f"before: expected one of {', '.join(names)}, got {before!r}; name a registered kernel")
+    _kernels.insert(0 if before is None else names.index(before), kernel)
+    _chosen.cache_clear()
+    choices_made.clear()
 
 
-_MOVES = (
-    Kernel("triton_expand", f"{_TRITON}.expand", refusals.triton),
-    Kernel("cpu_expand", f"{_NATIVE}.expand", refusals.cpu_expand),
-    Kernel("torch", "smet_compile.ops.moves", refusals.never),
-    _REFERENCE,
-)
-_KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "masked_matmul": _products("matmul_tiles"),
-    "sampled_matmul": _products("sampled_tiles"),
-    "unpack": _MOVES,
-    "pack": _MOVES,
-}
-_UPDATES = (
-    UpdateKernel("triton_adamw", f"{_TRITON}.adamw", refusals.triton_adamw),
-    UpdateKernel("cpu_adamw", f"{_NATIVE}.adamw", refusals.cpu_adamw),
-    UpdateKernel("torch", "smet_compile.ops.adamw", refusals.never),
-    UpdateKernel("reference", "smet_compile.ops.adamw", refusals.never),
-)
-_NAMES_OF_ALL = [kernel.name for kernel in _KERNELS["masked_matmul"]] + [kernel.name for kernel in _UPDATES]
-NAMES = tuple(dict.fromkeys([*_NAMES_OF_ALL, "cpu", "triton"]))
+def unregister_kernel(name: str) -> None:
+    """Takes back ``register_kernel``."""
+    _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
+    _chosen.cache_clear()
+    choices_made.clear()
+
+
+choices_made: list[object] = [object()]
+"""Its only element is replaced when a choice may have changed; whoever keeps a choice compares it."""
+
+
+def names() -> tuple[str, ...]:
+    """Returns what ``SMET_COMPILE_KERNEL`` may be."""
+    return (*(kernel.name for kernel in _kernels), "cpu", "triton")
+
+
+def forced_kernel() -> str | None:
+    """Returns the kernel that the environment names; None where it names none.
+
+    Raises:
+        ValueError: there is no kernel of that name.
+    """
+    name = os.environ.get(_VARIABLE) or None
+    if name is not None and name not in names():
+        raise ValueError(f"{_VARIABLE}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen")
+    return name
 
 
 def kernel_of(op: str, case: Case) -> str:
-    """The name of the kernel that computes ``op``: unpack, pack, masked_matmul or sampled_matmul."""
-    return _chosen(op, case, forced())[0].name
+    """Returns the name of the kernel that computes ``op``: unpack, pack, masked_matmul or sampled_matmul."""
+    return _chosen(op, case, forced_kernel())[0].name
 
 
-def compute(op: str, case: Case) -> Any:
-    """The function that computes ``op``; it takes what the op takes."""
-    return getattr(importlib.import_module(_reported(op, case).module), op)
+def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
+    """Returns the function that computes ``op`` on ``tensor``; the topology keeps the choice."""
+    key = (op, tensor.dtype, grouped, os.environ.get(_VARIABLE))
+    return topology.constant(key, lambda: _reported(op, case_of(tensor, topology, grouped)).function(op))
 
 
-def update_kernel_of(arguments: tuple[Any, ...], traced: bool = False) -> UpdateKernel:
-    """The kernel that makes the optimizer step of a parameter, by its arguments of ``active_adamw_``."""
-    name = forced()
-    named = [kernel for kernel in _UPDATES if name is not None and kernel.name.startswith(name)]
-    chosen = next(kernel for kernel in (*named, *_UPDATES) if kernel.can(arguments, traced))
-    if named and chosen not in named and not traced:
-        values, _, exp_avg = arguments[:3]
-        kind = f"{values.dtype} parameters with {exp_avg.dtype} moments on {values.device.type}"
-        reasons = {kernel.name: str(kernel.refusal(arguments, traced)) for kernel in named}
-        warn_once(_miss(name, "the optimizer step", kind, reasons, chosen.name))
-    return chosen
+def case_of(tensor: Tensor, topology: Topology, grouped: bool = False) -> Case:
+    """Returns the case of an op on ``tensor``."""
+    return Case(tensor.device, tensor.dtype, topology.layout, topology.num_active, grouped)
 
 
-def fused_update(left: Tensor, offsets: Tensor | None, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
-    """What computes a gradient's blocks and updates by them as they are summed up; None where that takes two kernels.
+def update_kernel_of(update: Update, is_traced: bool = False) -> Kernel:
+    """Returns the kernel that makes an optimizer step; warns where another one was named for it."""
+    case = UpdateCase(update, is_traced)
+    kernel, message = _choose("update_all", case, forced_kernel())
+    if message is not None and not is_traced:
+        warn_once(message)
+    return kernel
 
-    ``left``: the product's. ``arguments``: of ``active_adamw_``.
+
+def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callable[..., None] | None:
+    """Returns the function that computes a gradient's blocks and updates by them as they are summed up.
+
+    Returns None where that takes two kernels. ``left`` is the product's.
     """
-    case = case_of(left, arguments[_LISTS], arguments[0].shape[0], offsets)
-    chosen = _reported("sampled_matmul", case).name, update_kernel_of(arguments).name
-    if chosen != ("triton_tiles", "triton_adamw"):
+    assert update.topology is not None
+    product = _reported("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
+    if (product, update_kernel_of(update).name) != ("triton_tiles", "triton_adamw"):
         return None
-    function: Callable[..., None] = importlib.import_module(f"{_TRITON}.sampled_adamw").sampled_active_adamw_
+    function: Callable[..., None] = importlib.import_module(f"{TRITON}.sampled_update").sampled_update
     return function
-
-
-def forced() -> str | None:
-    """The kernel that the environment names; None where it names none.
-
-    Raises ValueError where there is no kernel of that name.
-    """
-    name = os.environ.get(_VARIABLE) or None
-    if name is not None and name not in NAMES:
-        raise ValueError(f"{_VARIABLE}: expected one of {', '.join(NAMES)}, got {name!r}; unset it to have one chosen")
-    return name
 
 
 def _reported(op: str, case: Case) -> Kernel:
     """Returns the kernel that computes ``op``; warns where another one was named for it."""
-    kernel, miss = _chosen(op, case, forced())
-    if miss is not None:
-        warn_once(miss)
+    kernel, message = _chosen(op, case, forced_kernel())
+    if message is not None:
+        warn_once(message)
     return kernel
 
 
 @functools.lru_cache(maxsize=4096)
 def _chosen(op: str, case: Case, name: str | None) -> tuple[Kernel, str | None]:
+    return _choose(op, case, name)
+
+
+def _choose(op: str, case: Any, name: str | None) -> tuple[Kernel, str | None]:
     """Returns the kernel for a case, and a warning where it is none of those that ``name`` stands for."""
-    named = [kernel for kernel in _KERNELS[op] if name is not None and kernel.name.startswith(name)]
-    able = [kernel for kernel in _KERNELS[op] if kernel.can(op, case)]
-    told = [kernel for kernel in named if kernel in able]
-    kernel = next((kernel for kernel in told or able if kernel.pays(case)), (told or able)[0])
-    if told or not named:
+    candidates = [kernel for kernel in _kernels if op in kernel.functions]
+    named = [kernel for kernel in candidates if name is not None and kernel.name.startswith(name)]
+    able_named = [kernel for kernel in named if kernel.refusal(op, case) is None]
+    able = able_named or [kernel for kernel in candidates if kernel.refusal(op, case) is None]
+    kernel = next((kernel for kernel in able if kernel.is_profitable(case)), able[0])
+    if able_named or not named:
         return kernel, None
-    reasons = {each.name: str(each.refusal(op, case)) for each in named}
-    return kernel, _miss(name, op, case.kind, reasons, kernel.name)
-
-
-def _miss(name: str | None, what: str, kind: str, reasons: dict[str, str], instead: str) -> str:
-    why = " and ".join(f"{kernel} {reason}" for kernel, reason in reasons.items())
-    return (
-        f"{_VARIABLE}={name}: {instead} computes {what} of {kind}, since {why}; name a kernel that can, or unset "
-        "the variable"
+    reasons = " and ".join(f"{each.name} {each.refusal(op, case)}" for each in named)
+    what = "the optimizer step" if op == "update_all" else op
+    return kernel, (
+        f"{_VARIABLE}={name}: {kernel.name} computes {what} of {case.kind}, since {reasons}; name a kernel that can, or "
+        "unset the variable"
     )
 
 
-def case_of(tensor: Tensor, lists: Any, num_active: int, offsets: Tensor | None = None) -> Case:
-    """The case of an op on ``tensor``; ``lists``: shape, matrix and block_shape."""
-    return Case(tensor.device, tensor.dtype, Layout.of_lists(*lists), num_active, offsets is not None)
+# The kernels of this library, the first choice first. Each is imported when it is first asked for.
+
+NATIVE, TRITON, _PLAIN = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton", "smet_compile.ops"
+_ONLY_CPU, _ONLY_TILES = "runs on the CPU only", "multiplies tiles only"
+_ONLY_GPU = "needs Triton and a CUDA GPU of compute capability 8.0 or newer"
+_NARROWEST_TILE = 16
+_AMX_OVER_AVX512 = 4
+"""How much faster a processor with AMX multiplies dense bf16 matrices than these kernels multiply tiles."""
+_LANES = 16
+
+
+def _functions(module: str, *ops: str) -> dict[str, Callable[..., Any] | str]:
+    return {op: f"{module}:{op}" for op in ops}
+
+
+def _refusal_of(module: str) -> Callable[[str, Any], str | None]:
+    """Asks the function ``refusal`` of a module that needs a compiler, imported only then."""
+
+    def refusal(op: str, case: Any) -> str | None:
+        device = case.update.values.device if isinstance(case, UpdateCase) else case.device
+        if device.type != "cpu":
+            return _ONLY_CPU
+        found: str | None = importlib.import_module(module).refusal(case)
+        return found
+
+    return refusal
+
+
+def _refusal_of_triton(only_tiles: bool = False, grouped: bool = True) -> Callable[[str, Any], str | None]:
+    def refusal(op: str, case: Any) -> str | None:
+        from smet_compile.ops.kernels.triton.supports import runs_on, supports
+
+        if only_tiles and not case.layout.tiles:
+            return _ONLY_TILES
+        if case.grouped and not grouped:
+            return "does not take tokens sorted by matrix"
+        if not runs_on(case.device):
+            return _ONLY_GPU
+        known = supports(op, case.device, case.dtype, case.layout, case.grouped)
+        return None if known else f"does not compute {case.kind}"
+
+    return refusal
+
+
+def _refusal_of_triton_updates(op: str, case: UpdateCase) -> str | None:
+    from smet_compile.ops.kernels.triton.supports import runs_on
+
+    if not runs_on(case.update.values.device):
+        return _ONLY_GPU
+    found: str | None = importlib.import_module(f"{TRITON}.adamw").refusal(case)
+    return found
+
+
+def _triton_tiles_are_profitable(case: Case) -> bool:
+    return min(case.layout.block_shape) >= _NARROWEST_TILE
+
+
+def _cpu_tiles_are_profitable(case: Case) -> bool:
+    """Tells where skipping blocks is faster than multiplying all of them, at the processor's speed for dense matrices."""
+    filled = min(side / (-(-side // _LANES) * _LANES) for side in case.layout.block_shape)
+    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
+    return case.density * slower < filled
+
+
+_PRODUCTS, _MOVES = ("masked_matmul", "sampled_matmul"), ("unpack", "pack")
+for _kernel in reversed(
+    [
+        Kernel(
+            "triton_tiles",
+            {
+                **_functions(f"{TRITON}.matmul_tiles", "masked_matmul"),
+                **_functions(f"{TRITON}.sampled_tiles", "sampled_matmul"),
+            },
+            _refusal_of_triton(only_tiles=True),
+            _triton_tiles_are_profitable,
+        ),
+        Kernel(
+            "triton_expand",
+            {**_functions(f"{TRITON}.matmul_expanded", *_PRODUCTS), **_functions(f"{TRITON}.expand", *_MOVES)},
+            _refusal_of_triton(grouped=False),
+        ),
+        Kernel("triton_adamw", _functions(f"{TRITON}.adamw", "update_all"), _refusal_of_triton_updates),
+        Kernel(
+            "cpu_tiles",
+            _functions(f"{NATIVE}.tiles", *_PRODUCTS),
+            _refusal_of(f"{NATIVE}.tiles"),
+            _cpu_tiles_are_profitable,
+        ),
+        Kernel("cpu_expand", _functions(f"{NATIVE}.expand", *_PRODUCTS, *_MOVES), _refusal_of(f"{NATIVE}.expand")),
+        Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),
+        Kernel(
+            "torch",
+            {**_functions(f"{_PLAIN}.products", *_PRODUCTS, *_MOVES), **_functions(f"{_PLAIN}.chunks", "update_all")},
+        ),
+        Kernel(
+            "reference",
+            {
+                **_functions(f"{_PLAIN}.law", *_PRODUCTS, *_MOVES),
+                **_functions(f"{_PLAIN}.law_of_updates", "update_all"),
+            },
+        ),
+    ]
+):
+    register_kernel(_kernel)

@@ -1,121 +1,95 @@
-"""The gate: kernels follow indices by address, so they receive only topologies and ages that passed here.
+"""The gate: kernels follow indices by address, so they receive only topologies and ages that were checked here.
 
-A check reads every bit once. Its result is kept with the versions of the tensors that were read, so that a tensor is
-read again only after it was replaced or changed in place.
+A check reads every bit once. A checked topology is known by its bits until these or its lists are replaced or changed
+in place.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.format import Layout, count_active, empty_index, spare_bits, write_index
+from smet_compile.format import Layout, Topology, count_active, empty_lists, spare_bits, write_lists
 
-_GENERATIONS_OF_A_BYTE = 256
+GENERATIONS_OF_A_BYTE = 256
 _GENERATION_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
 
-class _Passed(NamedTuple):
-    """Records the state of the tensors that passed.
-
-    Args:
-        tensor: what the record is kept for. state: as it was then.
-        others, other_states: the tensors that were read with it, and their states.
-        facts: what else was compared.
-    """
-
-    tensor: weakref.ref[Tensor]
-    state: tuple[int, ...]
-    others: tuple[weakref.ref[Tensor], ...]
-    other_states: tuple[tuple[int, ...], ...]
-    facts: tuple[Any, ...]
-
-    def still_holds(self, tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
-        if self.tensor() is not tensor or self.state != _state(tensor) or len(self.others) != len(others):
-            return False
-        for known, state, other in zip(self.others, self.other_states, others, strict=True):
-            if known() is not other or state != _state(other):
-                return False
-        return self.facts == facts
-
-
-def _state(tensor: Tensor) -> tuple[int, ...]:
-    """Returns what changes with every change in place; tensors made in inference mode do not count theirs.
-
-    The address changes where ``tensor.data`` was set to another tensor, which raises no version.
-    """
-    try:
-        version = tensor._version
-    except RuntimeError:
-        version = -1
-    return version, tensor.data_ptr()
-
-
-_passed: dict[int, _Passed] = {}
-"""The record of each tensor by its id, while it lives: read in every op, where a weak dictionary costs too much."""
+_topologies: dict[int, weakref.ref[Topology]] = {}
+"""The topologies that passed, by the id of their bits: read in every op, where a weak dictionary costs too much."""
 _owners = WeakIdKeyDictionary()
 
 
-def _note(tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> None:
-    key = id(tensor)
+def admit(topology: Topology) -> None:
+    """Notes that ``topology`` was checked, while somebody holds it."""
+    key = id(topology.bits)
 
-    def forget(dead: weakref.ref[Tensor]) -> None:
-        known = _passed.get(key)
-        if known is not None and known.tensor is dead:
-            del _passed[key]
+    def forget(dead: weakref.ref[Topology]) -> None:
+        if _topologies.get(key) is dead:
+            del _topologies[key]
 
-    states = tuple(_state(other) for other in others)
-    references = tuple(weakref.ref(other) for other in others)
-    _passed[key] = _Passed(weakref.ref(tensor, forget), _state(tensor), references, states, facts)
+    _topologies[key] = weakref.ref(topology, forget)
 
 
-def _holds(tensor: Tensor, others: list[Tensor], facts: tuple[Any, ...]) -> bool:
-    known = _passed.get(id(tensor))
-    return known is not None and known.still_holds(tensor, others, facts)
+def belongs_to(bits: Tensor, check_again: Callable[[], object]) -> None:
+    """Notes who checks ``bits`` after they were changed in place; ``check_again`` is a bound method, held weakly.
 
-
-def belongs_to(topology: Tensor, check_again: Callable[[], object]) -> None:
-    """Notes who checks ``topology`` after it was changed in place; ``check_again`` is a bound method, held weakly."""
-    _owners[topology] = weakref.WeakMethod(check_again)
-
-
-def passed(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> None:
-    """Notes that ``topology`` and the lists derived from it were checked, as they are now."""
-    _note(topology, index, (layout, num_active))
-
-
-def has_passed(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> bool:
-    """Returns whether nothing was changed since these tensors passed."""
-    return _holds(topology, index, (layout, num_active))
-
-
-def is_known(topology: Tensor) -> bool:
-    """Returns whether somebody owns this very tensor, whatever became of its content."""
-    return topology in _owners
-
-
-def check_topology(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> None:
-    """Raises ValueError unless ``topology`` holds ``num_active`` blocks of ``layout`` and ``index`` is derived from it.
-
-    To be called by every op before a kernel is chosen. Whoever owns the topology is asked first, and can name it.
+    It admits a topology of these bits anew, or raises.
     """
-    if is_traced(topology) or has_passed(topology, index, layout, num_active):
-        return
-    owner = _owners.get(topology)
+    _owners[bits] = weakref.WeakMethod(check_again)
+
+
+def is_owned(bits: Tensor) -> bool:
+    """Returns whether somebody owns this very tensor, whatever became of its content."""
+    return bits in _owners
+
+
+def find(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_active: int) -> Topology:
+    """Returns the checked topology of these tensors; every op calls it before a kernel is chosen.
+
+    Whoever owns the bits is asked first where they were changed, and can name the weight.
+
+    Raises:
+        ValueError: the bits do not hold ``num_active`` blocks of the layout, or the lists are not derived from them.
+    """
+    topology = _admitted(bits, lists, flat_layout, num_active)
+    if topology is not None:
+        return topology
+    owner = _owners.get(bits)
     check_again = None if owner is None else owner()
     if check_again is not None:
         check_again()
-        if has_passed(topology, index, layout, num_active):
-            return
-    error = topology_error(topology, layout, num_active) or _index_error(topology, index, layout, num_active)
-    if error is not None:
-        raise ValueError(f"topology: {error}")
-    passed(topology, index, layout, num_active)
+        topology = _admitted(bits, lists, flat_layout, num_active)
+        if topology is not None:
+            return topology
+    layout = Layout.from_flat(flat_layout)
+    if not is_traced(bits):
+        error = topology_error(bits, layout, num_active) or _lists_error(bits, lists, layout, num_active)
+        if error is not None:
+            raise ValueError(f"topology: {error}")
+    topology = Topology(layout, bits, lists, num_active)
+    admit(topology)
+    return topology
+
+
+def _admitted(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_active: int) -> Topology | None:
+    known = _topologies.get(id(bits))
+    topology = None if known is None else known()
+    if (
+        topology is not None
+        and topology.bits is bits
+        and topology.lists is lists
+        and topology.num_active == num_active
+        and topology.flat_layout == flat_layout
+        and topology.is_unchanged()
+    ):
+        return topology
+    return None
 
 
 def topology_error(bits: Tensor, layout: Layout, num_active: int) -> str | None:
@@ -131,16 +105,24 @@ def topology_error(bits: Tensor, layout: Layout, num_active: int) -> str | None:
     return None
 
 
-def _index_error(topology: Tensor, index: list[Tensor], layout: Layout, num_active: int) -> str | None:
-    """Compares the lists with those that follow from the topology, which passed."""
-    if not index:
-        return None
-    derived = empty_index(layout, num_active, topology.device)
-    write_index(derived, topology, layout)
-    lists = index[0]
-    if len(index) != 1 or lists.dtype != derived.dtype or not torch.equal(lists, derived):
-        return "expected the lists that are derived from it, got others; pass CompactWeight.index, or []"
+def _lists_error(bits: Tensor, lists: Tensor, layout: Layout, num_active: int) -> str | None:
+    """Compares the lists with those that follow from the bits, which passed."""
+    derived = empty_lists(layout, num_active, bits.device)
+    write_lists(derived, bits, layout)
+    if lists.dtype != derived.dtype or lists.device != derived.device or not torch.equal(lists, derived):
+        return "expected the lists that are derived from it, got others; pass CompactWeight.lists"
     return None
+
+
+class _Ages(NamedTuple):
+    """The generations that passed: a weak reference, their state then, and how many births there were."""
+
+    generation: weakref.ref[Tensor]
+    state: tuple[int, int]
+    num_births: int
+
+
+_checked_ages: dict[int, _Ages] = {}
 
 
 def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_active: int) -> None:
@@ -162,20 +144,41 @@ def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_
             f"{name}: expected a generation of uint8, int16 or int32 and shape {(num_active,)}, got "
             f"{generation.dtype} of {tuple(generation.shape)}"
         )
-    whole_table = generation.dtype == torch.uint8 and births.numel() >= _GENERATIONS_OF_A_BYTE
+    whole_table = generation.dtype == torch.uint8 and births.numel() >= GENERATIONS_OF_A_BYTE
     if whole_table or is_traced(generation):
         return
-    facts = (births.numel(),)
-    if _holds(generation, [], facts):
+    known = _checked_ages.get(id(generation))
+    state = _state(generation)
+    if known is not None and known.generation() is generation and known[1:] == (state, births.numel()):
         return
     if num_active and not (int(generation.min()) >= 0 and int(generation.max()) < births.numel()):
         raise ValueError(
             f"{name}: expected generations from 0 to {births.numel() - 1}, the entries of births, got "
             f"{int(generation.min())} to {int(generation.max())}; load a state that was saved whole"
         )
-    _note(generation, [], facts)
+    _note_ages(generation, _state(generation), births.numel())
 
 
-def is_traced(tensor: Tensor) -> bool:
+def _note_ages(generation: Tensor, state: tuple[int, int], num_births: int) -> None:
+    key = id(generation)
+
+    def forget(dead: weakref.ref[Tensor]) -> None:
+        known = _checked_ages.get(key)
+        if known is not None and known.generation is dead:
+            del _checked_ages[key]
+
+    _checked_ages[key] = _Ages(weakref.ref(generation, forget), state, num_births)
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Returns what changes with every change in place; tensors made in inference mode do not count theirs."""
+    try:
+        version: int = tensor._version
+    except RuntimeError:
+        version = -1
+    return version, tensor.data_ptr()
+
+
+def is_traced(tensor: Any) -> bool:
     """Returns whether the tensor only stands for one: on the meta device, or while something is traced."""
     return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta

@@ -1,4 +1,4 @@
-"""Products with a compact weight, and products of which only the active blocks are wanted. Plain torch, any device.
+"""The kernel named "torch" for products, unpack and pack: plain torch, any device.
 
 Tiles are multiplied line by line (block rows, or block columns), one GEMM each, so that sums are rounded once and no
 dense weight is ever made. Single weights and runs are expanded into one dense scratch.
@@ -16,68 +16,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format import Layout, pack, unpack
-from smet_compile.ops.moves import active_blocks
+from smet_compile.format import Layout, Topology, blocks
+
+
+def unpack(values: Tensor, topology: Topology) -> Tensor:
+    """Returns the dense weight of ``values``: zero where no block is active."""
+    return blocks.unpack(values, topology.active_blocks(), topology.layout)
+
+
+def pack(dense: Tensor, topology: Topology) -> Tensor:
+    """Returns the active blocks of ``dense``, in row-major order of position."""
+    return blocks.pack(dense, topology.active_blocks(), topology.layout)
 
 
 def masked_matmul(
     input: Tensor,
     values: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
+    topology: Topology,
     transposed: bool,
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """input W, or input Wᵀ where ``transposed``, W being the unpacked weight.
+    """Returns input W, or input Wᵀ where ``transposed``, W being the unpacked weight.
 
     Args:
         input: (T, I); (S, T, I) for a stack; with ``offsets`` (T, I) of tokens sorted by matrix.
-        values: (N,) or (N, bm, bn), in the dtype of ``input``. topology, index: where they lie.
+        values: (N,) or (N, bm, bn), in the dtype of ``input``.
         bias: (O,), in the dtype of ``input``; added to every row.
-        offsets: (S,) int32: the tokens of matrix s end before row ``offsets[s]``. What is past the last one
-            meets no matrix: zeros, and the bias.
+        offsets: (S,) int32: the tokens of matrix s end before row ``offsets[s]``. Rows past the last one meet no
+            matrix: zeros, and the bias.
 
     Returns:
         (T, O) or (S, T, O), new and contiguous.
     """
-    layout = Layout.of_lists(shape, matrix, block_shape)
     ends = None if offsets is None else offsets.tolist()
-    active = active_blocks(topology, index, layout, values.shape[0])
-    if layout.tiles:
-        return _masked_by_tiles(input, values, active, layout, transposed, bias, ends)
-    dense_SRC = unpack(values, active, layout).view(-1, *layout.matrix)
+    if topology.layout.tiles:
+        return _masked_by_tiles(input, values, topology, transposed, bias, ends)
+    dense_SRC = unpack(values, topology).view(-1, *topology.layout.matrix)
     return multiply_stack(input, dense_SRC.mT if transposed else dense_SRC, bias, ends)
 
 
-def sampled_matmul(
-    left: Tensor,
-    right: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-    num_active: int,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """pack(leftᵀ right): the product's active blocks.
+def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
+    """Returns pack(leftᵀ right): the product's active blocks.
 
     Args:
         left, right: (T, R) and (T, C); (S, T, R) and (S, T, C) for a stack; with ``offsets`` 2-D, sorted by matrix
             as the input of ``masked_matmul``. Rows past the last offset count for nothing.
 
     Returns:
-        (num_active,) or (num_active, bm, bn), in the dtype of ``left``; what hangs over an edge is zero.
+        (N,) or (N, bm, bn), in the dtype of ``left``; what hangs over an edge is zero.
     """
-    layout = Layout.of_lists(shape, matrix, block_shape)
+    layout = topology.layout
     ends = None if offsets is None else offsets.tolist()
-    active = active_blocks(topology, index, layout, num_active)
     if layout.tiles:
-        return _sampled_by_tiles(left, right, active, layout, num_active, ends)
+        return _sampled_by_tiles(left, right, topology, ends)
     if ends is None:
         dense = left.mT @ right
     else:
@@ -85,18 +77,18 @@ def sampled_matmul(
         dense = left.new_empty(layout.num_matrices, *layout.matrix)
         for product_RC, (left_TR, right_TC) in zip(dense, pairs, strict=True):
             product_RC.copy_(left_TR.mT @ right_TC)
-    return pack(dense.view(shape), active, layout)
+    return pack(dense.view(layout.shape), topology)
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(T, I) by (I, O), or (S, T, I) by (S, I, O)."""
+    """Multiplies (T, I) by (I, O), or (S, T, I) by (S, I, O)."""
     if bias is None:
         return input @ weight
     return torch.addmm(bias, input, weight) if input.dim() == 2 else torch.baddbmm(bias, input, weight)
 
 
 def multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: list[int] | None) -> Tensor:
-    """The whole of ``masked_matmul``, for a weight that is dense."""
+    """Computes ``masked_matmul`` for a weight that is dense."""
     if ends is None:
         return _multiply(input, dense_SIO.squeeze(0) if input.dim() == 2 else dense_SIO, bias)
     out = zeros_or_bias(input, dense_SIO.shape[-1], bias)
@@ -106,20 +98,20 @@ def multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: 
 
 
 def zeros_or_bias(input: Tensor, num_outputs: int, bias: Tensor | None) -> Tensor:
-    """What a product is where no weight is active."""
+    """Returns the product where no weight is active."""
     out = input.new_empty(*input.shape[:-1], num_outputs)
     return out.zero_() if bias is None else out.copy_(bias)
 
 
 def by_matrix(tokens: Tensor, ends: list[int] | None) -> list[Tensor]:
-    """Each matrix's part (T, ...) of tokens, as views."""
+    """Returns each matrix's part (T, ...) of tokens, as views."""
     if ends is not None:
         return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return [tokens] if tokens.dim() == 2 else list(tokens.unbind())
 
 
 class _Line(NamedTuple):
-    """A block row that has active blocks, or a block column: the ``number``-th of its matrix."""
+    """Holds a block row that has active blocks, or a block column: the ``number``-th of its matrix."""
 
     matrix: int
     number: int
@@ -129,9 +121,9 @@ class _Line(NamedTuple):
     """Their rows of ``values``."""
 
 
-def _lines(positions_N: Tensor, layout: Layout, by_column: bool) -> Iterator[_Line]:
-    """Block rows or block columns, matrix by matrix; their sizes are fetched to the host, once."""
-    assert positions_N.dtype == torch.int64, "tiles come with their positions"
+def _lines(topology: Topology, by_column: bool) -> Iterator[_Line]:
+    """Yields the block rows or block columns that have blocks, matrix by matrix; fetches their sizes to the host."""
+    layout, positions_N = topology.layout, topology.active_blocks()
     row, col = positions_N // layout.block_cols, positions_N % layout.block_cols
     line, across, lines_of_matrix = row, col, layout.block_rows
     if by_column:
@@ -146,7 +138,7 @@ def _lines(positions_N: Tensor, layout: Layout, by_column: bool) -> Iterator[_Li
 
 
 def _in_blocks(tokens_TI: Tensor, width: int) -> Tensor:
-    """(T, B, b), zero over the edge; a view where nothing hangs over."""
+    """Returns (T, B, b), zero over the edge; a view where nothing hangs over."""
     over = -tokens_TI.shape[1] % width
     return (F.pad(tokens_TI, (0, over)) if over else tokens_TI).unflatten(1, (-1, width))
 
@@ -154,21 +146,21 @@ def _in_blocks(tokens_TI: Tensor, width: int) -> Tensor:
 def _masked_by_tiles(
     input: Tensor,
     values: Tensor,
-    positions_N: Tensor,
-    layout: Layout,
+    topology: Topology,
     transposed: bool,
     bias: Tensor | None,
     ends: list[int] | None,
 ) -> Tensor:
-    """Line by line: the inputs that its blocks read, gathered, times its blocks."""
+    """Multiplies line by line: the inputs that its blocks read, gathered, times its blocks."""
+    layout = topology.layout
     width_O, width_I = layout.block_shape if transposed else layout.block_shape[::-1]
     out = zeros_or_bias(input, layout.rows if transposed else layout.cols, bias)
     inputs_TBb = [_in_blocks(input_TI, width_I) for input_TI in by_matrix(input, ends)]
     outs_TO = by_matrix(out, ends)
-    for line in _lines(positions_N, layout, by_column=not transposed):
+    for line in _lines(topology, by_column=not transposed):
         gathered_TI = inputs_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
-        blocks = values.index_select(0, line.rows_n)
-        weight_Ib = (blocks.mT if transposed else blocks).flatten(0, 1)
+        blocks_n = values.index_select(0, line.rows_n)
+        weight_Ib = (blocks_n.mT if transposed else blocks_n).flatten(0, 1)
         here = slice(line.number * width_O, (line.number + 1) * width_O)
         out_Tb = outs_TO[line.matrix][:, here]
         weight_Ib = weight_Ib[:, : out_Tb.shape[1]]
@@ -176,19 +168,18 @@ def _masked_by_tiles(
     return out
 
 
-def _sampled_by_tiles(
-    left: Tensor, right: Tensor, positions_N: Tensor, layout: Layout, num_active: int, ends: list[int] | None
-) -> Tensor:
-    """Block row by block row: its part of leftᵀ times the parts of right that its blocks want, gathered."""
+def _sampled_by_tiles(left: Tensor, right: Tensor, topology: Topology, ends: list[int] | None) -> Tensor:
+    """Multiplies block row by block row: its part of leftᵀ times the parts of right that its blocks read, gathered."""
+    layout = topology.layout
     bm, bn = layout.block_shape
-    blocks_Nmn = left.new_zeros(num_active, bm, bn)
+    blocks_Nmn = left.new_zeros(topology.num_active, bm, bn)
     lefts_TR = by_matrix(left, ends)
     rights_TBb = [_in_blocks(right_TC, bn) for right_TC in by_matrix(right, ends)]
-    for line in _lines(positions_N, layout, by_column=False):
+    for line in _lines(topology, by_column=False):
         left_Tb = lefts_TR[line.matrix][:, line.number * bm : (line.number + 1) * bm]
         gathered_TC = rights_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
         product_bnC = (left_Tb.mT @ gathered_TC).unflatten(1, (-1, bn))
         blocks_Nmn[line.rows_n, : left_Tb.shape[1]] = product_bnC.transpose(0, 1)
     if layout.cols % bn:  # 0 where left is not finite too
-        blocks_Nmn[positions_N % layout.block_cols == layout.block_cols - 1, :, layout.cols % bn :] = 0
+        blocks_Nmn[topology.active_blocks() % layout.block_cols == layout.block_cols - 1, :, layout.cols % bn :] = 0
     return blocks_Nmn

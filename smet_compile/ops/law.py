@@ -1,0 +1,122 @@
+"""The law: each op in plain torch, fp32 or fp64 arithmetic, no tricks. Every faster path must equal this page.
+
+Shape suffixes: N active blocks of B, G generations, S stacked matrices (R, C), T tokens. Values are (N,) for single
+weights, (N, bm, bn) for larger blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import Topology, blocks
+
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def compute_dtype(storage: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which arithmetic is done: fp32 at least, fp64 for fp64."""
+    return torch.promote_types(storage, torch.float32)
+
+
+def hash32(x: Any) -> Any:
+    """Mixes 32 bits (xor, shift, multiply, two rounds); ``x`` is a Python int or an int64 tensor of 0 ... 2^32 - 1."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _LOW_32_BITS
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _LOW_32_BITS
+    return x ^ (x >> 16)
+
+
+def noise_key(seed: int, step: Tensor, stream: int) -> Tensor:
+    """Returns the key of (seed of a parameter, step, stream); streams keep a weight and its slots apart."""
+    key: Tensor = hash32(hash32(hash32(seed & _LOW_32_BITS) ^ (step & _LOW_32_BITS)) ^ stream)
+    return key
+
+
+def noise_bits(key: Tensor, positions: Tensor) -> Tensor:
+    """Returns 32 random bits for each dense position (int64, any size), a pure function of key and position."""
+    bits: Tensor = hash32(hash32((positions & _LOW_32_BITS) ^ key) ^ (positions >> 32))
+    return bits
+
+
+def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
+    """Rounds fp32 to bf16: up with the probability of the discarded fraction, by the low 16 of ``bits``. Exact in mean."""
+    as_int = x.float().view(torch.int32)
+    rounded = ((as_int + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
+
+
+def step_sizes(age: Tensor, lr: Tensor, density_rate: float, warmup_steps: int) -> Tensor:
+    """Returns lr · d^(-p) · min(1, age / W); ``density_rate`` is d^(-p)."""
+    warm = (age / warmup_steps).clamp(max=1.0) if warmup_steps else torch.ones_like(age)
+    return lr * density_rate * warm
+
+
+def finite_blocks(grad: Tensor, num_block_dims: int) -> Tensor:
+    """Returns a mask that broadcasts over ``grad``: a block's whole gradient is finite. 0 block dims: single weights."""
+    finite = grad.isfinite()
+    return finite.all(-1, keepdim=True).all(-2, keepdim=True) if num_block_dims else finite
+
+
+def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tensor:
+    """Looks up each block's generation in a table, to broadcast over ``like``; the scalar where there are none."""
+    table_G = table_G.to(like.dtype)
+    if generation is None:
+        return table_G
+    return table_G.index_select(0, generation.int()).view(-1, *[1] * (like.dim() - 1))
+
+
+def spread_over_matrices(tokens_TX: Tensor, offsets_S: Tensor) -> Tensor:
+    """Lays tokens sorted by matrix out as (S, T, X): each token in its matrix's layer, zeros in the others.
+
+    Matrix s has the rows ``offsets_S[s - 1]`` to ``offsets_S[s]``; rows past the last offset are nobody's.
+    """
+    number_T = torch.arange(tokens_TX.shape[0], device=tokens_TX.device)
+    ends_S1 = offsets_S[:, None]
+    starts_S1 = torch.cat((torch.zeros_like(ends_S1[:1]), ends_S1[:-1]))
+    mine_ST = (starts_S1 <= number_T) & (number_T < ends_S1)
+    return torch.where(mine_ST[..., None], tokens_TX, 0)
+
+
+def unpack(values: Tensor, topology: Topology) -> Tensor:
+    """Returns the dense weight of ``values``: zero where no block is active."""
+    return blocks.unpack(values, topology.mask(), topology.layout)
+
+
+def pack(dense: Tensor, topology: Topology) -> Tensor:
+    """Returns the active blocks of ``dense``, in row-major order of position."""
+    return blocks.pack(dense, topology.mask(), topology.layout)
+
+
+def masked_matmul(
+    input: Tensor,
+    values: Tensor,
+    topology: Topology,
+    transposed: bool,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Returns input W + bias, or input Wᵀ + bias where ``transposed``, W being the unpacked weight.
+
+    A stack is multiplied matrix by matrix. With ``offsets`` (S,) int32, tokens are sorted by matrix and each meets its
+    own one: those of matrix s end before row ``offsets[s]``.
+    """
+    dtype = compute_dtype(input.dtype)
+    weight_SRC = unpack(values.to(dtype), topology).view(-1, *topology.layout.matrix)
+    exact = input.to(dtype)
+    layers = exact if offsets is None else spread_over_matrices(exact, offsets)
+    product = layers @ (weight_SRC.mT if transposed else weight_SRC)
+    out = product.view(*input.shape[:-1], product.shape[-1]) if offsets is None else product.sum(0)
+    return (out if bias is None else out + bias.to(dtype)).to(input.dtype)
+
+
+def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
+    """Returns pack(leftᵀ right); for a stack matrix by matrix, or each matrix with its own tokens."""
+    dtype = compute_dtype(left.dtype)
+    left_, right_ = left.to(dtype), right.to(dtype)
+    if offsets is not None:
+        left_, right_ = spread_over_matrices(left_, offsets), spread_over_matrices(right_, offsets)
+    return pack((left_.mT @ right_).view(topology.layout.shape), topology).to(left.dtype)

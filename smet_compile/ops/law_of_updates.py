@@ -1,0 +1,222 @@
+"""The law of an optimizer step: what an update does by any rule, in plain torch. Every faster path must equal it.
+
+Rows of a parameter are read as numbers, moved by the rule, and written where their gradient is finite, rounded with
+noise or to nearest. ``update`` takes all rows at once; ``chunks`` takes them in parts by the same functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
+from smet_compile.format.blocks import dense_positions
+from smet_compile.ops import law
+from smet_compile.ops.codes import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, Groups, decode, encode
+from smet_compile.ops.rules import Block
+from smet_compile.ops.updates import Update
+
+WEIGHT_STREAM = 0
+"""The stream of noise of the weight; that of slot k is k + 1."""
+
+
+class Location(NamedTuple):
+    """Where some rows of a parameter lie in the dense weight: whole groups of codes.
+
+    Args:
+        blocks: positions (n,) of their blocks; for a plain parameter those of its entries, in the shape of the rows.
+        layout: that of a compact weight; None for a plain parameter.
+    """
+
+    blocks: Tensor
+    layout: Layout | None
+
+    @property
+    def positions(self) -> Tensor:
+        """Returns the position of every entry in the flat dense weight, in the shape of the rows."""
+        if self.layout is None or self.layout.single_weights:
+            return self.blocks
+        return dense_positions(self.blocks, self.layout)
+
+    @property
+    def groups(self) -> Groups:
+        if self.layout is None:
+            return _consecutive(self.blocks // WEIGHTS_OF_A_GROUP)
+        if self.layout.tiles:
+            return Groups(self.blocks, torch.arange(len(self.blocks), device=self.blocks.device).view(-1, 1, 1))
+        group = self.blocks // self.layout.blocks_per_group
+        return _consecutive(group if self.layout.single_weights else group.view(-1, 1, 1))
+
+    def rows_of_weight(self, cols: int) -> Tensor:
+        """Returns the row of the stacked weight that each entry lies in; broadcasts over the entries."""
+        if self.layout is None or self.layout.single_weights:
+            return self.blocks // cols
+        layout = self.layout
+        line = self.blocks // layout.block_cols
+        first = line // layout.block_rows * layout.rows + line % layout.block_rows * layout.block_shape[0]
+        below = torch.arange(layout.block_shape[0], device=line.device)
+        # A row that hangs over the edge has no weights; its zeros are counted for some other row.
+        return (first[:, None] + below).clamp(max=layout.num_matrices * layout.rows - 1)[..., None]
+
+
+def _consecutive(group: Tensor) -> Groups:
+    """Makes the groups of the ascending numbers of blocks."""
+    first, last = int(group.view(-1)[0]), int(group.view(-1)[-1])
+    return Groups(torch.arange(first, last + 1, device=group.device), group - first)
+
+
+class _Numbers(NamedTuple):
+    """Rows of a tensor in fp64, fp32, fp16 or bf16."""
+
+    tensor: Tensor
+
+    @property
+    def takes_noise(self) -> bool:
+        return self.tensor.dtype == torch.bfloat16
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.to(dtype)
+
+    def write(self, before: Tensor, after: Tensor, finite: Tensor, noise: Tensor | None) -> None:
+        if noise is not None:
+            after, before = law.round_stochastic(after, noise), self.tensor
+        self.tensor.copy_(torch.where(finite, after, before))
+
+
+class _Codes(NamedTuple):
+    """Rows of the codes of a slot, which are whole groups, and all of its scales."""
+
+    codes: Tensor
+    scales: Tensor
+    groups: Groups
+    kind: CodeFormat
+
+    @property
+    def takes_noise(self) -> bool:
+        return True
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return decode(self.codes, self.groups.spread(self.scales[self.groups.numbers]), self.kind).to(dtype)
+
+    def write(self, before: Tensor, after: Tensor, finite: Tensor, noise: Tensor | None) -> None:
+        """Keeps codes and scale of a group without an updated block; codes every entry of the others anew."""
+        moment = torch.where(finite, after, before)
+        if not self.kind.signed:
+            moment = moment.clamp(max=torch.finfo(moment.dtype).max)
+        changed = self.groups.largest(finite.to(moment.dtype)) > 0
+        scales = torch.where(changed, self.groups.largest(moment.abs()), self.scales[self.groups.numbers])
+        codes = encode(moment, self.groups.spread(scales), self.kind, noise)
+        self.codes.copy_(torch.where(self.groups.spread(changed), codes, self.codes))
+        self.scales[self.groups.numbers] = scales
+
+
+class Begun:
+    """An update whose step was counted. Its rows are moved next, all at once or in chunks.
+
+    Args:
+        update: raised by one step here. Its values must not be empty.
+    """
+
+    def __init__(self, update: Update) -> None:
+        update.step.add_(1)
+        self.update = update
+        step, births = update.step, update.births
+        age = (step if births is None else step - births).clamp(min=1).double()
+        rule_age = step.double().expand_as(age) if update.rule.shared_step else age
+        self.options = update.rule.named_options(update.options)
+        self.rates = law.step_sizes(age, update.lr.reshape(()), update.density_rate, update.warmup_steps)
+        self.of_age = update.rule.of_age(rule_age, self.options)
+        self.stored, self.grad = [update.values, *update.slots], update.grad
+        if update.generation is None and all(t.is_contiguous() for t in self.stored):
+            self.stored, self.grad = [t.view(-1) for t in self.stored], update.grad.reshape(-1)
+        seed = update.noise_seed
+        streams = range(len(self.stored)) if seed is not None and update.rounds_stochastically else ()
+        self.noise_keys = [law.noise_key(seed or 0, step, stream) for stream in streams]
+        self.squares: Tensor | None = None
+
+    @property
+    def needs_locations(self) -> bool:
+        """Tells whether anything depends on where the rows lie."""
+        return bool(self.noise_keys) or self.update.is_coded or self.update.rule.normalized is not None
+
+    def measure_rows(self, rows: slice, location: Location) -> None:
+        """Adds the squares of these entries to those of the rows of the weight, for a rule that is normalized."""
+        normalized, layout = self.update.rule.normalized, self.update.layout
+        assert normalized is not None
+        if layout is None:
+            raise ValueError(f"rule {self.update.rule.name}: expected a layout that says what a row is, got none")
+        if self.squares is None:
+            num_rows = layout.num_matrices * layout.rows
+            self.squares = torch.zeros(num_rows, dtype=torch.float64, device=self.grad.device)
+        block, finite, _ = self._read(rows, location)
+        entries = torch.where(finite, normalized(block, self.options), 0).double().square_()
+        row = location.rows_of_weight(layout.cols)
+        if entries.dim() == 3 and row.shape[-1] == 1:
+            entries, row = entries.sum(2), row.squeeze(2)
+        self.squares.index_put_((row.reshape(-1),), entries.reshape(-1), accumulate=True)  # in a fixed order
+
+    def move(self, rows: slice, location: Location | None) -> None:
+        """Updates weight and slots of some rows in place, and counts the blocks that were skipped.
+
+        ``location``: None where ``needs_locations`` is not.
+        """
+        block, finite, kept = self._read(rows, location)
+        new = self.update.rule.step(block, self.options)
+        old = (block.weight, *block.slots)
+        positions = location.positions if location and self.noise_keys else None
+        for stream, (each, before, after) in enumerate(zip(kept, old, new, strict=True)):
+            noise = None
+            if positions is not None and each.takes_noise:
+                noise = law.noise_bits(self.noise_keys[stream], positions)
+            each.write(before, after, finite, noise)
+        self.update.num_skipped.add_(finite.numel() - finite.sum())
+
+    def _read(self, rows: slice, location: Location | None) -> tuple[Block, Tensor, list[_Numbers | _Codes]]:
+        """Returns the rows as numbers, which of them have a finite gradient, and how each tensor is stored."""
+        generation = self.update.generation
+        grad = self.grad[rows]
+        kept = self._kept(rows, location)
+        dtype = law.compute_dtype(self.stored[0].dtype)
+        weight, *slots = [each.read(dtype) for each in kept]
+        born = None if generation is None else generation[rows]
+        rate, *of_age = (law.per_block(table, born, weight) for table in (self.rates, *self.of_age))
+        norm = None
+        if self.squares is not None and location is not None and self.update.layout is not None:
+            norm = self.squares[location.rows_of_weight(self.update.layout.cols)].sqrt().to(dtype)
+        finite = law.finite_blocks(grad, num_block_dims=0 if generation is None else grad.dim() - 1)
+        return Block(weight, grad.to(dtype), tuple(slots), rate, tuple(of_age), norm), finite, kept
+
+    def _kept(self, rows: slice, location: Location | None) -> list[Any]:
+        values, *slots = (tensor[rows] for tensor in self.stored)
+        scales = self.update.scales
+        if scales is None:
+            return [_Numbers(values), *map(_Numbers, slots)]
+        assert location is not None
+        groups = location.groups
+        kinds = (SIGNED_CODES if slot.signed else UNSIGNED_CODES for slot in self.update.rule.slots)
+        return [_Numbers(values), *(_Codes(*each) for each in zip(slots, scales, [groups] * len(slots), kinds))]
+
+
+def update_all(updates: list[Update]) -> None:
+    """Makes every update, each with all of its rows at once."""
+    for update in updates:
+        if update.values.numel() == 0:
+            update.step.add_(1)
+            continue
+        begun = Begun(update)
+        everything = slice(0, len(begun.grad))
+        location = locate_all(begun) if begun.needs_locations else None
+        if update.rule.normalized is not None and location is not None:
+            begun.measure_rows(everything, location)
+        begun.move(everything, location)
+
+
+def locate_all(begun: Begun) -> Location:
+    """Returns where all rows of a parameter lie."""
+    topology = begun.update.topology
+    if topology is None:
+        grad = begun.grad
+        return Location(torch.arange(grad.numel(), device=grad.device).view(grad.shape), None)
+    return Location(topology.mask().nonzero().squeeze(1), topology.layout)

@@ -1,0 +1,224 @@
+"""Update is one parameter's optimizer step made ready, and here alone it is turned into the flat lists of an op.
+
+The schemas of the ops and of their sinks are made from ``_FIELDS``. ``check_names`` holds the tables that kernels read
+against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import Layout, Topology
+from smet_compile.ops import gate
+from smet_compile.ops.codes import num_scales
+from smet_compile.ops.rules import Rule, find_rule
+
+
+@dataclass(slots=True, eq=False)
+class Update:
+    """One step of one parameter by a rule.
+
+    Args:
+        rule: moves the weight.
+        values, grad: (N,) or (N, bm, bn), or any shape for a plain parameter. ``values`` is changed.
+        slots: the rule's state, of the shape of ``values``: fp32, fp64 or bf16, or uint8 codes; changed.
+        scales: (number of slots, num_groups) fp32, what the codes of each slot are relative to (``codes``); changed.
+            None without codes.
+        num_skipped: int64 scalar, raised by the number of blocks whose gradient is not finite; those keep weight and
+            slots, the step counts for them all the same.
+        step: int64 scalar, the number of updates before this one; raised by one. lr: scalar tensor.
+        generation, births: block i was born after step ``births[generation[i]]``; its age is the new ``step`` less
+            that. None for a plain parameter.
+        topology: where the blocks lie in the dense weight, on which rounding noise and scales depend; None for a plain
+            parameter.
+        layout: that of the topology; for a plain parameter it says what its rows are, or is None.
+        options: the rule's numbers, in the rule's order.
+        density_rate: d^(-p). warmup_steps: W; 0 for none.
+        noise_seed: rounds bf16 weights and slots, and codes, stochastically; None: to nearest.
+        prepared: whatever a kernel made ready for this update and may use again while its tensors stay.
+    """
+
+    rule: Rule
+    values: Tensor
+    grad: Tensor
+    slots: tuple[Tensor, ...]
+    scales: Tensor | None
+    num_skipped: Tensor
+    step: Tensor
+    lr: Tensor
+    generation: Tensor | None
+    births: Tensor | None
+    topology: Topology | None
+    layout: Layout | None
+    options: tuple[float, ...]
+    density_rate: float
+    warmup_steps: int
+    noise_seed: int | None
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_coded(self) -> bool:
+        return self.scales is not None
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        """Tells whether some of it is rounded by noise."""
+        low = (torch.bfloat16, torch.uint8)
+        return self.noise_seed is not None and any(t.dtype in low for t in (self.values, *self.slots))
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Yields every tensor of the update but the learning rate, bits and lists of its topology included."""
+        of_topology = () if self.topology is None else (self.topology.bits, self.topology.lists)
+        ages = self.scales, self.num_skipped, self.step, self.generation, self.births
+        for tensor in (self.values, self.grad, *self.slots, *ages, *of_topology):
+            if tensor is not None:
+                yield tensor
+
+    def changed(self) -> list[Tensor]:
+        """Returns the tensors that an update changes."""
+        scales = () if self.scales is None else (self.scales,)
+        return [self.values, *self.slots, *scales, self.num_skipped, self.step]
+
+
+class _Field(NamedTuple):
+    """An argument of the op: its name, its type in a schema, and whether the op changes it."""
+
+    name: str
+    type: str
+    is_changed: bool = False
+
+
+_FIELDS = (
+    _Field("values", "Tensor", True),
+    _Field("grad", "Tensor"),
+    _Field("slots", "Tensor[]", True),
+    _Field("scales", "Tensor?", True),
+    _Field("num_skipped", "Tensor", True),
+    _Field("step", "Tensor", True),
+    _Field("lr", "Tensor"),
+    _Field("generation", "Tensor?"),
+    _Field("births", "Tensor?"),
+    _Field("topology", "Tensor?"),
+    _Field("lists", "Tensor?"),
+    _Field("layout", "int[]"),
+    _Field("rule", "str"),
+    _Field("options", "float[]"),
+    _Field("density_rate", "float"),
+    _Field("warmup_steps", "int"),
+    _Field("noise_seed", "int?"),
+)
+NAMES = tuple(each.name for each in _FIELDS)
+_REST = NAMES[2:]
+"""The arguments after values and gradient: those of a sink, and of an update that takes the factors of a gradient."""
+
+
+def schema(between: str = "Tensor grad", mutates: bool = True) -> str:
+    """Returns the arguments of an op: the values, ``between`` in the place of the gradient, and all the others."""
+    letters = iter("abcdefghij")
+    parts = []
+    for each in _FIELDS:
+        kind, brackets = (each.type[:-2], "[]") if each.type.endswith("[]") else (each.type, "")
+        optional = "?" if kind.endswith("?") else ""
+        alias = f"({next(letters)}!)" if each.is_changed and mutates else ""
+        parts.append(f"{kind.removesuffix('?')}{alias}{optional}{brackets} {each.name}")
+    values, _, *rest = parts
+    return ", ".join([values, *([between] if between else []), *rest])
+
+
+def flatten(update: Update) -> tuple[Any, ...]:
+    """Returns the arguments of the op after the gradient."""
+    topology, layout = update.topology, update.layout
+    return (
+        list(update.slots),
+        update.scales,
+        update.num_skipped,
+        update.step,
+        update.lr,
+        update.generation,
+        update.births,
+        None if topology is None else topology.bits,
+        None if topology is None else topology.lists,
+        [] if layout is None else layout.flat(),
+        update.rule.name,
+        list(update.options),
+        update.density_rate,
+        update.warmup_steps,
+        update.noise_seed,
+    )
+
+
+def unflatten(values: Tensor, grad: Tensor, rest: tuple[Any, ...]) -> Update:
+    """Makes the update of the arguments of the op; ``rest`` are those after the gradient.
+
+    Raises:
+        ValueError: state, ages or topology do not fit the values.
+    """
+    named = dict(zip(_REST, rest, strict=True))
+    bits, lists, flat_layout = named.pop("topology"), named.pop("lists"), named.pop("layout")
+    topology = None
+    if bits is not None:
+        if lists is None:
+            raise ValueError("update_: expected the lists beside the topology, got none; pass CompactWeight.lists")
+        topology = gate.find(bits, lists, flat_layout, values.shape[0])
+    named["rule"] = find_rule(named["rule"])
+    named["slots"], named["options"] = tuple(named["slots"]), tuple(named["options"])
+    layout = topology.layout if topology else Layout.from_flat(flat_layout) if flat_layout else None
+    update = Update(values=values, grad=grad, topology=topology, layout=layout, **named)
+    check("update_", update)
+    return update
+
+
+def check(name: str, update: Update) -> None:
+    """Raises ValueError where state or ages do not fit the values. ``name``: of the parameter, for the message."""
+    values = update.values
+    keys = [slot.name for slot in update.rule.slots]
+    if len(keys) != len(update.slots) or len(update.rule.options) != len(update.options):
+        raise ValueError(
+            f"{name}: expected the slots ({', '.join(keys)}) and the options ({', '.join(update.rule.options)}) of the "
+            f"rule {update.rule.name}, got {len(update.slots)} slots and {len(update.options)} options"
+        )
+    for key, slot in zip(keys, update.slots, strict=True):
+        if slot.shape != values.shape or slot.device != values.device:
+            raise ValueError(
+                f"{name}: expected {key} of shape {tuple(values.shape)} on {values.device}, got {tuple(slot.shape)} on "
+                f"{slot.device}; make the optimizer anew, or load its state again"
+            )
+    for key, count in (("num_skipped", update.num_skipped), ("step", update.step)):
+        if count.dtype != torch.int64 or count.numel() != 1:
+            raise ValueError(f"{name}: expected {key} as one int64, got {count.dtype} of shape {tuple(count.shape)}")
+    scales = update.scales
+    if scales is not None:
+        layout = None if update.topology is None else update.layout
+        shape = len(keys), num_scales(values.numel(), layout)
+        if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
+            raise ValueError(
+                f"{name}: expected scales of float32 and {shape}, got {scales.dtype} of {tuple(scales.shape)}"
+            )
+    for key in ("num_skipped", "step", "scales", "generation", "births"):
+        tensor = getattr(update, key)
+        if tensor is not None and tensor.device != values.device:
+            raise ValueError(f"{name}: expected {key} on {values.device}, got {tensor.device}; load the state again")
+    if values.dim():
+        gate.check_ages(name, update.generation, update.births, values.shape[0])
+
+
+def check_names(table: str, names: Collection[str], rule: Rule, derived: Collection[str]) -> None:
+    """Holds the names of a table that a kernel reads (a struct, columns) against the fields of an update.
+
+    Every name is a field, a slot or an option of ``rule``, or one of ``derived``, and each field of the update that a
+    kernel cannot do without is there.
+
+    Raises:
+        ValueError: a name that is none of these, or a field that the table lacks.
+    """
+    slots, options = {slot.name for slot in rule.slots}, set(rule.options)
+    unknown = set(names) - set(NAMES) - slots - options - set(derived)
+    needed = {"values", "grad", "scales", "num_skipped", "step", "generation", "births", "warmup_steps"} | slots
+    missing = needed - set(names)
+    if unknown or missing:
+        raise ValueError(f"{table}: unknown names {sorted(unknown)}, missing names {sorted(missing)}")
