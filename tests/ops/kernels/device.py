@@ -19,7 +19,7 @@ compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has repl
 
 @pytest.fixture
 def new_memory_is_nan() -> Iterator[None]:
-    """Every ``torch.empty`` of floating point is full of NaN: what a kernel leaves out shows."""
+    """Fills every ``torch.empty`` of floating point with NaN: what a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield

@@ -155,9 +155,14 @@ def test_nothing_is_copied_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, actual = both(before)
     grads = [[each.grad.clone() for each in actual] for _ in range(2)]
     copied = copies(monkeypatch)
-    numbers_of_step = 3 * len(actual)
+    table_numbers, numbers_of_step = len(adamw_step.Row._fields) * len(actual), 3 * len(actual)
     for number, (lr, which, expected_copies) in enumerate(
-        [(0.01, 0, [3, numbers_of_step]), (0.01, 0, []), (0.02, 0, [numbers_of_step]), (0.02, 1, [numbers_of_step])]
+        [
+            (0.01, 0, [table_numbers, numbers_of_step]),
+            (0.01, 0, []),
+            (0.02, 0, [numbers_of_step]),
+            (0.02, 1, [numbers_of_step]),
+        ]
     ):
         copied.clear()
         for each, grad in zip(actual, grads[which], strict=True):

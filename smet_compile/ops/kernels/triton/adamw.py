@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from smet_compile.ops.kernels.triton.adamw_step import (
     LANES,
     Row,
 )
-from smet_compile.ops.kernels.triton.supports import on_device_of
+from smet_compile.ops.kernels.triton.supports import on_device
 from smet_compile.ops.updates import Update
 
 TYPES = {
@@ -46,6 +47,7 @@ _FEW_THREADS = {"num_warps": 4}
 _MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
 """Options of a program that would spill registers otherwise: one with codes, or with several blocks."""
 _NUM_KINDS = 5
+_LEAST_EPS = torch.finfo(torch.float32).tiny
 _LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
 """What is kept with an update: the launches of all updates of a step (with the first one), the update's number among
 those of its launches, and the tensors that it changes."""
@@ -123,10 +125,11 @@ class Launch:
         device = specialization.device
         *first_rates, num_rates = itertools.accumulate((3 * row.num_generations for row in rows), initial=0)
         rows = [row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True)]
-        self.table = _on_host(rows, device).to(device, non_blocking=True)
+        self.table = _on_host([*itertools.chain(*rows)], device).to(device, non_blocking=True)
         self.step_table = torch.empty(len(rows), 3, dtype=torch.int64, device=device)
         self.rates = torch.empty(num_rates, dtype=torch.float32, device=device)
         self.work = _work(tuple(map(_num_programs, rows)), device)
+        self.num_programs = len(self.work)
         kinds = {row.kind for row in rows}
         has_many_threads = specialization.is_coded or BLOCKS.value in kinds
         self.constants = {
@@ -141,11 +144,11 @@ class Launch:
 
     def update(self, updates: Sequence[Update]) -> None:
         """Makes the updates that the rows were made of, in their order."""
-        with on_device_of(updates[0].values):
-            kept = self.begin(updates)
-            if len(self.work):
-                update[(len(self.work),)](self.table, self.step_table, self.rates, self.work, **self.constants)
-            del kept
+        kept = self.begin(updates)
+        if self.num_programs:
+            kernel = on_device(update, self.device)
+            kernel[(self.num_programs,)](self.table, self.step_table, self.rates, self.work, **self.constants)
+        del kept
 
     def begin(self, updates: Sequence[Update]) -> list[Tensor]:
         """Counts a step of the updates, fills ``rates``, and lets the tensors count as changed.
@@ -165,9 +168,9 @@ class Launch:
                 lr = one.lr
                 is_address = lr.is_cuda
                 if is_address:
-                    on_device = lr.to(self.device, torch.float64)
-                    kept.append(on_device)
-                    bits = on_device.data_ptr()
+                    exact = lr.to(self.device, torch.float64)
+                    kept.append(exact)
+                    bits = exact.data_ptr()
                 else:
                     bits = _bits(lr.item())
             numbers += (grad.data_ptr(), bits, is_address)
@@ -176,7 +179,7 @@ class Launch:
             self.step_table.view(-1).copy_(_on_host(numbers, self.device), non_blocking=True)
             self._step_numbers = numbers
         torch.autograd.graph.increment_version(changed)
-        prepare[(len(updates),)](
+        on_device(prepare, self.device)[(len(updates),)](
             self.table, self.step_table, self.rates, GENERATIONS=256, num_warps=1, enable_fp_fusion=False
         )
         return kept
@@ -313,7 +316,7 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         rest1=_bits(1 - options.beta1),
         beta2=_bits(options.beta2),
         rest2=_bits(1 - options.beta2),
-        eps=_bits(max(options.eps, torch.finfo(torch.float32).tiny)),
+        eps=_bits(max(options.eps, _LEAST_EPS)),
         weight_decay=_bits(options.weight_decay),
     )
 
@@ -329,9 +332,10 @@ def _bits(number: float) -> int:
     return bits
 
 
-def _on_host(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """Makes a tensor that can be copied to ``device`` while the host goes on."""
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+def _on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Makes an int64 tensor that can be copied to ``device`` while the host goes on."""
+    host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 @functools.lru_cache(maxsize=1024)

@@ -40,42 +40,46 @@ class Move(NamedTuple):
 
     Args:
         shape: of the tensor that is written. lists: bits and lists. sizes: what the kernel takes after them.
-        strides: of a contiguous dense side.
+        strides: of a contiguous dense side. is_matrix: the dense side has two dimensions.
     """
 
-    is_tiles: bool
+    kernel: Any
     grid: tuple[int]
     shape: tuple[int, ...]
     lists: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    is_matrix: bool
     constants: dict[str, Any]
 
     def launch(self, values: Tensor, dense: Tensor, strides: tuple[int, ...]) -> None:
         """Moves the blocks; ``strides`` (S, R, C) are those of ``dense``."""
-        kernel = _expand_tiles if self.is_tiles else _expand_bits
-        with supports.on_device_of(values):
-            kernel[self.grid](values, dense, *self.lists, *self.sizes, *strides, **self.constants)
+        self.kernel[self.grid](values, dense, *self.lists, *self.sizes, *strides, **self.constants)
 
 
 def unpack(values: Tensor, topology: Topology) -> Tensor:
     """Returns the dense weight of ``values``, as ``format.unpack`` defines it. Values may be of any strides."""
     move = topology.constant("unpack", lambda: _prepare_all(topology, packs=False, is_flat=True))
-    dense = values.new_empty(move.shape)
+    dense = values.new_empty(*move.shape)
     move.launch(values.contiguous(), dense, move.strides)
     return dense
 
 
 def pack(dense: Tensor, topology: Topology) -> Tensor:
     """Returns the active blocks of ``dense``, as ``format.pack`` defines it. A transposed matrix is read as it lies."""
-    is_flat = dense.is_contiguous()
-    if not is_flat:
-        dense = dense.reshape(-1, *topology.layout.matrix)
-        is_flat = dense.is_contiguous()
-    key = "pack flat" if is_flat else "pack"
-    move = topology.constant(key, lambda: _prepare_all(topology, packs=True, is_flat=is_flat))
-    values = dense.new_empty(move.shape)
-    move.launch(values, dense, move.strides if is_flat else dense.stride())
+    if dense.is_contiguous():
+        move = topology.constant("pack flat", lambda: _prepare_all(topology, packs=True, is_flat=True))
+        strides = move.strides
+    else:
+        move = topology.constant("pack", lambda: _prepare_all(topology, packs=True, is_flat=False))
+        strides = dense.stride()
+        if move.is_matrix:
+            strides = topology.layout.rows * strides[0], *strides
+        else:
+            dense = dense.reshape(-1, *topology.layout.matrix)
+            strides = dense.stride()
+    values = dense.new_empty(*move.shape)
+    move.launch(values, dense, strides)
     return values
 
 
@@ -94,6 +98,7 @@ def prepare_move(topology: Topology, span: Span, packs: bool, is_flat: bool) -> 
     sides = layout.block_rows, layout.block_cols, layout.rows, layout.cols
     shape = layout.values_shape(topology.num_active) if packs else layout.shape
     strides = layout.rows * layout.cols, layout.cols, 1
+    device, is_matrix = topology.bits.device, layout.shape == layout.matrix
     constants: dict[str, Any] = {"WIDTH_M": bm, "WIDTH_N": bn, "PACKS": packs}
     lists: tuple[Tensor | None, ...]
     if layout.tiles:
@@ -106,7 +111,8 @@ def prepare_move(topology: Topology, span: Span, packs: bool, is_flat: bool) -> 
         }
         lists = topology.bits, topology.positions, topology.row_starts
         grid = (topology.num_active if packs else span.end - span.first,)
-        return Move(True, grid, shape, lists, (*span, *sides), strides, constants)
+        kernel = supports.on_device(_expand_tiles, device)
+        return Move(kernel, grid, shape, lists, (*span, *sides), strides, is_matrix, constants)
     group = layout.blocks_per_group
     unit = math.lcm(group, 8)
     positions = unit * max(1, _ENTRIES // (unit * bm * bn))
@@ -123,7 +129,8 @@ def prepare_move(topology: Topology, span: Span, packs: bool, is_flat: bool) -> 
     grid = (triton.cdiv(span.end, positions) - first_program,)
     lists = topology.bits, topology.group_starts
     sizes = *span, first_program, topology.bits.numel(), *sides
-    return Move(False, grid, shape, lists, sizes, strides, constants)
+    kernel = supports.on_device(_expand_bits, device)
+    return Move(kernel, grid, shape, lists, sizes, strides, is_matrix, constants)
 
 
 @triton.jit

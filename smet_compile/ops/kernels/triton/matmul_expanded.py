@@ -65,7 +65,7 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
     assert offsets is None, "supports() says so"
     item_bytes, is_stack = left.dtype.itemsize, left.dim() == 3
     pieces = topology.constant(
-        ("sampled_expanded", item_bytes, is_stack, SCRATCH_BYTES), lambda: _prepare(topology, item_bytes, is_stack)
+        ("sampled_expanded", item_bytes, is_stack), lambda: _prepare(topology, item_bytes, is_stack)
     )
     if left.requires_grad or right.requires_grad:
         left, right = left.detach(), right.detach()

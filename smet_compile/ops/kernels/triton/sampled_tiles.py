@@ -212,22 +212,30 @@ class ProductLaunch(NamedTuple):
 
     Args:
         lists: positions, and starts of the block rows. sizes: what the kernel takes after the number of tokens.
-        num_programs: of one split. blocks_together: of one program. splits: by number of tokens.
+        num_programs: of one split. blocks_together: of one program. splits: by number of tokens, and whether they are
+            sorted by matrix.
     """
 
+    kernel: Any
+    add_splits: Any
     lists: tuple[Tensor | None, Tensor | None]
     sizes: tuple[int, ...]
     num_programs: int
     blocks_together: int
     values_shape: tuple[int, ...]
-    splits: dict[int, int]
+    splits: dict[tuple[int, bool], int]
     constants: dict[str, Any]
 
 
 def product_launch(left: Tensor, topology: Topology) -> ProductLaunch:
     """Returns what products of such a ``left`` with this topology have in common."""
-    precision = dot_precision(left.dtype)
-    return topology.constant(("sampled_tiles", left.dtype, precision), lambda: _prepare(topology, left, precision))
+    launches: dict[Any, ProductLaunch] = topology.constant("sampled_tiles", dict)
+    dtype = left.dtype
+    key = dtype, dot_precision(dtype)
+    launch = launches.get(key)
+    if launch is None:
+        launch = launches[key] = _prepare(topology, left, key[1])
+    return launch
 
 
 def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
@@ -240,6 +248,8 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
     per_line = triton.cdiv(layout.block_cols, blocks_together) * triton.cdiv(bm, piece_m) * triton.cdiv(bn, piece_n)
     num_lines = layout.num_matrices * layout.block_rows
     return ProductLaunch(
+        kernel=supports.on_device(_sampled_tiles, left.device),
+        add_splits=supports.on_device(_add_splits, left.device),
         lists=(topology.positions, topology.row_starts),
         sizes=(num_lines, layout.block_rows, layout.block_cols, layout.rows, layout.cols),
         num_programs=num_lines * per_line,
@@ -266,50 +276,48 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
     """Computes pack(leftᵀ right) for tiles, as ``ops.products.sampled_matmul`` defines it."""
     launch = product_launch(left, topology)
-    strides = factor_strides(left, right)
-    num_tokens = left.shape[-2]
-    splits = splits_of(left, topology, launch, offsets is not None)
-    out = left.new_empty(launch.values_shape)
-    parts = out if splits == 1 else left.new_empty((splits, *launch.values_shape), dtype=torch.float32)
-    with supports.on_device_of(left):
-        _sampled_tiles[(launch.num_programs, splits)](
-            left,
-            right,
-            parts,
-            *launch.lists,
-            offsets,
-            topology.num_active,
-            num_tokens,
-            *launch.sizes,
-            *strides,
-            **launch.constants,
-        )
-        if splits > 1:
-            _add_splits[(triton.cdiv(out.numel(), _BLOCK_OF_SUM),)](
-                parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM
-            )
+    num_tokens, splits = tokens_and_splits(left, topology, launch, offsets)
+    out = left.new_empty(*launch.values_shape)
+    parts = out if splits == 1 else left.new_empty(splits, *launch.values_shape, dtype=torch.float32)
+    launch.kernel[(launch.num_programs, splits)](
+        left,
+        right,
+        parts,
+        *launch.lists,
+        offsets,
+        topology.num_active,
+        num_tokens,
+        *launch.sizes,
+        *factor_strides(left, right),
+        **launch.constants,
+    )
+    if splits > 1:
+        grid = (triton.cdiv(out.numel(), _BLOCK_OF_SUM),)
+        launch.add_splits[grid](parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM)
     return out
 
 
 def factor_strides(left: Tensor, right: Tensor) -> tuple[int, ...]:
     """Returns three strides of each factor: 0 from matrix to matrix where both share one matrix of tokens."""
-    strides = *left.stride(), *right.stride()
+    strides = left.stride() + right.stride()
     return strides if len(strides) == 6 else (0, *strides[:2], 0, *strides[2:])
 
 
-def splits_of(left: Tensor, topology: Topology, launch: ProductLaunch, is_sorted: bool) -> int:
-    """Returns ``num_splits`` for the tokens of ``left``: a matrix's own, or an even share of those sorted by matrix."""
-    tokens = left.shape[-2]
-    if is_sorted:
-        tokens //= topology.layout.num_matrices
-    splits = launch.splits.get(tokens)
+def tokens_and_splits(
+    left: Tensor, topology: Topology, launch: ProductLaunch, offsets: Tensor | None
+) -> tuple[int, int]:
+    """Returns the number of tokens, and ``num_splits`` for a matrix's own, or an even share of sorted ones."""
+    num_tokens = left.shape[-2]
+    key = num_tokens, offsets is None
+    splits = launch.splits.get(key)
     if splits is None:
         if len(launch.splits) >= _MOST_LENGTHS:
             launch.splits.clear()
+        tokens = num_tokens if offsets is None else num_tokens // topology.layout.num_matrices
         sms, step = supports.num_sms(left.device), launch.constants["BLOCK_T"]
         splits = num_splits(sms, topology.layout, tokens, topology.num_active, launch.blocks_together, step)
-        launch.splits[tokens] = splits
-    return splits
+        launch.splits[key] = splits
+    return num_tokens, splits
 
 
 def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:

@@ -38,7 +38,7 @@ from smet_compile.ops.kernels.triton.sampled_tiles import (
     lanes_of_block,
     product_launch,
     sampled_matmul,
-    splits_of,
+    tokens_and_splits,
     tokens_of_split,
 )
 from smet_compile.ops.updates import Update
@@ -287,21 +287,20 @@ def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: 
     kept = update.prepared.get(_KEPT)
     if kept is None or kept[0] is not product:
         kept = update.prepared[_KEPT] = product, _constants(product, update) | launch.specialization.constants()
-    with supports.on_device_of(left):
-        lr_on_device = launch.begin([update])
-        _sampled_update[(product.num_programs,)](
-            launch.table,
-            launch.rates,
-            left,
-            right,
-            *product.lists,
-            offsets,
-            left.shape[-2],
-            *product.sizes,
-            *factor_strides(left, right),
-            **kept[1],
-        )
-        del lr_on_device
+    lr_on_device = launch.begin([update])
+    supports.on_device(_sampled_update, left.device)[(product.num_programs,)](
+        launch.table,
+        launch.rates,
+        left,
+        right,
+        *product.lists,
+        offsets,
+        left.shape[-2],
+        *product.sizes,
+        *factor_strides(left, right),
+        **kept[1],
+    )
+    del lr_on_device
 
 
 def fuses(left: Tensor, offsets: Tensor | None, update: Update) -> bool:
@@ -313,7 +312,8 @@ def fuses(left: Tensor, offsets: Tensor | None, update: Update) -> bool:
     topology = update.topology
     if topology is None or not topology.layout.tiles or max(topology.layout.block_shape) > supports.WIDEST:
         return False
-    return splits_of(left, topology, product_launch(left, topology), offsets is not None) == 1
+    _, splits = tokens_and_splits(left, topology, product_launch(left, topology), offsets)
+    return splits == 1
 
 
 def _constants(product: ProductLaunch, update: Update) -> dict[str, Any]:

@@ -9,15 +9,14 @@ timing: a run can be repeated bit by bit.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from smet_compile.format import Layout
 
@@ -82,12 +81,24 @@ def _has_one_gpu() -> bool:
     return torch.cuda.device_count() == 1
 
 
-_STAYS: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+class _OnDevice:
+    """Launches a kernel while a device is current, which is where Triton launches."""
+
+    def __init__(self, kernel: Any, device: torch.device) -> None:
+        self.kernel = kernel
+        self.device = device
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device(self.device):
+                self.kernel[grid](*args, **kwargs)
+
+        return run
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the device of ``tensor`` current, since that is where Triton launches."""
-    return _STAYS if not tensor.is_cuda or _has_one_gpu() else torch.cuda.device(tensor.device)
+def on_device(kernel: Any, device: torch.device) -> Any:
+    """Returns what launches ``kernel`` on ``device``: itself where no other can be current."""
+    return kernel if device.type == "cpu" or _has_one_gpu() else _OnDevice(kernel, device)
 
 
 class MaskedSizes(NamedTuple):
