@@ -1,4 +1,4 @@
-"""Compact weights for kernels: of any size, where the kernels run. The dense side is written from the specification."""
+"""Makes compact weights where the kernels run. The dense side is written from the specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Triton's kernels are tested: on a GPU if there is one, else on the CPU in Triton's interpreter.
+"""Says where Triton's kernels are tested: on a GPU if there is one, else on the CPU in Triton's interpreter.
 
 The interpreter must be asked for before a kernel is defined, so it has a process of its own:
 ``test_triton_interpreted.py`` starts it, and everywhere else the tests marked ``on_device`` are skipped.

@@ -1,6 +1,6 @@
-"""The optimizer's kernels against the law in plain torch: bit for bit, since they round where it does.
+"""The optimizer's kernels equal the law in plain torch bit for bit, since they round where it does.
 
-But for one thing: roots of fp32 numbers are not always the nearest ones in torch on the CPU, and are here.
+There is one exception: roots of fp32 numbers are not always the nearest ones in torch on the CPU, and are here.
 """
 
 import gc
@@ -53,7 +53,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nearest_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A root in fp64, rounded, is the nearest one in fp32."""
+    """Makes torch return the nearest root in fp32: one in fp64, rounded."""
     root = torch.Tensor.sqrt
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: root(x.double()).to(x.dtype))
 
@@ -133,7 +133,7 @@ def test_parameters_of_several_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_changes_between_steps() -> None:
-    """The learning rate and where it is, where gradients lie and how, and the ages of blocks, in place."""
+    """A step follows the learning rate and its place, the place and strides of gradients, and ages changed in place."""
     before = update_of(CASES["tiles"], BF16, FP32)
     expected, actual = copy_of(before, CPU), copy_of(before, DEVICE)
     generator = torch.Generator().manual_seed(6)
@@ -150,7 +150,7 @@ def test_what_changes_between_steps() -> None:
 
 
 def test_nothing_is_copied_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step after another copies gradients' addresses and rates where they changed, and else nothing."""
+    """A later step copies the addresses of gradients and the rates where they changed, and nothing else."""
     before = [update_of(CASES[name], BF16, FP32, seed=seed) for seed, name in enumerate(("runs", "tiles", "plain"))]
     expected, actual = both(before)
     grads = [[each.grad.clone() for each in actual] for _ in range(2)]
@@ -176,7 +176,7 @@ def test_nothing_is_copied_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_lists_of_updates_and_other_dtypes_of_gradients() -> None:
-    """What is kept from the step before is not used for other updates, an update less, or another order."""
+    """Launches of the step before are not used for other updates, for fewer of them, or in another order."""
     before = [update_of(CASES[name], FP32, FP32, seed=seed) for seed, name in enumerate(("runs", "tiles", "plain"))]
     expected, actual = both(before)
     for order in ((0, 1, 2), (0, 2), (1, 0, 2), (0, 1), (0, 1, 2)):
@@ -194,7 +194,7 @@ def test_other_lists_of_updates_and_other_dtypes_of_gradients() -> None:
 
 
 def test_nothing_keeps_tensors_alive() -> None:
-    """Neither those of an update that is gone, while others of its step are there, nor gradients of a step before."""
+    """Tensors of an update die with it, while others of its step live on; so do gradients of the step before."""
     updates = [copy_of(update_of(CASES[name], FP32, FP32), DEVICE) for name in ("runs", "tiles")]
     adamw.update_all(updates)
     gc.disable()
@@ -216,7 +216,7 @@ def test_tensors_count_as_changed() -> None:
 
 
 def test_nothing_to_update() -> None:
-    """Of an empty parameter, the step counts all the same."""
+    """The step of an empty parameter counts all the same."""
     empty = copy_of(update_of(Case((0, 3)), FP32, FP32, broken=False), DEVICE)
     adamw.update_all([empty])
     assert int(empty.step) == 101

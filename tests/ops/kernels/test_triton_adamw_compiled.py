@@ -57,7 +57,7 @@ def check(launch: compiling.Launch, architecture: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stored", STORED)
 def test_update(stored: str, case: str) -> None:
-    """Beside plain parameters, blocks of one kind; on each architecture every kind, and all that is stored."""
+    """Plain parameters and blocks of one kind share a launch; each architecture sees every kind and all dtypes."""
     from smet_compile.ops.kernels.triton import adamw
 
     number = list(STORED).index(stored) + list(CASES).index(case)

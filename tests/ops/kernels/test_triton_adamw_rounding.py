@@ -1,4 +1,4 @@
-"""Hash, noise, roundings and codes of the optimizer's kernels: the law's, bit for bit, on many inputs."""
+"""Hash, noise, roundings and codes of the optimizer's kernels equal the law's, bit for bit, on many inputs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The product with the update as its epilogue: bit for bit the product, and then the update of all it wrote."""
+"""The product with the update as its epilogue equals the product and then the update, bit for bit."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_tokens_sorted_by_matrix() -> None:
 
 
 def test_several_steps() -> None:
-    """What is kept with the update is right in the next step, too."""
+    """The launch that is kept with the update is right in the next steps, too."""
     _, actual, expected = step_both(CASES["over the edges"], "codes", steps=3)
     assert int(actual.step) == 103
     assert differences(actual, expected) == []

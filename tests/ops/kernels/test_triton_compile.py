@@ -103,7 +103,7 @@ def allow_tf32() -> Iterator[None]:
 @pytest.mark.usefixtures("allow_tf32")
 @every_architecture
 def test_tf32(architecture: str) -> None:
-    """fp32 goes to tensor cores where torch's setting lets it."""
+    """Factors in fp32 go to tensor cores where torch's setting lets them."""
     from smet_compile.ops.kernels.triton import matmul_tiles, sampled_tiles
 
     values, topology = weight(torch.float32, (64, 64))
@@ -143,7 +143,7 @@ def test_unpack_and_pack(architecture: str, block_shape: tuple[int, int], packs:
 def test_sizes_that_become_constants(
     architecture: str, size: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One token, one block, one row: Triton compiles a kernel of its own where an argument is 1."""
+    """One token, one block or one row compiles, too: Triton makes a kernel of its own where an argument is 1."""
     from smet_compile.ops.kernels.triton import expand, matmul_tiles, sampled_tiles
 
     values, topology = weight(torch.bfloat16, (32, 32), size=size)

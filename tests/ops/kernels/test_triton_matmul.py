@@ -1,4 +1,4 @@
-"""Triton's products with every kind of block: equal to the reference in fp64."""
+"""Triton's products with every kind of block equal the law in fp64."""
 
 import importlib
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def check_sampled(each: Weight, left: Tensor, right: Tensor, offsets: Tensor | N
 
 
 def check_all(each: Weight, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
-    """The three products of a Linear's step, the first with a bias."""
+    """Checks the three products of a Linear's step, with and without a bias."""
     bias = torch.randn(right.shape[-1]).to(DEVICE, left.dtype)
     check_masked(each, right, True, None, offsets)
     check_masked(each, left, False, bias, offsets)
@@ -89,7 +89,7 @@ def test_dtypes(size: tuple[int, ...], block_shape: tuple[int, int], dtype: torc
 
 @pytest.mark.parametrize(("size", "block_shape"), [TILES[0], TILES[4], TILES[7]], ids=str)
 def test_expanded_tiles(size: tuple[int, ...], block_shape: tuple[int, int]) -> None:
-    """The other way to multiply with tiles, for dense ones."""
+    """Tiles can be multiplied by expanding them, too, which suits dense ones."""
     from smet_compile.ops.kernels.triton import matmul_expanded
 
     each = cases.weight(size, block_shape)
@@ -112,7 +112,7 @@ def test_numbers_of_tokens(size: tuple[int, ...], block_shape: tuple[int, int], 
 @pytest.mark.parametrize("mask", MASKS[1:])
 @pytest.mark.parametrize(("size", "block_shape"), [each for each in WEIGHTS if max(each[1]) < 40], ids=str)
 def test_masks(size: tuple[int, ...], block_shape: tuple[int, int], mask: str) -> None:
-    """One block, all blocks, and whole rows, columns and matrices without any."""
+    """One block may be active, or all, or whole rows, columns and matrices may have none."""
     each = cases.weight(size, block_shape, mask)
     left, right = both_sides(each, 17, torch.float32)
     check_masked(each, right, True, torch.randn(left.shape[-1]).to(DEVICE))
@@ -142,7 +142,7 @@ def test_strided_inputs(size: tuple[int, ...], block_shape: tuple[int, int], str
 def test_many_tokens(
     size: tuple[int, ...], block_shape: tuple[int, int], num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several groups of tokens, of which the last is smaller."""
+    """Tokens may come in several groups, of which the last is smaller."""
     from smet_compile.ops.kernels.triton import matmul_tiles
 
     monkeypatch.setattr(matmul_tiles, "_TOKENS_TOGETHER", 128)
@@ -153,7 +153,7 @@ def test_many_tokens(
 @pytest.mark.parametrize("side", [16, 32, 64, 128])
 @pytest.mark.parametrize("architecture", ["hopper", "ampere"])
 def test_configurations(architecture: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the table says for each architecture is right, wherever it runs."""
+    """The sizes in the table for each architecture give right products, wherever they run."""
     from smet_compile.ops.kernels.triton import supports
 
     monkeypatch.setattr(supports, "architecture", lambda _: architecture)
@@ -164,7 +164,7 @@ def test_configurations(architecture: str, side: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("ends", [[6, 13, 40], [0, 40, 40], [4, 4, 11], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("block_shape", [(8, 16), (32, 32)], ids=str)
 def test_tokens_sorted_by_matrix(block_shape: tuple[int, int], ends: list[int]) -> None:
-    """Each token meets its own matrix; those past the last offset none, whatever they hold."""
+    """Each token meets its own matrix; tokens past the last offset meet none, whatever they hold."""
     each = cases.weight((3, 45, 29), block_shape)
     offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     left, right = (each.tokens(40, size, torch.float32)[0].clone() for size in (45, 29))
@@ -184,7 +184,7 @@ def test_what_hangs_over_an_edge_is_zero(size: tuple[int, ...], block_shape: tup
 
 @pytest.mark.parametrize(("size", "block_shape"), [TILES[0], TILES[4], TILES[6]], ids=str)
 def test_nan_beside_the_input_stays_there(size: tuple[int, ...], block_shape: tuple[int, int]) -> None:
-    """What a kernel reads beside its block, if anything, has no part in the result."""
+    """Numbers that a kernel reads beside its block, if any, have no part in the result."""
     each = cases.weight(size, block_shape, "all")
     _, right = both_sides(each, 20, torch.float32)
     beside = torch.full((*right.shape[:-2], 24, right.shape[-1] + 64), torch.nan, device=DEVICE)
@@ -208,7 +208,7 @@ def test_split_sums_have_the_same_bits_every_time(
 
 
 def test_few_blocks_are_split() -> None:
-    """One block of many tokens is; many blocks, or few tokens, are not."""
+    """One block of many tokens is split; many blocks, or few tokens, are not."""
     from smet_compile.ops.kernels.triton.sampled_tiles import num_splits
 
     layout = Layout.of((8192, 8192), (128, 128))

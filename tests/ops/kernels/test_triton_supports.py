@@ -1,4 +1,4 @@
-"""What Triton's kernels say that they can do, without Triton."""
+"""Triton's kernels tell what they can do, without Triton."""
 
 import pytest
 import torch

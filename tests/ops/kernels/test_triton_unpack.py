@@ -1,4 +1,4 @@
-"""Triton's unpack and pack: the bits of the plain ones, for every kind of block."""
+"""Triton's unpack and pack give the bits of the plain ones, for every kind of block."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_both_ways(size: tuple[int, ...], block_shape: tuple[int, int], mask: st
 
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 8), (2, 1), (1, 3), (32, 32), (100, 300)], ids=str)
 def test_several_programs(block_shape: tuple[int, int]) -> None:
-    """More groups than one program takes, and more block columns than are counted at once."""
+    """There may be more groups than one program takes, and more block columns than are counted at once."""
     from smet_compile.ops.kernels.triton.expand import pack, unpack
 
     size = (2, 9000) if block_shape != (100, 300) else (120, 310)
@@ -66,7 +66,7 @@ def test_a_transposed_gradient_is_read_as_it_lies(block_shape: tuple[int, int]) 
 
 
 def test_values_without_memory_of_their_own() -> None:
-    """An expanded scalar, as autograd makes of the gradient of a sum."""
+    """Values may be an expanded scalar, as autograd makes of the gradient of a sum."""
     from smet_compile.ops.kernels.triton.expand import unpack
 
     for block_shape in ((1, 1), (8, 8)):

@@ -1,4 +1,4 @@
-"""The one table of tolerances for kernels: relative RMS of the difference to the reference in fp64, by dtype.
+"""Holds the one table of tolerances for kernels: relative RMS of the difference to the law in fp64, by dtype.
 
 A sum is made in fp32 and rounded once. Rounding to b bits of mantissa leaves 2^-b / √12 times about 1.4 in the mean,
 which is 1.6e-3 in bf16 and 2e-4 in fp16; an fp32 result has what the order of a sum of some thousand numbers makes.

@@ -1,4 +1,4 @@
-"""The kernel named "triton_adamw": AdamW for many parameters at once, one launch for all of the same dtypes.
+"""The kernel named "triton_adamw" updates many parameters by AdamW at once: one launch for all of the same dtypes.
 
 A small launch before it counts the steps and computes the rates. The device reads addresses and numbers from a table
 that is made, and copied there, when the parameters change. The addresses of gradients and the learning rates are in a

@@ -1,4 +1,4 @@
-"""AdamW's two launches for all parameters of the same dtypes: ``prepare`` counts the step, ``update`` moves weights.
+"""Two kernels make AdamW's step for many parameters: ``prepare`` counts the step, ``update`` moves the weights.
 
 A program of ``update`` takes a piece of one parameter: one block, however large; up to LANES consecutive entries; or
 the active ones among LANES dense weights.

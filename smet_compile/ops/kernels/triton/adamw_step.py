@@ -1,4 +1,4 @@
-"""One AdamW step on the entries that a program holds, in the law's arithmetic and order of operations, bit for bit.
+"""Makes one AdamW step on the entries that a program holds, in the law's arithmetic and order of operations.
 
 First what a program reads of its parameter: one launch updates many parameters, and finds each in a row of a table.
 Then noise, roundings and 8-bit codes. Then the step itself.

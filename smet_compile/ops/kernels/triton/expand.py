@@ -1,4 +1,4 @@
-"""unpack and pack for every kind of block: blocks are expanded into a dense weight, or compacted from it.
+"""Computes unpack and pack for every kind of block: blocks are expanded into a dense weight, or compacted from it.
 
 Tiles: a program writes one block, of the dense weight or of ``values``.
 

@@ -1,4 +1,4 @@
-"""Products with any kind of block: the weight is expanded into a scratch, the vendor's GEMM does the rest.
+"""Multiplies with any kind of block: the weight is expanded into a scratch, the vendor's GEMM does the rest.
 
 The scratch comes from PyTorch's caching allocator and goes back to it at once, so all weights of a model share the
 memory of the largest, on any number of streams and in CUDA graphs. A sampled product is made a few rows at a time,

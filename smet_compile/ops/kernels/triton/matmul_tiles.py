@@ -1,4 +1,4 @@
-"""masked_matmul for tiles: input W and input Wᵀ, of which only the active blocks are multiplied.
+"""Computes masked_matmul for tiles: input W and input Wᵀ, of which only the active blocks are multiplied.
 
 A program makes the outputs of some tokens at one line of blocks (a block row for input Wᵀ, a block column for
 input W), or at a part of a wide line. What it sums over is one axis: the widths of the line's active blocks, one after

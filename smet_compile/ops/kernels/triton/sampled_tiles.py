@@ -1,4 +1,4 @@
-"""sampled_matmul for tiles: the active blocks of leftᵀ right, each summed over the tokens in fp32.
+"""Computes sampled_matmul for tiles: the active blocks of leftᵀ right, each summed over the tokens in fp32.
 
 A program makes one piece of the result: some consecutive active blocks of one block row, side by side, so that narrow
 tiles share what is read of ``left``; or a part of one block where blocks are wide. Where there are too few programs to

@@ -1,4 +1,4 @@
-"""The product and the update in one kernel, for tiles: a gradient's blocks are summed in registers, and moved by there.
+"""Joins product and update in one kernel, for tiles: a gradient's blocks are summed in registers, and used there.
 
 Programs and sums are those of ``sampled_tiles``, so that a fused step is, bit for bit, the product and then its update.
 

@@ -1,4 +1,4 @@
-"""What Triton's kernels can do on a device, and with which sizes they do it. Nothing here imports Triton.
+"""Tells what Triton's kernels can do on a device, and with which sizes. Nothing here imports Triton.
 
 Sizes are those of what a program works on, warps and pipeline stages: by device, arithmetic and side of a tile. The
 numbers follow from shared memory (227 KiB of a multiprocessor on Hopper, 163 KiB on Ampere), from 255 registers a
@@ -102,7 +102,7 @@ def on_device(kernel: Any, device: torch.device) -> Any:
 
 
 class MaskedSizes(NamedTuple):
-    """A step of masked_matmul takes ``tokens`` of them by ``inner`` weights of each output."""
+    """Says that a step of masked_matmul takes ``tokens`` of them by ``inner`` weights of each output."""
 
     tokens: int
     inner: int
@@ -111,7 +111,10 @@ class MaskedSizes(NamedTuple):
 
 
 class SampledSizes(NamedTuple):
-    """A step of sampled_matmul takes ``tokens`` of them, one block row by ``columns``, of several tiles if narrow."""
+    """Says that a step of sampled_matmul takes ``tokens`` of them, for one block row by ``columns``.
+
+    The columns are those of several tiles if these are narrow.
+    """
 
     columns: int
     tokens: int
