@@ -80,7 +80,6 @@ def _masked_matmul(
 ) -> Tensor:
     topology = gate.find(bits, lists, layout, values.shape[0])
     width, num_outputs = topology.layout.matrix[::-1] if transposed else topology.layout.matrix
-    _check_no_gradient(input, values)
     _check_alike("masked_matmul", values, "input", input)
     _check_alike("masked_matmul", values, "bias", bias)
     _check_tokens("masked_matmul: input", input, width, topology, offsets)
@@ -102,7 +101,6 @@ def _sampled_matmul(
     offsets: Tensor | None = None,
 ) -> Tensor:
     topology = gate.find(bits, lists, layout, num_active)
-    _check_no_gradient(left, right)
     _check_factors("sampled_matmul", left, right, topology, offsets)
     values: Tensor = choose.compute("sampled_matmul", left, topology, offsets is not None)(
         left, right, topology, offsets
@@ -147,14 +145,6 @@ def _check_values(name: str, values: Tensor, layout: str) -> None:
     block = Layout.from_text(layout).values_shape(0)[1:]
     if values.dim() == 0 or values.shape[1:] != block:
         raise ValueError(f"{name}: expected shape (N, *{block}) for the layout {layout}, got {tuple(values.shape)}")
-
-
-def _check_no_gradient(*factors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-        raise RuntimeError(
-            "masked_matmul and sampled_matmul stand in compiled graphs, which hold their gradients already; multiply "
-            "with the module's weight instead"
-        )
 
 
 def _check_alike(op: str, tensor: Tensor, name: str, other: Tensor | None) -> None:
@@ -259,3 +249,14 @@ def _pack_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
 
 register_autograd(library, "smet::unpack", _unpack_backward, _save_unpack, _unpack)
 register_autograd(library, "smet::pack", _pack_backward, _save_pack, _pack)
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "masked_matmul and sampled_matmul stand in compiled graphs, which hold their gradients already; multiply with "
+        "the module's weight instead"
+    )
+
+
+register_autograd(library, "smet::masked_matmul", _no_gradient, None, _masked_matmul)
+register_autograd(library, "smet::sampled_matmul", _no_gradient, None, _sampled_matmul)

@@ -17,7 +17,7 @@ def register_autograd(
     library: torch.library.Library,
     name: str,
     backward: Callable[..., Any],
-    setup_context: Callable[..., Any],
+    setup_context: Callable[..., Any] | None,
     implementation: Callable[..., Any],
 ) -> None:
     """Does what ``torch.library.register_autograd`` does, with a short cut where no gradient is recorded.
@@ -28,7 +28,7 @@ def register_autograd(
     try:
         from torch._library.autograd import Info, make_autograd_impl
 
-        generated = make_autograd_impl(torch.ops.smet.__getattr__(name.split("::")[1]).default, Info(backward, setup_context))
+        generated = make_autograd_impl(getattr(torch.ops.smet, name.removeprefix("smet::")).default, Info(backward, setup_context))
         ends_here: dict[int, bool] = {}
         after, not_counting = torch._C._after_autograd_keyset, torch._C.DispatchKey.ADInplaceOrView
     except (ImportError, AttributeError):
