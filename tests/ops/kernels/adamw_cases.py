@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, empty_index, num_groups, pack_bits, write_index
+from smet_compile.format import Layout, empty_index, pack_bits, write_index
 
 NUM_SKIPPED, STEP, LAST_TENSOR = 5, 6, 7
 

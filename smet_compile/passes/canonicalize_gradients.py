@@ -21,13 +21,14 @@ from smet_compile.passes.graph import (
     calls,
     flattened,
     is_call,
+    is_plain,
+    offsets_of,
+    operands,
     permuted,
     prims,
     val,
 )
-from smet_compile.passes.products import is_plain, offsets_of, operands
-from smet_compile.passes.weight_reads import padded
-from smet_compile.passes.weight_views import CONVERT, Labels, View, is_one, through, whole
+from smet_compile.passes.weight_views import CONVERT, Labels, View, is_one, padded, through, whole
 
 _VIEWS: tuple[Any, ...] = (
     aten.permute.default,
