@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import fuse_update
 from smet_compile.passes.graph import MASKED, PACK, SAMPLED, PassReport, calls
 from smet_compile.passes.updates import ACTIVE_ADAMW, SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updates
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, matched, parts, reads, targets, upto
 from tests.passes.steps import capture_step
 
