@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smet_compile.format import Layout, unpack
-from smet_compile.microscope.matrices import ActiveMatrix
+from smet_compile.microscope.live_paths import ActiveMatrix
 
 
 @st.composite
