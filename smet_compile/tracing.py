@@ -154,7 +154,7 @@ def capture_graphs(
     # Dynamo keeps compiled code by code object, and remembers by its name which sizes changed: give it new ones.
     name = f"captured_{next(_num_captured)}"
     code = call.__code__.replace(co_name=name)
-    fresh = types.FunctionType(code, call.__globals__, name, None, call.__closure__)
+    fresh = types.FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
     before = dict(counters["graph_break"])
     with torch.compiler.set_stance("default"), config.patch(recompile_limit=_UNLIMITED):
         try:

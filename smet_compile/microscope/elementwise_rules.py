@@ -1,4 +1,4 @@
-"""Rules for elementwise ops, norms, softmax and dropout, which keep every unit where it is; and for reductions."""
+"""Reads elementwise ops, norms, softmax and dropout, which keep every unit where it is; and reductions."""
 
 from __future__ import annotations
 

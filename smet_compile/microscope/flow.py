@@ -1,4 +1,4 @@
-"""The units of a forward, which of them each is made of, and how new ones are made of others.
+"""Holds the units of a forward and what each is made of, and makes new units of others.
 
 A unit is one feature: a row of a matrix, a channel, an entry of the model's input; tokens and batches are left out.
 Each node of the flow holds some units. A tensor has a label for each of its elements, which says which unit of a node
@@ -82,7 +82,7 @@ class Flow:
 
     @property
     def uses(self) -> list[tuple[int, int, Node]]:
-        """(number of the node of its columns, of its rows, the latter) for each product with a matrix."""
+        """Returns (number of the node of its columns, of its rows, the latter) for each product with a matrix."""
         return [(node.links[0].source, i, node) for i, node in enumerate(self.nodes) if node.kind == "matrix"]
 
 

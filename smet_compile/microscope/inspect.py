@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import networkx
 
 RULES: dict[str, Rule] = {**elementwise_rules.RULES, **movement_rules.RULES, **product_rules.RULES}
-"""Op → the rule that reads it. An op that is not here is taken to mix everything, and is named in the inspection."""
+"""Maps each op to the rule that reads it. Any other is taken to mix everything, and the inspection names it."""
 
 
 def inspect(

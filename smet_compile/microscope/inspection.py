@@ -60,7 +60,7 @@ class SiteInspection:
 
     @property
     def effective_density(self) -> float | None:
-        """The share of weights on a path from input to output that is all active (Vysogorets and Kempe 2023)."""
+        """Returns the share of weights on a path of active weights from input to output (Vysogorets and Kempe 2023)."""
         return None if self.reach is None else self.reach.num_live_weights / self.num_weights
 
     def cells(self) -> tuple[str, ...]:
@@ -106,12 +106,12 @@ class Inspection:
 
     @property
     def cohorts(self) -> tuple[Cohort, ...]:
-        """The cohorts of all weights together: how many grown blocks survived, by birth."""
+        """Returns the cohorts of all weights together: how many grown blocks survived, by birth."""
         return join_cohorts([site.history for site in self.sites])
 
     @property
     def age_counts(self) -> dict[int, int]:
-        """The ages of all weights together: age in steps → number of active blocks."""
+        """Returns the ages of all weights together: age in steps → number of active blocks."""
         total: dict[int, int] = {}
         for age, count in (item for site in self.sites for item in site.history.age_counts.items()):
             total[age] = total.get(age, 0) + count
@@ -119,14 +119,14 @@ class Inspection:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, its headings first; columns without any entry are left out."""
+        """Returns the table, its headings first; columns without any entry are left out."""
         table = [HEADINGS + HISTORY_HEADINGS, *(site.cells() for site in self.sites)]
         used = [i for i in range(len(table[0])) if any(row[i] != "-" for row in table[1:])]
         return [tuple(row[i] for i in used) for row in table]
 
     @property
     def summary(self) -> list[str]:
-        """Lines on the model as a whole."""
+        """Returns the lines on the model as a whole."""
         total = sum(site.num_weights for site in self.sites)
         active = sum(site.num_active_weights for site in self.sites)
         live = [site.reach.num_live_weights for site in self.sites if site.reach is not None]

@@ -1,4 +1,4 @@
-"""What reaches what through active weights: liveness of every unit both ways, and the number of paths.
+"""Follows active weights through a flow: which units are alive, which are read, and how many paths there are.
 
 A unit is zero (always, whatever the input), constant (only biases come to it), or live: an active path leads to it
 from the model's input. It is read where an active path leads from it to the model's output. A factor that is zero
@@ -40,29 +40,29 @@ class ActiveMatrix:
 
     @classmethod
     def of(cls, topology: Tensor, layout: Layout) -> ActiveMatrix:
-        """Makes it from the packed bits."""
+        """Makes the matrix from the packed bits of its topology."""
         return cls(layout, positions_of(unpack_bits(topology.cpu(), layout.num_blocks)))
 
     @property
     def num_active(self) -> int:
-        """The number of active blocks."""
+        """Counts the active blocks."""
         return self.layout.num_blocks if self.positions_N is None else self.positions_N.numel()
 
     @property
     def num_active_weights(self) -> int:
-        """The number of weights inside of active blocks; a block that hangs over an edge has fewer."""
+        """Counts the weights inside of active blocks; a block that hangs over an edge has fewer."""
         stack, rows, cols = self.layout.num_matrices, self.layout.rows, self.layout.cols
         return self.count((torch.ones(stack * rows), torch.ones(stack * cols)))
 
     @cached_property
     def block_row_N(self) -> Tensor:
-        """Block row of each active block, numbered through all matrices of the stack."""
+        """Returns the block row of each active block, numbered through all matrices of the stack."""
         assert self.positions_N is not None
         return self.positions_N // self.layout.block_cols
 
     @cached_property
     def block_col_N(self) -> Tensor:
-        """Block column of each active block, likewise."""
+        """Returns the block column of each active block, likewise."""
         assert self.positions_N is not None
         matrix_N = self.positions_N // (self.layout.block_rows * self.layout.block_cols)
         return matrix_N * self.layout.block_cols + self.positions_N % self.layout.block_cols
@@ -234,7 +234,7 @@ class _Paths:
 
     @property
     def log10(self) -> float:
-        """The logarithm of the sum over all units; minus infinity where there is no path."""
+        """Returns the logarithm of the sum over all units; minus infinity where there is no path."""
         total = float(self.share.sum())
         return (self.log_scale + math.log(total)) / math.log(10) if total > 0 else -math.inf
 

@@ -1,4 +1,4 @@
-"""Rules for ops that move entries: views, concatenation, padding, indexing, writing; and for ops that make tensors.
+"""Reads ops that move entries: views, concatenation, padding, indexing, writing; and ops that make tensors.
 
 Where the places that an op reads or writes are known to the data only, it may be any along the indexed dimensions.
 Where all that can be read or written there is constant (a table, ones), the place follows from the input, and the

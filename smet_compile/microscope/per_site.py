@@ -1,4 +1,4 @@
-"""What holds of each compact weight by itself: dead units, ages, churn, survival of what was grown.
+"""Finds what holds of each compact weight by itself: dead units, ages, churn, survival of grown blocks.
 
 Shape suffixes: S stacked matrices (R, C) of M block rows and K block columns.
 """
@@ -80,7 +80,7 @@ class Cohort:
 
     @property
     def survival_fraction(self) -> float | None:
-        """None where nothing was grown, and where the optimizer has joined older cohorts with this one."""
+        """Returns None where nothing was grown, and where the optimizer has joined older cohorts with this one."""
         is_known = self.num_grown > 0 and self.num_active <= self.num_grown
         return self.num_active / self.num_grown if is_known else None
 

@@ -1,4 +1,4 @@
-"""Rules for products with a weight or of two tensors (attention), for convolutions, and for pooling over space."""
+"""Reads products with a weight or of two tensors (attention), convolutions, and pooling over space."""
 
 from __future__ import annotations
 
