@@ -1,4 +1,4 @@
-"""Captures graphs and leaves no trace: everything in the package that captures a forward does it with what is here.
+"""Captures graphs and leaves no trace: whatever in the package captures a forward uses these tools.
 
 ``Capture`` is a backend for ``torch.compile`` that keeps the graphs, ``capture_graphs`` runs a call through it once,
 ``leave_no_trace`` puts back what a forward changes, ``run_op_by_op`` shows a forward to torch one op after another.
@@ -55,7 +55,7 @@ class Captured:
 
 
 class Capture:
-    """Is a backend for ``torch.compile`` that generates no code and keeps what it is given in ``graphs``.
+    """Serves ``torch.compile`` as a backend that generates no code and keeps what it is given in ``graphs``.
 
     It runs AOTAutograd, the passes and the partitioner. The compiler is imported at the first call: it takes seconds.
 

@@ -162,7 +162,7 @@ def _path_line(log10_share: float | None) -> str:
 
 
 def _age_line(counts: dict[int, int]) -> str:
-    """Prints the shares of the active blocks by age, in at most eight bins."""
+    """Returns a line on the shares of the active blocks by age, in at most eight bins."""
     if not counts:
         return ""
     total, width = sum(counts.values()), max(1, -(-(max(counts) + 1) // 8))
@@ -174,7 +174,7 @@ def _age_line(counts: dict[int, int]) -> str:
 
 
 def _survival_line(cohorts: Sequence[Cohort]) -> str:
-    """Prints the survival of the latest eight births."""
+    """Returns a line on the survival of the latest eight births."""
     known = [(c.born_step, c.survival_fraction) for c in cohorts if c.survival_fraction is not None]
     shares = "  ".join(f"{born}: {fraction:.1%}" for born, fraction in known[-8:])
     return f"still active, by step of birth:  {shares}" if len(known) > 1 else ""

@@ -29,9 +29,9 @@ _WEIGHTS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class ActiveMatrix:
-    """Is a stack of matrices of which some blocks are active; ``positions_N`` None: all of them.
+    """Describes a stack of matrices of which some blocks are active; ``positions_N`` None: all of them.
 
-    It says which columns reach which rows, in time linear in its active blocks. Entries of vectors number rows, or
+    Says which columns reach which rows, in time linear in its active blocks. Entries of vectors number rows, or
     columns, through all matrices of the stack.
     """
 

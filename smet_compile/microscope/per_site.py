@@ -80,7 +80,7 @@ class Cohort:
 
     @property
     def survival_fraction(self) -> float | None:
-        """Returns None where nothing was grown, and where the optimizer has joined older cohorts with this one."""
+        """Returns the share that is active; None if nothing was grown or the optimizer joined older cohorts with it."""
         is_known = self.num_grown > 0 and self.num_active <= self.num_grown
         return self.num_active / self.num_grown if is_known else None
 

@@ -19,7 +19,7 @@ Rule = Callable[["Reading", Call], Value | list[Value]]
 
 @dataclass
 class Reading:
-    """Is a forward that is being read.
+    """Follows the units through a recorded forward, op by op.
 
     Args:
         layouts: layout of every matrix by name, sites and dense ones. sites: number of a site's values → its name.
@@ -40,6 +40,7 @@ class Reading:
         return single(self.flow.constant, shape)
 
     def constants(self, refs: Iterable[Ref]) -> list[Value]:
+        """Returns a constant in place of each tensor."""
         return [self.constant(ref.shape) for ref in refs]
 
     def value(self, arg: Any) -> Value:
@@ -92,7 +93,7 @@ class Reading:
         return result
 
     def read_call(self, call: Call) -> None:
-        """Takes in one op."""
+        """Reads one op: what is known of its outputs, and of what it wrote to."""
         if call.outputs and op_name(call) == "smet.unpack":
             self.values[call.outputs[0].number] = self.weight(self.sites[call.args[0].number])
             return
@@ -118,7 +119,7 @@ class Reading:
         return results
 
     def _write(self, call: Call, before: dict[int, Value]) -> None:
-        """Takes in that an op wrote to its arguments.
+        """Reads that an op wrote to its arguments.
 
         What an unknown op wrote to without returning it is made of everything. Other views of the same memory are
         what they were, and anything of what was written.

@@ -16,7 +16,7 @@ Forward = Callable[["Layers", Any], Any]
 
 
 class Layers(nn.Module):
-    """``first`` and ``second`` map features to features, ``wide`` to three times as many."""
+    """Holds layers: ``first`` and ``second`` map features to features, ``wide`` to three times as many."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def added_to_a_list(m: Layers, x: Tensor) -> Tensor:
 
 
 def gate_above_a_half(m: Layers, x: Tensor) -> Tensor:
-    """hardtanh of nothing is one half here."""
+    """Makes one half of nothing, by hardtanh."""
     return m.second(F.hardtanh(m.first(x), 0.5, 2.0) * x)
 
 
