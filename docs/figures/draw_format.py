@@ -12,7 +12,6 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 import smet_compile as smet
-
 from smet_compile.ops import Site, find_sites
 
 LISTS = ("positions", "by_column", "row_starts", "column_starts", "group_starts")

@@ -2,7 +2,7 @@
 
 ``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain
 torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and
-``triton_adamw``, or one that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere, and where no kernel is named, the
+``triton_adamw``, or one that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere the
 first in the order of registration is taken that can compute the case and is profitable. A warning names each kind of
 case that the named kernel has a function for and cannot compute, and what computes it instead.
 """

@@ -28,7 +28,7 @@ _WRITTEN = (
 class CompactWeight(nn.Module):
     """values → dense weight (``forward``) and back (``right_inverse``), for one site.
 
-    Its buffers are ``topology``, one bit per block, which is the truth and what a checkpoint holds, and ``lists``, which
+    Its buffers are ``topology``, one bit per block, the truth and what a checkpoint holds, and ``lists``, which
     kernels read (``format.Topology``), derived from it and rebuilt after every load. Neither reaches a kernel before it
     was checked (``ops.gate``), again after every change in place.
 

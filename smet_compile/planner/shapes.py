@@ -22,7 +22,7 @@ from smet_compile.planner.copies import copy_with
 from smet_compile.train_step import TrainStep
 
 if TYPE_CHECKING:
-    from smet_compile.passes.capture import Captured
+    from smet_compile.tracing import Captured
 
 Inputs = Callable[[int, int | None], Any]
 LossFn = Callable[[Any, Any], Tensor]
@@ -119,7 +119,7 @@ def _capture(call: Callable[[], Any]) -> Captured | None:
     from torch._dynamo import config
     from torch._dynamo.exc import Unsupported, UserError
 
-    from smet_compile.passes.capture import Capture
+    from smet_compile.tracing import Capture
 
     capture = Capture()
     code = call.__code__.replace(co_name=f"planned_{next(_num_captured)}")

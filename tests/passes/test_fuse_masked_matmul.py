@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_masked_matmul import fuse_masked_matmul
 from smet_compile.passes.graph import MASKED, PRODUCTS, UNPACK, PassReport, calls
 from tests.passes.compiled import assert_idempotent, capture, matched, randn, reads, targets, upto

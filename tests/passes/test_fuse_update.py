@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, TORCH_OPTIM, UPDATE, fuse_update, updates
 from smet_compile.passes.graph import MASKED, PACK, SAMPLED, PassReport, calls

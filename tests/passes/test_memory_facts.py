@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, UPDATE, updates
 from smet_compile.passes.graph import MASKED, SAMPLED, calls
+from smet_compile.tracing import Captured
 from tests.passes.compiled import capture, dense_sizes, randn
 from tests.passes.memory_facts import makes_no_dense_gradient, of_size, returned, saves_no_dense_weight
 from tests.passes.steps import capture_step

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import smet_compile as smet
-from smet_compile.passes.capture import Capture
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, updates
+from smet_compile.tracing import Capture
 from tests.support.snapshots import assert_same
 from tests.train_step.setting import batch_of, sparse, twice
 
