@@ -15,6 +15,7 @@ from smet_compile.ops import find_sites
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, TORCH_OPTIM, UPDATE, fuse_update, updates
 from smet_compile.passes.graph import MASKED, PACK, SAMPLED, PassReport, calls
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, matched, parts, reads, targets, upto
 from tests.passes.steps import capture_step
 
