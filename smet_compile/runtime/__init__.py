@@ -1,4 +1,4 @@
-"""When the topology changes: schedules, drop and grow, the manager between steps, checkpoints."""
+"""Decides when the topology changes: schedules, drop and grow, the manager between steps, checkpoints."""
 
 from smet_compile.runtime.checkpoint import load_checkpoint, save_checkpoint
 from smet_compile.runtime.manager import TopologyManager

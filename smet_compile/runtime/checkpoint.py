@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
-from smet_compile.ops import find_sites
+from smet_compile.ops import canonical_name, find_sites
 from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.saved_state import (
-    Rename,
     check_model,
     check_optimizer,
     layouts_of,
@@ -28,11 +28,12 @@ from smet_compile.runtime.saved_state import (
     model_entries,
     model_metadata,
     optimizer_entry,
-    renaming,
 )
 from smet_compile.runtime.schedules import check_override
 from smet_compile.runtime.tree import as_bytes
 
+_WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Names that wrappers of torch give to the module in them, as older versions wrote them into files."""
 _MT19937_BYTES, _MT19937_WORDS = 5056, 624
 _LEFT, _NEXT = slice(8, 12), slice(16, 24)
 """Bytes of the state of torch's Mersenne twister: the words that are left, and the place of the next one."""
@@ -145,7 +146,7 @@ def _check_parts(saved: dict[str, Any], model: nn.Module) -> None:
     for part in ("layouts", "model"):
         if not isinstance(saved[part], dict):
             raise ValueError(f"{part}: expected a dict, got {kind_of(saved[part])}")
-    _rename(saved, renaming(saved["model"], model))
+    _rename(saved, _renaming(saved["model"], model))
     check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
 
 
@@ -167,7 +168,28 @@ def _optimizer_entries(saved: dict[str, Any]) -> list[Any]:
     return [saved["optimizer"], *saved.get("other_optimizers", [])]
 
 
-def _rename(saved: dict[str, Any], rename: Rename) -> None:
+def _renaming(saved_names: Iterable[str], model: nn.Module) -> Callable[[str], str]:
+    """Returns the function that turns the names in a file into canonical ones.
+
+    A file of an older version has the names that the model had with its wrappers. If this model is wrapped in the same
+    way, it has these names too; else the parts of them that wrappers add are left out.
+    """
+    names, raw = set(saved_names), list(model.state_dict())
+    known = {canonical_name(model, name) for name in raw}
+    if names == set(raw) != known:
+        return partial(canonical_name, model)
+    return partial(_known_as, known | find_sites(model).keys())
+
+
+def _known_as(known: set[str], name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPED_CHILDREN]
+    for candidate in (name, ".".join(parts), ".".join(parts[1:]) if parts[0] == "module" else name):
+        if candidate in known:
+            return candidate
+    return name
+
+
+def _rename(saved: dict[str, Any], rename: Callable[[str], str]) -> None:
     """Gives every weight its canonical name, wherever a checkpoint names one."""
     saved["model"] = _renamed(saved["model"], rename)
     saved["layouts"] = _renamed(saved["layouts"], rename)
@@ -189,7 +211,7 @@ def _rename(saved: dict[str, Any], rename: Rename) -> None:
                         event["sites"] = _renamed(sites, rename)
 
 
-def _renamed(entries: Any, rename: Rename) -> Any:
+def _renamed(entries: Any, rename: Callable[[str], str]) -> Any:
     renamed = {rename(name) if isinstance(name, str) else name: value for name, value in entries.items()}
     if len(renamed) != len(entries):
         raise ValueError(

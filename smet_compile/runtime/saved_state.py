@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable
-from functools import partial
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -23,10 +22,6 @@ from smet_compile.ops.loaded import check_alike, check_integer, check_keys, kind
 from smet_compile.ops.saved_groups import Saved, check_groups
 from smet_compile.runtime.tree import set_versions, versions_of
 
-Rename = Callable[[str], str]
-
-_WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Names that wrappers of torch give to the module in them, as older versions wrote them into files."""
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf")
 _FLAGS_OF_DEVICES = ("foreach", "fused", "capturable", "differentiable")
 
@@ -112,27 +107,6 @@ def _check_metadata(metadata: Any) -> None:
             raise ValueError(f"model_metadata[{name!r}]: expected a dict, got {kind_of(entries)}")
         if "version" in entries:
             check_integer(f"model_metadata[{name!r}].version", entries["version"])
-
-
-def renaming(saved_names: Iterable[str], model: nn.Module) -> Rename:
-    """Returns the function that turns the names in a file into canonical ones.
-
-    A file of an older version has the names that the model had with its wrappers. If this model is wrapped in the same
-    way, it has these names too; else the parts of them that wrappers add are left out.
-    """
-    names, raw = set(saved_names), list(model.state_dict())
-    known = {canonical_name(model, name) for name in raw}
-    if names == set(raw) != known:
-        return partial(canonical_name, model)
-    return partial(_known_as, known | find_sites(model).keys())
-
-
-def _known_as(known: set[str], name: str) -> str:
-    parts = [part for part in name.split(".") if part not in _WRAPPED_CHILDREN]
-    for candidate in (name, ".".join(parts), ".".join(parts[1:]) if parts[0] == "module" else name):
-        if candidate in known:
-            return candidate
-    return name
 
 
 def optimizer_entry(model: nn.Module, optimizer: Any) -> dict[str, Any]:
