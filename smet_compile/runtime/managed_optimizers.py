@@ -76,8 +76,8 @@ class ManagedOptimizers:
 
     def _missing(self, found: list[FoundOptimizer]) -> dict[str, nn.Parameter]:
         """Returns the compact weights that none of the optimizers holds."""
-        held = {parameter for each in found for parameter in each.holds}
-        return {name: site.values for name, site in self._sites.items() if id(site.values) not in held}
+        held_ids = {parameter for each in found for parameter in each.holds}
+        return {name: site.values for name, site in self._sites.items() if id(site.values) not in held_ids}
 
     def _check_holds(self, found: list[FoundOptimizer]) -> None:
         names = [name for name, values in self._missing(found).items() if values.requires_grad]

@@ -154,7 +154,7 @@ class TopologyManager:
         """Listens to optimizers, without being kept alive by them, and to gradients where an update is next."""
         self._listen_to_optimizers()
         weakref.finalize(self, _stop_listening, self._candidates).atexit = False
-        self._expect_update()
+        self._prepare_next_step()
 
     def _listen_to_optimizers(self) -> None:
         for found in self._optimizers.stepping:
@@ -212,7 +212,7 @@ class TopologyManager:
                 stacklevel=6,
             )
 
-    def _expect_update(self) -> None:
+    def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""
         self._watch_gradients()
         if self._is_due(self.num_steps + 1):
@@ -297,7 +297,7 @@ class TopologyManager:
         self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
-        self._expect_update()
+        self._prepare_next_step()
 
     def check_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
         """Raises ValueError where ``load_state_dict`` would."""

@@ -93,10 +93,10 @@ class TrainedParameters:
 
     def look_at_step(self, optimizer: Any) -> None:
         """Finds out what ``optimizer`` trained; called after its step."""
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         counts = self._counts()
-        changes = {p: self._changes(p, counts[p]) for p in held if p in counts}
-        trained = [p for p in held if p.grad is not None or (p in changes and changes[p][0])]
+        changes = {p: self._changes(p, counts[p]) for p in parameters if p in counts}
+        trained = [p for p in parameters if p.grad is not None or (p in changes and changes[p][0])]
         self._trained[id(optimizer)] = {id(p) for p in trained}
         self._not_finite[id(optimizer)] = [p for p in trained if (p in changes and changes[p][1]) or not _is_finite(p)]
 
