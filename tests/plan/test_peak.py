@@ -10,12 +10,10 @@ from torch import nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.planner.copies import meta_copy
-from smet_compile.planner.run import PlannedRun
-from smet_compile.planner.shapes import Step, token_batch
-from smet_compile.planner.wish import Wish
+from smet_compile.plan.run import PlannedRun, Request
+from smet_compile.plan.shapes import Step, empty_copy, token_batch
 from tests.models.classes import REAL_MODELS
-from tests.planner.measured import Gradients, bytes_by_kind, eager_step, make, peak_of
+from tests.plan.measured import Gradients, bytes_by_kind, eager_step, make, peak_of
 
 EAGER, COMPILED = 0.05, 0.15
 
@@ -116,7 +114,8 @@ def test_equal_layers_are_planned_from_two() -> None:
     selection = {"include": None, "exclude": None, "rules": None, "distribution": "uniform"}
     step = Step(token_batch, None, True, False)
     few, all_of_them = (
-        PlannedRun(Wish("", meta_copy(model), step, 8, 32, None, False, False, selection), 0.5) for _ in range(2)
+        PlannedRun(Request("", empty_copy(model), step, 8, 32, None, "adamw", False, False, selection), 0.5)
+        for _ in range(2)
     )
     all_of_them.repeats = []
     assert few.repeats and len(few.eager) == 2 and len(all_of_them.eager) == 1
