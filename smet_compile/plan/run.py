@@ -78,6 +78,7 @@ class PlannedRun:
             choices = request.choices(self.model, density)
             make_compact(self.model, [draw(each, "random", rescale=False, seed=0) for each in choices], reasons={})
         self.sites = find_sites(self.model)
+        self.output_head = find_output_head(self.model)
         num_blocks = sum(site.layout.num_blocks for site in self.sites.values())
         self.density = density or sum(site.num_active for site in self.sites.values()) / num_blocks
         self.repeats = find_repeats(self.model, self._num_active_of)
@@ -141,7 +142,6 @@ class PlannedRun:
     def stored(self, density: float | None = None) -> list[Stored]:
         """Returns every parameter; at another ``density`` than that of the run if given."""
         sites = {id(site.values): site for site in self.sites.values()}
-        head = find_output_head(self.model)
         found = []
         for name, parameter in self.model.named_parameters():
             site = sites.get(id(parameter))
@@ -152,7 +152,7 @@ class PlannedRun:
                 parameter.dtype,
                 trained=self._is_trained(name),
                 is_vector=site is None and parameter.dim() < 2,
-                is_output_head=parameter is head,
+                is_output_head=parameter is self.output_head,
             )
             found.append(one if site is None else replace(one, layout=site.layout, num_active=site.num_active))
         return found if density is None else [self._at(density, each) for each in found]

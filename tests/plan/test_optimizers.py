@@ -1,4 +1,4 @@
-"""Bytes of moments by optimizer, by hand: AdamW has two everywhere, Lion and SGD one, SCALE few."""
+"""Planned moments of each optimizer equal counts by hand: AdamW has two everywhere, Lion and SGD one, SCALE few."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ def test_symbols_name_the_weights_with_one_and_two_slots() -> None:
 
 
 def test_all_else_that_is_stored_is_the_same() -> None:
-    """Dense training beside it is AdamW's."""
+    """The dense training in the plan is AdamW's always."""
     plans = [net_plan(optimizer=optimizer) for optimizer in OPTIMIZERS]
     for plan in plans[1:]:
         assert plan.sparse.stored | {"moments": 0} == plans[0].sparse.stored | {"moments": 0}
@@ -165,7 +165,7 @@ def test_else_the_head_is_the_last_matrix_that_is_not_compact() -> None:
     assert find_output_head(smet.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)) is None
 
 
-def test_a_model_that_cannot_name_its_head_is_asked_no_further() -> None:
+def test_the_head_of_a_model_that_cannot_name_it_is_its_last_matrix() -> None:
     class Odd(Net):
         def get_output_embeddings(self) -> nn.Module:
             raise RuntimeError("there is no head")

@@ -21,7 +21,7 @@ def test_bytes_are_read(text: str | float, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24 apples", "-1GB", 0, -3, 0.5, float("inf"), True, None, "0GB", "1e9"])
-def test_what_is_no_size_is_refused(text: object) -> None:
+def test_text_that_is_not_a_size_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match='fits: expected bytes such as "24GB"'):
         parse_bytes("fits", text)  # type: ignore[arg-type]
 
