@@ -31,7 +31,7 @@ _COMPACT: set[Any] = {torch.ops.smet.pack, torch.ops.smet.sampled_matmul}
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory that a graph makes. ``num_holders``: the number of live values that are it, or a view of it."""
+    """Stands for memory that a graph makes. ``num_holders``: the number of live values that are it, or a view of it."""
 
     bytes: float
     term: Term

@@ -1,4 +1,4 @@
-"""The bytes of ``stored`` as formulas in density, batch, sequence and block size.
+"""Writes the bytes of ``stored`` as formulas in density, batch, sequence and block size.
 
 They are counts in real numbers. Exact counts round each weight's active blocks to a whole number, and the lists of an
 index to whole entries. ``rounding_bytes`` bounds the difference.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sympy import Expr, Symbol
 
 Shares = dict[str, float | None]
-"""Name of a compact weight → its density divided by the model's, None where a rule sets it."""
+"""Maps the name of a compact weight to its density divided by the model's, to None where a rule sets it."""
 _LIST_ENTRY = 4
 
 

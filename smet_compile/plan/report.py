@@ -1,4 +1,4 @@
-"""Plan: what a training run will cost, as formulas and as numbers beside dense training; and its printed form."""
+"""Makes and prints a ``Plan``: the cost of a training run, as formulas and as numbers beside dense training."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from sympy import Expr, Symbol
 
 _WITHOUT_RATIO = ("ages", "index", "buffers")
-"""Kinds that dense training hardly has."""
+"""These kinds are hardly there in dense training."""
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _WORTH_A_WARNING = 0.02
-"""The share of a run's bytes from which on lists and ages are mentioned."""
+"""Lists and ages that take less than this share of a run's bytes are not mentioned."""
 _PRINTED_AS_EQUAL = 0.005
-"""The largest share by which a cost may exceed that of dense training and is still printed as 1.00 times."""
+"""A cost that exceeds dense training's by no more than this share is printed as 1.00 times, and is not mentioned."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One training run's numbers.
+    """Holds the numbers of one training run.
 
     Args:
         stored: bytes by kind (weights, gradients, moments, ages, index, buffers), exact.
@@ -47,18 +47,18 @@ class Cost:
 
     @property
     def scratch(self) -> int:
-        """The bytes that the fullest moment needs beyond the activations."""
+        """Returns the bytes that the fullest moment needs beyond the activations."""
         return self.working - self.activations
 
     @property
     def persistent(self) -> int:
-        """All that is stored when a step ends, before gradients are let go."""
+        """Returns the bytes that are stored when a step ends, before gradients are let go."""
         return sum(self.stored.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of ``plan``. ``print`` it for a table.
+    """Holds the result of ``plan``; ``print`` it for a table.
 
     Args:
         title: what was planned, in a line.

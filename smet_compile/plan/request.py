@@ -1,4 +1,4 @@
-"""plan: the cost of a training run of a model, for given arguments or for the largest density or batch that fits."""
+"""Checks the arguments of ``plan``, and plans a run for them or for the largest density or batch that fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
 
 _DENSITY = 0.3
 _PARTS = 10_000
-"""Densities that are solved for are multiples of 1 / this."""
+"""Densities that are solved for are multiples of 1 / this number."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 Dtype = torch.dtype | str | None

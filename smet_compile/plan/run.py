@@ -1,4 +1,4 @@
-"""One training run that is planned: its model on shapes, what it stores, and what a step makes beside that."""
+"""Follows one training run: its model on shapes, what it stores, and what a step makes beside that."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from smet_compile.plan.timeline import Amount, Degrees, LayeredTimeline, Point, 
 
 @dataclass(frozen=True)
 class Request:
-    """The checked arguments of ``plan``, without density and batch, which may be solved for.
+    """Holds the checked arguments of ``plan``, without density and batch, which may be solved for.
 
     Args:
         name: the name of the model. model: it on the meta device, dense or compact; never changed.
@@ -61,7 +61,7 @@ class Request:
 
 
 class PlannedRun:
-    """A run at one density, at any batch.
+    """Answers for a run at one density what it stores and needs, at any batch.
 
     Args:
         density: the density of the weights that are made sparse; None for a model that is compact already.
@@ -99,7 +99,7 @@ class PlannedRun:
 
     @property
     def breaks(self) -> bool:
-        """True where the step was to be compiled and breaks into several graphs."""
+        """Returns True where the step was to be compiled and breaks into several graphs."""
         return self.request.compiled and self._compiled_timeline is None
 
     @cached_property
@@ -123,7 +123,7 @@ class PlannedRun:
 
     @cached_property
     def eager(self) -> list[tuple[int, EagerRun]]:
-        """(factor, eager run): the whole model is their weighted sum."""
+        """Returns (factor, eager run) pairs, whose weighted sum is the whole model."""
         return self._eager(self.model)
 
     def _eager(self, model: nn.Module) -> list[tuple[int, EagerRun]]:
@@ -175,7 +175,7 @@ class PlannedRun:
 
     @property
     def buffers(self) -> int:
-        """The bytes of the buffers that do not belong to a topology."""
+        """Returns the bytes of the buffers that do not belong to a topology."""
         topologies = {id(tensor) for site in self.sites.values() for tensor in site.compact.buffers()}
         return sum(tensor.nbytes for tensor in self.model.buffers() if id(tensor) not in topologies)
 

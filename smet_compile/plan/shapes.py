@@ -39,7 +39,7 @@ class SeveralGraphsError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """Describes a training step.
 
     Args:
         inputs: (batch, sequence) → inputs of the model.
@@ -90,7 +90,7 @@ def empty_copy(model: nn.Module, device: str = "meta", dtype: torch.dtype | None
 
 @dataclass(frozen=True)
 class EagerRun:
-    """A step that was followed, and the names of the parameters that it gave a gradient."""
+    """Holds a step that was followed, and the names of the parameters that it gave a gradient."""
 
     followed: EagerFollower
     trained: set[str]
@@ -162,7 +162,7 @@ def _capture(call: Callable[[], Any]) -> Captured | None:
 
 
 class Repeats(NamedTuple):
-    """A list of layers that are equal from the first or from the second on.
+    """Names a list of layers that are equal from the first or from the second on.
 
     Args:
         name: the name of the list in the model.

@@ -1,4 +1,4 @@
-"""The bytes that a training run stores between steps: exactly, by kind, and as people read and write them."""
+"""Counts the bytes that a training run stores between steps, exactly and by kind; reads and writes sizes as text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ KINDS = ("weights", "gradients", "moments", "ages", "index", "buffers")
 OPTIMIZERS = ("adamw", "lion", "sgd", "scale")
 SCALE_BYTES = 4
 _COUNTS_BYTES = 16
-"""A trained parameter's numbers of steps and of skipped blocks, int64."""
+"""A trained parameter counts its steps and its skipped blocks, int64 each."""
 _BIRTHS_BYTES = 256 * 8
-"""The steps at which the generations of a compact weight were born, int64."""
+"""A compact weight keeps the steps at which its generations were born, int64 each."""
 _TORCH_STEP_BYTES = 4
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 _UNITS = {f"{prefix}b".lower(): 1000**power for power, prefix in enumerate(_PREFIXES)}
@@ -31,7 +31,7 @@ Bytes = dict[str, int]
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter.
+    """Describes one parameter.
 
     Args:
         num_weights: the number of entries of the dense parameter.
@@ -52,7 +52,7 @@ class Stored:
 
     @property
     def num_values(self) -> int:
-        """The number of entries of the tensor; blocks that hang over an edge count in full."""
+        """Returns the number of entries of the tensor; blocks that hang over an edge count in full."""
         return self.num_weights if self.layout is None else math.prod(self.layout.values_shape(self.num_active))
 
     @property
@@ -95,7 +95,7 @@ def state_slots(optimizer: str, parameter: Stored) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices that decide bytes beside the weights.
+    """Holds the choices that decide bytes beside the weights.
 
     Args:
         moment_dtype: None (fp32), a dtype, or "int8".

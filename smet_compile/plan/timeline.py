@@ -1,4 +1,4 @@
-"""Memory during a training step, moment after moment, as polynomials in batch, sequence and density.
+"""Describes memory during a training step as polynomials in batch, sequence and density, moment after moment.
 
 The polynomials are read off the shapes of one run. Its batch and its sequence are primes that divide no dimension of
 the model, so every factor of them in a shape comes from them: 11 sequences of 251 tokens make hidden states of shape
@@ -24,12 +24,12 @@ class Term(NamedTuple):
 
 
 Amount = Mapping[Term, float]
-"""Bytes or operations as a polynomial: term → coefficient."""
+"""Maps each term to its coefficient: bytes or operations as a polynomial."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """The batch and the sequence of a run, found again in shapes. ``sequence`` is 1 where the model has none."""
+    """Finds the batch and the sequence of a run again in shapes. ``sequence`` is 1 where the model has none."""
 
     batch: int
     sequence: int
@@ -91,7 +91,7 @@ def _distinct_prime(candidates: Iterable[int], taken: set[int], near: bool = Fal
 
 @dataclass(frozen=True)
 class Point:
-    """A batch, a sequence and a density at which polynomials are evaluated.
+    """Evaluates polynomials at a batch, a sequence and a density.
 
     Args:
         density_ratio: the density divided by the density of the run that the polynomials were read from.
@@ -112,7 +112,7 @@ class Point:
 
 
 class Phase(NamedTuple):
-    """Forward or backward: the states of memory, and the (bytes, term) that was made to reach each of them."""
+    """Holds the states of memory in forward or backward, and the (bytes, term) that was made to reach each of them."""
 
     states: list[dict[Term, float]]
     made: list[tuple[float, Term]]
@@ -153,7 +153,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class LayeredTimeline:
-    """The timeline of a model whose layers repeat, computed from those of models with fewer layers.
+    """Computes the timeline of a model whose layers repeat from those of models with fewer layers.
 
     In equal layers one after another, memory is fullest in the first or in the last. Both are in a model of two layers,
     and each further layer changes them by the same amount.

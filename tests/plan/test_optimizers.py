@@ -12,7 +12,7 @@ from smet_compile.plan.stored import OPTIMIZERS, Recipe, Stored, bytes_of, find_
 from tests.models.classes import SMALL
 
 COMPACT, DENSE, HEAD, VECTORS = 256, 32 * 16, 8 * 32, 32 + 32 + 8
-"""Stored entries of ``Net`` at density 0.25: of ``body``, ``side``, ``head`` and the three biases."""
+"""``Net`` stores so many entries at density 0.25 in ``body``, ``side``, ``head`` and the three biases."""
 ENTRIES = COMPACT + DENSE + HEAD + VECTORS
 VALUES = {
     "adamw": 2 * ENTRIES,
@@ -21,7 +21,7 @@ VALUES = {
     "scale": HEAD + 2 * VECTORS,
 }
 SCALES = {"adamw": 2 * 6, "lion": 6, "sgd": 6, "scale": 1 + 2 * 3}
-"""Groups of up to 1024 entries, one or more for each of the six parameters, once for each slot."""
+"""Each of the six parameters has one group of up to 1024 entries, and so one scale for each slot."""
 
 
 class Net(nn.Module):
