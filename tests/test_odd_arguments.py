@@ -185,6 +185,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "sequence",
             "dtype",
             "moment_dtype",
+            "optimizer",
             *SWITCHES,
             "fits",
             "inputs",

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ALL_ROOMS = {"runtime", "plan", "convert", "passes", "optim", "ops", "format"}
-ABOVE = {"api", "train_step", "explain", "tracing", "planner", "microscope", "presets", "extras"}
-SIDE_BY_SIDE = "convert, passes, optim and plan never import one another: what needs two goes into api.py"
+ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format"}
+ABOVE = {"api", "train_step", "explain", "tracing", "plan", "microscope", "presets", "extras"}
+SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
 INDUCTOR = "it moves with every torch release, so one room follows it"
@@ -26,7 +26,6 @@ ROOMS = {
     "convert": Room({"ops", "format"}, SIDE_BY_SIDE),
     "passes": Room({"ops", "format"}, f"{SIDE_BY_SIDE}; {UNTOUCHED_GRAPH}"),
     "optim": Room({"ops", "format"}, SIDE_BY_SIDE),
-    "plan": Room({"ops", "format"}, SIDE_BY_SIDE),
     "runtime": Room({"ops", "format"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "api": Room(ALL_ROOMS, "imports point down only"),
     "train_step": Room(
@@ -41,9 +40,9 @@ ROOMS = {
     ),
     "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
     "presets": Room({"extras"}, "a shape and its model know nothing of sparsity"),
-    "planner": Room(
-        {"convert", "plan", "passes", "optim", "ops", "format", "train_step", "tracing", "presets"},
-        "it makes a step without memory and asks `plan` what that comes to; nothing below asks what a run will cost",
+    "plan": Room(
+        {"convert", "passes", "optim", "ops", "format", "train_step", "tracing", "presets"},
+        "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
     ),
     "__init__": Room(ALL_ROOMS | ABOVE, "the door is light, and the main job stands above it"),
     "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__"}, "imports point down only"),

@@ -1,4 +1,4 @@
-"""What a real training step stores, by kind, and the most that its tensors hold at once."""
+"""Measures what a real training step stores, by kind, and the most that its tensors hold at once."""
 
 import gc
 import warnings
@@ -37,7 +37,7 @@ def bytes_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer, gradients:
 
 
 class Gradients:
-    """Bytes of the gradients that the optimizer's last step found."""
+    """Keeps the bytes of the gradients that the optimizer's last step found."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.of: dict[nn.Parameter, int] = {}
@@ -55,7 +55,7 @@ def eager_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[s
 
 
 def peak_of(step: Callable[[], Any]) -> int:
-    """The most bytes that tensors hold at once during ``step`` over those before, by torch's allocator."""
+    """Returns the most bytes that tensors hold during ``step`` beyond those before, by torch's allocator."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

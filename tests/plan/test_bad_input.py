@@ -13,6 +13,7 @@ CASES = [
     ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),
     ({"sequence": 2.5}, "sequence: expected a whole number of at least 1"),
     ({"dtype": "float8"}, "dtype: expected None or one of float32, .*got 'float8'"),
+    ({"optimizer": "adam"}, "optimizer: expected one of adamw, lion, sgd, scale, got 'adam'"),
     ({"moment_dtype": torch.float16}, "moment_dtype: expected None or one of float32, bfloat16, int8"),
     ({"compiled": False, "fused_update": True}, "fused_update: expected False for eager training"),
     ({"fits": "lots"}, "fits: expected bytes such as"),
@@ -47,7 +48,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), CASES, ids=str)
-def test_is_refused_by_name(arguments: dict[str, object], message: str) -> None:
+def test_a_bad_argument_is_refused_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         smet.plan(**({"model": "nano", "compiled": False} | arguments))  # type: ignore[arg-type]
 
@@ -65,12 +66,12 @@ def test_a_model_that_takes_no_tokens_needs_inputs() -> None:
         smet.plan(nn.Linear(8, 8), 0.5, inputs=lambda b, s: torch.zeros(b, 9), loss_fn=lambda m, x: m(x).sum())
 
 
-def test_checkpointing_is_the_model_s() -> None:
+def test_checkpointing_needs_a_model_that_has_it() -> None:
     with pytest.raises(ValueError, match="checkpointing: expected a model with gradient_checkpointing_enable"):
         smet.plan(nn.Linear(8, 8), 0.5, inputs=lambda b, s: {"input": torch.zeros(b, 8)}, checkpointing=True)
 
 
-def test_blocks_too_few_for_their_rows_are_said() -> None:
+def test_a_plan_warns_of_too_few_blocks_for_their_rows() -> None:
     step = {"inputs": lambda b, s: torch.zeros(b, 32), "loss_fn": lambda m, x: m(x).sum(), "compiled": False}
     few = smet.plan(nn.Linear(32, 64), 0.1, block_shape=8, **step)
     assert any("weight (3 blocks for 8 rows and 4 columns of blocks): some outputs" in each for each in few.warnings)

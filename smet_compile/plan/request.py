@@ -1,8 +1,8 @@
-"""plan: what a training run of a model would cost, found on shapes alone."""
+"""Checks the arguments of ``plan``, and plans a run for them or for the largest density or batch that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,18 +12,17 @@ from smet_compile.convert import Globs, check_density
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.ops import find_sites
-from smet_compile.plan import Plan, parse_bytes
-from smet_compile.planner.copies import meta_copy
-from smet_compile.planner.fits import largest_batch, largest_density
-from smet_compile.planner.report import plan_of
-from smet_compile.planner.run import PlannedRun
-from smet_compile.planner.shapes import Inputs, LossFn, Step, token_batch
-from smet_compile.planner.wish import Wish
+from smet_compile.plan.report import Plan, make_plan
+from smet_compile.plan.run import PlannedRun, Request
+from smet_compile.plan.shapes import Inputs, LossFn, Step, empty_copy, token_batch
+from smet_compile.plan.stored import OPTIMIZERS, bytes_text, parse_bytes
 from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
 
 _DENSITY = 0.3
+_PARTS = 10_000
+"""Densities that are solved for are multiples of 1 / this number."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+_MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 Dtype = torch.dtype | str | None
 
 
@@ -35,7 +34,8 @@ def plan(
     batch: int | None = None,
     sequence: int | None = None,
     dtype: torch.dtype | str | None = None,
-    state_dtype: torch.dtype | Literal["int8", "float32", "bfloat16"] | None = None,
+    moment_dtype: torch.dtype | Literal["int8", "float32", "bfloat16"] | None = None,
+    optimizer: str = "adamw",
     compiled: bool = True,
     fused_update: bool | None = None,
     checkpointing: bool = False,
@@ -48,7 +48,7 @@ def plan(
     loss_fn: LossFn | None = None,
     vocabulary: int = VOCABULARY,
 ) -> Plan:
-    """Bytes by kind, peak memory and operations of a training step, as formulas and as numbers beside dense training.
+    """Plans a training step: bytes by kind, peak memory and operations, as formulas and numbers beside dense training.
 
     ``model`` stays as it is and may be on the meta device; nothing is computed, so any size takes seconds::
 
@@ -56,7 +56,7 @@ def plan(
         smet.plan("1b", block_shape=64, fits="24GB").density       # the largest that fits
         smet.plan("1b", 0.25, block_shape=64, fits="24GB").batch   # density given: the largest batch
 
-    What is stored is exact; activations and scratch are predicted (docs/planning.md says how well).
+    Stored bytes are exact; activations and scratch are predicted (docs/planning.md says how well).
 
     Args:
         model: a dense model, one that is compact already (then without ``density``), or the name of a preset.
@@ -64,7 +64,9 @@ def plan(
             given or solved for.
         batch, sequence: of a step, in sequences and tokens. Default: the preset's; batch 1 of a model.
         dtype: of the weights. Default: a model's own; float32 of presets.
-        state_dtype: of the moments, as ``ActiveAdamW`` takes it.
+        moment_dtype: of the moments: None (float32), a dtype, or "int8".
+        optimizer: "adamw", "lion", "sgd" (with momentum) or "scale": decides how many moments are stored. The dense
+            training beside it is AdamW's always.
         compiled: by ``torch.compile``, else eager. fused_update: of ``compile_train_step``; default: as ``compiled``.
         checkpointing: of activations, by the model's ``gradient_checkpointing_enable``.
         fits: "24GB", "22.5GiB" or bytes: solves for the largest density whose peak fits, or for the largest batch
@@ -80,6 +82,7 @@ def plan(
     density = None if density is None else check_density("density", density)
     batch = None if batch is None else _count("batch", batch)
     sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
+    optimizer = arguments.one_of("optimizer", optimizer, OPTIMIZERS)
     compiled = arguments.flag("compiled", compiled)
     checkpointing = arguments.flag("checkpointing", checkpointing)
     if inputs is not None:
@@ -89,51 +92,51 @@ def plan(
     limit = None if fits is None else parse_bytes("fits", fits)
     if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
         raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
-    on_shapes, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
-    is_compact = bool(find_sites(on_shapes))
+    on_meta, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
+    is_compact = bool(find_sites(on_meta))
     if is_compact and density is not None:
         raise ValueError(f"density: expected none for a model that is compact already, got {density}; leave it out")
-    _check_inputs(on_shapes, inputs, sequence)
-    if checkpointing and not hasattr(on_shapes, "gradient_checkpointing_enable"):
+    _check_inputs(on_meta, inputs, sequence)
+    if checkpointing and not hasattr(on_meta, "gradient_checkpointing_enable"):
         raise ValueError(
             "checkpointing: expected a model with gradient_checkpointing_enable, got "
-            f"{type(on_shapes).__name__}; checkpoint in its forward, and leave this out"
+            f"{type(on_meta).__name__}; checkpoint in its forward, and leave this out"
         )
-    wish = Wish(
-        name,
-        on_shapes,
-        Step(inputs or token_batch, loss_fn, sequence is not None, checkpointing),
-        block_shape,
-        sequence,
-        _dtype("state_dtype", state_dtype, _STATE_DTYPES),
-        compiled,
-        compiled if fused_update is None else fused_update,
-        {"include": include, "exclude": exclude, "rules": rules, "distribution": distribution},
+    request = Request(
+        name=name,
+        model=on_meta,
+        step=Step(inputs or token_batch, loss_fn, sequence is not None, checkpointing),
+        block_shape=block_shape,
+        sequence=sequence,
+        moment_dtype=_dtype("moment_dtype", moment_dtype, _MOMENT_DTYPES),
+        optimizer=optimizer,
+        compiled=compiled,
+        fused_update=compiled if fused_update is None else fused_update,
+        selection={"include": include, "exclude": exclude, "rules": rules, "distribution": distribution},
     )
     chosen = None if is_compact else _DENSITY if density is None else density
     if limit is None:
-        return plan_of(PlannedRun(wish, chosen), batch or default_batch)
+        return make_plan(PlannedRun(request, chosen), batch or default_batch)
     if (density is not None or is_compact) and batch is None:
-        return largest_batch(PlannedRun(wish, chosen), limit)
+        return _plan_largest_batch(PlannedRun(request, chosen), limit)
     if density is not None or is_compact:
         raise ValueError("fits: expected density or batch left open, got both; leave one out")
-    return largest_density(wish, _DENSITY, batch or default_batch, limit)
+    return _plan_largest_density(request, batch or default_batch, limit)
 
 
 def _on_meta(
     model: nn.Module | str, dtype: Dtype, sequence: int | None, vocabulary: int
 ) -> tuple[nn.Module, str, int, int | None]:
-    """(the model on the meta device, its name, default batch, sequence)."""
+    """Returns (the model on the meta device, its name, default batch, sequence)."""
     wanted = _dtype("dtype", dtype, _DTYPES)
     if isinstance(model, nn.Module):
-        return meta_copy(model, wanted), type(model).__name__, 1, sequence
+        return empty_copy(model, dtype=wanted), type(model).__name__, 1, sequence
     if not isinstance(model, str):
         raise ValueError(f"model: expected an nn.Module or one of {', '.join(PRESETS)}, got {described(model)}")
     vocabulary = _count("vocabulary", vocabulary)
     preset = find_preset(model, "model")
     sequence = sequence or preset.sequence
-    built = build_preset(model, vocabulary, sequence, wanted or torch.float32)
-    return built.train(), model, preset.batch, sequence
+    return build_preset(model, vocabulary, sequence, wanted or torch.float32), model, preset.batch, sequence
 
 
 def _dtype(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
@@ -145,7 +148,7 @@ def _dtype(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
 
 
 def _count(argument: str, given: Any, at_most: int = 2**31 - 1) -> int:
-    """The bounds keep sizes of tensors, attention's square of the sequence too, below 2^63."""
+    """Checks a number. The bounds keep sizes of tensors, also attention's square of the sequence, below 2^63."""
     return arguments.whole_number(argument, given, at_least=1, at_most=at_most)
 
 
@@ -159,3 +162,48 @@ def _check_inputs(model: nn.Module, inputs: Inputs | None, sequence: int | None)
         )
     if sequence is None:
         raise ValueError("sequence: expected the number of tokens in a sequence, got none; pass sequence=")
+
+
+def _plan_largest_batch(run: PlannedRun, limit: int) -> Plan:
+    """Plans the largest batch whose peak is at most ``limit`` bytes."""
+    least = run.peak(1)
+    if least > limit:
+        raise _nothing_fits(limit, least, "at batch 1", "lower the density, or allow more")
+    return make_plan(run, _largest(lambda batch: run.peak(batch) <= limit))
+
+
+def _plan_largest_density(request: Request, batch: int, limit: int) -> Plan:
+    """Plans the largest density whose peak is at most ``limit`` bytes.
+
+    Searches by the bytes stored at each density and the timeline of a run at one density, then makes sure by a plan.
+    """
+    run = PlannedRun(request, _DENSITY)
+    least = run.peak(batch, 1 / _PARTS)
+    nothing = _nothing_fits(limit, least, f"at density {1 / _PARTS:g} and batch {batch}", "lower batch or sequence")
+    if least > limit:
+        raise nothing
+    parts = _largest(lambda parts: parts <= _PARTS and run.peak(batch, parts / _PARTS) <= limit)
+    for fewer in range(parts, 0, -max(1, parts // 100)):
+        found = make_plan(PlannedRun(request, fewer / _PARTS), batch)
+        if found.sparse.peak <= limit:
+            return found
+    raise nothing
+
+
+def _largest(is_allowed: Callable[[int], bool]) -> int:
+    """Returns the largest allowed number. 1 is allowed, and so is all below an allowed number."""
+    high = 2
+    while is_allowed(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_allowed(middle) else (low, middle)
+    return low
+
+
+def _nothing_fits(limit: int, least: float, where: str, advice: str) -> ValueError:
+    return ValueError(
+        f"fits: expected at least {least:,.0f} bytes ({bytes_text(least)}), the least there is {where}, got "
+        f"{limit:,}; {advice}"
+    )

@@ -1,4 +1,4 @@
-"""Operations of a step: dense over sparse, beside the bounds that are known for the presets at sequence 256."""
+"""The ratio of dense to sparse operations follows the bounds that are known for the presets at sequence 256."""
 
 import pytest
 
@@ -9,9 +9,9 @@ BOUNDS = {"130m": (1.61, 2.32, 3.16), "7b": (1.95, 3.72, 8.18)}
 
 
 @pytest.mark.parametrize("preset", BOUNDS)
-def test_agree_with_the_bounds(preset: str) -> None:
-    """The bounds count what attention has to do: half of the square, and four products of it in backward. A plan
-    counts what kernels with a mask do: all of the square, and five, since scores are made again."""
+def test_operations_agree_with_the_bounds(preset: str) -> None:
+    """The bounds count only what attention needs: half of the square, and four products of it in backward. A plan
+    counts what kernels with a mask do: all of the square, and five products, because scores are made again."""
     d, b, s, _ = symbols()
     plan = smet.plan(preset, 0.5, batch=1, sequence=256, compiled=False)
     operations = plan.formulas["operations"].subs(b, 1).expand()
@@ -21,8 +21,9 @@ def test_agree_with_the_bounds(preset: str) -> None:
     assert plan.dense.operations == pytest.approx(float(operations.subs({s: 256, d: 1})))
 
 
-def test_are_those_counted_by_hand() -> None:
-    """Six a weight and token; attention: two products of s x s x 32 in forward and five in backward, in two layers."""
+def test_operations_are_those_counted_by_hand() -> None:
+    """Each weight and token takes six. Attention takes two products of s x s x 32 in forward and five in backward, in
+    each of two layers."""
     d, b, s, _ = symbols()
     plan = smet.plan("nano", 0.25, block_shape=8, batch=2, sequence=32, compiled=False, vocabulary=64)
     sparse, head = 2 * (4 * 32 * 32 + 3 * 32 * 88), 64 * 32

@@ -10,12 +10,10 @@ from torch import nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.planner.copies import meta_copy
-from smet_compile.planner.run import PlannedRun
-from smet_compile.planner.shapes import Step, token_batch
-from smet_compile.planner.wish import Wish
+from smet_compile.plan.run import PlannedRun, Request
+from smet_compile.plan.shapes import Step, empty_copy, token_batch
 from tests.models.classes import REAL_MODELS
-from tests.planner.measured import Gradients, bytes_by_kind, eager_step, make, peak_of
+from tests.plan.measured import Gradients, bytes_by_kind, eager_step, make, peak_of
 
 EAGER, COMPILED = 0.05, 0.15
 
@@ -35,7 +33,7 @@ def tokens(batch: int, sequence: int) -> dict[str, torch.Tensor]:
 
 
 def error(cost: Any, working: int) -> float:
-    """Of the predicted peak; what is there when a step begins is exact, as other tests say."""
+    """Returns the relative error of the predicted peak. Other tests show that the stored bytes in it are exact."""
     return cost.peak / (cost.persistent - cost.stored["gradients"] + working) - 1
 
 
@@ -50,8 +48,8 @@ def stepping(model: nn.Module, batch: Any) -> Callable[[], None]:
     [("llama", 1, False), ("gpt2", 16, False), ("bert", 1, True)],
     ids=str,
 )
-def test_eager(name: str, block_shape: Any, checkpointing: bool) -> None:
-    """Sparse, and the dense training beside it."""
+def test_the_peak_of_an_eager_step(name: str, block_shape: Any, checkpointing: bool) -> None:
+    """Both costs are checked: the sparse run's and that of dense training."""
     build, shape = (llama, (4, 64)) if name == "llama" else (REAL_MODELS[name].make, (8, 16))
     plan = smet.plan(make(build, torch.float32, None), 0.25, block_shape=block_shape, batch=shape[0],
                      sequence=shape[1], compiled=False, checkpointing=checkpointing)  # fmt: skip
@@ -64,8 +62,8 @@ def test_eager(name: str, block_shape: Any, checkpointing: bool) -> None:
         assert abs(error(cost, peak_of(step))) < EAGER
 
 
-def test_a_step_in_one_graph() -> None:
-    """By Inductor: what is stored, too, while updates are in backward."""
+def test_a_compiled_step_with_updates_in_backward() -> None:
+    """Inductor compiles it with updates in backward; stored bytes are checked, too."""
     torch._dynamo.reset()
     plan = smet.plan(make(small, torch.float32, None), 0.25, block_shape=16, batch=4, sequence=64)
     model = make(small, torch.float32, 0.25, block_shape=16)
@@ -77,7 +75,7 @@ def test_a_step_in_one_graph() -> None:
 
 
 def test_a_step_that_breaks_is_planned_as_eager() -> None:
-    """GPT-2 logs a warning in its forward, unless it is told its loss."""
+    """GPT-2 logs a warning in its forward where its configuration names no loss."""
     plan = smet.plan(REAL_MODELS["gpt2"].make(), 0.25, block_shape=16, batch=2, sequence=16)
     assert "breaks into several graphs" in plan.warnings[0] and plan.sparse.stored["gradients"] > 0
 
@@ -97,8 +95,8 @@ def compiled_step(model: nn.Module, fused: bool, batch: Any) -> Any:
     [(None, 1, False), (0.25, 1, True), (0.25, 16, True), (0.25, 16, False)],
     ids=str,
 )
-def test_compiled(density: float | None, block_shape: Any, fused: bool, dtype: torch.dtype) -> None:
-    """By Inductor, whose code takes most of the time."""
+def test_the_peak_of_a_compiled_step(density: float | None, block_shape: Any, fused: bool, dtype: torch.dtype) -> None:
+    """Inductor's code generation takes most of the time."""
     torch._dynamo.reset()
     model, batch = make(llama, dtype, density, block_shape=block_shape), tokens(4, 64)
     plan = smet.plan(make(llama, dtype, None), density or 0.25, block_shape=block_shape, batch=4, sequence=64,
@@ -110,13 +108,14 @@ def test_compiled(density: float | None, block_shape: Any, fused: bool, dtype: t
 
 
 def test_equal_layers_are_planned_from_two() -> None:
-    """The same bytes and operations as when every layer is run."""
+    """Bytes and operations are those of a run of every layer."""
     config = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 2}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**config, intermediate_size=96, use_cache=False))
     selection = {"include": None, "exclude": None, "rules": None, "distribution": "uniform"}
     step = Step(token_batch, None, True, False)
     few, all_of_them = (
-        PlannedRun(Wish("", meta_copy(model), step, 8, 32, None, False, False, selection), 0.5) for _ in range(2)
+        PlannedRun(Request("", empty_copy(model), step, 8, 32, None, "adamw", False, False, selection), 0.5)
+        for _ in range(2)
     )
     all_of_them.repeats = []
     assert few.repeats and len(few.eager) == 2 and len(all_of_them.eager) == 1

@@ -9,7 +9,7 @@ from torch import nn
 
 import smet_compile as smet
 from tests.models.classes import REAL_MODELS, SMALL
-from tests.planner.measured import Gradients, bytes_by_kind, eager_step, make
+from tests.plan.measured import Gradients, bytes_by_kind, eager_step, make
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ON_PIXELS = {
@@ -21,7 +21,7 @@ ON_PIXELS = {
 
 
 def wide() -> nn.Module:
-    """Several tiles of 64, some over the edge."""
+    """Has weights of several tiles of 64, some of which hang over the edge."""
     config = SMALL | {"hidden_size": 160, "num_hidden_layers": 1, "intermediate_size": 203}
     return hf.LlamaForCausalLM(hf.LlamaConfig(**config))
 
@@ -39,7 +39,7 @@ def planned(model: nn.Module, name: str, **options: Any) -> smet.Plan:
 
 
 def stored(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> Any:
-    """After one eager step."""
+    """Returns the bytes that are stored after one eager step."""
     dtype, gradients = next(model.parameters()).dtype, Gradients(optimizer)
     batch = REAL_MODELS[name].batch()
     eager_step(model, optimizer, {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
@@ -58,7 +58,7 @@ def stored(model: nn.Module, name: str, optimizer: torch.optim.Optimizer) -> Any
     ],
     ids=str,
 )
-def test_of_real_models(name: str, block_shape: Any, dtype: torch.dtype) -> None:
+def test_stored_bytes_of_real_models(name: str, block_shape: Any, dtype: torch.dtype) -> None:
     model = make(REAL_MODELS[name].make, dtype, None)
     plan = planned(model, name, density=0.4, block_shape=block_shape)
     smet.sparsify(model, 0.4, block_shape=block_shape)
@@ -67,7 +67,7 @@ def test_of_real_models(name: str, block_shape: Any, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama", FP32), ("gpt2", BF16)], ids=str)
-def test_of_dense_training(name: str, dtype: torch.dtype) -> None:
+def test_stored_bytes_of_dense_training(name: str, dtype: torch.dtype) -> None:
     model = make(REAL_MODELS[name].make, dtype, None)
     plan = planned(model, name, density=1)
     assert plan.dense.stored == stored(model, name, torch.optim.AdamW(model.parameters(), fused=True))
@@ -97,7 +97,7 @@ def test_moments_of_every_dtype(block_shape: Any, moment_dtype: Any) -> None:
     ],
     ids=str,
 )
-def test_of_every_selection(options: dict[str, Any]) -> None:
+def test_stored_bytes_of_every_selection(options: dict[str, Any]) -> None:
     model = make(wide, FP32, None)
     plan = planned(model, "llama", density=0.4, block_shape=16, **options)
     smet.sparsify(model, 0.4, block_shape=16, **options)
@@ -136,7 +136,7 @@ def test_formulas_differ_by_rounding_alone(block_shape: Any, options: dict[str, 
     assert plan.rounding_bytes < 0.3 * plan.sparse.persistent
 
 
-def test_of_a_model_that_is_compact_already_and_is_left_as_it_is() -> None:
+def test_a_compact_model_is_planned_as_it_is_and_left_unchanged() -> None:
     model = make(wide, FP32, 0.5, block_shape=16)
     before, kinds = {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
     model.eval()

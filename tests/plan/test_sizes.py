@@ -1,7 +1,7 @@
 import pytest
 
-from smet_compile.plan.degrees import Degrees, Term, telling_degrees
-from smet_compile.plan.sizes import bytes_text, parse_bytes
+from smet_compile.plan.stored import bytes_text, parse_bytes
+from smet_compile.plan.timeline import Degrees, Term, choose_degrees
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_bytes_are_read(text: str | float, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24 apples", "-1GB", 0, -3, 0.5, float("inf"), True, None, "0GB", "1e9"])
-def test_what_is_no_size_is_refused(text: object) -> None:
+def test_text_that_is_not_a_size_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match='fits: expected bytes such as "24GB"'):
         parse_bytes("fits", text)  # type: ignore[arg-type]
 
@@ -34,10 +34,10 @@ def test_bytes_are_written(number: float, expected: str) -> None:
 
 
 def test_degrees_are_read_off_shapes() -> None:
-    degrees = telling_degrees(256, {4096, 11008, 32000})
+    degrees = choose_degrees(256, {4096, 11008, 32000})
     assert degrees == Degrees(11, 251)
-    assert degrees.of((11 * 251, 4096)) == (4096, Term(1, 1))
-    assert degrees.of((11, 32, 251, 251)) == (32, Term(1, 2))
-    assert degrees.of((11, 252)) == degrees.of((11, 250)) == (1, Term(1, 1))
-    assert degrees.of((4096, 11008)) == (4096 * 11008, Term(0, 0))
+    assert degrees.of_shape((11 * 251, 4096)) == (4096, Term(1, 1))
+    assert degrees.of_shape((11, 32, 251, 251)) == (32, Term(1, 2))
+    assert degrees.of_shape((11, 252)) == degrees.of_shape((11, 250)) == (1, Term(1, 1))
+    assert degrees.of_shape((4096, 11008)) == (4096 * 11008, Term(0, 0))
     assert degrees.of_product(11 * 251 * 251 * 35) == (35, Term(1, 2))
