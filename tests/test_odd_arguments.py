@@ -155,7 +155,7 @@ def loaded(run: Run, argument: str, value: Any) -> None:
 
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "lr_density_exponent")
-OF_OPTIMIZER = ("params", "model", *OPTIONS, "state_dtype", "stochastic_rounding", "seed")
+OF_OPTIMIZER = ("params", "model", *OPTIONS, "moment_dtype", "stochastic_rounding", "seed")
 FRACTIONS = ("drop_fraction", "final_drop_fraction", "stop_fraction")
 WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distribution")
 SWITCHES = ("compiled", "fused_update", "checkpointing")
@@ -167,7 +167,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ActiveAdamW, of a group": (grouped, ("params", *OPTIONS)),
     "TopologyManager": (
         managed,
-        ("model", "optimizer", "total_steps", "every", *FRACTIONS, "drop", "grow", "schedule", "seed"),
+        ("model", "optimizer", "total_steps", "every", *FRACTIONS, "grow", "schedule", "seed"),
     ),
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
     "materialize": (materialized, ("model", "seed", "device", "initialize")),
@@ -184,7 +184,8 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "batch",
             "sequence",
             "dtype",
-            "state_dtype",
+            "moment_dtype",
+            "optimizer",
             *SWITCHES,
             "fits",
             "inputs",

@@ -55,7 +55,6 @@ class Topology:
         self.positions, self.by_column, self.row_starts, self.column_starts, self.group_starts = _split(
             lists, layout, num_active
         )
-        self.flat_layout = layout.flat()
         self._constants: dict[Hashable, Any] = {}
         self._states = self._read_states()
 
@@ -101,7 +100,9 @@ class Topology:
         bits, lists = self.bits, self.lists
         try:
             return bits._version, bits.data_ptr(), lists._version, lists.data_ptr()
-        except RuntimeError:  # tensors made in inference mode do not count their versions, and fake ones have no address
+        except (
+            RuntimeError
+        ):  # tensors made in inference mode do not count their versions, and fake ones have no address
             return -1, _address(bits), -1, _address(lists)
 
 

@@ -1,8 +1,8 @@
 """The one place that knows the kernels and chooses one for each op: by device, dtype, block shape and density.
 
-``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain torch),
-``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``, a kernel
-that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere, and where no kernel is named, the
+``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain
+torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and
+``triton_adamw``, or one that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere the
 first in the order of registration is taken that can compute the case and is profitable. A warning names each kind of
 case that the named kernel has a function for and cannot compute, and what computes it instead.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
+from smet_compile.ops.private import multiplies_bf16_in_tiles
 from smet_compile.ops.updates import Update
 from smet_compile.ops.warn import warn_once
 
@@ -64,7 +65,8 @@ class UpdateCase(NamedTuple):
         update = self.update
         slots = {str(slot.dtype) for slot in update.slots}
         state = f"{' and '.join(sorted(slots))} state" if slots else "no state"
-        return f"{update.values.dtype} parameters with {state} by the rule {update.rule.name} on {update.values.device.type}"
+        where = f"by the rule {update.rule.name} on {update.values.device.type}"
+        return f"{update.values.dtype} parameters with {state} {where}"
 
 
 def _takes_everything(op: str, case: Any) -> str | None:
@@ -100,6 +102,13 @@ class Kernel(NamedTuple):
         return found
 
 
+class _Registry:
+    """Counts the changes of the list of kernels; whoever keeps a choice compares the count."""
+
+    version = 0
+
+
+_registry = _Registry()
 _kernels: list[Kernel] = []
 
 
@@ -122,18 +131,14 @@ def register_kernel(kernel: Kernel, before: str | None = None) -> None:
         raise ValueError(f"before: expected one of {', '.join(names)}, got {before!r}; name a registered kernel")
     _kernels.insert(0 if before is None else names.index(before), kernel)
     _chosen.cache_clear()
-    choices_made.clear()
+    _registry.version += 1
 
 
 def unregister_kernel(name: str) -> None:
     """Takes back ``register_kernel``."""
     _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
     _chosen.cache_clear()
-    choices_made.clear()
-
-
-choices_made: list[object] = [object()]
-"""Its only element is replaced when a choice may have changed; whoever keeps a choice compares it."""
+    _registry.version += 1
 
 
 def names() -> tuple[str, ...]:
@@ -149,7 +154,9 @@ def forced_kernel() -> str | None:
     """
     name = os.environ.get(_VARIABLE) or None
     if name is not None and name not in names():
-        raise ValueError(f"{_VARIABLE}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen")
+        raise ValueError(
+            f"{_VARIABLE}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen"
+        )
     return name
 
 
@@ -160,7 +167,7 @@ def kernel_of(op: str, case: Case) -> str:
 
 def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function that computes ``op`` on ``tensor``; the topology keeps the choice."""
-    key = (op, tensor.dtype, grouped, os.environ.get(_VARIABLE))
+    key = (op, tensor.dtype, grouped, os.environ.get(_VARIABLE), _registry.version)
     return topology.constant(key, lambda: _reported(op, case_of(tensor, topology, grouped)).function(op))
 
 
@@ -176,6 +183,31 @@ def update_kernel_of(update: Update, is_traced: bool = False) -> Kernel:
     if message is not None and not is_traced:
         warn_once(message)
     return kernel
+
+
+def update_all(updates: list[Update]) -> None:
+    """Makes every update by the kernel that suits it, one call of a kernel for all of its updates.
+
+    The choice is kept with an update while its gradient is as those of before: of its dtype, plain, where it lies.
+    """
+    token = (_registry.version, os.environ.get(_VARIABLE))
+    by_kernel: dict[str, tuple[Kernel, list[Update]]] = {}
+    for update in updates:
+        grad, values = update.grad, update.values
+        is_usual = type(grad) is Tensor and grad.dtype == values.dtype and grad.device == values.device
+        known = update.prepared.get("kernel") if is_usual else None
+        if known is not None and known[0] == token:
+            kernel = known[1]
+        else:
+            kernel = update_kernel_of(update)
+            if is_usual:
+                update.prepared["kernel"] = (token, kernel)
+        found = by_kernel.get(kernel.name)
+        if found is None:
+            found = by_kernel[kernel.name] = (kernel, [])
+        found[1].append(update)
+    for kernel, its_updates in by_kernel.values():
+        kernel.function("update_all")(its_updates)
 
 
 def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callable[..., None] | None:
@@ -216,8 +248,8 @@ def _choose(op: str, case: Any, name: str | None) -> tuple[Kernel, str | None]:
     reasons = " and ".join(f"{each.name} {each.refusal(op, case)}" for each in named)
     what = "the optimizer step" if op == "update_all" else op
     return kernel, (
-        f"{_VARIABLE}={name}: {kernel.name} computes {what} of {case.kind}, since {reasons}; name a kernel that can, or "
-        "unset the variable"
+        f"{_VARIABLE}={name}: {kernel.name} computes {what} of {case.kind}, since {reasons}; name a kernel that can, "
+        "or unset the variable"
     )
 
 
@@ -279,9 +311,9 @@ def _triton_tiles_are_profitable(case: Case) -> bool:
 
 
 def _cpu_tiles_are_profitable(case: Case) -> bool:
-    """Tells where skipping blocks is faster than multiplying all of them, at the processor's speed for dense matrices."""
+    """Tells where skipping blocks is faster than multiplying all of them at the processor's speed for dense ones."""
     filled = min(side / (-(-side // _LANES) * _LANES) for side in case.layout.block_shape)
-    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
+    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and multiplies_bf16_in_tiles() else 1
     return case.density * slower < filled
 
 

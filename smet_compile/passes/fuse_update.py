@@ -1,9 +1,9 @@
 """fuse_update: the update takes the two factors of a gradient in place of the gradient, where the gradient is made.
 
     grad = sampled_matmul(gy, x, ...)                    gx = masked_matmul(gy, values, ...)
-    gx = masked_matmul(gy, values, ...)            →     sampled_active_adamw_(values, gy, x, ..., exp_avg, ...)
+    gx = masked_matmul(gy, values, ...)            →     sampled_update_(values, gy, x, ..., slots, ...)
     ...                                                  ...
-    active_adamw_(values, grad, exp_avg, ...)
+    update_(values, grad, slots, ...)
 
 Fires where a training step was compiled with its update (``compile_train_step``). Autograd runs the updates after all
 else, with every gradient waiting for its own: here each moves up to its gradient, behind the last reader of the old
@@ -13,24 +13,42 @@ goes into the update, and a kernel can update each block as its gradient is summ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
-from smet_compile.passes.graph import SAMPLED, PassReport, aten, is_call, val
-from smet_compile.passes.updates import ACTIVE_ADAMW, FUNCTIONALIZED, SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updates
+from smet_compile.ops.choose import update_kernel_of
+from smet_compile.ops.updates import NAMES, traced
+from smet_compile.passes.graph import (
+    PACK,
+    SAMPLED,
+    PassReport,
+    arguments,
+    aten,
+    calls,
+    is_call,
+    smet,
+    updated,
+    val,
+)
 from smet_compile.passes.weight_views import CONVERT
+
+FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
+UPDATE, TORCH_OPTIM = smet.update_.default, smet.torch_optim_.default
+SAMPLED_UPDATE = smet.sampled_update_.default
 
 
 def fuse_update(graph: fx.Graph) -> PassReport:
     report = PassReport("fuse_update")
-    for update in updates(graph, ACTIVE_ADAMW, TORCH_OPTIM):
+    for update in updates(graph, UPDATE, TORCH_OPTIM):
         _read_bases(update)
-        product = _product(update.kwargs["grad"]) if update.args[0] is ACTIVE_ADAMW else None
+        product = _product(update.kwargs["grad"]) if update.args[0] is UPDATE else None
         if product is not None:
             update = _take(product, update)
             report.matched += 1
-        elif update.args[0] is ACTIVE_ADAMW:
+        elif update.args[0] is UPDATE:
             reason = "its gradient is no single product, or is read by others too"
             report.skipped.append((str(update.kwargs["topology"]), reason))
         _move_up(update)
@@ -56,11 +74,11 @@ def _product(grad: Any) -> fx.Node | None:
 
 def _take(product: fx.Node, update: fx.Node) -> fx.Node:
     """The update with the factors of ``product`` in place of the gradient."""
-    left, right, *_, offsets = product.args
+    factors = arguments(product)
     options: dict[str, Any] = {key: value for key, value in update.kwargs.items() if key != "grad"}
-    options |= {"left": left, "right": right, "offsets": offsets}
+    options |= {name: factors[name] for name in ("left", "right", "offsets")}
     with update.graph.inserting_before(update):
-        made = update.graph.call_function(FUNCTIONALIZED, (SAMPLED_ACTIVE_ADAMW,), options)
+        made = update.graph.call_function(FUNCTIONALIZED, (SAMPLED_UPDATE,), options)
     made.meta.update({key: value for key, value in update.meta.items() if key != "eager_input_vals"})
     update.replace_all_uses_with(made)
     update.graph.erase_node(update)
@@ -69,7 +87,7 @@ def _take(product: fx.Node, update: fx.Node) -> fx.Node:
 
 def _move_up(update: fx.Node) -> None:
     """To where the gradient is known and the old values are read no more."""
-    values = update.kwargs["_all_bases"][update.kwargs["_values_base_index"]]
+    values = updated(update)["values"]
     gradient: list[Any] = [update.kwargs[name] for name in ("grad", "left", "right") if name in update.kwargs]
     latest = max([*gradient, *_readers(values, update)])
     for node in [*_small_inputs(update, latest), update]:
@@ -99,3 +117,34 @@ def _small_inputs(update: fx.Node, latest: fx.Node) -> list[fx.Node]:
                 needed.add(source)
                 waiting.append(source)
     return sorted(needed)
+
+
+def updates(graph: fx.Graph, *ops: object) -> list[fx.Node]:
+    """The calls of ``ops``, functionalized."""
+    return [node for node in calls(graph, FUNCTIONALIZED) if node.args[0] in ops]
+
+
+def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
+    """(name of the node that holds its topology, the update) for each site updated in ``graph``."""
+    for node in updates(graph, SAMPLED_UPDATE):
+        yield str(node.kwargs["topology"].name), node
+    for node in updates(graph, UPDATE, TORCH_OPTIM):
+        source = _gradient(node.kwargs["grad"])
+        if source is not None:
+            yield source, node
+
+
+def _gradient(node: fx.Node) -> str | None:
+    """The topology of the site whose gradient ``node`` is."""
+    if is_call(node, SAMPLED, PACK):
+        return str(arguments(node)["topology"].name)
+    if is_call(node, aten.add.Tensor, *CONVERT):
+        return _gradient(node.args[0])
+    return None
+
+
+def kernel_of(update: fx.Node) -> str:
+    """Returns the kernel that will make this update, a call of ``update_`` or ``sampled_update_``."""
+    found = {name: fx.node.map_arg(value, val) for name, value in updated(update).items() if name in NAMES}
+    found["grad"] = found["values"]  # a gradient has the dtype of its weight
+    return update_kernel_of(traced(found), is_traced=True).name

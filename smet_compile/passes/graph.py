@@ -13,13 +13,13 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
-import smet_compile.ops.matmul_library  # noqa: F401  registers the products
 from smet_compile.format import Layout
 
 aten, prims, smet = torch.ops.aten, torch.ops.prims, torch.ops.smet
 UNPACK, PACK = smet.unpack.default, smet.pack.default
 MASKED, SAMPLED = smet.masked_matmul.default, smet.sampled_matmul.default
 MM, ADDMM, BMM, GROUPED_MM = aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default
+PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 
 _MADE_ANEW = ("val", "tensor_meta", "eager_input_vals")
 
@@ -110,31 +110,94 @@ def _size(like: fx.Node, node: fx.Node, dim: int) -> int | fx.Node:
     return size if isinstance(size, int) else add(like, aten.sym_size.int, node, dim)
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Returns the arguments of a call by the names of the op's schema, with the defaults of those left out."""
+    parameters = node.target._schema.arguments
+    values = [*node.args, *(each.default_value for each in parameters[len(node.args) :])]
+    return dict(zip((each.name for each in parameters), values, strict=True)) | dict(node.kwargs)
+
+
+def updated(node: fx.Node) -> dict[str, Any]:
+    """Returns the arguments of an op that was functionalized, by name, with what it changes in its place."""
+    kwargs, bases = node.kwargs, node.kwargs["_all_bases"]
+
+    def base(name: str) -> Any:
+        length = kwargs.get(f"_{name}_length")
+        if length is not None:
+            return [bases[kwargs[f"_{name}_{place}_base_index"]] for place in range(length)]
+        number = kwargs.get(f"_{name}_base_index")
+        return kwargs.get(name) if number is None else bases[number]
+
+    return {each.name: base(each.name) for each in node.args[0]._schema.arguments}
+
+
 @dataclass(frozen=True)
 class SiteArgs:
-    """The arguments by which pack and unpack name a site."""
+    """Holds the arguments by which an op names a site."""
 
     topology: fx.Node
-    index: list[fx.Node]
-    layout: tuple[list[int], list[int], list[int]]
+    lists: fx.Node
+    layout_text: str
 
     @classmethod
     def of(cls, node: fx.Node) -> SiteArgs:
-        _, topology, index, shape, matrix, block_shape, *_ = node.args
-        return cls(topology, list(index), (list(shape), list(matrix), list(block_shape)))
+        """Reads them from a call of unpack, pack, masked_matmul or sampled_matmul."""
+        found = arguments(node)
+        return cls(found["topology"], found["lists"], found["layout"])
 
     @property
     def name(self) -> str:
         return str(self.topology.name)
 
     @property
-    def lay(self) -> Layout:
-        return Layout.of_lists(*self.layout)
+    def layout(self) -> Layout:
+        return Layout.from_text(self.layout_text)
 
     def flat(self) -> SiteArgs:
-        """A stack of one matrix, as that matrix."""
-        shape = self.layout[1] if self.lay.num_matrices == 1 else self.layout[0]
-        return SiteArgs(self.topology, self.index, (shape, *self.layout[1:]))
+        """Returns a stack of one matrix as that matrix."""
+        layout = self.layout
+        shape = layout.matrix if layout.num_matrices == 1 else layout.shape
+        return SiteArgs(self.topology, self.lists, Layout(shape, layout.matrix, layout.block_shape).text)
 
     def args(self) -> tuple[Any, ...]:
-        return (self.topology, self.index, *self.layout)
+        return (self.topology, self.lists, self.layout_text)
+
+
+def operands(product: fx.Node) -> tuple[fx.Node | None, Any, Any]:
+    """bias, left, right."""
+    args: Any = product.args
+    bias, left, right, *_ = args if is_call(product, ADDMM) else (None, *args)
+    return bias, left, right
+
+
+def weight_of(product: fx.Node) -> fx.Node | None:
+    """The unpack that is the right operand of ``product``, as it is or with its last two dimensions exchanged."""
+    *_, right = operands(product)
+    source = right.args[0] if is_swap(right) else right
+    if not is_call(source, UNPACK) or not is_plain(product):
+        return None
+    num_matrices, num_dims = SiteArgs.of(source).layout.num_matrices, val(source).dim()
+    if is_call(product, GROUPED_MM):
+        sorted_tokens = offsets_of(product) is not None
+        fits = num_matrices > 1 and num_dims == 3 and val(product.args[0]).dim() == (2 if sorted_tokens else 3)
+    elif is_call(product, BMM):
+        fits = num_matrices > 1
+    else:
+        fits = num_dims == 2
+    return source if fits else None
+
+
+def is_plain(product: fx.Node) -> bool:
+    """No alpha, no beta; of a grouped product neither a bias nor another dtype."""
+    if is_call(product, GROUPED_MM):
+        more = [*product.args[3:], *(value for key, value in product.kwargs.items() if key != "offs")]
+        return all(value is None for value in more)
+    return not product.kwargs
+
+
+def offsets_of(product: fx.Node) -> fx.Node | None:
+    """Where the tokens of each matrix end, of a grouped product."""
+    if not is_call(product, GROUPED_MM):
+        return None
+    offsets: Any = product.args[2] if len(product.args) > 2 else product.kwargs.get("offs")
+    return offsets

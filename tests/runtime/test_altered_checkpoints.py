@@ -26,7 +26,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 KINDS: dict[str, tuple[Callable[[nn.Module], Any], torch.dtype, str]] = {
     "active": (lambda model: smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3), torch.float32, "random"),
     "gradient": (lambda model: smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3), torch.float32, "gradient"),
-    "int8": (lambda model: smet.ActiveAdamW(model, lr=1e-2, state_dtype="int8"), torch.float32, "random"),
+    "int8": (lambda model: smet.ActiveAdamW(model, lr=1e-2, moment_dtype="int8"), torch.float32, "random"),
     "bfloat16": (lambda model: smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3), torch.bfloat16, "random"),
     "adamw": (adamw, torch.float32, "random"),
     "sgd": (sgd, torch.float32, "gradient"),
@@ -96,7 +96,7 @@ def another(kind: str) -> tuple[Run, Any]:
 
 
 def try_files(folder: Path, kind: str, seeds: range) -> tuple[Counter[str], list[str]]:
-    """How many altered files were refused and taken, and what was wrong."""
+    """Counts the altered files that were refused and taken, and lists what was wrong."""
     run = Run(kind, 0)
     run.train(7)
     smet.save_checkpoint(folder / "whole", *run.objects, extra={"step": 7, "x": torch.arange(3.0)})

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 import smet_compile as smet
-from smet_compile.passes.capture import Capture
-from smet_compile.passes.updates import SAMPLED_ACTIVE_ADAMW, updates
+from smet_compile.passes.fuse_update import SAMPLED_UPDATE, updates
+from smet_compile.tracing import Capture
 from tests.support.snapshots import assert_same
 from tests.train_step.setting import batch_of, sparse, twice
 
 
 @pytest.mark.parametrize("block_shape", [1, (1, 4), 4], ids=str)
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("moment_dtype", [torch.bfloat16, "int8"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_same_bits(dtype: torch.dtype, state_dtype: Any, block_shape: Any) -> None:
+def test_the_same_bits(dtype: torch.dtype, moment_dtype: Any, block_shape: Any) -> None:
     torch._dynamo.reset()
     fused, kept = twice(
         sparse(block_shape=block_shape).to(dtype),
-        lambda model: smet.ActiveAdamW(model, 1e-2, warmup_steps=3, state_dtype=state_dtype),
+        lambda model: smet.ActiveAdamW(model, 1e-2, warmup_steps=3, moment_dtype=moment_dtype),
         every=3,
     )
     batches = [batch_of(i, dtype) for i in range(10)]
@@ -27,7 +27,7 @@ def test_the_same_bits(dtype: torch.dtype, state_dtype: Any, block_shape: Any) -
     fused.in_step(fused.compiled(backend), batches)
     kept.in_loop(batches, torch.compile(kept.model, backend=Capture(), fullgraph=True))
     (graph,) = backend.graphs
-    assert graph.joint is not None and len(updates(graph.joint.graph, SAMPLED_ACTIVE_ADAMW)) == 2
+    assert graph.joint is not None and len(updates(graph.joint.graph, SAMPLED_UPDATE)) == 2
     assert fused.losses == kept.losses
     assert_same(fused.model.state_dict(), kept.model.state_dict())
     assert_same(fused.state(), kept.state())

@@ -95,6 +95,7 @@ def update_of(
         births=births,
         topology=topology,
         layout=layout,
+        units_are_columns=False,
         options=tuple(numbers[name] for name in case.rule.options),
         density_rate=numbers["density_rate"],
         warmup_steps=numbers["warmup_steps"],

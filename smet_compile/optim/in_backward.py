@@ -1,0 +1,158 @@
+"""Makes updates within the backward pass: each optimizer hands its sink what consumes a gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from smet_compile.ops.optimizers import inner_optimizers
+from smet_compile.ops.torch_optim import ADAM_OPTIONS, SGD_OPTIONS
+from smet_compile.ops.updates import flatten
+from smet_compile.optim.active import ActiveOptimizer
+
+
+class BackwardUpdate(NamedTuple):
+    """One parameter's update in backward, made ready outside the compiled step.
+
+    Args:
+        sink: the op that opens the sink. arguments: those after the leaf and the values.
+        num_updates, num_skipped: int64 scalars that it raises: by one, and by the number of blocks it skipped.
+        made_state: whether the optimizer had no state for the parameter before.
+    """
+
+    sink: Any
+    arguments: tuple[Any, ...]
+    num_updates: Tensor
+    num_skipped: Tensor
+    made_state: bool
+
+
+class MakeUpdate(Protocol):
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate: ...
+
+    def forget(self, values: nn.Parameter) -> None:
+        """Takes back the state that was made for an update that then did not come."""
+
+
+def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
+    """Returns what makes updates of ``optimizer`` in backward; None where gradients have to be kept.
+
+    Raises ValueError for an optimizer that a compiled step does not know.
+    """
+    if isinstance(optimizer, ActiveOptimizer):
+        return _Active(optimizer)
+    if type(optimizer) in (Adam, AdamW):
+        return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
+    if type(optimizer) is SGD:
+        return _TorchOptim(optimizer, "sgd", _new_sgd_state, _sgd) if _is_plain(optimizer) else None
+    inside = [name for name, _ in inner_optimizers(optimizer)]
+    advice = f"pass the optimizer in its attribute {inside[0]!r}, or train" if inside else "train"
+    raise ValueError(
+        "optimizer: expected an active optimizer (ActiveAdamW, ...), or AdamW, Adam or SGD of torch.optim, got "
+        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; {advice} it with loss.backward() and "
+        "optimizer.step()"
+    )
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Tells whether we may make the step: one that is differentiated, or captured with its count, is left to torch."""
+    return not any(group.get("differentiable") or group.get("capturable") for group in optimizer.param_groups)
+
+
+class _Rates:
+    """One tensor per parameter group, so that a scheduler's change of the rate is no change of the graph.
+
+    Of shape (1,): Dynamo traces the value of a 0-d float64 tensor too, and then everything once more without. A
+    rate that the user gave as a tensor keeps its dtype, and with it the rounding of what is computed from it.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
+
+    def rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        lr, key = group["lr"], (id(group["params"]), device)
+        dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64
+        tensor, written = self._of.get(key, (None, None))
+        if tensor is None or tensor.dtype != dtype:
+            tensor, written = torch.empty(1, dtype=dtype, device=device), None
+        if isinstance(lr, Tensor) and lr.is_cuda:
+            self._of[key] = tensor.copy_(lr.detach()), None
+        elif float(lr) != written:  # written once for all parameters: a copy to a GPU would be waited for
+            self._of[key] = tensor.fill_(float(lr)), float(lr)
+        return tensor
+
+
+class _Active:
+    def __init__(self, optimizer: ActiveOptimizer) -> None:
+        self._optimizer = optimizer
+        self._rates = _Rates()
+
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
+        self._optimizer.check_parameter(values)
+        made_state = not self._optimizer.state.get(values)
+        update = self._optimizer.update_of(values, group)
+        update = dataclasses.replace(update, lr=self._rates.rate(group, values.device), prepared={})
+        counts = update.step, update.num_skipped
+        return BackwardUpdate(torch.ops.smet.update_sink, flatten(update), *counts, made_state)
+
+    def forget(self, values: nn.Parameter) -> None:
+        del self._optimizer.state[values]
+
+
+@dataclass(frozen=True)
+class _TorchOptim:
+    """Adam, AdamW or SGD of ``torch.optim``: their state as they keep it, made where there is none yet."""
+
+    optimizer: Optimizer
+    rule: str
+    new_state: Callable[[nn.Parameter, dict[str, Any]], dict[str, Tensor]]
+    describe: Callable[[dict[str, Any], dict[str, Any]], Any]
+    rates: _Rates = field(default_factory=_Rates)
+    counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
+        new_state = {} if self.optimizer.state.get(values) else self.new_state(values, group)
+        if new_state:
+            self.optimizer.state[values] = new_state
+        if new_state or values not in self.counts:
+            zero = torch.zeros((), dtype=torch.int64, device=values.device)
+            self.counts[values] = zero + (not new_state), zero
+        counts = self.counts[values]
+        tensors, options = self.describe(self.optimizer.state.get(values, {}), group)
+        rate = self.rates.rate(group, torch.device("cpu"))
+        arguments = (*tensors, *counts, rate, self.rule, [float(option) for option in options])
+        return BackwardUpdate(torch.ops.smet.torch_optim_sink, arguments, *counts, bool(new_state))
+
+    def forget(self, values: nn.Parameter) -> None:
+        del self.optimizer.state[values], self.counts[values]
+
+
+def _new_adam_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    dtype = torch.float32 if group["fused"] else torch.promote_types(torch.float32, torch.get_default_dtype())
+    state = {"step": torch.zeros((), dtype=dtype, device=values.device if group["fused"] else None)}
+    names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+    return state | {name: torch.zeros_like(values, memory_format=torch.preserve_format) for name in names}
+
+
+def _adam(state: dict[str, Any], group: dict[str, Any]) -> Any:
+    known = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1], "fused": bool(group["fused"])}
+    known.setdefault("decoupled_weight_decay", False)
+    tensors = (state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), state["step"])
+    return tensors, [known[name] for name in ADAM_OPTIONS]
+
+
+def _new_sgd_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    if not group["momentum"]:
+        return {}
+    return {"momentum_buffer": torch.zeros_like(values, memory_format=torch.preserve_format)}
+
+
+def _sgd(state: dict[str, Any], group: dict[str, Any]) -> Any:
+    known = {**group, "fused": bool(group["fused"])}
+    return (state.get("momentum_buffer"), None, None, None), [known[name] for name in SGD_OPTIONS]
