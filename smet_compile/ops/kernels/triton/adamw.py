@@ -139,6 +139,7 @@ class Launch:
             "enable_fp_fusion": False,
         }
         self.specialization = specialization
+        self.is_aligned = all(a % 16 == 0 for row in rows for a in (row.values, row.exp_avg, row.exp_avg_sq))
         self.device = device
         self._step_numbers: list[int] = []
 

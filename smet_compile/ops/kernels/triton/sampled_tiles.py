@@ -213,7 +213,7 @@ class ProductLaunch(NamedTuple):
     Args:
         lists: positions, and starts of the block rows. sizes: what the kernel takes after the number of tokens.
         num_programs: of one split. blocks_together: of one program. splits: by number of tokens, and whether they are
-            sorted by matrix.
+            sorted by matrix. joined: constants of kernels that do more than the product, kept here by them.
     """
 
     kernel: Any
@@ -224,6 +224,7 @@ class ProductLaunch(NamedTuple):
     blocks_together: int
     values_shape: tuple[int, ...]
     splits: dict[tuple[int, bool], int]
+    joined: dict[Any, dict[str, Any]]
     constants: dict[str, Any]
 
 
@@ -256,6 +257,7 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
         blocks_together=blocks_together,
         values_shape=layout.values_shape(topology.num_active),
         splits={},
+        joined={},
         constants={
             "WIDTH_M": bm,
             "WIDTH_N": bn,

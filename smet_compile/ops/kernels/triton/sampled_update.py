@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smet_compile.ops.kernels.triton import adamw_step as at
 from smet_compile.ops.kernels.triton import supports
-from smet_compile.ops.kernels.triton.adamw import launch_of_one, update_all
+from smet_compile.ops.kernels.triton.adamw import Launch, launch_of_one, update_all
 from smet_compile.ops.kernels.triton.adamw_step import (
     dense_position,
     grid_of,
@@ -45,7 +45,6 @@ from smet_compile.ops.updates import Update
 
 _ENTRIES_OF_A_THREAD = 4
 """Updated at a time; many more would not fit beside the sums in registers."""
-_KEPT = "triton_sampled_update"
 
 
 @triton.jit
@@ -284,9 +283,10 @@ def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: 
         return
     product = product_launch(left, topology)
     launch = launch_of_one(update)
-    kept = update.prepared.get(_KEPT)
-    if kept is None or kept[0] is not product:
-        kept = update.prepared[_KEPT] = product, _constants(product, update) | launch.specialization.constants()
+    key = launch.specialization, launch.is_aligned
+    constants = product.joined.get(key)
+    if constants is None:
+        constants = product.joined[key] = _constants(product, launch)
     lr_on_device = launch.begin([update])
     supports.on_device(_sampled_update, left.device)[(product.num_programs,)](
         launch.table,
@@ -298,7 +298,7 @@ def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: 
         left.shape[-2],
         *product.sizes,
         *factor_strides(left, right),
-        **kept[1],
+        **constants,
     )
     del lr_on_device
 
@@ -316,13 +316,12 @@ def fuses(left: Tensor, offsets: Tensor | None, update: Update) -> bool:
     return splits == 1
 
 
-def _constants(product: ProductLaunch, update: Update) -> dict[str, Any]:
-    """Returns the constants of the kernel beside those of every update."""
+def _constants(product: ProductLaunch, launch: Launch) -> dict[str, Any]:
     constants = product.constants
-    is_aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (update.values, *update.slots))
     return {
         **constants,
+        **launch.specialization.constants(),
         "PARTS": num_parts(constants["BLOCK_M"], constants["BLOCK_N"], constants["num_warps"]),
-        "ALIGNED": constants["WIDTH_N"] % 16 == 0 and is_aligned,
+        "ALIGNED": constants["WIDTH_N"] % 16 == 0 and launch.is_aligned,
         "enable_fp_fusion": False,
     }
