@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from smet_compile.convert.doubts import empty_rows
+from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
 from smet_compile.ops import find_sites
 from smet_compile.plan import (
@@ -99,8 +99,9 @@ def _notes(run: PlannedRun) -> Iterable[str]:
             "the step breaks into several graphs, so activations and scratch are those of an eager step, and no update "
             "is fused"
         )
-    if doubt := empty_rows((site.name, site.layout, site.num_active) for site in find_sites(run.model).values()):
-        yield doubt
+    sites = find_sites(run.model).values()
+    if empty := describe_empty_rows((site.name, site.layout, site.num_active) for site in sites):
+        yield empty
 
 
 def _title(run: PlannedRun, batch: int) -> str:

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 import smet_compile as smet
 from smet_compile import api
 from smet_compile.convert import compact as compact_module
-from smet_compile.convert import earlier_optimizers
 from smet_compile.ops import CompactWeight, find_sites, saved_weights
 from tests.support.small_models import ToyExperts
 from tests.support.snapshots import assert_same
@@ -110,7 +109,7 @@ PLACES = [
     (saved_weights, "install", 2),
     (saved_weights, "install", len(WEIGHTS) + 1),
     (compact_module, "remember_reasons", 1),
-    (compact_module, "watch", 1),
+    (compact_module, "note_dense_shape", 1),
     (parametrize, "_maybe_set", len(WEIGHTS) + 1),  # the largest weight takes its values
     (api, "_install_passes", 1),
 ]
@@ -222,10 +221,7 @@ def test_memory_that_is_gone_midway(call: int) -> None:
 
 def interrupted_at(line: int, call: Callable[[], Any]) -> KeyboardInterrupt | None:
     """Runs ``call`` until that line is reached of the code that changes models, here and in torch."""
-    num_lines, watched = (
-        0,
-        ("convert/compact.py", "convert/earlier_optimizers.py", "parametrize.py", "saved_weights.py"),
-    )
+    num_lines, watched = 0, ("convert/compact.py", "parametrize.py", "saved_weights.py")
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal num_lines
@@ -292,7 +288,6 @@ def test_moments_from_before_are_only_refused_where_the_weight_is_compact() -> N
     smet.sparsify(model, density=0.4)
     with pytest.raises(ValueError, match="sparsify was called after this optimizer had stepped"):
         optimizer.step()
-    assert earlier_optimizers.check is not None
 
 
 def test_no_two_weights_are_held_dense_and_packed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
