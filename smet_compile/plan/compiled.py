@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import smet_compile.ops  # noqa: F401  registers the ops
 from smet_compile.plan.degrees import Degrees, Term
 from smet_compile.plan.fusion import base, is_effect, is_fused, packet, shape, users, wants_tensor
 from smet_compile.plan.timeline import Timeline
