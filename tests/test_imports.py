@@ -25,13 +25,16 @@ for name in {names}:
     getattr(smet_compile, name)
 print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
 """
-LOAD_EACH_NAME_FIRST = """
-import os, sys
+LOAD_EACH_FIRST = """
+import importlib, os
 import torch
 import smet_compile
-for name in smet_compile.__all__:
+for name in {names}:
     if (child := os.fork()) == 0:
-        assert getattr(smet_compile, name).__name__ == name, name
+        if "." in name:
+            importlib.import_module(name)
+        else:
+            assert getattr(smet_compile, name).__name__ == name
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, name
 """
@@ -87,7 +90,13 @@ def test_public_names_leave_torch_as_it_was() -> None:
 
 
 def test_each_public_name_can_be_the_first_to_load() -> None:
-    run_python("-c", LOAD_EACH_NAME_FIRST)
+    run_python("-c", LOAD_EACH_FIRST.format(names=smet_compile.__all__))
+
+
+def test_each_room_can_be_the_first_to_load() -> None:
+    rooms = [path.stem for path in DOOR.parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    modules = [f"smet_compile.{room}" for room in rooms if not room.startswith("__")]
+    run_python("-c", LOAD_EACH_FIRST.format(names=[*modules, "smet_compile.passes.install"]))
 
 
 @pytest.mark.parametrize("name", smet_compile.__all__)
