@@ -33,7 +33,7 @@ def allocate(layouts: dict[str, Layout], density: float, distribution: str) -> d
 
 
 def _score(layout: Layout, distribution: str) -> float:
-    """Returns sum over product of a layer's dimensions: (out, in, kernel...) of a convolution, (R, C) of a matrix."""
+    """Returns the sum over the product of a layer's dimensions: (out, in, kernel...) or (R, C)."""
     convolution = layout.matrix != layout.shape[-2:]
     dims = layout.shape if convolution else layout.matrix
     if distribution == "er":
@@ -122,8 +122,11 @@ def check_no_density_for_nonzero(density: float | None, rules: Mapping[str, floa
 
 
 def describe_empty_rows(weights: Iterable[tuple[str, Layout, int]]) -> str:
-    """Names those of the weights (name, layout, number of active blocks) that have too few blocks to reach every row
-    and every column; returns an empty text where there are none."""
+    """Returns a warning that names the weights with too few blocks for their rows or columns; empty where none has.
+
+    Args:
+        weights: (name, layout, number of active blocks) of each weight.
+    """
     few = []
     for name, layout, count in weights:
         rows, cols = (layout.num_matrices * n for n in (layout.block_rows, layout.block_cols))

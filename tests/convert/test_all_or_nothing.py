@@ -21,7 +21,7 @@ from tests.support.states import structure
 
 
 class Mixed(nn.Module):
-    """A weight of the model itself, several of one module, a stack, and a layer that stays dense."""
+    """Has a weight of the model itself, several of one module, a stack, and a layer that stays dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ WEIGHTS = {"own", "experts.up_proj", "experts.down_proj", "attention.out_proj.we
 
 
 def mixed() -> nn.Module:
-    """In training: with gradients, and an optimizer that has stepped."""
+    """Makes a model that has gradients."""
     torch.manual_seed(0)
     model = Mixed()
     model(TOKENS).square().mean().backward()
@@ -55,7 +55,7 @@ def mixed() -> nn.Module:
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """All that sparsify changes: classes, modules, parameters and hooks in their order, gradients, what is noted."""
+    """Lists all that sparsify changes: classes, modules, parameters and hooks in order, gradients, notes."""
     found: list[Any] = [structure(model), smet.report(model).to_dict()]
     for module in model.modules():
         hooks = (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called)
@@ -83,7 +83,7 @@ class Fault(RuntimeError):
 
 
 def fails_at(function: Any, call: int, after: bool, error: type[BaseException]) -> Callable[..., Any]:
-    """``function``, but for one call that raises, before or after it is done."""
+    """Wraps ``function`` so that one call raises, before or after it is done."""
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def test_a_warning_that_is_an_error(options: dict[str, Any], message: str) -> No
 
 
 def test_weights_that_are_compact_already_stay_so() -> None:
-    """A second call that fails, in a module that is parametrized by the first, and in a copy that shares its class."""
+    """A second call fails, in a module that is parametrized by the first, and in a copy that shares its class."""
     model = smet.sparsify(mixed(), density=0.5, include=["attention.k_proj_weight", "last"])
     copied = copy.deepcopy(model)
     before, of_copy = everything(model), everything(copied)
@@ -161,7 +161,7 @@ def test_weights_that_are_compact_already_stay_so() -> None:
 
 
 class Refuses(nn.Linear):
-    """Has no parameter taken from it."""
+    """Refuses that a parameter is taken from it."""
 
     def __delattr__(self, name: str) -> None:
         raise Fault(name)

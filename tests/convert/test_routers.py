@@ -79,7 +79,7 @@ class ScoresInAParameter(nn.Module):
 
 
 class Stacks(nn.Module):
-    """As in megablocks: the experts lie below one another in a matrix."""
+    """Keeps the experts below one another in a matrix, as megablocks does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class StacksOfItsOwn(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its gate has one output a head, as many as there are experts elsewhere."""
+    """Has a gate with one output a head, as many as there are experts elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
