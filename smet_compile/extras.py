@@ -1,4 +1,4 @@
-"""The libraries of the `pretrain` extra, imported when they are first needed."""
+"""Imports the libraries of the `pretrain` extra when they are first needed."""
 
 from importlib import import_module
 from types import ModuleType
