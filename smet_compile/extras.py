@@ -9,7 +9,7 @@ class MissingExtraError(ModuleNotFoundError):
 
 
 def require(name: str) -> ModuleType:
-    """Import module `name`, or raise `MissingExtraError` with the command that installs it."""
+    """Imports module `name`, or raises `MissingExtraError` with the command that installs it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

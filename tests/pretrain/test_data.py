@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from smet_compile.pretrain.config import RunConfig, resolve
-from smet_compile.pretrain.data import Data, open_data, stdlib_paths, text_paths
-from smet_compile.pretrain.tokenizer import ByteTokenizer, open_tokenizer
+from smet_compile.pretrain.data import ByteTokenizer, Data, open_data, open_tokenizer, stdlib_paths, text_paths
 from tests.pretrain.runs import small_config
 
 

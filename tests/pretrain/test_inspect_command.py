@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 import smet_compile as smet
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.inspect_command import inspect_run, print_inspection
+from smet_compile.pretrain.inspection import inspect_run, print_inspection
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, moves, small_config
 

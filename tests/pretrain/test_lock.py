@@ -13,8 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.inspect_command import inspect_run
-from smet_compile.pretrain.lock import RunLock
+from smet_compile.pretrain.folder import RunLock
+from smet_compile.pretrain.inspection import inspect_run
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, finish, in_new_process, losses, small_config, write_text
 
@@ -34,7 +34,7 @@ def hold(folder: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused_with_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smet_compile.pretrain.inspect_command.draw_inspection", lambda *_: [])
+    monkeypatch.setattr("smet_compile.pretrain.inspection.draw_inspection", lambda *_: [])
     pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(2), quiet())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with RunLock(tmp_path / "run", "--resume"):

@@ -12,8 +12,15 @@ from rich.console import Console
 
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.loop import pretrain, resume
-from smet_compile.pretrain.mend import as_text, mend_metrics, steps_without_record
-from smet_compile.pretrain.metrics import MetricsLog, of_kind, read_metrics, write_metrics
+from smet_compile.pretrain.metrics import (
+    MetricsLog,
+    mend_metrics,
+    of_kind,
+    ranges_text,
+    read_metrics,
+    steps_without_record,
+    write_metrics,
+)
 from smet_compile.pretrain.report import summarize, write_report
 from tests.pretrain.runs import CHECKPOINT, SMALL_MODEL, StopAfter, losses, moves, small_config
 
@@ -66,10 +73,10 @@ def keep(folder: Path, *steps: int) -> None:
         (b'{"kind": 3, "step": 1}', "expected a text called kind, got 3"),
         (b'{"kind": ["train"], "step": 1}', r"expected a text called kind, got \['train'\]"),
         (b'{"kind": "train", "loss": 1}', "train: expected step, got a record without it"),
-        (b'{"kind": "train", "step": "1", "loss": 1}', "train.step: expected a whole number from 0, got '1'"),
-        (b'{"kind": "train", "step": 1.0, "loss": 1}', "train.step: expected a whole number from 0, got 1.0"),
-        (b'{"kind": "train", "step": true, "loss": 1}', "train.step: expected a whole number from 0, got True"),
-        (b'{"kind": "train", "step": -1, "loss": 1}', "train.step: expected a whole number from 0, got -1"),
+        (b'{"kind": "train", "step": "1", "loss": 1}', "train.step: expected a whole number of at least 0, got '1'"),
+        (b'{"kind": "train", "step": 1.0, "loss": 1}', "train.step: expected a whole number of at least 0, got 1.0"),
+        (b'{"kind": "train", "step": true, "loss": 1}', "train.step: expected a whole number of at least 0, got True"),
+        (b'{"kind": "train", "step": -1, "loss": 1}', "train.step: expected a whole number of at least 0, got -1"),
         (b'{"kind": "train", "step": 1}', "train: expected loss, got a record without it"),
         (b'{"kind": "train", "step": 1, "loss": null}', "train.loss: expected a number, got None"),
         (b'{"kind": "train", "step": 1, "loss": 1, "seconds": "1"}', "train.seconds: expected a number, got '1'"),
@@ -211,7 +218,7 @@ def test_ranges_of_steps() -> None:
     records = [{"kind": "train", "step": step} for step in (2, 3, 5, 9, 9, 12)]
     ranges = steps_without_record(records, 10)
     assert ranges == [(1, 1), (4, 4), (6, 8), (10, 10)]
-    assert as_text(ranges) == "1, 4, 6 to 8 and 1 more" and as_text(ranges[:2]) == "1, 4"
+    assert ranges_text(ranges) == "1, 4, 6 to 8 and 1 more" and ranges_text(ranges[:2]) == "1, 4"
     assert steps_without_record([], 0) == [] and steps_without_record([], 10**15) == [(1, 10**15)]
 
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.config import KINDS
+from smet_compile.pretrain.config import OPTION_TYPES
 
 LONG = "9" * 5000
 NO_INTEGER = ["nan", "inf", "-1", "1e3", "1_0", "²", "１６", "", "abc", "0x10", "1.0", str(2**63), "1" + "0" * 30, LONG,
@@ -56,7 +56,7 @@ NO_TEXT = {
 
 def odd_values() -> Iterator[tuple[str, str]]:
     numbers = {"steps": NO_INTEGER, "seed": NO_INTEGER, "lr": NO_NUMBER, "lr_density_exponent": NO_NUMBER}
-    for name, kind in KINDS.items():
+    for name, kind in OPTION_TYPES.items():
         odd = numbers.get(name, FEW if kind is int else ["nan", "inf", "1_0", "１"] if kind is float else [])
         yield from ((name, text) for text in [*odd, *OUT_OF_RANGE.get(name, [])])
     for name, texts in NO_TEXT.items():

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from smet_compile.pretrain.config import RunConfig, resolve
-from smet_compile.pretrain.data import Data, open_data
-from smet_compile.pretrain.tokenizer import ByteTokenizer
+from smet_compile.pretrain.data import ByteTokenizer, Data, open_data
 
 
 def open_folder(folder: Path, **changes: int) -> Data:

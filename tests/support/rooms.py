@@ -35,7 +35,7 @@ ROOMS = {
     "explain": Room({"ops", "passes", "train_step", "format"}, "it asks the passes what they did, and changes nothing"),
     "microscope": Room({"runtime", "ops", "format"}, "it looks at a model and at its history, and changes nothing"),
     "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
-    "presets": Room({"extras"}, "a shape and its model know nothing of sparsity"),
+    "presets": Room({"extras", "format"}, "a shape and its model know nothing of sparsity"),
     "planner": Room(
         {"convert", "plan", "passes", "optim", "ops", "format", "train_step", "presets"},
         "it makes a step without memory and asks `plan` what that comes to; nothing below asks what a run will cost",
