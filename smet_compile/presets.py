@@ -1,4 +1,4 @@
-"""Model shapes by name, each with the training settings that suit it; and the Hugging Face model of a shape."""
+"""Names model shapes, each with the training settings that suit it, and builds their Hugging Face models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: `pretrain`, whose options are the fields of `RunConfig`, `plan` and `inspect`."""
+"""Builds the command line: `pretrain`, whose options are the fields of `RunConfig`, `plan` and `inspect`."""
 
 import inspect
 import os
@@ -20,7 +20,7 @@ from smet_compile.pretrain.config import (
     option_name,
     parse_block,
     resolve,
-)  # fmt: skip
+)
 from smet_compile.pretrain.console import as_cell, end_with_error, print_any_character, print_plainly
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.inspection import add_inspect_command

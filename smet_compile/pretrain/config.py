@@ -1,4 +1,4 @@
-"""The settings of a run. A run is a function of its `RunConfig`, and each field is also a command-line option."""
+"""Defines the settings of a run: a run is a function of its `RunConfig`, whose fields are command-line options."""
 
 import math
 import re
@@ -25,7 +25,7 @@ MOST_DIGITS = 80
 
 @dataclass(frozen=True)
 class Method:
-    """A training method: `grow` and `schedule` as `TopologyManager` takes them; `naive` picks `NaiveAdamW`."""
+    """Describes a training method: `grow` and `schedule` go to `TopologyManager`; `naive` picks `NaiveAdamW`."""
 
     grow: str = "random"
     schedule: str = "cosine"
@@ -49,7 +49,7 @@ def _option(text: str, *, known: Iterable[str] = (), **bounds: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of one pre-training run, checked at construction; `resolve` fills in those that are left out."""
+    """Holds all settings of a pre-training run, checked at construction; `resolve` fills in those that are left out."""
 
     preset: str = _option(f"Model shape: {', '.join(PRESETS)}. Default: tiny.", known=PRESETS)
     method: str = _option(f"Training method: {', '.join(METHODS)}. Default: smet.", known=METHODS)
@@ -154,7 +154,7 @@ def parse_block(text: str, option: str) -> tuple[int, int]:
         raise ValueError(f"{option}: expected a side such as 16 or a shape such as 1x16, got {described(text)}")
     rows, columns = int(sides[0]), int(sides[-1])
     if not 1 <= min(rows, columns) <= max(rows, columns) <= LONGEST_SIDE:
-        raise ValueError(f"{option}: expected sides from 1 to {LONGEST_SIDE}, got {described(text)}")
+        raise ValueError(f"{option}: expected sides from 1 to {LONGEST_SIDE}, got {described(text)}; pass 16, say")
     return rows, columns
 
 

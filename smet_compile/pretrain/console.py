@@ -1,4 +1,4 @@
-"""The terminal: text printed as it is, the progress of a run, and the warning about dead units.
+"""Prints to the terminal: text as it is, the progress of a run, and the warning about dead units.
 
 Paths, globs and names hold whatever characters a user likes. Progress is a live bar on a terminal and a plain line now
 and then elsewhere.
@@ -33,7 +33,7 @@ def as_cell(text: str, style: str = "") -> Any:
 
 
 def end_with_error(error: Exception) -> NoReturn:
-    """Prints the error as one line on standard error, and end the process with exit code 2."""
+    """Prints the error as one line on standard error, and ends the process with exit code 2."""
     print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
     sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""The text of a run: from `--data` and `--tokenizer` to batches of training tokens and a held-out validation split.
+"""Turns `--data` and `--tokenizer` into batches of training tokens and a held-out validation split.
 
 Local text is a pure function from (seed, step) to a batch. A stream is read in its own order, from a position that a
 checkpoint can hold.
@@ -57,7 +57,9 @@ class FileTokenizer:
         self._tokenizer = _load_tokenizer(path)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may leave some out
         if not self.vocab_size:
-            raise ValueError(f"--tokenizer: expected a tokenizer with a vocabulary in {path}, got an empty one")
+            raise ValueError(
+                f"--tokenizer: expected a tokenizer with a vocabulary in {path}, got an empty one; train it first"
+            )
         self._dtype = numpy.min_scalar_type(self.vocab_size - 1)
         self._end = self._tokenizer.eos_token_id
 
@@ -66,7 +68,9 @@ class FileTokenizer:
         try:
             tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         except Exception as error:
-            raise ValueError(f"--tokenizer: expected a tokenizer that takes any text, got {error}") from error
+            raise ValueError(
+                f"--tokenizer: expected a tokenizer that takes any text, got {error}; give it an unknown token"
+            ) from error
         return numpy.array(tokens if self._end is None else [*tokens, self._end], dtype=self._dtype)
 
 
@@ -77,7 +81,10 @@ def _load_tokenizer(path: Path) -> Any:
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
-        raise ValueError(f"--tokenizer: expected a Hugging Face tokenizer in {path}, got {error}") from error
+        raise ValueError(
+            f"--tokenizer: expected a Hugging Face tokenizer in {path}, got {error}; "
+            "pass its folder or its tokenizer.json"
+        ) from error
 
 
 def open_tokenizer(name: str) -> Tokenizer:
@@ -86,7 +93,7 @@ def open_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(name)
     if not os.path.exists(path):
-        raise ValueError(f"--tokenizer: expected bytes or an existing path, got {described(name)}")
+        raise ValueError(f"--tokenizer: expected bytes or an existing path, got {name!r}; check the path")
     return FileTokenizer(path)
 
 
@@ -125,7 +132,7 @@ def open_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
     elif kind == "text" and rest:
         paths = text_paths(rest)
     else:
-        raise ValueError(f"--data: expected {DATA_KINDS}, got {described(config.data)}")
+        raise ValueError(f"--data: expected {DATA_KINDS}, got {config.data!r}; pass one of these")
     return Data(*split_tokens(read_tokens(paths, tokenizer), config))
 
 
@@ -157,7 +164,9 @@ def _read_text(example: dict[str, bytes]) -> dict[str, str]:
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ValueError(f"--data: expected files that can be read, got {path} ({error.strerror})") from error
+        raise ValueError(
+            f"--data: expected files that can be read, got {path} ({error.strerror}); leave that file out"
+        ) from error
     if "\0" in text:
         raise ValueError(f"--data: expected text in UTF-8, got {path}, which holds NUL characters; leave that file out")
     return {"text": text}
@@ -232,7 +241,10 @@ class StreamSource:
                 empty = False
                 yield self._tokenizer.encode(text).astype(numpy.int64)
             if empty and not len(self._left):
-                raise ValueError("--data: expected a stream with documents to train on, got an empty one")
+                raise ValueError(
+                    "--data: expected a stream with documents to train on, got an empty one; "
+                    "add text, or take a smaller --eval-windows"
+                )
 
     def batch(self, step: int) -> torch.Tensor:
         """Returns the next tokens, (accumulate, batch, sequence) int64; the stream stands at `step` already."""
@@ -272,9 +284,11 @@ def _texts(dataset: Any) -> Iterator[str]:
         except Exception as error:
             raise ValueError(f"--data: the stream could not be read ({error}); check files and network") from error
         if "text" not in example:
-            raise ValueError(f"--data: expected a column called text, got {', '.join(map(str, example))}")
+            columns = ", ".join(map(str, example))
+            raise ValueError(f"--data: expected a column called text, got {columns}; rename the one to train on")
         if not isinstance(example["text"], str):
-            raise ValueError(f"--data: expected text in the column text, got {described(example['text'])}")
+            found = described(example["text"])
+            raise ValueError(f"--data: expected text in the column text, got {found}; leave such rows out")
         yield example["text"]
 
 
@@ -288,7 +302,9 @@ def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[Str
     name, _, variant = spec.partition(":")
     splits = _load_splits(name, variant or None)
     if "train" not in splits:
-        raise ValueError(f"--data: expected a train split in hf:{spec}, got {', '.join(splits)}")
+        raise ValueError(
+            f"--data: expected a train split in hf:{spec}, got {', '.join(splits)}; choose a data set that has one"
+        )
     train, own = splits["train"], splits.get("validation")
     validation, num_documents = _read_validation(train if own is None else own, config, tokenizer)
     if own is None:

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its config, and the lock that keeps it to one process.
+"""Manages the folder of a run: its files, its config, and the lock that keeps it to one process.
 
 The lock is on the file `lock` in the folder, whose text names its holder. The operating system frees the lock when its
 process ends, however that ends: a `lock` file that is left over means nothing. The holder removes the file, so a
@@ -84,7 +84,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read, got {error.strerror}") from error
+        raise ValueError(f"{path}: expected a file that can be read, got {error.strerror}; restore it") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}; begin a new run with --out") from error
     if not isinstance(values, dict):
@@ -96,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One folder holds one run; it counts as a run from the moment `config.json` is there."""
+    """Names the files of a run. A folder holds one run, and counts as one from the moment `config.json` is there."""
 
     path: Path
 
@@ -156,7 +156,9 @@ class RunFolder:
         try:
             return path.exists()
         except OSError as error:
-            raise ValueError(f"{option}: expected a folder, got {self.path} ({error.strerror})") from error
+            raise ValueError(
+                f"{option}: expected a folder, got {self.path} ({error.strerror}); choose another one"
+            ) from error
 
     def remove_lone_checkpoint(self) -> None:
         """Removes a folder that holds nothing but a checkpoint: saving made it where the run's own was removed."""
@@ -176,7 +178,7 @@ class RunLock(AbstractContextManager["RunLock"]):
 
     def __init__(self, folder: Path, option: str) -> None:
         self._folder, self._option = folder, option
-        self._made: list[Path] = []
+        self._new_folders: list[Path] = []
         self._handle = -1
 
     @property
@@ -185,7 +187,7 @@ class RunLock(AbstractContextManager["RunLock"]):
 
     def __enter__(self) -> "RunLock":
         try:
-            self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+            self._new_folders = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
             self._handle = self._make_and_acquire()
         except BaseException as error:
             self._remove_folders()
@@ -206,7 +208,7 @@ class RunLock(AbstractContextManager["RunLock"]):
 
     def keep_folder(self) -> None:
         """Lets the folder stay at the end: there is a run in it."""
-        self._made = []
+        self._new_folders = []
 
     def renew(self) -> None:
         """Locks anew where the file `lock` was removed; ValueError where another process was faster."""
@@ -255,7 +257,7 @@ class RunLock(AbstractContextManager["RunLock"]):
 
     def _remove_folders(self) -> None:
         with suppress(OSError):
-            for path in self._made:
+            for path in self._new_folders:
                 path.rmdir()
 
 

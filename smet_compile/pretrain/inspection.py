@@ -1,4 +1,4 @@
-"""`python -m smet_compile inspect RUN`: the topology of a pre-training run, as a table and as plots."""
+"""Shows the topology of a pre-training run as a table and as plots: `python -m smet_compile inspect RUN`."""
 
 import dataclasses
 import warnings
@@ -39,7 +39,7 @@ def add_inspect_command(typer: Any, app: Any) -> None:
 
 
 def inspect_run(path: Path) -> tuple[smet.Inspection, list[str]]:
-    """Inspects the last checkpoint of the run in `path`, on the CPU, and draw it into that folder.
+    """Inspects the last checkpoint of the run in `path`, on the CPU, and draws it into that folder.
 
     The topology before the first step is a function of the run's config and made again. Returns the inspection
     and the names of the PNG files; raises ValueError where there is no run, no checkpoint, or a dense one.
@@ -53,17 +53,17 @@ def inspect_run(path: Path) -> tuple[smet.Inspection, list[str]]:
     if not folder.checkpoint.exists():
         raise ValueError(f"RUN: expected a checkpoint in {path}, found none; go on with it: {folder.resume_command}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they came when the run began
+        warnings.simplefilter("ignore")  # they were shown when the run began
         training = build_training(config, open_tokenizer(config.tokenizer).vocab_size)
     sites = find_sites(training.model)
     shown = {name: sites[name] for name in evenly_chosen(list(sites))}
     before = masks_of(shown)
     smet.load_checkpoint(folder.checkpoint, training.model, training.optimizer, training.manager)
-    found = look(training, min(NUM_TOKENS, config.sequence))
+    found = inspect_training(training, min(NUM_TOKENS, config.sequence))
     return found, draw_inspection(found, before, masks_of(shown), path)
 
 
-def look(training: Training, num_tokens: int) -> smet.Inspection:
+def inspect_training(training: Training, num_tokens: int) -> smet.Inspection:
     """Inspects a training; which tokens it reads does not matter."""
     tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
     return smet.inspect(training.model, input_ids=tokens, manager=training.manager)

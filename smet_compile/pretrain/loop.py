@@ -1,4 +1,4 @@
-"""One run from its start or its checkpoint to its end, in such a way that it can go on after every interruption."""
+"""Takes a run from its start or its checkpoint to its end, and saves it so that it can go on when it is interrupted."""
 
 import signal
 import time
@@ -25,7 +25,7 @@ from smet_compile.pretrain.training import (
     learning_rate,
     train_step,
     validation_loss,
-)  # fmt: skip
+)
 
 Stop = Callable[[], bool]
 SPEED_MEMORY = 0.9
@@ -195,9 +195,13 @@ def _expect_own(run: Run, extra: Any) -> None:
     path, steps = run.folder.checkpoint, run.config.steps
     kinds = {"step": int, "data": dict, "fingerprint": str}
     if not isinstance(extra, dict) or not all(isinstance(extra.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError(f"{path}: expected a checkpoint that pretrain saved, got one with {described(extra)} as extra")
+        raise ValueError(
+            f"{path}: expected a checkpoint that pretrain saved, got one with {described(extra)} as extra; restore it"
+        )
     if not 1 <= extra["step"] <= steps:
-        raise ValueError(f"{path}: expected a checkpoint of a step from 1 to {steps} (--steps), got {extra['step']}")
+        raise ValueError(
+            f"{path}: expected a checkpoint of a step from 1 to {steps} (--steps), got {extra['step']}; restore it"
+        )
 
 
 def headline(run: Run, first: int) -> str:

@@ -1,4 +1,4 @@
-"""Memory: the bytes of a run by kind, read from its tensors; and a lack of memory, foreseen or explained."""
+"""Counts the bytes of a run by kind, from its tensors; foresees and explains a lack of memory."""
 
 import math
 import os

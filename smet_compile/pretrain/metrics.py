@@ -1,4 +1,4 @@
-"""metrics.jsonl, the log of a run: its records, how they are written and read, and how the log is mended.
+"""Writes, reads and mends metrics.jsonl, the log of a run.
 
 The file holds one JSON object a line, each with `kind` and `step`. The kinds are train, eval, topology, bytes and end,
 and gap: the steps from `first_step` to `step` were trained, and their records lost.
@@ -117,7 +117,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             return False
 
     def expect_in_place(self) -> None:
-        """Raise ValueError where the file, or a folder above it, was removed, moved or replaced."""
+        """Raises ValueError where the file, or a folder above it, was removed, moved or replaced."""
         if not self.is_in_place():
             raise ValueError(
                 f"{self._path.parent}: expected the run's folder to stay as it is, but its {self._path.name} was "

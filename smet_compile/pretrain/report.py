@@ -1,4 +1,4 @@
-"""report.md and the plots of a run, made from its folder alone."""
+"""Makes report.md and the plots of a run from its folder alone."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model, its optimizer and its topology manager, and one step of training them."""
+"""Builds the model, its optimizer and its topology manager, and takes one step of training them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -83,7 +83,8 @@ def expect_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--device: expected a device of this machine such as cpu, got {described(device)} ({reason})"
+            f"--device: expected a device of this machine such as cpu, got {described(device)} ({reason}); "
+            "pass another one"
         ) from error
 
 

@@ -72,7 +72,7 @@ def test_a_config_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    """The config.json of a run, with changes made by hand."""
+    """Writes the config.json of a run, with changes made by hand."""
     path = folder / "config.json"
     write_config(path, resolve(preset="nano", steps=24, lr=0.5, moment_dtype="int8", dtype="bfloat16", seed=7))
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

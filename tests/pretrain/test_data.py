@@ -16,7 +16,7 @@ def open_bytes(config: RunConfig) -> Data:
 
 
 def numbered_config(folder: Path, **changes: Any) -> RunConfig:
-    """Text in which every 8 bytes are unique."""
+    """Returns a config with a text in which every 8 bytes are unique."""
     (folder / "n.txt").write_text("".join(f"{n:07d}|" for n in range(999)))
     options = {"preset": "nano", "sequence": 8, "batch": 5, "data": f"text:{folder}/n.txt"}
     return resolve(**(options | changes))

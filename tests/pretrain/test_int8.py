@@ -12,7 +12,7 @@ NUM_STEPS = 500
 
 
 def loss_after_training(moments: str, block: str) -> tuple[float, float]:
-    """Held-out loss before and after."""
+    """Returns the held-out loss before and after."""
     config = resolve(
         preset="nano", moment_dtype=moments, block=block, steps=NUM_STEPS, sequence=64, eval_windows=64, eager=True,
         device="cpu",

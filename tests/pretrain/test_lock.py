@@ -1,4 +1,4 @@
-"""One run folder, one process."""
+"""A run folder belongs to one process at a time."""
 
 import errno
 import fcntl
@@ -106,7 +106,7 @@ def test_the_file_that_is_locked_is_the_one_in_the_folder(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -125,7 +125,7 @@ def test_a_file_of_that_name_that_is_not_ours_stays(content: str | None, tmp_pat
     assert list((tmp_path / "run").iterdir()) == [path] and (path.is_dir() or path.read_text() == content)
 
 
-def test_what_a_power_cut_leaves_of_the_lock_is_taken(tmp_path: Path) -> None:
+def test_a_lock_that_a_power_cut_leaves_is_taken(tmp_path: Path) -> None:
     for left in (b"", b"\0" * 80, b"smet_compile pretrain, process 1"):
         (tmp_path / "lock").write_bytes(left)
         with RunLock(tmp_path, "--out"):

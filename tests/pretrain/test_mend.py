@@ -1,4 +1,4 @@
-"""metrics.jsonl: bad lines are named, a log behind its checkpoint is mended, a report is made of what is left."""
+"""Bad lines of metrics.jsonl are named, a log behind its checkpoint is mended, and any records make a report."""
 
 import io
 import itertools
@@ -35,7 +35,7 @@ def in_report(folder: Path, row: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of twelve steps: "whole", and "parts", stopped at step 8 with its checkpoint."""
+    """Makes runs of twelve steps: "whole", and "parts", stopped at step 8 with its checkpoint."""
     root = tmp_path_factory.mktemp("mend")
     pretrain(small_config(root), root / "whole", console=Console(file=io.StringIO()))
     pretrain(small_config(root), root / "parts", StopAfter(8), Console(file=io.StringIO()))
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(root: Path, tmp_path: Path) -> Path:
-    """A copy of the run that stopped at step 8."""
+    """Returns a copy of the run that stopped at step 8."""
     (tmp_path / "run").mkdir()
     for path in (root / "parts").iterdir():
         (tmp_path / "run" / path.name).write_bytes(path.read_bytes())
@@ -114,7 +114,7 @@ def test_each_part_of_a_topology_or_bytes_record_is_looked_at(root: Path, tmp_pa
 
 
 def alterations(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """`value` with one thing at a time taken out, or made a text."""
+    """Returns `value` with one thing at a time taken out, or made a text."""
     found = []
     for key, inner in value.items():
         found.append({name: other for name, other in value.items() if name != key})

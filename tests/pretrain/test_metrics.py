@@ -13,7 +13,7 @@ def write_steps(path: Path, first: int, last: int) -> None:
     log.close()
 
 
-def test_what_came_after_a_checkpoint_is_cut_and_written_once_more(tmp_path: Path) -> None:
+def test_records_after_a_checkpoint_are_cut_and_written_once_more(tmp_path: Path) -> None:
     path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
     write_steps(path, 1, 9)
     cut_back(path, 4)

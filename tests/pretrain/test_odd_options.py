@@ -1,4 +1,4 @@
-"""Odd values on the command line: exit code 2, one line that names the option, nothing written."""
+"""An odd value on the command line gives exit code 2 and one line that names the option; nothing is written."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def odd_values() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a text, a binary file and a folder."""
+    """Makes a working directory with a text, a binary file and a folder."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps " * 3000)
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "here").mkdir()
@@ -130,7 +130,7 @@ def test_plan_shows_an_error_as_one_line(error: Exception, monkeypatch: pytest.M
         ),
     ],
 )
-def test_what_cannot_fit_is_foreseen(options: list[str], message: str, here: Path) -> None:
+def test_a_need_beyond_the_memory_is_foreseen(options: list[str], message: str, here: Path) -> None:
     small = ["--preset", "nano", "--device", "cpu", "--eager", "--data", "text:text.txt", "--out", "runs/run"]
     result = CliRunner().invoke(make_app(), ["pretrain", *small, *options])
     assert result.exit_code == 2 and result.stderr.startswith(f"error: {message}"), result.stderr

@@ -56,7 +56,7 @@ def test_validation_taken_from_train_is_skipped_in_training(tmp_path: Path) -> N
     assert held_out.isdisjoint(document.strip() for document in trained.split("\0"))
 
 
-def test_what_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_stream_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--data: hf:.*nothing could not be opened"):
         open_folder(tmp_path / "nothing")
     write_split(tmp_path, "test")
