@@ -39,7 +39,7 @@ ROOMS = {
         {"runtime", "tracing", "ops", "format"}, "it looks at a model and at its history, and changes nothing"
     ),
     "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
-    "presets": Room({"extras"}, "a shape and its model know nothing of sparsity"),
+    "presets": Room({"extras", "format"}, "a shape and its model know nothing of sparsity"),
     "plan": Room(
         {"convert", "passes", "optim", "ops", "format", "train_step", "tracing", "presets"},
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
