@@ -101,7 +101,7 @@ def _install_passes() -> None:
 
     The import stands here because it loads the compiler, which takes seconds and serves compact weights alone.
     """
-    from smet_compile.passes.install import install
+    from smet_compile.passes.pipeline import install
 
     install()
 

@@ -96,7 +96,7 @@ def test_each_public_name_can_be_the_first_to_load() -> None:
 def test_each_room_can_be_the_first_to_load() -> None:
     rooms = [path.stem for path in DOOR.parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
     modules = [f"smet_compile.{room}" for room in rooms if not room.startswith("__")]
-    run_python("-c", LOAD_EACH_FIRST.format(names=[*modules, "smet_compile.passes.install"]))
+    run_python("-c", LOAD_EACH_FIRST.format(names=[*modules, "smet_compile.passes.pipeline"]))
 
 
 @pytest.mark.parametrize("name", smet_compile.__all__)

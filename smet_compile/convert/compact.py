@@ -20,8 +20,8 @@ from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
 from smet_compile.ops import CompactWeight, reads, saved_weights
-from smet_compile.ops.outside_graphs import outside_graphs
 from smet_compile.ops.sites import compact_names, parametrizations
+from smet_compile.ops.torch_insides import outside_graphs
 
 _ATTRIBUTE_PREFIX = "_smet_"
 """The names of all attributes that this library adds to modules begin with it."""

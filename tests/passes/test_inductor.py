@@ -15,7 +15,7 @@ from torch import fx, nn
 import smet_compile as smet
 from smet_compile.ops import library
 from smet_compile.passes import switch
-from smet_compile.passes.install import install
+from smet_compile.passes.pipeline import install
 from tests.passes.compiled import assert_close, randn, train
 from tests.support.fresh_process import run_python
 

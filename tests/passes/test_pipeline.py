@@ -11,8 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import smet_compile
 from smet_compile.passes import pipeline, switch
-from smet_compile.passes.install import install
-from smet_compile.passes.pipeline import PASSES, JointPasses, source_hash
+from smet_compile.passes.pipeline import PASSES, JointPasses, install, source_hash
 
 ROOM = Path(smet_compile.__file__).parent
 

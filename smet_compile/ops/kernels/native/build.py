@@ -23,7 +23,7 @@ from pathlib import Path
 
 from smet_compile.ops.kernels.native import cache
 from smet_compile.ops.kernels.native.trust import trusted_folder
-from smet_compile.ops.warn import warn_once
+from smet_compile.ops.torch_insides import warn_once
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
