@@ -3,7 +3,6 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,12 +69,12 @@ def make_app() -> Any:
     return app
 
 
-def _with_options(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Any:
+def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
     """Gives `command(**options)` the signature that typer reads.
 
     Numbers come as text, so that one rule reads them and one line says what is wrong with them.
     """
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
