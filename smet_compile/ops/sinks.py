@@ -2,8 +2,8 @@
 
 A sink is a tensor of zeros that takes no memory and stands in the autograd graph for what a gradient is needed for.
 All reads of a weight share one, so autograd adds up their gradients; the sink's backward consumes the sum at once: the
-optimizer updates the values (update sinks, opened once in a step), or candidates for growth are chosen (growth sinks). No
-gradient outlives such an update; the counts of updates and of skipped blocks tell others that it was made.
+optimizer updates the values (update sinks, opened once in a step), or candidates for growth are chosen (growth sinks).
+No gradient outlives such an update; the counts of updates and of skipped blocks tell others that it was made.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class UpdateCounts:
 
 
 def counts_of(optimizer: Optimizer) -> dict[nn.Parameter, UpdateCounts]:
-    """Returns the counts of every parameter whose update was made in backward; they are not saved with the optimizer."""
+    """Returns the counts of every parameter whose update was made in backward; they are not saved."""
     counts: dict[nn.Parameter, UpdateCounts] = optimizer.__dict__.setdefault(_COUNTS, {})
     return counts
 
