@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smet_compile.ops import warn
-from smet_compile.ops.kernels.native import build, cache
+from smet_compile.ops.kernels.native import build
 
 compiles = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 
@@ -56,7 +56,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def kept(name: str = "expand") -> Path:
     cxx = build.compiler()
     assert cxx is not None
-    path = build._kept(name, cxx)
+    path = build._entry_of(name, cxx)
     assert path is not None
     return path
 
@@ -130,16 +130,16 @@ def test_a_damaged_library_is_compiled_anew(compiled: list[str], code: bytes, da
     path = kept()
     whole = path.read_bytes()
     path.write_bytes(DAMAGES[damage](whole))
-    assert cache.read(path) is None
+    assert build.read_entry(path) is None
     assert build.library("expand") is not None
-    assert path.read_bytes() == whole and cache.read(path) == code and compiled == ["expand"] * 2
+    assert path.read_bytes() == whole and build.read_entry(path) == code and compiled == ["expand"] * 2
 
 
 @compiles
 def test_a_library_of_another_name_is_not_loaded(compiled: list[str]) -> None:
     assert build.library("expand") is not None
     kept().rename(kept("tiles"))
-    assert cache.read(kept("tiles")) is None
+    assert build.read_entry(kept("tiles")) is None
 
 
 @compiles
@@ -157,12 +157,12 @@ def test_what_is_no_file_of_ours_is_not_loaded(compiled: list[str], tmp_path: Pa
     else:
         path.write_bytes(other.read_bytes())
         path.chmod(0o666)
-    assert cache.read(path) is None
+    assert build.read_entry(path) is None
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         assert build.library("expand") is not None
     assert compiled == ["expand"] * 2
-    assert (path.is_file() and not path.is_symlink() and cache.read(path) is not None) is (what != "folder")
+    assert (path.is_file() and not path.is_symlink() and build.read_entry(path) is not None) is (what != "folder")
     assert len(given) == (what == "folder")
 
 
@@ -183,7 +183,7 @@ def test_a_folder_that_others_can_write_to(compiled: list[str], tmp_path: Path, 
 def test_a_temporary_folder_that_others_can_write_to(
     compiled: list[str], tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used, make = [], cache.new_workplace
+    used, make = [], build.new_workplace
 
     def made(folder: Path) -> AbstractContextManager[Path]:
         used.append(folder)
@@ -191,7 +191,7 @@ def test_a_temporary_folder_that_others_can_write_to(
 
     temporary.chmod(0o777)
     monkeypatch.setenv("SMET_COMPILE_CACHE", str(temporary))
-    monkeypatch.setattr(cache, "new_workplace", made)
+    monkeypatch.setattr(build, "new_workplace", made)
     with pytest.warns(UserWarning, match="other users may write to"):
         assert build.library("expand") is not None
     assert used == [Path("/tmp").resolve()]
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_to(
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache, "write", refuse)
+    monkeypatch.setattr(build, "write_entry", refuse)
     with pytest.warns(UserWarning, match=f"cannot be kept in {tmp_path}: .*{os.strerror(number)}") as given:
         assert build.library("expand") is not None and build.library("expand") is not None
     assert len(given) == 1 and compiled == ["expand"] * 2
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_to(
 def test_no_folder_can_be_made_in_the_cache(
     compiled: list[str], tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = cache.new_workplace
+    made = build.new_workplace
 
     def refuse(folder: Path) -> AbstractContextManager[Path]:
         if folder == tmp_path:
@@ -237,7 +237,7 @@ def test_no_folder_can_be_made_in_the_cache(
         return made(folder)
 
     assert build.library("expand") is not None
-    monkeypatch.setattr(cache, "new_workplace", refuse)
+    monkeypatch.setattr(build, "new_workplace", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.library("expand") is not None  # what is there is read
@@ -345,14 +345,14 @@ def test_several_processes_compile_at_a_time(compiled: list[str], tmp_path: Path
             os._exit(0 if hasattr(build.library("expand"), "unpack") else 1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
-    assert list(tmp_path.iterdir()) == [path] and cache.read(path) is not None
+    assert list(tmp_path.iterdir()) == [path] and build.read_entry(path) is not None
 
 
 @compiles
 def test_a_compiler_gets_nothing_to_leave_behind(code: bytes, tmp_path: Path, temporary: Path) -> None:
     """A killed compiler leaves its files in a folder that is removed."""
     script = compiler_of(code, tmp_path, 'echo half > "$TMPDIR/half.s"')
-    with cache.new_workplace(temporary) as workplace:
+    with build.new_workplace(temporary) as workplace:
         assert build._run(workplace, "expand", [str(script)]) == code
         assert (workplace / "half.s").exists() and workplace.stat().st_mode & 0o777 == 0o700
     assert list(temporary.iterdir()) == []
