@@ -57,7 +57,7 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """Compiles and loads ``name``.cpp; None where that cannot be done, with a warning unless no compiler is installed."""
+    """Compiles and loads ``name``.cpp; None where that fails, with a warning unless no compiler is installed."""
     cxx = compiler()
     if cxx is None or os.name != "posix":
         if os.environ.get("CXX"):
@@ -319,7 +319,7 @@ def _is_link(path: Path) -> bool:
 
 
 def _owners() -> set[int]:
-    """Returns the ids of root, of this user and of the owner of ``/``, which is root by another id in some containers."""
+    """Returns the ids of root, of this user and of the owner of ``/``: root, by another id in some containers."""
     return {0, os.geteuid(), _ROOT.stat().st_uid}
 
 

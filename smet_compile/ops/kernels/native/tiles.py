@@ -129,7 +129,9 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
     job.out, job.scratch = out.data_ptr(), scratch.data_ptr()
     job.tokens_at_once, job.num_threads = tokens_at_once, torch.get_num_threads()
     ends = None if offsets is None else offsets.tolist()
-    for starts, left_part, right_part in zip(prepared.starts, by_matrix(left, ends), by_matrix(right, ends), strict=True):
+    for starts, left_part, right_part in zip(
+        prepared.starts, by_matrix(left, ends), by_matrix(right, ends), strict=True
+    ):
         job.left, job.right, job.starts = left_part.data_ptr(), right_part.data_ptr(), starts
         job.num_tokens = left_part.shape[0]
         (job.left_stride, _), (job.right_stride, _) = left_part.stride(), right_part.stride()
