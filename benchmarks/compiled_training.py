@@ -34,7 +34,7 @@ class Training:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3)
         else:
             smet.sparsify(self.model, args.density, block_shape=args.block)
-            self.optimizer = smet.ActiveAdamW(self.model, 1e-3, state_dtype=torch.bfloat16)
+            self.optimizer = smet.ActiveAdamW(self.model, 1e-3, moment_dtype=torch.bfloat16)
         self.step = self._fused() if method == FUSED else self._two_calls()
 
     def _fused(self) -> Callable[[], Any]:

@@ -32,7 +32,7 @@ def measure(method: str, density: float, block: int, dtype: torch.dtype, num_tok
     net = llama(LAYERS, VOCABULARY, dtype)
     if method == "sparse":
         smet.sparsify(net, density, block_shape=block)
-        optimizer: torch.optim.Optimizer = smet.ActiveAdamW(net, 1e-3, state_dtype=_state_dtype(dtype))
+        optimizer: torch.optim.Optimizer = smet.ActiveAdamW(net, 1e-3, moment_dtype=_state_dtype(dtype))
     else:
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3, foreach=False)
     tokens = torch.randint(VOCABULARY, (1, num_tokens))

@@ -84,11 +84,11 @@ class Compact:
         """One part of a step, as a call."""
         compact, values = self._site.compact, self._site.values.detach()
         if name == UPDATE:
-            state_dtype = torch.bfloat16 if values.dtype == torch.bfloat16 else None
+            moment_dtype = torch.bfloat16 if values.dtype == torch.bfloat16 else None
             self._site.values.grad = torch.randn_like(values)
-            return smet.ActiveAdamW(self._layer, state_dtype=state_dtype).step
+            return smet.ActiveAdamW(self._layer, moment_dtype=moment_dtype).step
         input_TC, grad_output_TR = self._dense.input_TC, self._dense.grad_output_TR
-        ops, where = torch.ops.smet, (compact.topology, compact.index, *compact.op_layout())
+        ops, where = torch.ops.smet, (compact.topology, compact.lists, compact.layout.text)
         return {
             FORWARD: lambda: ops.masked_matmul(input_TC, values, *where, True),
             INPUT_GRADIENT: lambda: ops.masked_matmul(grad_output_TR, values, *where, False),

@@ -81,8 +81,8 @@ class Training:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
         else:
             smet.sparsify(self.model, DENSITY, block_shape=recipe.block)
-            state_dtype = torch.bfloat16 if recipe.dtype == torch.bfloat16 else None
-            self.optimizer = smet.ActiveAdamW(self.model, 1e-3, state_dtype=state_dtype)
+            moment_dtype = torch.bfloat16 if recipe.dtype == torch.bfloat16 else None
+            self.optimizer = smet.ActiveAdamW(self.model, 1e-3, moment_dtype=moment_dtype)
         self.step = self._fused() if recipe.method == FUSED else self._two_calls()
 
     @property

@@ -21,7 +21,7 @@ from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sinks import NO_GRADIENT
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.update_counts import count_by
-from smet_compile.optim.fused import Update, updates_of
+from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]
 _num_compiled = itertools.count()
@@ -95,7 +95,7 @@ class TrainStep:
         self._update_of = updates_of(optimizer)
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._num_accumulated = 0
-        self._unfinished: list[Update | None] | None = None
+        self._unfinished: list[BackwardUpdate | None] | None = None
         self._leaf = torch.zeros((), requires_grad=True)
         self._is_whole = True
         self.compile()
@@ -120,7 +120,7 @@ class TrainStep:
         kept = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
         return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
 
-    def forward(self, batch: Any, updates: list[Update | None]) -> Tensor:
+    def forward(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         """The part that is compiled: opens the sinks and computes the loss."""
         for site, update in zip(self.sites, updates, strict=True):
             compact = site.compact
@@ -148,7 +148,7 @@ class TrainStep:
         self._unfinished = None
         return loss
 
-    def _step(self, batch: Any, updates: list[Update | None]) -> Tensor:
+    def _step(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         is_last = self._num_accumulated + 1 == self.accumulate
         with ExitStack() as stack:
             for reducer in () if is_last else self._reducers:
@@ -187,7 +187,7 @@ class TrainStep:
         self.forget_unused(updates)
         self._unfinished = None
 
-    def _loss(self, batch: Any, updates: list[Update | None]) -> Tensor:
+    def _loss(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         with self.gradients_in_sinks(updates):
             return _checked(self._compiled(batch, updates))
 
@@ -215,7 +215,7 @@ class TrainStep:
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
-    def updates(self) -> list[Update | None]:
+    def updates(self) -> list[BackwardUpdate | None]:
         """The update of each site in backward; None for one that is frozen, or has a gradient from elsewhere to add
         to, and for all where none is fused."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
@@ -227,7 +227,7 @@ class TrainStep:
                 self.optimizer.state.pop(values, None)
             raise
 
-    def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]]) -> Update | None:
+    def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]]) -> BackwardUpdate | None:
         values = site.values
         if values.requires_grad and values not in groups:
             raise _not_held(site)
@@ -238,7 +238,7 @@ class TrainStep:
         return update
 
     @contextmanager
-    def gradients_in_sinks(self, updates: list[Update | None]) -> Iterator[None]:
+    def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[None]:
         """In a forward whose gradients the sinks take, the values ask for none: backward changes them.
 
         In backward they do again: a checkpointed region that no graph took in reads them anew there, and has to save
@@ -260,7 +260,7 @@ class TrainStep:
                 values.requires_grad_(True)
                 compact.update_sink = None
 
-    def forget_unused(self, updates: list[Update | None]) -> None:
+    def forget_unused(self, updates: list[BackwardUpdate | None]) -> None:
         """State is made before it is known whether the step reaches a weight."""
         for site, update in zip(self.sites, updates, strict=True):
             if update is None or not update.made_state or site.values not in self.optimizer.state:

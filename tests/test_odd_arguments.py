@@ -155,7 +155,7 @@ def loaded(run: Run, argument: str, value: Any) -> None:
 
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "lr_density_exponent")
-OF_OPTIMIZER = ("params", "model", *OPTIONS, "state_dtype", "stochastic_rounding", "seed")
+OF_OPTIMIZER = ("params", "model", *OPTIONS, "moment_dtype", "stochastic_rounding", "seed")
 FRACTIONS = ("drop_fraction", "final_drop_fraction", "stop_fraction")
 WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distribution")
 SWITCHES = ("compiled", "fused_update", "checkpointing")
@@ -184,7 +184,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "batch",
             "sequence",
             "dtype",
-            "state_dtype",
+            "moment_dtype",
             *SWITCHES,
             "fits",
             "inputs",

@@ -38,7 +38,7 @@ def test_deepcopy_and_assign_lose_attributes_of_parameters() -> None:
 
 def test_bfloat16_second_moments_never_decay() -> None:
     model = smet.sparsify(Slope(64, 64), density=0.5)
-    optimizer = smet.ActiveAdamW(model, state_dtype=torch.bfloat16)
+    optimizer = smet.ActiveAdamW(model, moment_dtype=torch.bfloat16)
     step_on(model, optimizer)
     model.slope.zero_()
     square = optimizer.state[find_sites(model)["weight"].values]["exp_avg_sq"]
@@ -181,10 +181,10 @@ def test_conv1d_of_torch_is_three_dimensional_but_no_stack() -> None:
     assert (layout.num_matrices, layout.rows, layout.cols) == (1, 10, 18)
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
-def test_what_hangs_over_the_edge_is_zero_always(state_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("moment_dtype", [None, torch.bfloat16], ids=str)
+def test_what_hangs_over_the_edge_is_zero_always(moment_dtype: torch.dtype | None) -> None:
     model = smet.sparsify(RaggedNet(), density=0.5, block_shape=(16, 16))
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, state_dtype=state_dtype)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, moment_dtype=moment_dtype)
     manager = smet.TopologyManager(model, optimizer, total_steps=100, every=3, grow="gradient", drop_fraction=0.4)
     for _ in range(7):
         model(torch.randn(4, 50)).square().sum().backward()

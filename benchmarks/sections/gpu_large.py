@@ -24,7 +24,7 @@ PEAK = at_most(1)
 LOSS = at_most(1)
 INIT_STD = 0.02
 NOTE = (
-    f'bf16, density {DENSITY}, {BLOCK} tiles, `state_dtype="int8"`, `compile_train_step`, {STEPS} steps on one batch '
+    f'bf16, density {DENSITY}, {BLOCK} tiles, `moment_dtype="int8"`, `compile_train_step`, {STEPS} steps on one batch '
     "of {tokens} tokens. Peak: the most that tensors hold, from the third step on, over 12 GB. Loss: of the last step "
     "over that of the first."
 )
@@ -42,7 +42,7 @@ def tables(settings: Settings) -> list[Table]:
 def _rows(shape: Shape, place: Settings) -> list[Row]:
     peak = Peak(place.device)
     model = sparse_model(shape, place.device)
-    optimizer = smet.ActiveAdamW(model, 1e-4, state_dtype="int8")
+    optimizer = smet.ActiveAdamW(model, 1e-4, moment_dtype="int8")
     step, batch = smet.compile_train_step(model, optimizer), shape.batch_on(place.device)
     losses = []
     with static_shapes():

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     name: str
     block: int
     dtype: torch.dtype
-    state_dtype: Any
+    moment_dtype: Any
     bytes_per_weight: float
     has_target: bool
 
@@ -92,7 +92,7 @@ def aged_optimizer(kind: Kind, side: int, settings: Settings, num_matrices: int 
     with settings.device:
         matrices = [nn.Linear(side, side, bias=False, dtype=kind.dtype) for _ in range(num_matrices)]
     model = smet.sparsify(nn.Sequential(*matrices), DENSITY, block_shape=kind.block)
-    optimizer = smet.ActiveAdamW(model, state_dtype=kind.state_dtype)
+    optimizer = smet.ActiveAdamW(model, moment_dtype=kind.moment_dtype)
     manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=1)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -74,7 +74,7 @@ def build(case: Case) -> Trainee:
         model=model,
         warmup_steps=case.block_warmup,
         lr_density_exponent=case.exponent,
-        state_dtype=_DTYPES[case.moment_dtype],
+        moment_dtype=_DTYPES[case.moment_dtype],
         seed=case.seed,
     )
     return Trainee(model, optimizer, _manager(case, model, optimizer) if case.every else None)

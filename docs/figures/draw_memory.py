@@ -46,7 +46,7 @@ def measure_bytes(dtype: torch.dtype, moments: Any, density: float | None, block
         optimizer = torch.optim.AdamW(layer.parameters())
     else:
         smet.sparsify(layer, density, block_shape=block)
-        optimizer = smet.ActiveAdamW(layer, state_dtype=moments)
+        optimizer = smet.ActiveAdamW(layer, moment_dtype=moments)
     (weight,) = layer.parameters()
     weight.grad = torch.ones_like(weight)
     optimizer.step()

@@ -167,7 +167,7 @@ def _keep(site: Site, dense: Tensor, seed: int) -> None:
     weight = Weight(compact.name, site.module, site.tensor_name, dense)
     mask = select_blocks(Choice(weight, site.layout, site.num_active), compact.select, seed)
     compact.set_mask(mask)
-    values = torch.ops.smet.pack(dense, compact.topology, compact.index, *compact.op_layout(), compact.num_active)
+    values = torch.ops.smet.pack(dense, compact.topology, compact.lists, compact.layout.text, compact.num_active)
     if compact.rescale:
         values.mul_(math.sqrt(site.layout.num_blocks / site.num_active))
     site.values.copy_(values)

@@ -174,7 +174,7 @@ def num_active_weights(compact: CompactWeight) -> int:
 def _site_report(site: Site) -> SiteReport:
     compact, layout = site.compact, site.layout
     num_active = site.num_active if compact.topology.is_meta else count_active(compact.topology)
-    index = sum(t.numel() * t.element_size() for t in (compact.topology, *compact.index))
+    index = sum(t.numel() * t.element_size() for t in (compact.topology, compact.lists))
     return SiteReport(
         site.name,
         layout.shape,

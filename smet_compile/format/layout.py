@@ -37,13 +37,14 @@ class Layout:
         return cls(shape, matrix, block_shape)
 
     @classmethod
-    def from_flat(cls, numbers: Sequence[int]) -> Layout:
-        """Makes the layout of the integers that ``flat`` returns."""
-        return _from_flat(tuple(numbers))
+    def from_text(cls, text: str) -> Layout:
+        """Makes the layout that ``text`` describes."""
+        return _from_text(text)
 
-    def flat(self) -> list[int]:
-        """Returns shape, matrix and block shape one after another, as a layout travels through an op."""
-        return [*self.shape, *self.matrix, *self.block_shape]
+    @functools.cached_property
+    def text(self) -> str:
+        """Shape, matrix and block shape, such as "8x20x12 20x12 4x4": a layout travels through an op like this."""
+        return " ".join("x".join(map(str, numbers)) for numbers in (self.shape, self.matrix, self.block_shape))
 
     @property
     def rows(self) -> int:
@@ -103,5 +104,6 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=4096)
-def _from_flat(numbers: tuple[int, ...]) -> Layout:
-    return Layout(numbers[:-4], (numbers[-4], numbers[-3]), (numbers[-2], numbers[-1]))
+def _from_text(text: str) -> Layout:
+    shape, matrix, block_shape = (tuple(map(int, part.split("x"))) for part in text.split(" "))
+    return Layout(shape, (matrix[0], matrix[1]), (block_shape[0], block_shape[1]))

@@ -55,7 +55,6 @@ class Topology:
         self.positions, self.by_column, self.row_starts, self.column_starts, self.group_starts = _split(
             lists, layout, num_active
         )
-        self.flat_layout = layout.flat()
         self._constants: dict[Hashable, Any] = {}
         self._states = self._read_states()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
+from smet_compile.ops.private import multiplies_bf16_in_tiles
 from smet_compile.ops.updates import Update
 from smet_compile.ops.warn import warn_once
 
@@ -100,6 +101,13 @@ class Kernel(NamedTuple):
         return found
 
 
+class _Registry:
+    """Counts the changes of the list of kernels; whoever keeps a choice compares the count."""
+
+    version = 0
+
+
+_registry = _Registry()
 _kernels: list[Kernel] = []
 
 
@@ -122,18 +130,14 @@ def register_kernel(kernel: Kernel, before: str | None = None) -> None:
         raise ValueError(f"before: expected one of {', '.join(names)}, got {before!r}; name a registered kernel")
     _kernels.insert(0 if before is None else names.index(before), kernel)
     _chosen.cache_clear()
-    choices_made.clear()
+    _registry.version += 1
 
 
 def unregister_kernel(name: str) -> None:
     """Takes back ``register_kernel``."""
     _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
     _chosen.cache_clear()
-    choices_made.clear()
-
-
-choices_made: list[object] = [object()]
-"""Its only element is replaced when a choice may have changed; whoever keeps a choice compares it."""
+    _registry.version += 1
 
 
 def names() -> tuple[str, ...]:
@@ -160,7 +164,7 @@ def kernel_of(op: str, case: Case) -> str:
 
 def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function that computes ``op`` on ``tensor``; the topology keeps the choice."""
-    key = (op, tensor.dtype, grouped, os.environ.get(_VARIABLE))
+    key = (op, tensor.dtype, grouped, os.environ.get(_VARIABLE), _registry.version)
     return topology.constant(key, lambda: _reported(op, case_of(tensor, topology, grouped)).function(op))
 
 
@@ -176,6 +180,31 @@ def update_kernel_of(update: Update, is_traced: bool = False) -> Kernel:
     if message is not None and not is_traced:
         warn_once(message)
     return kernel
+
+
+def update_all(updates: list[Update]) -> None:
+    """Makes every update by the kernel that suits it, one call of a kernel for all of its updates.
+
+    The choice is kept with an update while its gradient is as those of before: of its dtype, plain, where it lies.
+    """
+    token = (_registry.version, os.environ.get(_VARIABLE))
+    by_kernel: dict[str, tuple[Kernel, list[Update]]] = {}
+    for update in updates:
+        grad, values = update.grad, update.values
+        is_usual = type(grad) is Tensor and grad.dtype == values.dtype and grad.device == values.device
+        known = update.prepared.get("kernel") if is_usual else None
+        if known is not None and known[0] == token:
+            kernel = known[1]
+        else:
+            kernel = update_kernel_of(update)
+            if is_usual:
+                update.prepared["kernel"] = (token, kernel)
+        found = by_kernel.get(kernel.name)
+        if found is None:
+            found = by_kernel[kernel.name] = (kernel, [])
+        found[1].append(update)
+    for kernel, its_updates in by_kernel.values():
+        kernel.function("update_all")(its_updates)
 
 
 def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callable[..., None] | None:
@@ -281,7 +310,7 @@ def _triton_tiles_are_profitable(case: Case) -> bool:
 def _cpu_tiles_are_profitable(case: Case) -> bool:
     """Tells where skipping blocks is faster than multiplying all of them, at the processor's speed for dense matrices."""
     filled = min(side / (-(-side // _LANES) * _LANES) for side in case.layout.block_shape)
-    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 1
+    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and multiplies_bf16_in_tiles() else 1
     return case.density * slower < filled
 
 

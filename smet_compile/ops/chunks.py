@@ -29,7 +29,7 @@ def update_all(updates: list[Update]) -> None:
         if update.rule.normalized is not None:
             for rows, location in _chunks(begun):
                 assert location is not None
-                begun.measure_rows(rows, location)
+                begun.measure_units(rows, location)
         for rows, location in _chunks(begun):
             begun.move(rows, location)
 

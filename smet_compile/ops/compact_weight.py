@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout, digest_bits, empty_index, pack_bits, unpack_bits, write_index
+from smet_compile.format import Layout, Topology, digest_bits, empty_lists, pack_bits, unpack_bits, write_lists
 from smet_compile.ops import gate, reads, saved_weights
 
 _OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
-_OF_AN_OBJECT = dict.fromkeys(("write_error", "stand_in"))
+_OF_AN_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
 _IS_KNOWN = "is_known"
 _NO_DATA = (
     "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights "
@@ -29,7 +29,7 @@ class CompactWeight(nn.Module):
     """values → dense weight (``forward``) and back (``right_inverse``), for one site.
 
     Its buffers: ``topology``, one bit per block, the truth and what a checkpoint holds; and ``lists``, what kernels
-    want of it (``format.Index``), derived from it and rebuilt after every load. Neither reaches a kernel before it was
+    want of it (``format.Topology``), derived from it and rebuilt after every load. Neither reaches a kernel before it was
     checked (``ops.gate``), again after every change in place.
 
     Args:
@@ -54,6 +54,8 @@ class CompactWeight(nn.Module):
     """Filled in backward with the inactive blocks of largest gradient, where somebody asks for them."""
     write_error: BaseException | None
     """Why a change of a read could not be kept, until it is raised at the next use."""
+    _active: Topology | None
+    """The topology that was checked last; None before the first check, and on the meta device."""
     stand_in: Tensor | None
     """A dense tensor that is read instead, while the weight is initialised."""
 
@@ -67,7 +69,7 @@ class CompactWeight(nn.Module):
         self.fingerprint = None
         self.__dict__.update(_OF_A_STEP | _OF_AN_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
-        self.register_buffer("lists", empty_index(layout, num_active, torch.device("meta")), persistent=False)
+        self.register_buffer("lists", empty_lists(layout, num_active, torch.device("meta")), persistent=False)
         self._accept()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,9 +87,23 @@ class CompactWeight(nn.Module):
         return unpack_bits(self.topology, self.layout.num_blocks)
 
     @property
-    def index(self) -> list[Tensor]:
-        """The lists derived from the topology, for kernels."""
-        return [self.lists]
+    def active(self) -> Topology:
+        """Returns the topology, checked, with the lists that kernels read."""
+        self.check()
+        found = self._active
+        if found is None:  # only stands for one: on the meta device, or while something is traced
+            return Topology(self.layout, self.topology, self.lists, self.num_active)
+        return found
+
+    def _is_checked(self) -> bool:
+        """Returns whether bits and lists are those that were checked, unchanged."""
+        found = self._active
+        return (
+            found is not None
+            and found.bits is self.topology
+            and found.lists is self.lists
+            and found.is_unchanged()
+        )
 
     def set_mask(self, mask: Tensor) -> None:
         """Moves the active set, in place: same number of blocks, same storage."""
@@ -102,7 +118,7 @@ class CompactWeight(nn.Module):
         topology = self.topology
         if gate.is_traced(topology) or self.fingerprint is None:
             return False
-        if gate.has_passed(topology, self.index, self.layout, self.num_active):
+        if self._is_checked():
             return True
         error = gate.topology_error(topology, self.layout, self.num_active)
         return error is None and digest_bits(topology)[1] == self.fingerprint
@@ -118,9 +134,7 @@ class CompactWeight(nn.Module):
         if self.write_error is not None:
             error, self.write_error = self.write_error, None
             raise error
-        topology, index = self.topology, self.index
-        known = self.fingerprint is not None and gate.has_passed(topology, index, self.layout, self.num_active)
-        if not known and not gate.is_traced(topology):
+        if not (self.fingerprint is not None and self._is_checked()) and not gate.is_traced(self.topology):
             self._check_again()
 
     def _check_again(self) -> None:
@@ -128,7 +142,7 @@ class CompactWeight(nn.Module):
         if self.fingerprint is None:
             raise ValueError(f"{self.name}: {_NO_DATA}")
         if not self.has_data():
-            raise ValueError(f"{self.name}: {_WRITTEN if gate.is_known(self.topology) else _NO_DATA}")
+            raise ValueError(f"{self.name}: {_WRITTEN if gate.is_owned(self.topology) else _NO_DATA}")
         self._derive()
 
     def _accept(self) -> None:
@@ -139,18 +153,15 @@ class CompactWeight(nn.Module):
 
     def _derive(self) -> None:
         """Rewrites what follows from the topology: in place, unless the topology came to another device."""
-        wanted = empty_index(self.layout, self.num_active, torch.device("meta"))
+        wanted = empty_lists(self.layout, self.num_active, torch.device("meta"))
         lists, same = self.lists, (wanted.dtype, wanted.shape, self.topology.device)
         if (lists.dtype, lists.shape, lists.device) != same or not lists.is_contiguous():
             self.lists = torch.empty_like(wanted, device=self.topology.device)
         if not self.topology.is_meta:
-            write_index(self.lists, self.topology, self.layout)
+            write_lists(self.lists, self.topology, self.layout)
             gate.belongs_to(self.topology, self._check_again)
-            gate.passed(self.topology, self.index, self.layout, self.num_active)
-
-    def op_layout(self) -> tuple[list[int], list[int], list[int]]:
-        """The layout as the ops take it."""
-        return list(self.layout.shape), list(self.layout.matrix), list(self.layout.block_shape)
+            self.__dict__["_active"] = Topology(self.layout, self.topology, self.lists, self.num_active)
+            gate.admit(self._active)
 
     def forward(self, values: Tensor) -> Tensor:
         if self.stand_in is not None:
@@ -164,7 +175,7 @@ class CompactWeight(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(values)
         sinks = self.update_sink, self._growth_sink(values)
-        dense = torch.ops.smet.unpack(values, self.topology, self.index, *self.op_layout(), *sinks, tracing)
+        dense = torch.ops.smet.unpack(values, self.topology, self.lists, self.layout.text, *sinks, tracing)
         if not tracing:
             dense = reads.watch(self, values, dense)
             saved_weights.remember(self, values, dense)
@@ -175,7 +186,7 @@ class CompactWeight(nn.Module):
         leaf = values if self.update_sink is None else self.update_sink
         if self.candidates is None or not leaf.requires_grad:
             return None
-        sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, *self.op_layout())
+        sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, self.layout.text)
         return sink
 
     def right_inverse(self, dense: Tensor) -> Tensor:
@@ -185,7 +196,7 @@ class CompactWeight(nn.Module):
                 f"{self.name}: expected a weight of shape {self.layout.shape}, got {tuple(dense.shape)}; "
                 "assign one of the dense shape"
             )
-        return torch.ops.smet.pack(dense, self.topology, self.index, *self.op_layout(), self.num_active)
+        return torch.ops.smet.pack(dense, self.topology, self.lists, self.layout.text, self.num_active)
 
     @torch.no_grad()
     def replace(self, values: Tensor, dense: Tensor) -> None:
@@ -213,24 +224,23 @@ class CompactWeight(nn.Module):
             stacklevel=4,
         )
         everything = torch.ones(self.layout.num_blocks, dtype=torch.bool, device=self.topology.device)
-        bits, num_blocks = pack_bits(everything), self.layout.num_blocks
-        blocks = torch.ops.smet.pack(dense.detach(), bits, [], *self.op_layout(), num_blocks)
+        dense = dense.detach()
         self.resize(values, everything)
-        values.copy_(blocks)
+        values.copy_(self.right_inverse(dense))
 
     @torch.no_grad()
     def resize(self, values: Tensor, mask: Tensor) -> None:
         """Gives the weight the active blocks of ``mask``, however many; the values are then zero, without grad."""
         num_active, bits = int(mask.sum()), pack_bits(mask)
         zeros = values.new_zeros(self.layout.values_shape(num_active))
-        lists = empty_index(self.layout, num_active, self.topology.device)
+        lists = empty_lists(self.layout, num_active, self.topology.device)
         values.grad = None
         values.data, self.num_active, self.lists = zeros, num_active, lists
         self.topology.copy_(bits)
         self._accept()
 
     def __getstate__(self) -> dict[str, Any]:
-        known = gate.is_known(self.topology)
+        known = gate.is_owned(self.topology)
         return {**super().__getstate__(), **_OF_A_STEP, **_OF_AN_OBJECT, _IS_KNOWN: known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -240,7 +250,7 @@ class CompactWeight(nn.Module):
             gate.belongs_to(self.topology, self._check_again)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if gate.is_known(self.topology):  # memory that nobody wrote may be saved, to be loaded into
+        if gate.is_owned(self.topology):  # memory that nobody wrote may be saved, to be loaded into
             self.check()
         super()._save_to_state_dict(*args)
 

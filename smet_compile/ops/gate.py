@@ -7,7 +7,7 @@ in place.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ def is_owned(bits: Tensor) -> bool:
     return bits in _owners
 
 
-def find(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_active: int) -> Topology:
+def find(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topology:
     """Returns the checked topology of these tensors; every op calls it before a kernel is chosen.
 
     Whoever owns the bits is asked first where they were changed, and can name the weight.
@@ -57,17 +57,17 @@ def find(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_active: in
     Raises:
         ValueError: the bits do not hold ``num_active`` blocks of the layout, or the lists are not derived from them.
     """
-    topology = _admitted(bits, lists, flat_layout, num_active)
+    topology = _admitted(bits, lists, layout_text, num_active)
     if topology is not None:
         return topology
     owner = _owners.get(bits)
     check_again = None if owner is None else owner()
     if check_again is not None:
         check_again()
-        topology = _admitted(bits, lists, flat_layout, num_active)
+        topology = _admitted(bits, lists, layout_text, num_active)
         if topology is not None:
             return topology
-    layout = Layout.from_flat(flat_layout)
+    layout = Layout.from_text(layout_text)
     if not is_traced(bits):
         error = topology_error(bits, layout, num_active) or _lists_error(bits, lists, layout, num_active)
         if error is not None:
@@ -77,7 +77,7 @@ def find(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_active: in
     return topology
 
 
-def _admitted(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_active: int) -> Topology | None:
+def _admitted(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topology | None:
     known = _topologies.get(id(bits))
     topology = None if known is None else known()
     if (
@@ -85,7 +85,7 @@ def _admitted(bits: Tensor, lists: Tensor, flat_layout: Sequence[int], num_activ
         and topology.bits is bits
         and topology.lists is lists
         and topology.num_active == num_active
-        and topology.flat_layout == flat_layout
+        and topology.layout.text == layout_text
         and topology.is_unchanged()
     ):
         return topology

@@ -49,16 +49,24 @@ class Location(NamedTuple):
         group = self.blocks // self.layout.blocks_per_group
         return _consecutive(group if self.layout.single_weights else group.view(-1, 1, 1))
 
-    def rows_of_weight(self, cols: int) -> Tensor:
-        """Returns the row of the stacked weight that each entry lies in; broadcasts over the entries."""
+    def units(self, layout: Layout, are_columns: bool) -> Tensor:
+        """Returns the number of the output unit that each entry belongs to; broadcasts over the entries.
+
+        Units are the rows of all matrices one after another, or their columns.
+        """
         if self.layout is None or self.layout.single_weights:
-            return self.blocks // cols
-        layout = self.layout
-        line = self.blocks // layout.block_cols
-        first = line // layout.block_rows * layout.rows + line % layout.block_rows * layout.block_shape[0]
-        below = torch.arange(layout.block_shape[0], device=line.device)
+            row, col = self.blocks // layout.cols, self.blocks % layout.cols
+            return row // layout.rows * layout.cols + col if are_columns else row
+        (bm, bn), device = layout.block_shape, self.blocks.device
+        line, across = self.blocks // layout.block_cols, self.blocks % layout.block_cols
+        matrix = line // layout.block_rows
+        if are_columns:
+            inside = (across[:, None] * bn + torch.arange(bn, device=device)).clamp(max=layout.cols - 1)
+            return (matrix[:, None] * layout.cols + inside)[:, None, :]
         # A row that hangs over the edge has no weights; its zeros are counted for some other row.
-        return (first[:, None] + below).clamp(max=layout.num_matrices * layout.rows - 1)[..., None]
+        first = line % layout.block_rows * bm
+        inside = (first[:, None] + torch.arange(bm, device=device)).clamp(max=layout.rows - 1)
+        return (matrix[:, None] * layout.rows + inside)[:, :, None]
 
 
 def _consecutive(group: Tensor) -> Groups:
@@ -129,7 +137,7 @@ class Begun:
         self.rates = law.step_sizes(age, update.lr.reshape(()), update.density_rate, update.warmup_steps)
         self.of_age = update.rule.of_age(rule_age, self.options)
         self.stored, self.grad = [update.values, *update.slots], update.grad
-        if update.generation is None and all(t.is_contiguous() for t in self.stored):
+        if update.topology is None and all(t.is_contiguous() for t in self.stored):
             self.stored, self.grad = [t.view(-1) for t in self.stored], update.grad.reshape(-1)
         seed = update.noise_seed
         streams = range(len(self.stored)) if seed is not None and update.rounds_stochastically else ()
@@ -141,21 +149,22 @@ class Begun:
         """Tells whether anything depends on where the rows lie."""
         return bool(self.noise_keys) or self.update.is_coded or self.update.rule.normalized is not None
 
-    def measure_rows(self, rows: slice, location: Location) -> None:
-        """Adds the squares of these entries to those of the rows of the weight, for a rule that is normalized."""
+    def measure_units(self, rows: slice, location: Location) -> None:
+        """Adds the squares of these entries to those of their output units, for a rule that is normalized."""
         normalized, layout = self.update.rule.normalized, self.update.layout
         assert normalized is not None
         if layout is None:
             raise ValueError(f"rule {self.update.rule.name}: expected a layout that says what a row is, got none")
+        are_columns = self.update.units_are_columns
         if self.squares is None:
-            num_rows = layout.num_matrices * layout.rows
-            self.squares = torch.zeros(num_rows, dtype=torch.float64, device=self.grad.device)
+            num_units = layout.num_matrices * (layout.cols if are_columns else layout.rows)
+            self.squares = torch.zeros(num_units, dtype=torch.float64, device=self.grad.device)
         block, finite, _ = self._read(rows, location)
-        entries = torch.where(finite, normalized(block, self.options), 0).double().square_()
-        row = location.rows_of_weight(layout.cols)
-        if entries.dim() == 3 and row.shape[-1] == 1:
-            entries, row = entries.sum(2), row.squeeze(2)
-        self.squares.index_put_((row.reshape(-1),), entries.reshape(-1), accumulate=True)  # in a fixed order
+        squares = torch.where(finite, normalized(block, self.options), 0).double().square_()
+        unit = location.units(layout, are_columns)
+        if unit.shape != squares.shape:
+            squares = squares.sum(1 if are_columns else 2, keepdim=True)
+        self.squares.index_put_((unit.reshape(-1),), squares.reshape(-1), accumulate=True)  # in a fixed order
 
     def move(self, rows: slice, location: Location | None) -> None:
         """Updates weight and slots of some rows in place, and counts the blocks that were skipped.
@@ -184,8 +193,9 @@ class Begun:
         rate, *of_age = (law.per_block(table, born, weight) for table in (self.rates, *self.of_age))
         norm = None
         if self.squares is not None and location is not None and self.update.layout is not None:
-            norm = self.squares[location.rows_of_weight(self.update.layout.cols)].sqrt().to(dtype)
-        finite = law.finite_blocks(grad, num_block_dims=0 if generation is None else grad.dim() - 1)
+            units = location.units(self.update.layout, self.update.units_are_columns)
+            norm = self.squares[units].sqrt().to(dtype)
+        finite = law.finite_blocks(grad, num_block_dims=0 if self.update.topology is None else grad.dim() - 1)
         return Block(weight, grad.to(dtype), tuple(slots), rate, tuple(of_age), norm), finite, kept
 
     def _kept(self, rows: slice, location: Location | None) -> list[Any]:
@@ -209,7 +219,7 @@ def update_all(updates: list[Update]) -> None:
         everything = slice(0, len(begun.grad))
         location = locate_all(begun) if begun.needs_locations else None
         if update.rule.normalized is not None and location is not None:
-            begun.measure_rows(everything, location)
+            begun.measure_units(everything, location)
         begun.move(everything, location)
 
 

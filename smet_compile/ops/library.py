@@ -1,7 +1,8 @@
 """Registers the ops under ``torch.ops.smet``: schemas with true mutations, fakes, autograd.
 
-A layout travels as three lists of integers (shape, matrix, block_shape), since a schema knows no classes.
-``index`` holds the lists derived from the topology (``CompactWeight.index``) for whatever kernel wants them.
+A topology travels as two tensors and a text: its bits, the lists derived from them, and its layout. Here they become a
+``Topology`` again. unpack and pack have gradients. The products stand in compiled graphs, which hold forward and
+backward already, and so do the updates.
 """
 
 from __future__ import annotations
@@ -11,103 +12,251 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout
-from smet_compile.ops import adamw_all, check, choose, gate
+from smet_compile.format import Layout, Topology
+from smet_compile.ops import choose, gate, updates
+from smet_compile.ops.private import register_autograd
 
 CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
     "TopologyManager.step()"
 )
-_LAYOUT = "int[] shape, int[] matrix, int[] block_shape"
-_library = torch.library.Library("smet", "DEF")
-_library.define(
-    f"unpack(Tensor values, Tensor topology, Tensor[] index, {_LAYOUT}, "
-    "Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor"
+_TOPOLOGY = "Tensor topology, Tensor lists, str layout"
+_MUTATES_BY_HOST_TABLES = (torch.Tag.cudagraph_unsafe,)  # kernels read tables that the host writes anew
+library = torch.library.Library("smet", "DEF")
+library.define(f"unpack(Tensor values, {_TOPOLOGY}, Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor")
+library.define(f"pack(Tensor dense, {_TOPOLOGY}, int num_active) -> Tensor")
+library.define(
+    f"masked_matmul(Tensor input, Tensor values, {_TOPOLOGY}, bool transposed, Tensor? bias=None, "
+    "Tensor? offsets=None) -> Tensor"
 )
-_library.define(f"pack(Tensor dense, Tensor topology, Tensor[] index, {_LAYOUT}, int num_active) -> Tensor")
-_library.define(
-    "active_adamw_(Tensor(a!) values, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(f!)? scales, "
-    "Tensor(d!) num_skipped, Tensor(e!) step, Tensor lr, Tensor? generation, Tensor? births, Tensor? topology, "
-    f"Tensor[] index, {_LAYOUT}, float density_rate, float beta1, float beta2, float eps, float weight_decay, "
-    "int warmup_steps, bool shared_step, int? noise_seed) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),  # kernels read tables that the host writes anew
+library.define(
+    f"sampled_matmul(Tensor left, Tensor right, {_TOPOLOGY}, int num_active, Tensor? offsets=None) -> Tensor"
+)
+library.define(f"update_({updates.schema()}) -> ()", tags=_MUTATES_BY_HOST_TABLES)
+library.define(
+    f"sampled_update_({updates.schema('Tensor left, Tensor right, Tensor? offsets')}) -> ()",
+    tags=_MUTATES_BY_HOST_TABLES,
 )
 
 
 def on_unseen_graph() -> None:
-    """Called when a compiled graph runs that the compiler passes never saw. They put their warning here."""
+    """Is called when a compiled graph runs that the compiler passes never saw. They put their warning here."""
 
 
-def _unpack(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any) -> Tensor:
-    layout = layout_and_more[:3]
-    if layout_and_more[-1]:
+def _unpack(
+    values: Tensor,
+    bits: Tensor,
+    lists: Tensor,
+    layout: str,
+    update_sink: Tensor | None,
+    growth_sink: Tensor | None,
+    traced: bool,
+) -> Tensor:
+    if traced:
         on_unseen_graph()
-    case = choose.case_of(values, layout, values.shape[0])
-    check.unpack(values, case.layout)
-    gate.check_topology(topology, index, case.layout, case.num_active)
-    dense: Tensor = choose.compute("unpack", case)(values, topology, index, *layout)
+    _check_values("values", values, layout)
+    topology = gate.find(bits, lists, layout, values.shape[0])
+    dense: Tensor = choose.compute("unpack", values, topology)(values, topology)
     return dense
 
 
-def _pack(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
-    case = choose.case_of(dense, layout_and_count[:3], layout_and_count[3])
-    check.pack(dense, case.layout)
-    gate.check_topology(topology, index, case.layout, case.num_active)
-    values: Tensor = choose.compute("pack", case)(dense, topology, index, *layout_and_count)
+def _pack(dense: Tensor, bits: Tensor, lists: Tensor, layout: str, num_active: int) -> Tensor:
+    topology = gate.find(bits, lists, layout, num_active)
+    if dense.shape != topology.layout.shape:
+        raise ValueError(f"expected a weight of shape {topology.layout.shape}, got {tuple(dense.shape)}")
+    values: Tensor = choose.compute("pack", dense, topology)(dense, topology)
     return values
 
 
-for _name, _implementation in (("unpack", _unpack), ("pack", _pack), ("active_adamw_", adamw_all.active_adamw_)):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+def _masked_matmul(
+    input: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    lists: Tensor,
+    layout: str,
+    transposed: bool,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    topology = gate.find(bits, lists, layout, values.shape[0])
+    width, num_outputs = topology.layout.matrix[::-1] if transposed else topology.layout.matrix
+    _check_alike("masked_matmul", values, "input", input)
+    _check_alike("masked_matmul", values, "bias", bias)
+    _check_tokens("masked_matmul: input", input, width, topology, offsets)
+    _check_values("masked_matmul: values", values, layout)
+    if bias is not None and bias.shape != (num_outputs,):
+        raise ValueError(f"masked_matmul: expected a bias of ({num_outputs},), got {tuple(bias.shape)}")
+    compute = choose.compute("masked_matmul", values, topology, offsets is not None)
+    out: Tensor = compute(input, values, topology, transposed, bias, offsets)
+    return out
 
 
-@torch.library.register_fake("smet::unpack", lib=_library)
-def _(values: Tensor, topology: Tensor, index: list[Tensor], *layout_and_more: Any) -> Tensor:
-    return values.new_empty(layout_and_more[0])
+def _sampled_matmul(
+    left: Tensor,
+    right: Tensor,
+    bits: Tensor,
+    lists: Tensor,
+    layout: str,
+    num_active: int,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    topology = gate.find(bits, lists, layout, num_active)
+    _check_factors("sampled_matmul", left, right, topology, offsets)
+    values: Tensor = choose.compute("sampled_matmul", left, topology, offsets is not None)(
+        left, right, topology, offsets
+    )
+    return values
 
 
-@torch.library.register_fake("smet::pack", lib=_library)
-def _(dense: Tensor, topology: Tensor, index: list[Tensor], *layout_and_count: Any) -> Tensor:
-    *layout, num_active = layout_and_count
-    return dense.new_empty(Layout.of_lists(*layout).values_shape(num_active))
+def _update_(values: Tensor, grad: Tensor, *rest: Any) -> None:
+    update = updates.unflatten(values, grad, rest)
+    choose.update_kernel_of(update).function("update_all")([update])
 
 
-@torch.library.register_fake("smet::active_adamw_", lib=_library)
+def _sampled_update_(values: Tensor, left: Tensor, right: Tensor, offsets: Tensor | None, *rest: Any) -> None:
+    """Makes the update by the gradient pack(leftᵀ right), of which nothing is left afterwards."""
+    update = updates.unflatten(values, values, rest)
+    topology = update.topology
+    if topology is None:
+        raise ValueError("sampled_update_: expected a topology, got none; a plain parameter is updated by update_")
+    at_once = choose.fused_update(left, offsets, update)
+    if at_once is not None:
+        _check_factors("sampled_update_", left, right, topology, offsets)
+        at_once(left, right, offsets, update)
+        return
+    text = topology.layout.text
+    grad = _sampled_matmul(left, right, topology.bits, topology.lists, text, topology.num_active, offsets)
+    update.grad = grad.to(values.dtype)
+    choose.update_kernel_of(update).function("update_all")([update])
+
+
+for _name, _implementation in (
+    ("unpack", _unpack),
+    ("pack", _pack),
+    ("masked_matmul", _masked_matmul),
+    ("sampled_matmul", _sampled_matmul),
+    ("update_", _update_),
+    ("sampled_update_", _sampled_update_),
+):
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+def _check_values(name: str, values: Tensor, layout: str) -> None:
+    block = Layout.from_text(layout).values_shape(0)[1:]
+    if values.dim() == 0 or values.shape[1:] != block:
+        raise ValueError(f"{name}: expected shape (N, *{block}) for the layout {layout}, got {tuple(values.shape)}")
+
+
+def _check_alike(op: str, tensor: Tensor, name: str, other: Tensor | None) -> None:
+    if other is not None and (other.dtype != tensor.dtype or other.device != tensor.device):
+        raise ValueError(
+            f"{op}: expected {name} of {tensor.dtype} on {tensor.device}, got {other.dtype} on {other.device}"
+        )
+
+
+def _check_factors(op: str, left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None) -> None:
+    _check_alike(op, left, "right", right)
+    _check_tokens(f"{op}: left", left, topology.layout.rows, topology, offsets)
+    _check_tokens(f"{op}: right", right, topology.layout.cols, topology, offsets)
+    if left.shape[:-1] != right.shape[:-1]:
+        raise ValueError(
+            f"{op}: expected as many tokens on both sides, got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+
+
+def _check_tokens(name: str, tokens: Tensor, width: int, topology: Topology, offsets: Tensor | None) -> None:
+    """Expects (T, width) for one matrix and with offsets, else (S, T, width); a stack of one may come either way."""
+    shape = tokens.shape
+    stack = topology.constant("num_matrices", lambda: topology.layout.num_matrices)
+    if len(shape) == 2:
+        fits = offsets is not None or stack == 1
+    else:
+        fits = len(shape) == 3 and offsets is None and shape[0] == stack
+    if not fits or shape[-1] != width:
+        expected = f"(tokens, {width})" if offsets is not None or stack == 1 else f"({stack}, tokens, {width})"
+        raise ValueError(f"{name}: expected {expected}, got {tuple(shape)}")
+
+
+@torch.library.register_fake("smet::unpack", lib=library)
+def _(values: Tensor, bits: Tensor, lists: Tensor, layout: str, *sinks: Any) -> Tensor:
+    return values.new_empty(Layout.from_text(layout).shape)
+
+
+@torch.library.register_fake("smet::pack", lib=library)
+def _(dense: Tensor, bits: Tensor, lists: Tensor, layout: str, num_active: int) -> Tensor:
+    return dense.new_empty(Layout.from_text(layout).values_shape(num_active))
+
+
+@torch.library.register_fake("smet::masked_matmul", lib=library)
+def _(
+    input: Tensor, values: Tensor, bits: Tensor, lists: Tensor, layout: str, transposed: bool, *rest: Tensor | None
+) -> Tensor:
+    rows, cols = Layout.from_text(layout).matrix
+    return input.new_empty(*input.shape[:-1], rows if transposed else cols)
+
+
+@torch.library.register_fake("smet::sampled_matmul", lib=library)
+def _(
+    left: Tensor, right: Tensor, bits: Tensor, lists: Tensor, layout: str, num_active: int, offsets: Tensor | None = None
+) -> Tensor:
+    return left.new_empty(Layout.from_text(layout).values_shape(num_active))
+
+
+@torch.library.register_fake("smet::update_", lib=library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("smet::sampled_update_", lib=library)
 def _(*args: Any) -> None:
     return None
 
 
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Not by ``save_for_backward``: DistributedDataParallel rewrites buffers in every forward, with what they hold,
-    and autograd would take that for a change of topology. A real one moves the values too, which is looked at."""
-    ctx.values, ctx.topology, ctx.index, *ctx.layout = inputs[:6]
-    ctx.has_update_sink = inputs[6] is not None
-    ctx.growth_sink = inputs[7]  # other reads find it while this graph is alive
+    """Keeps the inputs as attributes, since ``save_for_backward`` would refuse what DistributedDataParallel does.
+
+    It rewrites buffers in every forward with what they hold, and autograd would take that for a change of topology. A
+    real topology change also changes ``values``, whose version is checked.
+    """
+    ctx.values, ctx.bits, ctx.lists, ctx.layout, update_sink, growth_sink, _ = inputs
+    ctx.has_update_sink = update_sink is not None
+    ctx.growth_sink = growth_sink  # other reads find it while this graph is alive
     ctx.version = ctx.values._version
 
 
 def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
-    """The compact gradient goes to the update sink where there is one, else to the values; the dense one to the
+    """Sends the compact gradient to the update sink where there is one, else to the values; the dense one to the
     growth sink."""
     if ctx.values._version != ctx.version:
         raise RuntimeError(CHANGED)
-    wanted = ctx.needs_input_grad
+    needs_values, _, _, _, needs_update_sink, needs_growth_sink, _ = ctx.needs_input_grad
     grad = None
-    if wanted[0] or wanted[6]:
-        grad = torch.ops.smet.pack(grad_dense, ctx.topology, ctx.index, *ctx.layout, ctx.values.shape[0])
+    if needs_values or needs_update_sink:
+        grad = torch.ops.smet.pack(grad_dense, ctx.bits, ctx.lists, ctx.layout, ctx.values.shape[0])
     to_values, to_sink = (None, grad) if ctx.has_update_sink else (grad, None)
-    to_growth = grad_dense if wanted[7] else None
-    return to_values, None, [None] * len(ctx.index), None, None, None, to_sink, to_growth, None
+    to_growth = grad_dense if needs_growth_sink else None
+    return to_values, None, None, None, to_sink, to_growth, None
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.topology, ctx.index, *ctx.layout, _ = inputs
+    _, ctx.bits, ctx.lists, ctx.layout, _ = inputs
 
 
 def _pack_backward(ctx: Any, grad_values: Tensor) -> tuple[Any, ...]:
-    grad = torch.ops.smet.unpack(grad_values, ctx.topology, ctx.index, *ctx.layout, None, None, False)
-    return grad, None, [None] * len(ctx.index), None, None, None, None
+    grad = torch.ops.smet.unpack(grad_values, ctx.bits, ctx.lists, ctx.layout, None, None, False)
+    return grad, None, None, None, None
 
 
-torch.library.register_autograd("smet::unpack", _unpack_backward, setup_context=_save_unpack, lib=_library)
-torch.library.register_autograd("smet::pack", _pack_backward, setup_context=_save_pack, lib=_library)
+register_autograd(library, "smet::unpack", _unpack_backward, _save_unpack, _unpack)
+register_autograd(library, "smet::pack", _pack_backward, _save_pack, _pack)
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "masked_matmul and sampled_matmul stand in compiled graphs, which hold their gradients already; multiply with "
+        "the module's weight instead"
+    )
+
+
+register_autograd(library, "smet::masked_matmul", _no_gradient, None, _masked_matmul)
+register_autograd(library, "smet::sampled_matmul", _no_gradient, None, _sampled_matmul)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from smet_compile.ops.private import NO_TORCH_FUNCTION
+
 if TYPE_CHECKING:
     from smet_compile.ops.compact_weight import CompactWeight
 
@@ -49,7 +51,7 @@ class WeightRead(Tensor):
     ``detach()`` and ``.data`` return aliases of the same kind, ``numpy()`` an array that cannot be written to.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = NO_TORCH_FUNCTION
 
     def detach(self) -> Tensor:
         return _as_read(super().detach(), self.__dict__["source"])

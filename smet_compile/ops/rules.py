@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Options = Any
@@ -36,7 +37,8 @@ class Block(NamedTuple):
         weight, grad: of one shape. slots: of the same shape, in the order of the rule's.
         rate: step size by entry, lr · d^(-p) · min(1, age / W); broadcasts.
         of_age: what the rule's ``of_age`` returned at each entry's age; broadcasts.
-        row_norm: norm of the row that an entry lies in, for a rule with ``normalized``; broadcasts. Else None.
+        unit_norm: norm of the output unit that an entry belongs to, for a rule with ``normalized``; broadcasts. Else
+            None.
     """
 
     weight: Tensor
@@ -44,11 +46,15 @@ class Block(NamedTuple):
     slots: tuple[Tensor, ...]
     rate: Tensor
     of_age: tuple[Tensor, ...] = ()
-    row_norm: Tensor | None = None
+    unit_norm: Tensor | None = None
 
 
-def _nothing_of_age(age: Tensor, options: Options) -> tuple[Tensor, ...]:
+def _needs_no_age(age: Tensor, options: Options) -> tuple[Tensor, ...]:
     return ()
+
+
+def _mature_at_once(options: Options, dtype: torch.dtype) -> int:
+    return 1
 
 
 @dataclass(frozen=True)
@@ -63,22 +69,28 @@ class Rule:
         options: names of its numbers, in the order in which they travel.
         of_age: (ages fp64, options) → tensors of the same shape, such as bias corrections: computed once for each
             generation of blocks, then looked up by block.
+        mature_age: (options, dtype) → the age from which ``of_age`` returns the same in ``dtype``.
         shared_step: ``of_age`` sees the parameter's step count instead of a block's age.
-        normalized: (block, options) → a tensor like the gradient; its norm over the active entries of each row (output
-            unit) of the weight reaches ``step`` as ``block.row_norm``. None: the rule looks at each entry alone.
+        normalized: (block, options) → a tensor like the gradient; its norm over the active entries of each output unit
+            of the weight reaches ``step`` as ``block.unit_norm``. None: the rule looks at each entry alone.
     """
 
     name: str
     step: Step
     slots: tuple[Slot, ...] = ()
     options: tuple[str, ...] = ()
-    of_age: Callable[[Tensor, Options], tuple[Tensor, ...]] = _nothing_of_age
+    of_age: Callable[[Tensor, Options], tuple[Tensor, ...]] = _needs_no_age
+    mature_age: Callable[[Options, torch.dtype], int] = _mature_at_once
     shared_step: bool = False
     normalized: Callable[[Block, Options], Tensor] | None = None
     _options_type: Callable[..., Options] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_options_type", namedtuple("Options", self.options))  # type: ignore[misc]
+
+    @property
+    def needs_ages(self) -> bool:
+        return self.of_age is not _needs_no_age
 
     def named_options(self, numbers: Sequence[float]) -> Options:
         """Returns the numbers, in the order of ``options``, by name."""

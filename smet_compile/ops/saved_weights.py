@@ -19,11 +19,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from smet_compile.ops.forwards import Forwards
 from smet_compile.ops.library import CHANGED
+from smet_compile.ops.private import (
+    PackAndUnpack,
+    address_of_storage,
+    saved_tensor_hooks_are_enabled,
+    saved_tensor_hooks_in_force,
+)
 
 if TYPE_CHECKING:
     from smet_compile.ops.compact_weight import CompactWeight
 
-_PackAndUnpack = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 _RECIPE = "smet.recipe"
 
 
@@ -33,17 +38,15 @@ class _Recipe:
 
     values: Tensor
     version: int
-    topology: Tensor
-    index: list[Tensor]
-    layout: tuple[list[int], list[int], list[int]]
+    bits: Tensor
+    lists: Tensor
+    layout: str
 
     def dense(self) -> Tensor:
         if self.version != self.values._version:
             raise RuntimeError(CHANGED)
         with torch.no_grad():
-            dense: Tensor = torch.ops.smet.unpack(
-                self.values, self.topology, self.index, *self.layout, None, None, False
-            )
+            dense: Tensor = torch.ops.smet.unpack(self.values, self.bits, self.lists, self.layout, None, None, False)
         return dense
 
 
@@ -96,13 +99,13 @@ class _Hooks:
     """
 
     def __init__(self) -> None:
-        self.below: _PackAndUnpack | None = None
+        self.below: PackAndUnpack | None = None
         self.live: dict[int, tuple[StorageWeakRef, int, _Recipe]] = {}
         self.context = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         self.is_begun = False
 
     def begin(self) -> None:
-        self.below = _top_hooks()
+        self.below = saved_tensor_hooks_in_force()
         self.is_begun = True
         self.context.__enter__()
 
@@ -112,7 +115,7 @@ class _Hooks:
             self.is_begun = False
 
     def is_innermost(self) -> bool:
-        top = _top_hooks()
+        top = saved_tensor_hooks_in_force()
         return not self.is_begun or (top is not None and getattr(top[0], "__self__", None) is self)
 
     def remember(self, dense: Tensor, recipe: _Recipe) -> None:
@@ -123,7 +126,7 @@ class _Hooks:
     def recipe(self, tensor: Tensor) -> _Recipe | None:
         if tensor.layout != torch.strided:
             return None
-        storage = tensor.untyped_storage()._cdata
+        storage = address_of_storage(tensor)
         if storage in self.live:
             _, version, recipe = self.live[storage]
             return recipe if tensor._version == version else None
@@ -168,23 +171,15 @@ def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
     hooks = _forwards.context
     if hooks is None or dense.is_inference():
         return
-    recipe = _Recipe(values, values._version, compact.topology, compact.index, compact.op_layout())
+    recipe = _Recipe(values, values._version, compact.topology, compact.lists, compact.layout.text)
     hooks.remember(dense, recipe)
     if dense.grad_fn is not None:
         _notes(dense.grad_fn)[_RECIPE] = recipe
 
 
-def _top_hooks() -> _PackAndUnpack | None:
-    """The saved-tensor hooks in force in this thread."""
-    autograd: Any = torch._C._autograd
-    hooks: _PackAndUnpack | None = autograd._top_saved_tensors_default_hooks(False)
-    return hooks
-
-
 def _new_hooks() -> _Hooks | None:
     """Makes hooks for a forward; None where they are of no use (no training) or in force already."""
-    autograd: Any = torch._C._autograd
-    if not (torch.is_grad_enabled() and autograd._saved_tensors_hooks_is_enabled()):
+    if not (torch.is_grad_enabled() and saved_tensor_hooks_are_enabled()):
         return None
     in_force = _forwards.context
     return None if in_force is not None and in_force.is_innermost() else _Hooks()

@@ -1,15 +1,24 @@
-"""torch_optim_: one update of one parameter by torch.optim's AdamW, Adam or SGD, through their functional forms."""
+"""Registers torch_optim_: one update of one parameter by torch.optim's AdamW, Adam or SGD, in their functional forms."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from smet_compile.ops.library import library
+
 ADAM_OPTIONS = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "fused")
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "fused")
-"""What ``options`` holds, in this order; flags as 0 and 1."""
+"""The numbers that ``options`` holds, in this order; flags as 0 and 1."""
+_STATE = (
+    "Tensor{}? first, Tensor{}? second, Tensor{}? largest, Tensor{}? step, Tensor{} num_updates, Tensor{} num_skipped, "
+    "Tensor lr, str rule, float[] options"
+)
+SINK_SCHEMA = "Tensor values, " + _STATE.replace("{}", "")
 
 
 def torch_optim_(
@@ -25,7 +34,7 @@ def torch_optim_(
     rule: str,
     options: list[float],
 ) -> None:
-    """What ``optimizer.step()`` does to one parameter.
+    """Does what ``optimizer.step()`` does to one parameter.
 
     Args:
         values, grad: of any one shape; ``values`` is updated.
@@ -44,6 +53,15 @@ def torch_optim_(
         _sgd(values, grad, first, num_updates, rate, options)
     num_updates += 1
     num_skipped += ~grad.isfinite().all()
+
+
+library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_STATE.format(*(f'({x}!)' for x in 'bcdefg'))}) -> ()")
+library.impl("torch_optim_", torch_optim_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("smet::torch_optim_", lib=library)
+def _(*args: Any) -> None:
+    return None
 
 
 def _adam(
@@ -85,7 +103,7 @@ def _sgd(
     lr: float | Tensor,
     options: list[float],
 ) -> None:
-    """A new momentum buffer is zero, which dampening would make another first update than torch's, that has none."""
+    """Updates by SGD. torch has no momentum buffer before its first update; ours is zero, which dampening would notice."""
     momentum, dampening, weight_decay, nesterov, maximize, fused = options
     is_new = momentum_buffer is not None and dampening != 0 and int(num_updates) == 0
     buffers = [None if is_new else momentum_buffer]

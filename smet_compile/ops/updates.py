@@ -37,6 +37,7 @@ class Update:
         topology: where the blocks lie in the dense weight, on which rounding noise and scales depend; None for a plain
             parameter.
         layout: that of the topology; for a plain parameter it says what its rows are, or is None.
+        units_are_columns: an output unit of the weight is a column, for a rule that is normalized.
         options: the rule's numbers, in the rule's order.
         density_rate: d^(-p). warmup_steps: W; 0 for none.
         noise_seed: rounds bf16 weights and slots, and codes, stochastically; None: to nearest.
@@ -55,6 +56,7 @@ class Update:
     births: Tensor | None
     topology: Topology | None
     layout: Layout | None
+    units_are_columns: bool
     options: tuple[float, ...]
     density_rate: float
     warmup_steps: int
@@ -105,7 +107,8 @@ _FIELDS = (
     _Field("births", "Tensor?"),
     _Field("topology", "Tensor?"),
     _Field("lists", "Tensor?"),
-    _Field("layout", "int[]"),
+    _Field("layout", "str"),
+    _Field("units_are_columns", "bool"),
     _Field("rule", "str"),
     _Field("options", "float[]"),
     _Field("density_rate", "float"),
@@ -143,7 +146,8 @@ def flatten(update: Update) -> tuple[Any, ...]:
         update.births,
         None if topology is None else topology.bits,
         None if topology is None else topology.lists,
-        [] if layout is None else layout.flat(),
+        "" if layout is None else layout.text,
+        update.units_are_columns,
         update.rule.name,
         list(update.options),
         update.density_rate,
@@ -159,18 +163,27 @@ def unflatten(values: Tensor, grad: Tensor, rest: tuple[Any, ...]) -> Update:
         ValueError: state, ages or topology do not fit the values.
     """
     named = dict(zip(_REST, rest, strict=True))
-    bits, lists, flat_layout = named.pop("topology"), named.pop("lists"), named.pop("layout")
+    bits, lists, layout_text = named.pop("topology"), named.pop("lists"), named.pop("layout")
     topology = None
     if bits is not None:
         if lists is None:
             raise ValueError("update_: expected the lists beside the topology, got none; pass CompactWeight.lists")
-        topology = gate.find(bits, lists, flat_layout, values.shape[0])
+        topology = gate.find(bits, lists, layout_text, values.shape[0])
     named["rule"] = find_rule(named["rule"])
     named["slots"], named["options"] = tuple(named["slots"]), tuple(named["options"])
-    layout = topology.layout if topology else Layout.from_flat(flat_layout) if flat_layout else None
+    layout = topology.layout if topology else Layout.from_text(layout_text) if layout_text else None
     update = Update(values=values, grad=grad, topology=topology, layout=layout, **named)
     check("update_", update)
     return update
+
+
+def traced(named: dict[str, Any]) -> Update:
+    """Makes an update of the arguments of the op by name, which only stand for tensors. Nothing is checked."""
+    bits, lists, layout_text = named["topology"], named["lists"], named["layout"]
+    layout = Layout.from_text(layout_text) if layout_text else None
+    topology = None if bits is None or layout is None else Topology(layout, bits, lists, named["values"].shape[0])
+    rest = {name: named[name] for name in NAMES if name not in ("topology", "lists", "layout", "rule")}
+    return Update(rule=find_rule(named["rule"]), topology=topology, layout=layout, **rest)
 
 
 def check(name: str, update: Update) -> None:

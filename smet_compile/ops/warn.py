@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-import torch
+from smet_compile.ops.private import is_in_backward
 
 _warned: set[str] = set()
 
@@ -21,11 +21,7 @@ def warn_once(message: str, key: str | None = None) -> None:
     try:
         warnings.warn(message, stacklevel=3)
     except UserWarning as error:
-        if not in_backward():
+        if not is_in_backward():
             raise
         warnings.showwarning(error, UserWarning, __file__, 0)
 
-
-def in_backward() -> bool:
-    """Returns whether autograd runs a backward in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -1,6 +1,18 @@
-"""How weights move: AdamW on active weights only, each block by its own age."""
+"""How weights move: optimizers of active weights only, each block by its own age."""
 
-from smet_compile.optim.active_adamw import ActiveAdamW, NaiveAdamW
-from smet_compile.optim.groups import decay_groups
+from smet_compile.optim.active import ActiveOptimizer
+from smet_compile.optim.adamw import ActiveAdamW, NaiveAdamW
+from smet_compile.optim.lion import ActiveLion
+from smet_compile.optim.parameters import decay_groups
+from smet_compile.optim.scale import ActiveScale
+from smet_compile.optim.sgd import ActiveSGD
 
-__all__ = ["ActiveAdamW", "NaiveAdamW", "decay_groups"]
+__all__ = [
+    "ActiveAdamW",
+    "ActiveLion",
+    "ActiveOptimizer",
+    "ActiveSGD",
+    "ActiveScale",
+    "NaiveAdamW",
+    "decay_groups",
+]

@@ -1,4 +1,4 @@
-"""Ages at one byte a block: each block holds the number of a generation, a small table the generations' births.
+"""Counts ages at one byte a block: each block holds the number of a generation, a small table the generations' births.
 
 Blocks are born only at topology updates, so few births are alive at a time. When a table is full, generations
 without blocks are forgotten; then those so old that no bias correction or warm-up sees their age any more are
@@ -6,8 +6,6 @@ merged; and where even that frees nothing, the table grows, so that an age is ne
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ _DTYPES = ((256, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
 
 
 def first_generation(num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All blocks born at step 0: generation (N,) uint8 and births (256,) int64."""
+    """Returns the table of blocks born at step 0: generation (N,) uint8 and births (256,) int64."""
     births = torch.full((256,), _FREE, dtype=torch.int64, device=device)
     births[0] = 0
     return torch.zeros(num_blocks, dtype=torch.uint8, device=device), births
@@ -44,20 +42,16 @@ def check_generations(name: str, generation: Tensor, births: Tensor, num_blocks:
 
 
 def ages(generation: Tensor, births: Tensor, step: Tensor) -> Tensor:
-    """(N,) int64: steps since each block was born."""
+    """Returns (N,) int64: steps since each block was born."""
     return step - births.index_select(0, generation.int())
-
-
-def mature_after(betas: tuple[float, float], warmup_steps: int, dtype: torch.dtype) -> int:
-    """The age from which 1 - β^t rounds to 1 in ``dtype`` for both β, and warm-up is over."""
-    half_ulp = math.log(torch.finfo(dtype).eps / 4)
-    return max(warmup_steps, *(math.ceil(half_ulp / math.log(beta)) if beta > 0 else 1 for beta in betas))
 
 
 def add_generation(
     generation: Tensor, births: Tensor, born: Tensor, step: Tensor, mature: int
 ) -> tuple[Tensor, Tensor]:
     """Gives the blocks of the mask ``born`` (N,) a generation of their own, born at ``step``.
+
+    ``mature``: the age from which a rule makes no difference any more (``mature_age``).
 
     Returns generation and births, the same tensors changed in place unless the table had to grow.
     """
@@ -79,7 +73,7 @@ def _forget_empty(generation: Tensor, births: Tensor) -> None:
 
 
 def _merge_mature(generation: Tensor, births: Tensor, latest_birth: int) -> None:
-    """All generations born at or before ``latest_birth`` become one, of the youngest's age."""
+    """Makes all generations born at or before ``latest_birth`` one, of the youngest's age."""
     slots = ((births != _FREE) & (births <= latest_birth)).nonzero().squeeze(1)
     if slots.numel() < 2:
         return
@@ -98,5 +92,5 @@ def _grow(generation: Tensor, births: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dtype_for(size: int) -> torch.dtype:
-    """The smallest dtype for the number of a generation in a table of ``size``."""
+    """Returns the smallest dtype for the number of a generation in a table of ``size``."""
     return next(dtype for limit, dtype in _DTYPES if size <= limit)

@@ -18,6 +18,7 @@ from smet_compile.passes.graph import (
     PassReport,
     SiteArgs,
     add,
+    arguments,
     calls,
     is_call,
     permuted,
@@ -30,15 +31,16 @@ def fuse_sampled_matmul(graph: fx.Graph) -> PassReport:
     report = PassReport("fuse_sampled_matmul")
     for pack in calls(graph, PACK):
         product, site = pack.args[0], SiteArgs.of(pack)
-        if not is_call(product, MM, BMM, GROUPED_MM) or len(site.layout[0]) != val(product).dim():
+        if not is_call(product, MM, BMM, GROUPED_MM) or len(site.layout.shape) != val(product).dim():
             continue
         if len(product.users) != 1:
             report.skipped.append((site.name, "its dense gradient is read by something else as well"))
             continue
         if not is_plain(product):
             continue
-        left, right = product.args[:2]
-        made = add(product, SAMPLED, permuted(product, left), right, *site.args(), pack.args[-1], offsets_of(product))
+        left, right, *_ = product.args
+        num_active = arguments(pack)["num_active"]
+        made = add(product, SAMPLED, permuted(product, left), right, *site.args(), num_active, offsets_of(product))
         pack.replace_all_uses_with(made)
         graph.erase_node(pack)
         graph.erase_node(product)

@@ -1,9 +1,9 @@
 """fuse_update: the update takes the two factors of a gradient in place of the gradient, where the gradient is made.
 
     grad = sampled_matmul(gy, x, ...)                    gx = masked_matmul(gy, values, ...)
-    gx = masked_matmul(gy, values, ...)            →     sampled_active_adamw_(values, gy, x, ..., exp_avg, ...)
+    gx = masked_matmul(gy, values, ...)            →     sampled_update_(values, gy, x, ..., slots, ...)
     ...                                                  ...
-    active_adamw_(values, grad, exp_avg, ...)
+    update_(values, grad, slots, ...)
 
 Fires where a training step was compiled with its update (``compile_train_step``). Autograd runs the updates after all
 else, with every gradient waiting for its own: here each moves up to its gradient, behind the last reader of the old
@@ -17,20 +17,20 @@ from typing import Any
 
 from torch import fx
 
-from smet_compile.passes.graph import SAMPLED, PassReport, aten, is_call, val
-from smet_compile.passes.updates import ACTIVE_ADAMW, FUNCTIONALIZED, SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updates
+from smet_compile.passes.graph import SAMPLED, PassReport, arguments, aten, is_call, updated, val
+from smet_compile.passes.updates import FUNCTIONALIZED, SAMPLED_UPDATE, TORCH_OPTIM, UPDATE, updates
 from smet_compile.passes.weight_views import CONVERT
 
 
 def fuse_update(graph: fx.Graph) -> PassReport:
     report = PassReport("fuse_update")
-    for update in updates(graph, ACTIVE_ADAMW, TORCH_OPTIM):
+    for update in updates(graph, UPDATE, TORCH_OPTIM):
         _read_bases(update)
-        product = _product(update.kwargs["grad"]) if update.args[0] is ACTIVE_ADAMW else None
+        product = _product(update.kwargs["grad"]) if update.args[0] is UPDATE else None
         if product is not None:
             update = _take(product, update)
             report.matched += 1
-        elif update.args[0] is ACTIVE_ADAMW:
+        elif update.args[0] is UPDATE:
             reason = "its gradient is no single product, or is read by others too"
             report.skipped.append((str(update.kwargs["topology"]), reason))
         _move_up(update)
@@ -56,11 +56,11 @@ def _product(grad: Any) -> fx.Node | None:
 
 def _take(product: fx.Node, update: fx.Node) -> fx.Node:
     """The update with the factors of ``product`` in place of the gradient."""
-    left, right, *_, offsets = product.args
+    factors = arguments(product)
     options: dict[str, Any] = {key: value for key, value in update.kwargs.items() if key != "grad"}
-    options |= {"left": left, "right": right, "offsets": offsets}
+    options |= {name: factors[name] for name in ("left", "right", "offsets")}
     with update.graph.inserting_before(update):
-        made = update.graph.call_function(FUNCTIONALIZED, (SAMPLED_ACTIVE_ADAMW,), options)
+        made = update.graph.call_function(FUNCTIONALIZED, (SAMPLED_UPDATE,), options)
     made.meta.update({key: value for key, value in update.meta.items() if key != "eager_input_vals"})
     update.replace_all_uses_with(made)
     update.graph.erase_node(update)
@@ -69,7 +69,7 @@ def _take(product: fx.Node, update: fx.Node) -> fx.Node:
 
 def _move_up(update: fx.Node) -> None:
     """To where the gradient is known and the old values are read no more."""
-    values = update.kwargs["_all_bases"][update.kwargs["_values_base_index"]]
+    values = updated(update)["values"]
     gradient: list[Any] = [update.kwargs[name] for name in ("grad", "left", "right") if name in update.kwargs]
     latest = max([*gradient, *_readers(values, update)])
     for node in [*_small_inputs(update, latest), update]:

@@ -13,7 +13,6 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
-import smet_compile.ops.matmul_library  # noqa: F401  registers the products
 from smet_compile.format import Layout
 
 aten, prims, smet = torch.ops.aten, torch.ops.prims, torch.ops.smet
@@ -110,31 +109,54 @@ def _size(like: fx.Node, node: fx.Node, dim: int) -> int | fx.Node:
     return size if isinstance(size, int) else add(like, aten.sym_size.int, node, dim)
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Returns the arguments of a call by the names of the op's schema, with the defaults of those left out."""
+    parameters = node.target._schema.arguments
+    values = [*node.args, *(each.default_value for each in parameters[len(node.args) :])]
+    return dict(zip((each.name for each in parameters), values, strict=True)) | dict(node.kwargs)
+
+
+def updated(node: fx.Node) -> dict[str, Any]:
+    """Returns the arguments of an op that was functionalized, by name, with what it changes in its place."""
+    kwargs, bases = node.kwargs, node.kwargs["_all_bases"]
+
+    def base(name: str) -> Any:
+        length = kwargs.get(f"_{name}_length")
+        if length is not None:
+            return [bases[kwargs[f"_{name}_{place}_base_index"]] for place in range(length)]
+        number = kwargs.get(f"_{name}_base_index")
+        return kwargs.get(name) if number is None else bases[number]
+
+    return {each.name: base(each.name) for each in node.args[0]._schema.arguments}
+
+
 @dataclass(frozen=True)
 class SiteArgs:
-    """The arguments by which pack and unpack name a site."""
+    """Holds the arguments by which an op names a site."""
 
     topology: fx.Node
-    index: list[fx.Node]
-    layout: tuple[list[int], list[int], list[int]]
+    lists: fx.Node
+    layout_text: str
 
     @classmethod
     def of(cls, node: fx.Node) -> SiteArgs:
-        _, topology, index, shape, matrix, block_shape, *_ = node.args
-        return cls(topology, list(index), (list(shape), list(matrix), list(block_shape)))
+        """Reads them from a call of unpack, pack, masked_matmul or sampled_matmul."""
+        found = arguments(node)
+        return cls(found["topology"], found["lists"], found["layout"])
 
     @property
     def name(self) -> str:
         return str(self.topology.name)
 
     @property
-    def lay(self) -> Layout:
-        return Layout.of_lists(*self.layout)
+    def layout(self) -> Layout:
+        return Layout.from_text(self.layout_text)
 
     def flat(self) -> SiteArgs:
-        """A stack of one matrix, as that matrix."""
-        shape = self.layout[1] if self.lay.num_matrices == 1 else self.layout[0]
-        return SiteArgs(self.topology, self.index, (shape, *self.layout[1:]))
+        """Returns a stack of one matrix as that matrix."""
+        layout = self.layout
+        shape = layout.matrix if layout.num_matrices == 1 else layout.shape
+        return SiteArgs(self.topology, self.lists, Layout(shape, layout.matrix, layout.block_shape).text)
 
     def args(self) -> tuple[Any, ...]:
-        return (self.topology, self.index, *self.layout)
+        return (self.topology, self.lists, self.layout_text)

@@ -14,7 +14,7 @@ PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 def operands(product: fx.Node) -> tuple[fx.Node | None, Any, Any]:
     """bias, left, right."""
     args: Any = product.args
-    bias, left, right = args[:3] if is_call(product, ADDMM) else (None, *args[:2])
+    bias, left, right, *_ = args if is_call(product, ADDMM) else (None, *args)
     return bias, left, right
 
 
@@ -24,7 +24,7 @@ def weight_of(product: fx.Node) -> fx.Node | None:
     source = right.args[0] if is_swap(right) else right
     if not is_call(source, UNPACK) or not is_plain(product):
         return None
-    num_matrices, num_dims = SiteArgs.of(source).lay.num_matrices, val(source).dim()
+    num_matrices, num_dims = SiteArgs.of(source).layout.num_matrices, val(source).dim()
     if is_call(product, GROUPED_MM):
         sorted_tokens = offsets_of(product) is not None
         fits = num_matrices > 1 and num_dims == 3 and val(product.args[0]).dim() == (2 if sorted_tokens else 3)

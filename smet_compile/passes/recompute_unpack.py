@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from smet_compile.passes.graph import UNPACK, PassReport, aten, calls, prims, val
+from smet_compile.passes.graph import UNPACK, PassReport, arguments, aten, calls, prims, val
 
 _AFTER_ALL_REGIONS = 2**40
 """An output of one checkpointed region that a later one reads is saved; this is read by no later one."""
@@ -36,7 +36,8 @@ def must_recompute(node: fx.Node) -> None:
 def recompute_unpack(graph: fx.Graph) -> PassReport:
     report = PassReport("recompute_unpack")
     for node in calls(graph, UNPACK):
-        seen = (*node.args[:6], None, None, False)
+        known = arguments(node) | {"update_sink": None, "growth_sink": None, "traced": False}
+        seen = tuple(known.values())
         if node.meta.get("ac_graph_id") == _AFTER_ALL_REGIONS and node.args == seen:
             continue
         must_recompute(node)
@@ -81,4 +82,4 @@ def _size(node: fx.Node) -> int | None:
 def mark_seen(graph: fx.Graph) -> None:
     """What is left to do where the passes are switched off: nobody is to be warned that they did not run."""
     for node in calls(graph, UNPACK):
-        node.args = (*node.args[:8], False)
+        node.args = tuple((arguments(node) | {"traced": False}).values())

@@ -9,12 +9,13 @@ import torch
 from torch import fx
 
 from smet_compile.ops.choose import update_kernel_of
-from smet_compile.passes.graph import PACK, SAMPLED, aten, calls, is_call, smet, val
+from smet_compile.ops.updates import NAMES, traced
+from smet_compile.passes.graph import PACK, SAMPLED, arguments, aten, calls, is_call, smet, updated, val
 from smet_compile.passes.weight_views import CONVERT
 
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
-ACTIVE_ADAMW, TORCH_OPTIM = smet.active_adamw_.default, smet.torch_optim_.default
-SAMPLED_ACTIVE_ADAMW = smet.sampled_active_adamw_.default
+UPDATE, TORCH_OPTIM = smet.update_.default, smet.torch_optim_.default
+SAMPLED_UPDATE = smet.sampled_update_.default
 
 
 def updates(graph: fx.Graph, *ops: object) -> list[fx.Node]:
@@ -24,9 +25,9 @@ def updates(graph: fx.Graph, *ops: object) -> list[fx.Node]:
 
 def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
     """(name of the node that holds its topology, the update) for each site updated in ``graph``."""
-    for node in updates(graph, SAMPLED_ACTIVE_ADAMW):
+    for node in updates(graph, SAMPLED_UPDATE):
         yield str(node.kwargs["topology"].name), node
-    for node in updates(graph, ACTIVE_ADAMW, TORCH_OPTIM):
+    for node in updates(graph, UPDATE, TORCH_OPTIM):
         source = _gradient(node.kwargs["grad"])
         if source is not None:
             yield source, node
@@ -34,23 +35,15 @@ def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
 
 def _gradient(node: fx.Node) -> str | None:
     """The topology of the site whose gradient ``node`` is."""
-    if is_call(node, SAMPLED):
-        return str(node.args[2].name)
-    if is_call(node, PACK):
-        return str(node.args[1].name)
+    if is_call(node, SAMPLED, PACK):
+        return str(arguments(node)["topology"].name)
     if is_call(node, aten.add.Tensor, *CONVERT):
         return _gradient(node.args[0])
     return None
 
 
 def kernel_of(update: fx.Node) -> str:
-    """The kernel that will make this update: of ``active_adamw_`` and ``sampled_active_adamw_``."""
-    bases, kwargs = update.kwargs["_all_bases"], update.kwargs
-    found: list[Any] = []
-    for argument in update.args[0]._schema.arguments:
-        number = kwargs.get(f"_{argument.name}_base_index")
-        node = kwargs.get(argument.name) if number is None else bases[number]
-        if argument.name not in ("grad", "left", "right", "offsets"):
-            found.append(fx.node.map_arg(node, val))
-    values, *rest = found
-    return update_kernel_of((values, values, *rest), traced=True).name  # a gradient has the dtype of its weight
+    """Returns the kernel that will make this update, a call of ``update_`` or ``sampled_update_``."""
+    found = {name: fx.node.map_arg(value, val) for name, value in updated(update).items() if name in NAMES}
+    found["grad"] = found["values"]  # a gradient has the dtype of its weight
+    return update_kernel_of(traced(found), is_traced=True).name

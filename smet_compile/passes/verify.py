@@ -11,9 +11,23 @@ from typing import Any
 
 from torch import fx
 
-from smet_compile.ops.choose import case_of, kernel_of
-from smet_compile.passes.graph import MASKED, PACK, SAMPLED, UNPACK, PassReport, SiteArgs, aten, calls, is_call, val
-from smet_compile.passes.updates import SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updated_sites
+from smet_compile.format import Layout
+from smet_compile.ops.choose import Case, kernel_of
+from smet_compile.passes.graph import (
+    MASKED,
+    PACK,
+    SAMPLED,
+    UNPACK,
+    PassReport,
+    SiteArgs,
+    arguments,
+    aten,
+    calls,
+    is_call,
+    updated,
+    val,
+)
+from smet_compile.passes.updates import SAMPLED_UPDATE, TORCH_OPTIM, updated_sites
 from smet_compile.passes.updates import kernel_of as update_kernel_of
 from smet_compile.passes.weight_reads import PRODUCTS, uses
 from smet_compile.passes.weight_views import View
@@ -63,53 +77,34 @@ def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
         return found.setdefault(SiteArgs.of(node).name, Outcome())
 
     for node in calls(graph, MASKED):
-        part, kernel = INPUT_GRADIENT if node in backward else FORWARD, _masked_kernel(node)
-        found.setdefault(_topology(node), Outcome()).add(part, FUSED, kernel)
+        part, known = INPUT_GRADIENT if node in backward else FORWARD, arguments(node)
+        num_active = val(known["values"]).shape[0]
+        at(node).add(part, FUSED, _kernel("masked_matmul", known["values"], num_active, known))
     for node in calls(graph, UNPACK):
         for user, reason in _reasons(node):
             at(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
     for node in calls(graph, SAMPLED):
-        _, _, *lists, num_active, offsets = _padded(node.args[2:], 7)
-        kernel = _sampled_kernel(node.args[0], lists, num_active, offsets)
-        found.setdefault(_topology(node), Outcome()).add(WEIGHT_GRADIENT, FUSED, kernel)
+        known = arguments(node)
+        kernel = _kernel("sampled_matmul", known["left"], known["num_active"], known)
+        at(node).add(WEIGHT_GRADIENT, FUSED, kernel)
     for node in calls(graph, PACK):
         at(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
     for name, update in updated_sites(graph):
         outcome = found.setdefault(name, Outcome())
         outcome.add(UPDATE, FUSED, "torch" if update.args[0] is TORCH_OPTIM else update_kernel_of(update))
-        if update.args[0] is SAMPLED_ACTIVE_ADAMW:
-            lists = [update.kwargs[key] for key in ("shape", "matrix", "block_shape")]
-            num_active = val(update.kwargs["_all_bases"][update.kwargs["_values_base_index"]]).shape[0]
-            kernel = _sampled_kernel(update.kwargs["left"], lists, num_active, update.kwargs["offsets"])
-            outcome.add(WEIGHT_GRADIENT, FUSED, kernel)
+        if update.args[0] is SAMPLED_UPDATE:
+            known = updated(update)
+            num_active = val(known["values"]).shape[0]
+            outcome.add(WEIGHT_GRADIENT, FUSED, _kernel("sampled_matmul", known["left"], num_active, known))
     return found
 
 
-def _masked_kernel(node: fx.Node) -> str | None:
-    values, offsets = val(node.args[1]), _padded(node.args, 10)[9]
-    return _kernel("masked_matmul", values, node.args[4:7], values.shape[0], offsets)
-
-
-def _sampled_kernel(left: fx.Node, lists: Any, num_active: Any, offsets: Any) -> str | None:
-    return _kernel("sampled_matmul", val(left), lists, num_active, offsets)
-
-
-def _kernel(op: str, tensor: Any, lists: Any, num_active: Any, offsets: Any) -> str | None:
-    """Not known where sizes are symbols."""
-    sizes = [num_active, *(number for numbers in lists for number in numbers)]
-    if not all(type(size) is int for size in sizes):
+def _kernel(op: str, node: fx.Node, num_active: Any, known: dict[str, Any]) -> str | None:
+    """Returns the kernel that computes ``op`` on the tensor of ``node``; None where sizes are symbols."""
+    if type(num_active) is not int:
         return None
-    return kernel_of(op, case_of(tensor, lists, num_active, offsets))
-
-
-def _padded(arguments: Any, length: int) -> list[Any]:
-    """With the defaults at the end, which are None."""
-    return [*arguments, *[None] * (length - len(arguments))]
-
-
-def _topology(node: fx.Node) -> str:
-    """masked_matmul(input, values, topology, ...) and sampled_matmul(left, right, topology, ...)."""
-    return str(node.args[2].name)
+    tensor, layout = val(node), Layout.from_text(known["layout"])
+    return kernel_of(op, Case(tensor.device, tensor.dtype, layout, num_active, known["offsets"] is not None))
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:
@@ -123,7 +118,7 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _reasons(unpack: fx.Node) -> Iterator[tuple[fx.Node, str]]:
-    whole = View(tuple("?" * len(unpack.args[3])))
+    whole = View(tuple("?" * val(unpack).dim()))
     for _, user, _ in uses(unpack, whole):
         yield user, _reason(user)
 

@@ -16,6 +16,7 @@ from smet_compile.passes.graph import (
     PassReport,
     SiteArgs,
     add,
+    arguments,
     aten,
     calls,
     flattened,
@@ -58,14 +59,15 @@ class Term:
 def canonicalize_gradients(graph: fx.Graph, report: PassReport) -> None:
     for pack in calls(graph, PACK):
         site = SiteArgs.of(pack)
-        start = whole(site.lay)
+        start = whole(site.layout)
         if start is None or _is_canonical(pack):
             continue
         terms = _terms(pack.args[0], pack, start.labels, (), None)
         if not terms:
             report.skipped.append((site.name, "its gradient is no sum of matrix products"))
             continue
-        made = [_pack(term, site, pack.args[-1]) for term in terms]
+        num_active = arguments(pack)["num_active"]
+        made = [_pack(term, site, num_active) for term in terms]
         total = made[0]
         for more in made[1:]:
             total = add(pack, aten.add.Tensor, total, more)
@@ -76,8 +78,8 @@ def canonicalize_gradients(graph: fx.Graph, report: PassReport) -> None:
 
 def _is_canonical(pack: fx.Node) -> bool:
     product = pack.args[0]
-    right_shape = len(SiteArgs.of(pack).layout[0]) == (2 if is_call(product, MM) else 3)
-    stacked = SiteArgs.of(pack).lay.num_matrices > 1
+    right_shape = len(SiteArgs.of(pack).layout.shape) == (2 if is_call(product, MM) else 3)
+    stacked = SiteArgs.of(pack).layout.num_matrices > 1
     found = is_call(product, MM) or (stacked and is_call(product, BMM, GROUPED_MM))
     return found and right_shape and len(product.users) == 1
 
@@ -202,7 +204,7 @@ def _pack(term: Term, site: SiteArgs, num_active: int) -> fx.Node:
     if term.labels[0] in ("1", "B"):
         left, right = flattened(product, left), flattened(product, right)
     if term.rows:
-        left = padded(product, left, term.rows, site.lay.rows)
+        left = padded(product, left, term.rows, site.layout.rows)
     offsets = offsets_of(product)
     if offsets is not None:
         dense = add(product, GROUPED_MM, permuted(product, left), right, offsets)

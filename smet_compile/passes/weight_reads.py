@@ -31,7 +31,7 @@ from smet_compile.passes.weight_views import SPLITS, View, through, whole
 
 def canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
     for unpack in calls(graph, UNPACK):
-        start = whole(SiteArgs.of(unpack).lay)
+        start = whole(SiteArgs.of(unpack).layout)
         if start is None:
             continue
         replaced: set[fx.Node] = set()
@@ -105,7 +105,7 @@ def _product(
 ) -> fx.Node | None:
     """``other`` times the weight, in canonical form, before ``product``; None where it has no such form."""
     *stack, inner, outer = labels
-    if {inner, outer} != {"R", "C"} or (stack == ["S"]) != (site.lay.num_matrices > 1):
+    if {inner, outer} != {"R", "C"} or (stack == ["S"]) != (site.layout.num_matrices > 1):
         return None
     if not is_plain(product) or (offsets is not None and stack != ["S"]):
         return None  # experts of which there is one
@@ -115,7 +115,7 @@ def _product(
     if batch is not None:
         x = flattened(product, x)
     if view.rows and not transposed:
-        x = padded(product, x, view.rows, site.lay.rows)
+        x = padded(product, x, view.rows, site.layout.rows)
     weight = _weight(product, unpack, site.flat(), view)
     if transposed:
         weight = permuted(product, weight)

@@ -52,9 +52,9 @@ class EagerStep(TorchDispatchMode):
             if _key(tensor) not in read:
                 self._made(tensor, compact)
         if packet is torch.ops.smet.unpack:
-            self._unpacked[_key(out)] = args[0].shape[0] / Layout.of_lists(*args[3:6]).num_blocks
+            self._unpacked[_key(out)] = args[0].shape[0] / Layout.from_text(args[3]).num_blocks
         elif compact:
-            self._count_for_site(read[0], args[6] / Layout.of_lists(*args[3:6]).num_blocks)
+            self._count_for_site(read[0], args[4] / Layout.from_text(args[3]).num_blocks)
         else:
             self._count(packet, args, kwargs or {}, out, read)
         return out

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from smet_compile.format import Layout, blocks_per_group
+from smet_compile.format import Layout
 from smet_compile.plan.stored import Recipe, Stored, bytes_of, total_bytes
 from smet_compile.plan.timeline import Amount
 
@@ -144,7 +144,7 @@ class Formulas:
             return sympy.expand(
                 bits + 2 * _LIST_ENTRY * self._active_blocks() + _LIST_ENTRY * sum(map(_lines, layouts))
             )
-        starts = _LIST_ENTRY * (self._blocks() / blocks_per_group(layouts[0]) + len(layouts))
+        starts = _LIST_ENTRY * (self._blocks() / layouts[0].blocks_per_group + len(layouts))
         positions = 0 if layouts[0].single_weights else _LIST_ENTRY * self._active_blocks()
         return sympy.expand(bits + starts + positions)
 
@@ -158,7 +158,7 @@ class Formulas:
             same = [each for each in trained if each.dtype.itemsize == size]
             groups += self._count("n_dense", size, sum(each.num_weights for each in same)) / _GROUP
         if self._sites and self._sites[0].layout:
-            groups += self._blocks() / blocks_per_group(self._sites[0].layout)
+            groups += self._blocks() / self._sites[0].layout.blocks_per_group
         return sympy.expand(8 * groups)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from smet_compile.format import Layout, empty_index
+from smet_compile.format import Layout, empty_lists
 from smet_compile.ops.codes import num_scales
 
 KINDS = ("weights", "gradients", "moments", "ages", "index", "buffers")
@@ -80,7 +80,7 @@ def bytes_of(parameter: Stored, recipe: Recipe) -> Bytes:
     count, size, layout = parameter.num_values, parameter.dtype.itemsize, parameter.layout
     found = dict.fromkeys(KINDS, 0) | {"weights": count * size}
     if layout is not None:
-        lists = empty_index(layout, parameter.num_active, torch.device("meta"))
+        lists = empty_lists(layout, parameter.num_active, torch.device("meta"))
         found["index"] = -(-layout.num_blocks // 8) + lists.nbytes
     if parameter.trained:
         kept = not (recipe.fused_update and layout is not None)

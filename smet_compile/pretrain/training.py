@@ -84,7 +84,7 @@ def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> to
         lr=config.lr,
         warmup_steps=0 if method.naive else config.block_warmup,
         lr_density_exponent=config.lr_density_exponent,
-        state_dtype=MOMENT_DTYPES[config.moment_dtype],
+        moment_dtype=MOMENT_DTYPES[config.moment_dtype],
         model=model,
         seed=config.seed,
     )

@@ -34,7 +34,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 
 def layouts_of(model: nn.Module) -> dict[str, list[list[int]]]:
     """Returns shape, matrix and block shape of each compact weight."""
-    return {name: [list(part) for part in site.compact.op_layout()] for name, site in find_sites(model).items()}
+    return {name: [list(part) for part in (site.layout.shape, site.layout.matrix, site.layout.block_shape)] for name, site in find_sites(model).items()}
 
 
 def loadable(saved: dict[str, Any], metadata: dict[str, Any] | None, model: nn.Module) -> OrderedDict[str, Any]:

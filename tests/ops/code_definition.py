@@ -1,6 +1,6 @@
 """A step with 8-bit moments written entry by entry, in plain Python from the specification of the codes.
 
-Only the arithmetic of AdamW on decoded moments is the reference's own.
+Only the arithmetic of AdamW on decoded moments is the rule's own.
 """
 
 import struct
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smet_compile.ops import reference as ref
+from smet_compile.ops import law
+from smet_compile.ops.rules import Block
+from smet_compile.optim.adamw import ADAMW
 
 LARGEST = 3.4028234663852886e38
 OFFSETS = (889, 761)
@@ -81,12 +83,13 @@ class Coded:
             for m, c in enumerate(self.codes)
         ]
         tables = (
-            ref.step_sizes(ages.double(), options["lr"], options["density_rate"], options["warmup_steps"]),
+            law.step_sizes(ages.double(), options["lr"], options["density_rate"], options["warmup_steps"]),
             1 - options["beta1"] ** ages.double(),
             1 - options["beta2"] ** ages.double(),
         )
-        scalars = ref.AdamWScalars(*(options[key] for key in ("beta1", "beta2", "eps", "weight_decay")))
-        weight, *new = ref.adamw(self.values, grad, *old, *(table.float() for table in tables), scalars)
+        rate, *of_age = (table.float() for table in tables)
+        block = Block(self.values, grad, tuple(old), rate, tuple(of_age))
+        weight, *new = ADAMW.step(block, ADAMW.named_options([options[name] for name in ADAMW.options]))
         bad = {self.block[i] for i in every if not grad[i].isfinite()}
         good = [i for i in every if self.block[i] not in bad]
         self.values[good] = weight[good]

@@ -33,7 +33,7 @@ class Case:
 
     @property
     def topology(self) -> tuple[Any, ...]:
-        return self.compact.topology, self.compact.index, *self.compact.op_layout()
+        return self.compact.topology, self.compact.lists, self.compact.layout.text
 
     def values(self, dtype: torch.dtype = torch.float64) -> Tensor:
         return self.grid.gather(self.dense.view(self.grid.shape), self.mask).to(dtype)

@@ -31,7 +31,7 @@ def sampled(left: Tensor, right: Tensor) -> Any:
         (lambda: masked(torch.randn(5, 29), bias=torch.randn(3)), r"expected a bias of \(37,\), got \(3,\)"),
         (lambda: masked(torch.randn(5, 8)), r"input: expected \(tokens, 29\), got \(5, 8\)"),
         (lambda: masked(torch.randn(2, 5, 29)), r"input: expected \(tokens, 29\), got \(2, 5, 29\)"),
-        (lambda: masked(torch.randn(5, 29), VALUES.view(-1, 64)), r"expected values of \(\d+, 8, 8\)"),
+        (lambda: masked(torch.randn(5, 29), VALUES.view(-1, 64)), r"values: expected shape \(N, \*\(8, 8\)\)"),
         (lambda: sampled(torch.randn(5, 37).bfloat16(), torch.randn(5, 29)), "expected right of torch.bfloat16"),
         (lambda: sampled(torch.randn(5, 37), torch.randn(4, 29)), "expected as many tokens on both sides"),
         (lambda: sampled(torch.randn(5, 29), torch.randn(5, 29)), r"left: expected \(tokens, 37\), got \(5, 29\)"),
@@ -49,13 +49,13 @@ def test_they_have_no_gradient_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 8), (8, 8)], ids=str)
-def test_without_an_index_it_is_derived(block_shape: tuple[int, int]) -> None:
+def test_lists_of_another_topology_are_refused(block_shape: tuple[int, int]) -> None:
     each = case("ragged", block_shape)
-    topology, _, *layout = each.topology
-    values, x = each.values(torch.float32), torch.randn(5, 29)
-    assert torch.equal(ops.unpack(values, topology, [], *layout, None, None, False), each.dense[0].float())
-    expected = ops.masked_matmul(x, values, *each.topology, True)
-    assert torch.equal(ops.masked_matmul(x, values, topology, [], *layout, True), expected)
+    topology, lists, layout = each.topology
+    values, other = each.values(torch.float32), lists.flip(0).contiguous()
+    assert torch.equal(ops.unpack(values, topology, lists, layout, None, None, False), each.dense[0].float())
+    with pytest.raises(ValueError, match=r"expected the lists that are derived from it, got others"):
+        ops.unpack(values, topology, other, layout, None, None, False)
 
 
 def test_a_size_that_is_a_symbol() -> None:

@@ -1,4 +1,4 @@
-"""active_adamw_ in plain torch on 8-bit moments, against the definition written entry by entry: the same bits."""
+"""AdamW's update in plain torch on 8-bit moments, against the definition written entry by entry: the same bits."""
 
 import copy
 from dataclasses import dataclass
@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, blocks_per_group, num_groups
+from smet_compile.format import Layout
 from smet_compile.format.blocks import dense_positions
-from smet_compile.ops import CompactWeight, adamw
+from smet_compile.ops import CompactWeight, chunks
+from smet_compile.ops.updates import unflatten
 from tests.ops.code_definition import Coded
 from tests.support.snapshots import same_bits
+from tests.support.updates import PLAIN as NO_TOPOLOGY
+from tests.support.updates import Settings, after_gradient
 
 OPTIONS: dict[str, Any] = {
     "density_rate": 2.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "warmup_steps": 4,
@@ -46,8 +49,7 @@ class Case:
         """A step of both; returns the number of blocks that the op skipped."""
         num_skipped, step = self.state[3:]
         before = int(num_skipped)
-        rest = (torch.tensor(0.1, dtype=torch.float64), self.generation, self.births, *self.place)
-        adamw.active_adamw_(self.values, grad, *self.state, *rest, *OPTIONS.values(), False, seed)
+        self.update(grad, torch.tensor(0.1, dtype=torch.float64), seed)
         ages = torch.full_like(self.coded.values, int(step))
         if self.births is not None and self.generation is not None:
             born = self.births[self.generation.long()].view(-1, *[1] * (grad.dim() - 1))
@@ -56,6 +58,13 @@ class Case:
         skipped = self.coded.step(grad.reshape(-1), ages, int(step), seed, OPTIONS | lr)
         assert int(num_skipped) - before == skipped
         return skipped
+
+    def update(self, grad: Tensor, lr: Tensor, seed: int | None) -> None:
+        """Makes the step in plain torch."""
+        options = tuple(OPTIONS[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
+        numbers = Settings(OPTIONS["density_rate"], options, OPTIONS["warmup_steps"], seed)
+        rest = after_gradient(self.state, lr, (self.generation, self.births), self.place, numbers)
+        chunks.update_all([unflatten(self.values, grad, rest)])
 
     def assert_same(self) -> None:
         for actual, expected in (
@@ -69,8 +78,8 @@ class Case:
 
 def compact(layout: Layout) -> Case:
     mask = torch.rand(layout.num_blocks) < 0.4
-    if num_groups(layout) > 3:
-        mask[blocks_per_group(layout) : 2 * blocks_per_group(layout)] = False
+    if layout.num_groups > 3:
+        mask[layout.blocks_per_group : 2 * layout.blocks_per_group] = False
     mask[-1] = True
     weight = CompactWeight(layout, mask, int(mask.sum()))
     values = weight.right_inverse(torch.randn(layout.shape))
@@ -80,16 +89,16 @@ def compact(layout: Layout) -> Case:
     generation = torch.arange(len(values)) % 2
     return Case(
         values,
-        [*new_moments(values), torch.full((2, num_groups(layout)), 0.25), torch.tensor(0), torch.tensor(2)],
-        (weight.topology, weight.index, *weight.op_layout()),
+        [*new_moments(values), torch.full((2, layout.num_groups), 0.25), torch.tensor(0), torch.tensor(2)],
+        (weight.topology, weight.lists, weight.layout.text),
         torch.tensor([0, 2]),
         generation.to(torch.uint8),
         Coded(
             values.reshape(-1).clone(),
             [torch.zeros(values.numel(), dtype=torch.uint8) for _ in range(2)],
-            torch.full((2, num_groups(layout)), 0.25),
+            torch.full((2, layout.num_groups), 0.25),
             position.tolist(),
-            (blocks // blocks_per_group(layout)).repeat_interleave(size).tolist(),
+            (blocks // layout.blocks_per_group).repeat_interleave(size).tolist(),
             blocks.repeat_interleave(size).tolist(),
         ),
     )
@@ -102,7 +111,7 @@ def plain(shape: tuple[int, ...], transposed: bool) -> Case:
     return Case(
         values,
         [*new_moments(values), torch.zeros(2, groups), torch.tensor(0), torch.tensor(2)],
-        (None, [], [], [], []),
+        NO_TOPOLOGY,
         None,
         None,
         Coded(
@@ -175,13 +184,10 @@ def test_groups_are_never_cut(name: str, at_once: int, monkeypatch: pytest.Monke
     whole, parts = case(name), case(name)
     grads = [gradient(whole) for _ in range(2)]
     for each, size in ((whole, 10**9), (parts, at_once)):
-        monkeypatch.setattr(adamw, "_WEIGHTS_AT_ONCE", size)
-        monkeypatch.setattr(adamw, "_WEIGHTS_IN_CACHE", size)
+        monkeypatch.setattr(chunks, "_WEIGHTS_AT_ONCE", size)
+        monkeypatch.setattr(chunks, "_WEIGHTS_IN_CACHE", size)
         for grad in grads:
-            adamw.active_adamw_(
-                each.values, grad, *each.state, torch.tensor(0.1), each.generation, each.births, *each.place,
-                *OPTIONS.values(), False, 3,
-            )  # fmt: skip
+            each.update(grad, torch.tensor(0.1), 3)
     for a, b in zip([whole.values, *whole.state], [parts.values, *parts.state], strict=True):
         assert same_bits(a, b)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.ops import reference as ref
-from smet_compile.ops.codes import EXP_AVG_CODES, EXP_AVG_SQ_CODES, CodeFormat, decode, encode
+from smet_compile.ops import law
+from smet_compile.ops.codes import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, decode, encode
 
-FORMATS = {"exp_avg": EXP_AVG_CODES, "exp_avg_sq": EXP_AVG_SQ_CODES}
+FORMATS = {"exp_avg": SIGNED_CODES, "exp_avg_sq": UNSIGNED_CODES}
 SCALES = [1.0, 0.7, 3.0e-6, 1e-30, 123.4567, 3e38]
 every_format = pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
 ALL = torch.arange(256, dtype=torch.uint8)
@@ -20,7 +20,7 @@ def numbers(kind: CodeFormat) -> Tensor:
 
 
 def noise(num: int, seed: int = 0) -> Tensor:
-    return ref.noise_bits(ref.noise_key(seed, torch.tensor(3), 1), torch.arange(num))
+    return law.noise_bits(law.noise_key(seed, torch.tensor(3), 1), torch.arange(num))
 
 
 @every_format
@@ -32,8 +32,8 @@ def test_what_a_code_stands_for(kind: CodeFormat) -> None:
 
 
 def test_the_root_of_a_square_has_the_range_of_the_moment() -> None:
-    assert EXP_AVG_CODES.smallest == 1.25 * 2**-16
-    assert EXP_AVG_SQ_CODES.smallest <= EXP_AVG_CODES.smallest**2 * 1.25
+    assert SIGNED_CODES.smallest == 1.25 * 2**-16
+    assert UNSIGNED_CODES.smallest <= SIGNED_CODES.smallest**2 * 1.25
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -86,7 +86,7 @@ def test_noise_rounds_right_on_average(kind: CodeFormat, x: float) -> None:
 @pytest.mark.parametrize("with_noise", [False, True])
 def test_a_square_is_zero_only_where_it_is(with_noise: bool) -> None:
     tiny = torch.tensor([0.0, 1e-45, 1e-38, 1e-20, 1.0])
-    codes = encode(tiny, torch.tensor(1.0), EXP_AVG_SQ_CODES, noise(5) if with_noise else None)
+    codes = encode(tiny, torch.tensor(1.0), UNSIGNED_CODES, noise(5) if with_noise else None)
     assert (codes > 0).tolist() == [False, True, True, True, True]
 
 
@@ -100,5 +100,5 @@ def test_zeros_alone(kind: CodeFormat, with_noise: bool) -> None:
 
 def test_the_sign_changes_nothing_else() -> None:
     x = torch.rand(10_000, dtype=torch.float64).pow(8).float()
-    plus, minus = (encode(y, torch.tensor(1.0), EXP_AVG_CODES, noise(10_000)) for y in (x, -x))
+    plus, minus = (encode(y, torch.tensor(1.0), SIGNED_CODES, noise(10_000)) for y in (x, -x))
     assert torch.equal(plus, minus & 0x7F) and bool((minus >= 128)[x > 0].all())

@@ -189,7 +189,7 @@ def test_a_generation_outside_the_table_is_refused(dtype: torch.dtype, number: i
 
 def test_state_of_another_form_is_refused_by_name() -> None:
     model = sparse()
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype="int8")
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, moment_dtype="int8")
     train(model, optimizer)
     state = optimizer.state[find_sites(model)["0.weight"].values]
     for key, wrong in {
@@ -248,7 +248,7 @@ def test_whatever_is_written_is_refused_or_trained_on(block: int | tuple[int, in
     """A kernel that followed it would end the process."""
     for odd in ODD_TENSORS.values():
         model = sparse(block)
-        optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype="int8" if where == "scales" else None)
+        optimizer = smet.ActiveAdamW(model, lr=1e-2, moment_dtype="int8" if where == "scales" else None)
         train(model, optimizer)
         site = find_sites(model)["0.weight"]
         holder: dict[str, Any] = optimizer.state[site.values] if where in STATE else site.compact._buffers

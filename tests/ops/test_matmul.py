@@ -1,15 +1,17 @@
 """Products with compact weights: equal to products with the dense weight, and to the reference."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.ops import reference as ref
+from smet_compile.ops import law
 from tests.ops.matmul_cases import BLOCK_SHAPES, MASKS, SHAPES, TILES, Case, case, relative_error
 from tests.support.scratch import Scratch
 from tests.support.snapshots import same_bits
+from tests.support.updates import Settings, after_gradient
 
 ops = torch.ops.smet
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
@@ -49,10 +51,10 @@ def test_masked_matmul(shape: str, block_shape: tuple[int, int], mask: str, num_
         expected = product(each, x, transposed)
         plain = ops.masked_matmul(x, each.values(), *each.topology, transposed)
         biased = ops.masked_matmul(x, each.values(), *each.topology, transposed, bias)
-        law = ref.masked_matmul(x, each.values(), each.mask, each.compact.layout, transposed, bias)
+        by_law = law.masked_matmul(x, each.values(), each.compact.active, transposed, bias)
         torch.testing.assert_close(plain, expected, **CLOSE)
         torch.testing.assert_close(biased, expected + bias, **CLOSE)
-        torch.testing.assert_close(law, expected + bias, **CLOSE)
+        torch.testing.assert_close(by_law, expected + bias, **CLOSE)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
@@ -66,7 +68,7 @@ def test_sampled_matmul(shape: str, block_shape: tuple[int, int], mask: str, num
     out = ops.sampled_matmul(left, right, *each.topology, each.compact.num_active)
     expected = each.gather(left.mT @ right)
     torch.testing.assert_close(out, expected, **CLOSE)
-    torch.testing.assert_close(ref.sampled_matmul(left, right, each.mask, each.compact.layout), expected, **CLOSE)
+    torch.testing.assert_close(law.sampled_matmul(left, right, each.compact.active), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("offsets", list(OFFSETS))
@@ -83,7 +85,6 @@ def test_grouped(shape: str, block_shape: tuple[int, int], offsets: str) -> None
     for tokens in both.values():
         tokens[ends[-1] :] = torch.nan
     left, right = both[rows], both[cols]
-    layout = each.compact.layout
     for transposed in (True, False):
         size_in, size_out = sides(each, transposed)
         x, bias = both[size_in], torch.randn(size_out, dtype=torch.float64)
@@ -92,14 +93,14 @@ def test_grouped(shape: str, block_shape: tuple[int, int], offsets: str) -> None
             expected[group] = x[group] @ (weight_RC.mT if transposed else weight_RC)
         plain = ops.masked_matmul(x, each.values(), *each.topology, transposed, None, ends_S)
         biased = ops.masked_matmul(x, each.values(), *each.topology, transposed, bias, ends_S)
-        law = ref.masked_matmul(x, each.values(), each.mask, layout, transposed, bias, ends_S)
+        by_law = law.masked_matmul(x, each.values(), each.compact.active, transposed, bias, ends_S)
         torch.testing.assert_close(plain, expected, **CLOSE)
         torch.testing.assert_close(biased, expected + bias, **CLOSE)
-        torch.testing.assert_close(law, expected + bias, **CLOSE)
+        torch.testing.assert_close(by_law, expected + bias, **CLOSE)
     expected = each.gather(torch.stack([left[group].mT @ right[group] for group in groups]))
     out = ops.sampled_matmul(left, right, *each.topology, each.compact.num_active, ends_S)
     torch.testing.assert_close(out, expected, **CLOSE)
-    torch.testing.assert_close(ref.sampled_matmul(left, right, each.mask, layout, ends_S), expected, **CLOSE)
+    torch.testing.assert_close(law.sampled_matmul(left, right, each.compact.active, ends_S), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
@@ -193,7 +194,7 @@ def test_tiles_make_no_dense_matrix(
 @pytest.mark.parametrize("noise_seed", [None, 3])
 @pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
 @every_block_shape
-def test_sampled_active_adamw(block_shape: tuple[int, int], grouped: bool, noise_seed: int | None) -> None:
+def test_sampled_update(block_shape: tuple[int, int], grouped: bool, noise_seed: int | None) -> None:
     """The same bits as the product followed by the update."""
     each = case("stack", block_shape)
     _, rows, cols = each.grid.matrix
@@ -205,8 +206,10 @@ def test_sampled_active_adamw(block_shape: tuple[int, int], grouped: bool, noise
     num_active = each.compact.num_active
     births = torch.tensor([0, 2])
     ages = torch.arange(num_active) % 2
-    scalars = (1.5, 0.9, 0.999, 1e-8, 0.1, 10, False, noise_seed)
-    ends = (torch.tensor(0.1), ages.byte(), births, *each.topology, *scalars)
+    numbers = Settings(1.5, (0.9, 0.999, 1e-8, 0.1), 10, noise_seed)
+
+    def rest(state: list[Tensor | None]) -> tuple[Any, ...]:
+        return after_gradient(state, torch.tensor(0.1), (ages.byte(), births), each.topology, numbers)
 
     def state() -> list[Tensor | None]:
         moments = [torch.full_like(each.values(), 0.01, dtype=torch.float32) for _ in range(2)]
@@ -215,8 +218,8 @@ def test_sampled_active_adamw(block_shape: tuple[int, int], grouped: bool, noise
     twice, once = each.values(dtype), each.values(dtype)
     state_of_twice, state_of_once = state(), state()
     grad = ops.sampled_matmul(left, right, *each.topology, num_active, ends_S)
-    ops.active_adamw_(twice, grad.to(dtype), *state_of_twice, *ends)
-    ops.sampled_active_adamw_(once, left, right, ends_S, *state_of_once, *ends)
+    ops.update_(twice, grad.to(dtype), *rest(state_of_twice))
+    ops.sampled_update_(once, left, right, ends_S, *rest(state_of_once))
     assert not same_bits(once, each.values(dtype)) and state_of_once[-1] == 4
     for a, b in zip([once, *state_of_once], [twice, *state_of_twice], strict=True):
         assert a is b is None or same_bits(a, b)

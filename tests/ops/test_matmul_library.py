@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from smet_compile.format import num_groups
 from tests.ops.matmul_cases import Case, case
+from tests.support.updates import Settings, after_gradient
 
 CASES = {
     "single": ("ragged", (1, 1)),
@@ -83,25 +83,25 @@ def test_sampled_matmul(name: str, grouped: bool) -> None:
 @pytest.mark.parametrize("noise_seed", [None, 3])
 @grouped_or_not
 @every_case
-def test_sampled_active_adamw(name: str, grouped: bool, noise_seed: int | None, codes: bool) -> None:
+def test_sampled_update(name: str, grouped: bool, noise_seed: int | None, codes: bool) -> None:
     dtype = torch.bfloat16 if noise_seed else torch.float32
     each, left, right, offsets = make(name, grouped, dtype)
     values = each.values(dtype)
     moments = [torch.zeros_like(values, dtype=torch.uint8 if codes else torch.float32) for _ in range(2)]
-    scales = torch.zeros(2, num_groups(each.compact.layout)) if codes else None
+    scales = torch.zeros(2, each.compact.layout.num_groups) if codes else None
     generation = torch.zeros(each.compact.num_active, dtype=torch.uint8)
-    tensors = [*moments, scales, torch.tensor(0), torch.tensor(4), torch.tensor(0.1), generation, torch.tensor([0])]
-    scalars = (1.0, 0.9, 0.999, 1e-8, 0.0, 10, False, noise_seed)
-    arguments = (values, left, right, offsets, *tensors, *each.topology, *scalars)
-    torch.library.opcheck(torch.ops.smet.sampled_active_adamw_.default, arguments)
+    state = [*moments, scales, torch.tensor(0), torch.tensor(4)]
+    numbers = Settings(warmup_steps=10, noise_seed=noise_seed)
+    rest = after_gradient(state, torch.tensor(0.1), (generation, torch.tensor([0])), each.topology, numbers)
+    torch.library.opcheck(torch.ops.smet.sampled_update_.default, (values, left, right, offsets, *rest))
 
 
-def test_it_takes_the_arguments_of_active_adamw() -> None:
+def test_it_takes_the_arguments_of_update() -> None:
     """Whoever puts the one op in place of the other hands on all that comes after the gradient."""
     names = {
         op: [a.name for a in getattr(torch.ops.smet, op).default._schema.arguments]
-        for op in ("active_adamw_", "sampled_active_adamw_")
+        for op in ("update_", "sampled_update_")
     }
-    assert names["active_adamw_"][:2] == ["values", "grad"]
-    assert names["sampled_active_adamw_"][:4] == ["values", "left", "right", "offsets"]
-    assert names["sampled_active_adamw_"][4:] == names["active_adamw_"][2:]
+    assert names["update_"][:2] == ["values", "grad"]
+    assert names["sampled_update_"][:4] == ["values", "left", "right", "offsets"]
+    assert names["sampled_update_"][4:] == names["update_"][2:]

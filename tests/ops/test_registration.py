@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, num_groups, pack_bits
+from smet_compile.format import Layout, pack_bits
 from smet_compile.ops import CompactWeight
+from smet_compile.ops.rules import find_rule
+from tests.support.updates import Settings, after_gradient
 
 LAYOUTS = {
     "single": ((7, 9), (1, 1)),
@@ -30,7 +32,7 @@ def site(name: str, dtype: torch.dtype = torch.float32) -> tuple[CompactWeight, 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_unpack_and_pack(name: str) -> None:
     compact, values, dense = site(name)
-    common = (compact.topology, compact.index, *compact.op_layout())
+    common = (compact.topology, compact.lists, compact.layout.text)
     torch.library.opcheck(torch.ops.smet.unpack.default, (values.requires_grad_(), *common, None, None, False))
     sink, growth = torch.zeros_like(values).requires_grad_(), torch.zeros_like(dense).requires_grad_()
     torch.library.opcheck(torch.ops.smet.unpack.default, (values.detach(), *common, sink, growth, False))
@@ -47,19 +49,30 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("noise_seed", [None, 3])
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_active_adamw(name: str, noise_seed: int | None) -> None:
+def test_update(name: str, noise_seed: int | None) -> None:
     compact, values, _ = site(name, torch.bfloat16 if noise_seed else torch.float32)
     num_active = compact.num_active
     births = torch.full((256,), -1)
     births[0] = 0
     step, lr = torch.tensor(4), torch.tensor(0.1)
     moments = [torch.zeros_like(values, dtype=torch.float32) for _ in range(2)]
-    tensors: list[Any] = [values, torch.randn_like(values), *moments, None, torch.tensor(0), step, lr]
-    tensors += [torch.zeros(num_active, dtype=torch.uint8), births, compact.topology, compact.index]
-    scalars = (1.0, 0.9, 0.999, 1e-8, 0.0, 10, False, noise_seed)
-    torch.library.opcheck(torch.ops.smet.active_adamw_.default, (*tensors, *compact.op_layout(), *scalars))
-    tensors[2:5] = [
-        *(torch.full_like(m, 7, dtype=torch.uint8) for m in moments),
-        torch.rand(2, num_groups(compact.layout)),
-    ]
-    torch.library.opcheck(torch.ops.smet.active_adamw_.default, (*tensors, *compact.op_layout(), *scalars))
+    topology = (compact.topology, compact.lists, compact.layout.text)
+    ages = torch.zeros(num_active, dtype=torch.uint8), births
+    numbers = Settings(warmup_steps=10, noise_seed=noise_seed)
+    codes = [torch.full_like(m, 7, dtype=torch.uint8) for m in moments]
+    for slots, scales in ((moments, None), (codes, torch.rand(2, compact.layout.num_groups))):
+        state: list[Any] = [*slots, scales, torch.tensor(0), step]
+        rest = after_gradient(state, lr, ages, topology, numbers)
+        torch.library.opcheck(torch.ops.smet.update_.default, (values, torch.randn_like(values), *rest))
+
+
+@pytest.mark.parametrize("rule", ["lion", "sgd", "scale", "scale_momentum"])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_update_by_other_rules(name: str, rule: str) -> None:
+    compact, values, _ = site(name)
+    known = find_rule(rule)
+    state: list[Any] = [*(torch.zeros_like(values) for _ in known.slots), None, torch.tensor(0), torch.tensor(4)]
+    topology = (compact.topology, compact.lists, compact.layout.text)
+    numbers = Settings(options=tuple(0.5 for _ in known.options), rule=rule)
+    rest = after_gradient(state, torch.tensor(0.1), (None, None), topology, numbers)
+    torch.library.opcheck(torch.ops.smet.update_.default, (values, torch.randn_like(values), *rest))

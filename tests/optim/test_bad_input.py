@@ -51,9 +51,9 @@ from tests.support.training import train
         ("seed", 1.5),
         ("seed", None),
         ("seed", 2**64),
-        ("state_dtype", torch.ones(2)),
-        ("state_dtype", torch.int8),
-        ("state_dtype", "int4"),
+        ("moment_dtype", torch.ones(2)),
+        ("moment_dtype", torch.int8),
+        ("moment_dtype", "int4"),
     ],
     ids=str,
 )
@@ -145,12 +145,12 @@ BAD_STATES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         r"0\.(weight|bias): expected a state of .*same optimizer",
     ),
     "other_state_dtype": (
-        lambda: state_of(lambda model: smet.ActiveAdamW(model, state_dtype=torch.bfloat16)),
+        lambda: state_of(lambda model: smet.ActiveAdamW(model, moment_dtype=torch.bfloat16)),
         r"0\.(weight|bias): expected exp_avg of torch\.float32.*got torch\.bfloat16",
     ),
     "eight_bits": (
-        lambda: state_of(lambda model: smet.ActiveAdamW(model, state_dtype="int8")),
-        r"0\.(weight|bias): expected exp_avg of torch\.float32.*got torch\.uint8.*same state_dtype",
+        lambda: state_of(lambda model: smet.ActiveAdamW(model, moment_dtype="int8")),
+        r"0\.(weight|bias): expected exp_avg of torch\.float32.*got torch\.uint8.*same moment_dtype",
     ),
     "without_warmup_steps": (without_warmup, "param_groups.*warmup_steps"),
 }

@@ -55,7 +55,7 @@ def test_nearest_rounding_when_asked() -> None:
 def test_second_moments_in_bfloat16_decay() -> None:
     """0.999 v rounds back to v in bf16; with stochastic rounding 500 steps leave 0.999^500 = 0.61 of it."""
     model = smet.sparsify(Slope(SIZE, SIZE), density=0.5)
-    optimizer = smet.ActiveAdamW(model, state_dtype=torch.bfloat16, lr=0.0)
+    optimizer = smet.ActiveAdamW(model, moment_dtype=torch.bfloat16, lr=0.0)
     step_on(model, optimizer)
     values = find_sites(model)["weight"].values
     square = optimizer.state[values]["exp_avg_sq"]
@@ -79,25 +79,25 @@ def test_states_of_bfloat16_weights_are_fp32_unless_said() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "int8"], ids=str)
-def test_a_run_is_a_function_of_its_seed(dtype: torch.dtype, state_dtype: Any) -> None:
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16, "int8"], ids=str)
+def test_a_run_is_a_function_of_its_seed(dtype: torch.dtype, moment_dtype: Any) -> None:
     def run(seed: int) -> list[object]:
         torch.manual_seed(0)
         model = smet.sparsify(two_layers().to(dtype), density=0.5)
-        optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype=state_dtype, seed=seed)
+        optimizer = smet.ActiveAdamW(model, lr=1e-2, moment_dtype=moment_dtype, seed=seed)
         torch.manual_seed(torch.seed())
         losses = train(model, optimizer, steps=10)
         return [losses, snapshot(model)]
 
     assert_same(run(5), run(5))
-    if (dtype, state_dtype) != (torch.float32, torch.float32):
+    if (dtype, moment_dtype) != (torch.float32, torch.float32):
         with pytest.raises(AssertionError):
             assert_same(run(5), run(6))
 
 
 def test_the_global_generator_is_never_touched() -> None:
     model = smet.sparsify(two_layers().bfloat16(), density=0.5)
-    optimizer = smet.ActiveAdamW(model, state_dtype=torch.bfloat16)
+    optimizer = smet.ActiveAdamW(model, moment_dtype=torch.bfloat16)
     manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2)
     state = torch.get_rng_state()
     train(model, optimizer, manager, steps=4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.ops import adamw, find_sites
+from smet_compile.ops import chunks, find_sites
 from tests.support.masked import grids_of, masks_of
 from tests.support.scratch import Scratch
 from tests.support.slope import Slope, step_on
@@ -42,10 +42,10 @@ def spoil(*parameters: nn.Parameter) -> None:
         parameter.grad.view(-1)[20] = torch.nan
 
 
-def run(dtype: torch.dtype, state_dtype: Any) -> list[Any]:
+def run(dtype: torch.dtype, moment_dtype: Any) -> list[Any]:
     model = make(dtype)
     assert not model.transposed.is_contiguous()
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, warmup_steps=3, state_dtype=state_dtype)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, warmup_steps=3, moment_dtype=moment_dtype)
     manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, drop_fraction=0.3)
     for step in range(5):
         model(torch.tensor(1.0 + step, dtype=dtype)).backward()
@@ -59,14 +59,15 @@ def run(dtype: torch.dtype, state_dtype: Any) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:sparsify. the model")
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16, "int8"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_chunk_or_many(dtype: torch.dtype, state_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_chunk_or_many(dtype: torch.dtype, moment_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMET_COMPILE_KERNEL", "torch")
     results = []
     for weights_at_once in (7, 10**9):
-        monkeypatch.setattr(adamw, "_WEIGHTS_AT_ONCE", weights_at_once)
-        monkeypatch.setattr(adamw, "_WEIGHTS_IN_CACHE", weights_at_once)
-        results.append(run(dtype, state_dtype))
+        monkeypatch.setattr(chunks, "_WEIGHTS_AT_ONCE", weights_at_once)
+        monkeypatch.setattr(chunks, "_WEIGHTS_IN_CACHE", weights_at_once)
+        results.append(run(dtype, moment_dtype))
     assert_same(results[0], results[1])
 
 
@@ -81,13 +82,13 @@ def test_the_step_of_fp32_weights_makes_no_list_of_positions() -> None:
     assert not [n for dtype, n in scratch.made if dtype == torch.int64 and n >= num_active]
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("moment_dtype", [None, torch.bfloat16, "int8"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_without_eps_what_hangs_over_the_edge_stays_zero(dtype: torch.dtype, state_dtype: Any) -> None:
+def test_without_eps_what_hangs_over_the_edge_stays_zero(dtype: torch.dtype, moment_dtype: Any) -> None:
     """Its gradient is always 0, and 0 / 0 is no number."""
     model = smet.sparsify(Slope(7, 10, torch.randn(7, 10)).to(dtype), density=0.5, block_shape=(4, 4))
     site = find_sites(model)["weight"]
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, eps=0.0, weight_decay=0.1, warmup_steps=0, state_dtype=state_dtype)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, eps=0.0, weight_decay=0.1, warmup_steps=0, moment_dtype=moment_dtype)
     outside = grids_of(model)["weight"].gather(torch.ones(7, 10), masks_of(model)["weight"]) == 0
     before = site.values.detach().clone()
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""state_dtype="int8": moments in a byte each, scales that stay where they are, and what else a state goes through."""
+"""moment_dtype="int8": moments in a byte each, scales that stay where they are, and what else a state goes through."""
 
 import copy
 import io
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.format import num_groups
 from smet_compile.ops import find_sites
-from smet_compile.ops.codes import EXP_AVG_CODES, EXP_AVG_SQ_CODES, decode
+from smet_compile.ops.codes import SIGNED_CODES, UNSIGNED_CODES, decode
 from tests.support.scratch import Scratch
 from tests.support.slope import Slope, step_on
 from tests.support.small_models import two_layers
@@ -26,25 +25,25 @@ def make(
 ) -> tuple[nn.Module, smet.ActiveAdamW]:
     torch.manual_seed(0)
     model = smet.sparsify(two_layers().to(dtype), density=0.5, block_shape=block_shape)
-    return model, smet.ActiveAdamW(model, **{"lr": 1e-2, "warmup_steps": 3, "state_dtype": "int8", **options})
+    return model, smet.ActiveAdamW(model, **{"lr": 1e-2, "warmup_steps": 3, "moment_dtype": "int8", **options})
 
 
 @pytest.mark.parametrize("block_shape", [1, (1, 4), 16], ids=str)
 def test_two_bytes_a_weight_and_two_scales_a_group(block_shape: Any) -> None:
     model = smet.sparsify(Slope(200, 300), density=0.25, block_shape=block_shape)
-    optimizer = smet.ActiveAdamW(model, state_dtype="int8")
+    optimizer = smet.ActiveAdamW(model, moment_dtype="int8")
     step_on(model, optimizer)
     site = find_sites(model)["weight"]
     state = optimizer.state[site.values]
     moments = sum(state[key].nbytes for key in ("exp_avg", "exp_avg_sq"))
     assert moments == 2 * site.values.numel()
-    assert state["scales"].nbytes == 8 * num_groups(site.layout)
-    assert num_groups(site.layout) == (13 * 19 if block_shape == 16 else -(-200 * 300 // 1024))
+    assert state["scales"].nbytes == 8 * site.layout.num_groups
+    assert site.layout.num_groups == (13 * 19 if block_shape == 16 else -(-200 * 300 // 1024))
 
 
 def test_plain_parameters_have_a_scale_for_1024_entries() -> None:
     model = smet.sparsify(nn.ModuleList([nn.Linear(8, 8), nn.Linear(50, 41)]), density=0.5, include="0")
-    optimizer = smet.ActiveAdamW(model, state_dtype="int8")
+    optimizer = smet.ActiveAdamW(model, moment_dtype="int8")
     (model[0].weight.sum() + model[1].weight.square().sum() + model[1].bias.sum()).backward()
     optimizer.step()
     assert optimizer.state[model[1].weight]["scales"].shape == (2, 3)
@@ -65,14 +64,14 @@ def test_its_moments_are_those_of_fp32_but_for_their_rounding(block_shape: Any, 
     """After one step: within half a unit of the last place to nearest, and a whole one with noise."""
     for stochastic, fraction in ((False, 1 / 16), (True, 1 / 8)):
         model, optimizer = make(block_shape, dtype, stochastic_rounding=stochastic)
-        exact, other = make(block_shape, dtype, state_dtype=None)
+        exact, other = make(block_shape, dtype, moment_dtype=None)
         train(model, optimizer), train(exact, other)
         for p, q in zip(find_sites(model).values(), find_sites(exact).values(), strict=True):
             state, expected = optimizer.state[p.values], other.state[q.values]
             scale = state["scales"].amax(1)
             for key, kind, largest in (
-                ("exp_avg", EXP_AVG_CODES, scale[0]),
-                ("exp_avg_sq", EXP_AVG_SQ_CODES, scale[1]),
+                ("exp_avg", SIGNED_CODES, scale[0]),
+                ("exp_avg_sq", UNSIGNED_CODES, scale[1]),
             ):
                 if p.layout.tiles:
                     positions = p.compact.mask().nonzero().squeeze(1)
@@ -125,7 +124,7 @@ def test_second_moments_decay() -> None:
     """To nearest 0.999 v would stay v; with noise 500 steps leave 0.999^500 = 0.61 of it."""
     torch.manual_seed(0)
     model = smet.sparsify(Slope(128, 128, torch.rand(128, 128) + 0.5), density=0.5)
-    optimizer = smet.ActiveAdamW(model, state_dtype="int8", lr=0.0)
+    optimizer = smet.ActiveAdamW(model, moment_dtype="int8", lr=0.0)
     step_on(model, optimizer)
     values = find_sites(model)["weight"].values
     start = second_moment(optimizer, values)
@@ -141,7 +140,7 @@ def second_moment(optimizer: smet.ActiveAdamW, values: Tensor) -> Tensor:
     """Of single weights; one scale for 1024 dense positions."""
     state = optimizer.state[values]
     positions = find_sites(optimizer._model)["weight"].compact.mask().nonzero().squeeze(1)
-    return decode(state["exp_avg_sq"], state["scales"][1][positions // 1024], EXP_AVG_SQ_CODES).double()
+    return decode(state["exp_avg_sq"], state["scales"][1][positions // 1024], UNSIGNED_CODES).double()
 
 
 @pytest.mark.parametrize("block_shape", [1, (1, 16), 16], ids=str)
@@ -150,7 +149,7 @@ def test_a_step_makes_little_on_the_side(block_shape: Any) -> None:
     peaks = []
     for rows in (512, 2048):
         model = smet.sparsify(Slope(rows, 1024), density=0.5, block_shape=block_shape)
-        optimizer = smet.ActiveAdamW(model, state_dtype="int8")
+        optimizer = smet.ActiveAdamW(model, moment_dtype="int8")
         step_on(model, optimizer)
         model().backward()
         with Scratch() as scratch:
@@ -160,7 +159,7 @@ def test_a_step_makes_little_on_the_side(block_shape: Any) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "fp32": ({"state_dtype": None}, r"expected exp_avg of torch\.uint8 .*got torch\.float32.*same state_dtype"),
+    "fp32": ({"moment_dtype": None}, r"expected exp_avg of torch\.uint8 .*got torch\.float32.*same moment_dtype"),
     "tiles": ({"block_shape": (4, 4)}, r"0\.weight: expected exp_avg of torch\.uint8 and shape"),
 }
 

@@ -14,9 +14,9 @@ from tests.support.snapshots import assert_same, snapshot
 from tests.support.training import train
 
 
-def make(dtype: torch.dtype, state_dtype: Any, seed: int = 0) -> tuple[nn.Module, smet.ActiveAdamW]:
+def make(dtype: torch.dtype, moment_dtype: Any, seed: int = 0) -> tuple[nn.Module, smet.ActiveAdamW]:
     model = smet.sparsify(two_layers().to(dtype), density=0.5, seed=seed)
-    return model, smet.ActiveAdamW(model, lr=1e-2, state_dtype=state_dtype)
+    return model, smet.ActiveAdamW(model, lr=1e-2, moment_dtype=moment_dtype)
 
 
 def through_a_file(state: dict) -> dict:
@@ -27,12 +27,12 @@ def through_a_file(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "int8"], ids=str)
-def test_round_trip_and_further_training(dtype: torch.dtype, state_dtype: Any) -> None:
-    model, optimizer = make(dtype, state_dtype)
+@pytest.mark.parametrize("moment_dtype", [None, torch.bfloat16, "int8"], ids=str)
+def test_round_trip_and_further_training(dtype: torch.dtype, moment_dtype: Any) -> None:
+    model, optimizer = make(dtype, moment_dtype)
     manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=4)
     train(model, optimizer, manager, steps=10)
-    other, other_optimizer = make(dtype, state_dtype, seed=9)
+    other, other_optimizer = make(dtype, moment_dtype, seed=9)
     other_manager = smet.TopologyManager(other, other_optimizer, total_steps=1000, every=4)
     other.load_state_dict(through_a_file(model.state_dict()))
     other_optimizer.load_state_dict(through_a_file(optimizer.state_dict()))

@@ -40,7 +40,7 @@ def run(backend: str | None, **options: Any) -> list[Any]:
     return snapshot(model, optimizer, manager)
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": smet.NaiveAdamW}, {"state_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kind": smet.NaiveAdamW}, {"moment_dtype": "int8"}], ids=str)
 def test_compiled_steps_are_the_eager_ones(options: dict[str, Any]) -> None:
     """With a rate that changes in every step, and topology updates inside the compiled function."""
     expected = run(None, **options)
@@ -66,7 +66,7 @@ def test_one_graph_is_refused_with_advice(which: str) -> None:
 
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "int8": {"state_dtype": "int8"},
+    "int8": {"moment_dtype": "int8"},
     "naive": {"kind": smet.NaiveAdamW, "weight_decay": 0.1},
 }
 

@@ -76,15 +76,15 @@ def test_of_dense_training(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_shape", "state_dtype"),
+    ("block_shape", "moment_dtype"),
     [(1, "int8"), ((1, 16), BF16), ((1, 16), "int8"), (16, None), (64, "int8")],
     ids=str,
 )
-def test_moments_of_every_dtype(block_shape: Any, state_dtype: Any) -> None:
+def test_moments_of_every_dtype(block_shape: Any, moment_dtype: Any) -> None:
     model = make(wide, BF16, None)
-    plan = planned(model, "llama", density=0.4, block_shape=block_shape, state_dtype=state_dtype)
+    plan = planned(model, "llama", density=0.4, block_shape=block_shape, moment_dtype=moment_dtype)
     smet.sparsify(model, 0.4, block_shape=block_shape)
-    assert plan.sparse.stored == stored(model, "llama", smet.ActiveAdamW(model, state_dtype=state_dtype))
+    assert plan.sparse.stored == stored(model, "llama", smet.ActiveAdamW(model, moment_dtype=moment_dtype))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_frozen_parameters_have_neither_gradient_nor_moments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_shape", "state_dtype", "options"),
+    ("block_shape", "moment_dtype", "options"),
     [
         (1, "int8", {}),
         ((1, 16), None, {}),
@@ -124,9 +124,9 @@ def test_frozen_parameters_have_neither_gradient_nor_moments() -> None:
     ],
     ids=str,
 )
-def test_formulas_differ_by_rounding_alone(block_shape: Any, options: dict[str, Any], state_dtype: Any) -> None:
+def test_formulas_differ_by_rounding_alone(block_shape: Any, options: dict[str, Any], moment_dtype: Any) -> None:
     plan = planned(
-        make(wide, BF16, None), "llama", density=0.37, block_shape=block_shape, state_dtype=state_dtype, **options
+        make(wide, BF16, None), "llama", density=0.37, block_shape=block_shape, moment_dtype=moment_dtype, **options
     )
     values = {**plan.symbols, "d": plan.density, "b": plan.batch, "s": plan.sequence}
     by_name = {symbol: values.get(symbol, values.get(str(symbol))) for kind in plan.sparse.stored

@@ -26,7 +26,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 KINDS: dict[str, tuple[Callable[[nn.Module], Any], torch.dtype, str]] = {
     "active": (lambda model: smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3), torch.float32, "random"),
     "gradient": (lambda model: smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3), torch.float32, "gradient"),
-    "int8": (lambda model: smet.ActiveAdamW(model, lr=1e-2, state_dtype="int8"), torch.float32, "random"),
+    "int8": (lambda model: smet.ActiveAdamW(model, lr=1e-2, moment_dtype="int8"), torch.float32, "random"),
     "bfloat16": (lambda model: smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3), torch.bfloat16, "random"),
     "adamw": (adamw, torch.float32, "random"),
     "sgd": (sgd, torch.float32, "gradient"),

@@ -199,7 +199,7 @@ def test_what_no_optimizer_has_is_refused(kind: str, through: str, tmp_path: Pat
 
 def test_state_of_8_bits(tmp_path: Path) -> None:
     model = make()[0]
-    optimizer = smet.ActiveAdamW(model, state_dtype="int8")
+    optimizer = smet.ActiveAdamW(model, moment_dtype="int8")
     train(model, optimizer, steps=2)
     good = optimizer.state_dict()
     for change, match in (

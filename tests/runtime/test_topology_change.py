@@ -107,13 +107,13 @@ def test_any_elementwise_optimizer(make, block_shape: int | tuple[int, int]) -> 
     assert update_and_judge(model, make(model.parameters()), "random") > 0
 
 
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
-def test_states_of_few_bits(state_dtype: Any) -> None:
+@pytest.mark.parametrize("moment_dtype", [torch.bfloat16, "int8"], ids=str)
+def test_states_of_few_bits(moment_dtype: Any) -> None:
     model = nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 7))
     smet.sparsify(model, density=0.5)
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, state_dtype=state_dtype)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, moment_dtype=moment_dtype)
     assert update_and_judge(model, optimizer, "random") > 0
-    stored = torch.uint8 if state_dtype == "int8" else state_dtype
+    stored = torch.uint8 if moment_dtype == "int8" else moment_dtype
     assert all(optimizer.state[s.values]["exp_avg"].dtype == stored for s in find_sites(model).values())
 
 

@@ -13,13 +13,13 @@ from tests.train_step.setting import batch_of, sparse, twice
 
 
 @pytest.mark.parametrize("block_shape", [1, (1, 4), 4], ids=str)
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("moment_dtype", [torch.bfloat16, "int8"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_same_bits(dtype: torch.dtype, state_dtype: Any, block_shape: Any) -> None:
+def test_the_same_bits(dtype: torch.dtype, moment_dtype: Any, block_shape: Any) -> None:
     torch._dynamo.reset()
     fused, kept = twice(
         sparse(block_shape=block_shape).to(dtype),
-        lambda model: smet.ActiveAdamW(model, 1e-2, warmup_steps=3, state_dtype=state_dtype),
+        lambda model: smet.ActiveAdamW(model, 1e-2, warmup_steps=3, moment_dtype=moment_dtype),
         every=3,
     )
     batches = [batch_of(i, dtype) for i in range(10)]

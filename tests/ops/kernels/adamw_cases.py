@@ -63,7 +63,7 @@ def update_of(
     if moments == torch.uint8:
         exp_avg = torch.randint(0, 256, size, generator=generator) * (exp_avg != 0)
         exp_avg_sq = torch.randint(1, 256, size, generator=generator) * (exp_avg_sq != 0)
-        groups = num_groups(layout) if layout else -(-values.numel() // 1024)
+        groups = layout.num_groups if layout else -(-values.numel() // 1024)
         scales = torch.rand(2, groups, generator=generator) * torch.tensor([[0.03], [0.001]])
     compact: tuple[Any, ...] = (None, None, None, [], [], [], [])
     if layout is not None:

@@ -87,7 +87,7 @@ def test_bfloat16(stochastic: bool) -> None:
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-@pytest.mark.parametrize("kind", [codes.EXP_AVG_CODES, codes.EXP_AVG_SQ_CODES], ids=["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("kind", [codes.SIGNED_CODES, codes.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 0.3, 3.4028234663852886e38, 1e-40])
 def test_codes(scale: float, kind: codes.CodeFormat, stochastic: bool) -> None:
     noise, scales = any_bits(COUNT, 4), torch.tensor(scale)
@@ -103,7 +103,7 @@ def test_codes(scale: float, kind: codes.CodeFormat, stochastic: bool) -> None:
     assert_same_bits(decoded, codes.decode(encoded, scales, kind))
 
 
-@pytest.mark.parametrize("kind", [codes.EXP_AVG_CODES, codes.EXP_AVG_SQ_CODES], ids=["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("kind", [codes.SIGNED_CODES, codes.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
 def test_every_code(kind: codes.CodeFormat) -> None:
     every, scale = torch.arange(COUNT).to(torch.uint8), torch.tensor(0.7)
     decoded = run(_decode, every, scale, dtype=torch.float32, OFFSET=kind.offset)

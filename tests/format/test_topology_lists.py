@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from smet_compile.format import (
-    Layout,
-    blocks_per_group,
-    empty_index,
-    num_groups,
-    pack_bits,
-    split_index,
-    write_index,
-)
+from smet_compile.format import Layout, Topology, empty_lists, pack_bits, write_lists
 
 LAYOUTS = [
     Layout((7, 11), (7, 11), (1, 1)),
@@ -31,13 +23,13 @@ def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
     mask = torch.rand(layout.num_blocks, generator=torch.Generator().manual_seed(0)) < density
     mask[-1] = True  # a weight keeps at least one block
     active = [position for position, is_active in enumerate(mask.tolist()) if is_active]
-    index = empty_index(layout, len(active), torch.device("cpu")).fill_(-7)
-    write_index(index, pack_bits(mask), layout)
-    lists = split_index(index, layout, len(active))
+    written = empty_lists(layout, len(active), torch.device("cpu")).fill_(-7)
+    write_lists(written, pack_bits(mask), layout)
+    lists = Topology(layout, pack_bits(mask), written, len(active))
     if not layout.tiles:
         assert layout.single_weights or lists.positions.tolist() == active
-        groups = [position // blocks_per_group(layout) for position in active]
-        expected = [sum(group < g for group in groups) for g in range(num_groups(layout) + 1)]
+        groups = [position // layout.blocks_per_group for position in active]
+        expected = [sum(group < g for group in groups) for g in range(layout.num_groups + 1)]
         assert lists.group_starts.tolist() == expected
         assert lists.by_column is lists.row_starts is lists.column_starts is None
         return
@@ -58,9 +50,9 @@ def test_the_index_is_within_its_budget() -> None:
     """At most 0.16 bytes a dense weight for single weights, 16 bytes a block for tiles; with the bits."""
     single = Layout((2048, 5461), (2048, 5461), (1, 1))
     num_active = single.num_active(0.25)
-    index = empty_index(single, num_active, torch.device("meta"))
+    index = empty_lists(single, num_active, torch.device("meta"))
     assert index.nbytes + single.num_blocks / 8 <= 0.16 * single.num_weights
     tiles = Layout((2048, 5461), (2048, 5461), (64, 64))
     num_active = tiles.num_active(0.1)
-    index = empty_index(tiles, num_active, torch.device("meta"))
+    index = empty_lists(tiles, num_active, torch.device("meta"))
     assert index.nbytes + tiles.num_blocks / 8 <= 16 * num_active

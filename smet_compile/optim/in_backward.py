@@ -1,7 +1,8 @@
-"""Updates within the backward pass: what each optimizer hands to the sink that consumes a gradient."""
+"""Makes updates within the backward pass: each optimizer hands its sink what consumes a gradient."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -12,14 +13,15 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from smet_compile.ops.optimizers import inner_optimizers
 from smet_compile.ops.torch_optim import ADAM_OPTIONS, SGD_OPTIONS
-from smet_compile.optim.active_adamw import ActiveAdamW
+from smet_compile.ops.updates import flatten
+from smet_compile.optim.active import ActiveOptimizer
 
 
-class Update(NamedTuple):
-    """One parameter's update, made ready outside the compiled step.
+class BackwardUpdate(NamedTuple):
+    """One parameter's update in backward, made ready outside the compiled step.
 
     Args:
-        sink: the op that opens the sink. arguments: what it takes after the leaf and the values.
+        sink: the op that opens the sink. arguments: those after the leaf and the values.
         num_updates, num_skipped: int64 scalars that it raises: by one, and by the number of blocks it skipped.
         made_state: whether the optimizer had no state for the parameter before.
     """
@@ -32,19 +34,19 @@ class Update(NamedTuple):
 
 
 class MakeUpdate(Protocol):
-    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> Update: ...
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate: ...
 
     def forget(self, values: nn.Parameter) -> None:
         """Takes back the state that was made for an update that then did not come."""
 
 
 def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
-    """How ``optimizer`` updates a parameter in backward; None where it cannot, and gradients have to be kept.
+    """Returns what makes updates of ``optimizer`` in backward; None where gradients have to be kept.
 
     Raises ValueError for an optimizer that a compiled step does not know.
     """
-    if isinstance(optimizer, ActiveAdamW):
-        return _ActiveAdamW(optimizer)
+    if isinstance(optimizer, ActiveOptimizer):
+        return _Active(optimizer)
     if type(optimizer) in (Adam, AdamW):
         return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
     if type(optimizer) is SGD:
@@ -52,14 +54,14 @@ def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
     inside = [name for name, _ in inner_optimizers(optimizer)]
     advice = f"pass the optimizer in its attribute {inside[0]!r}, or train" if inside else "train"
     raise ValueError(
-        "optimizer: expected ActiveAdamW, or AdamW, Adam or SGD of torch.optim, got "
+        "optimizer: expected an active optimizer (ActiveAdamW, ...), or AdamW, Adam or SGD of torch.optim, got "
         f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; {advice} it with loss.backward() and "
         "optimizer.step()"
     )
 
 
 def _is_plain(optimizer: Optimizer) -> bool:
-    """A step that is differentiated, or captured with its step count on the GPU, is left to torch."""
+    """Tells whether we may make the step: one that is differentiated, or captured with its count, is left to torch."""
     return not any(group.get("differentiable") or group.get("capturable") for group in optimizer.param_groups)
 
 
@@ -86,18 +88,18 @@ class _Rates:
         return tensor
 
 
-class _ActiveAdamW:
-    def __init__(self, optimizer: ActiveAdamW) -> None:
+class _Active:
+    def __init__(self, optimizer: ActiveOptimizer) -> None:
         self._optimizer = optimizer
         self._rates = _Rates()
 
-    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> Update:
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
         self._optimizer.check_parameter(values)
         made_state = not self._optimizer.state.get(values)
-        rate = self._rates.rate(group, values.device)
-        exp_avg, exp_avg_sq, scales, num_skipped, step, _, *rest = self._optimizer.update_arguments(values, group)
-        arguments = (exp_avg, exp_avg_sq, scales, num_skipped, step, rate, *rest)
-        return Update(torch.ops.smet.active_adamw_sink, arguments, step, num_skipped, made_state)
+        update = self._optimizer.update_of(values, group)
+        update = dataclasses.replace(update, lr=self._rates.rate(group, values.device), prepared={})
+        counts = update.step, update.num_skipped
+        return BackwardUpdate(torch.ops.smet.update_sink, flatten(update), *counts, made_state)
 
     def forget(self, values: nn.Parameter) -> None:
         del self._optimizer.state[values]
@@ -114,7 +116,7 @@ class _TorchOptim:
     rates: _Rates = field(default_factory=_Rates)
     counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> Update:
+    def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
         new_state = {} if self.optimizer.state.get(values) else self.new_state(values, group)
         if new_state:
             self.optimizer.state[values] = new_state
@@ -125,7 +127,7 @@ class _TorchOptim:
         tensors, options = self.describe(self.optimizer.state.get(values, {}), group)
         rate = self.rates.rate(group, torch.device("cpu"))
         arguments = (*tensors, *counts, rate, self.rule, [float(option) for option in options])
-        return Update(torch.ops.smet.torch_optim_sink, arguments, *counts, bool(new_state))
+        return BackwardUpdate(torch.ops.smet.torch_optim_sink, arguments, *counts, bool(new_state))
 
     def forget(self, values: nn.Parameter) -> None:
         del self.optimizer.state[values], self.counts[values]

@@ -1,0 +1,90 @@
+"""Holds every private name of torch that this room uses: a new torch that lacks one breaks the feature that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BELOW = ("CPU", "CUDA")
+"""Keys of the dispatcher below which nothing but the op's own implementation is called."""
+PackAndUnpack = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+def register_autograd(
+    library: torch.library.Library,
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any] | None,
+    implementation: Callable[..., Any],
+) -> None:
+    """Does what ``torch.library.register_autograd`` does, with a short cut where no gradient is recorded.
+
+    torch's own goes through the dispatcher twice, which costs more than a small weight. Where nothing traces or wraps
+    the call, ``implementation`` is called at once.
+    """
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+
+        generated = make_autograd_impl(getattr(torch.ops.smet, name.removeprefix("smet::")).default, Info(backward, setup_context))
+        ends_here: dict[int, bool] = {}
+        after, not_counting = torch._C._after_autograd_keyset, torch._C.DispatchKey.ADInplaceOrView
+    except (ImportError, AttributeError):
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        return
+
+    def call(keyset: Any, *args: Any) -> Any:
+        if not (torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args)):
+            raw = keyset.raw_repr()
+            direct = ends_here.get(raw)
+            if direct is None:
+                key = (keyset & after).remove(not_counting).highestPriorityTypeId()
+                direct = ends_here[raw] = key.name in _BELOW
+            if direct:
+                return implementation(*args)
+        return generated(keyset, *args)
+
+    library.impl(name, call, "Autograd", with_keyset=True)
+
+
+def saved_tensor_hooks_in_force() -> PackAndUnpack | None:
+    """Returns the innermost saved-tensor hooks of this thread; None where there are none."""
+    autograd: Any = torch._C._autograd
+    hooks: PackAndUnpack | None = autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
+def saved_tensor_hooks_are_enabled() -> bool:
+    """Returns whether autograd accepts saved-tensor hooks now."""
+    autograd: Any = torch._C._autograd
+    return bool(autograd._saved_tensors_hooks_is_enabled())
+
+
+def is_in_backward() -> bool:
+    """Returns whether autograd runs a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def run_first_in_backward(tensor: Tensor) -> None:
+    """Makes autograd run the node that made ``tensor`` before all others that are ready.
+
+    Autograd runs first what was made last, and would run this node with every layer's gradient waiting.
+    """
+    if tensor.grad_fn is not None:
+        tensor.grad_fn._set_sequence_nr(2**62)  # type: ignore[attr-defined]
+
+
+def multiplies_bf16_in_tiles() -> bool:
+    """Returns whether the processor has AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def address_of_storage(tensor: Tensor) -> int:
+    """Returns a number that no other living storage has."""
+    return tensor.untyped_storage()._cdata
+
+
+NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+"""Makes a subclass of Tensor one whose results are plain tensors."""

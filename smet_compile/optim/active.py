@@ -1,0 +1,392 @@
+"""ActiveOptimizer moves active weights only, by any rule: the part of an optimizer that does not depend on its rule."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, ClassVar, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from smet_compile.format import TopologyChange, arguments
+from smet_compile.format.arguments import described, flag, seed_number
+from smet_compile.ops import find_sites
+from smet_compile.ops.choose import update_all
+from smet_compile.ops.law import compute_dtype
+from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
+from smet_compile.ops.outside_graphs import outside_graphs, prepare
+from smet_compile.ops.reads import settle_live
+from smet_compile.ops.rules import Rule
+from smet_compile.ops.saved_groups import Saved, check_groups
+from smet_compile.ops.updates import Update, check
+from smet_compile.optim import generations
+from smet_compile.optim.options import check_moment_dtype, check_options
+from smet_compile.optim.parameters import describe_parameters
+from smet_compile.optim.ready import ReadyUpdate
+from smet_compile.optim.state import StateKind, check_state, moment_dtype, new_state
+
+_TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_KEPT = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
+
+
+class CommonOptions(TypedDict, total=False):
+    """The arguments that every active optimizer takes beside those of its rule.
+
+    Args:
+        warmup_steps: W, over which the step size of a grown block rises; 0 for none. May differ by group.
+        lr_density_exponent: p; the rate of a weight of density d is multiplied by d^(-p). May differ by group.
+        moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8": one byte
+            each, and a scale for every tile or 1024 dense weights.
+        stochastic_rounding: for bf16 weights, and bf16 or 8-bit state; None and True: yes, False: to nearest.
+        model: the module that owns the parameters, where these are given instead of it. seed: of the rounding.
+    """
+
+    warmup_steps: int
+    lr_density_exponent: float
+    moment_dtype: torch.dtype | Literal["int8"] | None
+    stochastic_rounding: bool | None
+    model: nn.Module | None
+    seed: int
+
+
+class ActiveOptimizer(Optimizer):
+    """An optimizer whose state exists for active weights only, with local age and warm-up (SMET, arXiv 2606.00888).
+
+    A subclass says the rule, and which options its groups have beside ``lr``, ``warmup_steps`` and
+    ``lr_density_exponent``. A block whose gradient is not finite keeps weight and state, is counted in
+    ``num_skipped_blocks``, and ages. Plain parameters are moved by the same rule (d = 1, no warm-up, their own step
+    count).
+
+    Args:
+        params: the model; or parameters or parameter groups, with ``model=`` given.
+        options: of the groups: defaults that a group may override.
+        common: see ``CommonOptions``.
+
+    Raises:
+        ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's; a compact
+            weight that is sharded; a complex parameter. In a step: a gradient for a dtype that is not trained.
+    """
+
+    rule: ClassVar[Rule]
+    warmup_steps: ClassVar[int] = 100
+    lr_density_exponent: ClassVar[float] = 1.0
+
+    def __init__(
+        self, params: nn.Module | Iterable[Any], options: dict[str, Any], common: CommonOptions | dict[str, Any]
+    ) -> None:
+        unknown = set(common) - CommonOptions.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        model = common.get("model")
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError(f"model: expected none beside a model, got {described(model)}; leave it out")
+            model, params = params, list(params.parameters())
+        if model is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected a model, or parameters with model=..., got parameters alone; pass "
+                "model= so that compact weights are known"
+            )
+        arguments.module("model", model)
+        self.moment_dtype = check_moment_dtype(common.get("moment_dtype"))
+        rounding = common.get("stochastic_rounding")
+        self.stochastic_rounding = rounding is None or flag("stochastic_rounding", rounding)
+        self.seed = seed_number("seed", common.get("seed", 0))
+        _check_initialised(type(self).__name__, model)
+        self._model = model
+        self._parameters = describe_parameters(model)
+        defaults = check_options(
+            {
+                **options,
+                "warmup_steps": common.get("warmup_steps", self.warmup_steps),
+                "lr_density_exponent": common.get("lr_density_exponent", self.lr_density_exponent),
+            }
+        )
+        self._options = frozenset(defaults)  # torch adds others to its own copy, when a state is loaded
+        self._is_first_step = True
+        self._names_but_rate = tuple(name for name in defaults if name != "lr")
+        self._forget()
+        super().__init__(params, defaults)
+        register(self)
+        prepare()
+
+    def rule_of(self, parameter: nn.Parameter) -> Rule:
+        """Returns the rule that moves ``parameter``: that of the class, unless a subclass has several."""
+        return self.rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        checked = check_options(self.defaults | param_group)
+        super().add_param_group(param_group | {key: checked[key] for key in param_group if key in self.defaults})
+        self._parameters = describe_parameters(self._model) | self._parameters
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter not in self._parameters:
+                del self.param_groups[-1]
+                raise ValueError(
+                    f"{type(self).__name__}: got a parameter of shape {tuple(parameter.shape)} that is none of the "
+                    "model's; add it to the model first"
+                )
+            if parameter.requires_grad and parameter.is_complex():
+                del self.param_groups[-1]
+                raise _not_trained(self._parameters[parameter].name, parameter)
+
+    @outside_graphs("an active optimizer's step runs in eager mode; compile what calls it without fullgraph=True")
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one update of every parameter that has a gradient. Returns the closure's loss, if there is one.
+
+        A first step in which every rate is 0 and every gradient is zero only makes the state:
+        ``torch.distributed.checkpoint`` steps so before it saves or loads.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        settle_live()
+        ready, missing = self._look_up()
+        if missing:
+            self._check_all()
+            only_makes_state = not has_state(self) and changes_nothing(self)
+            for place, parameter, group in missing:
+                ready[place] = self.update_of(parameter, group)
+            if only_makes_state:
+                return loss
+        if self._is_first_step:
+            self._is_first_step = False
+            self._warn_of_untrained()
+        update_all(ready)
+        return loss
+
+    def _look_up(self) -> tuple[list[Any], list[tuple[int, nn.Parameter, dict[str, Any]]]]:
+        """Returns the updates that are ready, with None for each that is not, and the places of those."""
+        found: list[Update | None] = []
+        missing = []
+        for group in self.param_groups:
+            options, rate = self._options_of(group), self._rate_of(group)
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is None:
+                    if parameter.requires_grad:
+                        self._parameters[parameter].check(parameter)
+                    continue
+                known = self._ready.get(parameter)
+                update = None if known is None else known.with_gradient(grad, self.state[parameter], options, rate)
+                if update is None:
+                    missing.append((len(found), parameter, group))
+                found.append(update)
+        return found, missing
+
+    def _options_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Returns the options of a group that an update is made of, but for its rate."""
+        return tuple(group[name] for name in self._names_but_rate)
+
+    def _rate_of(self, group: dict[str, Any]) -> Tensor:
+        """Returns the rate as fp64, one tensor for all of a group, on the host unless the user put it elsewhere."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return lr.detach().to(torch.float64)
+        written, tensor = self._rates.get(id(group["params"]), (None, None))
+        if tensor is None:
+            tensor = torch.empty((), dtype=torch.float64, device="cpu")
+        if written != lr:
+            self._rates[id(group["params"])] = lr, tensor.fill_(lr)
+        return tensor
+
+    def _check_all(self) -> None:
+        """Checks every parameter before the state of any is made."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if parameter.requires_grad or grad is not None:
+                    self._parameters[parameter].check(parameter)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is None:
+                    continue
+                name = self._parameters[parameter].name
+                if parameter.dtype not in _TRAINED:
+                    raise _not_trained(name, parameter)
+                if grad.is_sparse:
+                    raise ValueError(f"{name}: expected a dense gradient, got a sparse one; use sparse=False")
+
+    def _warn_of_untrained(self) -> None:
+        """Warns of groups made by name, which miss compact weights, whose parameters are called ``original``."""
+        sites = {n: s.values for n, s in find_sites(self._model).items() if s.values.grad is not None}
+        held = {id(p) for each in registered_holders(sites.values()) for g in each.param_groups for p in g["params"]}
+        names = [name for name, values in sites.items() if id(values) not in held and values.requires_grad]
+        if names:
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            warnings.warn(
+                f"{type(self).__name__}: {shown} got a gradient and are in no parameter group, so they are never "
+                "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
+                "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
+                "smet.decay_groups(model, weight_decay); freeze it with requires_grad_(False) to leave it as it is",
+                stacklevel=7,
+            )
+
+    def update_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> Update:
+        """Makes the next update of a parameter ready, and its state where there is none yet.
+
+        Its gradient is ``parameter.grad``, or, where there is none, the parameter in its place.
+        """
+        known = self._parameters[parameter]
+        if not self.state[parameter]:
+            self.state[parameter] = new_state(parameter, self._state_kind(parameter, group))
+        state = self.state[parameter]
+        rule, compact = self.rule_of(parameter), known.site.compact if known.site else None
+        named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+        update = Update(
+            rule=rule,
+            values=parameter,
+            grad=parameter if parameter.grad is None else parameter.grad,
+            slots=tuple(state[slot.name] for slot in rule.slots),
+            scales=state.get("scales"),
+            num_skipped=state["num_skipped"],
+            step=state["step"],
+            lr=self._rate_of(group),
+            generation=state.get("generation"),
+            births=state.get("births"),
+            topology=compact.active if compact else None,
+            layout=known.layout,
+            units_are_columns=known.units_are_columns,
+            options=tuple(float(named[option]) for option in rule.options),
+            density_rate=known.density ** -group["lr_density_exponent"],
+            warmup_steps=group["warmup_steps"] if compact else 0,
+            noise_seed=zlib.crc32(f"{self.seed} {known.name}".encode()) if self.stochastic_rounding else None,
+        )
+        if compact and update.warmup_steps and update.generation is None:
+            raise ValueError(
+                f"{known.name}: expected warmup_steps of 0 as when the optimizer made its state, got "
+                f"{update.warmup_steps}: blocks have no age; make the optimizer anew with warmup_steps="
+            )
+        check(known.name, update)
+        self._ready[parameter] = ReadyUpdate(update, known, state, self._options_of(group))
+        return update
+
+    def _state_kind(self, parameter: nn.Parameter, group: dict[str, Any]) -> StateKind:
+        rule, site = self.rule_of(parameter), self._parameters[parameter].site
+        has_ages = rule.needs_ages or group["warmup_steps"] > 0
+        return StateKind(rule.slots, moment_dtype(parameter, self.moment_dtype), site, has_ages)
+
+    def check_parameter(self, parameter: nn.Parameter) -> None:
+        """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
+        self._parameters[parameter].check(parameter)
+
+    @property
+    def num_skipped_blocks(self) -> int:
+        """Counts how often a block's gradient was not finite (for plain parameters: an entry's), over all steps."""
+        return sum(int(state["num_skipped"]) for state in self.state.values() if state)
+
+    @torch.no_grad()
+    def on_topology_change(self, change: TopologyChange) -> None:
+        """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0.
+
+        Scales of 8-bit state stay: they belong to groups of dense positions, whoever is active there. Tensors that a
+        wrapper keeps in the same place, shaped like the values (Lookahead's slow weights), move too.
+        """
+        state = self.state.get(change.values)
+        if not state or change.survived.all():
+            return
+        self._ready.pop(change.values, None)
+        rule = self.rule_of(change.values)
+        ours = {slot.name for slot in rule.slots} | {"generation"}
+        for key, rows in state.items():
+            if key in ours or _is_beside(key, rows, change):
+                change.remap_(rows)
+        if "generation" not in state:
+            return
+        group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
+        named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+        options = rule.named_options([float(named[option]) for option in rule.options])
+        mature = max(group["warmup_steps"], rule.mature_age(options, compute_dtype(change.values.dtype)))
+        state["generation"], state["births"] = generations.add_generation(
+            state["generation"], state["births"], ~change.survived, state["step"], mature
+        )
+
+    def block_ages(self, values: nn.Parameter) -> Tensor:
+        """Returns (N,) int64: optimizer steps since each block of a compact parameter was grown.
+
+        Without ages (a rule that needs none, and no warm-up) every block counts as old as the training.
+        """
+        state = self.state.get(values)
+        if not state:
+            return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+        if "generation" not in state:
+            return state["step"].expand(values.shape[0]).clone()
+        return generations.ages(state["generation"], state["births"], state["step"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
+
+        torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
+
+        Raises:
+            ValueError: see ``check_state_dict``. Nothing has then changed.
+        """
+        saved = self.check_state_dict(state_dict)
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
+        for key, state in state_dict["state"].items():
+            parameter = saved[key].parameter
+            loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        super().load_state_dict(state_dict)
+        self.state.update(loaded)
+
+    def check_state_dict(self, state_dict: Any) -> dict[Hashable, Saved]:
+        """Returns, by the number that stands for it, each parameter and its saved group.
+
+        Raises:
+            ValueError: an option that the constructor would refuse; state of other parameters, or of another dtype or
+                shape; counts, ages or scales that no training makes. Moments may be anything: an overflow is kept.
+        """
+        saved = check_groups(state_dict, self, self._options)
+        for i, group in enumerate(state_dict["param_groups"]):
+            try:
+                check_options({option: group[option] for option in self._options})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"param_groups[{i}]: {error}") from error
+        for key, state in state_dict["state"].items():
+            if key not in saved:
+                raise ValueError("optimizer state: expected that of this model's parameters, got that of others")
+            parameter, group = saved[key]
+            check_state(self._parameters[parameter].name, parameter, self._state_kind(parameter, group), state)
+        return saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {key: getattr(self, key) for key in (*_KEPT, "_is_first_step")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_is_first_step": True} | state)
+        self._forget()
+        register(self)
+
+    def _forget(self) -> None:
+        """Forgets the updates that are ready; they are made anew from the state."""
+        self._ready: dict[nn.Parameter, ReadyUpdate] = {}
+        self._rates: dict[int, tuple[float, Tensor]] = {}
+
+
+_GENERIC_STATE = frozenset({"step", "num_skipped", "scales", "generation", "births"})
+
+
+def _is_beside(key: str, rows: Any, change: TopologyChange) -> bool:
+    if key in _GENERIC_STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
+        return False
+    return rows.data_ptr() != change.values.data_ptr()
+
+
+def _check_initialised(optimizer: str, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
+            )
+
+
+def _not_trained(name: str, parameter: Tensor) -> ValueError:
+    return ValueError(
+        f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
+        "an optimizer of torch.optim, and give ActiveAdamW the other parameters with model="
+    )

@@ -1,0 +1,88 @@
+"""Checks of the options of an optimizer's parameter groups. Each returns the option as plain Python.
+
+The bounds are those of what is computed from an option: a step count is an int64, a rate a finite number. All errors
+are ``ValueError`` and name the option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smet_compile.format.arguments import described, flag, number, whole_number
+
+MOST_STEPS = 2**53
+_MOST_EXPONENT = 10.0
+_MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+
+
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``options`` with every option that is known checked; a ValueError names the first that is out of range."""
+    return {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
+
+
+def check_moment_dtype(moment_dtype: Any) -> Any:
+    """Returns ``moment_dtype``, which is None, a dtype or "int8"."""
+    if not any(
+        moment_dtype is known or (isinstance(known, str) and isinstance(moment_dtype, str) and moment_dtype == known)
+        for known in _MOMENT_DTYPES
+    ):
+        raise ValueError(
+            f'moment_dtype: expected None, torch.float32, torch.bfloat16 or "int8", got {described(moment_dtype)}'
+        )
+    return moment_dtype
+
+
+def _rate(name: str, lr: Any) -> float | Tensor:
+    """Returns a rate; a tensor stays one, since a compiled step reads it anew each time."""
+    if not isinstance(lr, Tensor):
+        return number(name, lr, at_least=0)
+    if lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: expected a number or a real tensor without dimensions, got {described(lr)}; pass a float"
+        )
+    number(name, lr.detach(), at_least=0)
+    return lr
+
+
+def _betas(name: str, betas: Any) -> tuple[float, float]:
+    is_list = isinstance(betas, Sequence) and not isinstance(betas, str | bytes)
+    listed = list(betas) if is_list or getattr(betas, "shape", None) == (2,) else []
+    if len(listed) != 2:
+        raise ValueError(
+            f"{name}: expected two numbers in [0, 1), got {described(betas)}; pass a pair such as (0.9, 0.999)"
+        )
+    first, second = (number(name, beta, at_least=0, below=1) for beta in listed)
+    return first, second
+
+
+def _at_least_zero(name: str, value: Any) -> float:
+    return number(name, value, at_least=0)
+
+
+def _below_one(name: str, value: Any) -> float:
+    return number(name, value, at_least=0, below=1)
+
+
+def _steps(name: str, value: Any) -> int:
+    return whole_number(name, value, at_least=0, at_most=MOST_STEPS)
+
+
+def _exponent(name: str, value: Any) -> float:
+    return number(name, value, at_least=-_MOST_EXPONENT, at_most=_MOST_EXPONENT)
+
+
+_CHECKS = {
+    "lr": _rate,
+    "betas": _betas,
+    "eps": _at_least_zero,
+    "weight_decay": _at_least_zero,
+    "momentum": _below_one,
+    "dampening": _at_least_zero,
+    "nesterov": flag,
+    "warmup_steps": _steps,
+    "lr_density_exponent": _exponent,
+}

@@ -1,0 +1,129 @@
+"""Describes the parameters that an optimizer holds, and puts them into the usual two groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.conv import _ConvNd
+
+from smet_compile.format import Layout, arguments
+from smet_compile.ops import Site, canonical_name, find_sites
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Says what the optimizer knows of a parameter.
+
+    Args:
+        name: its canonical name. site: None unless it is compact. shape: when it was first seen.
+        layout: that of a compact weight, or one that says what the rows of a dense matrix are; None for a vector.
+        units_are_columns: an output unit is a column of the matrix, as in an embedding, and not a row.
+        is_head: it is the weight of the output head.
+    """
+
+    name: str
+    site: Site | None
+    shape: torch.Size
+    layout: Layout | None = None
+    units_are_columns: bool = False
+    is_head: bool = False
+
+    @property
+    def density(self) -> float:
+        return self.site.density if self.site else 1.0
+
+    def check(self, parameter: Tensor) -> None:
+        """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
+        values = parameter if self.site is None else self.site.values_maybe
+        if values is None:
+            raise ValueError(
+                f"{self.name}: the weight was made dense (remove_parametrizations, export_dense, ...) after the "
+                "optimizer was made; make the optimizer anew"
+            )
+        if values is not parameter:
+            raise ValueError(
+                f"{self.name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
+                "the optimizer was made; make the optimizer anew"
+            )
+        if parameter.shape != self.shape:
+            raise ValueError(
+                f"{self.name}: expected shape {tuple(self.shape)}, got {tuple(parameter.shape)}: sparsify was "
+                "called after the optimizer was made; make the optimizer anew"
+            )
+
+
+def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
+    """Describes every parameter of ``model``; a ValueError where a compact one is sharded."""
+    by_values = {id(site.values): site for site in find_sites(model).values()}
+    for site in by_values.values():
+        if _is_sharded(site.values):
+            raise ValueError(
+                f"{site.name}: expected whole compact weights, got one cut into shards (FSDP, tensor parallelism): "
+                "its rows belong to positions written elsewhere; use DistributedDataParallel, or shard the dense model"
+            )
+    head = _output_head(model)
+    owners = {id(p): module for module in model.modules() for p in module._parameters.values() if p is not None}
+    found: dict[nn.Parameter, Parameter] = {}
+    for name, parameter in model.named_parameters():
+        site = by_values.get(id(parameter))
+        owner = site.module if site else owners[id(parameter)]
+        is_head = owner is head and (site is not None or parameter.dim() > 1)
+        if site is not None:
+            layout: Layout | None = site.layout
+        elif parameter.dim() > 1 and not nn.parameter.is_lazy(parameter):
+            layout = Layout.of(parameter.shape, (1, 1), flatten=isinstance(owner, _ConvNd))
+        else:
+            layout = None
+        by_column = isinstance(owner, nn.Embedding) or type(owner).__name__.endswith("Conv1D")
+        full_name = site.name if site else canonical_name(model, name)
+        found[parameter] = Parameter(full_name, site, parameter.shape, layout, by_column and not is_head, is_head)
+    return found
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the module that makes the outputs: the one that the model names, else the last that has a matrix."""
+    named = getattr(model, "get_output_embeddings", None)
+    head = named() if callable(named) else None
+    if isinstance(head, nn.Module):
+        return head
+    compact = {id(site.module) for site in find_sites(model).values()}
+    last = None
+    for module in model.modules():
+        own = module._parameters.values()
+        if id(module) in compact or any(p is not None and not nn.parameter.is_lazy(p) and p.dim() > 1 for p in own):
+            last = module
+    return last
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Makes the usual two groups: matrices decay, biases and norms do not.
+
+    A compact weight is a matrix, whatever the shape of its values.
+
+    Returns:
+        Two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
+
+    Raises:
+        ValueError: no model, or a weight decay that is no finite number of at least 0.
+    """
+    arguments.module("decay_groups", model)
+    weight_decay = arguments.number("weight_decay", weight_decay, at_least=0)
+    compact = {id(site.values) for site in find_sites(model).values()}
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        is_matrix = id(parameter) in compact or parameter.dim() >= 2
+        (decay if is_matrix else plain).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
