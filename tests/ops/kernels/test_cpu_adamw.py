@@ -101,6 +101,12 @@ def test_a_step_is_that_of_plain_torch(
         assert int(actual.num_skipped) > int(given.num_skipped) or not broken
 
 
+@every_moment
+@every_case
+def test_blocks_without_ages_have_that_of_their_parameter(case: Case, moments: torch.dtype) -> None:
+    check_step(copy_of(update_of(case, torch.bfloat16, moments), CPU, generation=None, births=None))
+
+
 @pytest.mark.parametrize("generations", [32, 33, 64, 65, 128, 129, 256, 300])
 def test_every_number_of_generations(generations: int) -> None:
     """Ages are looked up in registers, in as many as their number needs."""
