@@ -12,16 +12,15 @@ _PRODUCTS = ("masked_matmul", "sampled_matmul")
 
 
 def of_products(sites: Iterable[Site]) -> str:
-    """Of those that multiply with these weights."""
+    """Names the kernels that multiply with these weights."""
     cases = [Case(site.values.device, site.values.dtype, site.layout, site.num_active) for site in sites]
     return _listed(kernel_of(op, case) for case in cases for op in _PRODUCTS)
 
 
 def of_update(optimizer: smet.ActiveAdamW) -> str:
-    """Of those that update the optimizer's parameters; gradients are of their dtype."""
+    """Names the kernels that update the optimizer's parameters; gradients are of their dtype."""
     held = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    updates = [(p, p, *optimizer.update_arguments(p, group)) for p, group in held]
-    return _listed(update_kernel_of(update).name for update in updates)
+    return _listed(update_kernel_of(optimizer.update_of(p, group)).name for p, group in held)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from benchmarks.measuring import processor
 from benchmarks.settings import Settings
 from benchmarks.tables import Table
-from smet_compile.ops.choose import forced
+from smet_compile.ops.choose import forced_kernel
 
 Section = Callable[[Settings], list[Table]]
 ENOUGH_REPEATS = 7
@@ -73,8 +73,8 @@ def head(title: str, command: str, settings: Settings) -> str:
         f"Each ratio is of two things measured side by side in one run, in turns (A B C A B C ...): the median of "
         f'{settings.repeats} turns, the least and the largest. A column "met" compares the median with the target.'
     )
-    if forced():
-        lines += ["", f"`SMET_COMPILE_KERNEL={forced()}` forced the kernel wherever it could."]
+    if forced_kernel():
+        lines += ["", f"`SMET_COMPILE_KERNEL={forced_kernel()}` forced the kernel wherever it could."]
     if settings.quick or settings.repeats < ENOUGH_REPEATS:
         lines += ["", "**Not for the record**: tiny sizes or too few pairs."]
     return "\n".join(lines) + "\n"

@@ -5,8 +5,7 @@ from smet_compile.convert import Report, export_dense, materialize, report
 from smet_compile.explain import Explanation, explain
 from smet_compile.microscope import Inspection, inspect
 from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveScale, ActiveSGD, NaiveAdamW, decay_groups
-from smet_compile.plan import Plan
-from smet_compile.planner import plan
+from smet_compile.plan import Plan, plan
 from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
 from smet_compile.train_step import TrainStep, compile_train_step
 

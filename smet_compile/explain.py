@@ -1,39 +1,34 @@
-"""explain: what the compiler passes made of each site, and where they did nothing, why."""
+"""Explains what the compiler passes made of each site, and where they did nothing, why."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
+from smet_compile.tracing import Captured, capture_graphs, leave_no_trace
 from smet_compile.train_step import TrainStep
 
 if TYPE_CHECKING:
-    from smet_compile.passes.capture import Captured
     from smet_compile.passes.verify import Outcome
 
-_NONE = "none"
+_FUSED, _NONE = "fused", "none"
 _AFTER_BACKWARD = "by the optimizer, after backward"
 _KEPT = "its gradient is an output of the graph, and kept until the optimizer's step"
 _SEVERAL_GRAPHS = "the step breaks into several graphs, so gradients are kept until the optimizer's step"
-_MANY_CAPTURES = 2**20
 
 
 @dataclass(frozen=True)
 class SiteExplanation:
-    """One site: each part is "fused", "none" where there is no such part, or the reason why it is not fused.
+    """Explains one site. A part is "fused", "none" where it does not exist, or the reason why it is not fused.
 
     Args:
-        forward: the product with the weight. input_gradient: the gradient of what it is multiplied with.
-        weight_gradient: of the weight, compact where fused. update: by the optimizer, in backward.
+        forward: the product with the weight. input_gradient: the gradient of what the weight multiplies.
+        weight_gradient: the gradient of the weight, compact where fused. update: the optimizer's, in backward.
         kernels: part → the kernel that computes it, where it is fused (``SMET_COMPILE_KERNEL`` forces one).
     """
 
@@ -52,7 +47,7 @@ class SiteExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found. ``print`` it for a table.
+    """Holds what ``explain`` found. ``print`` it for a table.
 
     Args:
         sites: one row for each site of the model.
@@ -66,11 +61,11 @@ class Explanation:
 
     @property
     def not_fused(self) -> dict[str, list[str]]:
-        """Site → what is not fused of it and why; sites of which all is fused are missing."""
+        """Maps each site that is not wholly fused to the parts that are not, with reasons."""
         found = {}
         for site in self.sites:
             parts = {k: v for k, v in site.parts.items() if self.updates_fused or k != "update"}
-            reasons = [f"{part}: {said}" for part, said in parts.items() if said not in ("fused", _NONE)]
+            reasons = [f"{part}: {result}" for part, result in parts.items() if result not in (_FUSED, _NONE)]
             if reasons:
                 found[site.name] = reasons
         return found
@@ -78,7 +73,8 @@ class Explanation:
     def __str__(self) -> str:
         rows = [["site", "forward", "input gradient", "weight gradient", "update"]]
         for site in self.sites:
-            rows.append([site.name, *(_cell(said, site.kernels.get(part)) for part, said in site.parts.items())])
+            cells = (_cell(result, site.kernels.get(part)) for part, result in site.parts.items())
+            rows.append([site.name, *cells])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
@@ -89,13 +85,13 @@ class Explanation:
 
 
 def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, **inputs: Any) -> Explanation:
-    """Captures ``model`` afresh and says per site what is fused: forward, input gradient, weight gradient, update.
+    """Captures ``model`` afresh and explains per site what is fused: forward, both gradients, update.
 
-    Runs one forward, in the mode the model is in; random state and buffers are put back, nothing is trained. It
-    generates no code and uses no compile cache: a warm cache runs no pass, so it could say nothing::
+    Runs one forward, in the mode the model is in; random state, buffers and attributes are put back, nothing is
+    trained. It generates no code and uses no compile cache, since a warm cache runs no pass::
 
         print(smet.explain(model, **batch))
-        print(smet.explain(step, batch))         # of compile_train_step: its updates too; or step, **batch
+        print(smet.explain(step, batch))         # a step of compile_train_step: its updates too; or step, **batch
 
     Args:
         model: with compact weights, compiled or not; or what ``compile_train_step`` made.
@@ -116,10 +112,11 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
     if step:
         graphs, breaks = _capture_step(step, _one_batch(example, inputs))
     else:
-        graphs, breaks = _capture(owner, lambda: owner(*example, **inputs))
+        with leave_no_trace(owner):
+            graphs, breaks = capture_graphs(lambda: owner(*example, **inputs))
     outcomes = _by_site(sites, graphs)
     unfused = _SEVERAL_GRAPHS if breaks else _KEPT if updates_fused else _AFTER_BACKWARD
-    rows = [_explained(site, outcomes.get(name), unfused, bool(breaks)) for name, site in sites.items()]
+    rows = [_explain_site(site, outcomes.get(name), unfused, bool(breaks)) for name, site in sites.items()]
     explanation = Explanation(rows, breaks, updates_fused)
     if strict and explanation.not_fused:
         lines = [f"{name}: {reason}" for name, reasons in explanation.not_fused.items() for reason in reasons]
@@ -128,7 +125,7 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
 
 
 def _one_batch(example: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
-    """A step takes one batch; given by keywords it is the dict of them."""
+    """Returns the one batch that a step takes; keywords are the dict of it."""
     if len(example) + bool(inputs) != 1:
         raise ValueError(
             f"explain: expected one batch as the step takes it, got {len(example)} by place and {len(inputs)} by "
@@ -139,46 +136,14 @@ def _one_batch(example: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
 
 def _capture_step(step: TrainStep, batch: Any) -> tuple[list[Captured], list[str]]:
     updates = step.updates()
-    with step.gradients_in_sinks(updates):
-        captured = _capture(step.model, lambda: step.forward(batch, updates))
+    with step.gradients_in_sinks(updates), leave_no_trace(step.model):
+        captured = capture_graphs(lambda: step.forward(batch, updates))
     step.forget_unused(updates)
     return captured
 
 
-def _capture(owner: nn.Module, call: Callable[[], Any]) -> tuple[list[Captured], list[str]]:
-    from smet_compile.passes.capture import Capture
-
-    capture = Capture()
-    # A code object of its own: Dynamo keeps what it compiled by code object, and would find it there again.
-    code = call.__code__.replace()
-    fresh = types.FunctionType(code, call.__globals__, "captured", None, call.__closure__)
-    counters = torch._dynamo.utils.counters["graph_break"]
-    before = dict(counters)
-    with _undisturbed(owner), torch._dynamo.config.patch(recompile_limit=_MANY_CAPTURES):
-        torch.compile(fresh, backend=capture)()
-    breaks = [_first_line(reason) for reason, count in counters.items() if count > before.get(reason, 0)]
-    return capture.graphs, breaks
-
-
-def _first_line(reason: str) -> str:
-    return reason.strip().splitlines()[0] if reason.strip() else "unknown"
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random state and buffers (those of a BatchNorm, say) are afterwards what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(), torch.compiler.set_stance("default"):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-
-
 def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcome]:
-    """What became of each site in all graphs together."""
+    """Returns the outcome of each site in all graphs together."""
     from smet_compile.passes.verify import Outcome, outcomes
 
     names = {id(site.compact.topology): name for name, site in sites.items()}
@@ -186,35 +151,37 @@ def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcom
     for graph in graphs:
         for placeholder, outcome in outcomes(graph.joint.graph).items() if graph.joint is not None else ():
             whole = found.setdefault(names[id(graph.input_of(placeholder))], Outcome())
-            for part, said in outcome.parts.items():
-                for what in said:
-                    whole.add(part, what)
+            for part, results in outcome.parts.items():
+                for result in results:
+                    whole.add(part, result)
             for part, kernels in outcome.kernels.items():
                 for kernel in kernels:
-                    whole.add(part, "fused", kernel)
+                    whole.add(part, _FUSED, kernel)
     return found
 
 
-def _explained(site: Site, outcome: Outcome | None, unfused: str, broken: bool) -> SiteExplanation:
-    """``unfused``: why an update is not fused, if it is not. ``broken``: then none is."""
+def _explain_site(site: Site, outcome: Outcome | None, unfused_update: str, has_breaks: bool) -> SiteExplanation:
+    """Explains one site.
+
+    Args:
+        outcome: None where no graph uses the site. unfused_update: why its update is not fused, if it is not.
+        has_breaks: whether the model breaks into several graphs; then no update is fused.
+    """
     if outcome is None:
-        unused = "the example does not use it in any captured graph"
-        return SiteExplanation(site.name, unused, _NONE, _NONE, _NONE)
-    forward, input_gradient, weight_gradient = (
-        _said(outcome, part) for part in ("forward", "input gradient", "weight gradient")
-    )
-    update = _said(outcome, "update")
-    if weight_gradient != _NONE and (update == _NONE or broken):
-        update = unfused
+        return SiteExplanation(site.name, "the example does not use it in any captured graph", _NONE, _NONE, _NONE)
+    parts = ("forward", "input gradient", "weight gradient", "update")
+    forward, input_gradient, weight_gradient, update = (_result(outcome, part) for part in parts)
+    if weight_gradient != _NONE and (update == _NONE or has_breaks):
+        update = unfused_update
     kernels = {part: " and ".join(names) for part, names in outcome.kernels.items()}
     return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update, kernels)
 
 
-def _cell(said: str, kernel: str | None) -> str:
-    """Of the table: the kernel where it is fused."""
-    return kernel or said if said == "fused" else said if said == _NONE else "no"
+def _cell(result: str, kernel: str | None) -> str:
+    """Returns a cell of the table: the kernel where one computes the part."""
+    return kernel or result if result == _FUSED else result if result == _NONE else "no"
 
 
-def _said(outcome: Outcome, part: str) -> str:
-    reasons = [what for what in outcome.parts.get(part, [_NONE]) if what != "fused"]
-    return "; ".join(reasons) if reasons else "fused"
+def _result(outcome: Outcome, part: str) -> str:
+    reasons = [result for result in outcome.parts.get(part, [_NONE]) if result != _FUSED]
+    return "; ".join(reasons) if reasons else _FUSED

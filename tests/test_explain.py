@@ -1,4 +1,4 @@
-"""explain says per site what is fused, in words where it is not, and disturbs nothing."""
+"""explain says per site what is fused and why the rest is not, and disturbs nothing."""
 
 from typing import Any
 
@@ -98,7 +98,9 @@ def test_a_step_of_several_graphs_updates_after_backward(x: Tensor) -> None:
     step = smet.compile_train_step(model, smet.ActiveAdamW(model), lambda model, batch: model(batch))
     explanation = smet.explain(step, x)
     assert set(explanation.not_fused) == {"first.weight", "second.weight"}
-    assert all("update: the step breaks into several graphs" in said[0] for said in explanation.not_fused.values())
+    assert all(
+        "update: the step breaks into several graphs" in reasons[0] for reasons in explanation.not_fused.values()
+    )
 
 
 def test_inference_has_a_forward_only(x: Tensor) -> None:

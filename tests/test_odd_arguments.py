@@ -167,7 +167,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ActiveAdamW, of a group": (grouped, ("params", *OPTIONS)),
     "TopologyManager": (
         managed,
-        ("model", "optimizer", "total_steps", "every", *FRACTIONS, "drop", "grow", "schedule", "seed"),
+        ("model", "optimizer", "total_steps", "every", *FRACTIONS, "grow", "schedule", "seed"),
     ),
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
     "materialize": (materialized, ("model", "seed", "device", "initialize")),
@@ -185,6 +185,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "sequence",
             "dtype",
             "moment_dtype",
+            "optimizer",
             *SWITCHES,
             "fits",
             "inputs",

@@ -12,8 +12,9 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 import smet_compile as smet
-from smet_compile.format import split_index
 from smet_compile.ops import Site, find_sites
+
+LISTS = ("positions", "by_column", "row_starts", "column_starts", "group_starts")
 
 
 def draw_format() -> Figure:
@@ -77,7 +78,7 @@ def _draw_values(axes: Axes, site: Site, colors: Any) -> None:
 
 
 def _write_lists(axes: Axes, site: Site) -> None:
-    lists = split_index(site.compact.index[0], site.layout, site.num_active)._asdict()
+    lists = {name: getattr(site.compact.active, name) for name in LISTS}
     lines = [f"{name:14s} {tensor.tolist()}" for name, tensor in lists.items() if tensor is not None]
     axes.axis("off")
     axes.set_title("derived for kernels, never saved", fontsize=10)

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Capture, Captured
 from smet_compile.passes.graph import PACK, SAMPLED, calls
 from smet_compile.passes.pipeline import PASSES, Pass
+from smet_compile.tracing import Capture, Captured
 
 
 def captured_step(sizes: tuple[int, ...], passes: tuple[Pass, ...]) -> tuple[Captured, nn.Module]:

@@ -100,7 +100,9 @@ class Topology:
         bits, lists = self.bits, self.lists
         try:
             return bits._version, bits.data_ptr(), lists._version, lists.data_ptr()
-        except RuntimeError:  # tensors made in inference mode do not count their versions, and fake ones have no address
+        except (
+            RuntimeError
+        ):  # tensors made in inference mode do not count their versions, and fake ones have no address
             return -1, _address(bits), -1, _address(lists)
 
 

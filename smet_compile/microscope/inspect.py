@@ -1,28 +1,31 @@
-"""inspect: looks into the topology of a model, and into what it makes of the paths from input to output."""
+"""Looks into the topology of a model, and into what it makes of the paths from input to output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from smet_compile.format import Layout, arguments
-from smet_compile.microscope.capture import Capture, capture
-from smet_compile.microscope.dead import DeadUnits, dead_units, matrix_of
+from smet_compile.microscope import elementwise_rules, movement_rules, product_rules
 from smet_compile.microscope.flow import Flow
-from smet_compile.microscope.graph import graph_of
-from smet_compile.microscope.history import history_of
 from smet_compile.microscope.inspection import Inspection, SiteInspection
-from smet_compile.microscope.matrices import ActiveMatrix
-from smet_compile.microscope.reading import Reading, read
-from smet_compile.microscope.rules import RULES
-from smet_compile.microscope.site_reach import Reach, sites_in
+from smet_compile.microscope.live_paths import ActiveMatrix, reach_of_sites
+from smet_compile.microscope.per_site import check_has_data, dead_units, history_of
+from smet_compile.microscope.reading import Reading, Rule, read_forward
+from smet_compile.microscope.recording import Recording, record_forward
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.runtime import TopologyManager
+
+if TYPE_CHECKING:
+    import networkx
+
+RULES: dict[str, Rule] = {**elementwise_rules.RULES, **movement_rules.RULES, **product_rules.RULES}
+"""Maps each op to the rule that reads it. Any other is taken to mix everything, and the inspection names it."""
 
 
 def inspect(
@@ -32,7 +35,7 @@ def inspect(
     optimizer: Any = None,
     **inputs: Any,
 ) -> Inspection:
-    """Dead units, live paths and the history of every compact weight of ``model``; changes nothing.
+    """Finds dead units, live paths and the history of every compact weight of ``model``; changes nothing.
 
     What feeds what is found by one forward on tensors without data, in the mode the model is in (forward hooks run)::
 
@@ -57,9 +60,9 @@ def inspect(
 
     Args:
         model: with compact weights, compiled or not. On the meta device the topologies must have data.
-        example, inputs: what it is called with; without any, only what holds of each weight alone is found.
-        manager: whose history says churn, survival and exploration. optimizer: which knows ages, or several;
-            those of the manager.
+        example, inputs: the arguments of its forward; without any, only what holds of each weight alone is found.
+        manager: its history says churn, survival and exploration. optimizer: the one that knows ages, or several;
+            default: those of the manager.
 
     Raises:
         ValueError: a model without compact weights; a topology without data.
@@ -76,69 +79,96 @@ def inspect(
     check_sparsified("inspect", owner)
     sites = find_sites(owner)
     optimizer = optimizer or (manager.optimizers if manager else None)
-    matrices = {name: matrix_of(site) for name, site in sites.items()}
+    for site in sites.values():
+        check_has_data(site)
+    matrices = {name: ActiveMatrix.of(site.compact.topology, site.layout) for name, site in sites.items()}
     if example or inputs:
-        captured = capture(owner, example, inputs)
+        recording = record_forward(owner, example, inputs)
     else:
-        captured = Capture(not_captured="no example was given, so what feeds what is not known")
-    reading = _read(owner, sites, captured) if captured.complete else None
-    turned = {node.weight: node.transposed for *_, node in reading.flow.uses} if reading else {}
-    dead = {name: dead_units(site, turned.get(name)) for name, site in sites.items()}
-    found, share = sites_in(reading, matrices, dead) if reading else ({}, None)
-    events, step = (manager.history, manager.num_steps) if manager else ([], _steps(sites.values(), optimizer))
+        recording = Recording(warning="no example was given, so what feeds what is not known")
+    reading = _read(owner, sites, recording) if recording.is_complete else None
+    rows_are_inputs = {node.weight: node.transposed for *_, node in reading.flow.uses} if reading else {}
+    dead = {name: dead_units(site, rows_are_inputs.get(name)) for name, site in sites.items()}
+    reaches, share = reach_of_sites(reading, matrices, dead) if reading else ({}, None)
+    events, step = (manager.history, manager.num_steps) if manager else ([], _num_steps(sites.values(), optimizer))
     rows = tuple(
-        _row(site, matrices[name], dead[name], found.get(name), history_of(site, optimizer, events, step))
+        SiteInspection(
+            name=name,
+            shape=site.layout.shape,
+            block_shape=site.layout.block_shape,
+            num_blocks=site.layout.num_blocks,
+            num_active=matrices[name].num_active,
+            num_weights=site.layout.num_weights,
+            num_active_weights=matrices[name].num_active_weights,
+            dead=dead[name],
+            history=history_of(site, optimizer, events, step),
+            reach=reaches.get(name),
+        )
         for name, site in sites.items()
     )
-    graph = graph_of(reading.flow if reading else Flow(), {row.name: row.density for row in rows})
-    return Inspection(rows, graph, share, tuple(_notes(captured, reading, rows)))
+    graph = _graph(reading.flow if reading else Flow(), {row.name: row.density for row in rows})
+    return Inspection(rows, graph, share, tuple(_notes(recording, reading, rows)))
 
 
-def _steps(sites: Iterable[Site], optimizer: Any) -> int:
-    """What the optimizer has taken, by its own count."""
+def _num_steps(sites: Iterable[Site], optimizer: Any) -> int:
+    """Returns how many steps the optimizer has taken, by its own count."""
     stepping = ((site.values, optimizer_that_steps(optimizer, site.values)) for site in sites)
     counts = [found.state.get(values, {}).get("step", 0) for values, found in stepping if found is not None]
     return max((int(count) for count in counts), default=0)
 
 
-def _read(model: nn.Module, sites: dict[str, Site], captured: Capture) -> Reading:
+def _read(model: nn.Module, sites: dict[str, Site], recording: Recording) -> Reading:
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     values = {named[id(site.values)]: name for name, site in sites.items()}
-    return read(captured, {name: site.layout for name, site in sites.items()} | _dense(model, values), values, RULES)
+    layouts = {name: site.layout for name, site in sites.items()} | _dense_layouts(model, values)
+    return read_forward(recording, layouts, values, RULES)
 
 
-def _dense(model: nn.Module, compact: dict[str, str]) -> dict[str, Layout]:
-    """The matrices that are not sparse, laid out as they would be."""
-    found = {}
+def _dense_layouts(model: nn.Module, compact: dict[str, str]) -> dict[str, Layout]:
+    """Returns the layouts that the matrices which are not sparse would have."""
+    layouts = {}
     for prefix, module in model.named_modules():
         for tensor, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() > 1 and tensor not in compact:
-                found[tensor] = Layout.of(parameter.shape, (1, 1), flatten=isinstance(module, _ConvNd))
-    return found
+                layouts[tensor] = Layout.of(parameter.shape, (1, 1), flatten=isinstance(module, _ConvNd))
+    return layouts
 
 
-def _row(site: Site, matrix: ActiveMatrix, dead: DeadUnits, found: Reach | None, history: Any) -> SiteInspection:
-    layout = site.layout
-    assert matrix.positions_N is not None
-    return SiteInspection(
-        name=site.name,
-        shape=layout.shape,
-        block_shape=layout.block_shape,
-        num_blocks=layout.num_blocks,
-        num_active=matrix.positions_N.numel(),
-        num_weights=layout.num_weights,
-        num_active_weights=matrix.num_active_weights,
-        dead=dead,
-        history=history,
-        reach=found,
-    )
+def _graph(flow: Flow, densities: dict[str, float]) -> networkx.DiGraph[str]:
+    """Returns which weight feeds which: the sites, whose densities are given, and what lies between them."""
+    import networkx
+
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    graph.add_nodes_from(((name, {"kind": "site", "density": density}) for name, density in densities.items()))
+    graph.add_edges_from(sorted(_feeds(flow)))
+    for name in graph:
+        if name not in densities:
+            graph.nodes[name]["kind"] = name if name in ("input", "output") else "dense"
+    return graph
 
 
-def _notes(captured: Capture, reading: Reading | None, rows: tuple[SiteInspection, ...]) -> list[str]:
-    notes = [captured.not_captured] if captured.not_captured else []
+def _feeds(flow: Flow) -> set[tuple[str, str]]:
+    """Returns (weight, weight) where the first feeds the second with none between; "input" and "output" as well."""
+    names = ["input", *dict.fromkeys(node.weight for node in flow.nodes if node.weight)]
+    bit = {name: 1 << i for i, name in enumerate(names)}
+    feeds: set[tuple[str, str]] = set()
+    sources: list[int] = []  # of each node: bits of the weights that feed it
+    for number, node in enumerate(flow.nodes):
+        bits = bit["input"] if node.kind == "input" else 0
+        for link in node.links:
+            bits |= sources[link.source]
+        target = "output" if number == flow.output else node.weight
+        if target:
+            feeds |= {(name, target) for name in names if bits & bit[name]}
+        sources.append(bit[node.weight] if node.weight else bits)
+    return feeds
+
+
+def _notes(recording: Recording, reading: Reading | None, rows: tuple[SiteInspection, ...]) -> list[str]:
+    notes = [recording.warning] if recording.warning else []
     for op, weights in sorted(reading.unknown.items()) if reading else ():
-        of = f" with {', '.join(sorted(weights))}" if weights else ""
-        notes.append(f"{op}{of} mixes units in a way that is not known: all are taken to reach all")
+        read = f" with {', '.join(sorted(weights))}" if weights else ""
+        notes.append(f"{op}{read} mixes units in a way that is not known: all are taken to reach all")
     if reading:
         unused = [row.name for row in rows if row.reach is None]
         notes += [f"{name}: nothing of the example passes through it" for name in unused]

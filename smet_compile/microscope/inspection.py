@@ -1,14 +1,13 @@
-"""Inspection: what ``inspect`` found, as plain data that prints as a table."""
+"""Holds what ``inspect`` found as plain data, and prints it as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from smet_compile.microscope.dead import DeadUnits
-from smet_compile.microscope.history import Cohort, SiteHistory, together
-from smet_compile.microscope.said import active_weights, ages, aligned, number, paths_alive, survival
-from smet_compile.microscope.site_reach import Reach
+from smet_compile.microscope.live_paths import Reach
+from smet_compile.microscope.per_site import Cohort, DeadUnits, SiteHistory, join_cohorts
 
 if TYPE_CHECKING:
     import networkx
@@ -19,13 +18,13 @@ HISTORY_HEADINGS = ("churn", "mean age", "explored")
 
 @dataclass(frozen=True)
 class SiteInspection:
-    """One compact weight, a stack of S matrices (R, C).
+    """Describes one compact weight, a stack of S matrices (R, C).
 
     Args:
         num_blocks, num_active: blocks, and how many are active, read back from the topology.
         num_weights, num_active_weights: weights of the dense matrices, and those inside of active blocks.
         dead: inputs and outputs without active weight. history: ages, churn, cohorts.
-        reach: None where the example does not use this weight, or the forward could not be captured.
+        reach: None where the example does not use this weight, or the forward could not be recorded.
     """
 
     name: str
@@ -61,39 +60,39 @@ class SiteInspection:
 
     @property
     def effective_density(self) -> float | None:
-        """Weights on a path from input to output all of which is active, of all weights (Vysogorets and Kempe 2023)."""
+        """Returns the share of weights on a path of active weights from input to output (Vysogorets and Kempe 2023)."""
         return None if self.reach is None else self.reach.num_live_weights / self.num_weights
 
     def cells(self) -> tuple[str, ...]:
-        """A row of the table under ``HEADINGS`` and ``HISTORY_HEADINGS``; "-" for what is not known."""
-        units = (self.num_dead_inputs, self.num_dead_outputs, self.num_starved_inputs, self.num_unread_outputs)
-        sides = (self.dead.inputs.numel(), self.dead.outputs.numel()) * 2
-        said = ("-" if n is None else f"{n}/{side}" if n else "0" for n, side in zip(units, sides, strict=True))
+        """Returns a row of the table under ``HEADINGS`` and ``HISTORY_HEADINGS``; "-" for what is not known."""
+        counts = (self.num_dead_inputs, self.num_dead_outputs, self.num_starved_inputs, self.num_unread_outputs)
+        totals = (self.dead.inputs.numel(), self.dead.outputs.numel()) * 2
+        units = ("-" if n is None else f"{n}/{total}" if n else "0" for n, total in zip(counts, totals, strict=True))
         churn = self.history.churn[-1][1] if self.history.churn else None
         return (
             self.name,
             "x".join(map(str, self.shape)),
             f"{self.density:.4f}",
-            *said,
-            number(self.effective_density, ".4f"),
-            number(churn, ".4f"),
-            number(self.history.mean_age, ".1f"),
-            number(self.history.explored_fraction, ".4f"),
+            *units,
+            _number(self.effective_density, ".4f"),
+            _number(churn, ".4f"),
+            _number(self.history.mean_age, ".1f"),
+            _number(self.history.explored_fraction, ".4f"),
         )
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` found. ``print`` it for a table.
+    """Holds what ``inspect`` found. ``print`` it for a table.
 
     Args:
         sites: one for each compact weight.
         graph: which weight feeds which, through residuals, norms, attention: a ``networkx.DiGraph`` of their names
             with "input" and "output" and the dense matrices between; each node has a ``kind`` ("site", "dense",
-            "input", "output"), sites a ``density`` too. Without edges where the forward could not be captured.
+            "input", "output"), sites a ``density`` too. Without edges where the forward could not be recorded.
         path_log10_share: the logarithm to base 10 of the share of input-output paths that is alive: their number
             through active weights over that with every weight active; None where it is not known.
-        notes: what could not be captured or is not known, in words.
+        notes: what could not be recorded or is not known, in words.
     """
 
     sites: tuple[SiteInspection, ...]
@@ -102,17 +101,17 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> SiteInspection:
-        """The site called ``name``."""
+        """Returns the site called ``name``."""
         return next(site for site in self.sites if site.name == name)
 
     @property
     def cohorts(self) -> tuple[Cohort, ...]:
-        """Survival of grown blocks by birth, of all weights together."""
-        return together([site.history for site in self.sites])
+        """Returns the cohorts of all weights together: how many grown blocks survived, by birth."""
+        return join_cohorts([site.history for site in self.sites])
 
     @property
     def age_counts(self) -> dict[int, int]:
-        """Age in steps → number of active blocks, of all weights together."""
+        """Returns the ages of all weights together: age in steps → number of active blocks."""
         total: dict[int, int] = {}
         for age, count in (item for site in self.sites for item in site.history.age_counts.items()):
             total[age] = total.get(age, 0) + count
@@ -120,26 +119,62 @@ class Inspection:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, its headings first; columns without any entry are left out."""
+        """Returns the table, its headings first; columns without any entry are left out."""
         table = [HEADINGS + HISTORY_HEADINGS, *(site.cells() for site in self.sites)]
         used = [i for i in range(len(table[0])) if any(row[i] != "-" for row in table[1:])]
         return [tuple(row[i] for i in used) for row in table]
 
     @property
     def summary(self) -> list[str]:
-        """What holds of the model as a whole, a line each."""
-        total, active = (
-            sum(site.num_weights for site in self.sites),
-            sum(site.num_active_weights for site in self.sites),
-        )
-        reached = [site.reach.num_live_weights for site in self.sites if site.reach is not None]
-        lines = [
-            f"{len(self.sites)} sites, {active_weights(total, active, sum(reached) if reached else None)}",
-            paths_alive(self.path_log10_share),
-            ages(self.age_counts),
-            survival(self.cohorts),
-        ]
+        """Returns the lines on the model as a whole."""
+        total = sum(site.num_weights for site in self.sites)
+        active = sum(site.num_active_weights for site in self.sites)
+        live = [site.reach.num_live_weights for site in self.sites if site.reach is not None]
+        on_path = f", {sum(live):,} on a live path" if live else ""
+        share = f"({active / max(1, total):.4f})"
+        lines = [f"{len(self.sites)} sites, {active:,} of {total:,} weights active {share}{on_path}"]
+        lines += [_path_line(self.path_log10_share), _age_line(self.age_counts), _survival_line(self.cohorts)]
         return [line for line in lines if line] + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        return "\n".join([*(aligned(self.rows) if self.sites else []), *self.summary])
+        return "\n".join([*(_align(self.rows) if self.sites else []), *self.summary])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a line for each row: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *figures in rows:
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return lines
+
+
+def _path_line(log10_share: float | None) -> str:
+    if log10_share is None:
+        return ""
+    share = "none" if log10_share == float("-inf") else f"a share of 10^{log10_share:.2f}"
+    return f"input-output paths alive: {share}"
+
+
+def _age_line(counts: dict[int, int]) -> str:
+    """Returns a line on the shares of the active blocks by age, in at most eight bins."""
+    if not counts:
+        return ""
+    total, width = sum(counts.values()), max(1, -(-(max(counts) + 1) // 8))
+    bins = {start: 0 for start in range(0, max(counts) + 1, width)}
+    for age, count in counts.items():
+        bins[age // width * width] += count
+    shares = "  ".join(f"{start}-{start + width - 1}: {count / total:.1%}" for start, count in bins.items())
+    return f"active blocks by age in steps:  {shares}"
+
+
+def _survival_line(cohorts: Sequence[Cohort]) -> str:
+    """Returns a line on the survival of the latest eight births."""
+    known = [(c.born_step, c.survival_fraction) for c in cohorts if c.survival_fraction is not None]
+    shares = "  ".join(f"{born}: {fraction:.1%}" for born, fraction in known[-8:])
+    return f"still active, by step of birth:  {shares}" if len(known) > 1 else ""

@@ -1,8 +1,8 @@
 """The one place that knows the kernels and chooses one for each op: by device, dtype, block shape and density.
 
-``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain torch),
-``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``, a kernel
-that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere, and where no kernel is named, the
+``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain
+torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and
+``triton_adamw``, or one that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere the
 first in the order of registration is taken that can compute the case and is profitable. A warning names each kind of
 case that the named kernel has a function for and cannot compute, and what computes it instead.
 """
@@ -65,7 +65,8 @@ class UpdateCase(NamedTuple):
         update = self.update
         slots = {str(slot.dtype) for slot in update.slots}
         state = f"{' and '.join(sorted(slots))} state" if slots else "no state"
-        return f"{update.values.dtype} parameters with {state} by the rule {update.rule.name} on {update.values.device.type}"
+        where = f"by the rule {update.rule.name} on {update.values.device.type}"
+        return f"{update.values.dtype} parameters with {state} {where}"
 
 
 def _takes_everything(op: str, case: Any) -> str | None:
@@ -153,7 +154,9 @@ def forced_kernel() -> str | None:
     """
     name = os.environ.get(_VARIABLE) or None
     if name is not None and name not in names():
-        raise ValueError(f"{_VARIABLE}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen")
+        raise ValueError(
+            f"{_VARIABLE}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen"
+        )
     return name
 
 
@@ -245,8 +248,8 @@ def _choose(op: str, case: Any, name: str | None) -> tuple[Kernel, str | None]:
     reasons = " and ".join(f"{each.name} {each.refusal(op, case)}" for each in named)
     what = "the optimizer step" if op == "update_all" else op
     return kernel, (
-        f"{_VARIABLE}={name}: {kernel.name} computes {what} of {case.kind}, since {reasons}; name a kernel that can, or "
-        "unset the variable"
+        f"{_VARIABLE}={name}: {kernel.name} computes {what} of {case.kind}, since {reasons}; name a kernel that can, "
+        "or unset the variable"
     )
 
 
@@ -308,7 +311,7 @@ def _triton_tiles_are_profitable(case: Case) -> bool:
 
 
 def _cpu_tiles_are_profitable(case: Case) -> bool:
-    """Tells where skipping blocks is faster than multiplying all of them, at the processor's speed for dense matrices."""
+    """Tells where skipping blocks is faster than multiplying all of them at the processor's speed for dense ones."""
     filled = min(side / (-(-side // _LANES) * _LANES) for side in case.layout.block_shape)
     slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and multiplies_bf16_in_tiles() else 1
     return case.density * slower < filled

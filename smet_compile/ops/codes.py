@@ -20,7 +20,7 @@ _HALF = 1 << (_DISCARDED - 1)
 
 
 class CodeFormat(NamedTuple):
-    """Says how a magnitude relative to the largest becomes a code of ``0 ... largest``, with the sign above it or none."""
+    """Says how a magnitude relative to the largest becomes a code of ``0 ... largest``, signed or not."""
 
     offset: int
     largest: int

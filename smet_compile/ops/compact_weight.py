@@ -28,9 +28,9 @@ _WRITTEN = (
 class CompactWeight(nn.Module):
     """values → dense weight (``forward``) and back (``right_inverse``), for one site.
 
-    Its buffers: ``topology``, one bit per block, the truth and what a checkpoint holds; and ``lists``, what kernels
-    want of it (``format.Topology``), derived from it and rebuilt after every load. Neither reaches a kernel before it was
-    checked (``ops.gate``), again after every change in place.
+    Its buffers are ``topology``, one bit per block, the truth and what a checkpoint holds, and ``lists``, which
+    kernels read (``format.Topology``), derived from it and rebuilt after every load. Neither reaches a kernel before it
+    was checked (``ops.gate``), again after every change in place.
 
     Args:
         layout: how the weight is cut into blocks.
@@ -98,12 +98,7 @@ class CompactWeight(nn.Module):
     def _is_checked(self) -> bool:
         """Returns whether bits and lists are those that were checked, unchanged."""
         found = self._active
-        return (
-            found is not None
-            and found.bits is self.topology
-            and found.lists is self.lists
-            and found.is_unchanged()
-        )
+        return found is not None and found.bits is self.topology and found.lists is self.lists and found.is_unchanged()
 
     def set_mask(self, mask: Tensor) -> None:
         """Moves the active set, in place: same number of blocks, same storage."""
@@ -160,8 +155,9 @@ class CompactWeight(nn.Module):
         if not self.topology.is_meta:
             write_lists(self.lists, self.topology, self.layout)
             gate.belongs_to(self.topology, self._check_again)
-            self.__dict__["_active"] = Topology(self.layout, self.topology, self.lists, self.num_active)
-            gate.admit(self._active)
+            topology = Topology(self.layout, self.topology, self.lists, self.num_active)
+            self.__dict__["_active"] = topology
+            gate.admit(topology)
 
     def forward(self, values: Tensor) -> Tensor:
         if self.stand_in is not None:

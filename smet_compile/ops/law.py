@@ -43,7 +43,7 @@ def noise_bits(key: Tensor, positions: Tensor) -> Tensor:
 
 
 def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
-    """Rounds fp32 to bf16: up with the probability of the discarded fraction, by the low 16 of ``bits``. Exact in mean."""
+    """Rounds fp32 to bf16: up with the probability of the discarded fraction, by the low 16 of ``bits``."""
     as_int = x.float().view(torch.int32)
     rounded = ((as_int + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
@@ -56,7 +56,7 @@ def step_sizes(age: Tensor, lr: Tensor, density_rate: float, warmup_steps: int) 
 
 
 def finite_blocks(grad: Tensor, num_block_dims: int) -> Tensor:
-    """Returns a mask that broadcasts over ``grad``: a block's whole gradient is finite. 0 block dims: single weights."""
+    """Returns a mask that broadcasts over ``grad``: a block's gradient is finite. 0 block dims: single weights."""
     finite = grad.isfinite()
     return finite.all(-1, keepdim=True).all(-2, keepdim=True) if num_block_dims else finite
 

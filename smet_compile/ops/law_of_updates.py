@@ -206,7 +206,8 @@ class Begun:
         assert location is not None
         groups = location.groups
         kinds = (SIGNED_CODES if slot.signed else UNSIGNED_CODES for slot in self.update.rule.slots)
-        return [_Numbers(values), *(_Codes(*each) for each in zip(slots, scales, [groups] * len(slots), kinds))]
+        coded = (_Codes(codes, row, groups, kind) for codes, row, kind in zip(slots, scales, kinds, strict=True))
+        return [_Numbers(values), *coded]
 
 
 def update_all(updates: list[Update]) -> None:

@@ -197,7 +197,13 @@ def _(
 
 @torch.library.register_fake("smet::sampled_matmul", lib=library)
 def _(
-    left: Tensor, right: Tensor, bits: Tensor, lists: Tensor, layout: str, num_active: int, offsets: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    bits: Tensor,
+    lists: Tensor,
+    layout: str,
+    num_active: int,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     return left.new_empty(Layout.from_text(layout).values_shape(num_active))
 

@@ -1,4 +1,4 @@
-"""Holds every private name of torch that this room uses: a new torch that lacks one breaks the feature that needs it."""
+"""Holds every private name of torch that this room uses: a torch that lacks one breaks the feature that needs it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def register_autograd(
     try:
         from torch._library.autograd import Info, make_autograd_impl
 
-        generated = make_autograd_impl(getattr(torch.ops.smet, name.removeprefix("smet::")).default, Info(backward, setup_context))
+        generated = make_autograd_impl(
+            getattr(torch.ops.smet, name.removeprefix("smet::")).default, Info(backward, setup_context)
+        )
         ends_here: dict[int, bool] = {}
         after, not_counting = torch._C._after_autograd_keyset, torch._C.DispatchKey.ADInplaceOrView
     except (ImportError, AttributeError):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format import Layout, Topology, blocks
+from smet_compile.format import Topology, blocks
 
 
 def unpack(values: Tensor, topology: Topology) -> Tensor:

@@ -86,7 +86,7 @@ class Rule:
     _options_type: Callable[..., Options] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_options_type", namedtuple("Options", self.options))  # type: ignore[misc]
+        object.__setattr__(self, "_options_type", namedtuple("Options", self.options))
 
     @property
     def needs_ages(self) -> bool:
@@ -116,7 +116,7 @@ def find_rule(name: str) -> Rule:
     rule = _rules.get(name)
     if rule is None:
         raise ValueError(
-            f"rule {name!r}: expected one of {', '.join(_rules) or 'none registered'}; import the module that registers it"
+            f"rule {name!r}: expected one of {', '.join(_rules) or 'none'}; import the module that registers it"
         )
     return rule
 

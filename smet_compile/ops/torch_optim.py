@@ -1,4 +1,4 @@
-"""Registers torch_optim_: one update of one parameter by torch.optim's AdamW, Adam or SGD, in their functional forms."""
+"""Registers torch_optim_: one update of one parameter by torch.optim's AdamW, Adam or SGD, in functional form."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _sgd(
     lr: float | Tensor,
     options: list[float],
 ) -> None:
-    """Updates by SGD. torch has no momentum buffer before its first update; ours is zero, which dampening would notice."""
+    """Updates by SGD. torch has no buffer before its first update; ours is zero, which dampening would notice."""
     momentum, dampening, weight_decay, nesterov, maximize, fused = options
     is_new = momentum_buffer is not None and dampening != 0 and int(num_updates) == 0
     buffers = [None if is_new else momentum_buffer]

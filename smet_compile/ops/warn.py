@@ -24,4 +24,3 @@ def warn_once(message: str, key: str | None = None) -> None:
         if not is_in_backward():
             raise
         warnings.showwarning(error, UserWarning, __file__, 0)
-

@@ -15,6 +15,7 @@ from smet_compile.format import TopologyChange, arguments
 from smet_compile.format.arguments import described, flag, seed_number
 from smet_compile.ops import find_sites
 from smet_compile.ops.choose import update_all
+from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
 from smet_compile.ops.outside_graphs import outside_graphs, prepare
@@ -263,7 +264,8 @@ class ActiveOptimizer(Optimizer):
                 f"{update.warmup_steps}: blocks have no age; make the optimizer anew with warmup_steps="
             )
         check(known.name, update)
-        self._ready[parameter] = ReadyUpdate(update, known, state, self._options_of(group))
+        if not is_traced(parameter):
+            self._ready[parameter] = ReadyUpdate(update, known, state, self._options_of(group))
         return update
 
     def _state_kind(self, parameter: nn.Parameter, group: dict[str, Any]) -> StateKind:

@@ -20,7 +20,7 @@ _MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``options`` with every option that is known checked; a ValueError names the first that is out of range."""
+    """Returns ``options``, those that are known checked; a ValueError names the first that is out of range."""
     return {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
@@ -59,10 +58,10 @@ class Parameter:
 def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
     """Describes every parameter of ``model``; a ValueError where a compact one is sharded."""
     by_values = {id(site.values): site for site in find_sites(model).values()}
-    for site in by_values.values():
-        if _is_sharded(site.values):
+    for compact in by_values.values():
+        if _is_sharded(compact.values):
             raise ValueError(
-                f"{site.name}: expected whole compact weights, got one cut into shards (FSDP, tensor parallelism): "
+                f"{compact.name}: expected whole compact weights, got one cut into shards (FSDP, tensor parallelism): "
                 "its rows belong to positions written elsewhere; use DistributedDataParallel, or shard the dense model"
             )
     head = _output_head(model)

@@ -45,9 +45,8 @@ class ReadyUpdate:
         update, known = self.update, self.known
         values = update.values
         site = known.site
-        if site is not None:
-            if site.values_maybe is not values or site.compact.active is not update.topology:
-                return None
+        if site is not None and (site.values_maybe is not values or site.compact.active is not update.topology):
+            return None
         if (
             state is not self.state
             or len(state) != len(self.kept)

@@ -1,5 +1,30 @@
-"""How a compiled graph changes: one pass a file, their order in ``pipeline.PASSES``, and the switch."""
+"""How a compiled graph changes: one pass a file, their order in ``pipeline.PASSES``, and here the switch."""
 
-from smet_compile.passes.switch import disabled
+from __future__ import annotations
 
-__all__ = ["disabled"]
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["disabled", "is_enabled"]
+VARIABLE = "SMET_COMPILE_PASSES"
+_disabled = 0
+
+
+def is_enabled() -> bool:
+    """Returns whether graphs that are compiled now go through the passes."""
+    return _disabled == 0 and os.environ.get(VARIABLE, "1") != "0"
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Compiles what is within without the passes: the same results, but dense weights and gradients in memory.
+
+    ``SMET_COMPILE_PASSES=0`` in the environment does the same for a whole process.
+    """
+    global _disabled
+    _disabled += 1
+    try:
+        yield
+    finally:
+        _disabled -= 1

@@ -12,8 +12,19 @@ from __future__ import annotations
 
 from torch import fx
 
-from smet_compile.passes.graph import MASKED, PassReport, SiteArgs, add, aten, calls, val
-from smet_compile.passes.products import PRODUCTS, offsets_of, operands, weight_of
+from smet_compile.passes.graph import (
+    MASKED,
+    PRODUCTS,
+    PassReport,
+    SiteArgs,
+    add,
+    aten,
+    calls,
+    offsets_of,
+    operands,
+    val,
+    weight_of,
+)
 
 
 def fuse_masked_matmul(graph: fx.Graph) -> PassReport:

@@ -21,10 +21,11 @@ from smet_compile.passes.graph import (
     arguments,
     calls,
     is_call,
+    is_plain,
+    offsets_of,
     permuted,
     val,
 )
-from smet_compile.passes.products import is_plain, offsets_of
 
 
 def fuse_sampled_matmul(graph: fx.Graph) -> PassReport:

@@ -10,8 +10,8 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from smet_compile.ops import CompactWeight, library, saved_weights
+from smet_compile.passes import is_enabled
 from smet_compile.passes.pipeline import JointPasses
-from smet_compile.passes.switch import is_enabled
 
 _warned: set[str] = set()
 

@@ -11,13 +11,13 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from smet_compile.passes import is_enabled
 from smet_compile.passes.canonicalize import canonicalize
 from smet_compile.passes.fuse_masked_matmul import fuse_masked_matmul
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import fuse_update
 from smet_compile.passes.graph import PassReport
 from smet_compile.passes.recompute_unpack import mark_seen, recompute_unpack
-from smet_compile.passes.switch import is_enabled
 from smet_compile.passes.verify import verify
 
 Pass = Callable[[fx.Graph], PassReport]

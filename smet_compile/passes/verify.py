@@ -13,9 +13,13 @@ from torch import fx
 
 from smet_compile.format import Layout
 from smet_compile.ops.choose import Case, kernel_of
+from smet_compile.passes.canonicalize import uses
+from smet_compile.passes.fuse_update import SAMPLED_UPDATE, TORCH_OPTIM, updated_sites
+from smet_compile.passes.fuse_update import kernel_of as update_kernel_of
 from smet_compile.passes.graph import (
     MASKED,
     PACK,
+    PRODUCTS,
     SAMPLED,
     UNPACK,
     PassReport,
@@ -27,9 +31,6 @@ from smet_compile.passes.graph import (
     updated,
     val,
 )
-from smet_compile.passes.updates import SAMPLED_UPDATE, TORCH_OPTIM, updated_sites
-from smet_compile.passes.updates import kernel_of as update_kernel_of
-from smet_compile.passes.weight_reads import PRODUCTS, uses
 from smet_compile.passes.weight_views import View
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", "weight gradient", "update"

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from smet_compile.format import Layout
-from smet_compile.passes.graph import aten, is_call, prims, val
+from smet_compile.passes.graph import add, aten, is_call, prims, val
 
 Labels = tuple[str, ...]
 
@@ -134,3 +134,8 @@ def _part(view: View, node: fx.Node, source: fx.Node) -> View | None:
     sizes = [part.shape[dim] for part in val(split)]
     first = sum(sizes[: node.args[1]])
     return _sliced(view, source, dim, first, first + sizes[node.args[1]])
+
+
+def padded(like: fx.Node, node: fx.Node, rows: tuple[int, int], num_rows: int) -> fx.Node:
+    """(T, end - first) → (T, R), zeros where the weight's other rows are."""
+    return add(like, aten.constant_pad_nd.default, node, [rows[0], num_rows - rows[1]], 0.0)

@@ -1,6 +1,6 @@
 """Follows a compiled training step through its two graphs: which buffers code generation makes, and for how long.
 
-Pointwise work is fused into what reads it, so it takes memory only where a kernel of its own (a product, attention, an
+Pointwise work is fused into its readers, so it takes memory only where a kernel of its own (a product, attention, an
 op of ours) or the caller wants it as a tensor. Everything else makes a tensor. That is a model of Inductor, not
 Inductor: docs/planning.md says how well it predicts.
 """
@@ -8,22 +8,30 @@ Inductor: docs/planning.md says how well it predicts.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from smet_compile.plan.degrees import Degrees, Term
-from smet_compile.plan.fusion import base, is_effect, is_fused, packet, shape, users, wants_tensor
-from smet_compile.plan.timeline import Timeline
+from smet_compile.plan.timeline import Degrees, Term, Timeline
 
+_aten, _prims = torch.ops.aten, torch.ops.prims
+_FUSED: set[Any] = {
+    _aten.clone, _aten._to_copy, _aten.constant_pad_nd, _aten.cat, _aten.embedding, _aten.index, _aten.gather,
+    _aten.full, _aten.full_like, _aten.arange, _aten.empty, _aten.lift_fresh_copy, _aten.scalar_tensor, _aten.flip,
+    _aten.select_scatter, _aten.slice_scatter, _aten.scatter, _prims.convert_element_type, _prims.iota,
+}  # fmt: skip
+_REDUCED: set[Any] = {
+    _aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.var_mean, _aten.any, _aten.all, _aten.prod, _aten.argmax,
+}  # fmt: skip
 _COMPACT: set[Any] = {torch.ops.smet.pack, torch.ops.smet.sampled_matmul}
 
 
 @dataclass(eq=False)
 class Buffer:
-    """``num_holders``: values of a graph that are it, or a view of it."""
+    """Stands for memory that a graph makes. ``num_holders``: the number of live values that are it, or a view of it."""
 
     bytes: float
     term: Term
@@ -31,67 +39,67 @@ class Buffer:
 
 
 def compiled_timeline(forward: fx.Graph, backward: fx.Graph | None, degrees: Degrees) -> Timeline:
-    """Of a step's two graphs as the partitioner leaves them; the inputs of the first are held by somebody else."""
+    """Returns the timeline of a step's two graphs as the partitioner leaves them.
+
+    The inputs of the forward graph belong to the caller and are not counted.
+    """
     timeline = Timeline()
     inputs = {node.name for node in forward.find_nodes(op="placeholder")}
-    saved = _Half(forward, degrees, timeline).run(dict.fromkeys(inputs))
+    saved = _GraphFollower(forward, degrees, timeline).run(dict.fromkeys(inputs))
     timeline.begin_backward()
     if backward is not None:
         for buffer in filter(None, saved.values()):
             buffer.num_holders = 0
         known = {node.name: None for node in backward.find_nodes(op="placeholder") if node.name in inputs}
         loss = {"tangents_1": None}
-        _Half(backward, degrees, timeline).run(loss | known | saved)
+        _GraphFollower(backward, degrees, timeline).run(loss | known | saved)
     return timeline
 
 
-class _Half:
-    """One of the two graphs."""
+class _GraphFollower:
+    """Follows one of the two graphs."""
 
     def __init__(self, graph: fx.Graph, degrees: Degrees, timeline: Timeline) -> None:
         self.degrees = degrees
         self.timeline = timeline
         self.nodes: list[fx.Node] = list(graph.nodes)
-        self.outputs = {base(node) for node in graph.output_node().all_input_nodes}
-        self.names = {node.name: base(node) for node in graph.output_node().all_input_nodes}
-        self.buffers = {node for node in self.nodes if self._is_buffer(node)}
-        self.held_of: dict[fx.Node, Buffer | None] = {}
+        self.outputs = {node.name: _base(node) for node in graph.output_node().all_input_nodes}
+        self.tensors = {node for node in self.nodes if self._makes_tensor(node)}
+        self.buffer_of: dict[fx.Node, Buffer | None] = {}
         self._reads: dict[fx.Node, set[fx.Node]] = {}
 
-    def run(self, held: dict[str, Buffer | None]) -> dict[str, Buffer | None]:
-        """``held``: input name → the buffer that it is, None where somebody else holds it. Returns the same of the
-        outputs; everything else is dead by then. An input that is not in ``held`` is made at the beginning."""
-        last = self._last_reads()
+    def run(self, given: dict[str, Buffer | None]) -> dict[str, Buffer | None]:
+        """Adds to the timeline what the graph makes, and removes what dies.
+
+        Args:
+            given: input name → its buffer, None where it belongs to the caller. Other inputs are made at the beginning.
+
+        Returns: output name → its buffer. All other buffers are dead by then.
+        """
         dying: dict[int, list[fx.Node]] = {}
-        for node, place in last.items():
+        for node, place in self._last_reads().items():
             dying.setdefault(place, []).append(node)
+        kept = set(self.outputs.values())
         for place, node in enumerate(self.nodes):
-            dead = [each for each in dying.get(place, ()) if each not in self.outputs]
-            if node.op == "placeholder" and node.name in held:
-                self._take(node, held[node.name])
-            elif node in self.buffers:
-                early = [each for each in dead if is_fused(node) and self._fits(node, each)]
-                self._free(early)
+            dead = [each for each in dying.get(place, ()) if each not in kept]
+            if node.op == "placeholder" and node.name in given:
+                self._take(node, given[node.name])
+            elif node in self.tensors:
+                overwritten = [each for each in dead if _is_fused(node) and _may_overwrite(node, each)]
+                self._free(overwritten)
                 self._make(node)
-                dead = [each for each in dead if each not in early]
+                dead = [each for each in dead if each not in overwritten]
             self._free(dead)
-        return {name: self.held_of.get(node) for name, node in self.names.items()}
+        return {name: self.buffer_of.get(node) for name, node in self.outputs.items()}
 
     def _take(self, node: fx.Node, buffer: Buffer | None) -> None:
-        self.held_of[node] = buffer
+        self.buffer_of[node] = buffer
         if buffer is not None:
             buffer.num_holders += 1
 
-    def _fits(self, node: fx.Node, dead: fx.Node) -> bool:
-        """Whether ``node`` may be written over ``dead``, which this graph made."""
-        new, old = node.meta.get("val"), dead.meta.get("val")
-        if dead.op == "placeholder" or not isinstance(new, Tensor) or not isinstance(old, Tensor):
-            return False
-        return math.prod(shape(new)) * new.itemsize == math.prod(shape(old)) * old.itemsize
-
     def _free(self, dead: list[fx.Node]) -> None:
         for node in dead:
-            buffer = self.held_of.get(node)
+            buffer = self.buffer_of.get(node)
             if buffer is None:
                 continue
             buffer.num_holders -= 1
@@ -102,39 +110,94 @@ class _Half:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return
-        size, term = self.degrees.of(shape(value))
-        term = Term(0, 0, compact=True) if packet(node) in _COMPACT else term
-        self.held_of[node] = buffer = Buffer(size * value.element_size(), term, num_holders=1)
+        size, term = self.degrees.of_shape(_shape(value))
+        term = Term(0, 0, compact=True) if _packet(node) in _COMPACT else term
+        self.buffer_of[node] = buffer = Buffer(size * value.element_size(), term, num_holders=1)
         self.timeline.add(buffer.bytes, buffer.term)
 
     def _last_reads(self) -> dict[fx.Node, int]:
+        """Returns the place of the last read of each tensor, its own place where nothing reads it."""
         last: dict[fx.Node, int] = {}
         for place, node in enumerate(self.nodes):
-            if node in self.buffers or node.op == "output" or is_effect(node):
+            if node in self.tensors or node.op == "output" or _is_effect(node):
                 for read in self._read_by(node):
                     last[read] = place
-        for node in self.buffers:
-            if node not in last:
-                last[node] = self.nodes.index(node)
+        for place, node in enumerate(self.nodes):
+            if node in self.tensors:
+                last.setdefault(node, place)
         return last
 
     def _read_by(self, node: fx.Node) -> set[fx.Node]:
-        """The buffers that the kernel of ``node`` reads, through all that is fused into it."""
+        """Returns the tensors that the kernel of ``node`` reads, through all that is fused into it."""
         if node not in self._reads:
             found: set[fx.Node] = set()
-            for source in map(base, node.all_input_nodes):
-                if source in self.buffers:
+            for source in map(_base, node.all_input_nodes):
+                if source in self.tensors:
                     found.add(source)
-                elif not is_effect(source):
+                elif not _is_effect(source):
                     found |= self._read_by(source)
             self._reads[node] = found
         return self._reads[node]
 
-    def _is_buffer(self, node: fx.Node) -> bool:
+    def _makes_tensor(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return True
-        if node.op != "call_function" or base(node) is not node or is_effect(node):
+        if node.op != "call_function" or _base(node) is not node or _is_effect(node):
             return False
-        if not is_fused(node):
+        if not _is_fused(node):
             return not isinstance(node.meta.get("val"), tuple | list)
-        return node in self.outputs or any(wants_tensor(user) for user in users(node))
+        return node in self.outputs.values() or any(_wants_tensor(user) for user in _users(node))
+
+
+def _may_overwrite(node: fx.Node, dead: fx.Node) -> bool:
+    """Returns True where ``node`` may be written over ``dead``, which this graph made and which has its size."""
+    new, old = node.meta.get("val"), dead.meta.get("val")
+    if dead.op == "placeholder" or not isinstance(new, Tensor) or not isinstance(old, Tensor):
+        return False
+    return math.prod(_shape(new)) * new.itemsize == math.prod(_shape(old)) * old.itemsize
+
+
+def _shape(value: Tensor) -> list[int]:
+    """Returns the lengths of this run; a checkpointed region holds some of them as symbols."""
+    return [length.node.hint if isinstance(length, torch.SymInt) else length for length in value.shape]
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Returns True where code generation merges ``node`` into its readers."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in op.tags or op.overloadpacket in _FUSED
+
+
+def _is_effect(node: fx.Node) -> bool:
+    """Returns True where ``node`` writes into existing tensors and makes none."""
+    return _packet(node) is _aten.copy_ or "auto_functionalized" in str(node.target)
+
+
+def _wants_tensor(user: fx.Node) -> bool:
+    if user.op == "output" or _is_effect(user):
+        return True
+    return not _is_fused(user) and _packet(user) not in _REDUCED
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """Returns the node that ``node`` is a view or a part of; itself where it is neither."""
+    op = node.target
+    if isinstance(op, torch._ops.OpOverload) and (op.is_view or op.overloadpacket is _aten.reshape):
+        return _base(node.all_input_nodes[0])
+    if op is operator.getitem and isinstance(node.args[0], fx.Node) and _is_effect(node.args[0]):
+        return node.args[0]
+    return node
+
+
+def _users(node: fx.Node) -> set[fx.Node]:
+    """Returns the nodes that read ``node`` or a view of it."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        found |= _users(user) if _base(user) is not user and user.op != "output" else {user}
+    return found

@@ -1,33 +1,44 @@
-"""What a training run stores between steps, and how many bytes that is: exactly, by kind."""
+"""Counts the bytes that a training run stores between steps, exactly and by kind; reads and writes sizes as text."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from smet_compile.format import Layout, empty_lists
+from smet_compile.format import Layout, arguments, empty_lists
+from smet_compile.ops import find_sites
 from smet_compile.ops.codes import num_scales
 
 KINDS = ("weights", "gradients", "moments", "ages", "index", "buffers")
-_COUNTS = 16
-"""Of each trained parameter: its steps and its skipped blocks, int64."""
-_BIRTHS = 256 * 8
-"""Of each compact weight: when its generations were born."""
-_TORCH_STEP = 4
-_SCALE = 4
+OPTIMIZERS = ("adamw", "lion", "sgd", "scale")
+SCALE_BYTES = 4
+_COUNTS_BYTES = 16
+"""A trained parameter counts its steps and its skipped blocks, int64 each."""
+_BIRTHS_BYTES = 256 * 8
+"""A compact weight keeps the steps at which its generations were born, int64 each."""
+_TORCH_STEP_BYTES = 4
+_PREFIXES = ("", "k", "M", "G", "T", "P")
+_UNITS = {f"{prefix}b".lower(): 1000**power for power, prefix in enumerate(_PREFIXES)}
+_UNITS |= {f"{prefix}ib".lower(): 1024**power for power, prefix in enumerate(_PREFIXES) if power}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 Bytes = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter.
+    """Describes one parameter.
 
     Args:
-        num_weights: of the dense parameter. layout, num_active: where it is compact, else None and 0.
-        trained: whether a step gives it a gradient.
+        num_weights: the number of entries of the dense parameter.
+        layout, num_active: its layout and its active blocks where it is compact, else None and 0.
+        trained: True where a step gives it a gradient.
+        is_vector: True for a dense parameter of fewer than two dimensions.
+        is_output_head: True for the weight that ``find_output_head`` returns.
     """
 
     name: str
@@ -36,10 +47,12 @@ class Stored:
     layout: Layout | None = None
     num_active: int = 0
     trained: bool = True
+    is_vector: bool = False
+    is_output_head: bool = False
 
     @property
     def num_values(self) -> int:
-        """Entries of the tensor, what hangs over an edge among them."""
+        """Returns the number of entries of the tensor; blocks that hang over an edge count in full."""
         return self.num_weights if self.layout is None else math.prod(self.layout.values_shape(self.num_active))
 
     @property
@@ -50,55 +63,92 @@ class Stored:
         return replace(self, layout=None, num_active=0)
 
 
+def find_output_head(model: nn.Module) -> nn.Parameter | None:
+    """Returns the weight of the output layer, None where the model has no matrix that could be it.
+
+    It is the weight of the module that ``get_output_embeddings()`` of the model or of a module inside it returns, else
+    the last parameter of two or more dimensions that is not compact.
+    """
+    compact = {id(site.values) for site in find_sites(model).values()}
+    for module in model.modules():
+        try:
+            head = module.get_output_embeddings()  # type: ignore[operator]
+        except Exception:  # not a model of transformers, or one without an answer
+            continue
+        for parameter in head.parameters() if isinstance(head, nn.Module) else ():
+            if parameter.dim() >= 2 or id(parameter) in compact:
+                return parameter
+    matrices = [each for each in model.parameters() if each.dim() >= 2 and id(each) not in compact]
+    return matrices[-1] if matrices else None
+
+
+def state_slots(optimizer: str, parameter: Stored) -> int:
+    """Returns how many moments ``optimizer`` stores for each entry of ``parameter``. It mirrors the rules of ``optim``.
+
+    AdamW has two everywhere. Lion and SGD with momentum have one. SCALE has one for the output head and none for other
+    matrices, compact or not; vectors are updated by AdamW.
+    """
+    if optimizer == "scale":
+        return 1 if parameter.is_output_head else 2 * parameter.is_vector
+    return {"adamw": 2, "lion": 1, "sgd": 1}[optimizer]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What decides bytes beside the weights.
+    """Holds the choices that decide bytes beside the weights.
 
     Args:
-        state_dtype: of the moments: None (fp32), a dtype, or "int8".
-        fused_update: no gradient of a compact weight outlives its update.
-        by_torch: the optimizer is ``torch.optim.AdamW(fused=True)``, whose moments have the dtype of the weights.
+        moment_dtype: None (fp32), a dtype, or "int8".
+        fused_update: True where each compact weight is updated in backward and its gradient dies there.
+        by_torch: True for ``torch.optim.AdamW(fused=True)``, whose moments have the dtype of the weights.
+        optimizer: one of ``OPTIMIZERS``.
     """
 
-    state_dtype: torch.dtype | str | None = None
+    moment_dtype: torch.dtype | str | None = None
     fused_update: bool = True
     by_torch: bool = False
+    optimizer: str = "adamw"
 
-    def moment_dtype(self, weights: torch.dtype) -> torch.dtype:
+    def dtype_of_moments(self, weights: torch.dtype) -> torch.dtype:
         if self.by_torch or weights == torch.float64:
             return weights
-        if isinstance(self.state_dtype, torch.dtype):
-            return self.state_dtype
-        return torch.uint8 if self.state_dtype == "int8" else torch.float32
+        if isinstance(self.moment_dtype, torch.dtype):
+            return self.moment_dtype
+        return torch.uint8 if self.moment_dtype == "int8" else torch.float32
 
-    def scales_of(self, weights: torch.dtype) -> bool:
-        return self.moment_dtype(weights) == torch.uint8
+    def has_scales(self, weights: torch.dtype) -> bool:
+        return self.dtype_of_moments(weights) == torch.uint8
+
+    def slots(self, parameter: Stored) -> int:
+        """Returns the number of moments of each entry; 0 for a parameter that is not trained."""
+        return state_slots(self.optimizer, parameter) if parameter.trained else 0
 
 
 def bytes_of(parameter: Stored, recipe: Recipe) -> Bytes:
-    """Bytes of one parameter by ``KINDS``."""
+    """Returns the bytes of one parameter by ``KINDS``."""
     count, size, layout = parameter.num_values, parameter.dtype.itemsize, parameter.layout
     found = dict.fromkeys(KINDS, 0) | {"weights": count * size}
     if layout is not None:
         lists = empty_lists(layout, parameter.num_active, torch.device("meta"))
         found["index"] = -(-layout.num_blocks // 8) + lists.nbytes
     if parameter.trained:
-        kept = not (recipe.fused_update and layout is not None)
-        found["gradients"] = count * size * kept
-        scales = num_scales(parameter.num_weights, layout) if recipe.scales_of(parameter.dtype) else 0
-        found["moments"] = 2 * count * recipe.moment_dtype(parameter.dtype).itemsize + 2 * scales * _SCALE
-        found["ages"] = _ages(parameter, recipe)
+        is_kept = layout is None or not recipe.fused_update
+        found["gradients"] = count * size * is_kept
+        scales = num_scales(parameter.num_weights, layout) if recipe.has_scales(parameter.dtype) else 0
+        moment_bytes = count * recipe.dtype_of_moments(parameter.dtype).itemsize + scales * SCALE_BYTES
+        found["moments"] = recipe.slots(parameter) * moment_bytes
+        found["ages"] = _ages_bytes(parameter, recipe)
     return found
 
 
-def _ages(parameter: Stored, recipe: Recipe) -> int:
+def _ages_bytes(parameter: Stored, recipe: Recipe) -> int:
     if recipe.by_torch:
-        return _TORCH_STEP
-    return _COUNTS if parameter.layout is None else _COUNTS + _BIRTHS + parameter.num_active
+        return _TORCH_STEP_BYTES
+    return _COUNTS_BYTES if parameter.layout is None else _COUNTS_BYTES + _BIRTHS_BYTES + parameter.num_active
 
 
 def total_bytes(parameters: Iterable[Stored], recipe: Recipe, buffers: int = 0) -> Bytes:
-    """Of a whole model. ``buffers``: bytes of what is neither trained nor ours."""
+    """Returns the bytes of a whole model by kind. ``buffers``: the bytes of buffers outside topologies."""
     total = dict.fromkeys(KINDS, 0) | {"buffers": buffers}
     for parameter in parameters:
         for kind, count in bytes_of(parameter, recipe).items():
@@ -107,10 +157,45 @@ def total_bytes(parameters: Iterable[Stored], recipe: Recipe, buffers: int = 0) 
 
 
 def resident_bytes(total: Bytes) -> int:
-    """What lies in memory when a step begins: all but the gradients."""
+    """Returns the bytes that are in memory when a step begins: all but the gradients."""
     return sum(total.values()) - total["gradients"]
 
 
 def values_bytes(parameters: Iterable[Stored], names: Container[str]) -> int:
-    """Bytes of the values of the weights of these names."""
+    """Returns the bytes of the values of the weights with these names."""
     return sum(each.num_values * each.dtype.itemsize for each in parameters if each.name in names)
+
+
+def parse_bytes(argument: str, size: str | float) -> int:
+    """Returns the bytes of "24GB" (24e9), "24GiB" (24 * 2**30), "800MB" or a number of bytes.
+
+    Raises ValueError, naming ``argument``, for anything else.
+    """
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    unit = _UNITS.get((found[2] or "b").lower()) if found else None
+    try:
+        number = float(found[1]) * unit if found and unit else size
+        return int(arguments.number(argument, number, at_least=1, at_most=2**63))
+    except ValueError:
+        raise ValueError(
+            f'{argument}: expected bytes such as "24GB", "22.5GiB" or 24e9, got {arguments.described(size)}; give the '
+            "memory of the device"
+        ) from None
+
+
+def bytes_text(num_bytes: float) -> str:
+    """Returns a text such as "1.23 MB" for 1234567."""
+    return _text(num_bytes, "B")
+
+
+def operations_text(number: float) -> str:
+    """Returns a text such as "1.50 TFLOP" for 1.5e12."""
+    return _text(number, "FLOP")
+
+
+def _text(number: float, unit: str) -> str:
+    power = 0
+    while abs(number) >= 999.5 and power < len(_PREFIXES) - 1:
+        number, power = number / 1000, power + 1
+    digits = 0 if power == 0 else max(0, 3 - len(str(round(abs(number)))))
+    return f"{number:,.{digits}f} {_PREFIXES[power]}{unit}"

@@ -40,7 +40,7 @@ def add_plan_command(typer: Any, app: Any) -> None:
         """Say what a training run would cost, beside dense training: bytes by kind, peak memory, operations."""
         options = {
             "density": density, "block_shape": block, "batch": batch, "sequence": sequence, "dtype": dtype,
-            "state_dtype": moment_dtype, "compiled": not eager, "fused_update": not eager and not kept_gradients,
+            "moment_dtype": moment_dtype, "compiled": not eager, "fused_update": not eager and not kept_gradients,
             "checkpointing": checkpointing, "fits": fits, "distribution": distribution, "vocabulary": vocabulary,
         }  # fmt: skip
         try:

@@ -1,7 +1,7 @@
-"""When the topology changes: schedules, drop and grow, the manager between steps, checkpoints."""
+"""Decides when the topology changes: schedules, drop and grow, the manager between steps, checkpoints."""
 
 from smet_compile.runtime.checkpoint import load_checkpoint, save_checkpoint
-from smet_compile.runtime.events import SiteEvent, TopologyEvent
 from smet_compile.runtime.manager import TopologyManager
+from smet_compile.runtime.update import SiteEvent, TopologyEvent
 
 __all__ = ["SiteEvent", "TopologyEvent", "TopologyManager", "load_checkpoint", "save_checkpoint"]

@@ -1,33 +1,42 @@
-"""save_checkpoint and load_checkpoint: stop a run, go on in another process, bit for bit."""
+"""save_checkpoint and load_checkpoint: stop a run and continue it in another process, bit for bit."""
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
-from smet_compile.ops import canonical_name
-from smet_compile.ops.loaded import check_keys, kind_of
+from smet_compile.ops import canonical_name, find_sites
+from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
-from smet_compile.runtime.random_states import check_random_states, random_states, restore_random_states
-from smet_compile.runtime.rollback import all_or_nothing
-from smet_compile.runtime.saved_model import (
-    Rename,
+from smet_compile.runtime.saved_state import (
     check_model,
+    check_optimizer,
     layouts_of,
+    load_optimizers,
     loadable,
     model_entries,
     model_metadata,
-    renaming,
+    optimizer_entry,
 )
-from smet_compile.runtime.saved_optimizer import check_optimizer_state, has_usual_parts, numbers_with_state
-from smet_compile.runtime.settings import check_override
+from smet_compile.runtime.schedules import check_override
+from smet_compile.runtime.tree import as_bytes
+
+_WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Names that wrappers of torch give to the module in them, as older versions wrote them into files."""
+_MT19937_BYTES, _MT19937_WORDS = 5056, 624
+_LEFT, _NEXT = slice(8, 12), slice(16, 24)
+"""Bytes of the state of torch's Mersenne twister: the words that are left, and the place of the next one."""
 
 
 def save_checkpoint(
@@ -40,16 +49,17 @@ def save_checkpoint(
     """Writes the run to one file, atomically: either the new checkpoint is there whole, or the old one.
 
     Args:
-        path: the file (its folder is made). model, optimizer, manager: as they are between two steps. Of a wrapped
-            optimizer, and of several in a list, the state of each is saved.
-        extra: what else the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and tuples of
-            numbers, strings and tensors.
+        path: the file (its folder is made).
+        model, optimizer, manager: as they are between two steps. Each optimizer inside a wrapper or a list is saved
+            with its own state.
+        extra: anything else that the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and
+            tuples of numbers, strings and tensors.
 
     torch's random states are saved too. A model that ``torch.compile`` or data parallelism wraps is saved under the
     names of the plain one. Raises ValueError where the file cannot be written, or cannot hold a value exactly.
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
-    first, *others = [_optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
+    first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
     checkpoint_file.write(
         path,
         {
@@ -92,14 +102,20 @@ def load_checkpoint(
     saved = checkpoint_file.read(path)
     holders = [] if optimizer is None else state_holders(optimizer, model.parameters())
     try:
-        _check(saved, model, holders, manager, override, type(optimizer).__name__)
+        _check_parts(saved, model)
+        if holders:
+            _check_optimizers(saved, model, holders, type(optimizer).__name__)
+        if manager is not None:
+            if saved["manager"] is None:
+                raise ValueError("expected a checkpoint with a manager, got one saved without; leave it out")
+            manager.check_state_dict(saved["manager"], override=override)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     try:
         with all_or_nothing(model, holders, manager):
             model.load_state_dict(loadable(saved["model"], saved.get("model_metadata"), model))
             if holders:
-                _load_optimizers(holders, [entry["state"] for entry in _entries(saved)])
+                load_optimizers(holders, [entry["state"] for entry in _optimizer_entries(saved)])
                 restore_random_states(saved["random"])
             if manager is not None:
                 manager.load_state_dict(saved["manager"], override=override)
@@ -108,26 +124,21 @@ def load_checkpoint(
     return saved["extra"]
 
 
-def _check_arguments(where: str, path: Any, model: Any, optimizer: Any, manager: Any) -> None:
-    arguments.path(f"{where}: path", path)
-    arguments.module(f"{where}: model", model)
-    given = optimizer is not None or where == "save_checkpoint"
+def _check_arguments(function: str, path: Any, model: Any, optimizer: Any, manager: Any) -> None:
+    arguments.path(f"{function}: path", path)
+    arguments.module(f"{function}: model", model)
+    given = optimizer is not None or function == "save_checkpoint"
     if given and not find_optimizers(optimizer, model.parameters()):
-        arguments.optimizer(f"{where}: optimizer", optimizer)
+        arguments.optimizer(f"{function}: optimizer", optimizer)
     if manager is not None and not isinstance(manager, TopologyManager):
         got = arguments.described(manager)
-        raise ValueError(f"{where}: manager: expected a TopologyManager or None, got {got}; name other things extra=")
+        raise ValueError(
+            f"{function}: manager: expected a TopologyManager or None, got {got}; name other things extra="
+        )
 
 
-def _check(
-    saved: Any,
-    model: nn.Module,
-    optimizers: list[Any],
-    manager: TopologyManager | None,
-    override: Iterable[str],
-    wrapper: str,
-) -> None:
-    """Checks all of ``saved`` that will be loaded, and renames in it what an older version named otherwise."""
+def _check_parts(saved: dict[str, Any], model: nn.Module) -> None:
+    """Checks the parts of a checkpoint and the model in it, and renames what an older version named otherwise."""
     required = ("layouts", "model", "optimizer", "manager", "random", "extra")
     check_keys("checkpoint", saved, required, ("model_metadata", "other_optimizers"))
     if not isinstance(saved.get("other_optimizers", []), list):
@@ -135,30 +146,54 @@ def _check(
     for part in ("layouts", "model"):
         if not isinstance(saved[part], dict):
             raise ValueError(f"{part}: expected a dict, got {kind_of(saved[part])}")
-    _rename(saved, renaming(saved["model"], model))
+    _rename(saved, _renaming(saved["model"], model))
     check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
-    if optimizers:
-        entries = _entries(saved)
-        if len(entries) != len(optimizers):
-            names = ", ".join(type(each).__name__ for each in optimizers)
-            raise ValueError(
-                f"expected the state of {len(optimizers)} optimizers ({names}), got that of {len(entries)}; resume "
-                "with the optimizer that was saved, in the same wrappers"
-            )
-        for entry, each in zip(entries, optimizers, strict=True):
-            _check_optimizer(entry, model, each, wrapper)
-        check_random_states(saved["random"])
-    if manager is not None:
-        if saved["manager"] is None:
-            raise ValueError("expected a checkpoint with a manager, got one saved without; leave it out")
-        manager.check_state_dict(saved["manager"], override=override)
 
 
-def _rename(saved: dict[str, Any], rename: Rename) -> None:
+def _check_optimizers(saved: dict[str, Any], model: nn.Module, optimizers: list[Any], wrapper: str) -> None:
+    entries = _optimizer_entries(saved)
+    if len(entries) != len(optimizers):
+        names = ", ".join(type(each).__name__ for each in optimizers)
+        raise ValueError(
+            f"expected the state of {len(optimizers)} optimizers ({names}), got that of {len(entries)}; resume with "
+            "the optimizer that was saved, in the same wrappers"
+        )
+    for entry, each in zip(entries, optimizers, strict=True):
+        check_optimizer(entry, model, each, wrapper)
+    check_random_states(saved["random"])
+
+
+def _optimizer_entries(saved: dict[str, Any]) -> list[Any]:
+    """Returns the saved optimizers: the outermost, then those that it wraps or that were given with it."""
+    return [saved["optimizer"], *saved.get("other_optimizers", [])]
+
+
+def _renaming(saved_names: Iterable[str], model: nn.Module) -> Callable[[str], str]:
+    """Returns the function that turns the names in a file into canonical ones.
+
+    A file of an older version has the names that the model had with its wrappers. If this model is wrapped in the same
+    way, it has these names too; else the parts of them that wrappers add are left out.
+    """
+    names, raw = set(saved_names), list(model.state_dict())
+    known = {canonical_name(model, name) for name in raw}
+    if names == set(raw) != known:
+        return partial(canonical_name, model)
+    return partial(_known_as, known | find_sites(model).keys())
+
+
+def _known_as(known: set[str], name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPED_CHILDREN]
+    for candidate in (name, ".".join(parts), ".".join(parts[1:]) if parts[0] == "module" else name):
+        if candidate in known:
+            return candidate
+    return name
+
+
+def _rename(saved: dict[str, Any], rename: Callable[[str], str]) -> None:
     """Gives every weight its canonical name, wherever a checkpoint names one."""
     saved["model"] = _renamed(saved["model"], rename)
     saved["layouts"] = _renamed(saved["layouts"], rename)
-    for entry in _entries(saved):
+    for entry in _optimizer_entries(saved):
         match entry:
             case {"names": list(groups)}:
                 entry["names"] = [
@@ -176,7 +211,7 @@ def _rename(saved: dict[str, Any], rename: Rename) -> None:
                         event["sites"] = _renamed(sites, rename)
 
 
-def _renamed(entries: Any, rename: Rename) -> Any:
+def _renamed(entries: Any, rename: Callable[[str], str]) -> Any:
     renamed = {rename(name) if isinstance(name, str) else name: value for name, value in entries.items()}
     if len(renamed) != len(entries):
         raise ValueError(
@@ -185,55 +220,113 @@ def _renamed(entries: Any, rename: Rename) -> Any:
     return renamed
 
 
-def _entries(saved: dict[str, Any]) -> list[Any]:
-    """Returns what was saved of each optimizer: the outermost, then those that it wraps or that were given with it."""
-    return [saved["optimizer"], *saved.get("other_optimizers", [])]
+@contextmanager
+def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyManager | None) -> Iterator[None]:
+    """Puts everything that the block changed back, in the same tensors, if the block raises.
+
+    The model's tensors are copied to the CPU meanwhile, since loading writes into them. References are enough for the
+    optimizers, since loading replaces what they hold.
+    """
+    tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _tensors_of(model)]
+    extra = [(module, copy.deepcopy(module.get_extra_state())) for module in model.modules() if _has_extra(module)]
+    of_optimizers = (entries for optimizer in optimizers for entries in _optimizer_dicts(optimizer))
+    of_manager = [] if manager is None else manager.parts_of_state()
+    references = [*_compact_dicts(model), *of_optimizers, *of_manager]
+    before = [dict(entries) for entries in references]
+    random = random_states()
+    try:
+        yield
+    except BaseException:
+        for entries, content in zip(references, before, strict=True):
+            entries.clear()
+            entries.update(content)
+        _restore(tensors)
+        for module, state in extra:
+            module.set_extra_state(state)
+        restore_random_states(random)
+        raise
 
 
-def _optimizer_entry(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    state = optimizer.state_dict()
-    return {
-        "class": type(optimizer).__name__,
-        "names": _names(model, optimizer),
-        "with_state": numbers_with_state(state),
-        "state": state,
-    }
+@torch.no_grad()
+def _restore(tensors: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes only where something changed: not every buffer can be written to."""
+    for tensor, before in tensors:
+        if as_bytes(tensor.detach().cpu().contiguous()) != as_bytes(before.contiguous()):
+            tensor.copy_(before)
 
 
-def _load_optimizers(optimizers: list[Any], states: list[Any]) -> None:
-    """Loads each; those that shared their parameter groups share them afterwards, as a scheduler expects."""
-    groups = [optimizer.param_groups for optimizer in optimizers]
-    for optimizer, state in reversed(list(zip(optimizers, states, strict=True))):
-        optimizer.load_state_dict(state)
-    for i, optimizer in enumerate(optimizers):
-        same = next((j for j in range(i) if groups[j] is groups[i]), None)
-        if same is not None:
-            optimizer.param_groups = optimizers[same].param_groups
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    """Returns parameters and buffers, derived ones included, each once; a meta tensor has nothing to copy."""
+    found = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return [tensor for tensor in found.values() if not tensor.is_meta]
 
 
-def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:
-    """The parameters of each group by name."""
-    names = {id(p): canonical_name(model, name) for name, p in model.named_parameters()}
-    return [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+def _has_extra(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _check_optimizer(saved: Any, model: nn.Module, optimizer: Optimizer, wrapper: str) -> None:
-    """Older versions wrote the class of the wrapper."""
-    check_keys("optimizer", saved, ("class", "names", "state"), ("with_state",))
-    if saved["class"] not in (type(optimizer).__name__, wrapper):
-        raise ValueError(
-            f"expected the state of {type(optimizer).__name__}, got that of {saved['class']!r:.80}; resume with the "
-            "optimizer that was saved"
-        )
-    if saved["names"] != _names(model, optimizer):
-        raise ValueError("the checkpoint's optimizer holds other parameters or groups; make it alike")
-    state = saved["state"]
-    check_optimizer_state(optimizer, state)
-    ours = optimizer.state_dict()
-    if has_usual_parts(ours):
-        numbers = [group["params"] for group in ours["param_groups"]]
-        if [group["params"] for group in state["param_groups"]] != numbers:
-            raise ValueError(f"param_groups: expected the parameters {numbers!r:.80}, got them in another order")
-    with_state = saved.get("with_state", numbers_with_state(state))
-    if not isinstance(with_state, list) or {*map(repr, with_state)} != {*map(repr, numbers_with_state(state))}:
-        raise ValueError("expected the optimizer's state of all parameters that were trained, some is missing")
+def _compact_dicts(model: nn.Module) -> Iterator[dict[Any, Any]]:
+    """Yields the attributes of each compact weight, which notes the topology of its values, and the dicts in them.
+
+    One of these dicts holds its buffers.
+    """
+    for site in find_sites(model).values():
+        attributes = vars(site.compact)
+        yield from (attributes, *(value for value in attributes.values() if isinstance(value, dict)))
+
+
+def _optimizer_dicts(optimizer: Any) -> list[dict[Any, Any]]:
+    """Returns dicts that loading changes, or in whose place it puts others."""
+    return [optimizer.__dict__, optimizer.state, *optimizer.state.values(), *optimizer.param_groups]
+
+
+def random_states() -> dict[str, Any]:
+    """Returns the state of the CPU's generator, and those of all GPUs where this process uses any."""
+    uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if uses_cuda else []}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Restores what ``random_states`` returned; GPU states only where there are as many GPUs."""
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and _are_of_these_gpus(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def check_random_states(states: Any) -> None:
+    """Raises ValueError where ``states`` cannot be restored. Tries each on a generator of its own."""
+    check_keys("random", states, ("cpu", "cuda"))
+    _try("random.cpu", states["cpu"], torch.Generator())
+    _check_place_in_table(states["cpu"])
+    if not isinstance(states["cuda"], list):
+        raise ValueError(f"random.cuda: expected a list of states, got {type(states['cuda']).__name__}")
+    for i, state in enumerate(states["cuda"]):
+        where = f"random.cuda.{i}"
+        if _are_of_these_gpus(states["cuda"]):
+            _try(where, state, torch.Generator(f"cuda:{i}"))
+        elif not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
+            raise ValueError(f"{where}: expected a vector of bytes, got something else")
+
+
+def _are_of_these_gpus(states: list[Any]) -> bool:
+    return torch.cuda.is_available() and len(states) == torch.cuda.device_count()
+
+
+def _try(where: str, state: Any, scratch: torch.Generator) -> None:
+    check_tensor(where, state, torch.uint8, tuple(scratch.get_state().shape))
+    try:
+        scratch.set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: expected the state of a generator, got another ({error})") from error
+
+
+def _check_place_in_table(state: Tensor) -> None:
+    """Checks that the two counts of a Mersenne twister lead to a place in its table; torch checks them one by one."""
+    if state.numel() == _MT19937_BYTES:
+        data = bytes(state.tolist())
+        left, upcoming = (int.from_bytes(data[part], "little") for part in (_LEFT, _NEXT))
+        if left + upcoming > _MT19937_WORDS + 1:
+            raise ValueError(
+                f"random.cpu: expected a place within the generator's {_MT19937_WORDS} words, got {upcoming} with "
+                f"{left} left"
+            )

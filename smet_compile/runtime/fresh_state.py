@@ -24,14 +24,14 @@ _MOST_STEPS = 100
 
 
 class FreshState:
-    """Answers for one topology update; options such as the learning rate may change until the next."""
+    """Answers for one topology update, since options such as the learning rate may change until the next."""
 
     def __init__(self, optimizers: list[FoundOptimizer]) -> None:
         self._optimizers = optimizers
         self._questions: dict[Any, _Question] = {}
 
     def of(self, optimizer: Any, values: nn.Parameter, key: str) -> float | None:
-        """The number that fills the state ``key`` of a new weight; None where the optimizer cannot be asked.
+        """Returns the number that fills the state ``key`` of a new weight; None where the optimizer cannot be asked.
 
         Wrappers are asked last: what they wrap mostly answers for itself.
         """
@@ -46,14 +46,17 @@ class FreshState:
         return None
 
     def _question(self, asked: Any, values: nn.Parameter) -> _Question:
-        about = _kind_of(asked, values), values.dtype, values.device, values.dim()
-        if about not in self._questions:
-            self._questions[about] = _Question(asked, values)
-        return self._questions[about]
+        topic = _kind_of(asked, values), values.dtype, values.device, values.dim()
+        if topic not in self._questions:
+            self._questions[topic] = _Question(asked, values)
+        return self._questions[topic]
 
 
 def _kind_of(optimizer: Any, values: nn.Parameter) -> Any:
-    """Equal for optimizers that answer alike: one per layer is asked once. Other classes may know more than options."""
+    """Returns a key that is equal for optimizers that answer alike, so that of one per layer only one is asked.
+
+    A class that is not torch's may know more than its options, so each such optimizer has a key of its own.
+    """
     group = _group_of(optimizer, values)
     if not type(optimizer).__module__.startswith("torch.optim."):
         return id(optimizer), id(group)
@@ -69,21 +72,21 @@ class _Question:
     def __init__(self, optimizer: Any, values: nn.Parameter) -> None:
         self.optimizer = optimizer
         self._twins = _Twins(values)
-        with self._own_random_numbers():
+        with self._separate_random_numbers():
             self._twin = self._twins.of(optimizer)
         self._num_steps = 0
         self._can_step = _group_of(self._twin, self._twins.weight) is not None
 
     def answer(self, key: tuple[int, str], num_steps: int) -> float | None:
         known = self._twins.first_written()
-        with self._own_random_numbers():
+        with self._separate_random_numbers():
             while key not in known and self._can_step and self._num_steps < num_steps:
                 self._num_steps += 1
                 self._can_step = _step(self._twin, self._twins.weight)
                 known = self._twins.first_written()
         return known.get(key)
 
-    def _own_random_numbers(self) -> Any:
+    def _separate_random_numbers(self) -> Any:
         device = self._twins.weight.device
         others = [device] if device.type in ("cuda", "xpu") else []
         return torch.random.fork_rng(others, device_type=device.type if others else "cuda")
@@ -95,7 +98,7 @@ def _group_of(optimizer: Any, values: Tensor) -> dict[str, Any] | None:
 
 
 def _step(twin: Any, weight: nn.Parameter) -> bool:
-    """Whether the twin could make a step, by the class's own methods and without hooks.
+    """Makes the twin step by its class's own methods, without hooks; returns whether it could.
 
     An optimizer of two steps (SAM) wants a closure, or has ``first_step`` and ``second_step``.
     """
@@ -121,7 +124,7 @@ def _method(twin: Any, name: str) -> Any:
 
 
 class _Twins:
-    """Second optimizers, for one weight in place of the parameter ``values``."""
+    """Makes second optimizers, each for one weight in place of the parameter ``values``."""
 
     def __init__(self, values: nn.Parameter) -> None:
         self._values = values
@@ -139,7 +142,7 @@ class _Twins:
         return found
 
     def of(self, optimizer: Any) -> Any:
-        """The twin of an optimizer: made by its class from the options of the group, else copied."""
+        """Returns the twin of an optimizer: made by its class from the options of the group, else copied."""
         if id(optimizer) not in self._twins:
             group = _group_of(optimizer, self._values)
             try:
@@ -151,7 +154,7 @@ class _Twins:
     def _made(self, optimizer: Any, group: dict[str, Any] | None) -> Any:
         if group is None:
             raise ValueError
-        options = {key: _own(option) for key, option in group.items() if key != "params"}
+        options = {key: _copy(option) for key, option in group.items() if key != "params"}
         if "differentiable" in options:
             options["differentiable"] = False  # the state is the same, and a recorded step of a leaf fails
         # One that moves its own state is not asked: inside a wrapper, anything that steps stands for it.
@@ -175,7 +178,7 @@ class _Twins:
         return states
 
     def _copy_attributes(self, optimizer: Any) -> None:
-        """Everything small and plain; a twin that needs more than that fails in its step, and is not asked."""
+        """Copies what is small and plain; a twin that needs more than that fails in its step, and is not asked."""
         twin = self._twins[id(optimizer)] = object.__new__(type(optimizer))
         for _, inner in inner_optimizers(optimizer):
             self.of(inner)
@@ -212,7 +215,7 @@ class _Twins:
 
 
 class _States(defaultdict[Any, Any]):
-    """An optimizer's ``state`` that remembers each entry as it was when first written."""
+    """Stands for an optimizer's ``state``, and remembers each entry as it was when first written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,6 +236,8 @@ class _States(defaultdict[Any, Any]):
 
 
 class _State(dict[str, Any]):
+    """Stands for the state of one parameter, and remembers the first value of each key in ``first``."""
+
     def __init__(self, first: dict[str, Any], state: Mapping[str, Any]) -> None:
         super().__init__()
         self._first = first
@@ -240,7 +245,7 @@ class _State(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if value is not None and key not in self._first:
-            self._first[key] = _own(value)
+            self._first[key] = _copy(value)
         super().__setitem__(key, value)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
@@ -257,5 +262,5 @@ _LEFT_OUT: Any = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, type(None))
 
 
-def _own(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,8 +1,13 @@
-"""Nested state ↔ JSON and tensors: dicts, lists, tuples, numbers, strings, None, tensors, exactly as they were."""
+"""Turns nested state into JSON and tensors, and back: dicts, lists, tuples, numbers, strings, None and tensors.
+
+What comes back is exactly what was given, the versions of modules that a state dict carries included. ``torch`` keeps
+those in a private attribute, which only ``versions_of`` and ``set_versions`` touch.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,16 +17,16 @@ from smet_compile.ops.loaded import kind_of, plain_number
 
 _TENSOR, _TUPLE, _ITEMS, _CLASS, _METADATA = "$tensor", "$tuple", "$items", "$class", "$metadata"
 _DICTS: dict[str, type[dict[Any, Any]]] = {"OrderedDict": OrderedDict, "Counter": Counter}
-_DEEPEST = 100
-_MOST_BITS = 10_000
-_SIMPLE = (bool, int, float, str, type(None))
+_MAX_DEPTH = 100
+_MAX_BITS = 10_000
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class Flattener:
     """Collects the tensors of several trees; a tensor that is there twice (tied weights) is stored once.
 
     Args:
-        dtypes: those that the file can hold.
+        dtypes: the dtypes that the file can hold.
     """
 
     def __init__(self, dtypes: frozenset[torch.dtype]) -> None:
@@ -30,13 +35,13 @@ class Flattener:
         self._names: dict[tuple[Any, ...], str] = {}
 
     def flatten(self, tree: Any, path: str, depth: int = 0) -> Any:
-        """``tree`` with each tensor replaced by its name; ``path`` is the start of the names.
+        """Returns ``tree`` with each tensor replaced by its name; ``path`` is the start of the names.
 
         Raises ValueError for anything that JSON and safetensors cannot hold exactly.
         """
         tree = plain_number(tree)
-        if depth > _DEEPEST:
-            raise ValueError(f"{path[:200]}: expected at most {_DEEPEST} dicts and lists in one another, got more")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"{path[:200]}: expected at most {_MAX_DEPTH} dicts and lists in one another, got more")
         if isinstance(tree, Tensor):
             if tree.is_meta:
                 raise ValueError(f"{path}: expected a tensor with data, got one on the meta device; move it first")
@@ -47,7 +52,7 @@ class Flattener:
             return {_TUPLE: [self.flatten(value, f"{path}.{i}", depth + 1) for i, value in enumerate(tree)]}
         if type(tree) is list:
             return [self.flatten(value, f"{path}.{i}", depth + 1) for i, value in enumerate(tree)]
-        if type(tree) in _SIMPLE and not (type(tree) is int and tree.bit_length() > _MOST_BITS):
+        if type(tree) in _PLAIN and not (type(tree) is int and tree.bit_length() > _MAX_BITS):
             return tree
         raise ValueError(
             f"{path}: expected numbers, strings, tensors, or dicts and lists of them, got {type(tree).__qualname__}; "
@@ -62,8 +67,9 @@ class Flattener:
         flat: dict[str, Any] = {_ITEMS: [list(item) for item in zip(keys, values, strict=True)]}
         if type(tree) is not dict:
             flat[_CLASS] = type(tree).__name__
-        if hasattr(tree, "_metadata"):
-            flat[_METADATA] = self.flatten(tree._metadata, f"{path}._metadata", depth)
+        versions = versions_of(tree)
+        if versions is not None:
+            flat[_METADATA] = self.flatten(versions, f"{path}._metadata", depth)
         return flat
 
     def _add(self, tensor: Tensor, path: str) -> str:
@@ -96,13 +102,13 @@ def _checked_key(key: Any, path: str) -> Any:
     key = plain_number(key)
     if type(key) is tuple:
         return tuple(_checked_key(part, path) for part in key)
-    if type(key) not in _SIMPLE or key != key:
+    if type(key) not in _PLAIN or key != key:
         raise ValueError(f"{path}: expected numbers, strings or tuples of them as keys, got {kind_of(key)} {key!r:.40}")
     return key
 
 
 def unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """Takes back ``flatten``. No two tensors of the result share memory.
+    """Returns the tree that ``flatten`` was given. No two tensors of it share memory.
 
     Raises ValueError for a tree that ``flatten`` never makes.
     """
@@ -115,8 +121,8 @@ class _Unflattener:
         self._taken: set[str] = set()
 
     def unflatten(self, tree: Any, path: str, depth: int = 0) -> Any:
-        if depth > 3 * _DEEPEST:
-            raise ValueError(f"{path[:200]}: expected at most {_DEEPEST} dicts and lists in one another, got more")
+        if depth > 3 * _MAX_DEPTH:
+            raise ValueError(f"{path[:200]}: expected at most {_MAX_DEPTH} dicts and lists in one another, got more")
         if isinstance(tree, list):
             return [self.unflatten(value, f"{path}.{i}", depth + 1) for i, value in enumerate(tree)]
         if not isinstance(tree, dict):
@@ -156,12 +162,22 @@ class _Unflattener:
         if _METADATA in tree:
             if kind != "OrderedDict":
                 raise ValueError(f"{path}: expected metadata with an OrderedDict only, got it with {kind}")
-            loaded._metadata = self.unflatten(tree[_METADATA], path, depth)  # type: ignore[attr-defined]
+            set_versions(loaded, self.unflatten(tree[_METADATA], path, depth))
         return loaded
 
 
+def versions_of(state: Mapping[Any, Any]) -> Any:
+    """Returns the versions of modules that a state dict carries, by the modules' names; None where it has none."""
+    return getattr(state, "_metadata", None)
+
+
+def set_versions(state: dict[Any, Any], versions: Any) -> None:
+    """Makes ``state`` carry the versions of modules, for ``nn.Module.load_state_dict`` to read."""
+    state.__dict__["_metadata"] = versions
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, uncopied where its strides are the usual ones."""
+    """Returns the bytes of a contiguous CPU tensor, uncopied where its strides are the usual ones."""
     flat = tensor.reshape(-1)
     if flat.stride() != (1,):  # a single entry of a longer row counts as contiguous
         flat = flat.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Forwards as users write them by hand: each a function of some linear layers and an input.
+"""Holds forwards as users write them by hand: each is a function of some linear layers and an input.
 
 Shape suffixes: B batch, T tokens, F features.
 """
@@ -16,7 +16,7 @@ Forward = Callable[["Layers", Any], Any]
 
 
 class Layers(nn.Module):
-    """``first`` and ``second`` map features to features, ``wide`` to three times as many."""
+    """Holds layers: ``first`` and ``second`` map features to features, ``wide`` to three times as many."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Layers(nn.Module):
 
 @dataclass
 class Batch:
-    """No pytree: torch does not see the tensors in it."""
+    """Is no pytree: torch does not see the tensors in it."""
 
     features: Tensor
 
@@ -56,14 +56,14 @@ def attention_by_sums(m: Layers, x: Tensor) -> Tensor:
 
 
 def halves_scaled_by_each_other(m: Layers, x: Tensor) -> Tensor:
-    """Scaled by the mean of the other half, of which the first alone goes on."""
+    """Scales each half by the mean of the other, and goes on with the first alone."""
     halves = m.first(x).unflatten(-1, (2, -1))
     scaled = (halves.flip(-2) * halves.mean(-1, keepdim=True))[..., 0, :]
     return m.second(torch.cat([scaled, torch.zeros_like(scaled)], -1))
 
 
 def weight_through_a_sigmoid(m: Layers, x: Tensor) -> Tensor:
-    """What is not active is one half, not zero."""
+    """Makes inactive weights one half, not zero."""
     return m.second(F.linear(x, torch.sigmoid(m.first.weight)))
 
 
@@ -96,7 +96,7 @@ def attention_of_dead_queries(m: Layers, x: Tensor) -> Tensor:
 
 
 def scaled_by_a_sum_of_two(m: Layers, x: Tensor) -> Tensor:
-    """A scale taken over more than what it scales."""
+    """Takes a scale over more than what it scales."""
     h, more = m.first(x), m.wide(x)[..., :WIDTH]
     return m.second(h * torch.rsqrt((h + more).square().mean(-1, keepdim=True) + 1))
 
@@ -154,7 +154,7 @@ def added_to_a_list(m: Layers, x: Tensor) -> Tensor:
 
 
 def gate_above_a_half(m: Layers, x: Tensor) -> Tensor:
-    """hardtanh of nothing is one half here."""
+    """Makes one half of nothing, by hardtanh."""
     return m.second(F.hardtanh(m.first(x), 0.5, 2.0) * x)
 
 
@@ -188,4 +188,4 @@ OF_FEATURES = (
 NOT_KNOWN = (
     weight_through_a_sigmoid, weight_through_a_softmax, weight_plus_one, centred_weight, added_to_a_list,
 )  # fmt: skip
-"""Those of which a note says that units are not kept apart."""
+"""Lists the forwards of which a note says that units are not kept apart."""

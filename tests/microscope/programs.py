@@ -1,4 +1,4 @@
-"""Random small networks as lists of steps: run by torch as a module, counted by brute force as an oracle."""
+"""Makes random small networks as lists of steps: torch runs them, and an oracle counts them by brute force."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ UNARY = ("relu", "sigmoid", "norm", "halves", "heads", "dense")
 
 @dataclass(frozen=True)
 class Step:
-    """``kind`` on the values ``sources``, numbers of earlier ones; value 0 is the input, each step makes one more."""
+    """Does ``kind`` with the values ``sources``, numbers of earlier ones; 0 is the input, each step makes one more."""
 
     kind: str
     sources: tuple[int, ...]
@@ -37,7 +37,7 @@ def programs(draw: st.DrawFn) -> list[Step]:
 
 
 class Network(nn.Module):
-    """(batch, tokens, WIDTH) → the same, step after step."""
+    """Maps (batch, tokens, WIDTH) to that shape, step after step."""
 
     def __init__(self, steps: list[Step]) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor) -> Tensor:
-    """To heads and back, as attention does."""
+    """Moves features to heads and back, as attention does."""
     split = x.view(*x.shape[:-1], 2, WIDTH // 2).transpose(1, 2)
     return split.contiguous().transpose(1, 2).reshape(x.shape)
 
 
 def _halves(x: Tensor) -> Tensor:
-    """As rotary embeddings exchange them."""
+    """Exchanges halves as rotary embeddings do."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((-right, left), dim=-1)
 
@@ -86,7 +86,7 @@ TORCH: dict[str, Callable[..., Tensor]] = {
 
 @dataclass
 class Counted:
-    """By brute force: for each unit, the number of paths to it, and whether it can be other than zero."""
+    """Holds, for each unit, the number of paths to it and whether it can be other than zero, by brute force."""
 
     paths: Tensor
     nonzero: Tensor
@@ -94,7 +94,7 @@ class Counted:
 
 @dataclass
 class Oracle:
-    """Path numbers as a polynomial of the 0/1 weights, whose derivatives say what lies on a path."""
+    """Writes path numbers as a polynomial of the 0/1 weights, whose derivatives say what lies on a path."""
 
     masks: dict[str, Tensor]
     came: dict[str, Tensor]
@@ -123,8 +123,8 @@ class Oracle:
         if kind == "gate":
             return Counted(x.paths * y.nonzero + y.paths * x.nonzero, x.nonzero & y.nonzero)
         if kind in ("add", "swap_and_add"):
-            turned = Counted(y.paths.flip(0), y.nonzero.flip(0)) if kind == "swap_and_add" else y
-            return Counted(x.paths + turned.paths, x.nonzero | turned.nonzero)
+            other = Counted(y.paths.flip(0), y.nonzero.flip(0)) if kind == "swap_and_add" else y
+            return Counted(x.paths + other.paths, x.nonzero | other.nonzero)
         if kind == "sigmoid":
             return Counted(x.paths, torch.ones_like(x.nonzero))
         if kind == "halves":
@@ -138,7 +138,7 @@ class Oracle:
 
 
 def sparse(steps: list[Step], density: float, block_shape: Any, seed: int) -> nn.Module | None:
-    """The network with its linear layers sparse, those called dense left so; None where it has no others."""
+    """Returns the network with its linear layers sparse but those called dense; None where it has no others."""
     torch.manual_seed(seed)
     network = Network(steps)
     names = [name for name in network.layers if not name.startswith("dense")]
@@ -149,7 +149,7 @@ def sparse(steps: list[Step], density: float, block_shape: Any, seed: int) -> nn
 
 
 def scattered(model: nn.Module, seed: int) -> nn.Module:
-    """The same with its active blocks anywhere, so that some rows and columns have none."""
+    """Spreads the active blocks of ``model`` anywhere, so that some rows and columns have none."""
     generator = torch.Generator().manual_seed(seed)
     for site in find_sites(model).values():
         mask = torch.zeros(site.layout.num_blocks, dtype=torch.bool)
@@ -159,7 +159,7 @@ def scattered(model: nn.Module, seed: int) -> nn.Module:
 
 
 def masks_of(network: nn.Module) -> dict[str, Tensor]:
-    """0/1 of every linear layer, by its name: which of its weights are inside of active blocks."""
+    """Returns which weights of every linear layer, by its name, are inside of active blocks, as 0 and 1."""
     assert isinstance(network, Network)
     masks = {name: torch.ones(WIDTH, WIDTH) for name in network.layers}
     for name, site in find_sites(network).items():

@@ -1,4 +1,4 @@
-"""Ages, churn and survival of a trained model, beside what a diary of its topologies says."""
+"""Ages, churn and survival of a trained model are those of a diary of its topologies."""
 
 from collections import Counter
 
@@ -10,11 +10,11 @@ from smet_compile.ops import find_sites
 
 
 def trained(num_steps: int, every: int, optimizer_class: type = smet.ActiveAdamW) -> tuple[smet.Inspection, Counter]:
-    """An inspection after training, and how many active blocks were born at which step, of all weights."""
+    """Returns an inspection after training, and how many active blocks were born at which step, of all weights."""
     torch.manual_seed(0)
     model = smet.sparsify(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12)), 0.4)
-    held = model if optimizer_class is smet.ActiveAdamW else model.parameters()
-    optimizer = optimizer_class(held, lr=1e-2)
+    parameters = model if optimizer_class is smet.ActiveAdamW else model.parameters()
+    optimizer = optimizer_class(parameters, lr=1e-2)
     manager = smet.TopologyManager(model, optimizer, total_steps=40, every=every, drop_fraction=0.3)
     born = {name: torch.zeros(site.layout.num_blocks, dtype=torch.int64) for name, site in find_sites(model).items()}
     for step in range(1, num_steps + 1):

@@ -1,4 +1,4 @@
-"""A network that a person can check by hand; errors; what is printed; how much is touched."""
+"""Inspects a network that a person can check by hand; errors; what is printed; how much is touched."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from smet_compile.ops import find_sites
 
 
 def mlp(bias: bool = False) -> nn.Module:
-    """3 → 4 → 2; unit 0 of the hidden ones has no input, unit 1 no reader, unit 2 no input that lives without bias."""
+    """Makes 3 → 4 → 2: hidden unit 0 has no input, unit 1 no reader, unit 2 no input that lives without bias."""
     model = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.ReLU(), nn.Linear(4, 2, bias=False))
     smet.sparsify(model, 0.5)
     first = torch.tensor([[0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
@@ -97,7 +97,7 @@ class LooksAtData(nn.Module):
         return self.one(x) if x.sum() > -1e9 else self.other(x)
 
 
-def test_where_the_forward_looks_at_its_data_it_is_run_for_real_and_said() -> None:
+def test_a_forward_that_looks_at_its_data_is_run_for_real_and_a_note_says_so() -> None:
     model = smet.sparsify(LooksAtData(), 0.5)
     before = copy.deepcopy(model.state_dict())
     found = smet.inspect(model, torch.randn(5, 4))

@@ -1,16 +1,16 @@
-"""What passes through the active blocks of a stack of matrices, beside the dense 0/1 matrices."""
+"""Active blocks of a stack of matrices pass on what the dense 0/1 matrices do."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smet_compile.format import Layout, unpack
-from smet_compile.microscope.matrices import ActiveMatrix
+from smet_compile.microscope.live_paths import ActiveMatrix
 
 
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[ActiveMatrix, torch.Tensor]:
-    """A random topology, and its weights as 0/1: (S, R, C) float64."""
+    """Draws a random topology, and its weights as 0/1: (S, R, C) float64."""
     stack, rows, cols = (draw(st.integers(1, most)) for most in (3, 9, 9))
     layout = Layout.of((stack, rows, cols), (draw(st.integers(1, 4)), draw(st.integers(1, 4))))
     mask = torch.tensor(draw(st.lists(st.booleans(), min_size=layout.num_blocks, max_size=layout.num_blocks)))

@@ -1,4 +1,4 @@
-"""What is called dead makes no difference: beside derivatives, and beside what comes to a layer from other inputs."""
+"""Dead units make no difference, as derivatives show and what comes to a layer from other inputs."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices a
 
 
 def outputs_that_matter(model: nn.Module, x: Any, looks_up: bool) -> dict[str, Tensor]:
-    """Rows of each weight on which the result depends; columns where rows are looked up."""
+    """Returns the rows of each weight on which the result depends; columns where rows are looked up."""
     model.zero_grad()
     out = model(x)
     out = out.features if isinstance(out, Batch) else out
@@ -42,7 +42,7 @@ def outputs_that_matter(model: nn.Module, x: Any, looks_up: bool) -> dict[str, T
 
 
 def columns_that_change(model: nn.Module, make: Any) -> dict[str, Tensor]:
-    """Columns of each linear layer to which other inputs bring something else."""
+    """Returns the columns of each linear layer to which other inputs bring something else."""
     came: dict[str, list[Tensor]] = {}
     for name, module in model.named_children():
         module.register_forward_pre_hook(

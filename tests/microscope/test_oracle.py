@@ -1,4 +1,4 @@
-"""Random graphs with random topologies, against path numbers that are written out as dense matrix products."""
+"""Random graphs with random topologies have the path numbers that dense matrix products come to."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_every_figure_is_that_of_brute_force(
 
 
 def _feeds(steps: list[Step]) -> set[tuple[str, str]]:
-    """Which layer feeds which, walked step by step."""
+    """Walks the steps and returns which layer feeds which."""
     coming: list[set[str]] = [{"input"}]
     edges = set()
     for number, step in enumerate(steps):

@@ -1,4 +1,4 @@
-"""Models people use: what feeds what is known, nothing is lost, and what is called dead has no gradient."""
+"""In models that people use it is known what feeds what, nothing is lost, and what is called dead has no gradient."""
 
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ def test_the_graph_of_llama() -> None:
 
 
 class NoNorm(nn.Module):
-    """In place of a norm, whose mean lets every unit touch every other: no path is followed through that."""
+    """Replaces a norm, whose mean lets every unit touch every other: no path is followed through that."""
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def without_norms(model: nn.Module) -> nn.Module:
 
 
 def live_weights(model: nn.Module, density: float) -> dict[str, tuple[int, int]]:
-    """Site → (weights on a live path as inspected, values with a gradient), in generic weights without norms."""
+    """Returns site → (weights on a live path as inspected, values with a gradient), in a model without norms."""
     torch.manual_seed(0)
     smet.sparsify(without_norms(model), density, block_shape=(4, 2)).double()
     for parameter in model.parameters():
@@ -93,7 +93,7 @@ def live_weights(model: nn.Module, density: float) -> dict[str, tuple[int, int]]
 @pytest.mark.parametrize("make", [llama, partial(mixtral, experts_implementation="eager")])
 @pytest.mark.parametrize("density", [0.1, 0.3])
 def test_a_weight_has_a_gradient_exactly_where_it_lies_on_a_live_path(make: Any, density: float) -> None:
-    """Of models without biases, in which a dead unit is zero and not a constant."""
+    """The models have no biases, so a dead unit is zero and not a constant."""
     for name, (inspected, with_gradient) in live_weights(make(), density).items():
         assert inspected == with_gradient, name
 

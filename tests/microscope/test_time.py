@@ -12,7 +12,7 @@ from tests.microscope.programs import scattered
 
 @pytest.mark.slow
 def test_llama_1b_in_tiles_of_64_takes_less_than_ten_seconds() -> None:
-    """Weights on the meta device, topologies real. Processor time: others may use the machine as well."""
+    """Weights are on the meta device, topologies real. Processor time counts: others may use the machine as well."""
     model = scattered(smet.sparsify(build_preset("1b"), 0.25, block_shape=64), 0)
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     smet.inspect(smet.sparsify(build_preset("nano", device="cpu"), 0.5), input_ids=tokens[:, :8])  # imports

@@ -36,7 +36,7 @@ class Remembers(nn.Module):
 
 
 @pytest.mark.parametrize("looks_at_data", [False, True])
-def test_what_a_module_remembers_is_not_of_the_look(looks_at_data: bool) -> None:
+def test_a_module_remembers_nothing_of_the_look(looks_at_data: bool) -> None:
     model = smet.sparsify(Remembers(looks_at_data), 0.5)
     x = torch.zeros(3, 4)
     assert bool(smet.inspect(model, x).notes) == looks_at_data
@@ -65,7 +65,7 @@ def test_gradients_hooks_and_modes_are_left_alone() -> None:
 
 @dataclass
 class Given:
-    """No pytree, and written to by the forward."""
+    """Is no pytree, and the forward writes to it."""
 
     features: Tensor
     made: Any = None

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Capture, Captured
 from smet_compile.passes.verify import FORWARD, FUSED, INPUT_GRADIENT, UPDATE, WEIGHT_GRADIENT, outcomes
+from smet_compile.tracing import Capture, Captured
 from tests.models.compiled import Trained
 
 PARTS = {FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT}

@@ -10,8 +10,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Capture
 from smet_compile.passes.verify import FORWARD, FUSED, WEIGHT_GRADIENT
+from smet_compile.tracing import Capture
 from tests.models.compiled import Setting, assert_same_losses, own_loss, train
 from tests.models.fused import PARTS, assert_fused, graphs_with_sites, outcomes_by_site, outputs, weight_sized
 

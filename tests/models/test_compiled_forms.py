@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from smet_compile.passes.capture import Capture
 from smet_compile.passes.verify import FUSED, WEIGHT_GRADIENT
+from smet_compile.tracing import Capture
 from tests.models.compiled import ONE_LAYER, Setting, assert_same_losses, own_loss, train
 from tests.models.fused import PARTS, assert_fused, graphs_with_sites, outcomes_by_site
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smet_compile.passes.capture import Capture
+from smet_compile.tracing import Capture
 from tests.models.compiled import ONE_LAYER, Setting, assert_same_losses, own_loss, train
 from tests.models.fused import assert_fused, assert_parts_fused
 

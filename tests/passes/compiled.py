@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Capture, Captured
 from smet_compile.passes.graph import PassReport
 from smet_compile.passes.pipeline import PASSES, Pass
 from smet_compile.passes.verify import outcomes, verify
+from smet_compile.tracing import Capture, Captured
 
 FORWARD, INPUT, WEIGHT = "forward", "input gradient", "weight gradient"
 ALL_FUSED = {FORWARD: ["fused"], INPUT: ["fused"], WEIGHT: ["fused"]}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx, nn
 
-from smet_compile.passes.capture import Captured
+from smet_compile.tracing import Captured
 from tests.passes.compiled import dense_sizes
 
 

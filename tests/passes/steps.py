@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import smet_compile as smet
-from smet_compile.passes.capture import Capture, Captured
 from smet_compile.passes.pipeline import PASSES, Pass
+from smet_compile.tracing import Capture, Captured
 from tests.passes.compiled import assert_close, settled
 
 Loss = Callable[[nn.Module, Any], Tensor]

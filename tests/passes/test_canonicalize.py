@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from smet_compile.passes.canonicalize import canonicalize
-from smet_compile.passes.capture import Captured
-from smet_compile.passes.graph import BMM, GROUPED_MM, MM, PACK, UNPACK, calls, is_call
-from smet_compile.passes.products import PRODUCTS, weight_of
+from smet_compile.passes.graph import BMM, GROUPED_MM, MM, PACK, PRODUCTS, UNPACK, calls, is_call, weight_of
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, capture, matched, randn, reads, upto
 from tests.passes.forms import FORMS
 

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_masked_matmul import fuse_masked_matmul
-from smet_compile.passes.graph import MASKED, UNPACK, PassReport, calls
-from smet_compile.passes.products import PRODUCTS
+from smet_compile.passes.graph import MASKED, PRODUCTS, UNPACK, PassReport, calls
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, capture, matched, randn, reads, targets, upto
 
 W, S = (24, 16), (3, 24, 16)

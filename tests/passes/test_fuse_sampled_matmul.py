@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.graph import PACK, SAMPLED, calls
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_close, assert_idempotent, capture, matched, randn, reads, targets, upto
 
 W, S = (24, 16), (3, 24, 16)

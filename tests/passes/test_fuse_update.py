@@ -12,11 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
-from smet_compile.passes.fuse_update import fuse_update
+from smet_compile.passes.fuse_update import SAMPLED_UPDATE, TORCH_OPTIM, UPDATE, fuse_update, updates
 from smet_compile.passes.graph import MASKED, PACK, SAMPLED, PassReport, calls
-from smet_compile.passes.updates import ACTIVE_ADAMW, SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM, updates
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, matched, parts, reads, targets, upto
 from tests.passes.steps import capture_step
 
@@ -49,8 +48,8 @@ def made(captured: Captured, *ops: object) -> list[fx.Node]:
 def test_products_go_into_their_updates(checkpointing: bool) -> None:
     graph = capture_step(chain(3, checkpointing), data())
     assert graph.joint is not None
-    assert matched(graph, "fuse_update") == 3 == len(made(graph, SAMPLED_ACTIVE_ADAMW))
-    assert made(graph, ACTIVE_ADAMW) == [] and SAMPLED not in targets(graph.joint.graph)
+    assert matched(graph, "fuse_update") == 3 == len(made(graph, SAMPLED_UPDATE))
+    assert made(graph, UPDATE) == [] and SAMPLED not in targets(graph.joint.graph)
     assert [part | {"input gradient": []} for part in parts(graph)] == [FUSED | {"input gradient": []}] * 3
 
 
@@ -78,13 +77,13 @@ def test_gradient_that_is_read_by_others_too_is_left_alone() -> None:
     passes = (*upto(fuse_sampled_matmul), read_by_others, fuse_update)
     graph = capture_step(chain(1), data(), passes=passes)
     assert matched(graph, "fuse_update") == 0
-    assert len(made(graph, ACTIVE_ADAMW)) == 1
+    assert len(made(graph, UPDATE)) == 1
 
 
 def test_gradient_in_parts_of_one_weight_gets_one_update() -> None:
     graph = capture_step(reads(W, lambda x, w: F.linear(x, w) + F.linear(x.sin(), w)), data())
     assert matched(graph, "fuse_update") == 0
-    (update,) = made(graph, ACTIVE_ADAMW)
+    (update,) = made(graph, UPDATE)
     assert update.kwargs["grad"].target is torch.ops.aten.add.Tensor
     assert parts(graph) == [FUSED]
 
@@ -92,7 +91,7 @@ def test_gradient_in_parts_of_one_weight_gets_one_update() -> None:
 def test_gradient_that_is_no_product_is_updated_with_what_was_packed() -> None:
     graph = capture_step(reads((8, 4, 3), lambda x, w: F.conv1d(x, w), 1), data(1, 4, 7))
     assert matched(graph, "fuse_update") == 0
-    (update,) = made(graph, ACTIVE_ADAMW)
+    (update,) = made(graph, UPDATE)
     assert update.kwargs["grad"].target is PACK
     assert parts(graph)[0]["update"] == ["fused"]
 
@@ -103,7 +102,7 @@ def test_gradient_that_growth_reads_is_updated_with_what_was_packed() -> None:
         site.compact.candidates = torch.full((2,), -1)
     graph = capture_step(model, data())
     assert matched(graph, "fuse_update") == 0
-    assert len(made(graph, ACTIVE_ADAMW)) == 1
+    assert len(made(graph, UPDATE)) == 1
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -123,7 +122,7 @@ def test_optimizers_of_torch_take_the_gradient_itself(name: str) -> None:
 def test_without_updates_in_the_graph_there_is_nothing_to_do() -> None:
     graph = capture_step(chain(), data(), max_grad_norm=1e9)
     assert matched(graph, "fuse_update") == 0
-    assert made(graph, ACTIVE_ADAMW, SAMPLED_ACTIVE_ADAMW) == []
+    assert made(graph, UPDATE, SAMPLED_UPDATE) == []
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpoint"])
@@ -133,8 +132,8 @@ def test_each_update_stands_before_the_gradients_of_earlier_layers(optimizer: st
     graph = capture_step(chain(4, checkpointing), data(), make)
     assert graph.joint is not None
     place = {node: i for i, node in enumerate(graph.joint.graph.nodes)}
-    in_order = sorted(made(graph, SAMPLED_ACTIVE_ADAMW, TORCH_OPTIM), key=place.__getitem__)
-    products = [node for node in calls(graph.joint.graph, MASKED) if not node.args[7]]
+    in_order = sorted(made(graph, SAMPLED_UPDATE, TORCH_OPTIM), key=place.__getitem__)
+    products = [node for node in calls(graph.joint.graph, MASKED) if not node.args[5]]
     assert len(in_order) == 4 and len(products) == 3
     for update, own, following in zip(in_order, products, [*products[1:], None], strict=False):
         assert place[own] < place[update]
@@ -148,7 +147,7 @@ def test_the_old_values_are_read_before_they_change() -> None:
         return F.linear(F.linear(x, w).tanh() @ w, w)
 
     graph = capture_step(reads(W, apply), data())
-    (update,) = made(graph, ACTIVE_ADAMW)
+    (update,) = made(graph, UPDATE)
     assert graph.joint is not None
     assert all(product < update for product in calls(graph.joint.graph, MASKED))
 

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.passes.capture import Captured
+from smet_compile.passes.fuse_update import SAMPLED_UPDATE, UPDATE, updates
 from smet_compile.passes.graph import MASKED, SAMPLED, calls
-from smet_compile.passes.updates import ACTIVE_ADAMW, SAMPLED_ACTIVE_ADAMW, updates
+from smet_compile.tracing import Captured
 from tests.passes.compiled import capture, dense_sizes, randn
 from tests.passes.memory_facts import makes_no_dense_gradient, of_size, returned, saves_no_dense_weight
 from tests.passes.steps import capture_step
@@ -93,8 +93,8 @@ def test_with_the_update_no_compact_gradient_is_made(block: Any, checkpointing: 
     model = sparse(checkpointing, block)
     graph = capture_step(model, randn(5, 16).detach())
     backward = backward_of(graph)
-    assert calls(backward, SAMPLED) == [] and updates(backward, ACTIVE_ADAMW) == []
-    assert len(updates(backward, SAMPLED_ACTIVE_ADAMW)) == 6
+    assert calls(backward, SAMPLED) == [] and updates(backward, UPDATE) == []
+    assert len(updates(backward, SAMPLED_UPDATE)) == 6
     assert of_size(returned(backward), compact_sizes(model)) == []
     saves_no_dense_weight(graph, model)
     makes_no_dense_gradient(graph, model)
@@ -106,8 +106,8 @@ def test_factors_of_a_gradient_die_in_its_update(checkpointing: bool) -> None:
     graph = capture_step(sparse(checkpointing, 8), randn(5, 16).detach())
     backward = backward_of(graph)
     place = {node: i for i, node in enumerate(backward.nodes)}
-    input_gradients = [place[node] for node in calls(backward, MASKED) if not node.args[7]]
-    for update in updates(backward, SAMPLED_ACTIVE_ADAMW):
+    input_gradients = [place[node] for node in calls(backward, MASKED) if not node.args[5]]
+    for update in updates(backward, SAMPLED_UPDATE):
         later = [i for i in input_gradients if i > place[update]]
         for factor in (update.kwargs["left"], update.kwargs["right"]):
             last_use = max(place[user] for user in factor.users)
@@ -123,5 +123,5 @@ def test_updates_alternate_with_input_gradients(checkpointing: bool) -> None:
 
 
 def _main_work(graph: fx.Graph) -> list[fx.Node]:
-    found = {*updates(graph, SAMPLED_ACTIVE_ADAMW), *(node for node in calls(graph, MASKED) if not node.args[7])}
+    found = {*updates(graph, SAMPLED_UPDATE), *(node for node in calls(graph, MASKED) if not node.args[5])}
     return [node for node in graph.nodes if node in found]

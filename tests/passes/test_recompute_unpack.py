@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.graph import MM, UNPACK, calls
 from smet_compile.passes.recompute_unpack import recompute_unpack
+from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, capture, dense_sizes, matched, randn, reads, targets
 from tests.passes.memory_facts import of_size, returned, saves_no_dense_weight
 
@@ -108,7 +108,7 @@ def test_warning_and_sinks_are_taken_off() -> None:
     graph = capture(reads(W, READS["as it is"]), randn(5, 16), passes=ONLY)
     assert graph.joint is not None
     (unpack,) = calls(graph.joint.graph, UNPACK)
-    assert unpack.args[6:] == (None, None, False)
+    assert unpack.args[4:] == (None, None, False)
 
 
 def test_idempotent() -> None:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import smet_compile as smet
-from smet_compile.passes.capture import Captured
 from smet_compile.passes.graph import PassReport
 from smet_compile.passes.verify import outcomes, verify
+from smet_compile.tracing import Captured
 from tests.passes.compiled import ALL_FUSED, FORWARD, INPUT, WEIGHT, capture, code, parts, randn, reads
 from tests.passes.steps import capture_step
 

@@ -1,4 +1,4 @@
-"""What the runtime tests build again and again."""
+"""Makes the model, optimizer and manager of the runtime tests."""
 
 from typing import Any
 

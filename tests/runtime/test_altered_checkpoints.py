@@ -96,7 +96,7 @@ def another(kind: str) -> tuple[Run, Any]:
 
 
 def try_files(folder: Path, kind: str, seeds: range) -> tuple[Counter[str], list[str]]:
-    """How many altered files were refused and taken, and what was wrong."""
+    """Counts the altered files that were refused and taken, and lists what was wrong."""
     run = Run(kind, 0)
     run.train(7)
     smet.save_checkpoint(folder / "whole", *run.objects, extra={"step": 7, "x": torch.arange(3.0)})

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import nn
 
-from smet_compile.runtime import atomic_file, checkpoint_file, tensor_file
+from smet_compile.runtime import checkpoint_file
 from tests.support.snapshots import assert_same
 
 
@@ -185,11 +185,11 @@ def test_what_is_loaded_is_ours_alone(tmp_path: Path) -> None:
 
 
 def test_safetensors_reads_the_file(tmp_path: Path) -> None:
-    extra = {str(dtype): torch.ones(3).to(dtype) for dtype in tensor_file.DTYPES.values()}
+    extra = {str(dtype): torch.ones(3).to(dtype) for dtype in checkpoint_file.DTYPES.values()}
     checkpoint_file.write(tmp_path / "a", {"extra": extra, "odd length": torch.ones(5, dtype=torch.uint8)})
     with safe_open(tmp_path / "a", framework="pt") as file:
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert {read[f"checkpoint.extra.{name}"].dtype for name in extra} == set(tensor_file.DTYPES.values())
+    assert {read[f"checkpoint.extra.{name}"].dtype for name in extra} == set(checkpoint_file.DTYPES.values())
     assert set(load((tmp_path / "a").read_bytes())) == set(read)
 
 
@@ -302,7 +302,7 @@ def test_several_writers_and_a_reader_of_one_path(tmp_path: Path) -> None:
 
 def test_the_leftover_of_a_killed_save_goes_with_the_next_but_no_living_ones(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 250)
-    partial, file = atomic_file._create(path)
+    partial, file = checkpoint_file._create_locked(path)
     os.write(file, b"half")
     checkpoint_file.write(path, {"x": 1})
     checkpoint_file.write(tmp_path / "other", {"x": 1})
@@ -317,7 +317,7 @@ def test_the_leftover_of_a_killed_save_goes_with_the_next_but_no_living_ones(tmp
 
 def test_a_file_taken_for_a_leftover_before_it_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the creation of a file and its lock another process may sweep it away; then another is created."""
-    lock, swept = atomic_file.fcntl.flock, []
+    lock, swept = checkpoint_file.fcntl.flock, []
 
     def sweep_first(file: int, how: int) -> None:
         if not swept:
@@ -325,6 +325,6 @@ def test_a_file_taken_for_a_leftover_before_it_was_locked(tmp_path: Path, monkey
             swept[0].unlink()
         lock(file, how)
 
-    monkeypatch.setattr(atomic_file.fcntl, "flock", sweep_first)
+    monkeypatch.setattr(checkpoint_file.fcntl, "flock", sweep_first)
     checkpoint_file.write(tmp_path / "a", {"x": 1})
     assert len(swept) == 1 and checkpoint_file.read(tmp_path / "a") == {"x": 1}

@@ -21,7 +21,6 @@ SAVED: dict[str, Any] = {
     "drop_fraction": 0.2,
     "final_drop_fraction": 0.005,
     "stop_fraction": 0.75,
-    "drop": "magnitude",
     "grow": "random",
     "schedule": "cosine",
     "seed": 0,
@@ -95,6 +94,19 @@ def test_a_setting_that_an_older_file_does_not_have_is_not_compared(path: Path) 
     make(seed=3)[2].load_state_dict(state)
     del state["settings"]
     make(every=7)[2].load_state_dict(state)
+
+
+def test_a_setting_that_only_older_files_have(path: Path) -> None:
+    """Older versions saved ``drop``, which had one value."""
+    saved = checkpoint_file.read(path)
+    saved["manager"]["settings"]["drop"] = "magnitude"
+    checkpoint_file.write(path, saved)
+    objects = make()
+    smet.load_checkpoint(path, *objects)
+    assert objects[2].num_steps == 4 and objects[2].state_dict()["settings"] == SAVED
+    saved["manager"]["settings"]["drop"] = "gradient"
+    with Unchanged(*objects), pytest.raises(ValueError, match=r"settings: got 'drop' of 'gradient'.*upgrade"):
+        objects[2].load_state_dict(saved["manager"])
 
 
 def test_numpy_numbers_are_the_numbers_they_are(path: Path) -> None:

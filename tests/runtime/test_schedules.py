@@ -1,4 +1,4 @@
-"""When updates happen and how large they are."""
+"""Updates come when the schedule says so, and are as large as it says."""
 
 import itertools
 from typing import Any

@@ -22,6 +22,18 @@ class Rule(Protocol):
     def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor: ...
 
 
+def step_size(
+    weight: Tensor, age: Tensor, lr: float, density: float | None, warmup_steps: int, exponent: float
+) -> Tensor:
+    """Returns lr d^(-p) min(1, age / W); a plain parameter has no density and no warm-up."""
+    rate = torch.full_like(weight, lr)
+    if density is not None:
+        rate = rate * density**-exponent
+        if warmup_steps:
+            rate = rate * torch.clamp(age.double() / warmup_steps, max=1.0)
+    return rate
+
+
 @dataclass(frozen=True)
 class SgdMomentum:
     """torch.optim.SGD: b <- mu b + g, w <- w - lr b."""
@@ -60,11 +72,7 @@ class SmetAdamW:
         age = state["age"].double()
         mean = state["m"] / (1 - beta1**age)
         square = state["v"] / (1 - beta2**age)
-        rate = torch.full_like(weight, self.lr)
-        if density is not None:
-            rate = rate * density**-self.exponent
-            if self.warmup_steps:
-                rate = rate * torch.clamp(age / self.warmup_steps, max=1.0)
+        rate = step_size(weight, age, self.lr, density, self.warmup_steps, self.exponent)
         return weight - rate * (mean / (square.sqrt() + self.eps) + self.weight_decay * weight)
 
 

@@ -21,7 +21,11 @@ class Settings:
 
 
 def after_gradient(
-    state: list[Any], lr: Tensor, ages: tuple[Tensor | None, Tensor | None], topology: tuple[Any, ...], numbers: Settings
+    state: list[Any],
+    lr: Tensor,
+    ages: tuple[Tensor | None, Tensor | None],
+    topology: tuple[Any, ...],
+    numbers: Settings,
 ) -> tuple[Any, ...]:
     """Returns what an op takes after the gradient.
 

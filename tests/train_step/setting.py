@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import smet_compile as smet
-from smet_compile.passes.capture import Capture
+from smet_compile.tracing import Capture
 from tests.support.small_models import batch
 
 Batch = dict[str, Any]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import smet_compile as smet
-from smet_compile.passes.capture import Capture
-from smet_compile.passes.updates import SAMPLED_ACTIVE_ADAMW, updates
+from smet_compile.passes.fuse_update import SAMPLED_UPDATE, updates
+from smet_compile.tracing import Capture
 from tests.support.snapshots import assert_same
 from tests.train_step.setting import batch_of, sparse, twice
 
@@ -27,7 +27,7 @@ def test_the_same_bits(dtype: torch.dtype, moment_dtype: Any, block_shape: Any) 
     fused.in_step(fused.compiled(backend), batches)
     kept.in_loop(batches, torch.compile(kept.model, backend=Capture(), fullgraph=True))
     (graph,) = backend.graphs
-    assert graph.joint is not None and len(updates(graph.joint.graph, SAMPLED_ACTIVE_ADAMW)) == 2
+    assert graph.joint is not None and len(updates(graph.joint.graph, SAMPLED_UPDATE)) == 2
     assert fused.losses == kept.losses
     assert_same(fused.model.state_dict(), kept.model.state_dict())
     assert_same(fused.state(), kept.state())

@@ -5,8 +5,8 @@ But for one thing: roots of fp32 numbers are not always the nearest ones in torc
 
 import pytest
 import torch
-
 from smet_compile.ops.adamw import active_adamw_
+
 from tests.ops.kernels.adamw_cases import Case, copy_of, differences, update_of
 from tests.ops.kernels.device import DEVICE, on_device
 

@@ -397,6 +397,12 @@ struct Worker {
 
     void look_up_ages(int64_t first_block, int64_t last_block) {
         const int64_t n = last_block - first_block;
+        if (!u.generation) {
+            std::fill_n(scratch.step.data(), n * size, rule.step[0]);
+            std::fill_n(scratch.unbias.data(), n * size, rule.unbias[0]);
+            std::fill_n(scratch.decay.data(), n * size, rule.decay[0]);
+            return;
+        }
         if (size == 1 && u.generation_bytes == 1) {
             const auto* indices = (const uint8_t*)u.generation + first_block;
             const float *step = rule.step.data(), *unbias = rule.unbias.data();

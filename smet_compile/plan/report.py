@@ -1,0 +1,234 @@
+"""Makes and prints a ``Plan``: the cost of a training run, as formulas and as numbers beside dense training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from smet_compile.convert.doubts import empty_rows
+from smet_compile.format import Layout
+from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
+from smet_compile.plan.run import PlannedRun, peak_of
+from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
+from smet_compile.plan.timeline import Amount, LayeredTimeline, Point
+
+if TYPE_CHECKING:
+    from sympy import Expr, Symbol
+
+_WITHOUT_RATIO = ("ages", "index", "buffers")
+"""These kinds are hardly there in dense training."""
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_WORTH_A_WARNING = 0.02
+"""Lists and ages that take less than this share of a run's bytes are not mentioned."""
+_PRINTED_AS_EQUAL = 0.005
+"""A cost that exceeds dense training's by no more than this share is printed as 1.00 times, and is not mentioned."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Holds the numbers of one training run.
+
+    Args:
+        stored: bytes by kind (weights, gradients, moments, ages, index, buffers), exact.
+        activations: bytes that forward leaves for backward.
+        working: bytes in use at the fullest moment of forward and backward, beside what was there before: activations
+            that are still needed, gradients made so far, and scratch.
+        peak: the most bytes that tensors hold at once.
+        operations: floating-point operations of forward and backward.
+    """
+
+    stored: Bytes
+    activations: int
+    working: int
+    peak: int
+    operations: float
+
+    @property
+    def scratch(self) -> int:
+        """Returns the bytes that the fullest moment needs beyond the activations."""
+        return self.working - self.activations
+
+    @property
+    def persistent(self) -> int:
+        """Returns the bytes that are stored when a step ends, before gradients are let go."""
+        return sum(self.stored.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Holds the result of ``plan``; ``print`` it for a table.
+
+    Args:
+        title: what was planned, in a line.
+        density: of the weights made sparse, as asked for or solved for. batch, sequence: of a step.
+        sparse, dense: costs of this run, and of dense training with ``torch.optim.AdamW(fused=True)``.
+        formulas: row → sympy expression of ``sparse`` in d (density), b (batch), s (sequence), B (weights of a block)
+            and the counts in ``symbols``. Those of what is stored differ from the exact bytes by at most
+            ``rounding_bytes`` together; those of working and scratch hold near this batch, sequence and density.
+        symbols: the numbers that the counts stand for.
+        warnings: where a choice costs more than dense training, a number is a rougher estimate, or rows of
+            blocks must stay empty.
+    """
+
+    title: str
+    density: float
+    batch: int
+    sequence: int | None
+    sparse: Cost
+    dense: Cost
+    formulas: dict[str, Expr] = field(default_factory=dict)
+    symbols: dict[Symbol, float] = field(default_factory=dict)
+    rounding_bytes: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
+        rows: list[tuple[str, float, float]] = [
+            (kind, self.sparse.stored[kind], self.dense.stored[kind])
+            for kind in KINDS
+            if self.sparse.stored[kind] or self.dense.stored[kind]
+        ]
+        for name in ("persistent", "activations", "working", "peak", "operations"):
+            rows.append((name, getattr(self.sparse, name), getattr(self.dense, name)))
+        return [self._row(*row) for row in rows]
+
+    def _row(self, name: str, sparse: float, dense: float) -> tuple[str, str, str, str, str]:
+        text = operations_text if name == "operations" else bytes_text
+        ratio = "" if name in _WITHOUT_RATIO or not dense else f"{sparse / dense:.2f}"
+        return name, _formula_text(self.formulas.get(name)), text(sparse), text(dense), ratio
+
+    def legend(self) -> str:
+        """Returns the symbols and their values in a line."""
+        values = {"d": f"{self.density:g}", "b": str(self.batch)}
+        if self.sequence is not None:
+            values["s"] = str(self.sequence)
+        values |= {str(symbol): f"{value:,.0f}" for symbol, value in sorted(self.symbols.items(), key=str)}
+        return ", ".join(f"{name} = {value}" for name, value in values.items())
+
+    def __str__(self) -> str:
+        table = [("", "formula", "sparse", "dense", "ratio"), *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        lines = [self.title, ""]
+        for row in table:
+            cells = [
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        lines += ["", self.legend()]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _formula_text(formula: Expr | None) -> str:
+    """Writes ``4*d*n_sparse + b*s**2`` as ``4·d·n_sparse + b·s²``."""
+    if formula is None:
+        return ""
+    raised = re.sub(r"\*\*(\d+)", lambda found: found[1].translate(_RAISED), str(formula))
+    return raised.replace("*", "·")
+
+
+def make_plan(run: PlannedRun, batch: int) -> Plan:
+    """Makes the plan of a run at this batch."""
+    timeline, point, stored = run.timeline, run.point(batch), run.stored()
+    sparse = _cost(total_bytes(stored, run.recipe, run.buffers), timeline, point, run.operations())
+    by_torch = Recipe(fused_update=False, by_torch=True)
+    dense_bytes = total_bytes((each.dense() for each in stored), by_torch, run.buffers)
+    dense = _cost(dense_bytes, run.dense_timeline, point, run.operations(dense=True))
+    formulas, symbols = _formulas(run, stored, point)
+    return Plan(
+        title=_title(run, batch),
+        density=run.density,
+        batch=batch,
+        sequence=run.request.sequence,
+        sparse=sparse,
+        dense=dense,
+        formulas=formulas,
+        symbols=symbols,
+        rounding_bytes=rounding_bytes(stored, run.recipe),
+        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense)]),
+    )
+
+
+def _cost(stored: Bytes, timeline: LayeredTimeline, point: Point, operations: Amount) -> Cost:
+    activations = point.value(timeline.saved)
+    working = point.value(timeline.fullest(point))
+    peak = peak_of(stored, timeline, point)
+    return Cost(stored, round(activations), round(working), round(peak), point.value(operations))
+
+
+def _formulas(run: PlannedRun, stored: list[Stored], point: Point) -> tuple[dict[str, Expr], dict[Symbol, float]]:
+    selection = run.request.selection
+    follows = selection["distribution"] == "uniform" and run.requested_density is not None
+    shares = density_shares(stored, run.density, selection["rules"], follows)
+    of_stored = Formulas(stored, shares, run.recipe, run.buffers)
+    formulas: dict[str, Any] = of_stored.by_kind()
+    formulas["persistent"] = sum(formulas.values())
+    formulas["activations"] = expression(run.timeline.saved, run.density)
+    formulas["working"] = expression(run.timeline.fullest(point), run.density)
+    formulas["scratch"] = formulas["working"] - formulas["activations"]
+    formulas["operations"] = expression(run.operations(), run.density)
+    return formulas, of_stored.values
+
+
+def _title(run: PlannedRun, batch: int) -> str:
+    request = run.request
+    layouts = [site.layout for site in run.sites.values()]
+    block = f", {_block_text(layouts[0])}" if layouts else ""
+    sequence = "" if request.sequence is None else f" x {request.sequence} tokens"
+    dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in run.model.parameters()}))
+    optimizer = "" if request.optimizer == "adamw" else f"optimizer {request.optimizer}, "
+    moments = str(request.moment_dtype or "float32").removeprefix("torch.")
+    how = "compiled" if request.compiled else "eager"
+    update = ", update in backward" if run.recipe.fused_update and layouts else ""
+    ends = ", checkpointing" if request.step.checkpointing else ""
+    return (
+        f"{request.name}: density {run.density:g}{block}; batch {batch}{sequence}; "
+        f"{dtypes}, {optimizer}moments {moments}; {how}{update}{ends}"
+    )
+
+
+def _block_text(layout: Layout) -> str:
+    if layout.single_weights:
+        return "single weights"
+    bm, bn = layout.block_shape
+    return f"{'tiles' if layout.tiles else 'runs'} of {bm} x {bn}"
+
+
+def _run_warnings(run: PlannedRun) -> Iterator[str]:
+    if run.breaks:
+        yield (
+            "the step breaks into several graphs, so activations and scratch are those of an eager step, and no update "
+            "is fused"
+        )
+    if warning := empty_rows((site.name, site.layout, site.num_active) for site in run.sites.values()):
+        yield warning
+
+
+def _cost_warnings(sparse: Cost, dense: Cost) -> Iterator[str]:
+    """Says where a choice costs more than dense training."""
+    for name in ("persistent", "peak", "operations"):
+        cost, dense_cost = getattr(sparse, name), getattr(dense, name)
+        if cost > dense_cost * (1 + _PRINTED_AS_EQUAL):
+            reason = _larger_kinds(sparse, dense) if name == "persistent" else ""
+            yield f"{name} is {cost / dense_cost:.2f} times that of dense training{reason}"
+    more = sparse.stored["moments"] - dense.stored["moments"]
+    if more > 0:
+        yield (
+            f"moments take {bytes_text(more)} more than dense AdamW's, which have the dtype of the weights; "
+            'moment_dtype="bfloat16" or "int8" makes them smaller'
+        )
+    lists = sparse.stored["index"] + sparse.stored["ages"] - dense.stored["ages"]
+    saved = sum(dense.stored[kind] - sparse.stored[kind] for kind in ("weights", "gradients", "moments"))
+    if lists > max(0, saved) and lists > _WORTH_A_WARNING * sparse.persistent:
+        yield (
+            f"index and ages take {bytes_text(lists)}, more than the {bytes_text(max(0, saved))} that sparsity saves "
+            "in weights, gradients and moments; take larger blocks or a lower density"
+        )
+
+
+def _larger_kinds(sparse: Cost, dense: Cost) -> str:
+    more = {kind: sparse.stored[kind] - dense.stored[kind] for kind in sparse.stored}
+    return f" ({', '.join(f'{kind} +{bytes_text(count)}' for kind, count in more.items() if count > 0)})"

@@ -1,0 +1,209 @@
+"""Checks the arguments of ``plan``, and plans a run for them or for the largest density or batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from smet_compile.convert import Globs, check_density
+from smet_compile.format import arguments
+from smet_compile.format.arguments import described
+from smet_compile.ops import find_sites
+from smet_compile.plan.report import Plan, make_plan
+from smet_compile.plan.run import PlannedRun, Request
+from smet_compile.plan.shapes import Inputs, LossFn, Step, empty_copy, token_batch
+from smet_compile.plan.stored import OPTIMIZERS, bytes_text, parse_bytes
+from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
+
+_DENSITY = 0.3
+_PARTS = 10_000
+"""Densities that are solved for are multiples of 1 / this number."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+Dtype = torch.dtype | str | None
+
+
+def plan(
+    model: nn.Module | str,
+    density: float | None = None,
+    *,
+    block_shape: int | Sequence[int] = 1,
+    batch: int | None = None,
+    sequence: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    moment_dtype: torch.dtype | Literal["int8", "float32", "bfloat16"] | None = None,
+    optimizer: str = "adamw",
+    compiled: bool = True,
+    fused_update: bool | None = None,
+    checkpointing: bool = False,
+    fits: str | float | None = None,
+    include: Globs = None,
+    exclude: Globs = None,
+    rules: Mapping[str, float] | None = None,
+    distribution: str = "uniform",
+    inputs: Inputs | None = None,
+    loss_fn: LossFn | None = None,
+    vocabulary: int = VOCABULARY,
+) -> Plan:
+    """Plans a training step: bytes by kind, peak memory and operations, as formulas and numbers beside dense training.
+
+    ``model`` stays as it is and may be on the meta device; nothing is computed, so any size takes seconds::
+
+        print(smet.plan("7b", density=0.25, block_shape=64, batch=1, sequence=256, dtype="bfloat16"))
+        smet.plan("1b", block_shape=64, fits="24GB").density       # the largest that fits
+        smet.plan("1b", 0.25, block_shape=64, fits="24GB").batch   # density given: the largest batch
+
+    Stored bytes are exact; activations and scratch are predicted (docs/planning.md says how well).
+
+    Args:
+        model: a dense model, one that is compact already (then without ``density``), or the name of a preset.
+        density, block_shape, include, exclude, rules, distribution: as ``sparsify`` takes them; density 0.3 unless
+            given or solved for.
+        batch, sequence: of a step, in sequences and tokens. Default: the preset's; batch 1 of a model.
+        dtype: of the weights. Default: a model's own; float32 of presets.
+        moment_dtype: of the moments: None (float32), a dtype, or "int8".
+        optimizer: "adamw", "lion", "sgd" (with momentum) or "scale": decides how many moments are stored. The dense
+            training beside it is AdamW's always.
+        compiled: by ``torch.compile``, else eager. fused_update: of ``compile_train_step``; default: as ``compiled``.
+        checkpointing: of activations, by the model's ``gradient_checkpointing_enable``.
+        fits: "24GB", "22.5GiB" or bytes: solves for the largest density whose peak fits, or for the largest batch
+            where a density is given (or the model is compact) and a batch is not.
+        inputs: (batch, sequence) → what the model is called with. Default: ``input_ids`` and ``labels``.
+        loss_fn: (model, inputs) → loss. Default: ``model(**inputs).loss``.
+        vocabulary: of a preset.
+
+    Raises:
+        ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
+            shapes alone, or nothing that fits (with the least bytes there are).
+    """
+    density = None if density is None else check_density("density", density)
+    batch = None if batch is None else _count("batch", batch)
+    sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
+    optimizer = arguments.one_of("optimizer", optimizer, OPTIMIZERS)
+    compiled = arguments.flag("compiled", compiled)
+    checkpointing = arguments.flag("checkpointing", checkpointing)
+    if inputs is not None:
+        arguments.function("inputs", inputs, "(batch, sequence) → what the model is called with")
+    if loss_fn is not None:
+        arguments.function("loss_fn", loss_fn, "(model, inputs) → loss")
+    limit = None if fits is None else parse_bytes("fits", fits)
+    if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
+        raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
+    on_meta, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
+    is_compact = bool(find_sites(on_meta))
+    if is_compact and density is not None:
+        raise ValueError(f"density: expected none for a model that is compact already, got {density}; leave it out")
+    _check_inputs(on_meta, inputs, sequence)
+    if checkpointing and not hasattr(on_meta, "gradient_checkpointing_enable"):
+        raise ValueError(
+            "checkpointing: expected a model with gradient_checkpointing_enable, got "
+            f"{type(on_meta).__name__}; checkpoint in its forward, and leave this out"
+        )
+    request = Request(
+        name=name,
+        model=on_meta,
+        step=Step(inputs or token_batch, loss_fn, sequence is not None, checkpointing),
+        block_shape=block_shape,
+        sequence=sequence,
+        moment_dtype=_dtype("moment_dtype", moment_dtype, _MOMENT_DTYPES),
+        optimizer=optimizer,
+        compiled=compiled,
+        fused_update=compiled if fused_update is None else fused_update,
+        selection={"include": include, "exclude": exclude, "rules": rules, "distribution": distribution},
+    )
+    chosen = None if is_compact else _DENSITY if density is None else density
+    if limit is None:
+        return make_plan(PlannedRun(request, chosen), batch or default_batch)
+    if (density is not None or is_compact) and batch is None:
+        return _plan_largest_batch(PlannedRun(request, chosen), limit)
+    if density is not None or is_compact:
+        raise ValueError("fits: expected density or batch left open, got both; leave one out")
+    return _plan_largest_density(request, batch or default_batch, limit)
+
+
+def _on_meta(
+    model: nn.Module | str, dtype: Dtype, sequence: int | None, vocabulary: int
+) -> tuple[nn.Module, str, int, int | None]:
+    """Returns (the model on the meta device, its name, default batch, sequence)."""
+    wanted = _dtype("dtype", dtype, _DTYPES)
+    if isinstance(model, nn.Module):
+        return empty_copy(model, dtype=wanted), type(model).__name__, 1, sequence
+    if not isinstance(model, str):
+        raise ValueError(f"model: expected an nn.Module or one of {', '.join(PRESETS)}, got {described(model)}")
+    vocabulary = _count("vocabulary", vocabulary)
+    preset = find_preset(model, "model")
+    sequence = sequence or preset.sequence
+    return build_preset(model, vocabulary, sequence, wanted or torch.float32), model, preset.batch, sequence
+
+
+def _dtype(argument: str, given: Any, known: Mapping[str, Any]) -> Any:
+    found = known.get(given) if isinstance(given, str) else given
+    is_known = isinstance(found, str | torch.dtype) and found in known.values()
+    if not is_known and given is not None:
+        raise ValueError(f"{argument}: expected None or one of {', '.join(known)}, got {described(given)}")
+    return found
+
+
+def _count(argument: str, given: Any, at_most: int = 2**31 - 1) -> int:
+    """Checks a number. The bounds keep sizes of tensors, also attention's square of the sequence, below 2^63."""
+    return arguments.whole_number(argument, given, at_least=1, at_most=at_most)
+
+
+def _check_inputs(model: nn.Module, inputs: Inputs | None, sequence: int | None) -> None:
+    if inputs is not None:
+        return
+    if not hasattr(getattr(model, "config", None), "vocab_size"):
+        raise ValueError(
+            f"inputs: expected a function (batch, sequence) → inputs for {type(model).__name__}, which is no language "
+            'model of transformers, got none; pass inputs=lambda batch, sequence: {"x": torch.zeros(batch, ...)}'
+        )
+    if sequence is None:
+        raise ValueError("sequence: expected the number of tokens in a sequence, got none; pass sequence=")
+
+
+def _plan_largest_batch(run: PlannedRun, limit: int) -> Plan:
+    """Plans the largest batch whose peak is at most ``limit`` bytes."""
+    least = run.peak(1)
+    if least > limit:
+        raise _nothing_fits(limit, least, "at batch 1", "lower the density, or allow more")
+    return make_plan(run, _largest(lambda batch: run.peak(batch) <= limit))
+
+
+def _plan_largest_density(request: Request, batch: int, limit: int) -> Plan:
+    """Plans the largest density whose peak is at most ``limit`` bytes.
+
+    Searches by the bytes stored at each density and the timeline of a run at one density, then makes sure by a plan.
+    """
+    run = PlannedRun(request, _DENSITY)
+    least = run.peak(batch, 1 / _PARTS)
+    nothing = _nothing_fits(limit, least, f"at density {1 / _PARTS:g} and batch {batch}", "lower batch or sequence")
+    if least > limit:
+        raise nothing
+    parts = _largest(lambda parts: parts <= _PARTS and run.peak(batch, parts / _PARTS) <= limit)
+    for fewer in range(parts, 0, -max(1, parts // 100)):
+        found = make_plan(PlannedRun(request, fewer / _PARTS), batch)
+        if found.sparse.peak <= limit:
+            return found
+    raise nothing
+
+
+def _largest(is_allowed: Callable[[int], bool]) -> int:
+    """Returns the largest allowed number. 1 is allowed, and so is all below an allowed number."""
+    high = 2
+    while is_allowed(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_allowed(middle) else (low, middle)
+    return low
+
+
+def _nothing_fits(limit: int, least: float, where: str, advice: str) -> ValueError:
+    return ValueError(
+        f"fits: expected at least {least:,.0f} bytes ({bytes_text(least)}), the least there is {where}, got "
+        f"{limit:,}; {advice}"
+    )

@@ -1,0 +1,229 @@
+"""Runs a training step on shapes alone: tensors without memory, eagerly or through the compiler's front half.
+
+Nothing is computed and no code is generated, and equal layers are run from one and from two of them, so a model of any
+size is run in seconds on any machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from smet_compile.optim import ActiveAdamW
+from smet_compile.plan.compiled import compiled_timeline
+from smet_compile.plan.eager import EagerFollower
+from smet_compile.plan.timeline import Degrees, Timeline
+from smet_compile.tracing import Captured, SeveralGraphsError, capture_graphs
+from smet_compile.train_step import TrainStep
+
+Inputs = Callable[[int, int | None], Any]
+LossFn = Callable[[Any, Any], Tensor]
+Run = TypeVar("Run")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Describes a training step.
+
+    Args:
+        inputs: (batch, sequence) → inputs of the model.
+        loss_fn: (model, inputs) → loss; None means ``model(**inputs).loss``.
+        has_sequence: True where the inputs have a sequence.
+        checkpointing: True for checkpointed activations, as Hugging Face models do it.
+    """
+
+    inputs: Inputs
+    loss_fn: LossFn | None
+    has_sequence: bool
+    checkpointing: bool
+
+    def batch(self, degrees: Degrees) -> Any:
+        return self.inputs(degrees.batch, degrees.sequence if self.has_sequence else None)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        if self.loss_fn is not None:
+            return self.loss_fn(model, batch)
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def outputs(self, model: Any, batch: Any) -> Any:
+        """Returns what a compiled model returns where forward and backward are two calls: the loss, if it has one."""
+        return self.loss_fn(model, batch) if self.loss_fn is not None else model(**batch)
+
+
+def token_batch(batch: int, sequence: int | None) -> Mapping[str, Tensor]:
+    """Returns the inputs that a language model of Hugging Face trains on."""
+    assert sequence is not None
+    tokens = torch.zeros(batch, sequence, dtype=torch.int64)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def empty_copy(model: nn.Module, device: str = "meta", dtype: torch.dtype | None = None) -> nn.Module:
+    """Returns a deep copy with empty tensors on ``device`` as parameters and buffers; tied ones stay tied.
+
+    Args:
+        dtype: the new dtype of floating-point tensors; None keeps theirs.
+    """
+    known: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=wanted, device=device)
+        known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, known)
+
+
+@dataclass(frozen=True)
+class EagerRun:
+    """Holds a step that was followed, and the names of the parameters that it gave a gradient."""
+
+    followed: EagerFollower
+    trained: set[str]
+
+
+def run_eager(model: nn.Module, step: Step, degrees: Degrees) -> EagerRun:
+    """Runs forward and backward of ``model``, which is on the meta device."""
+    with FakeTensorMode():
+        fake = _fake_copy(model, step)
+        batch = step.batch(degrees)
+        with EagerFollower(degrees) as followed:
+            loss = step.loss(fake, batch)
+            followed.begin_backward()
+            loss.backward()
+        del loss
+    return EagerRun(followed, {name for name, p in fake.named_parameters() if p.grad is not None})
+
+
+def run_compiled(model: nn.Module, step: Step, degrees: Degrees, fused: bool) -> Timeline:
+    """Follows forward and backward as the passes and the partitioner leave them, updates included if ``fused``.
+
+    Raises:
+        SeveralGraphsError: the step is not one graph.
+    """
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fake = _fake_copy(model, step)
+        batch = step.batch(degrees)
+        captured = _capture_fused(fake, step, batch) if fused else _capture(lambda: step.outputs(fake, batch))
+    assert captured.forward is not None
+    return compiled_timeline(captured.forward.graph, captured.backward.graph if captured.backward else None, degrees)
+
+
+def _fake_copy(model: nn.Module, step: Step) -> nn.Module:
+    """Copies ``model`` under a fake tensor mode: to the CPU, where the compiler and attention take their usual ways."""
+    fake = empty_copy(model, "cpu")
+    if step.checkpointing:
+        enable: Any = fake.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return fake
+
+
+def _capture_fused(model: nn.Module, step: Step, batch: Any) -> Captured:
+    trained = TrainStep(model, ActiveAdamW(model), step.loss, accumulate=1, max_norm=None)
+    updates = trained.updates()
+    with trained.gradients_in_sinks(updates):
+        return _capture(lambda: trained.forward(batch, updates))
+
+
+def _capture(call: Callable[[], Any]) -> Captured:
+    """Returns the one graph of ``call``."""
+    (graph,), _ = capture_graphs(call, fullgraph=True, dynamic=False)
+    return graph
+
+
+class Repeats(NamedTuple):
+    """Names a list of layers that are equal from the first or from the second on.
+
+    Args:
+        name: the name of the list in the model.
+        kept: the number of layers that stand for all. extra: the number of layers that the list has more.
+    """
+
+    name: str
+    kept: int
+    extra: int
+
+
+def find_repeats(model: nn.Module, kind_of: Callable[[str], Any] = lambda name: None) -> list[Repeats]:
+    """Finds the lists that are worth shortening.
+
+    Args:
+        kind_of: qualified name of a parameter → what must be equal beside its shape and dtype.
+    """
+    found: list[Repeats] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer.name + ".") for outer in found)
+        if inside or not isinstance(module, nn.ModuleList) or len(module) < 4:
+            continue
+        kinds = [_kind(layer, f"{name}.{i}", kind_of) for i, layer in enumerate(module)]
+        kept = 1 if kinds[0] == kinds[1] else 2
+        if all(kind == kinds[kept] for kind in kinds[kept:]):
+            found.append(Repeats(name, kept, len(module) - kept))
+    return found
+
+
+def _kind(layer: nn.Module, prefix: str, kind_of: Callable[[str], Any]) -> Any:
+    # By the names of classes: each parametrized module has a class of its own.
+    modules = [(name, type(module).__name__) for name, module in layer.named_modules()]
+    parameters = [
+        (name, parameter.shape, parameter.dtype, parameter.requires_grad, kind_of(f"{prefix}.{name}"))
+        for name, parameter in layer.named_parameters()
+    ]
+    return modules, parameters
+
+
+def run_repeated(
+    model: nn.Module, repeats: list[Repeats], run: Callable[[nn.Module], Run], name: str
+) -> list[tuple[int, Run]]:
+    """Runs models with fewer layers; the whole model is the sum of factor times run.
+
+    Raises ValueError, which names the model by ``name``, for errors in the model's own code.
+    """
+    if not repeats:
+        return [(1, _run_or_explain(model, run, name))]
+    factor = 1 - sum(repeat.extra for repeat in repeats)
+    runs = [(factor, _run_or_explain(_shortened(model, repeats), run, name))]
+    for each in repeats:
+        runs.append((each.extra, _run_or_explain(_shortened(model, repeats, longer=each), run, name)))
+    return runs
+
+
+def _run_or_explain(model: nn.Module, run: Callable[[nn.Module], Run], name: str) -> Run:
+    try:
+        return run(model)
+    except SeveralGraphsError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model: {name} cannot be run on shapes alone: {reason}; see inputs= and loss_fn=") from error
+
+
+def _shortened(model: nn.Module, repeats: list[Repeats], longer: Repeats | None = None) -> nn.Module:
+    """Returns a copy with the layers that stand for all, and one more in ``longer``. Tensors are shared."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    num_kept = {repeat.name: repeat.kept + (repeat == longer) for repeat in repeats}
+    for name, kept in num_kept.items():
+        layers: Any = model.get_submodule(name)
+        shared |= {id(layer): None for layer in layers[kept:]}
+    short = copy.deepcopy(model, shared)
+    for name, kept in num_kept.items():
+        copied: Any = short.get_submodule(name)
+        parent, _, last = name.rpartition(".")
+        setattr(short.get_submodule(parent), last, nn.ModuleList(list(copied)[:kept]))
+    return short
+
+
+def representative(parameter: str, repeats: list[Repeats]) -> str:
+    """Returns the name of the same parameter in the layer that stands for its own."""
+    for repeat in repeats:
+        prefix = repeat.name + "."
+        if parameter.startswith(prefix):
+            number, _, rest = parameter.removeprefix(prefix).partition(".")
+            return f"{prefix}{min(int(number), repeat.kept - 1)}.{rest}"
+    return parameter

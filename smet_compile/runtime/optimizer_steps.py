@@ -1,0 +1,121 @@
+"""The steps of an optimizer: when it made one, which parameters it trained, whether their gradients were finite."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
+from smet_compile.ops.outside_graphs import outside_graphs, prepare
+from smet_compile.ops.update_counts import UpdateCounts, counts_of
+
+_ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
+
+
+class StepListener:
+    """Calls ``callback(optimizer)`` after each training step, as long as the object of that method is alive.
+
+    A step that a GradScaler's fused optimizer skipped is no training step, nor is one that only makes state
+    (``torch.distributed.checkpoint``). A class whose ``step`` calls that of its parent has two pairs of hooks run in
+    one step; the first one to end counts.
+
+    Raises ValueError for an optimizer without step hooks.
+    """
+
+    def __init__(self, found: FoundOptimizer, callback: Callable[[Any], None]) -> None:
+        self._callback = weakref.WeakMethod(callback)
+        self._had_state = True
+        self._has_begun = True
+        try:
+            found.optimizer.register_step_pre_hook(partial(_before_step, self))
+            found.optimizer.register_step_post_hook(partial(_after_step, self))
+        except AttributeError:
+            raise ValueError(
+                f"{found.name}: expected a torch.optim.Optimizer, whose steps can be counted, got a "
+                f"{type(found.optimizer).__name__} without step hooks; derive it from torch.optim.Optimizer and call "
+                "super().__init__(params, defaults)"
+            ) from None
+        prepare()
+
+
+@outside_graphs(_ADVICE)
+def _before_step(listener: StepListener, optimizer: Any, *_: Any) -> None:
+    listener._has_begun = True
+    listener._had_state = has_state(optimizer)
+
+
+@outside_graphs(_ADVICE)
+def _after_step(listener: StepListener, optimizer: Any, *_: Any) -> None:
+    callback = listener._callback()
+    if callback is None or not listener._has_begun:
+        return
+    listener._has_begun = False
+    skipped = getattr(optimizer, "found_inf", None)
+    if isinstance(skipped, Tensor) and bool(skipped):
+        return
+    if listener._had_state or not changes_nothing(optimizer):
+        callback(optimizer)
+
+
+class TrainedParameters:
+    """Holds which parameters the optimizers' step trained, and which of their gradients were not finite.
+
+    It looks at a step from within the optimizer's hook, while its gradients are there. A gradient that an update in
+    backward consumed is there no more; what is left are the counts of such updates. They are read before and after a
+    step that is looked at, and in no other: reading waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: list[Any] = []
+        self._before: dict[nn.Parameter, tuple[UpdateCounts, tuple[int, int]]] = {}
+        self._trained: dict[int, set[int]] = {}
+        self._not_finite: dict[int, list[nn.Parameter]] = {}
+
+    def __contains__(self, parameter: nn.Parameter) -> bool:
+        return any(id(parameter) in trained for trained in self._trained.values())
+
+    @property
+    def not_finite(self) -> list[nn.Parameter]:
+        """Returns the trained parameters whose gradient was not finite."""
+        return [p for each in self._not_finite.values() for p in each]
+
+    def set_optimizers(self, optimizers: list[Any]) -> None:
+        """Sets the optimizers that may count updates made in backward."""
+        self._optimizers = optimizers
+
+    def read_counts(self) -> None:
+        """Reads the counts; called before a step that will be looked at."""
+        self._before = {p: (counts, counts.now()) for p, counts in self._counts().items()}
+
+    def look_at_step(self, optimizer: Any) -> None:
+        """Finds out what ``optimizer`` trained; called after its step."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        counts = self._counts()
+        changes = {p: self._changes(p, counts[p]) for p in parameters if p in counts}
+        trained = [p for p in parameters if p.grad is not None or (p in changes and changes[p][0])]
+        self._trained[id(optimizer)] = {id(p) for p in trained}
+        self._not_finite[id(optimizer)] = [p for p in trained if (p in changes and changes[p][1]) or not _is_finite(p)]
+
+    def forget(self) -> None:
+        """Forgets the step; called before the next one."""
+        self._trained.clear()
+        self._not_finite.clear()
+
+    def _counts(self) -> dict[nn.Parameter, UpdateCounts]:
+        return {p: counts for optimizer in self._optimizers for p, counts in counts_of(optimizer).items()}
+
+    def _changes(self, parameter: nn.Parameter, counts: UpdateCounts) -> tuple[bool, bool]:
+        """Returns whether the parameter was updated in the step, and whether blocks were skipped."""
+        known, before = self._before.get(parameter, (None, (0, 0)))
+        if known is not counts:
+            before = counts.at_first()
+        now = counts.now()
+        return now[0] > before[0], now[1] > before[1]
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    return parameter.grad is None or bool(parameter.grad.isfinite().all())
