@@ -135,7 +135,7 @@ def test_many_parameters_in_one_call() -> None:
 
 
 def test_kept_updates_follow_gradients_and_rates() -> None:
-    """Several steps of the same updates, of which some are left out, in other orders and with other neighbours."""
+    """Steps are made with some of the updates, in other orders and with other neighbours."""
     given = [update_of(case, torch.float32, torch.bfloat16, seed=n) for n, case in enumerate(CASES.values())]
     lr = torch.tensor(0.01, dtype=torch.float64)
     kept, fresh = ([copy_of(each, CPU, lr=lr) for each in given] for _ in range(2))
@@ -185,7 +185,7 @@ def test_nothing_to_update() -> None:
 
 
 def test_positions_beyond_32_bits_make_other_noise() -> None:
-    """A plain parameter is never that large here, so the dense weight is: a stack of which little is active."""
+    """A plain parameter of that size is too large for a test, so the weight is a stack of which little is active."""
     shape, block_shape = (5, 2**16, 2**14), (2**13, 1)
     layout = Case(shape, block_shape).layout
     assert layout is not None and layout.num_weights > 2**32
@@ -200,11 +200,11 @@ def reason(update: Update, is_traced: bool = False) -> str | None:
     return native.refusal(UpdateCase(update, is_traced))
 
 
-def test_what_it_does_not_take() -> None:
-    takes = update_of(CASES["tiles"], torch.float32, torch.float32)
-    assert reason(takes) is None
-    (exp_avg, exp_avg_sq), values, grad = takes.slots, takes.values, takes.grad
-    generation, births = takes.generation, takes.births
+def test_updates_that_are_refused() -> None:
+    usual = update_of(CASES["tiles"], torch.float32, torch.float32)
+    assert reason(usual) is None
+    (exp_avg, exp_avg_sq), values, grad = usual.slots, usual.values, usual.grad
+    generation, births = usual.generation, usual.births
     assert generation is not None and births is not None
     changed: dict[str, list[Any]] = {
         "values": [values.double(), values.transpose(1, 2), values.to("meta")],
@@ -216,30 +216,30 @@ def test_what_it_does_not_take() -> None:
             (exp_avg.to(torch.uint8), exp_avg_sq.to(torch.uint8)),  # codes without scales
             (exp_avg,),
         ],
-        "step": [takes.step.float()],
+        "step": [usual.step.float()],
         "generation": [generation.long(), torch.stack((generation, generation), 1)[:, 0]],
         "births": [births.int(), births[:32]],
     }
     for name, others in changed.items():
         for other in others:
-            why = reason(dataclasses.replace(takes, prepared={}, **{name: other}))
-            assert why is not None and "of this dtype, memory layout or device" in why, name
+            message = reason(dataclasses.replace(usual, prepared={}, **{name: other}))
+            assert message is not None and "of this dtype, memory layout or device" in message, name
     with torch._subclasses.FakeTensorMode() as mode:
         fake = {
-            field.name: mode.from_tensor(getattr(takes, field.name))
-            for field in dataclasses.fields(takes)
-            if isinstance(getattr(takes, field.name), torch.Tensor)
+            field.name: mode.from_tensor(getattr(usual, field.name))
+            for field in dataclasses.fields(usual)
+            if isinstance(getattr(usual, field.name), torch.Tensor)
         }
-        fake["slots"] = tuple(map(mode.from_tensor, takes.slots))
-        assert reason(dataclasses.replace(takes, prepared={}, **fake)) is not None
-        assert reason(dataclasses.replace(takes, prepared={}, **fake), is_traced=True) is None
+        fake["slots"] = tuple(map(mode.from_tensor, usual.slots))
+        assert reason(dataclasses.replace(usual, prepared={}, **fake)) is not None
+        assert reason(dataclasses.replace(usual, prepared={}, **fake), is_traced=True) is None
 
 
 def test_other_rules_are_refused() -> None:
-    takes = update_of(CASES["tiles"], torch.float32, torch.float32)
-    other = dataclasses.replace(takes.rule, name="other")
-    assert reason(dataclasses.replace(takes, rule=other, prepared={})) == "computes the rule adamw only"
-    assert reason(dataclasses.replace(takes, rule=find_rule("naive_adamw"), prepared={})) is None
+    usual = update_of(CASES["tiles"], torch.float32, torch.float32)
+    other = dataclasses.replace(usual.rule, name="other")
+    assert reason(dataclasses.replace(usual, rule=other, prepared={})) == "computes the rule adamw only"
+    assert reason(dataclasses.replace(usual, rule=find_rule("naive_adamw"), prepared={})) is None
 
 
 def members_of(source: str, struct: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A folder is trusted where no other user can change what lies there, by any folder or link on the way."""
+"""Tests that a folder is trusted only where no other user can change it, by any folder or link on the way."""
 
 import grp
 import os
@@ -99,7 +99,7 @@ def test_a_folder_on_the_way_belongs_to_another_user(tmp_path: Path, which: str)
 
 @plays_two_users
 def test_a_link_of_another_user(tmp_path: Path) -> None:
-    """It leads to a good folder now, and elsewhere when it is followed."""
+    """The link leads to a good folder now, and could lead elsewhere later."""
     sticky, own = trusted_folder(tmp_path / "sticky"), trusted_folder(tmp_path / "own")
     sticky.chmod(0o1777)
     (sticky / "cache").symlink_to(own)
@@ -127,7 +127,7 @@ PRIVATE: dict[str, tuple[str, list[str], dict[str, int], bool]] = {
 
 @pytest.mark.parametrize("case", PRIVATE)
 def test_a_group_of_one_user_is_no_other(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries are used under umask 002, where every user has a group of their own."""
+    """Entries are used under umask 002, under which every user has a group of their own."""
     name, members, first_groups, expected = PRIVATE[case]
     users = [
         SimpleNamespace(pw_name=user, pw_uid=os.geteuid() + (user != "me"), pw_gid=group)
