@@ -168,10 +168,10 @@ def test_gradients_that_are_not_contiguous() -> None:
         assert all(map(torch.equal, actual.changed(), expected.changed()))
 
 
-def test_gradients_of_another_dtype_or_shape_are_refused() -> None:
+def test_gradients_of_another_dtype_shape_or_device_are_refused() -> None:
     given = update_of(CASES["tiles"], torch.float32, torch.float32)
     before = [tensor.clone() for tensor in given.changed()]
-    for grad in (given.grad.double(), given.grad[:1]):
+    for grad in (given.grad.double(), given.grad[:1], given.grad.to("meta")):
         with pytest.raises(ValueError, match=r"expected a gradient of torch.float32 and .*; choose a kernel for it"):
             native.update_all([given, dataclasses.replace(given, grad=grad, prepared={})])
     assert all(map(torch.equal, given.changed(), before))

@@ -77,10 +77,10 @@ def refusal(case: UpdateCase) -> str | None:
 
 
 def update_all(updates: list[Update]) -> None:
-    """Makes every update; their gradients have the dtype and the device of their values.
+    """Makes every update. Gradients are plain tensors with the dtype, shape and device of their values.
 
     Raises:
-        ValueError: a gradient of another dtype or shape, which C++ would read past its end.
+        ValueError: a gradient of another dtype, shape or device, which C++ would read past its end.
     """
     if not updates:
         return
@@ -90,10 +90,10 @@ def update_all(updates: list[Update]) -> None:
     number: float | None = None
     for update, job, (_, dtype, shape) in zip(updates, batch.jobs, batch.prepared, strict=True):
         grad = update.grad
-        if grad.dtype != dtype or grad.shape != shape:
+        if grad.dtype != dtype or grad.shape != shape or not grad.is_cpu:
             raise ValueError(
-                f"update_all: expected a gradient of {dtype} and {tuple(shape)}, got {grad.dtype} and "
-                f"{tuple(grad.shape)}; choose a kernel for it"
+                f"update_all: expected a gradient of {dtype} and {tuple(shape)} on the CPU, got {grad.dtype} and "
+                f"{tuple(grad.shape)} on {grad.device}; choose a kernel for it"
             )
         if not grad.is_contiguous():
             grad = grad.contiguous()
