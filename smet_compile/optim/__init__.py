@@ -7,7 +7,16 @@ from smet_compile.optim.parameters import decay_groups
 from smet_compile.optim.scale import ActiveScale
 from smet_compile.optim.sgd import ActiveSGD
 
+OPTIMIZERS: dict[str, type[ActiveOptimizer]] = {
+    "adamw": ActiveAdamW,
+    "lion": ActiveLion,
+    "sgd": ActiveSGD,
+    "scale": ActiveScale,
+}
+"""The optimizers by the names that ``smet_compile.plan`` and the command line have for them."""
+
 __all__ = [
+    "OPTIMIZERS",
     "ActiveAdamW",
     "ActiveLion",
     "ActiveOptimizer",

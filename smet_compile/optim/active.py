@@ -114,9 +114,18 @@ class ActiveOptimizer(Optimizer):
         register(self)
         prepare()
 
+    @classmethod
+    def rule_for(cls, is_vector: bool, is_head: bool) -> Rule:
+        """Returns the rule for a kind of parameter: that of the class, unless a subclass has several.
+
+        ``is_vector``: it has no matrix. ``is_head``: it is the weight of the output layer.
+        """
+        return cls.rule
+
     def rule_of(self, parameter: nn.Parameter) -> Rule:
-        """Returns the rule that moves ``parameter``: that of the class, unless a subclass has several."""
-        return self.rule
+        """Returns the rule that moves ``parameter``."""
+        known = self._parameters[parameter]
+        return self.rule_for(known.layout is None, known.is_head)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = check_options(self.defaults | param_group)

@@ -64,13 +64,13 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
                 f"{compact.name}: expected whole compact weights, got one cut into shards (FSDP, tensor parallelism): "
                 "its rows belong to positions written elsewhere; use DistributedDataParallel, or shard the dense model"
             )
-    head = _output_head(model)
+    head = find_output_head(model)
     owners = {id(p): module for module in model.modules() for p in module._parameters.values() if p is not None}
     found: dict[nn.Parameter, Parameter] = {}
     for name, parameter in model.named_parameters():
         site = by_values.get(id(parameter))
         owner = site.module if site else owners[id(parameter)]
-        is_head = owner is head and (site is not None or parameter.dim() > 1)
+        is_head = parameter is head
         if site is not None:
             layout: Layout | None = site.layout
         elif parameter.dim() > 1 and not nn.parameter.is_lazy(parameter):
@@ -83,19 +83,25 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
     return found
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """Returns the module that makes the outputs: the one that the model names, else the last that has a matrix."""
-    named = getattr(model, "get_output_embeddings", None)
-    head = named() if callable(named) else None
-    if isinstance(head, nn.Module):
-        return head
-    compact = {id(site.module) for site in find_sites(model).values()}
-    last = None
+def find_output_head(model: nn.Module) -> nn.Parameter | None:
+    """Returns the weight of the output layer, None where the model has no matrix that could be it.
+
+    It is the weight of the module that ``get_output_embeddings()`` of the model or of a module inside it returns, else
+    the last matrix, dense or compact.
+    """
+    compact = {id(site.values) for site in find_sites(model).values()}
+
+    def matrices(module: nn.Module) -> list[nn.Parameter]:
+        return [p for p in module.parameters() if id(p) in compact or (not nn.parameter.is_lazy(p) and p.dim() > 1)]
+
     for module in model.modules():
-        own = module._parameters.values()
-        if id(module) in compact or any(p is not None and not nn.parameter.is_lazy(p) and p.dim() > 1 for p in own):
-            last = module
-    return last
+        try:
+            head = module.get_output_embeddings()  # type: ignore[operator]
+        except Exception:  # not a model of transformers, or one without an answer
+            continue
+        if isinstance(head, nn.Module) and matrices(head):
+            return matrices(head)[0]
+    return matrices(model)[-1] if matrices(model) else None
 
 
 def _is_sharded(parameter: Tensor) -> bool:

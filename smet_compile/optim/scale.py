@@ -70,8 +70,8 @@ class ActiveScale(ActiveOptimizer):
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": 1e-8}
         super().__init__(params, options, common)
 
-    def rule_of(self, parameter: nn.Parameter) -> Rule:
-        known = self._parameters[parameter]
-        if known.layout is None:
+    @classmethod
+    def rule_for(cls, is_vector: bool, is_head: bool) -> Rule:
+        if is_vector:
             return ADAMW
-        return SCALE_MOMENTUM if known.is_head else SCALE
+        return SCALE_MOMENTUM if is_head else SCALE

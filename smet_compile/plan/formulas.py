@@ -162,7 +162,7 @@ class Formulas:
 
     def _ages(self) -> Expr:
         constant = sum(bytes_of(each, self.recipe)["ages"] for each in self._parameters)
-        if not self._sites:
+        if not any(map(self.recipe.has_ages, self._sites)):
             return constant
         return self._num_active_blocks() + constant - sum(each.num_active for each in self._sites)
 

@@ -12,6 +12,7 @@ from torch import nn
 from smet_compile.convert import choose, draw, export_dense, make_compact
 from smet_compile.convert.choose import Choice
 from smet_compile.ops import find_sites
+from smet_compile.optim.parameters import find_output_head
 from smet_compile.plan.shapes import (
     EagerRun,
     Step,
@@ -26,7 +27,6 @@ from smet_compile.plan.stored import (
     Bytes,
     Recipe,
     Stored,
-    find_output_head,
     resident_bytes,
     total_bytes,
     values_bytes,

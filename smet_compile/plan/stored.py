@@ -8,14 +8,12 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from smet_compile.format import Layout, arguments, empty_lists
-from smet_compile.ops import find_sites
 from smet_compile.ops.codes import num_scales
+from smet_compile.optim import OPTIMIZERS
 
 KINDS = ("weights", "gradients", "moments", "ages", "index", "buffers")
-OPTIMIZERS = ("adamw", "lion", "sgd", "scale")
 SCALE_BYTES = 4
 _COUNTS_BYTES = 16
 """A trained parameter counts its steps and its skipped blocks, int64 each."""
@@ -63,34 +61,9 @@ class Stored:
         return replace(self, layout=None, num_active=0)
 
 
-def find_output_head(model: nn.Module) -> nn.Parameter | None:
-    """Returns the weight of the output layer, None where the model has no matrix that could be it.
-
-    It is the weight of the module that ``get_output_embeddings()`` of the model or of a module inside it returns, else
-    the last parameter of two or more dimensions that is not compact.
-    """
-    compact = {id(site.values) for site in find_sites(model).values()}
-    for module in model.modules():
-        try:
-            head = module.get_output_embeddings()  # type: ignore[operator]
-        except Exception:  # not a model of transformers, or one without an answer
-            continue
-        for parameter in head.parameters() if isinstance(head, nn.Module) else ():
-            if parameter.dim() >= 2 or id(parameter) in compact:
-                return parameter
-    matrices = [each for each in model.parameters() if each.dim() >= 2 and id(each) not in compact]
-    return matrices[-1] if matrices else None
-
-
 def state_slots(optimizer: str, parameter: Stored) -> int:
-    """Returns how many moments ``optimizer`` stores for each entry of ``parameter``. It mirrors the rules of ``optim``.
-
-    AdamW has two everywhere. Lion and SGD with momentum have one. SCALE has one for the output head and none for other
-    matrices, compact or not; vectors are updated by AdamW.
-    """
-    if optimizer == "scale":
-        return 1 if parameter.is_output_head else 2 * parameter.is_vector
-    return {"adamw": 2, "lion": 1, "sgd": 1}[optimizer]
+    """Returns how many moments ``optimizer`` stores for each entry of ``parameter``, by its rule."""
+    return len(OPTIMIZERS[optimizer].rule_for(parameter.is_vector, parameter.is_output_head).slots)
 
 
 @dataclass(frozen=True)
@@ -119,6 +92,13 @@ class Recipe:
     def has_scales(self, weights: torch.dtype) -> bool:
         return self.dtype_of_moments(weights) == torch.uint8
 
+    def has_ages(self, parameter: Stored) -> bool:
+        """Returns whether the blocks of a compact parameter count their age, at the optimizer's own warm-up."""
+        optimizer = OPTIMIZERS[self.optimizer]
+        return (
+            optimizer.rule_for(parameter.is_vector, parameter.is_output_head).needs_ages or optimizer.warmup_steps > 0
+        )
+
     def slots(self, parameter: Stored) -> int:
         """Returns the number of moments of each entry; 0 for a parameter that is not trained."""
         return state_slots(self.optimizer, parameter) if parameter.trained else 0
@@ -144,7 +124,9 @@ def bytes_of(parameter: Stored, recipe: Recipe) -> Bytes:
 def _ages_bytes(parameter: Stored, recipe: Recipe) -> int:
     if recipe.by_torch:
         return _TORCH_STEP_BYTES
-    return _COUNTS_BYTES if parameter.layout is None else _COUNTS_BYTES + _BIRTHS_BYTES + parameter.num_active
+    if parameter.layout is None or not recipe.has_ages(parameter):
+        return _COUNTS_BYTES
+    return _COUNTS_BYTES + _BIRTHS_BYTES + parameter.num_active
 
 
 def total_bytes(parameters: Iterable[Stored], recipe: Recipe, buffers: int = 0) -> Bytes:

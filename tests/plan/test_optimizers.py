@@ -8,7 +8,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.plan.stored import OPTIMIZERS, Recipe, Stored, bytes_of, find_output_head, state_slots
+from smet_compile.optim import OPTIMIZERS
+from smet_compile.optim.parameters import find_output_head
+from smet_compile.plan.stored import Recipe, Stored, bytes_of, state_slots
 from tests.models.classes import SMALL
 
 COMPACT, DENSE, HEAD, VECTORS = 256, 32 * 16, 8 * 32, 32 + 32 + 8
@@ -85,7 +87,10 @@ def test_all_else_that_is_stored_is_the_same() -> None:
     """The dense training in the plan is AdamW's always."""
     plans = [net_plan(optimizer=optimizer) for optimizer in OPTIMIZERS]
     for plan in plans[1:]:
-        assert plan.sparse.stored | {"moments": 0} == plans[0].sparse.stored | {"moments": 0}
+        others = {"moments": 0, "ages": 0}
+        assert plan.sparse.stored | others == plans[0].sparse.stored | others
+        is_scale = "optimizer scale" in plan.title  # it needs no ages without warm-up
+        assert (plan.sparse.stored["ages"] < plans[0].sparse.stored["ages"]) == is_scale
         assert plan.dense == plans[0].dense
 
 
@@ -156,13 +161,12 @@ def test_a_compact_head_that_the_model_names_is_the_head() -> None:
     assert find_output_head(model) is head.parametrizations.weight.original
 
 
-def test_else_the_head_is_the_last_matrix_that_is_not_compact() -> None:
-    model = Net()
+def test_else_the_head_is_the_last_matrix() -> None:
+    model: Any = Net()
     assert find_output_head(model) is model.head.weight
     smet.sparsify(model, 0.5, include=["head"])
-    assert find_output_head(model) is model.side.weight
+    assert find_output_head(model) is model.head.parametrizations.weight.original
     assert find_output_head(nn.LayerNorm(8)) is None
-    assert find_output_head(smet.sparsify(nn.Sequential(nn.Linear(8, 8)), 0.5)) is None
 
 
 def test_the_head_of_a_model_that_cannot_name_it_is_its_last_matrix() -> None:
