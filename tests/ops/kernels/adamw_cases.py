@@ -1,4 +1,4 @@
-"""Parameters of every kind and their AdamW updates, for tests of kernels that make them."""
+"""Makes parameters of every kind and their AdamW updates, for tests of kernels that compute them."""
 
 from __future__ import annotations
 
