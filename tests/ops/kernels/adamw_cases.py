@@ -1,26 +1,36 @@
-"""Parameters of every kind and their updates, for tests of kernels that make them."""
+"""Makes parameters of every kind and their AdamW updates, for tests of kernels that compute them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, empty_index, pack_bits, write_index
+from smet_compile.format import Layout, Topology
+from smet_compile.ops.codes import num_scales
+from smet_compile.ops.rules import Rule
+from smet_compile.ops.updates import Update
+from smet_compile.optim.adamw import ADAMW
 
-NUM_SKIPPED, STEP, LAST_TENSOR = 5, 6, 7
+OPTIONS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "density_rate": 2.5, "warmup_steps": 100}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One parameter: of ``shape``, compact with blocks of ``block_shape``, or plain."""
+    """Describes one parameter of ``shape``, compact with blocks of ``block_shape``, or plain.
+
+    Args:
+        options: those that differ from ``OPTIONS``. rule: ``ADAMW`` or ``NAIVE_ADAMW``.
+    """
 
     shape: tuple[int, ...]
     block_shape: tuple[int, int] | None = None
     density: float = 0.4
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    rule: Rule = ADAMW
 
     @property
     def layout(self) -> Layout | None:
@@ -28,7 +38,7 @@ class Case:
 
 
 def over_the_edge(positions: Tensor, layout: Layout) -> Tensor:
-    """(N, bm, bn) bool: the entries that hang over, which are those whose row or column there is not."""
+    """Returns (N, bm, bn) bool: the entries that hang over, which are those whose row or column there is not."""
     bm, bn = layout.block_shape
     row = positions // layout.block_cols % layout.block_rows * bm
     col = positions % layout.block_cols * bn
@@ -39,20 +49,21 @@ def over_the_edge(positions: Tensor, layout: Layout) -> Tensor:
 
 def update_of(
     case: Case, dtype: torch.dtype, moments: torch.dtype, noise_seed: int | None = 5, broken: bool = True, seed: int = 0
-) -> tuple[Any, ...]:
-    """The arguments of an update in the middle of a run; with ``broken``, some gradients are not finite."""
+) -> Update:
+    """Makes an update in the middle of a run; with ``broken``, some gradients are not finite."""
     generator = torch.Generator().manual_seed(seed)
-    layout, positions = case.layout, None
+    layout, positions, topology = case.layout, None, None
     size = case.shape
     if layout is not None:
         mask = torch.rand(layout.num_blocks, generator=generator) < case.density
         mask[-1] = True
         positions = mask.nonzero().squeeze(1)
         size = layout.values_shape(len(positions))
+        topology = Topology.from_mask(mask, layout)
 
     def normal(scale: float) -> Tensor:
         x = torch.randn(size, generator=generator) * scale
-        if layout is not None and not layout.single_weights:
+        if layout is not None and positions is not None and not layout.single_weights:
             x[over_the_edge(positions, layout)] = 0
         return x
 
@@ -63,60 +74,77 @@ def update_of(
     if moments == torch.uint8:
         exp_avg = torch.randint(0, 256, size, generator=generator) * (exp_avg != 0)
         exp_avg_sq = torch.randint(1, 256, size, generator=generator) * (exp_avg_sq != 0)
-        groups = layout.num_groups if layout else -(-values.numel() // 1024)
+        groups = num_scales(values.numel(), layout)
         scales = torch.rand(2, groups, generator=generator) * torch.tensor([[0.03], [0.001]])
-    compact: tuple[Any, ...] = (None, None, None, [], [], [], [])
-    if layout is not None:
+    generation, births = None, None
+    if topology is not None:
         births = torch.full((256,), -1)
         births[:4] = torch.tensor([0, 7, 90, 100])
-        generation = torch.randint(0, 4, (len(positions),), generator=generator).to(torch.uint8)
-        topology = pack_bits(mask)
-        index = empty_index(layout, len(positions), torch.device("cpu"))
-        write_index(index, topology, layout)
-        lists = list(layout.shape), list(layout.matrix), list(layout.block_shape)
-        compact = (generation, births, topology, [index], *lists)
-    options = {
-        "density_rate": 2.5,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "warmup_steps": 100,
-        "shared_step": False,
-        **case.options,
-    }
-    counts = torch.tensor(3), torch.tensor(100)
-    lr = torch.tensor(0.01, dtype=torch.float64)
-    moved = values, grad, exp_avg.to(moments), exp_avg_sq.to(moments), scales
-    return (*moved, *counts, lr, *compact, *options.values(), noise_seed)
+        generation = torch.randint(0, 4, (topology.num_active,), generator=generator).to(torch.uint8)
+    numbers = OPTIONS | case.options
+    return Update(
+        rule=case.rule,
+        values=values,
+        grad=grad,
+        slots=(exp_avg.to(moments), exp_avg_sq.to(moments)),
+        scales=scales,
+        num_skipped=torch.tensor(3),
+        step=torch.tensor(100),
+        lr=torch.tensor(0.01, dtype=torch.float64),
+        generation=generation,
+        births=births,
+        topology=topology,
+        layout=layout,
+        units_are_columns=False,
+        options=tuple(numbers[name] for name in case.rule.options),
+        density_rate=numbers["density_rate"],
+        warmup_steps=numbers["warmup_steps"],
+        noise_seed=noise_seed,
+    )
 
 
 def _break(grad: Tensor, generator: torch.Generator) -> None:
     flat = grad.view(-1)
-    for bad in (float("inf"), float("-inf"), float("nan")):
+    for bad in (math.inf, -math.inf, math.nan):
         flat[int(torch.randint(0, flat.numel(), (), generator=generator))] = bad
 
 
-def copy_of(update: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    """The same arguments in new memory; the learning rate stays where it is."""
+def copy_of(update: Update, device: torch.device, **changed: Any) -> Update:
+    """Makes the same update in new memory, but for what is given; the learning rate stays where it is."""
 
-    def moved(x: Any) -> Any:
-        if isinstance(x, list):
-            return [moved(each) for each in x]
-        return x.to(device, copy=True) if isinstance(x, Tensor) else x
+    def moved(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device, copy=True)
 
-    return tuple(x if number == LAST_TENSOR else moved(x) for number, x in enumerate(update))
+    topology = update.topology
+    if topology is not None:
+        bits, lists = topology.bits.to(device, copy=True), topology.lists.to(device, copy=True)
+        topology = Topology(topology.layout, bits, lists, topology.num_active)
+    fields: dict[str, Any] = {name: getattr(update, name) for name in Update.__dataclass_fields__}
+    names = ("values", "grad", "scales", "num_skipped", "step", "generation", "births")
+    fields |= {name: moved(fields[name]) for name in names}
+    fields |= {"slots": tuple(map(moved, update.slots)), "topology": topology, "prepared": {}}
+    return Update(**(fields | changed))
 
 
-MOVED = ("values", "grad", "exp_avg", "exp_avg_sq", "scales", "num_skipped", "step")
+def tensors_of(update: Update) -> dict[str, Tensor | None]:
+    """Returns the tensors that an update reads or changes, by name."""
+    slots = zip((slot.name for slot in update.rule.slots), update.slots, strict=True)
+    counts = {"scales": update.scales, "num_skipped": update.num_skipped, "step": update.step}
+    return {"values": update.values, "grad": update.grad, **dict(slots), **counts}
 
 
-def differences(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> list[str]:
-    """What an update has left that is not the same bit for bit, NaN for NaN."""
+def differences(actual: Update, expected: Update) -> list[str]:
+    """Describes what is not the same after two updates, bit for bit, NaN for NaN."""
     found = []
-    for name, x, y in zip(MOVED, actual, expected, strict=False):
-        if x is not None and not torch.equal(x.cpu().nan_to_num(12345.0), y.cpu().nan_to_num(12345.0)):
+    others = tensors_of(expected)
+    for name, x in tensors_of(actual).items():
+        y = others[name]
+        if x is not None and y is not None and not torch.equal(_comparable(x), _comparable(y)):
             different = (x.cpu().double() != y.cpu().double()).nonzero()
             first = tuple(different[0].tolist())
             found.append(f"{name}: {len(different)} of {x.numel()}, first {first}: {x[first]}, expected {y[first]}")
     return found
+
+
+def _comparable(x: Tensor) -> Tensor:
+    return x.cpu().nan_to_num(12345.0)
