@@ -30,7 +30,7 @@ _POINTERS = {
 
 @dataclass
 class Launch:
-    """One launch: of which kernel, with which arguments by name."""
+    """Holds one launch: the kernel, and its arguments by name."""
 
     kernel: Any
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Launch:
 
 @contextmanager
 def caught(module: Any, name: str) -> Iterator[Launch]:
-    """The launch of ``module.name`` is caught instead of made."""
+    """Catches the launch of ``module.name`` instead of making it."""
     launch = Launch(getattr(module, name))
     with mock.patch.object(module, name, launch):
         yield launch
@@ -56,7 +56,7 @@ def caught(module: Any, name: str) -> Iterator[Launch]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a kernel. ``spilled_bytes``: None where nothing tells."""
+    """Holds what the compiler says of a kernel. ``spilled_bytes``: None where nothing tells."""
 
     ptx: str
     shared_bytes: int
@@ -85,13 +85,13 @@ def compile_for(launch: Launch, architecture: str) -> Compiled:
 
 
 def _stack_bytes(cubin: bytes) -> int | None:
-    """Memory that each thread takes beside its registers: spilled registers, since no kernel here has arrays."""
+    """Returns the memory of a thread beside its registers: spilled registers, since no kernel here has arrays."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+)", said)
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", usage)
     return int(found[1]) if found else None

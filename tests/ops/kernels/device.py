@@ -1,4 +1,4 @@
-"""Where Triton's kernels are tested: on a GPU if there is one, else on the CPU in Triton's interpreter.
+"""Says where Triton's kernels are tested: on a GPU if there is one, else on the CPU in Triton's interpreter.
 
 The interpreter must be asked for before a kernel is defined, so it has a process of its own:
 ``test_triton_interpreted.py`` starts it, and everywhere else the tests marked ``on_device`` are skipped.
@@ -19,7 +19,7 @@ compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has repl
 
 @pytest.fixture
 def new_memory_is_nan() -> Iterator[None]:
-    """Every ``torch.empty`` of floating point is full of NaN: what a kernel leaves out shows."""
+    """Fills every ``torch.empty`` of floating point with NaN: what a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield

@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 
-from smet_compile.format import Layout
 from tests.ops.kernels import compiling
 from tests.ops.kernels.adamw_cases import Case, update_of
 from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, caught, compile_for
@@ -40,8 +39,8 @@ def tables_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(launch: compiling.Launch, architecture: str) -> str:
-    """PTX of a kernel that fits, built with all options that it is launched with."""
-    assert launch.arguments["enable_fp_fusion"] is False, "it must round as the reference does"
+    """Returns the PTX of a kernel that fits, built with all options that it is launched with."""
+    assert launch.arguments["enable_fp_fusion"] is False, "it must round as the law does"
     build = compiling.triton.compile
     more = {name: launch.arguments[name] for name in ("enable_fp_fusion", "maxnreg") if name in launch.arguments}
 
@@ -58,7 +57,7 @@ def check(launch: compiling.Launch, architecture: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stored", STORED)
 def test_update(stored: str, case: str) -> None:
-    """Beside plain parameters, blocks of one kind; on each architecture every kind, and all that is stored."""
+    """Plain parameters and blocks of one kind share a launch; each architecture sees every kind and all dtypes."""
     from smet_compile.ops.kernels.triton import adamw
 
     number = list(STORED).index(stored) + list(CASES).index(case)
@@ -88,17 +87,17 @@ def test_update(stored: str, case: str) -> None:
     ],
 )
 def test_sampled(architecture: str, side: int, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smet_compile.ops.kernels.triton import adamw, device, dot, sampled_adamw
-    from smet_compile.ops.kernels.triton.adamw_rows import Update
+    from smet_compile.ops.kernels.triton import adamw, matmul_tiles, sampled_tiles, sampled_update, supports
 
-    monkeypatch.setattr(device, "architecture", lambda _: architecture)
-    monkeypatch.setattr(sampled_adamw, "dot_precision", lambda _: "tf32")
-    assert dot.dot_precision(BF16) == "tf32"
+    monkeypatch.setattr(supports, "architecture", lambda _: architecture)
+    assert matmul_tiles.dot_precision(BF16) == "tf32"
+    monkeypatch.setattr(sampled_tiles, "dot_precision", lambda _: "tf32")
+    monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 1)
     case = Case((512, 1024), (side, side), density=0.25)
-    one = Update(*update_of(case, *STORED[stored], broken=False))
-    assert isinstance(one.layout, Layout)
+    one = update_of(case, *STORED[stored], broken=False)
+    one.grad = one.values
     left, right = (torch.empty(512, size, dtype=one.values.dtype) for size in case.shape)
-    with caught(adamw, "prepare"), caught(sampled_adamw, "_sampled_adamw") as fused:
-        sampled_adamw._fused(left, right, None, one)
+    with caught(adamw, "prepare"), caught(sampled_update, "_sampled_update") as fused:
+        sampled_update.sampled_update(left, right, None, one)
     ptx = check(fused, architecture)
     assert ("wgmma.mma_async" if architecture == "hopper" else "mma.sync") in ptx

@@ -1,4 +1,4 @@
-"""Hash, noise, roundings and codes of the optimizer's kernels: the reference's, bit for bit, on many inputs."""
+"""Hash, noise, roundings and codes of the optimizer's kernels equal the law's, bit for bit, on many inputs."""
 
 from typing import Any
 
@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.ops import codes
-from smet_compile.ops import reference as ref
+from smet_compile.ops import codes, law
 from tests.ops.kernels.device import DEVICE, on_device
 
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from smet_compile.ops.kernels.triton.adamw_rounding import decode, encode, noise_bits, noise_key, rounded_to
+from smet_compile.ops.kernels.triton.adamw_step import decode, encode, noise_bits, noise_key, rounded_to
 
 pytestmark = on_device
 COUNT = 4096
@@ -48,7 +47,7 @@ def _decode(code, scale, out, OFFSET: tl.constexpr, COUNT: tl.constexpr):
 
 
 def run(kernel: Any, *tensors: Tensor, dtype: torch.dtype, **constants: Any) -> Tensor:
-    """What the kernel writes from tensors on the CPU."""
+    """Returns what the kernel writes from tensors on the CPU."""
     out = torch.empty(COUNT, dtype=dtype, device=DEVICE)
     kernel[(1,)](*(t.to(DEVICE) for t in tensors), out, COUNT=COUNT, **constants)
     return out.cpu()
@@ -64,7 +63,7 @@ def as_float(bits: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Of numbers, by value: a NaN is a NaN, and zero has no sign."""
+    """Compares numbers by value: a NaN is a NaN, and zero has no sign."""
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     assert same.all(), f"{(~same).sum()} differ, as at {int((~same).nonzero()[0])}"
 
@@ -74,7 +73,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 def test_noise(seed: int, step: int, stream: int) -> None:
     positions = torch.cat((torch.arange(COUNT // 2), any_bits(COUNT // 2, 1) * 999))
     noise = run(_noise, torch.tensor(seed), torch.tensor(step), positions, dtype=torch.int64, STREAM=stream)
-    assert torch.equal(noise, ref.noise_bits(ref.noise_key(seed, torch.tensor(step), stream), positions))
+    assert torch.equal(noise, law.noise_bits(law.noise_key(seed, torch.tensor(step), stream), positions))
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
@@ -83,7 +82,7 @@ def test_bfloat16(stochastic: bool) -> None:
     x[:5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")])
     x[5:1000] = x[5:1000].bfloat16().float() * (1 + 2**-8)  # halves
     rounded = run(_round, x, noise, dtype=torch.bfloat16, STOCHASTIC=stochastic)
-    assert_same_bits(rounded, ref.round_stochastic(x, noise) if stochastic else x.bfloat16())
+    assert_same_bits(rounded, law.round_stochastic(x, noise) if stochastic else x.bfloat16())
 
 
 @pytest.mark.parametrize("stochastic", [True, False])

@@ -1,16 +1,16 @@
-"""The product with the update as its epilogue: bit for bit the product, and then the update of all it wrote."""
-
-from typing import Any
+"""The product with the update as its epilogue equals the product and then the update, bit for bit."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from smet_compile.format import Topology
+from smet_compile.ops.updates import Update
 from tests.ops.kernels.adamw_cases import Case, copy_of, differences, update_of
 from tests.ops.kernels.device import DEVICE, INTERPRETED, on_device
 
 pytest.importorskip("triton")
-from smet_compile.ops.kernels.triton import adamw, sampled_adamw
+from smet_compile.ops.kernels.triton import adamw, sampled_update
 from smet_compile.ops.kernels.triton.sampled_tiles import sampled_matmul
 
 pytestmark = on_device
@@ -33,7 +33,7 @@ STORED = {
 
 
 def factors(case: Case, dtype: torch.dtype, grouped: bool, broken: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What is multiplied, and the offsets of tokens sorted by matrix."""
+    """Draws what is multiplied, and returns offsets where tokens are sorted by matrix."""
     layout = case.layout
     assert layout is not None
     generator = torch.Generator().manual_seed(1)
@@ -46,26 +46,36 @@ def factors(case: Case, dtype: torch.dtype, grouped: bool, broken: bool) -> tupl
     return left.to(DEVICE, dtype), right.to(DEVICE, dtype), offsets
 
 
-def product(left: Tensor, right: Tensor, *where: Any) -> Tensor:
-    """pack(leftᵀ right); the interpreter cuts bf16 off where a GPU rounds, so there the sums are rounded here."""
+def product(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None) -> Tensor:
+    """Computes pack(leftᵀ right). The interpreter cuts bf16 off where a GPU rounds, so there it is rounded here."""
     if INTERPRETED:
-        return sampled_matmul(left.float(), right.float(), *where).to(left.dtype)
-    return sampled_matmul(left, right, *where)
+        return sampled_matmul(left.float(), right.float(), topology, offsets).to(left.dtype)
+    return sampled_matmul(left, right, topology, offsets)
+
+
+def with_stand_in(update: Update) -> Update:
+    """Copies an update to the device; its values stand for the gradient."""
+    copied = copy_of(update, DEVICE)
+    copied.grad = copied.values
+    return copied
 
 
 def step_both(
-    case: Case, stored: str, grouped: bool = False, broken: bool = True
-) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments before, after the fused step, and after product and update."""
+    case: Case, stored: str, grouped: bool = False, broken: bool = True, steps: int = 1
+) -> tuple[Update, Update, Update]:
+    """Returns an update before, after fused steps, and after as many products and updates."""
     factor, dtype, moments, noise_seed = STORED[stored]
     before = update_of(case, dtype, moments, noise_seed)
     left, right, offsets = factors(case, factor, grouped, broken)
-    actual, expected = copy_of(before, DEVICE), copy_of(before, DEVICE)
-    assert sampled_adamw.fuses(left, offsets, actual)
-    sampled_adamw.sampled_active_adamw_(actual[0], left, right, offsets, *actual[2:])
-    values, _, *update = expected
-    grad = product(left, right, *expected[10:15], values.shape[0], offsets)
-    adamw.update_all([(values, grad.to(dtype), *update)])
+    actual, expected = with_stand_in(before), copy_of(before, DEVICE)
+    assert expected.topology is not None
+    assert sampled_update.fuses(left, offsets, actual)
+    for _ in range(steps):
+        sampled_update.sampled_update(left, right, offsets, actual)
+        expected.grad = product(left, right, expected.topology, offsets).to(dtype)
+        adamw.update_all([expected])
+    assert actual.grad is actual.values
+    actual.grad = expected.grad
     return before, actual, expected
 
 
@@ -74,7 +84,7 @@ def step_both(
 def test_fused_step(case: str, stored: str) -> None:
     before, actual, expected = step_both(CASES[case], stored)
     assert differences(expected, before)
-    assert int(expected[5]) > int(before[5]), "some blocks must have been skipped"
+    assert int(expected.num_skipped) > int(before.num_skipped), "some blocks must have been skipped"
     assert differences(actual, expected) == []
 
 
@@ -84,12 +94,24 @@ def test_tokens_sorted_by_matrix() -> None:
     assert differences(actual, expected) == []
 
 
+def test_several_steps() -> None:
+    """The launch that is kept with the update is right in the next steps, too."""
+    _, actual, expected = step_both(CASES["over the edges"], "codes", steps=3)
+    assert int(actual.step) == 103
+    assert differences(actual, expected) == []
+
+
 def test_wide_blocks_are_multiplied_first() -> None:
     case = Case((100, 160), (96, 160), density=1.0)
     before = update_of(case, FP32, FP32, None)
     left, right, _ = factors(case, FP32, grouped=False, broken=False)
-    actual = copy_of(before, DEVICE)
-    assert not sampled_adamw.fuses(left, None, actual)
-    sampled_adamw.sampled_active_adamw_(actual[0], left, right, None, *actual[2:])
-    assert int(actual[6]) == int(before[6]) + 1
-    assert not torch.equal(actual[0].cpu(), before[0])
+    actual, expected = with_stand_in(before), copy_of(before, DEVICE)
+    assert not sampled_update.fuses(left, None, actual)
+    sampled_update.sampled_update(left, right, None, actual)
+    assert actual.grad is actual.values
+    assert int(actual.step) == int(before.step) + 1
+    assert not torch.equal(actual.values.cpu(), before.values)
+    assert expected.topology is not None
+    actual.grad = expected.grad = sampled_matmul(left, right, expected.topology)
+    adamw.update_all([expected])
+    assert differences(actual, expected) == []

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
-from smet_compile.format import Layout, empty_index
+from smet_compile.format import Layout, Topology, empty_lists
 from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, Compiled, caught, compile_for
 from tests.ops.kernels.device import compiled_only
 
@@ -26,22 +25,21 @@ every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES)
 
 @pytest.fixture(autouse=True)
 def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches choose what they would choose on the GPU in question."""
-    from smet_compile.ops.kernels.triton import device
+    """Lets launches choose what they would choose on the GPU in question."""
+    from smet_compile.ops.kernels.triton import supports
 
-    monkeypatch.setattr(device, "architecture", lambda _: request.getfixturevalue("architecture"))
+    monkeypatch.setattr(supports, "architecture", lambda _: request.getfixturevalue("architecture"))
 
 
 def weight(
     dtype: torch.dtype, block_shape: tuple[int, int], stack: int = 1, size: tuple[int, int] = (1024, 2048)
-) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """Values, and the arguments from the topology on, unwritten: of a weight with a quarter of its blocks active."""
+) -> tuple[torch.Tensor, Topology]:
+    """Makes values and topology, unwritten, of a weight with a quarter of its blocks active."""
     layout = Layout.of((stack, *size), block_shape)
     num_active = layout.num_active(0.25)
     values = torch.empty(layout.values_shape(num_active), dtype=dtype)
     bits = torch.empty(-(-layout.num_blocks // 8), dtype=torch.uint8)
-    index = [empty_index(layout, num_active, torch.device("cpu"))]
-    return values, (bits, index, list(layout.shape), list(layout.matrix), list(block_shape))
+    return values, Topology(layout, bits, empty_lists(layout, num_active, torch.device("cpu")), num_active)
 
 
 def check(compiled: Compiled, architecture: str) -> None:
@@ -54,7 +52,7 @@ def uses_tensor_cores(compiled: Compiled, architecture: str) -> bool:
 
 
 def copies_16_bytes(compiled: Compiled) -> bool:
-    """Copies to shared memory that no thread waits for, as wide as they can be."""
+    """Tells whether copies to shared memory that no thread waits for are as wide as they can be."""
     return re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", compiled.ptx) is not None
 
 
@@ -71,7 +69,7 @@ def test_masked_matmul(architecture: str, dtype: torch.dtype, side: int, transpo
     offsets = torch.empty(stack, dtype=torch.int32) if grouped else None
     bias = torch.empty(1024 if transposed else 2048, dtype=dtype)
     with caught(matmul_tiles, "_masked_tiles") as launch:
-        matmul_tiles.masked_matmul(input, values, *topology, transposed, bias, offsets)
+        matmul_tiles.masked_matmul(input, values, topology, transposed, bias, offsets)
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
     assert copies_16_bytes(compiled)
@@ -83,11 +81,11 @@ def test_masked_matmul(architecture: str, dtype: torch.dtype, side: int, transpo
 def test_sampled_matmul(architecture: str, dtype: torch.dtype, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from smet_compile.ops.kernels.triton import sampled_tiles
 
-    values, topology = weight(dtype, (side, side))
+    _, topology = weight(dtype, (side, side))
     left, right = torch.empty(4096, 1024, dtype=dtype), torch.empty(4096, 2048, dtype=dtype)
     monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 4)
-    with caught(sampled_tiles, "add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
-        sampled_tiles.sampled_matmul(left, right, *topology, values.shape[0])
+    with caught(sampled_tiles, "_add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
+        sampled_tiles.sampled_matmul(left, right, topology)
     check(compile_for(sum_, architecture), architecture)
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
@@ -105,15 +103,15 @@ def allow_tf32() -> Iterator[None]:
 @pytest.mark.usefixtures("allow_tf32")
 @every_architecture
 def test_tf32(architecture: str) -> None:
-    """fp32 goes to tensor cores where torch's setting lets it."""
+    """Factors in fp32 go to tensor cores where torch's setting lets them."""
     from smet_compile.ops.kernels.triton import matmul_tiles, sampled_tiles
 
     values, topology = weight(torch.float32, (64, 64))
     left, right = torch.empty(4096, 1024), torch.empty(4096, 2048)
     with caught(matmul_tiles, "_masked_tiles") as masked:
-        matmul_tiles.masked_matmul(right, values, *topology, True)
+        matmul_tiles.masked_matmul(right, values, topology, True)
     with caught(sampled_tiles, "_sampled_tiles") as sampled:
-        sampled_tiles.sampled_matmul(left, right, *topology, values.shape[0])
+        sampled_tiles.sampled_matmul(left, right, topology)
     for launch in (masked, sampled):
         compiled = compile_for(launch, architecture)
         check(compiled, architecture)
@@ -124,16 +122,16 @@ def test_tf32(architecture: str) -> None:
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 16), (32, 32), (128, 128)], ids=str)
 @every_architecture
 def test_unpack_and_pack(architecture: str, block_shape: tuple[int, int], packs: bool) -> None:
-    """Of the dense side, 16 bytes at a time where it is written."""
-    from smet_compile.ops.kernels.triton import expand, expand_bits, expand_tiles
+    """Writes the dense side 16 bytes at a time."""
+    from smet_compile.ops.kernels.triton import expand
 
     values, topology = weight(torch.bfloat16, block_shape)
-    module, name = (expand_tiles, "_expand_tiles") if min(block_shape) > 1 else (expand_bits, "_expand_bits")
-    with caught(module, name) as launch:
+    name = "_expand_tiles" if min(block_shape) > 1 else "_expand_bits"
+    with caught(expand, name) as launch:
         if packs:
-            expand.pack(torch.empty(topology[2], dtype=torch.bfloat16), *topology, values.shape[0])
+            expand.pack(torch.empty(topology.layout.shape, dtype=torch.bfloat16), topology)
         else:
-            expand.unpack(values, *topology)
+            expand.unpack(values, topology)
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
     assert packs or re.search(r"st\.global\.v4\.b32", compiled.ptx)
@@ -145,8 +143,8 @@ def test_unpack_and_pack(architecture: str, block_shape: tuple[int, int], packs:
 def test_sizes_that_become_constants(
     architecture: str, size: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One token, one block, one row: Triton compiles a kernel of its own where an argument is 1."""
-    from smet_compile.ops.kernels.triton import expand, expand_bits, expand_tiles, matmul_tiles, sampled_tiles
+    """One token, one block or one row compiles, too: Triton makes a kernel of its own where an argument is 1."""
+    from smet_compile.ops.kernels.triton import expand, matmul_tiles, sampled_tiles
 
     values, topology = weight(torch.bfloat16, (32, 32), size=size)
     sides = torch.empty(1, size[0], dtype=torch.bfloat16), torch.empty(1, size[1], dtype=torch.bfloat16)
@@ -154,15 +152,15 @@ def test_sizes_that_become_constants(
     launches = []
     for transposed in (False, True):
         with caught(matmul_tiles, "_masked_tiles") as launch:
-            matmul_tiles.masked_matmul(sides[transposed], values, *topology, transposed, None, offsets)
+            matmul_tiles.masked_matmul(sides[transposed], values, topology, transposed, None, offsets)
         launches.append(launch)
     monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 2)
-    with caught(sampled_tiles, "add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
-        sampled_tiles.sampled_matmul(*sides, *topology, values.shape[0], offsets)
-    with caught(expand_tiles, "_expand_tiles") as tiles:
-        expand.unpack(values, *topology)
+    with caught(sampled_tiles, "_add_splits") as sum_, caught(sampled_tiles, "_sampled_tiles") as launch:
+        sampled_tiles.sampled_matmul(*sides, topology, offsets)
+    with caught(expand, "_expand_tiles") as tiles:
+        expand.unpack(values, topology)
     values, topology = weight(torch.bfloat16, (1, 1), size=size)
-    with caught(expand_bits, "_expand_bits") as bits:
-        expand.unpack(values, *topology)
+    with caught(expand, "_expand_bits") as bits:
+        expand.unpack(values, topology)
     for each in (*launches, launch, sum_, tiles, bits):
         compile_for(each, architecture)

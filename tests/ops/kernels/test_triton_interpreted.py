@@ -1,4 +1,4 @@
-"""Without a GPU: the tests of Triton's kernels in its interpreter, in a process of their own."""
+"""Without a GPU, the tests of Triton's kernels run in its interpreter, in a process of their own."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ FILES.remove(Path(__file__).name)
 @pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="they run on the GPU, or run already")
 @pytest.mark.parametrize("file", FILES)
 def test_in_interpreter(file: str) -> None:
-    """Every file with tests that are marked ``on_device``; each has some that pass there."""
+    """Every file with tests that are marked ``on_device`` has some that pass there, and none that fails."""
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("the interpreter of Triton 3.6 needs a NumPy before 2.4, which still made numbers of arrays")

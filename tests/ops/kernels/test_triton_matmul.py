@@ -1,4 +1,4 @@
-"""Triton's products with every kind of block: equal to the reference in fp64."""
+"""Triton's products with every kind of block equal the law in fp64."""
 
 import importlib
 from collections.abc import Callable
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.ops import reference as ref
+from smet_compile.ops import law
 from tests.ops.kernels import cases
+from tests.ops.kernels.cases import Weight
 from tests.ops.kernels.device import DEVICE, HAS_GPU, new_memory_is_nan, on_device
 from tests.ops.kernels.tolerances import assert_close
-from tests.ops.matmul_cases import MASKS, Case
+from tests.ops.matmul_cases import MASKS
 
 pytestmark = [on_device, pytest.mark.usefixtures(new_memory_is_nan.__name__)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -37,48 +38,46 @@ every_weight = pytest.mark.parametrize(("size", "block_shape"), WEIGHTS, ids=str
 every_tile = pytest.mark.parametrize(("size", "block_shape"), TILES, ids=str)
 
 
-def kernel(name: str, each: Case) -> Callable[..., Tensor]:
-    """``masked_matmul`` or ``sampled_matmul`` of the module for this kind of block."""
+def kernel(name: str, each: Weight) -> Callable[..., Tensor]:
+    """Returns ``masked_matmul`` or ``sampled_matmul`` of the module for this kind of block."""
     tiles = {"masked_matmul": "matmul_tiles", "sampled_matmul": "sampled_tiles"}[name]
-    module = tiles if each.compact.layout.tiles else "matmul_expanded"
+    module = tiles if each.layout.tiles else "matmul_expanded"
     found: Any = importlib.import_module(f"smet_compile.ops.kernels.triton.{module}")
     function: Callable[..., Tensor] = getattr(found, name)
     return function
 
 
 def check_masked(
-    each: Case, input: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor | None = None
+    each: Weight, input: Tensor, transposed: bool, bias: Tensor | None, offsets: Tensor | None = None
 ) -> None:
-    args = cases.values(each, input.dtype), *cases.topology(each), transposed, bias, offsets
+    args = each.values(input.dtype), each.on_device, transposed, bias, offsets
     out = kernel("masked_matmul", each)(input, *args)
     exact = None if bias is None else bias.double().cpu()
     ends = None if offsets is None else offsets.cpu()
-    law = ref.masked_matmul(
-        input.double().cpu(), each.values(), each.mask, each.compact.layout, transposed, exact, ends
-    )
+    expected = law.masked_matmul(input.double().cpu(), each.exact_values(), each.topology, transposed, exact, ends)
     assert out.is_contiguous() and out.dtype == input.dtype
-    assert_close("transposed" if transposed else "plain", out.cpu(), law)
+    assert_close("transposed" if transposed else "plain", out.cpu(), expected)
 
 
-def check_sampled(each: Case, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
-    out = kernel("sampled_matmul", each)(left, right, *cases.topology(each), each.compact.num_active, offsets)
+def check_sampled(each: Weight, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
+    out = kernel("sampled_matmul", each)(left, right, each.on_device, offsets)
     ends = None if offsets is None else offsets.cpu()
-    law = ref.sampled_matmul(left.double().cpu(), right.double().cpu(), each.mask, each.compact.layout, ends)
+    expected = law.sampled_matmul(left.double().cpu(), right.double().cpu(), each.topology, ends)
     assert out.is_contiguous() and out.dtype == left.dtype
-    assert_close("sampled", out.cpu(), law)
+    assert_close("sampled", out.cpu(), expected)
 
 
-def check_all(each: Case, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
-    """The three products of a Linear's step, the first with a bias."""
+def check_all(each: Weight, left: Tensor, right: Tensor, offsets: Tensor | None = None) -> None:
+    """Checks the three products of a Linear's step, with and without a bias."""
     bias = torch.randn(right.shape[-1]).to(DEVICE, left.dtype)
     check_masked(each, right, True, None, offsets)
     check_masked(each, left, False, bias, offsets)
     check_sampled(each, left, right, offsets)
 
 
-def both_sides(each: Case, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def both_sides(each: Weight, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _, rows, cols = each.grid.matrix
-    return cases.tokens(each, num_tokens, rows, dtype), cases.tokens(each, num_tokens, cols, dtype)
+    return each.tokens(num_tokens, rows, dtype), each.tokens(num_tokens, cols, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,17 +89,17 @@ def test_dtypes(size: tuple[int, ...], block_shape: tuple[int, int], dtype: torc
 
 @pytest.mark.parametrize(("size", "block_shape"), [TILES[0], TILES[4], TILES[7]], ids=str)
 def test_expanded_tiles(size: tuple[int, ...], block_shape: tuple[int, int]) -> None:
-    """The other way to multiply with tiles, for dense ones."""
+    """Tiles can be multiplied by expanding them, too, which suits dense ones."""
     from smet_compile.ops.kernels.triton import matmul_expanded
 
     each = cases.weight(size, block_shape)
     left, right = both_sides(each, 37, torch.float32)
-    out = matmul_expanded.masked_matmul(right, cases.values(each, torch.float32), *cases.topology(each), True)
-    law = ref.masked_matmul(right.double().cpu(), each.values(), each.mask, each.compact.layout, True)
-    assert_close("transposed", out.cpu(), law)
-    out = matmul_expanded.sampled_matmul(left, right, *cases.topology(each), each.compact.num_active)
-    law = ref.sampled_matmul(left.double().cpu(), right.double().cpu(), each.mask, each.compact.layout)
-    assert_close("sampled", out.cpu(), law)
+    out = matmul_expanded.masked_matmul(right, each.values(torch.float32), each.on_device, True)
+    expected = law.masked_matmul(right.double().cpu(), each.exact_values(), each.topology, True)
+    assert_close("transposed", out.cpu(), expected)
+    out = matmul_expanded.sampled_matmul(left, right, each.on_device)
+    expected = law.sampled_matmul(left.double().cpu(), right.double().cpu(), each.topology)
+    assert_close("sampled", out.cpu(), expected)
 
 
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
@@ -113,7 +112,7 @@ def test_numbers_of_tokens(size: tuple[int, ...], block_shape: tuple[int, int], 
 @pytest.mark.parametrize("mask", MASKS[1:])
 @pytest.mark.parametrize(("size", "block_shape"), [each for each in WEIGHTS if max(each[1]) < 40], ids=str)
 def test_masks(size: tuple[int, ...], block_shape: tuple[int, int], mask: str) -> None:
-    """One block, all blocks, and whole rows, columns and matrices without any."""
+    """One block may be active, or all, or whole rows, columns and matrices may have none."""
     each = cases.weight(size, block_shape, mask)
     left, right = both_sides(each, 17, torch.float32)
     check_masked(each, right, True, torch.randn(left.shape[-1]).to(DEVICE))
@@ -143,7 +142,7 @@ def test_strided_inputs(size: tuple[int, ...], block_shape: tuple[int, int], str
 def test_many_tokens(
     size: tuple[int, ...], block_shape: tuple[int, int], num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several groups of tokens, of which the last is smaller."""
+    """Tokens may come in several groups, of which the last is smaller."""
     from smet_compile.ops.kernels.triton import matmul_tiles
 
     monkeypatch.setattr(matmul_tiles, "_TOKENS_TOGETHER", 128)
@@ -154,10 +153,10 @@ def test_many_tokens(
 @pytest.mark.parametrize("side", [16, 32, 64, 128])
 @pytest.mark.parametrize("architecture", ["hopper", "ampere"])
 def test_configurations(architecture: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the table says for each architecture is right, wherever it runs."""
-    from smet_compile.ops.kernels.triton import device
+    """The sizes in the table for each architecture give right products, wherever they run."""
+    from smet_compile.ops.kernels.triton import supports
 
-    monkeypatch.setattr(device, "architecture", lambda _: architecture)
+    monkeypatch.setattr(supports, "architecture", lambda _: architecture)
     each = cases.weight((min(140, 3 * side), 150), (side, side))
     check_all(each, *both_sides(each, 140, torch.float16))
 
@@ -165,10 +164,10 @@ def test_configurations(architecture: str, side: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("ends", [[6, 13, 40], [0, 40, 40], [4, 4, 11], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("block_shape", [(8, 16), (32, 32)], ids=str)
 def test_tokens_sorted_by_matrix(block_shape: tuple[int, int], ends: list[int]) -> None:
-    """Each token meets its own matrix; those past the last offset none, whatever they hold."""
+    """Each token meets its own matrix; tokens past the last offset meet none, whatever they hold."""
     each = cases.weight((3, 45, 29), block_shape)
     offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    left, right = (cases.tokens(each, 40, size, torch.float32)[0].clone() for size in (45, 29))
+    left, right = (each.tokens(40, size, torch.float32)[0].clone() for size in (45, 29))
     left[ends[-1] :], right[ends[-1] :] = torch.nan, torch.nan
     check_all(each, left, right, offsets)
 
@@ -178,14 +177,14 @@ def test_tokens_sorted_by_matrix(block_shape: tuple[int, int], ends: list[int]) 
 def test_what_hangs_over_an_edge_is_zero(size: tuple[int, ...], block_shape: tuple[int, int], number: float) -> None:
     each = cases.weight(size, block_shape, "all")
     left, right = (torch.full_like(side, number) for side in both_sides(each, 20, torch.float32))
-    out = kernel("sampled_matmul", each)(left, right, *cases.topology(each), each.compact.num_active).cpu()
+    out = kernel("sampled_matmul", each)(left, right, each.on_device).cpu()
     inside = each.gather(torch.ones_like(each.dense)) == 1
     assert bool((out[~inside] == 0).all()) and bool((out[inside] != 0).all())
 
 
 @pytest.mark.parametrize(("size", "block_shape"), [TILES[0], TILES[4], TILES[6]], ids=str)
 def test_nan_beside_the_input_stays_there(size: tuple[int, ...], block_shape: tuple[int, int]) -> None:
-    """What a kernel reads beside its block, if anything, has no part in the result."""
+    """Numbers that a kernel reads beside its block, if any, have no part in the result."""
     each = cases.weight(size, block_shape, "all")
     _, right = both_sides(each, 20, torch.float32)
     beside = torch.full((*right.shape[:-2], 24, right.shape[-1] + 64), torch.nan, device=DEVICE)
@@ -204,13 +203,13 @@ def test_split_sums_have_the_same_bits_every_time(
     left, right = both_sides(each, 200, torch.float32)
     check_sampled(each, left, right)
     product = kernel("sampled_matmul", each)
-    first, second = (product(left, right, *cases.topology(each), each.compact.num_active) for _ in range(2))
+    first, second = (product(left, right, each.on_device) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_few_blocks_are_split() -> None:
-    """One block of many tokens is; many blocks, or few tokens, are not."""
-    from smet_compile.ops.kernels.triton.splits import num_splits
+    """One block of many tokens is split; many blocks, or few tokens, are not."""
+    from smet_compile.ops.kernels.triton.sampled_tiles import num_splits
 
     layout = Layout.of((8192, 8192), (128, 128))
     assert num_splits(132, layout, 16384, 1, 1, 64) > 4

@@ -1,4 +1,4 @@
-"""What Triton's kernels say that they can do, without Triton."""
+"""Triton's kernels tell what they can do, without Triton."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ TILES, SINGLE = Layout.of((64, 64), (32, 32)), Layout.of((64, 64), (1, 1))
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(module, "_installed", lambda: True)
+    monkeypatch.setattr(module, "_is_installed", lambda: True)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -26,7 +26,7 @@ def test_dtypes_on_a_gpu(op: str) -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             assert supports(op, CUDA, dtype, layout, False)
         assert not supports(op, CUDA, torch.float64, layout, False)
-        assert not supports("active_adamw_", CUDA, torch.float32, layout, False)
+        assert not supports("update_all", CUDA, torch.float32, layout, False)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -37,7 +37,7 @@ def test_only_tiles_take_tokens_sorted_by_matrix() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_without_triton_nothing_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_installed", lambda: False)
+    monkeypatch.setattr(module, "_is_installed", lambda: False)
     assert not any(supports(op, CUDA, torch.bfloat16, TILES, False) for op in OPS)
     assert not module.runs_on(CUDA)
 

@@ -1,4 +1,4 @@
-"""The one table of tolerances for kernels: relative RMS of the difference to the reference in fp64, by dtype.
+"""Holds the one table of tolerances for kernels: relative RMS of the difference to the law in fp64, by dtype.
 
 A sum is made in fp32 and rounded once. Rounding to b bits of mantissa leaves 2^-b / √12 times about 1.4 in the mean,
 which is 1.6e-3 in bf16 and 2e-4 in fp16; an fp32 result has what the order of a sum of some thousand numbers makes.
@@ -19,13 +19,13 @@ if INTERPRETED:  # it cuts bf16 off where devices round to nearest: twice the er
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Of the difference, by that of what is expected; 0 where both are 0."""
+    """Returns the root mean square of the difference by that of what is expected; 0 where both are 0."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm()) if difference else 0.0
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
-    """``actual`` is as good as its dtype allows. A NaN in it fails too."""
+    """Asserts that ``actual`` is as good as its dtype allows. A NaN in it fails too."""
     assert actual.shape == expected.shape, f"{name}: expected {tuple(expected.shape)}, got {tuple(actual.shape)}"
     error, allowed = relative_rms(actual, expected), TOLERANCES[actual.dtype]
     if actual.numel() < FEW:

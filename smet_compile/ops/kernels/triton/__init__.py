@@ -1,1 +1,1 @@
-"""Kernels in Triton, for GPUs. Only ``supports`` can be imported where Triton is not."""
+"""This folder holds the kernels in Triton, for GPUs. Only ``supports`` can be imported where Triton is missing."""

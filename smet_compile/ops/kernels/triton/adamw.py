@@ -1,13 +1,17 @@
-"""active_adamw_ for many parameters at once: one launch for all of the same dtypes, after a small one that prepares it.
+"""The kernel named "triton_adamw" updates many parameters by AdamW at once: one launch for all of the same dtypes.
 
-The device reads addresses and numbers from a table. It is made anew, and copied, only when some of them changed.
+A small launch before it counts the steps and computes the rates. The device reads addresses and numbers from a table
+that is made, and copied there, when the parameters change. The addresses of gradients and the learning rates are in a
+table of their own, which is copied when they differ from those of the step before.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
+import math
+import struct
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +19,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from smet_compile.ops.kernels.triton.adamw_columns import BLOCKS
-from smet_compile.ops.kernels.triton.adamw_prepare import prepare
-from smet_compile.ops.kernels.triton.adamw_rows import Facts, Update, cut, facts_of, row_of
-from smet_compile.ops.kernels.triton.adamw_update import update
-from smet_compile.ops.kernels.triton.device import on_device_of
+from smet_compile.format import Layout
+from smet_compile.ops.choose import UpdateCase
+from smet_compile.ops.kernels.triton.adamw_kernels import prepare, update
+from smet_compile.ops.kernels.triton.adamw_step import (
+    BLOCK,
+    BLOCKS,
+    ENTRIES,
+    GROUP_OF_RUNS,
+    GROUP_OF_WEIGHTS,
+    LANES,
+    Row,
+)
+from smet_compile.ops.kernels.triton.supports import on_device
+from smet_compile.ops.updates import Update
 
 TYPES = {
     torch.float32: tl.float32,
@@ -32,129 +45,303 @@ TYPES = {
 }
 _FEW_THREADS = {"num_warps": 4}
 _MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
-"""Of a program that would spill registers otherwise: one with codes, or with several blocks."""
+"""Options of a program that would spill registers otherwise: one with codes, or with several blocks."""
+_NUM_KINDS = 5
+_LEAST_EPS = torch.finfo(torch.float32).tiny
+_LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
+"""What is kept with an update: the launches of all updates of a step (with the first one), the update's number among
+those of its launches, and the tensors that it changes."""
+_numbers = itertools.count()
 
 
-class Kind(NamedTuple):
-    """What parameters have in common that one launch updates."""
+def refusal(case: UpdateCase) -> str | None:
+    """Says why ``update_all`` cannot make an update; None where it can."""
+    one = case.update
+    if one.rule.name not in ("adamw", "naive_adamw"):
+        return "computes the rule adamw only"
+    stored = (one.values, *one.slots)
+    exp_avg, exp_avg_sq = one.slots
+    is_known = (
+        all(t.is_contiguous() for t in stored)
+        and all(t.device == one.values.device for t in one.tensors())
+        and all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (one.values, one.grad))
+        and exp_avg.dtype == exp_avg_sq.dtype
+        and exp_avg.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+        and (one.topology is None) == (one.generation is None)
+    )
+    return None if is_known else "does not take parameters, gradients or state of this dtype, memory layout or device"
+
+
+def update_all(updates: list[Update]) -> None:
+    """Makes every update, each of which ``refusal`` takes."""
+    if not updates:
+        return
+    for launch, members in _launches_of(updates):
+        launch.update(members)
+
+
+class Specialization(NamedTuple):
+    """Holds what parameters have in common that one launch updates: the kernel is compiled for it.
+
+    Args:
+        dtypes: of values, gradient and moments. lists, generation: of the integers there.
+    """
 
     device: torch.device
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    stochastic: bool
-    positions: torch.dtype
+    is_stochastic: bool
+    lists: torch.dtype
     generation: torch.dtype
 
+    @classmethod
+    def of(cls, one: Update) -> Specialization:
+        lists = torch.int32 if one.topology is None else one.topology.lists.dtype
+        generation = torch.uint8 if one.generation is None else one.generation.dtype
+        dtypes = one.values.dtype, one.grad.dtype, one.slots[0].dtype
+        return cls(one.values.device, dtypes, one.rounds_stochastically, lists, generation)
+
     @property
-    def coded(self) -> bool:
+    def is_coded(self) -> bool:
         return self.dtypes[2] == torch.uint8
 
+    def constants(self) -> dict[str, Any]:
+        """Returns the constants that all kernels here share."""
+        return {
+            "DTYPES": tuple(TYPES[dtype] for dtype in self.dtypes),
+            "INDEX": TYPES[self.lists],
+            "GENERATION": TYPES[self.generation],
+            "STOCHASTIC": self.is_stochastic,
+        }
 
-def supports(arguments: tuple[Any, ...]) -> bool:
-    """Whether ``update_all`` takes a parameter with these arguments of ``smet::active_adamw_``."""
-    one = Update(*arguments)
-    stored = (one.values, one.exp_avg, one.exp_avg_sq)
-    others = (one.grad, one.scales, one.num_skipped, one.step, one.generation, one.births, one.topology, *one.lists)
-    return (
-        all(t.is_contiguous() for t in stored)
-        and all(t is None or t.device == one.values.device for t in (*stored, *others))
-        and all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (one.values, one.grad))
-        and one.exp_avg.dtype == one.exp_avg_sq.dtype
-        and one.exp_avg.dtype in (torch.float32, torch.bfloat16, torch.uint8)
-        and bool(one.shape) == (one.generation is not None)
+
+class Launch:
+    """Holds what one launch finds on the device, a row for each parameter. It keeps no tensor of a parameter alive.
+
+    Args:
+        rows: without ``first_rate``, which is filled in here.
+    """
+
+    def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
+        device = specialization.device
+        *first_rates, num_rates = itertools.accumulate((3 * row.num_generations for row in rows), initial=0)
+        rows = [row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True)]
+        self.table = _on_host([*itertools.chain(*rows)], device).to(device, non_blocking=True)
+        self.step_table = torch.empty(len(rows), 3, dtype=torch.int64, device=device)
+        self.rates = torch.empty(num_rates, dtype=torch.float32, device=device)
+        self.work = _work(tuple(map(_num_programs, rows)), device)
+        self.num_programs = len(self.work)
+        kinds = {row.kind for row in rows}
+        has_many_threads = specialization.is_coded or BLOCKS.value in kinds
+        self.constants = {
+            **specialization.constants(),
+            "KINDS": tuple(kind in kinds for kind in range(_NUM_KINDS)),
+            **(_MANY_THREADS if has_many_threads else _FEW_THREADS),
+            "enable_fp_fusion": False,
+        }
+        self.specialization = specialization
+        self.is_aligned = all(a % 16 == 0 for row in rows for a in (row.values, row.exp_avg, row.exp_avg_sq))
+        self.device = device
+        self._step_numbers: list[int] = []
+
+    def update(self, updates: Sequence[Update]) -> None:
+        """Makes the updates that the rows were made of, in their order."""
+        kept = self.begin(updates)
+        if self.num_programs:
+            kernel = on_device(update, self.device)
+            kernel[(self.num_programs,)](self.table, self.step_table, self.rates, self.work, **self.constants)
+        del kept
+
+    def begin(self, updates: Sequence[Update]) -> list[Tensor]:
+        """Counts a step of the updates, fills ``rates``, and lets the tensors count as changed.
+
+        Returns tensors that must live until the update is launched.
+        """
+        numbers: list[int] = []
+        kept: list[Tensor] = []
+        changed: list[Tensor] = []
+        lr, bits, is_address = None, 0, False
+        for one in updates:
+            grad = one.grad
+            if not grad.is_contiguous():
+                grad = grad.contiguous()
+                kept.append(grad)
+            if one.lr is not lr:
+                lr = one.lr
+                is_address = lr.is_cuda
+                if is_address:
+                    exact = lr.to(self.device, torch.float64)
+                    kept.append(exact)
+                    bits = exact.data_ptr()
+                else:
+                    bits = _bits(lr.item())
+            numbers += (grad.data_ptr(), bits, is_address)
+            changed += one.prepared[_CHANGED]
+        if numbers != self._step_numbers:
+            self.step_table.view(-1).copy_(_on_host(numbers, self.device), non_blocking=True)
+            self._step_numbers = numbers
+        torch.autograd.graph.increment_version(changed)
+        on_device(prepare, self.device)[(len(updates),)](
+            self.table, self.step_table, self.rates, GENERATIONS=256, num_warps=1, enable_fp_fusion=False
+        )
+        return kept
+
+
+def launch_of_one(one: Update) -> Launch:
+    """Returns the launch of an update that is made alone."""
+    ((launch, _),) = _launches_of([one])
+    return launch
+
+
+class _Launches(NamedTuple):
+    """Holds the launches of the updates with these numbers, whose gradients have these dtypes.
+
+    Args:
+        launches: each with the places of its updates among all, or None for all of them.
+    """
+
+    numbers: list[int]
+    dtypes: list[torch.dtype]
+    launches: list[tuple[Launch, list[int] | None]]
+
+
+def _launches_of(updates: list[Update]) -> list[tuple[Launch, list[Update]]]:
+    """Returns the launches of the updates, those of the step before where they are the same updates."""
+    kept = updates[0].prepared.get(_LAUNCHES)
+    dtypes = [one.grad.dtype for one in updates]
+    if kept is None or kept.numbers != [one.prepared.get(_NUMBER) for one in updates] or kept.dtypes != dtypes:
+        kept = updates[0].prepared[_LAUNCHES] = _group(updates, dtypes)
+    return [
+        (launch, updates if places is None else [updates[place] for place in places])
+        for launch, places in kept.launches
+    ]
+
+
+def _group(updates: list[Update], dtypes: list[torch.dtype]) -> _Launches:
+    numbers = []
+    places: dict[Specialization, list[int]] = {}
+    for place, one in enumerate(updates):
+        number = next(_numbers)
+        one.prepared[_NUMBER], one.prepared[_CHANGED] = number, one.changed()
+        numbers.append(number)
+        places.setdefault(Specialization.of(one), []).append(place)
+    launches: list[tuple[Launch, list[int] | None]] = []
+    for specialization, its_places in places.items():
+        rows = tuple(row_of(updates[place], specialization.is_stochastic) for place in its_places)
+        make = _launch_of_one_row if len(rows) == 1 else Launch
+        launches.append((make(specialization, rows), its_places if len(places) > 1 else None))
+    return _Launches(numbers, dtypes, launches)
+
+
+# Fused updates come one by one, as many as sites, step after step, each with an Update of its own where a graph calls
+# the op: equal rows share a launch.
+_launch_of_one_row = functools.lru_cache(maxsize=4096)(Launch)
+
+
+class _Cut(NamedTuple):
+    """Says how a parameter is cut into what programs take at a time.
+
+    Args:
+        grid: blocks there are, rows and columns of a matrix, of its grid of blocks, and of a block.
+    """
+
+    kind: int
+    block_size: int
+    entries_at_once: int
+    num_groups: int
+    grid: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool) -> _Cut:
+    if layout is None:
+        return _Cut(ENTRIES.value, 1, LANES.value, -(-numel // LANES.value), (1,) * 7)
+    size = math.prod(layout.block_shape)
+    if layout.single_weights:
+        kind = GROUP_OF_WEIGHTS if is_coded or is_stochastic else ENTRIES
+    elif is_coded and layout.blocks_per_group > 1:
+        kind = GROUP_OF_RUNS
+    else:
+        kind = BLOCK if is_coded or size > LANES.value // 2 else BLOCKS
+    grid = layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape
+    return _Cut(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups, grid)
+
+
+def _num_programs(row: Row) -> int:
+    if row.kind == BLOCK.value:
+        return row.numel // row.block_size
+    if row.kind in (ENTRIES.value, BLOCKS.value):
+        return -(-row.numel // row.entries_at_once)
+    return row.num_groups
+
+
+def row_of(one: Update, is_stochastic: bool) -> Row:
+    """Makes a parameter's row of the table, without the place of its rates."""
+    topology = one.topology
+    values, exp_avg, exp_avg_sq, generation = map(_address, (one.values, *one.slots, one.generation))
+    cut = _cut(None if topology is None else topology.layout, one.values.numel(), one.is_coded, is_stochastic)
+    num_blocks, rows, cols, block_rows, block_cols, block_height, block_width = cut.grid
+    options = one.rule.named_options(one.options)
+    return Row(
+        values=values,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        scales=_address(one.scales),
+        num_skipped=_address(one.num_skipped),
+        step=_address(one.step),
+        generation=generation,
+        births=_address(one.births),
+        topology=0 if topology is None else _address(topology.bits),
+        positions=0 if topology is None else _address(topology.positions),
+        group_starts=0 if topology is None else _address(topology.group_starts),
+        kind=cut.kind,
+        aligned=all(address % 16 == 0 for address in (values, exp_avg, exp_avg_sq, generation)),
+        numel=one.values.numel(),
+        block_size=cut.block_size,
+        entries_at_once=cut.entries_at_once,
+        num_groups=cut.num_groups,
+        num_generations=1 if one.births is None else one.births.numel(),
+        first_rate=0,
+        num_blocks=num_blocks,
+        rows=rows,
+        cols=cols,
+        block_rows=block_rows,
+        block_cols=block_cols,
+        block_height=block_height,
+        block_width=block_width,
+        warmup_steps=one.warmup_steps,
+        shared_step=one.rule.shared_step,
+        noise_seed=one.noise_seed or 0,
+        density_rate=_bits(one.density_rate),
+        log_beta1=_bits(math.log(options.beta1) if options.beta1 > 0 else -math.inf),
+        log_beta2=_bits(math.log(options.beta2) if options.beta2 > 0 else -math.inf),
+        rest1=_bits(1 - options.beta1),
+        beta2=_bits(options.beta2),
+        rest2=_bits(1 - options.beta2),
+        eps=_bits(max(options.eps, _LEAST_EPS)),
+        weight_decay=_bits(options.weight_decay),
     )
 
 
-def update_all(updates: Sequence[tuple[Any, ...]]) -> None:
-    """Makes every update, each the arguments of ``smet::active_adamw_``, of which ``supports`` says yes."""
-    by_kind = defaultdict(list)
-    for arguments in updates:
-        one = Update(*arguments)
-        one = readable(one._replace(grad=one.grad.contiguous()))
-        by_kind[kind_of(one)].append(one)
-    for kind, members in by_kind.items():
-        _launch(kind, members)
-
-
-def readable(one: Update) -> Update:
-    """With a learning rate that the kernel can read: fp64, on the host or on the device of the weight."""
-    if one.lr.dtype == torch.float64 and (not one.lr.is_cuda or one.lr.device == one.values.device):
-        return one
-    return one._replace(lr=one.lr.to(one.values.device if one.lr.is_cuda else one.lr.device, torch.float64))
-
-
-def kind_of(one: Update) -> Kind:
-    positions = one.lists[0].dtype if one.lists else torch.int32
-    generation = torch.uint8 if one.generation is None else one.generation.dtype
-    dtypes = one.values.dtype, one.grad.dtype, one.exp_avg.dtype
-    return Kind(one.values.device, dtypes, one.rounds, positions, generation)
-
-
-class Plan(NamedTuple):
-    """What a launch finds on the device, a row for each parameter, and how many programs each of them takes."""
-
-    table: Tensor
-    num_rates: int
-    kinds: tuple[bool, ...]
-    num_programs: tuple[int, ...]
-
-
-def prepared(kind: Kind, members: list[Update]) -> tuple[Plan, Tensor]:
-    """The plan for these parameters, and their rates; their steps are raised, and they count as changed."""
-    plan_of = _plan_of_one if len(members) == 1 else _plan_of_many
-    plan = plan_of(tuple(facts_of(one) for one in members), kind)
-    lrs = _on_device(tuple(0.0 if one.lr.is_cuda else float(one.lr) for one in members), torch.float64, kind.device)
-    rates = torch.empty(plan.num_rates, dtype=torch.float32, device=kind.device)
-    changed = [t for one in members for t in (one.values, *one[2:7]) if t is not None]
-    torch.autograd.graph.increment_version(changed)
-    prepare[(len(members),)](plan.table, rates, lrs, GENERATIONS=256, num_warps=1, enable_fp_fusion=False)
-    return plan, rates
-
-
-def _launch(kind: Kind, members: list[Update]) -> None:
-    with on_device_of(members[0].values):
-        plan, rates = prepared(kind, members)
-        work = _work(plan.num_programs, kind.device)
-        if len(work):
-            update[(len(work),)](
-                plan.table,
-                rates,
-                work,
-                DTYPES=tuple(TYPES[dtype] for dtype in kind.dtypes),
-                INDEX=TYPES[kind.positions],
-                GENERATION=TYPES[kind.generation],
-                KINDS=plan.kinds,
-                STOCHASTIC=kind.stochastic,
-                **(_MANY_THREADS if kind.coded or plan.kinds[BLOCKS.value] else _FEW_THREADS),
-                enable_fp_fusion=False,
-            )
-
-
-def _make_plan(facts: tuple[Facts, ...], kind: Kind) -> Plan:
-    ways = tuple(cut(one.layout, one.numel, one.num_active, one.coded, kind.stochastic) for one in facts)
-    ends = itertools.accumulate((3 * one.num_generations for one in facts), initial=0)
-    *first_rates, num_rates = ends
-    rows = tuple(map(row_of, facts, ways, first_rates))
-    kinds = {way.kind for way in ways}
-    table = _on_device.__wrapped__(rows, torch.int64, kind.device)
-    num_programs = tuple(way.num_programs for way in ways)
-    return Plan(table, num_rates, tuple(number in kinds for number in range(5)), num_programs)
-
-
-# Fused updates come one by one, as many plans as sites, step after step; those of several hold a table of many rows.
-_plan_of_one = functools.lru_cache(maxsize=4096)(_make_plan)
-_plan_of_many = functools.lru_cache(maxsize=256)(_make_plan)
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+def _bits(number: float) -> int:
+    """Returns the bits of an fp64 number as an integer."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
+def _on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Makes an int64 tensor that can be copied to ``device`` while the host goes on."""
+    host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 @functools.lru_cache(maxsize=1024)
 def _work(num_programs: tuple[int, ...], device: torch.device) -> Tensor:
-    """(programs, 2) int32: the parameter, and the number of its piece."""
+    """Returns (programs, 2) int32: the parameter, and the number of its piece."""
     counts = torch.tensor(num_programs)
     parameter = torch.arange(len(counts)).repeat_interleave(counts)
     piece = torch.arange(len(parameter)) - (counts.cumsum(0) - counts)[parameter]

@@ -1,4 +1,4 @@
-"""Products with any kind of block: the weight is expanded into a scratch, the vendor's GEMM does the rest.
+"""Multiplies with any kind of block: the weight is expanded into a scratch, the vendor's GEMM does the rest.
 
 The scratch comes from PyTorch's caching allocator and goes back to it at once, so all weights of a model share the
 memory of the largest, on any number of streams and in CUDA graphs. A sampled product is made a few rows at a time,
@@ -9,18 +9,19 @@ Shape suffixes: S stacked matrices, T tokens, R rows, C cols, I and O inputs and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format import Layout
-from smet_compile.ops.kernels.triton.expand import move, unpack
-from smet_compile.ops.kernels.triton.expand_bits import Span
+from smet_compile.format import Layout, Topology
+from smet_compile.ops.kernels.triton.expand import Move, Span, prepare_move, unpack
 
 SCRATCH_BYTES = 16 * 2**20
-"""Of a sampled product at a time: less than half of the L2 cache, and enough rows for an efficient GEMM."""
+"""Bytes of a sampled product at a time: less than half of the L2 cache, and enough rows for an efficient GEMM."""
 _ROWS_OF_A_GEMM = 256
 """Rows are taken in multiples of this where they are cut."""
 
@@ -28,75 +29,93 @@ _ROWS_OF_A_GEMM = 256
 def masked_matmul(
     input: Tensor,
     values: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
+    topology: Topology,
     transposed: bool,
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """input W or input Wᵀ, plus bias, as ``ops.matmul.masked_matmul`` defines it, without ``offsets``."""
+    """Computes input W or input Wᵀ, plus bias, as ``ops.products.masked_matmul`` defines it, without ``offsets``."""
     assert offsets is None, "supports() says so"
-    dense = unpack(values, topology, index, shape, matrix, block_shape)
+    dense, layout = unpack(values, topology), topology.layout
     if input.dim() == 2:
-        dense_RC = dense.view(matrix)
+        dense_RC = dense if layout.shape == layout.matrix else dense.view(layout.matrix)
         return F.linear(input, dense_RC if transposed else dense_RC.mT, bias)
-    dense_SRC = dense.view(-1, *matrix)
+    dense_SRC = dense.view(-1, *layout.matrix)
     weight_SIO = dense_SRC.mT if transposed else dense_SRC
     return input @ weight_SIO if bias is None else torch.baddbmm(bias, input, weight_SIO)
 
 
-def sampled_matmul(
-    left: Tensor,
-    right: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-    num_active: int,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """pack(leftᵀ right), as ``ops.matmul.sampled_matmul`` defines it, without ``offsets``."""
+class _Piece(NamedTuple):
+    """Describes some rows of a matrix, or some matrices, that are multiplied at once, and how they are packed.
+
+    Args:
+        left: which of (S, R, T) or (R, T) it takes; None: all. right: which matrices; None: all.
+        shape: of its product, (R, C) for one matrix.
+    """
+
+    left: Any
+    right: Any
+    shape: tuple[int, ...]
+    num_weights: int
+    move: Move
+
+
+def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
+    """Computes pack(leftᵀ right), as ``ops.products.sampled_matmul`` defines it, without ``offsets``."""
     assert offsets is None, "supports() says so"
-    layout = Layout.of_lists(shape, matrix, block_shape)
-    values = left.new_empty(layout.values_shape(num_active))
-    left_SRT, right_STC = left.detach().mT, right.detach()
-    if left.dim() == 2:
-        left_SRT, right_STC = left_SRT.unsqueeze(0), right_STC.unsqueeze(0)
-    scratch = left.new_empty(min(layout.num_weights, _most_weights(layout, left.element_size())))
-    for matrices, rows in _pieces(layout, left.element_size()):
-        here_SRT, here_STC = left_SRT[matrices, rows], right_STC[matrices]
-        dense_SRC = scratch[: here_SRT.shape[0] * here_SRT.shape[1] * layout.cols].view(*here_SRT.shape[:2], -1)
-        _multiply(here_SRT, here_STC, dense_SRC)
-        move(values, dense_SRC, topology, index, layout, _span(layout, matrices, rows), packs=True)
+    item_bytes, is_stack = left.dtype.itemsize, left.dim() == 3
+    pieces = topology.constant(
+        ("sampled_expanded", item_bytes, is_stack), lambda: _prepare(topology, item_bytes, is_stack)
+    )
+    if left.requires_grad or right.requires_grad:
+        left, right = left.detach(), right.detach()
+    transposed = left.mT
+    values = left.new_empty(pieces[0].move.shape)
+    scratch = left.new_empty(pieces[0].shape)  # no other piece is larger
+    for piece in pieces:
+        dense = scratch
+        if piece.shape != pieces[0].shape:
+            dense = scratch.view(-1)[: piece.num_weights].view(piece.shape)
+        left_RT = transposed if piece.left is None else transposed[piece.left]
+        multiply = torch.mm if len(piece.shape) == 2 else torch.bmm
+        multiply(left_RT, right if piece.right is None else right[piece.right], out=dense)
+        piece.move.launch(values, dense, piece.move.strides)
     return values
 
 
-def _multiply(left_SRT: Tensor, right_STC: Tensor, out_SRC: Tensor) -> None:
-    if left_SRT.shape[0] == 1:
-        torch.mm(left_SRT[0], right_STC[0], out=out_SRC[0])
-    else:
-        torch.bmm(left_SRT, right_STC, out=out_SRC)
+def _prepare(topology: Topology, item_bytes: int, is_stack: bool) -> list[_Piece]:
+    layout = topology.layout
+    pieces = []
+    for matrices, rows in _pieces(layout, item_bytes):
+        num_matrices = min(matrices.stop, layout.num_matrices) - matrices.start
+        num_rows = min(rows.stop, layout.rows) - rows.start
+        shape: tuple[int, ...] = (num_rows, layout.cols)
+        which: tuple[Any, Any] = ((matrices.start, rows), matrices.start)
+        if num_matrices > 1:
+            shape, which = (num_matrices, *shape), ((matrices, rows), matrices)
+        if not is_stack:
+            which = (None if num_rows == layout.rows else rows, None)
+        move = prepare_move(topology, _span(layout, matrices, rows), packs=True, is_flat=True)
+        move = move._replace(strides=(num_rows * layout.cols, layout.cols, 1))
+        pieces.append(_Piece(*which, shape, math.prod(shape), move))
+    return pieces
 
 
 def _rows_at_once(layout: Layout, item_bytes: int) -> int:
-    """Rows of a matrix that fit into the scratch; whole blocks of them, and all if there is room."""
+    """Returns how many rows of a matrix fit into the scratch: whole blocks of them, and all if there is room."""
     unit = layout.block_shape[0] * max(1, _ROWS_OF_A_GEMM // layout.block_shape[0])
     fitting = SCRATCH_BYTES // (layout.cols * item_bytes)
     return min(layout.rows, max(unit, fitting // unit * unit))
 
 
 def _most_weights(layout: Layout, item_bytes: int) -> int:
-    """Of a piece: rows of one matrix, or several matrices."""
+    """Returns how many weights a piece has at most: rows of one matrix, or several matrices."""
     rows = _rows_at_once(layout, item_bytes)
     return max(rows * layout.cols, SCRATCH_BYTES // item_bytes)
 
 
 def _pieces(layout: Layout, item_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Matrices and rows that are multiplied at once: some matrices whole, or some block rows of one."""
+    """Yields matrices and rows that are multiplied at once: some matrices whole, or some block rows of one."""
     rows = _rows_at_once(layout, item_bytes)
     matrices = max(1, _most_weights(layout, item_bytes) // (layout.rows * layout.cols)) if rows == layout.rows else 1
     for first in range(0, layout.num_matrices, matrices):
@@ -105,7 +124,7 @@ def _pieces(layout: Layout, item_bytes: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _span(layout: Layout, matrices: slice, rows: slice) -> Span:
-    """The block positions of a piece."""
+    """Returns the block positions of a piece."""
     bm = layout.block_shape[0]
     per_matrix = layout.block_rows * layout.block_cols
     first = matrices.start * per_matrix + rows.start // bm * layout.block_cols

@@ -1,4 +1,4 @@
-"""masked_matmul for tiles: input W and input Wᵀ, of which only the active blocks are multiplied.
+"""Computes masked_matmul for tiles: input W and input Wᵀ, of which only the active blocks are multiplied.
 
 A program makes the outputs of some tokens at one line of blocks (a block row for input Wᵀ, a block column for
 input W), or at a part of a wide line. What it sums over is one axis: the widths of the line's active blocks, one after
@@ -16,20 +16,104 @@ Shape suffixes: T tokens, I and O inputs and outputs of the product, k those of 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from smet_compile.format import Layout, split_index
-from smet_compile.ops.kernels.triton import configs, device
-from smet_compile.ops.kernels.triton.dot import dot_precision, multiply_add
-from smet_compile.ops.kernels.triton.line_index import blocks_of_step
-from smet_compile.ops.kernels.triton.tokens import group_of_tokens
+from smet_compile.format import Topology
+from smet_compile.ops.kernels.triton import supports
 
+_INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+_HALF = (torch.bfloat16, torch.float16)
+_fp32_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+"""Reads ``torch.backends.cuda.matmul.fp32_precision``, eight times as fast."""
 _TOKENS_TOGETHER = 2048
 """Tokens of a group: with 4096 inputs in bf16 they are 16 MB, of the 50 MB (Ampere: 40) of the L2 cache."""
+
+
+@triton.jit
+def multiply_add(a, b, sum_, PRECISION: tl.constexpr):
+    """Computes a b + sum in fp32, for every kernel of a product.
+
+    "ieee": factors as fp32, on plain cores. "tf32": on tensor cores, fp32 factors rounded to tf32.
+    """
+    if PRECISION == "ieee":
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sum_, input_precision=PRECISION)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Returns ``PRECISION`` for factors of ``dtype``: torch's setting decides for fp32.
+
+    The interpreter has plain cores only.
+    """
+    if _INTERPRETED:
+        return "ieee"
+    return "tf32" if dtype in _HALF or _fp32_precision() == "tf32" else "ieee"
+
+
+@triton.jit
+def _one_block(positions, by_column, first_block, num_blocks, place, block_rows, block_cols, TRANSPOSED: tl.constexpr):
+    """Returns the row of ``values`` of the block at ``place`` in a line, and its block column (or block row)."""
+    exists = place < num_blocks
+    block = first_block + tl.where(exists, place, 0)
+    if not TRANSPOSED:
+        block = tl.load(by_column + block, mask=exists, other=0)
+    position = tl.load(positions + block, mask=exists, other=0)
+    across = position % block_cols if TRANSPOSED else position // block_cols % block_rows
+    return block, across
+
+
+@triton.jit
+def _blocks_of_step(
+    positions,
+    by_column,
+    first_block,
+    num_blocks,
+    start,
+    block_rows,
+    block_cols,
+    PADDED_I: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Returns ``_one_block`` for a step: scalars where it takes a part of one, else (BLOCK_I,)."""
+    place = start // PADDED_I
+    block, across = _one_block(positions, by_column, first_block, num_blocks, place, block_rows, block_cols, TRANSPOSED)
+    if PADDED_I < BLOCK_I:
+        number_k = tl.arange(0, BLOCK_I) // PADDED_I
+        for number in tl.static_range(1, BLOCK_I // PADDED_I):
+            other, other_across = _one_block(
+                positions, by_column, first_block, num_blocks, place + number, block_rows, block_cols, TRANSPOSED
+            )
+            block = tl.where(number_k >= number, other, block)
+            across = tl.where(number_k >= number, other_across, across)
+    return block, across
+
+
+@triton.jit
+def _group_of_tokens(offsets, number, num_tokens, NUM_GROUPS: tl.constexpr, LANES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Returns matrix, first token and end of block ``number`` of tokens sorted by matrix, as ``offsets`` (S,) say.
+
+    Each group is cut into blocks for itself. Tokens past the last offset are the group of matrix S, which there is not.
+    """
+    group = tl.arange(0, LANES)
+    end = tl.load(offsets + group, mask=group < NUM_GROUPS, other=num_tokens)
+    begin = tl.load(offsets + group - 1, mask=(group > 0) & (group <= NUM_GROUPS), other=0)
+    begin = tl.where(group > NUM_GROUPS, num_tokens, begin)
+    num_blocks = (end - begin + BLOCK_T - 1) // BLOCK_T
+    blocks_until = tl.cumsum(num_blocks, 0)
+    mine = (blocks_until - num_blocks <= number) & (number < blocks_until)
+    matrix = tl.sum(tl.where(mine, group, 0))
+    within = number - tl.sum(tl.where(mine, blocks_until - num_blocks, 0))
+    first = tl.sum(tl.where(mine, begin, 0)) + within * BLOCK_T
+    return matrix, first, tl.sum(tl.where(mine, end, 0))
 
 
 @triton.jit
@@ -77,7 +161,7 @@ def _masked_tiles(
     line_part = in_group // together
     line, part = line_part // PARTS, line_part % PARTS
     if offsets is not None:
-        matrix, first, end = group_of_tokens(offsets, token_block, num_tokens, NUM_MATRICES, LANES_S, BLOCK_T)
+        matrix, first, end = _group_of_tokens(offsets, token_block, num_tokens, NUM_MATRICES, LANES_S, BLOCK_T)
         if first >= end:
             return
         input_s, out_s = input, out
@@ -106,11 +190,11 @@ def _masked_tiles(
     length = num_blocks * PADDED_I
     sum_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     # The index is read a step ahead, so that loads of weights and inputs wait for nothing.
-    block, across = blocks_of_step(
+    block, across = _blocks_of_step(
         positions, by_column, first_block, num_blocks, 0, block_rows, block_cols, PADDED_I, BLOCK_I, TRANSPOSED
     )
     for start in range(0, length, BLOCK_I):
-        next_block, next_across = blocks_of_step(
+        next_block, next_across = _blocks_of_step(
             positions,
             by_column,
             first_block,
@@ -153,70 +237,107 @@ def _masked_tiles(
     tl.store(to_TO, sum_TO.to(out.dtype.element_ty), mask=inside_T[:, None] & inside_O[None, :])
 
 
+class _Launch(NamedTuple):
+    """Holds what every launch with one topology has in common.
+
+    Args:
+        lists: positions, order by column, starts of the lines. sizes: what the kernel takes after the number of tokens.
+        programs: of a block of tokens. tokens: of a program. more_blocks: of tokens, since each matrix begins with a
+            new one. num_inputs, num_outputs: of the product.
+    """
+
+    kernel: Any
+    lists: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    programs: int
+    tokens: int
+    more_blocks: int
+    stack: int
+    num_inputs: int
+    num_outputs: int
+    constants: dict[str, Any]
+
+
 def masked_matmul(
     input: Tensor,
     values: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
+    topology: Topology,
     transposed: bool,
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """input W or input Wᵀ for tiles, plus bias, as ``ops.matmul.masked_matmul`` defines it."""
-    layout = Layout.of_lists(shape, matrix, block_shape)
+    """Computes input W or input Wᵀ for tiles, plus bias, as ``ops.products.masked_matmul`` defines it."""
+    shape, dtype = input.shape, input.dtype
+    is_stack = len(shape) == 3
+    launches: dict[Any, _Launch] = topology.constant("masked_tiles", dict)
+    key = transposed, dtype, dot_precision(dtype), is_stack, offsets is None
+    launch = launches.get(key)
+    if launch is None:
+        launch = launches[key] = _prepare(topology, input, transposed, is_sorted=offsets is not None)
+    if is_stack:
+        num_matrices, num_tokens, _ = shape
+        out = input.new_empty(num_matrices, num_tokens, launch.num_outputs)
+        strides = input.stride()
+    else:
+        num_tokens, _ = shape
+        out = input.new_empty(num_tokens, launch.num_outputs)
+        strides = (0, *input.stride())
+    num_programs = (-(-num_tokens // launch.tokens) + launch.more_blocks) * launch.programs
+    if num_tokens == 0 or num_programs == 0:
+        return out
+    if launch.num_inputs * strides[2] + _TOKENS_TOGETHER * strides[1] >= 2**31:
+        input = input.contiguous()  # offsets within a program are of 32 bits
+        strides = (num_tokens * launch.num_inputs, launch.num_inputs, 1)
+    launch.kernel[(num_programs, launch.stack)](
+        input,
+        values.contiguous(),
+        bias,
+        out,
+        *launch.lists,
+        offsets,
+        num_tokens,
+        *launch.sizes,
+        *strides,
+        **launch.constants,
+    )
+    return out
+
+
+def _prepare(topology: Topology, input: Tensor, transposed: bool, is_sorted: bool) -> _Launch:
+    layout, precision = topology.layout, dot_precision(input.dtype)
     (num_outputs, num_inputs), (width_o, width_i) = layout.matrix, layout.block_shape
     if not transposed:
         num_outputs, num_inputs, width_o, width_i = num_inputs, num_outputs, width_i, width_o
-    out = input.new_empty(*input.shape[:-1], num_outputs)
-    num_tokens = input.shape[-2]
-    if out.numel() == 0:
-        return out
-    if num_inputs * abs(input.stride(-1)) + _TOKENS_TOGETHER * abs(input.stride(-2)) >= 2**31:
-        input = input.contiguous()  # offsets within a program are of 32 bits
-    precision = dot_precision(input.dtype)
-    config = configs.masked(device.architecture(input.device), input.dtype, precision, width_o)
-    inner, padded_i = configs.inner_step(width_i, config.inner)
-    block_o = configs.lanes(width_o)
-    token_blocks = triton.cdiv(num_tokens, config.tokens) + (0 if offsets is None else layout.num_matrices)
-    lines = triton.cdiv(num_outputs, width_o)
-    stack = layout.num_matrices if input.dim() == 3 else 1
-    lists = split_index(index[0], layout, values.shape[0])
-    with device.on_device_of(input):
-        _masked_tiles[(token_blocks * lines * triton.cdiv(width_o, block_o), stack)](
-            input,
-            values.contiguous(),
-            bias,
-            out,
-            lists.positions,
-            lists.by_column,
-            lists.row_starts if transposed else lists.column_starts,
-            offsets,
-            num_tokens,
-            num_inputs,
-            num_outputs,
-            layout.block_rows,
-            layout.block_cols,
-            input.stride(0) if input.dim() == 3 else 0,
-            input.stride(-2),
-            input.stride(-1),
-            TRANSPOSED=transposed,
-            NUM_MATRICES=layout.num_matrices,
-            LANES_S=triton.next_power_of_2(layout.num_matrices + 1),
-            WIDTH_I=width_i,
-            WIDTH_O=width_o,
-            PADDED_I=padded_i,
-            BLOCK_T=config.tokens,
-            BLOCK_I=inner,
-            BLOCK_O=block_o,
-            ALIGNED_I=math.gcd(width_i, num_inputs, inner),
-            ALIGNED_W=math.gcd(width_i, inner),
-            MASKED=bool(width_i % inner or num_inputs % width_i),
-            TOGETHER=max(1, _TOKENS_TOGETHER // config.tokens),
-            PRECISION=precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return out
+    sizes = supports.masked_sizes(input.device, input.dtype, precision, width_o)
+    inner, padded_i = supports.inner_step(width_i, sizes.inner)
+    block_o = supports.lanes(width_o)
+    starts = topology.row_starts if transposed else topology.column_starts
+    return _Launch(
+        kernel=supports.on_device(_masked_tiles, input.device),
+        lists=(topology.positions, topology.by_column, starts),
+        sizes=(num_inputs, num_outputs, layout.block_rows, layout.block_cols),
+        programs=triton.cdiv(num_outputs, width_o) * triton.cdiv(width_o, block_o),
+        tokens=sizes.tokens,
+        more_blocks=layout.num_matrices if is_sorted else 0,
+        stack=layout.num_matrices if input.dim() == 3 else 1,
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        constants={
+            "TRANSPOSED": transposed,
+            "NUM_MATRICES": layout.num_matrices,
+            "LANES_S": triton.next_power_of_2(layout.num_matrices + 1),
+            "WIDTH_I": width_i,
+            "WIDTH_O": width_o,
+            "PADDED_I": padded_i,
+            "BLOCK_T": sizes.tokens,
+            "BLOCK_I": inner,
+            "BLOCK_O": block_o,
+            "ALIGNED_I": math.gcd(width_i, num_inputs, inner),
+            "ALIGNED_W": math.gcd(width_i, inner),
+            "MASKED": bool(width_i % inner or num_inputs % width_i),
+            "TOGETHER": max(1, _TOKENS_TOGETHER // sizes.tokens),
+            "PRECISION": precision,
+            "num_warps": sizes.num_warps,
+            "num_stages": sizes.num_stages,
+        },
+    )

@@ -1,4 +1,4 @@
-"""sampled_matmul for tiles: the active blocks of leftᵀ right, each summed over the tokens in fp32.
+"""Computes sampled_matmul for tiles: the active blocks of leftᵀ right, each summed over the tokens in fp32.
 
 A program makes one piece of the result: some consecutive active blocks of one block row, side by side, so that narrow
 tiles share what is read of ``left``; or a part of one block where blocks are wide. Where there are too few programs to
@@ -14,25 +14,43 @@ Shape suffixes: T tokens, R rows, C cols, N active blocks, m and n rows and colu
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from smet_compile.format import Layout, split_index
-from smet_compile.ops.kernels.triton import configs, device
-from smet_compile.ops.kernels.triton.dot import dot_precision, multiply_add
-from smet_compile.ops.kernels.triton.splits import add_splits, num_splits
-from smet_compile.ops.kernels.triton.tokens import tokens_of_split
+from smet_compile.format import Layout, Topology
+from smet_compile.ops.kernels.triton import supports
+from smet_compile.ops.kernels.triton.matmul_tiles import dot_precision, multiply_add
 
 _LINES_TOGETHER = 8
 _BLOCK_OF_SUM = 1024
+_MOST_SPLITS = 16
+_COST_OF_A_SPLIT = 1000
+"""Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
+_PROGRAMS_PER_SM = 2
+_MOST_LENGTHS = 1024
+"""Numbers of tokens whose number of splits is kept."""
+
+
+@triton.jit
+def tokens_of_split(offsets, matrix, num_tokens, split, num_splits, BLOCK_T: tl.constexpr):
+    """Returns first and last token of a split of a matrix's tokens: all ``num_tokens``, or its group in ``offsets``."""
+    begin = 0
+    end = num_tokens
+    if offsets is not None:
+        end = tl.load(offsets + matrix)
+        begin = tl.load(offsets + matrix - 1, mask=matrix > 0, other=0)
+    share = tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_T) * BLOCK_T
+    first = begin + split * share
+    return first, tl.minimum(first + share, end)
 
 
 @triton.jit
 def lanes_of_block(block, part, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Rows (or columns) of the matrix that piece number ``part`` of a block covers.
+    """Finds the rows (or columns) of the matrix that piece number ``part`` of a block covers.
 
     Returns: their offsets within the block, (BLOCK,); their numbers in the matrix, replaced by harmless ones where
     there are none; and whether they are inside both the block and the matrix.
@@ -59,7 +77,7 @@ def accumulate_tile(
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """leftᵀ right over the tokens first ≤ t < last, at the given rows and columns: (m, n) in fp32.
+    """Computes leftᵀ right over the tokens first ≤ t < last, at the given rows and columns: (m, n) in fp32.
 
     Args:
         left, right: pointers to token 0 of the matrix: (T, R) and (T, C).
@@ -178,74 +196,149 @@ def _sampled_tiles(
     tl.store(out + offset_m[:, None] * WIDTH_N + to_n[None, :], sum_mn.to(out.dtype.element_ty), mask=stored)
 
 
-def sampled_matmul(
-    left: Tensor,
-    right: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-    num_active: int,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """pack(leftᵀ right) for tiles, as ``ops.matmul.sampled_matmul`` defines it."""
-    layout = Layout.of_lists(shape, matrix, block_shape)
-    precision = dot_precision(left.dtype)
+@triton.jit
+def _add_splits(parts, out, numel, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums ``NUM_SPLITS`` parts of ``numel`` fp32 each, first to last."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < numel
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(NUM_SPLITS):
+        total += tl.load(parts + tl.cast(split, tl.int64) * numel + offset, mask=inside, other=0.0)
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
+
+
+class ProductLaunch(NamedTuple):
+    """Holds what every launch of a sampled product with one topology has in common.
+
+    Args:
+        lists: positions, and starts of the block rows. sizes: what the kernel takes after the number of tokens.
+        num_programs: of one split. blocks_together: of one program. splits: by number of tokens, and whether they are
+            sorted by matrix. joined: constants of kernels that do more than the product, kept here by them.
+    """
+
+    kernel: Any
+    add_splits: Any
+    lists: tuple[Tensor | None, Tensor | None]
+    sizes: tuple[int, ...]
+    num_programs: int
+    blocks_together: int
+    values_shape: tuple[int, ...]
+    splits: dict[tuple[int, bool], int]
+    joined: dict[Any, dict[str, Any]]
+    constants: dict[str, Any]
+
+
+def product_launch(left: Tensor, topology: Topology) -> ProductLaunch:
+    """Returns what products of such a ``left`` with this topology have in common."""
+    launches: dict[Any, ProductLaunch] = topology.constant("sampled_tiles", dict)
+    dtype = left.dtype
+    key = dtype, dot_precision(dtype)
+    launch = launches.get(key)
+    if launch is None:
+        launch = launches[key] = _prepare(topology, left, key[1])
+    return launch
+
+
+def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
+    layout = topology.layout
     bm, bn = layout.block_shape
-    config = configs.sampled(device.architecture(left.device), left.dtype, precision, bn)
-    piece_m, lanes_n = configs.lanes(bm), configs.lanes(bn)
-    piece_n = max(lanes_n, config.columns)
+    sizes = supports.sampled_sizes(left.device, left.dtype, precision, bn)
+    piece_m, lanes_n = supports.lanes(bm), supports.lanes(bn)
+    piece_n = max(lanes_n, sizes.columns)
     blocks_together = piece_n // lanes_n
     per_line = triton.cdiv(layout.block_cols, blocks_together) * triton.cdiv(bm, piece_m) * triton.cdiv(bn, piece_n)
     num_lines = layout.num_matrices * layout.block_rows
-    splits = _num_splits(left, layout, num_active, blocks_together, config.tokens)
-    out = left.new_empty(layout.values_shape(num_active))
-    parts = out if splits == 1 else left.new_empty((splits, *out.shape), dtype=torch.float32)
-    lists = split_index(index[0], layout, num_active)
-    stacked = left.dim() == 3
-    with device.on_device_of(left):
-        _sampled_tiles[(num_lines * per_line, splits)](
-            left,
-            right,
-            parts,
-            lists.positions,
-            lists.row_starts,
-            offsets,
-            num_active,
-            left.shape[-2],
-            num_lines,
-            layout.block_rows,
-            layout.block_cols,
-            layout.rows,
-            layout.cols,
-            left.stride(0) if stacked else 0,
-            left.stride(-2),
-            left.stride(-1),
-            right.stride(0) if stacked else 0,
-            right.stride(-2),
-            right.stride(-1),
-            WIDTH_M=bm,
-            WIDTH_N=bn,
-            BLOCK_M=piece_m,
-            BLOCK_N=piece_n,
-            LANES_N=lanes_n,
-            BLOCK_T=config.tokens,
-            ALIGNED_M=math.gcd(bm, layout.rows, piece_m),
-            ALIGNED_N=math.gcd(bn, layout.cols, lanes_n),
-            LINES_TOGETHER=_LINES_TOGETHER,
-            PRECISION=precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        if splits > 1:
-            add_splits[(triton.cdiv(out.numel(), _BLOCK_OF_SUM),)](
-                parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM
-            )
+    return ProductLaunch(
+        kernel=supports.on_device(_sampled_tiles, left.device),
+        add_splits=supports.on_device(_add_splits, left.device),
+        lists=(topology.positions, topology.row_starts),
+        sizes=(num_lines, layout.block_rows, layout.block_cols, layout.rows, layout.cols),
+        num_programs=num_lines * per_line,
+        blocks_together=blocks_together,
+        values_shape=layout.values_shape(topology.num_active),
+        splits={},
+        joined={},
+        constants={
+            "WIDTH_M": bm,
+            "WIDTH_N": bn,
+            "BLOCK_M": piece_m,
+            "BLOCK_N": piece_n,
+            "LANES_N": lanes_n,
+            "BLOCK_T": sizes.tokens,
+            "ALIGNED_M": math.gcd(bm, layout.rows, piece_m),
+            "ALIGNED_N": math.gcd(bn, layout.cols, lanes_n),
+            "LINES_TOGETHER": _LINES_TOGETHER,
+            "PRECISION": precision,
+            "num_warps": sizes.num_warps,
+            "num_stages": sizes.num_stages,
+        },
+    )
+
+
+def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
+    """Computes pack(leftᵀ right) for tiles, as ``ops.products.sampled_matmul`` defines it."""
+    launch = product_launch(left, topology)
+    num_tokens, splits = tokens_and_splits(left, topology, launch, offsets)
+    out = left.new_empty(*launch.values_shape)
+    parts = out if splits == 1 else left.new_empty(splits, *launch.values_shape, dtype=torch.float32)
+    launch.kernel[(launch.num_programs, splits)](
+        left,
+        right,
+        parts,
+        *launch.lists,
+        offsets,
+        topology.num_active,
+        num_tokens,
+        *launch.sizes,
+        *factor_strides(left, right),
+        **launch.constants,
+    )
+    if splits > 1:
+        grid = (triton.cdiv(out.numel(), _BLOCK_OF_SUM),)
+        launch.add_splits[grid](parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM)
     return out
 
 
-def _num_splits(left: Tensor, layout: Layout, num_active: int, blocks_together: int, step: int) -> int:
-    """``num_splits`` for the tokens of ``left``: a matrix' own, or its even share of those sorted by matrix."""
-    tokens = left.shape[-2] // (1 if left.dim() == 3 else layout.num_matrices)
-    return num_splits(device.num_sms(left.device), layout, tokens, num_active, blocks_together, step)
+def factor_strides(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Returns three strides of each factor: 0 from matrix to matrix where both share one matrix of tokens."""
+    strides = left.stride() + right.stride()
+    return strides if len(strides) == 6 else (0, *strides[:2], 0, *strides[2:])
+
+
+def tokens_and_splits(
+    left: Tensor, topology: Topology, launch: ProductLaunch, offsets: Tensor | None
+) -> tuple[int, int]:
+    """Returns the number of tokens, and ``num_splits`` for a matrix's own, or an even share of sorted ones."""
+    num_tokens = left.shape[-2]
+    key = num_tokens, offsets is None
+    splits = launch.splits.get(key)
+    if splits is None:
+        if len(launch.splits) >= _MOST_LENGTHS:
+            launch.splits.clear()
+        tokens = num_tokens if offsets is None else num_tokens // topology.layout.num_matrices
+        sms, step = supports.num_sms(left.device), launch.constants["BLOCK_T"]
+        splits = num_splits(sms, topology.layout, tokens, topology.num_active, launch.blocks_together, step)
+        launch.splits[key] = splits
+    return num_tokens, splits
+
+
+def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
+    """Returns in how many parts to sum the ``tokens`` of a matrix: as many as take the least time.
+
+    Time is counted in multiply-adds of one output.
+
+    Programs of ``blocks_together`` blocks run in rounds of two to each of the ``sms`` multiprocessors, and each part of
+    a sum costs its writing and reading.
+    """
+    bm, bn = layout.block_shape
+    lines = min(num_active, layout.num_matrices * layout.block_rows)
+    parts_of_block = triton.cdiv(bm, supports.WIDEST) * triton.cdiv(bn, supports.WIDEST)
+    programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)
+    at_once = _PROGRAMS_PER_SM * sms
+
+    def cost(splits: int) -> float:
+        rounds = math.ceil(programs * splits / at_once)
+        return rounds * at_once / programs * tokens / splits + (splits > 1) * splits * _COST_OF_A_SPLIT
+
+    most = max(1, min(_MOST_SPLITS, tokens // (4 * step)))
+    return min(range(1, most + 1), key=cost)

@@ -1,10 +1,20 @@
-"""What the kernels here can do, for whoever chooses among kernels. Imports nothing that needs Triton."""
+"""Tells what Triton's kernels can do on a device, and with which sizes. Nothing here imports Triton.
+
+Sizes are those of what a program works on, warps and pipeline stages: by device, arithmetic and side of a tile. The
+numbers follow from shared memory (227 KiB of a multiprocessor on Hopper, 163 KiB on Ampere), from 255 registers a
+thread, and from reuse: a step of a product (a, k) by (k, c) reads k (a + c) numbers for k a c multiply-adds, so narrow
+tiles are taken with many tokens, or several at once. They depend on shapes and on the kind of device alone, never on a
+timing: a run can be repeated bit by bit.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,10 +24,16 @@ OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)
 """Compute capability of Ampere: the first with bf16, tf32 and copies that do not wait."""
+_SMS_OF_INTERPRETER = 4
+WIDEST = 128
+"""Wider blocks are taken in parts."""
+NARROWEST = 16
+"""What a product on tensor cores takes at least; narrower blocks are padded."""
+_FEWEST_LANES = 8
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype, layout: Layout, has_offsets: bool) -> bool:
-    """Whether ``op``, one of ``OPS``, runs in Triton there, for tensors of ``dtype``.
+    """Tells whether ``op``, one of ``OPS``, runs in Triton there, for tensors of ``dtype``.
 
     Tokens sorted by matrix (``has_offsets``) are multiplied for tiles alone; the other kinds of block would have to
     wait for the offsets. The CPU counts where Triton interprets its kernels (``TRITON_INTERPRET=1``).
@@ -28,14 +44,150 @@ def supports(op: str, device: torch.device, dtype: torch.dtype, layout: Layout, 
 
 
 @functools.cache
-def _installed() -> bool:
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there at all: it has to be installed, and the device young enough."""
-    if not _installed():
+    """Tells whether Triton's kernels run there at all: it has to be installed, and the device young enough."""
+    if not _is_installed():
         return False
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= _OLDEST
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Counts the streaming multiprocessors of ``device``."""
+    if device.type != "cuda":
+        return _SMS_OF_INTERPRETER
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Returns the row of the tables below that fits: "interpreter", "ampere", or "hopper" and what has its memory.
+
+    Consumer cards of the generation after (sm_120) have less than half of that shared memory, and get the smaller row.
+    """
+    if device.type != "cuda":
+        return "interpreter"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
+@functools.cache
+def _has_one_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
+class _OnDevice:
+    """Launches a kernel while a device is current, which is where Triton launches."""
+
+    def __init__(self, kernel: Any, device: torch.device) -> None:
+        self.kernel = kernel
+        self.device = device
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device(self.device):
+                self.kernel[grid](*args, **kwargs)
+
+        return run
+
+
+def on_device(kernel: Any, device: torch.device) -> Any:
+    """Returns what launches ``kernel`` on ``device``: itself where no other can be current."""
+    return kernel if device.type == "cpu" or _has_one_gpu() else _OnDevice(kernel, device)
+
+
+class MaskedSizes(NamedTuple):
+    """Says that a step of masked_matmul takes ``tokens`` of them by ``inner`` weights of each output."""
+
+    tokens: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+class SampledSizes(NamedTuple):
+    """Says that a step of sampled_matmul takes ``tokens`` of them, for one block row by ``columns``.
+
+    The columns are those of several tiles if these are narrow.
+    """
+
+    columns: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+_MASKED = {
+    ("hopper", "half", 32): MaskedSizes(256, 64, 8, 3),
+    ("hopper", "half", 64): MaskedSizes(256, 32, 8, 4),
+    ("hopper", "half", 128): MaskedSizes(256, 64, 8, 4),
+    ("hopper", "tf32", 32): MaskedSizes(128, 32, 4, 4),
+    ("hopper", "tf32", 64): MaskedSizes(128, 32, 4, 4),
+    ("hopper", "tf32", 128): MaskedSizes(128, 32, 8, 4),
+    ("ampere", "half", 32): MaskedSizes(128, 64, 4, 4),
+    ("ampere", "half", 64): MaskedSizes(128, 64, 4, 4),
+    ("ampere", "half", 128): MaskedSizes(128, 32, 4, 4),
+    ("ampere", "tf32", 32): MaskedSizes(128, 32, 4, 4),
+    ("ampere", "tf32", 64): MaskedSizes(128, 32, 4, 3),
+    ("ampere", "tf32", 128): MaskedSizes(128, 32, 8, 3),
+}
+_MASKED_WITHOUT_TENSOR_CORES = MaskedSizes(64, 16, 8, 3)
+_SAMPLED = {
+    ("hopper", "half", 32): SampledSizes(256, 64, 8, 3),
+    ("hopper", "half", 64): SampledSizes(256, 32, 8, 4),
+    ("hopper", "half", 128): SampledSizes(128, 64, 8, 3),
+    ("hopper", "tf32", 32): SampledSizes(128, 32, 4, 4),
+    ("hopper", "tf32", 64): SampledSizes(128, 32, 4, 4),
+    ("hopper", "tf32", 128): SampledSizes(128, 32, 8, 4),
+    ("ampere", "half", 32): SampledSizes(128, 64, 4, 3),
+    ("ampere", "half", 64): SampledSizes(128, 64, 4, 3),
+    ("ampere", "half", 128): SampledSizes(128, 32, 8, 4),
+    ("ampere", "tf32", 32): SampledSizes(128, 32, 4, 3),
+    ("ampere", "tf32", 64): SampledSizes(128, 32, 4, 3),
+    ("ampere", "tf32", 128): SampledSizes(128, 32, 8, 3),
+}
+_SAMPLED_WITHOUT_TENSOR_CORES = SampledSizes(64, 16, 8, 3)
+_MASKED_INTERPRETED = MaskedSizes(64, 32, 4, 1)
+_SAMPLED_INTERPRETED = SampledSizes(32, 64, 4, 1)
+
+
+def lanes(width: int) -> int:
+    """Returns the lanes of a program for a block of ``width``: a power of two, from ``NARROWEST`` to ``WIDEST``."""
+    return min(WIDEST, max(NARROWEST, 1 << (width - 1).bit_length()))
+
+
+def _row(architecture: str, dtype: torch.dtype, precision: str, width: int) -> tuple[str, str, int]:
+    return architecture, "half" if dtype.itemsize == 2 else precision, max(32, lanes(width))
+
+
+def masked_sizes(device: torch.device, dtype: torch.dtype, precision: str, width: int) -> MaskedSizes:
+    """Returns the sizes for output blocks of ``width``."""
+    kind = architecture(device)
+    if kind == "interpreter":
+        return _MASKED_INTERPRETED
+    return _MASKED.get(_row(kind, dtype, precision, width), _MASKED_WITHOUT_TENSOR_CORES)
+
+
+def sampled_sizes(device: torch.device, dtype: torch.dtype, precision: str, width: int) -> SampledSizes:
+    """Returns the sizes for blocks of ``width`` columns."""
+    kind = architecture(device)
+    if kind == "interpreter":
+        return _SAMPLED_INTERPRETED
+    return _SAMPLED.get(_row(kind, dtype, precision, width), _SAMPLED_WITHOUT_TENSOR_CORES)
+
+
+def inner_step(width: int, wanted: int) -> tuple[int, int]:
+    """Returns the weights of a step along blocks of ``width``, and the lanes that a block takes there.
+
+    A step has a part of one block, or several whole ones, padded to a power of two.
+    """
+    divisor = math.gcd(width, wanted)
+    if divisor == wanted or (width > wanted and divisor >= NARROWEST):
+        return divisor, width
+    padded = max(_FEWEST_LANES, 1 << (width - 1).bit_length())
+    return wanted, padded
