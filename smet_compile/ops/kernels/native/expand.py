@@ -18,7 +18,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
-from smet_compile.ops.products import by_matrix, multiply_stack, zeros_or_bias
+from smet_compile.ops.plain import by_matrix, multiply_stack, zeros_or_bias
 
 _SIZES = (2, 4, 8)
 _BYTES_AT_ONCE = 2**23
@@ -71,7 +71,7 @@ def masked_matmul(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """Computes what ``ops.products.masked_matmul`` does.
+    """Computes what ``ops.plain.masked_matmul`` does.
 
     Where rows of the weight are summed over, low-precision dtypes expand all of them at once, so that sums are rounded
     once.
@@ -101,7 +101,7 @@ def masked_matmul(
 
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
-    """Computes what ``ops.products.sampled_matmul`` does; the dense product is never whole."""
+    """Computes what ``ops.plain.sampled_matmul`` does; the dense product is never whole."""
     values = left.new_empty(topology.layout.values_shape(topology.num_active))
     ends = None if offsets is None else offsets.tolist()
     pieces_S = _pieces(topology, values.dtype.itemsize)

@@ -11,7 +11,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
-from smet_compile.ops.products import by_matrix
+from smet_compile.ops.plain import by_matrix
 
 _BYTES_OF_A_CHUNK = 2**19
 """As much input as stays in a core's cache while all blocks pass by."""
@@ -92,7 +92,7 @@ def masked_matmul(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """Computes what ``ops.products.masked_matmul`` does, for tiles."""
+    """Computes what ``ops.plain.masked_matmul`` does, for tiles."""
     dtype = values.dtype
     key = ("cpu_tiles", transposed, dtype)
     prepared: _PreparedMasked = topology.constant(key, lambda: _prepare_masked(topology, transposed, dtype))
@@ -117,7 +117,7 @@ def masked_matmul(
 
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
-    """Computes what ``ops.products.sampled_matmul`` does, for tiles."""
+    """Computes what ``ops.plain.sampled_matmul`` does, for tiles."""
     dtype = left.dtype
     prepared: _PreparedSampled = topology.constant(("cpu_tiles", dtype), lambda: _prepare_sampled(topology, dtype))
     left, right = _with_rows_in_order(left), _with_rows_in_order(right)
