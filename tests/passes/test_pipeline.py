@@ -10,6 +10,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import smet_compile
+from smet_compile import passes
 from smet_compile.passes import pipeline
 from smet_compile.passes.pipeline import PASSES, JointPasses, install, source_hash
 
