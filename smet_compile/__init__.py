@@ -1,25 +1,50 @@
-"""Sparse memory-efficient training: weights stored, differentiated and optimised only where they are active."""
+"""Sparse memory-efficient training: weights stored, differentiated and optimised only where they are active.
 
-from smet_compile.api import sparsify
-from smet_compile.convert import Report, export_dense, materialize, report
-from smet_compile.explain import Explanation, explain
-from smet_compile.microscope import Inspection, inspect
-from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveScale, ActiveSGD, NaiveAdamW, decay_groups
-from smet_compile.plan import Plan, plan
-from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
-from smet_compile.train_step import TrainStep, compile_train_step
+Every public name loads when it is first asked for, so importing the package loads nothing else.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smet_compile.api import sparsify
+    from smet_compile.convert import Report, export_dense, materialize, report
+    from smet_compile.explain import Explanation, explain
+    from smet_compile.microscope import Inspection, inspect
+    from smet_compile.ops import Kernel, register_kernel, unregister_kernel
+    from smet_compile.ops.rules import Rule, Slot, register_rule
+    from smet_compile.optim import (
+        ActiveAdamW,
+        ActiveLion,
+        ActiveOptimizer,
+        ActiveScale,
+        ActiveSGD,
+        NaiveAdamW,
+        decay_groups,
+    )
+    from smet_compile.plan import Plan, plan
+    from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
+    from smet_compile.train_step import TrainStep, compile_train_step
+
+    __version__: str
 
 __all__ = [
     "ActiveAdamW",
     "ActiveLion",
+    "ActiveOptimizer",
     "ActiveSGD",
     "ActiveScale",
     "Explanation",
     "Inspection",
+    "Kernel",
     "NaiveAdamW",
     "Plan",
     "Report",
+    "Rule",
     "SiteEvent",
+    "Slot",
     "TopologyEvent",
     "TopologyManager",
     "TrainStep",
@@ -31,7 +56,81 @@ __all__ = [
     "load_checkpoint",
     "materialize",
     "plan",
+    "register_kernel",
+    "register_rule",
     "report",
     "save_checkpoint",
     "sparsify",
+    "unregister_kernel",
 ]
+
+_NAMES_OF_MODULES = {
+    "api": ("sparsify",),
+    "convert": ("Report", "export_dense", "materialize", "report"),
+    "explain": ("Explanation", "explain"),
+    "microscope": ("Inspection", "inspect"),
+    "ops": ("Kernel", "register_kernel", "unregister_kernel"),
+    "ops.rules": ("Rule", "Slot", "register_rule"),
+    "optim": (
+        "ActiveAdamW",
+        "ActiveLion",
+        "ActiveOptimizer",
+        "ActiveSGD",
+        "ActiveScale",
+        "NaiveAdamW",
+        "decay_groups",
+    ),
+    "plan": ("Plan", "plan"),
+    "runtime": ("SiteEvent", "TopologyEvent", "TopologyManager", "load_checkpoint", "save_checkpoint"),
+    "train_step": ("TrainStep", "compile_train_step"),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES_OF_MODULES.items() for name in names}
+
+
+class _Door(ModuleType):
+    """Keeps a public function from being replaced by the module of the same name (``plan``, ``explain``).
+
+    Python binds a submodule to its name in the package whenever the submodule is first imported.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for a name of this module
+
+    def __getattr__(name: str) -> Any:
+        """Loads a public name, the version, or the room of the compiler passes with its switch."""
+        if name in _MODULES:
+            value = getattr(import_module(_MODULES[name]), name)
+        elif name == "__version__":
+            value = _find_version()
+        elif name == "passes":
+            return import_module("smet_compile.passes")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _find_version() -> str:
+    """Returns the version of the installed package, else that of the source tree, else "0+unknown"."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+
+    try:
+        return version("smet-compile")
+    except PackageNotFoundError:
+        pass
+    project_file = Path(__file__).parents[1] / "pyproject.toml"
+    project = tomllib.loads(project_file.read_text()).get("project", {}) if project_file.is_file() else {}
+    return str(project["version"]) if project.get("name") == "smet-compile" else "0+unknown"

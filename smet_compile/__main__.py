@@ -1,4 +1,4 @@
-"""`python -m smet_compile`."""
+"""Runs the command line: `python -m smet_compile`."""
 
 from smet_compile.pretrain.cli import main
 

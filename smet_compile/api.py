@@ -1,18 +1,30 @@
-"""What needs several rooms at once."""
+"""Makes a model sparse: the public verb, its checks of arguments and its warnings."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from smet_compile.convert import Globs, check_choice, check_density, choose, draw, make_compact, report
-from smet_compile.convert.compact import SELECTS
-from smet_compile.convert.doubts import warn_if_dense, warn_if_larger, warn_if_rows_are_empty
-from smet_compile.convert.nonzero import check_nothing_else_says_density
+from smet_compile.convert import (
+    Choice,
+    Globs,
+    Report,
+    check_density,
+    choose,
+    describe_empty_rows,
+    draw,
+    make_compact,
+    report,
+)
+from smet_compile.convert.active_blocks import NUM_NAMED, SELECTS, check_no_density_for_nonzero
 from smet_compile.format import arguments
 
 _DENSITY = 0.3
+_MAX_DENSITY_RATIO = 1.5
+"""By how much the density of a whole model may exceed the one asked for before a warning."""
+_STACKLEVEL = 3  # warnings name the line that calls sparsify
 
 
 def sparsify(
@@ -45,7 +57,7 @@ def sparsify(
         exclude: globs of weights to leave dense.
         rules: glob → density for the chosen weights it matches, first match wins; 1 leaves a weight plain.
         distribution: "uniform", every weight at ``density``; "er" or "erk", Erdős-Rényi shares (see
-            ``convert.budget.allocate``) with the total exact.
+            ``convert.active_blocks.allocate``) with the total exact.
         select: "random" for a fresh model (tiles so that their rows and columns fill evenly); "magnitude", the blocks
             of largest mean \\|w\\|, for a trained one; or "nonzero" for a pruned one: of each weight the blocks that
             are not all zero, at least one, and a weight without a block of zeros stays dense.
@@ -66,25 +78,79 @@ def sparsify(
     keeping them would take the memory of a second dense model.
     """
     arguments.module("sparsify", model)
-    check_choice("select", select, SELECTS)
+    arguments.one_of("select", select, SELECTS)
     if select == "nonzero":
-        check_nothing_else_says_density(density, rules, distribution)
-    wanted = _DENSITY if density is None else check_density("density", density)
+        check_no_density_for_nonzero(density, rules, distribution)
+    requested = _DENSITY if density is None else check_density("density", density)
     rescale = select == "random" if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
-    plan = choose(model, wanted, block_shape, include, exclude, rules, distribution, select)
-    warn_if_larger(plan.choices)
-    drawn = [draw(choice, select, rescale, seed) for choice in plan.choices]
+    selection = choose(model, requested, block_shape, include, exclude, rules, distribution, select)
+    _warn_if_larger(selection.choices)
+    drawn = [draw(choice, select, rescale, seed) for choice in selection.choices]
     if select != "nonzero":
-        warn_if_dense(report(model), drawn, plan.dense_reasons, wanted)
-        warn_if_rows_are_empty(plan.choices)
+        num_dropped = sum(each.num_dropped_weights for each in drawn)
+        _warn_if_dense(report(model), num_dropped, selection.dense_reasons, requested)
+        _warn_if_rows_are_empty(selection.choices)
     _install_passes()
-    make_compact(model, drawn, plan.dense_reasons)
+    make_compact(model, drawn, selection.dense_reasons)
     return model
 
 
 def _install_passes() -> None:
-    """Imported here, not above: the compiler takes seconds to import, and is not wanted before a weight is compact."""
-    from smet_compile.passes.install import install
+    """Puts the compiler passes where ``torch.compile`` finds them.
+
+    The import stands here because it loads the compiler, which takes seconds and serves compact weights alone.
+    """
+    from smet_compile.passes.pipeline import install
 
     install()
+
+
+def _warn_if_larger(choices: Sequence[Choice]) -> None:
+    """Warns where the blocks of a weight, which hang over its edge, take more memory than the dense weight."""
+    larger = [choice for choice in choices if choice.values_bytes > choice.dense_bytes]
+    if not larger:
+        return
+    named = ", ".join(
+        f"{choice.weight.name} ({choice.values_bytes:,} bytes in blocks of {choice.layout.block_shape}, "
+        f"{choice.dense_bytes:,} dense)"
+        for choice in sorted(larger, key=lambda choice: choice.dense_bytes - choice.values_bytes)[:NUM_NAMED]
+    )
+    others = f" and {len(larger) - NUM_NAMED} more" if len(larger) > NUM_NAMED else ""
+    warnings.warn(
+        f"sparsify: compact weights that take more memory than dense ones: {named}{others}; take smaller blocks, or "
+        "leave these weights dense with exclude=",
+        stacklevel=_STACKLEVEL,
+    )
+
+
+def _warn_if_dense(before: Report, num_dropped: int, dense_reasons: Mapping[str, str], density: float) -> None:
+    """Warns where so much stays dense that little is saved.
+
+    Args:
+        before: the report of the model before anything becomes compact.
+        num_dropped: how many single weights become inactive.
+        dense_reasons: why each other weight stays dense.
+        density: the density that was asked for.
+    """
+    whole_density = (before.num_active_weights - num_dropped) / max(1, before.num_weights)
+    if whole_density <= _MAX_DENSITY_RATIO * density:
+        return
+    dense = [row for row in before.skipped if row.name in dense_reasons]
+    largest = ", ".join(
+        f"{row.name} ({row.num_weights:,} weights: {dense_reasons[row.name]})"
+        for row in sorted(dense, key=lambda row: -row.num_weights)[:NUM_NAMED]
+    )
+    cause = f"largest left dense: {largest}" if largest else "a weight keeps at least one block; use smaller blocks"
+    warnings.warn(
+        f"sparsify: the model's matrices as a whole have density {whole_density:.2f}, more than "
+        f"{_MAX_DENSITY_RATIO} times the {density} asked for; {cause}",
+        stacklevel=_STACKLEVEL,
+    )
+
+
+def _warn_if_rows_are_empty(choices: Sequence[Choice]) -> None:
+    """Warns where a weight gets fewer active blocks than it has rows, or columns, of blocks."""
+    empty = describe_empty_rows((choice.weight.name, choice.layout, choice.num_active) for choice in choices)
+    if empty:
+        warnings.warn(f"sparsify: {empty}, and see smet_compile.inspect", stacklevel=_STACKLEVEL)

@@ -1,15 +1,15 @@
-"""The libraries of the `pretrain` extra, imported when they are first needed."""
+"""Imports the libraries of the `pretrain` extra when they are first needed."""
 
 from importlib import import_module
 from types import ModuleType
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """A library of the `pretrain` extra is not installed; the message says how to install it."""
+    """Says that a library of the `pretrain` extra is not installed, and how to install it."""
 
 
 def require(name: str) -> ModuleType:
-    """Import module `name`, or raise `MissingExtraError` with the command that installs it."""
+    """Imports module `name`, or raises `MissingExtraError` with the command that installs it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

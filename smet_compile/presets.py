@@ -1,4 +1,4 @@
-"""Model shapes by name, each with the training settings that suit it; and the Hugging Face model of a shape."""
+"""Names model shapes, each with the training settings that suit it, and builds their Hugging Face models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from smet_compile.extras import require
+from smet_compile.format import arguments
 
 VOCABULARY = 32_000
-"""Of the tokenizer that the shapes were published with."""
+"""The size of the vocabulary of the tokenizer that the shapes were published with."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A LLaMA shape and its default training settings.
+    """Holds a LLaMA shape and its default training settings.
 
     `batch` counts the sequences of one micro-batch, `accumulate` the micro-batches of one step; `lr` is the
     rate at density 1 (a sparse weight gets lr / density ** lr_density_exponent).
@@ -48,20 +49,18 @@ PRESETS = {
 
 
 def find_preset(name: str, argument: str = "--preset") -> Preset:
-    """The preset called `name`; a ValueError that names `argument` lists the names otherwise."""
-    if name not in PRESETS:
-        raise ValueError(f"{argument}: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    """Returns the preset called `name`; a ValueError that names `argument` lists the names otherwise."""
+    return PRESETS[arguments.one_of(argument, name, tuple(PRESETS))]
 
 
 def build_preset(
     name: str, vocabulary: int = VOCABULARY, sequence: int | None = None, dtype: torch.dtype = torch.float32,
     device: str = "meta",
 ) -> nn.Module:  # fmt: skip
-    """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory.
+    """Returns an unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory.
 
     Args:
-        sequence: the longest it is made for. Default: the preset's.
+        sequence: the longest sequence in tokens that the model takes. Default: the preset's.
 
     Raises: ValueError for an unknown preset, `extras.MissingExtraError` without transformers.
     """

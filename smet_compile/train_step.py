@@ -18,9 +18,8 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import Site, find_sites
-from smet_compile.ops.sinks import NO_GRADIENT
+from smet_compile.ops.sinks import NO_GRADIENT, count_by
 from smet_compile.ops.sites import check_sparsified
-from smet_compile.ops.update_counts import count_by
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]

@@ -1,4 +1,4 @@
-"""Imports point down only: the package keeps to the rules of ``support/rooms.py``, and they catch."""
+"""Imports point down only: the package keeps to the rules of ``support/rooms.py``, and these find what breaks them."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_every_room_on_disk_has_a_rule() -> None:
 
 
 def make_tree(root: Path, path: str, source: str) -> list[str]:
-    """The broken rules of a package that is one file at ``path``, beside a door."""
+    """Returns the broken rules of a package that is one file at ``path``, beside a door."""
     for name, text in {"__init__.py": '__all__ = ["sparsify"]', path: source}.items():
         file = root / "smet_compile" / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Odd values for every argument of every public function.
+"""Every public function copes with odd values for every argument.
 
 A call is refused by a ValueError or a TypeError, with nothing changed; or what it made trains, moves its topology, is
 saved and loaded.
@@ -27,7 +27,7 @@ _STRIDE = 47
 
 
 class Run:
-    """A small model, its optimizer and its manager, made when asked for."""
+    """Makes a small model, its optimizer and its manager when asked for."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -45,7 +45,7 @@ class Run:
         return smet.ActiveAdamW(self.model, lr=1e-2)
 
     def trained(self, optimizer: Any = None, manager: Any = None) -> None:
-        """Three steps, topology updates, a checkpoint there and back."""
+        """Trains for three steps with topology updates, saves a checkpoint and loads it."""
         model = self.model
         optimizer = optimizer or self.optimizer
         manager = manager or smet.TopologyManager(model, optimizer, total_steps=100, every=1)
@@ -220,7 +220,7 @@ def outcome(call: Call, argument: str, value: Any) -> str:
 
 
 def in_use(error: BaseException) -> bool:
-    """Whether training raised, not the call."""
+    """Returns whether training raised, not the call."""
     names = []
     trace = error.__traceback__
     while trace is not None:
@@ -258,7 +258,7 @@ def test_every_public_function_has_its_cases() -> None:
 
 
 def test_some_odd_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two values or three for every argument, others for each."""
+    """Tries two or three values for every argument, other ones for each."""
     assert math.gcd(_STRIDE, len(ODD)) == 1
     monkeypatch.chdir(tmp_path)
     check([case for case in all_cases() if case[:2] not in COMPILES][::_STRIDE])

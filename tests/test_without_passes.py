@@ -1,4 +1,4 @@
-"""What happens where the passes do not see a compiled graph: it is right, and a warning says why, once."""
+"""A compiled graph that the passes do not see is right, and a warning says once why it is slow."""
 
 import copy
 import warnings
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No warning given yet; Inductor's setting is put back."""
+    """Forgets earlier warnings, and puts the setting of Inductor back."""
     torch._dynamo.reset()
     monkeypatch.setattr(install, "_warned", set())
     before = inductor.joint_custom_pre_pass
@@ -62,7 +62,7 @@ def test_another_backend_works_and_warns_once(backend: str) -> None:
 
 
 def nothing(graph: Any) -> None:
-    """A pass of a user's, without uuid."""
+    """Stands for a pass of a user, without uuid."""
 
 
 def test_a_pass_set_before_is_chained() -> None:

@@ -7,9 +7,7 @@ from functools import lru_cache
 import numpy
 import torch
 
-from smet_compile.pretrain.data import read_tokens, stdlib_paths
-from smet_compile.pretrain.tokenizer import open_tokenizer
-from smet_compile.pretrain.windows import HELD_OUT_FRACTION, as_windows
+from smet_compile.pretrain.data import HELD_OUT_FRACTION, as_windows, open_tokenizer, read_tokens, stdlib_paths
 
 VOCABULARY = 256
 

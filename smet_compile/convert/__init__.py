@@ -1,17 +1,19 @@
-"""Where a model becomes sparse, and back: find the weights, share out the density, parametrize, export."""
+"""Decides where a model becomes sparse: finds the weights, shares out the density, makes them compact, and exports."""
 
-from smet_compile.convert.choose import Globs, check_choice, check_density, choose
+from smet_compile.convert.active_blocks import describe_empty_rows
+from smet_compile.convert.choose import Choice, Globs, check_density, choose
 from smet_compile.convert.compact import draw, make_compact
 from smet_compile.convert.export import export_dense
 from smet_compile.convert.materialize import materialize
 from smet_compile.convert.report import Report, report
 
 __all__ = [
+    "Choice",
     "Globs",
     "Report",
-    "check_choice",
     "check_density",
     "choose",
+    "describe_empty_rows",
     "draw",
     "export_dense",
     "make_compact",

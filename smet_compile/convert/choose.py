@@ -10,21 +10,21 @@ from typing import TypeVar
 
 from torch import nn
 
-from smet_compile.convert.budget import DISTRIBUTIONS, allocate
-from smet_compile.convert.nonzero import count_nonzero_blocks
-from smet_compile.convert.survey import ALREADY_COMPACT, Weight, survey
+from smet_compile.convert.active_blocks import DISTRIBUTIONS, allocate, count_nonzero_blocks
+from smet_compile.convert.find_weights import ALREADY_COMPACT, Weight, find_weights
 from smet_compile.format import Layout
 from smet_compile.format.arguments import described, number, one_of, whole_number
 
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
-_ABSURD = 16
+_MAX_GROWTH = 16
+"""By how much compact weights may exceed the memory of the dense ones before that is taken for a mistake."""
 _Density = TypeVar("_Density", float, None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One weight to make compact."""
+    """Describes one weight to make compact."""
 
     weight: Weight
     layout: Layout
@@ -36,13 +36,13 @@ class Choice:
 
     @property
     def values_bytes(self) -> int:
-        """Bytes of the active blocks, what hangs over the edge of the matrix included."""
+        """Returns the bytes of the active blocks, with the parts that hang over the edge of the matrix."""
         return math.prod(self.layout.values_shape(self.num_active)) * self.weight.tensor.element_size()
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The weights to make compact, and why each other parameter of two or more dimensions stays dense."""
+class Selection:
+    """Holds the weights to make compact, and why each other parameter of two or more dimensions stays dense."""
 
     choices: list[Choice]
     dense_reasons: dict[str, str]
@@ -57,14 +57,14 @@ def choose(
     rules: Mapping[str, float] | None,
     distribution: str,
     select: str = "random",
-) -> Plan:
-    """Arguments and errors as in ``smet_compile.sparsify``."""
-    check_choice("distribution", distribution, DISTRIBUTIONS)
+) -> Selection:
+    """Chooses the weights that ``smet_compile.sparsify`` makes compact; arguments and errors are described there."""
+    one_of("distribution", distribution, DISTRIBUTIONS)
     density = check_density("density", density)
     block = _check_block_shape(block_shape)
     densities = _check_rules(rules)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
-    weights = survey(model)
+    weights = find_weights(model)
     chosen = _sparse_weights(weights, included, excluded)
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
     if select == "nonzero":
@@ -77,21 +77,18 @@ def choose(
             f"sparsify: nothing to make sparse: none of the {len(chosen)} chosen weights has a block of {block} that "
             'is all zero; use smaller blocks, or select="magnitude" with a density'
         )
-    if not choices and any(_asked(weight, densities, density) < 1 for weight in chosen.values()):
+    if not choices and any(_requested_density(weight, densities, density) < 1 for weight in chosen.values()):
         raise ValueError(
             f"sparsify: nothing to make sparse: all {len(chosen)} chosen weights keep every block at density "
             f"{density} and block shape {block}; lower the density or use smaller blocks"
         )
     _check_bytes(choices, block)
-    return Plan(choices, _dense_reasons(weights, choices, chosen, excluded))
+    return Selection(choices, _dense_reasons(weights, choices, chosen, excluded))
 
 
-def check_choice(argument: str, got: str, known: Sequence[str]) -> None:
-    one_of(argument, got, known)
-
-
-def check_density(what: str, density: float) -> float:
-    return number(what, density, above=0, at_most=1, advice="it is the fraction that stays")
+def check_density(argument: str, density: float) -> float:
+    """Returns ``density`` as a float. Raises ValueError, which names ``argument``, for one outside (0, 1]."""
+    return number(argument, density, above=0, at_most=1, advice="it is the fraction that stays")
 
 
 def _check_block_shape(block_shape: int | Sequence[int]) -> tuple[int, int]:
@@ -131,31 +128,32 @@ def _check_rules(rules: Mapping[str, float] | None) -> dict[str, float]:
             f"rules: expected a dict from globs to densities, got {described(rules)}; pass for example "
             '{"*.o_proj": 0.5}'
         )
-    return {glob: check_density(f"rules[{glob!r}]", ruled) for glob, ruled in rules.items()}
+    return {glob: check_density(f"rules[{glob!r}]", density) for glob, density in rules.items()}
 
 
 def _matches(weight: Weight, glob: str) -> bool:
     return any(fnmatchcase(name, glob) for name in (weight.name, weight.module_name, weight.name_of_computed))
 
 
-def _check_globs(argument: str, globs: Iterable[str], among: Iterable[Weight], what: str) -> None:
-    among = list(among)
+def _check_globs(argument: str, globs: Iterable[str], weights: Iterable[Weight], kind: str) -> None:
+    """Raises ValueError for a glob that matches none of ``weights``, which the message calls ``kind``."""
+    weights = list(weights)
     for glob in globs:
-        if not any(_matches(weight, glob) for weight in among):
-            some = ", ".join(weight.name for weight in among[:3])
-            raise ValueError(f"{argument}: {glob!r} matches none of the {what} ({some}, ...); see report(model)")
+        if not any(_matches(weight, glob) for weight in weights):
+            some = ", ".join(weight.name for weight in weights[:3])
+            raise ValueError(f"{argument}: {glob!r} matches none of the {kind} ({some}, ...); see report(model)")
 
 
 def _sparse_weights(weights: dict[str, Weight], include: list[str] | None, exclude: list[str]) -> dict[str, Weight]:
-    """The weights to make compact."""
+    """Returns the weights to make compact. Raises ValueError where the globs ask for what cannot be."""
     _check_globs("include", include or [], weights.values(), "parameters of two or more dimensions")
     _check_globs("exclude", exclude, weights.values(), "parameters of two or more dimensions")
-    wanted = {
+    included = {
         name: weight
         for name, weight in weights.items()
-        if _wanted(weight, include) and not any(_matches(weight, glob) for glob in exclude)
+        if _is_included(weight, include) and not any(_matches(weight, glob) for glob in exclude)
     }
-    for name, weight in wanted.items():
+    for name, weight in included.items():
         if weight.never_reason == ALREADY_COMPACT:
             raise ValueError(f"{name}: {ALREADY_COMPACT}; call sparsify once, or exclude it")
     for glob in include or []:
@@ -163,9 +161,9 @@ def _sparse_weights(weights: dict[str, Weight], include: list[str] | None, exclu
         if all(weight.never_reason for weight in matched):
             first = matched[0]
             raise ValueError(f"include: {glob!r} matches {first.name}, which cannot be sparse: {first.never_reason}")
-    chosen = {name: weight for name, weight in wanted.items() if weight.never_reason is None}
+    chosen = {name: weight for name, weight in included.items() if weight.never_reason is None}
     if not chosen:
-        found = "; ".join(f"{n}: {reason}" for n, reason in _telling_reasons(weights)[:5])
+        found = "; ".join(f"{n}: {reason}" for n, reason in _reasons_to_show(weights)[:5])
         raise ValueError(
             f"sparsify: nothing to make sparse in {len(weights)} parameters of two or more dimensions "
             f"({found}); name weights with include="
@@ -173,33 +171,33 @@ def _sparse_weights(weights: dict[str, Weight], include: list[str] | None, exclu
     return chosen
 
 
-def _telling_reasons(weights: dict[str, Weight]) -> list[tuple[str, str]]:
-    """The first weight of each reason; first the reasons that somebody can do something about."""
+def _reasons_to_show(weights: dict[str, Weight]) -> list[tuple[str, str]]:
+    """Returns (weight, reason) with one weight of each reason, the reasons that a user can act on first."""
     reasons: dict[str, str] = {}
     for name, weight in sorted(weights.items(), key=lambda item: item[1].never_reason is None):
         reasons.setdefault(weight.reason or "excluded", name)
     return [(name, reason) for reason, name in reasons.items()]
 
 
-def _wanted(weight: Weight, include: list[str] | None) -> bool:
+def _is_included(weight: Weight, include: list[str] | None) -> bool:
     if include is not None:
         return any(_matches(weight, glob) for glob in include)
     return weight.dense_reason is None
 
 
-def _asked(weight: Weight, rules: dict[str, float], otherwise: _Density) -> float | _Density:
-    """The density of the first rule that matches."""
-    return next((ruled for glob, ruled in rules.items() if _matches(weight, glob)), otherwise)
+def _requested_density(weight: Weight, rules: dict[str, float], default: _Density) -> float | _Density:
+    """Returns the density of the first rule that matches, ``default`` where none does."""
+    return next((density for glob, density in rules.items() if _matches(weight, glob)), default)
 
 
 def _check_bytes(choices: list[Choice], block: tuple[int, int]) -> None:
-    """Blocks that hang far over the edge of their matrix are a slip, not a choice: nothing that size is made."""
+    """Raises ValueError where blocks hang so far over the edges of their matrices that it must be a mistake."""
     dense = sum(choice.dense_bytes for choice in choices)
     compact = sum(choice.values_bytes for choice in choices)
-    if compact > _ABSURD * dense:
+    if compact > _MAX_GROWTH * dense:
         worst = max(choices, key=lambda choice: choice.values_bytes)
         raise ValueError(
-            f"block_shape: expected blocks that save memory, got {block}: compact weights of {compact:,} bytes in the "
+            f"block_shape: expected blocks that save memory, got {block}: compact weights of {compact:,} bytes in "
             f"place of {dense:,} dense ones (most in {worst.weight.name} of shape {worst.layout.shape}); take blocks "
             "no larger than the matrices"
         )
@@ -212,13 +210,13 @@ def _counts(
     rules: dict[str, float],
     distribution: str,
 ) -> dict[str, int]:
-    """Active blocks per chosen weight: by the first rule that matches, the others by the distribution."""
+    """Returns the number of active blocks of each chosen weight, by the first rule that matches or the distribution."""
     _check_globs("rules", rules, chosen.values(), "weights chosen to be sparse")
     counts = {}
     for name, weight in chosen.items():
-        ruled = _asked(weight, rules, None)
-        if ruled is not None:
-            counts[name] = layouts[name].num_active(ruled)
+        requested = _requested_density(weight, rules, None)
+        if requested is not None:
+            counts[name] = layouts[name].num_active(requested)
     others = {name: layout for name, layout in layouts.items() if name not in counts}
     return counts | allocate(others, density, distribution)
 
@@ -226,6 +224,7 @@ def _counts(
 def _dense_reasons(
     weights: dict[str, Weight], choices: list[Choice], chosen: dict[str, Weight], exclude: list[str]
 ) -> dict[str, str]:
+    """Returns why each weight stays dense that is not compact and is not in ``choices``."""
     compact = {choice.weight.name for choice in choices}
     reasons = {}
     for name, weight in weights.items():

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
+from smet_compile.convert.active_blocks import select_blocks
 from smet_compile.convert.choose import Choice
-from smet_compile.convert.earlier_optimizers import forget, watch
-from smet_compile.convert.nonzero import nonzero_blocks
-from smet_compile.convert.report import remember_reasons
-from smet_compile.convert.undo import Undo
-from smet_compile.format import all_block_means, sample_evenly, sample_positions
+from smet_compile.convert.find_weights import Weight
+from smet_compile.convert.report import num_active_weights, remember_reasons
 from smet_compile.ops import CompactWeight, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
+from smet_compile.ops.torch_insides import outside_graphs
 
-SELECTS = ("random", "magnitude", "nonzero")
+_ATTRIBUTE_PREFIX = "_smet_"
+"""The names of all attributes that this library adds to modules begin with it."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+_dense_shapes: Any = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A weight that is dense yet, and the parametrization that will make it compact."""
+    """Holds a weight that is dense yet, and the parametrization that will make it compact."""
 
     choice: Choice
     compact: CompactWeight
+
+    @property
+    def num_dropped_weights(self) -> int:
+        """Returns how many single weights lie outside the active blocks."""
+        return self.choice.layout.num_weights - num_active_weights(self.compact)
 
 
 @torch.no_grad()
 def draw(choice: Choice, select: str, rescale: bool, seed: int) -> Drawn:
     """Selects the active blocks of a weight, and packs it once for trial. Changes nothing."""
-    mask = select_blocks(choice, select, seed)
-    compact = CompactWeight(choice.layout, mask, choice.num_active, choice.weight.name)
+    weight, layout = choice.weight, choice.layout
+    mask = select_blocks(weight.name, weight.tensor, layout, choice.num_active, select, seed)
+    compact = CompactWeight(layout, mask, choice.num_active, weight.name)
     compact.select, compact.rescale = select, rescale
-    compact.right_inverse(choice.weight.tensor)
+    compact.right_inverse(weight.tensor)
     return Drawn(choice, compact)
 
 
@@ -49,47 +61,43 @@ def make_compact(model: nn.Module, drawn: Sequence[Drawn], reasons: Mapping[str,
     the largest first: no other one needs more memory than it, and until it is packed nothing is lost. Where a later one
     fails all the same, those before it stay compact, and the others are dense again.
     """
-    undo = Undo(model, [each.choice.weight for each in drawn])
+    before = _ModelBefore(model, [each.choice.weight for each in drawn])
     for each in drawn:
         each.compact.parameter_order = _parameter_order(each.choice.weight.module)
     try:
         for each in drawn:
             weight = each.choice.weight
-            parametrize.register_parametrization(weight.module, weight.tensor_name, _Dense(), unsafe=True)
+            parametrize.register_parametrization(weight.module, weight.tensor_name, _Placeholder(), unsafe=True)
             reads.accept_parameters(weight.module, parametrizations)
             each.compact.train(weight.module.training)
         for each in drawn:
             saved_weights.install(each.choice.weight.module, owner=True)
         saved_weights.install(model)
         remember_reasons(model, dict(reasons))
-        for each in sorted(drawn, key=_num_bytes, reverse=True):
+        for each in sorted(drawn, key=lambda each: each.choice.values_bytes, reverse=True):
             _pack(each)
     except BaseException as error:
         packed = [each.choice.weight for each in drawn if _is_packed(each)]
-        undo(packed)
+        before.restore(packed)
         if packed:
             names = ", ".join(weight.name for weight in packed)
             error.add_note(f"sparsify: broke off after {len(packed)} of {len(drawn)} weights: {names} are compact now")
         raise
 
 
-class _Dense(nn.Module):
-    """Keeps the place of the parametrization of a weight that is not packed yet."""
+class _Placeholder(nn.Module):
+    """Stands in the chain of parametrizations of a weight until the weight is packed."""
 
     def forward(self, dense: Tensor) -> Tensor:
         return dense
 
 
 def _parameter_order(module: nn.Module) -> list[str]:
-    """Names of the parameters of ``module`` in the order they had when all of them were dense."""
+    """Returns the names of the parameters of ``module`` in the order they had when all of them were dense."""
     for name in compact_names(module):
         compact: CompactWeight = parametrizations(module)[name][0]
         return compact.parameter_order
     return list(module._parameters)
-
-
-def _num_bytes(drawn: Drawn) -> int:
-    return math.prod(drawn.choice.layout.values_shape(drawn.choice.num_active)) * drawn.choice.weight.tensor.itemsize
 
 
 def _is_packed(drawn: Drawn) -> bool:
@@ -99,42 +107,122 @@ def _is_packed(drawn: Drawn) -> bool:
 
 
 def _pack(drawn: Drawn) -> None:
-    """Whatever fails or interrupts, the parameter holds the whole dense weight or its values."""
+    """Replaces the data of a dense parameter by its values.
+
+    Whatever fails or interrupts, the parameter holds afterwards the whole dense weight or its values.
+    """
     weight, compact = drawn.choice.weight, drawn.compact
     tensor, dense, grad = weight.tensor, weight.tensor.detach(), weight.tensor.grad
     chain = parametrizations(weight.module)[weight.tensor_name]
-    place = chain[0]
+    placeholder = chain[0]
     try:
-        watch(tensor, dense.shape)
+        note_dense_shape(tensor, dense.shape)
         chain[0] = compact
         chain.right_inverse(dense)
         tensor.grad = None
         if compact.rescale:
             tensor.mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
     except BaseException:
-        chain[0] = place
+        chain[0] = placeholder
         if tensor.shape != dense.shape:
             tensor.data = dense
         tensor.grad = grad
-        forget(tensor)
+        _dense_shapes.pop(tensor, None)
         raise
 
 
-def select_blocks(choice: Choice, select: str, seed: int) -> Tensor:
-    """Returns the mask (num_blocks,) of the blocks that start active."""
-    weight, layout = choice.weight, choice.layout
-    mask = torch.zeros(layout.num_blocks, dtype=torch.bool, device=weight.tensor.device)
-    if weight.tensor.is_meta:
-        return mask
-    if select == "nonzero":
-        return nonzero_blocks(weight.tensor, layout)
-    if select == "magnitude":
-        positions = all_block_means(weight.tensor, layout).topk(choice.num_active, sorted=False).indices
-    else:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {weight.name}".encode()))
-        if layout.tiles:
-            positions = sample_evenly(mask, mask, layout, choice.num_active, generator)
-        else:
-            positions = sample_positions(mask, choice.num_active, generator)
-    mask[positions] = True
-    return mask
+class _ModelBefore:
+    """Remembers ``model`` as it is before some of its ``weights`` are made compact.
+
+    It does not remember the data of the weights, which would take the memory of a second model: a weight that is packed
+    has to stay compact.
+    """
+
+    def __init__(self, model: nn.Module, weights: Iterable[Weight]) -> None:
+        self._model = model
+        self._attributes = {module: _own_attributes(module) for module in model.modules()}
+        modules: dict[nn.Module, set[str]] = {model: set()}
+        for weight in weights:
+            modules.setdefault(weight.module, set()).add(weight.tensor_name)
+        self._modules = [_ModuleBefore(module, names) for module, names in modules.items()]
+
+    def restore(self, packed: Iterable[Weight]) -> None:
+        """Restores everything but the weights ``packed``, and what these need."""
+        kept: dict[nn.Module, set[str]] = {}
+        for weight in packed:
+            kept.setdefault(weight.module, set()).add(weight.tensor_name)
+        for before in self._modules:
+            before.restore_weights(kept.get(before.module, set()))
+            if before.module not in kept and not (kept and before.module is self._model):
+                before.restore_hooks()
+        for module, attributes in self._attributes.items() if not kept else ():
+            for name in _own_attributes(module):
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Returns the attributes of ``module`` that this library added."""
+    return {name: value for name, value in module.__dict__.items() if name.startswith(_ATTRIBUTE_PREFIX)}
+
+
+class _ModuleBefore:
+    """Remembers a module as it is before its tensors ``names`` are parametrized."""
+
+    def __init__(self, module: nn.Module, names: set[str]) -> None:
+        self.module = module
+        self._names = names
+        self._class = type(module)
+        self._parameters = dict(module._parameters)
+        self._hooks: dict[str, dict[Any, Any]] = {name: dict(getattr(module, name)) for name in _HOOKS}
+
+    def restore_weights(self, kept: set[str]) -> None:
+        """Makes the tensors plain parameters again, but for those called ``kept``."""
+        module, chains = self.module, parametrizations(self.module)
+        for name in self._names - kept:
+            if name in chains:
+                del chains[name]
+            if isinstance(vars(type(module)).get(name), property):
+                delattr(type(module), name)
+        if type(module) is not self._class and len(chains) == 0:
+            module.__class__ = self._class
+            module._modules.pop("parametrizations", None)
+        module._parameters.clear()
+        module._parameters.update((name, p) for name, p in self._parameters.items() if name not in kept)
+
+    def restore_hooks(self) -> None:
+        for name, hooks in self._hooks.items():
+            current = getattr(self.module, name)
+            current.clear()
+            current.update(hooks)
+
+
+def note_dense_shape(values: Tensor, dense_shape: torch.Size) -> None:
+    """Notes that ``values`` was a dense parameter of ``dense_shape`` until now."""
+    _check_moments_in_every_step()
+    _dense_shapes[values] = dense_shape
+
+
+@functools.cache
+def _check_moments_in_every_step() -> None:
+    """Registers one hook for every optimizer, with the first compact weight."""
+    register_optimizer_step_pre_hook(check_moments)
+
+
+@outside_graphs("an optimizer's step is checked in eager mode; compile what calls it without fullgraph=True")
+def check_moments(optimizer: Optimizer, *_: Any) -> None:
+    """Raises ValueError before a step with moments from before ``sparsify``.
+
+    The parameter of such an optimizer now has compact values, and moments of the dense shape belong to other weights.
+    Some of torch's optimizers would fail half way through a step, the fused ones not at all.
+    """
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        dense_shape = _dense_shapes.get(parameter)
+        if dense_shape is None:
+            continue
+        for key, state in optimizer.state.get(parameter, {}).items():
+            if isinstance(state, Tensor) and state.shape == dense_shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__}: expected {key!r} of shape {tuple(parameter.shape)}, got "
+                    f"{tuple(dense_shape)}: sparsify was called after this optimizer had stepped; make it anew"
+                )

@@ -1,4 +1,4 @@
-"""export_dense: the way back to a plain model."""
+"""Exports a model with compact weights as a plain dense model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from smet_compile.ops.sites import check_sparsified, wrapped_child
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _ENDS = (*_PLAIN, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-"""A deep copy takes these as they are, or through an object that is kept elsewhere too."""
+"""Types of objects that hold no tensor which a deep copy would have to copy."""
 
 
 @torch.no_grad()
 def export_dense(model: nn.Module) -> nn.Module:
-    """A plain copy of ``model``: dense weights, zero where inactive, no trace of this library.
+    """Returns a plain copy of ``model``: dense weights, zero where inactive, no trace of this library.
 
     ``model`` itself stays compact and trainable. For a Hugging Face model, ``save_pretrained`` of the copy
     loads anywhere. Takes the memory of the dense weights.
@@ -76,7 +76,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _objects_in(model: nn.Module) -> Iterator[Any]:
-    """Every object that ``model`` keeps: in its attributes, its modules, and containers and objects in these."""
+    """Yields every object in the attributes and modules of ``model``, and in containers and objects in these."""
     waiting, seen = deque[Any]([model]), set[int]()
     while waiting:
         found = waiting.popleft()
@@ -102,7 +102,7 @@ def _slots(base: type) -> tuple[str, ...]:
 
 
 def _restore_order(module: nn.Module, order: list[str]) -> None:
-    """Parameters in the order they had: what a plain optimizer's state is keyed by."""
+    """Puts the parameters into the order they had, by which the state of a plain optimizer is keyed."""
     parameters = dict(module._parameters)
     places = {name: i for i, name in enumerate(order)}
     module._parameters.clear()
@@ -111,7 +111,7 @@ def _restore_order(module: nn.Module, order: list[str]) -> None:
 
 
 def _give_own_class(module: nn.Module) -> None:
-    """A deep copy shares its parametrized class with the original, and removal edits the class."""
+    """Gives ``module`` a copy of its class: the original shares the class, and removal of parametrizations edits it."""
     shared = type(module)
     body = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, body)

@@ -1,4 +1,4 @@
-"""materialize: draws the weights of a model that was made sparse on shapes alone, one dense weight at a time."""
+"""Draws the weights of a model that was made sparse on shapes alone, one dense weight at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from smet_compile.convert.choose import Choice
-from smet_compile.convert.compact import select_blocks
-from smet_compile.convert.survey import Weight
+from smet_compile.convert.active_blocks import select_blocks
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
@@ -56,7 +54,7 @@ def materialize(
     seed = arguments.seed_number("seed", seed)
     if initialize is not None:
         arguments.function("initialize", initialize, "of a module")
-    device = None if device is None else _usable(device)
+    device = None if device is None else _data_device(device)
     sites = find_sites(model)
     check_sparsified("materialize", model)
     for name, site in sites.items():
@@ -73,7 +71,8 @@ def materialize(
     return model
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def _data_device(device: torch.device | str) -> torch.device:
+    """Returns ``device`` with its index. Raises ValueError for one that this machine lacks, or that holds no data."""
     try:
         tensor = torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -88,11 +87,13 @@ def _usable(device: torch.device | str) -> torch.device:
 
 def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: Initialize | None) -> None:
     unwritten = _mark_unwritten(model, sites)
-    draws = _draws(model) if initialize is None else ((initialize, module) for module in _children_first(model))
+    initializers = (
+        _initializers(model) if initialize is None else ((initialize, module) for module in _children_first(model))
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for draw, module in draws:
-            _draw(module, [site for site in sites.values() if site.module is module], draw, seed)
+        for initializer, module in initializers:
+            _draw(module, [site for site in sites.values() if site.module is module], initializer, seed)
     _expect_written(unwritten, sites)
 
 
@@ -124,8 +125,8 @@ def _reset(module: nn.Module) -> None:
             return
 
 
-def _draws(model: nn.Module) -> Iterator[tuple[Initialize, nn.Module]]:
-    """Yields each module with what draws it, in the order in which constructors do that on a real device.
+def _initializers(model: nn.Module) -> Iterator[tuple[Initialize, nn.Module]]:
+    """Yields each module with the function that draws it, in the order in which constructors call these.
 
     A Hugging Face model ends its constructor with ``_init_weights`` on every part that no inner model has initialised.
     """
@@ -140,19 +141,20 @@ def _draws(model: nn.Module) -> Iterator[tuple[Initialize, nn.Module]]:
                     yield init_weights, part
 
 
-def _draw(module: nn.Module, sites: list[Site], draw: Initialize, seed: int) -> None:
-    """Lets ``draw`` write the parameters of one module, its compact ones as dense tensors, and keeps what is active."""
-    with _dense(sites):
-        draw(module)
+def _draw(module: nn.Module, sites: list[Site], initializer: Initialize, seed: int) -> None:
+    """Lets ``initializer`` write the parameters of one module as dense tensors, and keeps the active blocks."""
+    with _dense_stand_ins(sites):
+        initializer(module)
         for site in sites:
             dense = site.compact.stand_in
             assert dense is not None
             if not dense.isnan().any():
-                _keep(site, dense, seed)
+                _pack(site, dense, seed)
 
 
 @contextmanager
-def _dense(sites: list[Site]) -> Iterator[None]:
+def _dense_stand_ins(sites: list[Site]) -> Iterator[None]:
+    """Makes compact weights read as dense tensors of NaN, which an initialisation may write."""
     for site in sites:
         site.compact.stand_in = site.values.new_full(site.layout.shape, math.nan)
     try:
@@ -162,10 +164,10 @@ def _dense(sites: list[Site]) -> Iterator[None]:
             site.compact.stand_in = None
 
 
-def _keep(site: Site, dense: Tensor, seed: int) -> None:
+def _pack(site: Site, dense: Tensor, seed: int) -> None:
+    """Selects the active blocks of ``dense`` and writes them into the values of ``site``."""
     compact = site.compact
-    weight = Weight(compact.name, site.module, site.tensor_name, dense)
-    mask = select_blocks(Choice(weight, site.layout, site.num_active), compact.select, seed)
+    mask = select_blocks(compact.name, dense, site.layout, site.num_active, compact.select, seed)
     compact.set_mask(mask)
     values = torch.ops.smet.pack(dense, compact.topology, compact.lists, compact.layout.text, compact.num_active)
     if compact.rescale:
@@ -174,18 +176,18 @@ def _keep(site: Site, dense: Tensor, seed: int) -> None:
 
 
 def _mark_unwritten(model: nn.Module, sites: dict[str, Site]) -> list[tuple[str, Tensor]]:
-    """Fills every plain tensor with what no initialisation writes; returns them with their names."""
+    """Fills every plain tensor with a mark that no initialisation writes; returns the tensors with their names."""
     compact = {id(site.values) for site in sites.values()}
     compact |= {id(buffer) for site in sites.values() for buffer in site.compact.buffers()}
     marked = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in compact and tensor.numel() > 0 and tensor.dtype != torch.bool:
-            tensor.fill_(_unwritten(tensor.dtype))
+            tensor.fill_(_unwritten_mark(tensor.dtype))
             marked.append((name, tensor))
     return marked
 
 
-def _unwritten(dtype: torch.dtype) -> float:
+def _unwritten_mark(dtype: torch.dtype) -> float:
     if dtype.is_floating_point or dtype.is_complex:
         return math.nan
     limits = torch.iinfo(dtype)
@@ -195,7 +197,7 @@ def _unwritten(dtype: torch.dtype) -> float:
 def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site]) -> None:
     names = [name for name, site in sites.items() if not site.compact.has_data()]
     for name, tensor in marked:
-        mark = _unwritten(tensor.dtype)
+        mark = _unwritten_mark(tensor.dtype)
         if bool(tensor.isnan().any() if math.isnan(mark) else (tensor == mark).all()):
             names.append(name)
     if names:

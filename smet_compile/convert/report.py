@@ -1,4 +1,4 @@
-"""report: what of a model is compact, what is not and why, and how many bytes its weights take."""
+"""Reports which weights of a model are compact, why the others are not, and how many bytes they take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from smet_compile.convert.choose import KEEPS_EVERY_BLOCK
-from smet_compile.convert.survey import ALREADY_COMPACT, survey
+from smet_compile.convert.find_weights import ALREADY_COMPACT, find_weights
 from smet_compile.format import arguments, block_sizes, count_active, positions_of
 from smet_compile.ops import CompactWeight, Site, find_sites
 from smet_compile.ops.sites import forget_dense, mark_dense
@@ -18,7 +18,12 @@ _REASONS = "_smet_dense_reasons"
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One compact weight. ``bytes``: its values; ``index_bytes``: topology and what is derived from it."""
+    """Describes one compact weight.
+
+    Args:
+        bytes: the size of its values.
+        index_bytes: the size of its topology and of the lists derived from that.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +37,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class DenseReport:
-    """One weight that was left dense, and why."""
+    """Describes one weight that was left dense, and why."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +48,7 @@ class DenseReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report(model)`` returns; prints as a table."""
+    """Holds the result of ``report(model)``; ``print`` shows it as a table."""
 
     sites: list[SiteReport]
     skipped: list[DenseReport]
@@ -52,7 +57,7 @@ class Report:
 
     @property
     def density(self) -> float:
-        """Of the model's matrices as a whole, the dense ones included."""
+        """Returns the density of the model's matrices as a whole, the dense ones included."""
         return self.num_active_weights / max(1, self.num_weights)
 
     @property
@@ -68,7 +73,7 @@ class Report:
         return sum(weight.bytes for weight in self.skipped)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Returns plain data, ready for JSON."""
         return asdict(self) | {"density": self.density}
 
     def __str__(self) -> str:
@@ -127,42 +132,39 @@ def forget_reasons(module: nn.Module) -> None:
 
 
 def report(model: nn.Module) -> Report:
-    """What of ``model`` is compact, with densities read back from the topology, and what was left dense and why.
+    """Reports which weights of ``model`` are compact, which were left dense, and why.
 
-    On the meta device, where a topology has no data, the number of active blocks is the number of values.
+    Densities are read back from the topologies. On the meta device, where a topology has no
+    data, the number of active blocks is the number of values.
 
-    Raises ValueError for anything but a model.
+    Raises: ValueError for anything but a model.
     """
     arguments.module("report", model)
-    sites = [_site_report(site) for site in find_sites(model).values()]
+    sites = find_sites(model).values()
     reasons = model.__dict__.get(_REASONS, {})
     dense, seen = [], set()
-    for name, weight in survey(model).items():
+    for name, weight in find_weights(model).items():
         if weight.never_reason == ALREADY_COMPACT:
             continue
-        why = reasons.get(name) or weight.reason or "not sparsified"
+        reason = reasons.get(name) or weight.reason or "not sparsified"
         tensor = weight.tensor
         if nn.parameter.is_lazy(tensor):
-            dense.append(DenseReport(name, (), 0, 0, why))
+            dense.append(DenseReport(name, (), 0, 0, reason))
             continue
         num_bytes = 0 if id(tensor) in seen else tensor.numel() * tensor.element_size()
         seen.add(id(tensor))
-        dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, why))
+        dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, reason))
     num_dense = sum(row.num_weights for row in dense if row.bytes)
-    total = sum(_num_weights(site.shape) for site in sites)
-    active = sum(num_active_weights(site.compact) for site in find_sites(model).values())
-    return Report(sites, dense, total + num_dense, active + num_dense)
-
-
-def _num_weights(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+    total = sum(site.layout.num_weights for site in sites)
+    active = sum(num_active_weights(site.compact) for site in sites)
+    return Report([_site_report(site) for site in sites], dense, total + num_dense, active + num_dense)
 
 
 def num_active_weights(compact: CompactWeight) -> int:
-    """Weights inside active blocks; a block at the edge has fewer. On the meta device: about as many."""
+    """Returns how many single weights lie inside active blocks; a block at the edge has fewer.
+
+    On the meta device the number is an estimate.
+    """
     layout = compact.layout
     if layout.single_weights:
         return compact.num_active

@@ -1,4 +1,4 @@
-"""Finds the modules that send tokens to experts: they stay dense, since one lost score can starve an expert.
+"""Finds the routers of mixtures of experts, which stay dense, since one lost score can starve an expert.
 
 A router is known by what it does: it scores experts. Its last matrix has as many outputs as there are experts, and it
 stands beside the experts or above them. A name alone ("gate") is not enough, since gated networks use the same names.
@@ -12,26 +12,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_COUNT = re.compile(r"(moe_)?(num|n)_(local_|routed_|total_)?experts?|experts?_(num|count)", re.IGNORECASE)
-_SAID_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
+_COUNT_NAME = re.compile(r"(moe_)?(num|n)_(local_|routed_|total_)?experts?|experts?_(num|count)", re.IGNORECASE)
+_COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
 _SCORING_WORDS = {"gate", "gates", "gating", "routing", "wg", "switch", "dispatch", "dispatcher", "selector", "scorer"}
 _SCORING_WORDS |= {"noise", "noisy"}
 _SCORING_CLASSES = ("gate", "gating", "routing", "topk", "top1", "top2", "selector", "dispatch")
-_LISTS = (nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _GATES = ("gate", "gates", "gating", "wg")
 
 
 def find_routers(model: nn.Module) -> set[int]:
-    """Identities of all modules that are routers or lie in one."""
+    """Returns the identities of all modules that are routers or lie in one."""
     modules = dict(model.named_modules())
-    beside = {name: _expert_counts(module) for name, module in modules.items()}
-    within: dict[str, set[int]] = {name: set() for name in modules}
-    for name, counts in beside.items():
-        for above in _prefixes(name) if counts else ():
-            within[above] |= counts
+    own_counts = {name: _expert_counts(module) for name, module in modules.items()}
+    all_counts: dict[str, set[int]] = {name: set() for name in modules}
+    for name, counts in own_counts.items():
+        for prefix in _prefixes(name) if counts else ():
+            all_counts[prefix] |= counts
     found: set[int] = set()
     for name, module in modules.items():
-        for child_name in _routers_of(module, beside[name], within[name]):
+        for child_name in _routers_of(module, own_counts[name], all_counts[name]):
             path = f"{name}.{child_name}" if name else child_name
             inside = modules.get(path, module._modules[child_name])
             assert inside is not None
@@ -42,49 +42,50 @@ def find_routers(model: nn.Module) -> set[int]:
 
 
 def is_expert_stack(module: nn.Module, tensor: Tensor) -> bool:
-    """The rule for stacked experts: (E, R, C) with R, C > 1, in a module that says it holds experts.
+    """Returns whether ``tensor`` stacks the weights of experts: (E, R, C) with R, C > 1, in a module of experts.
 
-    It says so by its class name ("MixtralExperts"), or by an attribute ``num_experts``, ``num_local_experts``,
-    ``n_experts`` or ``n_routed_experts`` that equals E > 1. Position embeddings (1, T, D) and class tokens
-    (1, 1, D) have E = 1; routers are 2-D.
+    A module says that it holds experts by its class name ("MixtralExperts"), or by an attribute ``num_experts``,
+    ``num_local_experts``, ``n_experts`` or ``n_routed_experts`` that equals E > 1. Position embeddings (1, T, D) and
+    class tokens (1, 1, D) have E = 1; routers are 2-D.
     """
     if tensor.dim() != 3 or min(tensor.shape) <= 1:
         return False
-    counts = [attribute(module, name) for name in _SAID_COUNTS]
+    counts = [attribute(module, name) for name in _COUNT_ATTRIBUTES]
     return "experts" in type(module).__name__.lower() or any(
         isinstance(count, int) and count == tensor.shape[0] for count in counts
     )
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """The attribute, or None where there is none or a property raises."""
+    """Returns the attribute, or None where there is none or a property raises."""
     try:
         return getattr(module, name, None)
     except Exception:
         return None
 
 
-def _routers_of(parent: nn.Module, beside: set[int], within: set[int]) -> Iterator[str]:
-    """Names of the children of ``parent`` that score experts.
+def _routers_of(parent: nn.Module, own_counts: set[int], all_counts: set[int]) -> Iterator[str]:
+    """Yields the names of the children of ``parent`` that score experts.
 
     Args:
-        beside: numbers of experts that ``parent`` itself holds. within: the same with all that lies in its children.
+        own_counts: the numbers of experts that ``parent`` itself holds.
+        all_counts: the numbers of experts that ``parent`` or any module in it holds.
     """
     children = {name: child for name, child in parent._modules.items() if child is not None}
     others = {name: child for name, child in children.items() if not _is_experts(name, child)}
-    holds_experts = bool(beside) or len(others) < len(children) or attribute(parent, "experts") is not None
-    counted = within | _said_counts(parent, and_config=holds_experts)
-    lists = {len(child._modules) for child in children.values() if _is_list_of_alike(child)}
+    holds_experts = bool(own_counts) or len(others) < len(children) or attribute(parent, "experts") is not None
+    counts = all_counts | _counts_in_attributes(parent, and_config=holds_experts)
+    counts |= {len(child._modules) for child in children.values() if _is_list_of_alike(child)}
     named = set()
     for name, child in others.items():
         outputs = _outputs(child)
         is_named = _scores_by_name(name, child)
         is_gate = name.lower() in _GATES and holds_experts
-        if _is_router_by_name(name, child) or is_gate or (is_named and outputs & (counted | lists)):
+        if _is_router_by_name(name, child) or is_gate or (is_named and outputs & counts):
             named.add(name)
     yield from named
-    if not named and beside - _widths(children):
-        yield from (name for name, child in others.items() if _outputs(child) & (beside - _widths(children)))
+    if not named and own_counts - _widths(children):
+        yield from (name for name, child in others.items() if _outputs(child) & (own_counts - _widths(children)))
 
 
 def _is_router_by_name(name: str, child: nn.Module) -> bool:
@@ -97,7 +98,7 @@ def _scores_by_name(name: str, child: nn.Module) -> bool:
 
 
 def _is_experts(name: str, child: nn.Module | None) -> bool:
-    """Whether a child holds the experts among which a router chooses; shared experts see every token."""
+    """Returns whether a child holds the experts among which a router chooses; shared experts see every token."""
     name, kind = name.lower(), type(child).__name__.lower()
     if child is None or "shared" in name or "gate" in name or "router" in kind:
         return False
@@ -105,22 +106,22 @@ def _is_experts(name: str, child: nn.Module | None) -> bool:
 
 
 def _expert_counts(module: nn.Module) -> set[int]:
-    """Numbers of experts that ``module`` holds: in a child that holds them all, or in stacks of its own."""
+    """Returns the numbers of experts that ``module`` holds, in a child that holds them all or in stacks of its own."""
     named = [t for name, t in module._parameters.items() if t is not None and "expert" in name.lower()]
     stacks = [tensor for tensor in _parameters(module) if is_expert_stack(module, tensor)]
     counts = {tensor.shape[0] for tensor in [*stacks, *named] if not nn.parameter.is_lazy(tensor) and tensor.dim() == 3}
-    held = [child for name, child in module._modules.items() if child is not None and _is_experts(name, child)]
-    return {count for count in counts.union(*(_counts_in(child) for child in held)) if count > 1}
+    holders = [child for name, child in module._modules.items() if child is not None and _is_experts(name, child)]
+    return {count for count in counts.union(*(_counts_in(child) for child in holders)) if count > 1}
 
 
 def _counts_in(child: nn.Module) -> set[int]:
-    """How many experts lie in a module of experts: by its attributes, as the length of a list, as that of stacks."""
-    if isinstance(child, _LISTS):
+    """Returns how many experts a module of experts may hold, by its attributes, its lists and its stacked weights."""
+    if isinstance(child, _CONTAINERS):
         return {len(child._modules)}
     inside = [part for part in child._modules.values() if part is not None]
-    counts = {len(part._modules) for part in inside if isinstance(part, _LISTS)}
+    counts = {len(part._modules) for part in inside if isinstance(part, _CONTAINERS)}
     stacks = {t.shape[0] for part in (child, *inside) for t in _parameters(part) if t.dim() == 3}
-    return counts | stacks | _said_counts(child, and_config=False)
+    return counts | stacks | _counts_in_attributes(child, and_config=False)
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
@@ -130,21 +131,23 @@ def _parameters(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _said_counts(module: nn.Module, and_config: bool) -> set[int]:
-    """Counts above 1 among the attributes of ``module``, and of its ``config``."""
+def _counts_in_attributes(module: nn.Module, and_config: bool) -> set[int]:
+    """Returns the numbers of experts above 1 that attributes of ``module``, and of its ``config``, name."""
     config = vars(module).get("config") if and_config else None
     attributes = {**(vars(config) if hasattr(config, "__dict__") else {}), **vars(module)}
-    return {value for key, value in attributes.items() if _COUNT.fullmatch(key) and type(value) is int and value > 1}
+    return {
+        value for key, value in attributes.items() if _COUNT_NAME.fullmatch(key) and type(value) is int and value > 1
+    }
 
 
 def _is_list_of_alike(child: nn.Module) -> bool:
     parts = [part for part in child._modules.values() if part is not None]
-    return isinstance(child, _LISTS) and len(parts) > 1 and len({type(p) for p in parts}) == 1
+    return isinstance(child, _CONTAINERS) and len(parts) > 1 and len({type(p) for p in parts}) == 1
 
 
 def _outputs(module: nn.Module) -> set[int]:
-    """Numbers of features that come out of the last matrix in ``module``; of each, for a list of modules."""
-    if isinstance(module, _LISTS):
+    """Returns how many features come out of the last matrix in ``module``; of each module, for a list of modules."""
+    if isinstance(module, _CONTAINERS):
         return set().union(*(_outputs(part) for part in module._modules.values() if part is not None))
     found: set[int] = set()
     for part in module.modules():
@@ -163,7 +166,7 @@ def _own_outputs(module: nn.Module) -> set[int]:
 
 
 def _widths(children: dict[str, nn.Module]) -> set[int]:
-    """Sizes of the features that the experts read and write: a number of experts that equals one says nothing."""
+    """Returns the sizes of what experts read and write: an output of such a size may be a feature, not a score."""
     return {
         side
         for name, child in children.items()
@@ -176,7 +179,7 @@ def _widths(children: dict[str, nn.Module]) -> set[int]:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """The module's own name and those of all above it: "a.b" → "a.b", "a", ""."""
+    """Yields the module's own name and those of all modules above it: "a.b" → "a.b", "a", ""."""
     while name:
         yield name
         name = name.rpartition(".")[0]

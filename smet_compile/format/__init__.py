@@ -3,11 +3,21 @@
 Imports torch and the standard library only.
 """
 
-from smet_compile.format.bits import count_active, digest_bits, pack_bits, positions_of, spare_bits, unpack_bits
 from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
 from smet_compile.format.layout import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.format.sampling import sample_evenly, sample_positions
-from smet_compile.format.topology import Topology, TopologyChange, empty_lists, write_lists
+from smet_compile.format.topology import (
+    Topology,
+    TopologyChange,
+    count_active,
+    digest_bits,
+    empty_lists,
+    pack_bits,
+    positions_of,
+    spare_bits,
+    unpack_bits,
+    write_lists,
+)
 
 __all__ = [
     "WEIGHTS_OF_A_GROUP",

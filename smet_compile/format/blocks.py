@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smet_compile.format.bits import positions_of
 from smet_compile.format.layout import Layout
+from smet_compile.format.topology import positions_of
 
 
 def _cut(padded_SRC: Tensor, layout: Layout) -> Tensor:

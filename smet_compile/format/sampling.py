@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smet_compile.format.bits import positions_of
 from smet_compile.format.layout import Layout
+from smet_compile.format.topology import positions_of
 
 
 def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
-from smet_compile.ops.private import multiplies_bf16_in_tiles
+from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, warn_once
 from smet_compile.ops.updates import Update
-from smet_compile.ops.warn import warn_once
 
 _VARIABLE = "SMET_COMPILE_KERNEL"
 OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
@@ -83,7 +82,7 @@ class Kernel(NamedTuple):
     Args:
         name: as ``SMET_COMPILE_KERNEL`` and ``explain`` know it.
         functions: op → the function, or "module:function" of one that is imported when it is first chosen. It takes
-            what the functions of ``ops.products`` and ``ops.chunks`` of that name take.
+            what the functions of ``ops.plain`` of that name take.
         refusal: (op, case) → why it cannot compute a case; None where it can. The case is a ``Case``, or an
             ``UpdateCase`` for ``update_all``.
         is_profitable: (case) → whether it is faster there than the kernels after it.
@@ -345,7 +344,7 @@ for _kernel in reversed(
         Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),
         Kernel(
             "torch",
-            {**_functions(f"{_PLAIN}.products", *_PRODUCTS, *_MOVES), **_functions(f"{_PLAIN}.chunks", "update_all")},
+            _functions(f"{_PLAIN}.plain", *OPS),
         ),
         Kernel(
             "reference",

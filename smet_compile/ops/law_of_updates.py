@@ -14,7 +14,7 @@ from torch import Tensor
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.format.blocks import dense_positions
 from smet_compile.ops import law
-from smet_compile.ops.codes import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, Groups, decode, encode
+from smet_compile.ops.law import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, Groups, decode, encode
 from smet_compile.ops.rules import Block
 from smet_compile.ops.updates import Update
 

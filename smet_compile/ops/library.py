@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smet_compile.format import Layout, Topology
 from smet_compile.ops import choose, gate, updates
-from smet_compile.ops.private import register_autograd
+from smet_compile.ops.torch_insides import register_autograd
 
 CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from smet_compile.ops.private import NO_TORCH_FUNCTION
+from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
 
 if TYPE_CHECKING:
     from smet_compile.ops.compact_weight import CompactWeight

@@ -3,25 +3,29 @@
 A sink is a tensor of zeros that takes no memory and stands in the autograd graph for what a gradient is needed for.
 All reads of a weight share one, so autograd adds up their gradients; the sink's backward consumes the sum at once: the
 optimizer updates the values (update sinks, opened once in a step), or candidates for growth are chosen (growth sinks).
+No gradient outlives such an update; the counts of updates and of skipped blocks tell others that it was made.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from smet_compile.format import Layout, all_block_means, unpack_bits
 from smet_compile.ops import updates
 from smet_compile.ops.library import library
-from smet_compile.ops.private import run_first_in_backward
+from smet_compile.ops.torch_insides import run_first_in_backward
 from smet_compile.ops.torch_optim import SINK_SCHEMA
 
+_COUNTS = "_smet_update_counts"
 NO_GRADIENT = -1
 """A buffer of candidates holds this until a gradient has come."""
 
@@ -122,3 +126,40 @@ _define(
     _like_dense,
     _choose_candidates,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateCounts:
+    """Counts the updates of one parameter in backward; int64 scalars.
+
+    Args:
+        num_updates, num_skipped: how many updates there were, and how many blocks they skipped for a gradient that
+            is not finite. Backward raises them in place.
+        first_updates, first_skipped: what they were before the first step that was counted by them.
+    """
+
+    num_updates: Tensor
+    num_skipped: Tensor
+    first_updates: Tensor
+    first_skipped: Tensor
+
+    def now(self) -> tuple[int, int]:
+        """Waits for the device."""
+        return int(self.num_updates), int(self.num_skipped)
+
+    def at_first(self) -> tuple[int, int]:
+        return int(self.first_updates), int(self.first_skipped)
+
+
+def counts_of(optimizer: Optimizer) -> dict[nn.Parameter, UpdateCounts]:
+    """Returns the counts of every parameter whose update was made in backward; they are not saved."""
+    counts: dict[nn.Parameter, UpdateCounts] = optimizer.__dict__.setdefault(_COUNTS, {})
+    return counts
+
+
+def count_by(optimizer: Optimizer, parameter: nn.Parameter, num_updates: Tensor, num_skipped: Tensor) -> None:
+    """Notes which tensors count the updates of ``parameter``. Others than before (a state was loaded) start afresh."""
+    known = counts_of(optimizer).get(parameter)
+    if known is None or known.num_updates is not num_updates or known.num_skipped is not num_skipped:
+        first = num_updates.clone(), num_skipped.clone()
+        counts_of(optimizer)[parameter] = UpdateCounts(num_updates, num_skipped, *first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +21,8 @@ _STATE = (
 SINK_SCHEMA = "Tensor values, " + _STATE.replace("{}", "")
 
 
-def torch_optim_(
-    values: Tensor,
-    grad: Tensor,
-    first: Tensor | None,
-    second: Tensor | None,
-    largest: Tensor | None,
-    step: Tensor | None,
-    num_updates: Tensor,
-    num_skipped: Tensor,
-    lr: Tensor,
-    rule: str,
-    options: list[float],
-) -> None:
-    """Does what ``optimizer.step()`` does to one parameter.
+class _Update(NamedTuple):
+    """Holds the arguments of ``torch_optim_``.
 
     Args:
         values, grad: of any one shape; ``values`` is updated.
@@ -45,14 +33,30 @@ def torch_optim_(
         lr: of shape (1,); float64 stands for a Python number. rule: "adam" or "sgd". options: ``ADAM_OPTIONS`` or
             ``SGD_OPTIONS``.
     """
-    rate = lr.item() if lr.dtype == torch.float64 else lr.reshape(())
-    if rule == "adam":
-        assert first is not None and second is not None and step is not None
-        _adam(values, grad, first, second, largest, step, rate, options)
-    else:
-        _sgd(values, grad, first, num_updates, rate, options)
-    num_updates += 1
-    num_skipped += ~grad.isfinite().all()
+
+    values: Tensor
+    grad: Tensor
+    first: Tensor | None
+    second: Tensor | None
+    largest: Tensor | None
+    step: Tensor | None
+    num_updates: Tensor
+    num_skipped: Tensor
+    lr: Tensor
+    rule: str
+    options: list[float]
+
+    @property
+    def rate(self) -> Any:
+        return self.lr.item() if self.lr.dtype == torch.float64 else self.lr.reshape(())
+
+
+def torch_optim_(*arguments: Any) -> None:
+    """Does what ``optimizer.step()`` does to one parameter; takes the fields of ``_Update``."""
+    update = _Update(*arguments)
+    (_adam if update.rule == "adam" else _sgd)(update)
+    update.num_updates.add_(1)
+    update.num_skipped.add_(~update.grad.isfinite().all())
 
 
 library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_STATE.format(*(f'({x}!)' for x in 'bcdefg'))}) -> ()")
@@ -64,30 +68,22 @@ def _(*args: Any) -> None:
     return None
 
 
-def _adam(
-    values: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    step: Tensor,
-    lr: float | Tensor,
-    options: list[float],
-) -> None:
-    beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, fused = options
+def _adam(update: _Update) -> None:
+    beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, fused = update.options
+    assert update.first is not None and update.second is not None and update.step is not None
     adam(
-        [values],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [] if max_exp_avg_sq is None else [max_exp_avg_sq],
-        [step],
+        [update.values],
+        [update.grad],
+        [update.first],
+        [update.second],
+        [] if update.largest is None else [update.largest],
+        [update.step],
         foreach=False,
         fused=bool(fused),
         amsgrad=bool(amsgrad),
         beta1=beta1,
         beta2=beta2,
-        lr=lr,
+        lr=update.rate,
         weight_decay=weight_decay,
         eps=eps,
         maximize=bool(maximize),
@@ -95,30 +91,23 @@ def _adam(
     )
 
 
-def _sgd(
-    values: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    num_updates: Tensor,
-    lr: float | Tensor,
-    options: list[float],
-) -> None:
+def _sgd(update: _Update) -> None:
     """Updates by SGD. torch has no buffer before its first update; ours is zero, which dampening would notice."""
-    momentum, dampening, weight_decay, nesterov, maximize, fused = options
-    is_new = momentum_buffer is not None and dampening != 0 and int(num_updates) == 0
-    buffers = [None if is_new else momentum_buffer]
+    momentum, dampening, weight_decay, nesterov, maximize, fused = update.options
+    is_new = update.first is not None and dampening != 0 and int(update.num_updates) == 0
+    buffers = [None if is_new else update.first]
     sgd(
-        [values],
-        [grad],
+        [update.values],
+        [update.grad],
         buffers,
         foreach=False,
         fused=bool(fused),
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=lr,  # type: ignore[arg-type]
+        lr=update.rate,
         dampening=dampening,
         nesterov=bool(nesterov),
         maximize=bool(maximize),
     )
-    if is_new and momentum_buffer is not None and buffers[0] is not None:
-        momentum_buffer.copy_(buffers[0])
+    if is_new and update.first is not None and buffers[0] is not None:
+        update.first.copy_(buffers[0])

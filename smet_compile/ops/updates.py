@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smet_compile.format import Layout, Topology
 from smet_compile.ops import gate
-from smet_compile.ops.codes import num_scales
+from smet_compile.ops.law import num_scales
 from smet_compile.ops.rules import Rule, find_rule
 
 

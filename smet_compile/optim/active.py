@@ -17,17 +17,15 @@ from smet_compile.ops import find_sites
 from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
+from smet_compile.ops.loaded import Saved, check_groups
 from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
-from smet_compile.ops.outside_graphs import outside_graphs, prepare
 from smet_compile.ops.reads import settle_live
 from smet_compile.ops.rules import Rule
-from smet_compile.ops.saved_groups import Saved, check_groups
+from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
-from smet_compile.optim import generations
 from smet_compile.optim.options import check_moment_dtype, check_options
-from smet_compile.optim.parameters import describe_parameters
-from smet_compile.optim.ready import ReadyUpdate
-from smet_compile.optim.state import StateKind, check_state, moment_dtype, new_state
+from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
+from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, moment_dtype, new_state
 
 _TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KEPT = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -313,7 +311,7 @@ class ActiveOptimizer(Optimizer):
         named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
         options = rule.named_options([float(named[option]) for option in rule.options])
         mature = max(group["warmup_steps"], rule.mature_age(options, compute_dtype(change.values.dtype)))
-        state["generation"], state["births"] = generations.add_generation(
+        state["generation"], state["births"] = add_generation(
             state["generation"], state["births"], ~change.survived, state["step"], mature
         )
 
@@ -327,7 +325,7 @@ class ActiveOptimizer(Optimizer):
             return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
         if "generation" not in state:
             return state["step"].expand(values.shape[0]).clone()
-        return generations.ages(state["generation"], state["births"], state["step"])
+        return find_ages(state["generation"], state["births"], state["step"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.

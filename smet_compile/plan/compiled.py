@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import smet_compile.ops  # noqa: F401  registers the ops
 from smet_compile.plan.timeline import Degrees, Term, Timeline
 
 _aten, _prims = torch.ops.aten, torch.ops.prims

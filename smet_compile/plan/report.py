@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smet_compile.convert.doubts import empty_rows
+from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
 from smet_compile.plan.run import PlannedRun, peak_of
@@ -203,7 +203,7 @@ def _run_warnings(run: PlannedRun) -> Iterator[str]:
             "the step breaks into several graphs, so activations and scratch are those of an eager step, and no update "
             "is fused"
         )
-    if warning := empty_rows((site.name, site.layout, site.num_active) for site in run.sites.values()):
+    if warning := describe_empty_rows((site.name, site.layout, site.num_active) for site in run.sites.values()):
         yield warning
 
 

@@ -82,7 +82,7 @@ def plan(
     density = None if density is None else check_density("density", density)
     batch = None if batch is None else _count("batch", batch)
     sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
-    optimizer = arguments.one_of("optimizer", optimizer, OPTIMIZERS)
+    optimizer = arguments.one_of("optimizer", optimizer, list(OPTIMIZERS))
     compiled = arguments.flag("compiled", compiled)
     checkpointing = arguments.flag("checkpointing", checkpointing)
     if inputs is not None:

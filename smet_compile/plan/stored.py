@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from smet_compile.format import Layout, arguments, empty_lists
-from smet_compile.ops.codes import num_scales
+from smet_compile.ops.law import num_scales
 from smet_compile.optim import OPTIMIZERS
 
 KINDS = ("weights", "gradients", "moments", "ages", "index", "buffers")

@@ -1,1 +1,1 @@
-"""Pre-training from the command line: presets, data, the loop and its report."""
+"""Pre-trains a model from the command line: data, the loop and its report."""

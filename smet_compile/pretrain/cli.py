@@ -1,4 +1,4 @@
-"""The command line: one command whose options are the fields of `RunConfig`."""
+"""Builds the command line: `pretrain`, whose options are the fields of `RunConfig`, `plan` and `inspect`."""
 
 import inspect
 import os
@@ -7,21 +7,46 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from smet_compile.pretrain.config import KINDS, RunConfig, resolve
-from smet_compile.pretrain.console import end_with_error, print_any_character
-from smet_compile.pretrain.extras import MissingExtraError, require
+import smet_compile as smet
+from smet_compile.extras import MissingExtraError, require
+from smet_compile.presets import PRESETS, VOCABULARY
+from smet_compile.pretrain.config import (
+    OPTION_TYPES,
+    RunConfig,
+    check_number,
+    check_text,
+    from_text,
+    option_name,
+    parse_block,
+    resolve,
+)
+from smet_compile.pretrain.console import as_cell, end_with_error, print_any_character, print_plainly
 from smet_compile.pretrain.folder import RunFolder
-from smet_compile.pretrain.inspect_command import add_inspect_command
-from smet_compile.pretrain.interrupt import catch_interrupt
-from smet_compile.pretrain.option_values import checked, from_text, option_name
-from smet_compile.pretrain.plan_command import add_plan_command
+from smet_compile.pretrain.inspection import add_inspect_command
+from smet_compile.pretrain.loop import catch_interrupt, pretrain, resume
+from smet_compile.pretrain.report import summarize
 
 INTERRUPTED = 130
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: None}
+PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
+    ("density", "FLOAT", None, "Active fraction. Default: 0.3, or what --fits finds."),
+    ("block", None, "1", "1 (single weights), 16 (16x16 tiles), 1x16 (runs)."),
+    ("batch", "INTEGER", None, "Sequences in a step. Default: by preset."),
+    ("sequence", "INTEGER", None, "Tokens in a sequence. Default: by preset."),
+    ("dtype", None, "float32", "Weights: float32, bfloat16."),
+    ("moment_dtype", None, "float32", "Moments: float32, bfloat16, int8."),
+    ("eager", None, False, "Without torch.compile."),
+    ("kept_gradients", None, False, "Without updates in backward."),
+    ("checkpointing", None, False, "Of activations."),
+    ("fits", None, None, "24GB, 22.5GiB: the largest density that fits; with --density, the largest batch."),
+    ("distribution", None, "uniform", "uniform, er, erk."),
+    ("vocabulary", "INTEGER", str(VOCABULARY), "Words of the tokenizer."),
+)
+PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary": int}
 
 
 def main() -> None:
-    """Entry point of `python -m smet_compile` and of the `smet-compile` script."""
+    """Runs `python -m smet_compile` and the `smet-compile` script."""
     try:
         make_app()()
     except MissingExtraError as error:
@@ -29,7 +54,7 @@ def main() -> None:
 
 
 def make_app() -> Any:
-    """The typer application."""
+    """Returns the typer application."""
     typer = require("typer")
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -38,46 +63,47 @@ def make_app() -> Any:
         """Sparse training with smet_compile."""
         print_any_character()
 
-    app.command("pretrain")(_with_options(typer, _command))
+    app.command("pretrain")(_with_options(_pretrain, _pretrain_parameters(typer.Option)))
     add_inspect_command(typer, app)
-    add_plan_command(typer, app)
+    app.command("plan")(_with_options(_plan, _plan_parameters(typer)))
     return app
 
 
-def _with_options(typer: Any, command: Any) -> Any:
-    """Give `command(**options)` the signature that typer reads: two paths and an option per config field.
+def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
+    """Gives `command(**options)` the signature that typer reads.
 
     Numbers come as text, so that one rule reads them and one line says what is wrong with them.
     """
-    paths = {
-        "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
-        "resume": "Go on with the run in this folder; takes no other option.",
-    }
-    options: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
-    options |= {item.name: (METAVARS[KINDS[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                (str if metavar else bool) | None, typer.Option(help=text, show_default=False, metavar=metavar)
-            ],
-        )
-        for name, (metavar, text) in options.items()
-    ]
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def _command(**options: Any) -> None:
+def _parameter(name: str, kind: Any, declared: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+    )
+
+
+def _pretrain_parameters(option: Any) -> list[inspect.Parameter]:
+    """Returns two paths and an option per field of `RunConfig`."""
+    paths = {
+        "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
+        "resume": "Go on with the run in this folder; takes no other option.",
+    }
+    declared: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
+    declared |= {item.name: (METAVARS[OPTION_TYPES[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
+    return [
+        _parameter(name, (str if metavar else bool) | None, option(help=text, show_default=False, metavar=metavar))
+        for name, (metavar, text) in declared.items()
+    ]
+
+
+def _pretrain(**options: Any) -> None:
     """Pre-train a LLaMA with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
         folder, finished = _run(given)
-        from smet_compile.pretrain.report import summarize
-
         done = f"Done: {summarize(folder)}.\nReport: {folder.report}" if finished else ""
     except (ValueError, OSError, MissingExtraError) as error:
         end_with_error(error)
@@ -97,11 +123,9 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
         folder = RunFolder(resumed)
         folder.open()
     else:
-        config = resolve(**{name: from_text(option_name(name), value, KINDS[name]) for name, value in given.items()})
+        config = resolve(**{name: from_text(value, OPTION_TYPES[name]) for name, value in given.items()})
         folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
         folder.expect_free()
-    from smet_compile.pretrain.loop import pretrain, resume
-
     with catch_interrupt() as interrupt:
         if resumed is not None:
             return folder, resume(folder.path, interrupt)
@@ -109,4 +133,54 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
 
 
 def _path(name: str, text: str | None) -> Path | None:
-    return None if text is None else Path(checked(option_name(name), text, str))
+    return None if text is None else Path(check_text(option_name(name), text))
+
+
+def _plan_parameters(typer: Any) -> list[inspect.Parameter]:
+    """Returns the preset as an argument and an option per row of `PLAN_OPTIONS`; those that are False are flags."""
+    models = typer.Argument(help=f"Model shape: {', '.join(PRESETS)}.")
+    parameters = [_parameter("preset", str, models, inspect.Parameter.empty)]
+    for name, metavar, default, text in PLAN_OPTIONS:
+        flag = [option_name(name)] if default is False else []
+        kind = bool if flag else str if default else str | None
+        parameters.append(_parameter(name, kind, typer.Option(*flag, help=text, metavar=metavar), default))
+    return parameters
+
+
+def _plan(preset: str, **options: Any) -> None:
+    """Say what a training run would cost, beside dense training: bytes by kind, peak memory, operations."""
+    compiled, kept_gradients = not options.pop("eager"), options.pop("kept_gradients")
+    try:
+        for name, kind in PLANNED_NUMBERS.items():
+            if options[name] is not None:
+                options[name] = check_number(option_name(name), from_text(options[name], kind), kind)
+        plan = smet.plan(
+            preset,
+            block_shape=parse_block(options.pop("block"), "--block"),
+            moment_dtype=options.pop("moment_dtype"),
+            compiled=compiled,
+            fused_update=compiled and not kept_gradients,
+            **options,
+        )
+        _print_plan(plan)
+    except (ValueError, OverflowError, MissingExtraError) as error:
+        end_with_error(error)
+
+
+def _print_plan(plan: smet.Plan) -> None:
+    """Prints a table of the terminal's width, and plain text where the output is no terminal."""
+    if not sys.stdout.isatty():
+        print(plan)
+        return
+    title = as_cell(plan.title, "table.title")
+    table = require("rich.table").Table("", "formula", title=title, title_justify="left")
+    for heading in ("sparse", "dense", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in plan.rows():
+        table.add_row(*map(as_cell, row))
+    console = require("rich.console").Console()
+    console.print(table)
+    print_plainly(console, plan.legend())
+    for warning in plan.warnings:
+        console.print(as_cell("warning: ", "yellow"), end="")
+        print_plainly(console, warning)

@@ -1,29 +1,46 @@
-"""One run from start or checkpoint to the end, so that every interruption can be made good."""
+"""Takes a run from its start or its checkpoint to its end, and saves it so that it can go on when it is interrupted."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import smet_compile as smet
+from smet_compile.extras import require
+from smet_compile.format.arguments import described
 from smet_compile.pretrain.config import RunConfig
-from smet_compile.pretrain.console import print_plainly
-from smet_compile.pretrain.dead_unit_warning import DeadUnitWarning
-from smet_compile.pretrain.extras import require
-from smet_compile.pretrain.folder import RunFolder
-from smet_compile.pretrain.lock import RunLock
-from smet_compile.pretrain.memory import measure
-from smet_compile.pretrain.memory_limit import explaining_lack_of_memory
-from smet_compile.pretrain.mend import mend_metrics
-from smet_compile.pretrain.metrics import MetricsLog, read_metrics
-from smet_compile.pretrain.progress import Progress, Status, open_progress
-from smet_compile.pretrain.records import event_values
+from smet_compile.pretrain.console import DeadUnitWarning, Progress, Status, open_progress, print_plainly
+from smet_compile.pretrain.data import Data, Tokenizer, open_data, open_tokenizer
+from smet_compile.pretrain.folder import RunFolder, RunLock
+from smet_compile.pretrain.memory import expect_enough_memory, explaining_lack_of_memory, measure
+from smet_compile.pretrain.metrics import MetricsLog, event_values, is_finished, mend_metrics, read_metrics
 from smet_compile.pretrain.report import write_report
-from smet_compile.pretrain.run import Run, active_fraction, build_run, headline, restore_run, save_run
-from smet_compile.pretrain.training import learning_rate, train_step, validation_loss
+from smet_compile.pretrain.training import (
+    Training,
+    build_training,
+    expect_device,
+    learning_rate,
+    train_step,
+    validation_loss,
+)
 
 Stop = Callable[[], bool]
 SPEED_MEMORY = 0.9
+
+
+@dataclass
+class Run:
+    """Holds a run in memory, whose folder this process has locked."""
+
+    folder: RunFolder
+    lock: RunLock
+    config: RunConfig
+    tokenizer: Tokenizer
+    data: Data
+    training: Training
 
 
 def _never() -> bool:
@@ -31,10 +48,10 @@ def _never() -> bool:
 
 
 def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = None) -> bool:
-    """Train a new model as `config` says; `path` becomes the run's folder, which no other process may use meanwhile.
+    """Trains a new model as `config` says; `path` becomes the run's folder, which no other process may use meanwhile.
 
-    `stop` is asked after each step; where it says yes the run saves and ends early. Returns whether the run
-    is finished. Raises ValueError for what is wrong with config, data or folder, before anything is written.
+    `stop` is called after each step; where it returns True the run saves and ends early. Returns whether the run
+    is finished. Raises ValueError for a mistake in config, data or folder, before anything is written.
     """
     folder = RunFolder(path)
     folder.expect_free()
@@ -48,17 +65,17 @@ def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = 
 
 
 def resume(path: Path, stop: Stop = _never, console: Any = None) -> bool:
-    """Go on with the run in folder `path` from its last checkpoint, or from the beginning if there is none.
+    """Goes on with the run in folder `path` from its last checkpoint, or from the beginning if there is none.
 
     On the CPU the losses are those of an undisturbed run, bit for bit. A finished run gets its report again.
-    Where the log lacks steps that were trained, a line says so. Raises ValueError for what is wrong with the folder's
-    files, and where another process uses the folder.
+    Where the log lacks steps that were trained, a line says so. Raises ValueError for a mistake in the folder's files,
+    and where another process uses the folder.
     """
     folder = RunFolder(path)
     folder.open()
     with RunLock(path, "--resume") as lock:
         config = folder.open()
-        if folder.is_finished():
+        if is_finished(folder.metrics):
             write_report(folder)
             return True
         run = build_run(folder, lock, config)
@@ -80,13 +97,13 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     console = console or require("rich.console").Console()
     manager = run.training.manager
     with _explaining_failed_writes(run.folder), explaining_lack_of_memory():
-        behind = mend_metrics(run.folder.metrics, first, manager.history if manager else ())
+        warning = mend_metrics(run.folder.metrics, first, manager.history if manager else ())
         with MetricsLog(run.folder.metrics) as log:
             print_plainly(console, headline(run, first))
-            if behind:
-                print_plainly(console, behind)
+            if warning:
+                print_plainly(console, warning)
             dead_units = DeadUnitWarning(console)
-            dead_units.look(run.training.model)
+            dead_units.check(run.training.model)
             with open_progress(console, first, run.config.steps) as progress:
                 finished = _train(run, first, stop, log, progress, dead_units)
             log.expect_in_place()
@@ -111,7 +128,7 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
         if event is not None:
             log.write("topology", step, event=event_values(event))
             density = active_fraction(training)
-            dead_units.look(training.model)
+            dead_units.check(training.model)
         next_update = training.manager.next_update if training.manager else None
         progress.update(Status(step, loss, speed, density, next_update))
         if not measured:
@@ -131,7 +148,7 @@ def _smoothed(speed: float, now: float) -> float:
 
 
 def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
-    """Validate and save where it is time to; returns whether to stop here."""
+    """Validates and saves where it is time to; returns whether to stop here."""
     config = run.config
     last = step == config.steps
     if last or step % config.eval_every == 0:
@@ -144,3 +161,114 @@ def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
 
 def _validate(run: Run, step: int, log: MetricsLog) -> None:
     log.write("eval", step, loss=validation_loss(run.training, run.data.validation, run.config))
+
+
+def build_run(folder: RunFolder, lock: RunLock, config: RunConfig) -> Run:
+    """Returns everything that a run needs, as it is before the first step."""
+    expect_device(config.device)
+    tokenizer = open_tokenizer(config.tokenizer)
+    with explaining_lack_of_memory():
+        data = open_data(config, tokenizer)
+        expect_enough_memory(config, tokenizer.vocab_size)
+        return Run(folder, lock, config, tokenizer, data, build_training(config, tokenizer.vocab_size))
+
+
+def restore_run(run: Run) -> int:
+    """Puts a new run where its last checkpoint was; returns the step, 0 where there is none."""
+    if not run.folder.checkpoint.exists():
+        return 0
+    training = run.training
+    extra = smet.load_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager)
+    _expect_own(run, extra)
+    if extra["fingerprint"] != run.data.fingerprint:
+        raise ValueError(
+            f"--resume: expected the text this run began with ({run.config.data}), got another; "
+            "restore the files, or begin a new run with --out"
+        )
+    run.data.train.load_state_dict(extra["data"])
+    step: int = extra["step"]
+    return step
+
+
+def _expect_own(run: Run, extra: Any) -> None:
+    """Raises ValueError for a checkpoint that another script saved, or a longer run."""
+    path, steps = run.folder.checkpoint, run.config.steps
+    kinds = {"step": int, "data": dict, "fingerprint": str}
+    if not isinstance(extra, dict) or not all(isinstance(extra.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(
+            f"{path}: expected a checkpoint that pretrain saved, got one with {described(extra)} as extra; restore it"
+        )
+    if not 1 <= extra["step"] <= steps:
+        raise ValueError(
+            f"{path}: expected a checkpoint of a step from 1 to {steps} (--steps), got {extra['step']}; restore it"
+        )
+
+
+def headline(run: Run, first: int) -> str:
+    """Returns one line that names the run and where it starts."""
+    weights = sum(parameter.numel() for parameter in run.training.model.parameters())
+    start = f"from step {first}" if first else "from the beginning"
+    config = run.config
+    return f"{config.preset}, {config.method}: {weights:,} stored weights, {config.data}, {start}, in {run.folder.path}"
+
+
+def save_run(run: Run, step: int, log: MetricsLog) -> None:
+    """Writes the checkpoint of step `step`; ValueError where that fails, the one before is then still there.
+
+    The log is on disk before the checkpoint is. Where the run's folder is gone, nothing is left in its place.
+    """
+    extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
+    training = run.training
+    log.sync()
+    try:
+        run.lock.renew()
+        smet.save_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra)
+    except (ValueError, OSError) as error:
+        log.expect_in_place()
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"{error}; then {run.folder.resume_command}") from error
+    finally:
+        if not log.is_in_place():
+            run.folder.remove_lone_checkpoint()
+    log.expect_in_place()
+
+
+def active_fraction(training: Training) -> float:
+    """Returns the active share of all blocks of the sparse layers, read back from the topology; 1 in dense training."""
+    if training.manager is None:
+        return 1.0
+    sites = smet.report(training.model).sites
+    return sum(site.num_active for site in sites) / sum(site.num_blocks for site in sites)
+
+
+class Interrupt:
+    """Remembers that somebody asked to stop; an instance is the `stop` that the loop calls."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+
+@contextmanager
+def catch_interrupt() -> Iterator[Interrupt]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; the second one acts as usual."""
+    interrupt = Interrupt()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(*_: object) -> None:
+        interrupt.requested = True
+        restore()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield interrupt
+    finally:
+        restore()

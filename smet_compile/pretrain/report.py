@@ -1,15 +1,14 @@
-"""report.md: what came of a run, made from its folder alone."""
+"""Makes report.md and the plots of a run from its folder alone."""
 
 import math
+from pathlib import Path
 from typing import Any
 
-from smet_compile.pretrain.config import RunConfig, read_config
-from smet_compile.pretrain.durable import write_atomically
-from smet_compile.pretrain.folder import RunFolder
-from smet_compile.pretrain.memory import KINDS
-from smet_compile.pretrain.mend import as_text, count, steps_without_record
-from smet_compile.pretrain.metrics import Record, of_kind, read_metrics
-from smet_compile.pretrain.plots import draw_plots
+from smet_compile.extras import require
+from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.folder import RunFolder, read_config, write_atomically
+from smet_compile.pretrain.memory import BYTE_KINDS
+from smet_compile.pretrain.metrics import Record, count_steps, of_kind, ranges_text, read_metrics, steps_without_record
 
 CAPTIONS = {
     "loss.png": "Loss; dotted lines are topology updates",
@@ -23,10 +22,11 @@ COLUMNS = (
 ONLY_SPARSE = ("index", "ages")
 MAX_TABLE_ROWS = 24
 MAX_EXPONENT = 700
+SMOOTHING_FRACTION = 0.02
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write `report.md` and its plots from `config.json` and `metrics.jsonl`, whatever records those hold.
+    """Writes `report.md` and its plots from `config.json` and `metrics.jsonl`, whatever records those hold.
 
     Raises ValueError where they cannot be written.
     """
@@ -60,7 +60,7 @@ def _write(folder: RunFolder, config: RunConfig, records: list[Record]) -> None:
 
 
 def summarize(folder: RunFolder) -> str:
-    """One line: how well the finished run in `folder` predicts held-out text, and what its weights take."""
+    """Returns one line: how well the run in `folder` predicts held-out text, and how many bytes its weights take."""
     records = read_metrics(folder.metrics)
     evals = of_kind(records, "eval")
     perplexity = f"{_perplexity(evals[-1]['loss']):.4f}" if evals else "not recorded"
@@ -92,7 +92,7 @@ def _result(config: RunConfig, records: list[Record]) -> str:
         ["time in steps", _time(config, train)],
     ]
     if missing := steps_without_record(records, steps):
-        rows.append(["steps without a record", f"{count(missing):,} ({as_text(missing)})"])
+        rows.append(["steps without a record", f"{count_steps(missing):,} ({ranges_text(missing)})"])
     return _table(["result", "value"], rows)
 
 
@@ -137,7 +137,7 @@ def _bytes(records: list[Record]) -> list[str]:
 
 def _bytes_table(counts: dict[str, Any], title: str) -> str:
     total, run, dense = counts["num_weights"], counts["run"], counts["dense"]
-    rows = [_bytes_row(kind, run[kind], dense[kind], total) for kind in KINDS]
+    rows = [_bytes_row(kind, run[kind], dense[kind], total) for kind in BYTE_KINDS]
     rows.append(_bytes_row("sum", sum(run.values()), sum(dense.values()), total))
     head = [f"{title} ({total:,} weights)", "bytes", "per weight", "dense AdamW", "per weight", "ratio"]
     return _table(head, rows)
@@ -154,9 +154,9 @@ def _topology(records: list[Record]) -> list[str]:
         return ["The topology did not change in this run."]
     every = -(-len(events) // MAX_TABLE_ROWS)
     shown = [events[i] for i in range(len(events)) if i % every == 0 or i == len(events) - 1]
-    said = f"{len(events)} updates" + (f", every {every}th shown." if every > 1 else ".")
+    summary = f"{len(events)} updates" + (f", every {every}th shown." if every > 1 else ".")
     head = ["step", "drop fraction", "blocks moved", "churn", "grown still alive", "mean age", "ever active"]
-    return [f"{said} {COLUMNS}", _table(head, [_event_row(event) for event in shown])]
+    return [f"{summary} {COLUMNS}", _table(head, [_event_row(event) for event in shown])]
 
 
 def _event_row(event: dict[str, Any]) -> list[str]:
@@ -182,5 +182,86 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    """Keep the characters of a path from ending a cell or a row."""
+    """Keeps the characters of a path from ending a cell or a row."""
     return " ".join(cell.splitlines()).replace("|", "\\|")
+
+
+def draw_plots(records: list[Record], folder: Path) -> list[str]:
+    """Writes the PNG files that the metrics allow into `folder`; returns their names."""
+    require("matplotlib").use("Agg")
+    drawings = {"loss.png": _draw_loss, "churn.png": _draw_churn, "bytes.png": _draw_bytes}
+    return [name for name, draw in drawings.items() if _draw(draw, records, folder / name)]
+
+
+def _draw(draw: Any, records: list[Record], path: Path) -> bool:
+    figures = require("matplotlib.figure")
+    figure = figures.Figure(figsize=(8, 4.5), layout="constrained")
+    drawn = draw(figure.subplots(), records)
+    if drawn:
+        figure.savefig(path, dpi=120)
+    return drawn
+
+
+def _draw_loss(axes: Any, records: list[Record]) -> bool:
+    train, evals = of_kind(records, "train"), of_kind(records, "eval")
+    steps = [record["step"] for record in train]
+    axes.plot(steps, [record["loss"] for record in train], color="0.8", linewidth=0.8, label="training, each step")
+    axes.plot(steps, _smoothed([record["loss"] for record in train]), color="C0", label="training, running mean")
+    if evals:
+        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", color="C3", label="held-out text")
+    for number, record in enumerate(of_kind(records, "topology")):
+        label = "topology update" if number == 0 else None
+        axes.axvline(record["step"], color="C2", alpha=0.5, linewidth=0.7, linestyle=":", label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    return bool(train)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    half = max(1, round(SMOOTHING_FRACTION * len(values) / 2))
+    windows = [values[max(0, middle - half) : middle + half + 1] for middle in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _draw_churn(axes: Any, records: list[Record]) -> bool:
+    events = [record["event"] for record in of_kind(records, "topology")]
+    if not events:
+        return False
+    names = list(events[0]["sites"])
+    if not names:
+        return False
+    churn = [[_churn(event, name) for event in events] for name in names]
+    image = axes.imshow(churn, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.figure.colorbar(image, label="blocks moved / active blocks")
+    shown = range(0, len(names), -(-len(names) // 14))
+    axes.set_yticks(list(shown), [names[i].removeprefix("model.").removesuffix(".weight") for i in shown], fontsize=7)
+    marked = range(0, len(events), -(-len(events) // 10))
+    axes.set_xticks(list(marked), [str(events[i]["step"]) for i in marked])
+    axes.set(xlabel="topology update at step")
+    return True
+
+
+def _churn(event: dict[str, Any], name: str) -> float:
+    return event["sites"][name]["churn_fraction"] if name in event["sites"] else math.nan
+
+
+def _draw_bytes(axes: Any, records: list[Record]) -> bool:
+    found = of_kind(records, "bytes")
+    if not found:
+        return False
+    bars = {
+        f"{label}\n{who}": found[0][scope][key]
+        for scope, label in (("sparse", "sparse layers"), ("all", "whole model"))
+        for key, who in (("run", "this run"), ("dense", "dense AdamW"))
+        if found[0][scope]["num_weights"]
+    }
+    if not bars:
+        return False
+    below = [0.0] * len(bars)
+    for kind in BYTE_KINDS:
+        heights = [counts[kind] / 2**20 for counts in bars.values()]
+        axes.bar(list(bars), heights, bottom=below, label=kind, width=0.6)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.set(ylabel="MiB")
+    axes.legend()
+    return True

@@ -1,4 +1,4 @@
-"""The model, its optimizer and its topology manager, and one step of training them."""
+"""Builds the model, its optimizer and its topology manager, and takes one step of training them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,17 +10,32 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.format.arguments import described
 from smet_compile.presets import build_preset
-from smet_compile.pretrain.config import DTYPES, MOMENT_DTYPES, RunConfig
-from smet_compile.pretrain.gradient_bytes import GradientBytes
-from smet_compile.pretrain.methods import Method, find_method
+from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method, RunConfig
 
 FINAL_RATE_FRACTION = 0.1
 
 
+class GradientBytes:
+    """Notes the bytes of each gradient at an optimizer's first step: 0 where an update was fused into backward."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._bytes: dict[nn.Parameter, int] = {}
+        self._handle = optimizer.register_step_pre_hook(self._note)
+
+    def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._handle.remove()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._bytes = {p: p.grad.nbytes for p in parameters if p.grad is not None}
+
+    def bytes_of(self, parameter: nn.Parameter) -> int:
+        return self._bytes.get(parameter, 0)
+
+
 @dataclass
 class Training:
-    """What a step changes, and `step`, which takes a micro-batch. `manager` is None in dense training."""
+    """Holds all that a step changes, and `step`, which takes a micro-batch. `manager` is None in dense training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -33,15 +48,15 @@ class Training:
 
 
 def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
-    """An unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory."""
+    """Returns an unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory."""
     return build_preset(config.preset, vocab_size, config.sequence, DTYPES[config.dtype], device)
 
 
 def build_training(config: RunConfig, vocab_size: int) -> Training:
-    """A new model, made sparse and given an optimizer as the method says."""
+    """Returns a new model, made sparse and given an optimizer as the method says."""
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size, config.device)
-    method = find_method(config.method)
+    method = METHODS[config.method]
     if method is None:
         optimizer = dense_optimizer(config, model)
         return Training(model, optimizer, None, _step(config, model, optimizer))
@@ -62,18 +77,19 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
 
 
 def expect_device(device: str) -> None:
-    """Raise ValueError where this machine cannot compute on `device`."""
+    """Raises ValueError where this machine cannot compute on `device`."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--device: expected a device of this machine such as cpu, got {device!r} ({reason})"
+            f"--device: expected a device of this machine such as cpu, got {described(device)} ({reason}); "
+            "pass another one"
         ) from error
 
 
 def dense_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Plain AdamW."""
+    """Returns plain AdamW."""
     return torch.optim.AdamW(smet.decay_groups(model, config.weight_decay), lr=config.lr)
 
 
@@ -91,7 +107,7 @@ def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> to
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up to `lr`, then a cosine to 10% of it."""
+    """Returns the rate of step `step` (from 0): linear warm-up to `lr`, then a cosine to 10% of it."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -100,7 +116,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 class TwoCallStep:
-    """`loss.backward()`, and after `accumulate` of them `optimizer.step()`: what any training script does."""
+    """Calls `loss.backward()`, and after `accumulate` of them `optimizer.step()`, as any training script does."""
 
     def __init__(self, model: Callable[..., Any], optimizer: torch.optim.Optimizer, accumulate: int) -> None:
         self.model = model
@@ -129,7 +145,7 @@ def _step(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 @contextmanager
 def _explaining_failed_compilation() -> Iterator[None]:
-    """A machine without a C++ compiler, say, can train without torch.compile."""
+    """Turns a failed compilation into a ValueError that names --eager, which needs no C++ compiler, say."""
     try:
         yield
     except RuntimeError as error:
@@ -143,7 +159,7 @@ Outcome = tuple[float, smet.TopologyEvent | None]
 
 
 def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
-    """One optimizer step on (accumulate, batch, sequence) tokens: the mean loss, the topology update if any."""
+    """Takes one step on (accumulate, batch, sequence) tokens; returns its mean loss and topology update, if any."""
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     with _explaining_failed_compilation():
@@ -154,7 +170,7 @@ def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
 
 @torch.no_grad()
 def validation_loss(training: Training, windows: torch.Tensor, config: RunConfig) -> float:
-    """Mean loss per token over (W, sequence) held-out windows."""
+    """Returns the mean loss per token over (W, sequence) held-out windows."""
     training.model.eval()
     sums = [
         training.model(input_ids=part, labels=part).loss.double() * len(part)

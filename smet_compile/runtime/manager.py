@@ -18,8 +18,8 @@ from smet_compile.format.arguments import number, one_of, seed_number, whole_num
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.loaded import check_integer, check_keys
 from smet_compile.ops.optimizers import find_optimizers
-from smet_compile.ops.outside_graphs import outside_graphs
 from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.schedules import SCHEDULES, check_settings

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
-from smet_compile.ops.outside_graphs import outside_graphs, prepare
-from smet_compile.ops.update_counts import UpdateCounts, counts_of
+from smet_compile.ops.sinks import UpdateCounts, counts_of
+from smet_compile.ops.torch_insides import outside_graphs, prepare
 
 _ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
 

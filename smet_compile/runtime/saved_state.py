@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smet_compile.ops import canonical_name, find_sites
-from smet_compile.ops.loaded import check_alike, check_integer, check_keys, kind_of
-from smet_compile.ops.saved_groups import Saved, check_groups
+from smet_compile.ops.loaded import Saved, check_alike, check_groups, check_integer, check_keys, kind_of
 from smet_compile.runtime.tree import set_versions, versions_of
 
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf")

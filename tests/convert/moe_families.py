@@ -118,7 +118,7 @@ FEW = ("deepseek_v3", "gpt_oss", "hunyuan_v1_moe", "jetmoe", "llama4", "mixtral"
 
 
 def build(name: str) -> nn.Module | None:
-    """The text model of the family's default configuration on the meta device; None where transformers lacks it."""
+    """Returns the text model of the family's default configuration on the meta device, None where there is none."""
     try:
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     except ImportError:

@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize
 import smet_compile as smet
 from smet_compile import api
 from smet_compile.convert import compact as compact_module
-from smet_compile.convert import earlier_optimizers
 from smet_compile.ops import CompactWeight, find_sites, saved_weights
 from tests.support.small_models import ToyExperts
 from tests.support.snapshots import assert_same
@@ -22,7 +21,7 @@ from tests.support.states import structure
 
 
 class Mixed(nn.Module):
-    """A weight of the model itself, several of one module, a stack, and a layer that stays dense."""
+    """Has a weight of the model itself, several of one module, a stack, and a layer that stays dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ WEIGHTS = {"own", "experts.up_proj", "experts.down_proj", "attention.out_proj.we
 
 
 def mixed() -> nn.Module:
-    """In training: with gradients, and an optimizer that has stepped."""
+    """Makes a model that has gradients."""
     torch.manual_seed(0)
     model = Mixed()
     model(TOKENS).square().mean().backward()
@@ -56,7 +55,7 @@ def mixed() -> nn.Module:
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """All that sparsify changes: classes, modules, parameters and hooks in their order, gradients, what is noted."""
+    """Lists all that sparsify changes: classes, modules, parameters and hooks in order, gradients, notes."""
     found: list[Any] = [structure(model), smet.report(model).to_dict()]
     for module in model.modules():
         hooks = (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called)
@@ -84,7 +83,7 @@ class Fault(RuntimeError):
 
 
 def fails_at(function: Any, call: int, after: bool, error: type[BaseException]) -> Callable[..., Any]:
-    """``function``, but for one call that raises, before or after it is done."""
+    """Wraps ``function`` so that one call raises, before or after it is done."""
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +109,7 @@ PLACES = [
     (saved_weights, "install", 2),
     (saved_weights, "install", len(WEIGHTS) + 1),
     (compact_module, "remember_reasons", 1),
-    (compact_module, "watch", 1),
+    (compact_module, "note_dense_shape", 1),
     (parametrize, "_maybe_set", len(WEIGHTS) + 1),  # the largest weight takes its values
     (api, "_install_passes", 1),
 ]
@@ -147,7 +146,7 @@ def test_a_warning_that_is_an_error(options: dict[str, Any], message: str) -> No
 
 
 def test_weights_that_are_compact_already_stay_so() -> None:
-    """A second call that fails, in a module that is parametrized by the first, and in a copy that shares its class."""
+    """A second call fails, in a module that is parametrized by the first, and in a copy that shares its class."""
     model = smet.sparsify(mixed(), density=0.5, include=["attention.k_proj_weight", "last"])
     copied = copy.deepcopy(model)
     before, of_copy = everything(model), everything(copied)
@@ -162,7 +161,7 @@ def test_weights_that_are_compact_already_stay_so() -> None:
 
 
 class Refuses(nn.Linear):
-    """Has no parameter taken from it."""
+    """Refuses that a parameter is taken from it."""
 
     def __delattr__(self, name: str) -> None:
         raise Fault(name)
@@ -222,10 +221,7 @@ def test_memory_that_is_gone_midway(call: int) -> None:
 
 def interrupted_at(line: int, call: Callable[[], Any]) -> KeyboardInterrupt | None:
     """Runs ``call`` until that line is reached of the code that changes models, here and in torch."""
-    num_lines, watched = (
-        0,
-        ("convert/compact.py", "convert/earlier_optimizers.py", "parametrize.py", "saved_weights.py"),
-    )
+    num_lines, watched = 0, ("convert/compact.py", "parametrize.py", "saved_weights.py")
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal num_lines
@@ -292,7 +288,6 @@ def test_moments_from_before_are_only_refused_where_the_weight_is_compact() -> N
     smet.sparsify(model, density=0.4)
     with pytest.raises(ValueError, match="sparsify was called after this optimizer had stepped"):
         optimizer.step()
-    assert earlier_optimizers.check is not None
 
 
 def test_no_two_weights_are_held_dense_and_packed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_a_glob_that_matches_nothing(argument: str, globs: Any) -> None:
 
 
 def test_an_include_glob_that_matches_only_what_cannot_be_sparse() -> None:
-    """Even where another glob matches something that can."""
+    """It is refused even where another glob matches something that can be sparse."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[2].weight = model[1].weight
     with Unchanged(model), pytest.raises(ValueError, match=r"'\[12\]\.weight'.*tied to [12]\.weight"):

@@ -108,7 +108,7 @@ def test_a_compiled_step_trains_it(options: dict[str, Any]) -> None:
 
 
 def test_parts_and_wrappers_of_a_baseline() -> None:
-    """As with compact weights: the manager takes the model, a part of it, or a wrapper."""
+    """The manager takes the model, a part of it, or a wrapper, as with compact weights."""
     model = smet.sparsify(nn.Sequential(two_layers(), nn.LayerNorm(7)), density=1.0)
     for made in (model[0], nn.Sequential(model), copy.deepcopy(model), torch.compile(model, backend="eager")):
         optimizer = torch.optim.SGD(made.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""How many blocks each layer gets: uniform is exact per site, er and erk meet the total exactly."""
+"""Each layer gets its share of blocks: uniform is exact per site, er and erk meet the total exactly."""
 
 import itertools
 
@@ -46,7 +46,7 @@ def test_uniform_is_exact_per_site(sizes: list[int], density: float) -> None:
 
 
 def test_er_gives_small_layers_more() -> None:
-    """Erdos-Renyi: density proportional to (rows + cols) / (rows cols)."""
+    """In er the density is proportional to (rows + cols) / (rows cols)."""
     model = nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 50), nn.Linear(50, 50))
     smet.sparsify(model, density=0.1, distribution="er")
     density = {row.name: row.density for row in smet.report(model).sites}
@@ -57,7 +57,7 @@ def test_er_gives_small_layers_more() -> None:
 
 
 def test_erk_counts_the_kernel() -> None:
-    """erk: density proportional to (out + in + kh + kw) / (out in kh kw) for a convolution."""
+    """In erk the density is proportional to (out + in + kh + kw) / (out in kh kw) for a convolution."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 128, 1))
     smet.sparsify(model, density=0.1, include="*.weight", distribution="erk")

@@ -1,4 +1,4 @@
-"""export_dense: a plain module with zeros where inactive; the sparse model stays usable."""
+"""export_dense makes a plain module with zeros where inactive; the sparse model stays usable."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def test_same_keys_shapes_and_outputs_as_a_model_never_sparsified(block_shape: i
     ids=["linear", "attention", "separate_projections", "encoder_layer"],
 )
 def test_the_order_of_parameters_is_kept(make: Callable[[], nn.Module]) -> None:
-    """A plain optimizer's state is keyed by it."""
+    """The state of a plain optimizer is keyed by this order."""
     names = [name for name, _ in make().named_parameters()]
     dense = smet.export_dense(smet.sparsify(make(), density=0.5))
     assert [name for name, _ in dense.named_parameters()] == names

@@ -1,4 +1,4 @@
-"""export_dense of wrapped models, and of models that keep tensors with a graph."""
+"""export_dense copies wrapped models, and models that keep tensors with a graph."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class SlottedCache:
 
 
 class Keeps(nn.Module):
-    """A layer that keeps what ``keep`` makes of its output."""
+    """Is a layer that keeps what ``keep`` makes of its output."""
 
     def __init__(self, keep: Callable[[Tensor], Any]) -> None:
         super().__init__()

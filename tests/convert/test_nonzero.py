@@ -1,4 +1,4 @@
-"""A model that was pruned elsewhere: its zeros stay where they are, and each weight keeps its own density."""
+"""A model that was pruned elsewhere keeps its zeros where they are, and each weight its own density."""
 
 import copy
 import warnings

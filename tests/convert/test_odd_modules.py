@@ -1,4 +1,4 @@
-"""Modules that other libraries put into a model: left dense with a reason, or made sparse; never an exception."""
+"""Modules of other libraries are left dense with a reason, or made sparse; they never raise an exception."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ LAZY = "not initialised yet: run a forward first"
 
 
 class Raises(nn.Module):
-    """Its properties need what is not there yet."""
+    """Has properties that need what is not there yet."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ def test_to_dict_is_json() -> None:
 
 
 def test_index_cost_stays_within_the_format() -> None:
-    """At most 0.16 bytes per dense weight at (1, 1); at most 16 bytes per block for tiles."""
+    """An index takes at most 0.16 bytes per dense weight at (1, 1); at most 16 bytes per block for tiles."""
     model = smet.sparsify(nn.Sequential(nn.Linear(512, 512)), density=0.3)
     assert smet.report(model).sites[0].index_bytes <= 0.16 * 512 * 512
     model = smet.sparsify(nn.Sequential(nn.Linear(512, 512)), density=0.3, block_shape=16)

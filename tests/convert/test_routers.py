@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.convert.survey import survey
+from smet_compile.convert.find_weights import find_weights
 from smet_compile.ops import find_sites
 from tests.convert.moe_families import FEW, ROUTERS, build
 
@@ -19,7 +19,7 @@ def check_family(name: str) -> None:
     model = build(name)
     if model is None:
         pytest.skip(f"this transformers has no {name}")
-    weights = survey(model)
+    weights = find_weights(model)
     expected = {weight for weight in weights if any(fnmatchcase(weight, glob) for glob in ROUTERS[name])}
     assert expected
     assert {weight for weight, found in weights.items() if found.reason == ROUTES} == expected
@@ -79,7 +79,7 @@ class ScoresInAParameter(nn.Module):
 
 
 class Stacks(nn.Module):
-    """As in megablocks: the experts lie below one another in a matrix."""
+    """Keeps the experts below one another in a matrix, as megablocks does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class StacksOfItsOwn(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its gate has one output a head, as many as there are experts elsewhere."""
+    """Has a gate with one output a head, as many as there are experts elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ BY_HAND: ByHand = {
 @pytest.mark.parametrize("name", list(BY_HAND))
 def test_by_role(name: str) -> None:
     make, routers = BY_HAND[name]
-    weights = survey(make())
+    weights = find_weights(make())
     assert {weight for weight, found in weights.items() if found.reason == ROUTES} == set(routers)
 
 

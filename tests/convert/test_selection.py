@@ -1,4 +1,4 @@
-"""Which weights become compact by default, what stays dense, and why."""
+"""Linear weights become compact by default, and everything else stays dense with a reason."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from smet_compile.ops import find_sites
 
 
 class Zoo(nn.Module):
-    """One of everything that has two or more dimensions."""
+    """Has one of everything with two or more dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_frozen_weights_stay_frozen() -> None:
 
 
 class Holder(nn.Module):
-    """A linear, so that something is sparse, and one parameter in a module with attributes."""
+    """Has a linear layer, so that something is sparse, and one parameter in a module with attributes."""
 
     def __init__(self, *shape: int, **attributes: object) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the active weights start from: random or by magnitude, rescaled or not, on which device."""
+"""Active weights start from the dense ones, chosen at random or by magnitude, rescaled or not, on any device."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smet_compile.format import Layout
 from smet_compile.format.blocks import dense_positions
-from smet_compile.ops import CompactWeight, chunks
+from smet_compile.ops import CompactWeight, plain
 from smet_compile.ops.updates import unflatten
 from tests.ops.code_definition import Coded
 from tests.support.snapshots import same_bits
@@ -64,7 +64,7 @@ class Case:
         options = tuple(OPTIONS[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
         numbers = Settings(OPTIONS["density_rate"], options, OPTIONS["warmup_steps"], seed)
         rest = after_gradient(self.state, lr, (self.generation, self.births), self.place, numbers)
-        chunks.update_all([unflatten(self.values, grad, rest)])
+        plain.update_all([unflatten(self.values, grad, rest)])
 
     def assert_same(self) -> None:
         for actual, expected in (
@@ -104,7 +104,7 @@ def compact(layout: Layout) -> Case:
     )
 
 
-def plain(shape: tuple[int, ...], transposed: bool) -> Case:
+def plain_parameter(shape: tuple[int, ...], transposed: bool) -> Case:
     values = torch.randn(shape[::-1]).t() if transposed else torch.randn(shape)
     groups = -(-values.numel() // 1024)
     entries = list(range(values.numel()))
@@ -131,7 +131,7 @@ def new_moments(values: Tensor) -> list[Tensor]:
 
 def case(name: str) -> Case:
     torch.manual_seed(0)
-    return compact(LAYOUTS[name]) if name in LAYOUTS else plain(PLAIN[name], transposed=name == "transposed")
+    return compact(LAYOUTS[name]) if name in LAYOUTS else plain_parameter(PLAIN[name], transposed=name == "transposed")
 
 
 def gradient(each: Case) -> Tensor:
@@ -184,8 +184,8 @@ def test_groups_are_never_cut(name: str, at_once: int, monkeypatch: pytest.Monke
     whole, parts = case(name), case(name)
     grads = [gradient(whole) for _ in range(2)]
     for each, size in ((whole, 10**9), (parts, at_once)):
-        monkeypatch.setattr(chunks, "_WEIGHTS_AT_ONCE", size)
-        monkeypatch.setattr(chunks, "_WEIGHTS_IN_CACHE", size)
+        monkeypatch.setattr(plain, "_WEIGHTS_AT_ONCE", size)
+        monkeypatch.setattr(plain, "_WEIGHTS_IN_CACHE", size)
         for grad in grads:
             each.update(grad, torch.tensor(0.1), 3)
     for a, b in zip([whole.values, *whole.state], [parts.values, *parts.state], strict=True):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.ops import law
-from smet_compile.ops.codes import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, decode, encode
+from smet_compile.ops.law import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, decode, encode
 
 FORMATS = {"exp_avg": SIGNED_CODES, "exp_avg_sq": UNSIGNED_CODES}
 SCALES = [1.0, 0.7, 3.0e-6, 1e-30, 123.4567, 3e38]

@@ -144,7 +144,7 @@ BAD_STATES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: state_of(smet.ActiveAdamW) | {"state": state_of(of_torch)["state"]},
         r"0\.(weight|bias): expected a state of .*same optimizer",
     ),
-    "other_state_dtype": (
+    "other_moment_dtype": (
         lambda: state_of(lambda model: smet.ActiveAdamW(model, moment_dtype=torch.bfloat16)),
         r"0\.(weight|bias): expected exp_avg of torch\.float32.*got torch\.bfloat16",
     ),

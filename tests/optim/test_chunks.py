@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.ops import chunks, find_sites
+from smet_compile.ops import find_sites, plain
 from tests.support.masked import grids_of, masks_of
 from tests.support.scratch import Scratch
 from tests.support.slope import Slope, step_on
@@ -65,8 +65,8 @@ def test_one_chunk_or_many(dtype: torch.dtype, moment_dtype: Any, monkeypatch: p
     monkeypatch.setenv("SMET_COMPILE_KERNEL", "torch")
     results = []
     for weights_at_once in (7, 10**9):
-        monkeypatch.setattr(chunks, "_WEIGHTS_AT_ONCE", weights_at_once)
-        monkeypatch.setattr(chunks, "_WEIGHTS_IN_CACHE", weights_at_once)
+        monkeypatch.setattr(plain, "_WEIGHTS_AT_ONCE", weights_at_once)
+        monkeypatch.setattr(plain, "_WEIGHTS_IN_CACHE", weights_at_once)
         results.append(run(dtype, moment_dtype))
     assert_same(results[0], results[1])
 

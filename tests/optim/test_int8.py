@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.ops.codes import SIGNED_CODES, UNSIGNED_CODES, decode
+from smet_compile.ops.law import SIGNED_CODES, UNSIGNED_CODES, decode
 from tests.support.scratch import Scratch
 from tests.support.slope import Slope, step_on
 from tests.support.small_models import two_layers

@@ -147,7 +147,7 @@ def test_the_law_and_its_chunks_agree(block_shape: tuple[int, int], name: str, m
     results = []
     for kernel in ("reference", "torch"):
         monkeypatch.setenv("SMET_COMPILE_KERNEL", kernel)
-        monkeypatch.setattr("smet_compile.ops.chunks._WEIGHTS_IN_CACHE", 300)
+        monkeypatch.setattr("smet_compile.ops.plain._WEIGHTS_IN_CACHE", 300)
         model, optimizer, manager = make(ROWS[name], block_shape, torch.bfloat16, moment_dtype="int8")
         train(model, optimizer, manager, 0, 12, torch.bfloat16)
         results.append(snapshot(model, optimizer))

@@ -13,9 +13,9 @@ import torch._inductor.config as inductor
 from torch import fx, nn
 
 import smet_compile as smet
+from smet_compile import passes
 from smet_compile.ops import library
-from smet_compile.passes import switch
-from smet_compile.passes.install import install
+from smet_compile.passes.pipeline import install
 from tests.passes.compiled import assert_close, randn, train
 from tests.support.fresh_process import run_python
 
@@ -105,10 +105,10 @@ def test_switched_off_it_is_equal_unfused_and_silent(how: str, monkeypatch: pyte
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "smet_compile")
         if how == "variable":
-            monkeypatch.setenv(switch.VARIABLE, "0")
+            monkeypatch.setenv(passes.VARIABLE, "0")
             found = ops_of(compiled, model, randn(5, 16))
         else:
-            with switch.disabled():
+            with passes.disabled():
                 found = ops_of(compiled, model, randn(5, 16))
     assert found == {"smet::unpack", "smet::pack"}
 
@@ -117,7 +117,7 @@ def test_nobody_is_warned_of_what_was_compiled_while_switched_off(monkeypatch: p
     model, x = linear_only(), randn(5, 16)
     compiled = torch.compile(model)
     monkeypatch.setattr(library, "on_unseen_graph", lambda: pytest.fail("warned"))
-    with switch.disabled():
+    with passes.disabled():
         train(compiled, model, (x,))
     train(compiled, model, (x,))
 
@@ -129,6 +129,6 @@ def test_warm_start_is_a_cache_hit_and_still_fused_and_the_switch_is_none(
     cold, warm = (json.loads(run_python(str(WARM_START)).splitlines()[-1]) for _ in range(2))
     assert cold == {"hits": 0, "misses": 1, "passes": 1, "ops": sorted(FUSED)}
     assert warm == {"hits": 1, "misses": 0, "passes": 0, "ops": sorted(FUSED)}
-    monkeypatch.setenv(switch.VARIABLE, "0")
+    monkeypatch.setenv(passes.VARIABLE, "0")
     off = json.loads(run_python(str(WARM_START)).splitlines()[-1])
     assert off == {"hits": 0, "misses": 1, "passes": 0, "ops": ["smet::pack", "smet::unpack"]}

@@ -10,9 +10,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import smet_compile
-from smet_compile.passes import pipeline, switch
-from smet_compile.passes.install import install
-from smet_compile.passes.pipeline import PASSES, JointPasses, source_hash
+from smet_compile import passes
+from smet_compile.passes import pipeline
+from smet_compile.passes.pipeline import PASSES, JointPasses, install, source_hash
 
 ROOM = Path(smet_compile.__file__).parent
 
@@ -64,10 +64,10 @@ def test_uuid_is_the_same_for_the_same() -> None:
 
 def test_uuid_changes_with_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     on = JointPasses().uuid()
-    with switch.disabled():
+    with passes.disabled():
         assert JointPasses().uuid() != on
     assert JointPasses().uuid() == on
-    monkeypatch.setenv(switch.VARIABLE, "0")
+    monkeypatch.setenv(passes.VARIABLE, "0")
     assert JointPasses().uuid() != on
 
 
@@ -92,17 +92,17 @@ def test_passes_before_run_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_passes_before_run_though_ours_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(pipeline, "run_passes", lambda graph: calls.append("ours"))
-    with switch.disabled():
+    with passes.disabled():
         JointPasses((Named("a", calls),))(fx.Graph())
     assert calls == ["a"]
 
 
 def test_switch_nests() -> None:
-    with switch.disabled():
-        with switch.disabled():
-            assert not switch.is_enabled()
-        assert not switch.is_enabled()
-    assert switch.is_enabled()
+    with passes.disabled():
+        with passes.disabled():
+            assert not passes.is_enabled()
+        assert not passes.is_enabled()
+    assert passes.is_enabled()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hypothesis import Phase, given, settings
 
-from smet_compile.passes.install import install
+from smet_compile.passes.pipeline import install
 from tests.passes.compiled import (
     FORWARD,
     INPUT,

@@ -1,4 +1,4 @@
-"""Short runs for the tests, in this process or in one that is forked from a warm server."""
+"""Makes short runs for the tests, in this process or in one that is forked from a warm server."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ SMALL_MODEL = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices 
 
 
 def write_text(folder: Path, num_files: int = 4, num_words: int = 800) -> str:
-    """Files of seeded random words in `folder`; returns the `--data` that names them."""
+    """Writes files of seeded random words into `folder`; returns the `--data` that names them."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_files):
         words = random.Random(number).choices(WORDS, k=num_words)
@@ -45,7 +45,7 @@ def write_text(folder: Path, num_files: int = 4, num_words: int = 800) -> str:
 
 
 def small_config(folder: Path, **changes: Any) -> RunConfig:
-    """Twelve steps with topology updates after 3, 6 and 9 of them."""
+    """Returns a config of twelve steps with topology updates after 3, 6 and 9 of them."""
     options: dict[str, Any] = {
         "preset": "nano",
         "steps": 12,
@@ -62,7 +62,7 @@ def small_config(folder: Path, **changes: Any) -> RunConfig:
 
 
 class StopAfter:
-    """A `stop` that says yes after some steps."""
+    """Returns True, as a `stop`, after some steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -73,18 +73,18 @@ class StopAfter:
 
 
 def losses(folder: Path) -> list[tuple[str, int, float]]:
-    """Every training and validation loss of a run, in order, bit for bit."""
+    """Returns every training and validation loss of a run, in order, bit for bit."""
     records = read_metrics(folder / "metrics.jsonl")
     return [(r["kind"], r["step"], r["loss"]) for r in records if r["kind"] in ("train", "eval")]
 
 
 def moves(folder: Path) -> list[dict[str, Any]]:
-    """The topology updates of a run."""
+    """Returns the topology updates of a run."""
     return [record["event"] for record in of_kind(read_metrics(folder / "metrics.jsonl"), "topology")]
 
 
 def run_or_resume(config: RunConfig, folder: Path) -> None:
-    """What somebody does after a kill: resume, or begin again where there is no run yet."""
+    """Resumes the run, or begins it where there is none yet, as somebody does after a kill."""
     if (folder / "config.json").exists():
         resume(folder)
     else:
@@ -98,25 +98,25 @@ def _quietly(function: Callable[..., object], arguments: tuple[Any, ...], output
 
 
 def in_new_process(function: Callable[..., object], *arguments: Any, output: Path | None = None) -> ForkServerProcess:
-    """Start `function(*arguments)`, which a module must hold by name, in a process of its own."""
+    """Starts `function(*arguments)`, which a module must hold by name, in a process of its own."""
     process = SERVER.Process(target=_quietly, args=(function, arguments, str(output or os.devnull)), daemon=True)
     process.start()
     return process
 
 
 def finish(process: ForkServerProcess, timeout: float = 120) -> int | None:
-    """Wait for a process; its exit code."""
+    """Waits for a process; returns its exit code."""
     process.join(timeout)
     return process.exitcode
 
 
 def kill_own_process(*_: object, **__: object) -> None:
-    """SIGKILL to oneself: no handler, no `finally`, nothing is flushed."""
+    """Sends SIGKILL to this process: no handler runs, no `finally`, and nothing is flushed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def command_line(*arguments: str) -> None:
-    """`python -m smet_compile pretrain ARGUMENTS`, as it runs in a fresh process."""
+    """Runs `python -m smet_compile pretrain ARGUMENTS` as in a fresh process."""
     from smet_compile.pretrain.cli import main
 
     sys.argv = ["smet_compile", "pretrain", *arguments]
@@ -124,6 +124,6 @@ def command_line(*arguments: str) -> None:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Change a run's config.json by hand."""
+    """Changes a run's config.json by hand."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,4 +1,4 @@
-"""The compiled step, which is the default: the same run as an eager one, without compact gradients."""
+"""The compiled step, which is the default, makes the same run as an eager one, without compact gradients."""
 
 from pathlib import Path
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy
 import pytest
 
-from smet_compile.pretrain.config import KINDS, read_config, resolve, write_config
+from smet_compile.pretrain.config import OPTION_TYPES, resolve
+from smet_compile.pretrain.folder import read_config, write_config
 from smet_compile.pretrain.training import learning_rate
 
 
@@ -22,11 +23,11 @@ from smet_compile.pretrain.training import learning_rate
         ("density", 1.5, r"--density: expected a number in \(0, 1\], got 1.5"),
         ("block", "16y16", "--block: expected a side such as 16 .*, got '16y16'"),
         ("block", "0", "--block: expected .*, got '0'"),
-        ("steps", 0, "--steps: expected at least 1, got 0"),
-        ("save_every", 0, "--save-every: expected at least 1, got 0"),
-        ("lr", -1.0, "--lr: expected a positive number, got -1.0"),
-        ("sequence", 1, "--sequence: expected at least 2 tokens, got 1"),
-        ("lr", math.inf, "--lr: expected a positive number, got inf"),
+        ("steps", 0, "--steps: expected a whole number of at least 1, got 0"),
+        ("save_every", 0, "--save-every: expected a whole number of at least 1, got 0"),
+        ("lr", -1.0, "--lr: expected a finite number above 0, got -1.0"),
+        ("sequence", 1, "--sequence: expected a whole number of at least 2, got 1"),
+        ("lr", math.inf, "--lr: expected a finite number above 0, got inf"),
         ("density", math.nan, r"--density: expected a number in \(0, 1\], got nan"),
         ("drop_fraction", 1.0, r"--drop-fraction: expected a number in \[0, 1\), got 1.0"),
         ("final_drop_fraction", -0.1, r"--final-drop-fraction: expected a number in \[0, 1\), got -0.1"),
@@ -38,7 +39,7 @@ from smet_compile.pretrain.training import learning_rate
         ("block", "16x16x16", "--block: expected a side such as 16 .*, got '16x16x16'"),
         ("block", "99999999999999999999", "--block: expected a side such as 16 .*, got '9999"),
         ("block", "70000", "--block: expected sides from 1 to 65536, got '70000'"),
-        ("seed", 2**70, "--seed: expected a whole number of at most 9223372036854775807, got 1180591620717411303424"),
+        ("seed", 2**70, r"--seed: expected a whole number in \[0, 9223372036854775807\], got 1180591620717411303424"),
         ("device", "meta", "--device: expected a torch device .*, got 'meta'"),
         ("device", "abacus", "--device: expected a torch device .*, got 'abacus'"),
     ],
@@ -71,7 +72,7 @@ def test_a_config_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    """The config.json of a run, with changes made by hand."""
+    """Writes the config.json of a run, with changes made by hand."""
     path = folder / "config.json"
     write_config(path, resolve(preset="nano", steps=24, lr=0.5, moment_dtype="int8", dtype="bfloat16", seed=7))
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -90,7 +91,7 @@ def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
         read_config(path)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OPTION_TYPES)
 def test_an_option_that_was_added_later_gets_its_default(name: str, tmp_path: Path) -> None:
     path = written(tmp_path)
     values = json.loads(path.read_text())
@@ -130,7 +131,7 @@ WRONG_FOR = {
     str: [1, True, None, [], {}, "", "a\0b", 0.5],
     bool: [0, 1, "true", None, [], 0.0],
 }
-WRONG = [(name, value) for name, kind in KINDS.items() for value in WRONG_FOR[kind]]
+WRONG = [(name, value) for name, kind in OPTION_TYPES.items() for value in WRONG_FOR[kind]]
 
 
 def test_every_option_of_a_wrong_type_or_range_is_named_with_its_file(tmp_path: Path) -> None:

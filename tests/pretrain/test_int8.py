@@ -3,8 +3,7 @@
 import pytest
 
 from smet_compile.pretrain.config import resolve
-from smet_compile.pretrain.data import open_data
-from smet_compile.pretrain.tokenizer import ByteTokenizer
+from smet_compile.pretrain.data import ByteTokenizer, open_data
 from smet_compile.pretrain.training import build_training, learning_rate, train_step, validation_loss
 from tests.pretrain.runs import SMALL_MODEL
 
@@ -13,7 +12,7 @@ NUM_STEPS = 500
 
 
 def loss_after_training(moments: str, block: str) -> tuple[float, float]:
-    """Held-out loss before and after."""
+    """Returns the held-out loss before and after."""
     config = resolve(
         preset="nano", moment_dtype=moments, block=block, steps=NUM_STEPS, sequence=64, eval_windows=64, eager=True,
         device="cpu",

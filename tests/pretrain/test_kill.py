@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the run always resumes, and its losses are those of an undisturbed run."""
+"""A run that is killed at random moments always resumes, and its losses are those of an undisturbed run."""
 
 import random
 import time
@@ -11,7 +11,7 @@ from tests.pretrain.runs import finish, in_new_process, losses, moves, run_or_re
 
 
 def timed_run(config: RunConfig, folder: Path) -> float:
-    """Seconds that an undisturbed run takes in a new process of a server that is up."""
+    """Returns the seconds that an undisturbed run takes in a new process of a server that is up."""
     assert finish(in_new_process(len, ())) == 0
     began = time.monotonic()
     assert finish(in_new_process(run_or_resume, config, folder)) == 0
@@ -25,7 +25,7 @@ def expect_undisturbed(folder: Path, whole: Path) -> None:
 
 
 def kill_and_resume(config: RunConfig, root: Path, num_kills: int, seed: int) -> None:
-    """Kill so often, each time after a random part of a run's time; a run that escapes is followed by a new one."""
+    """Kills `num_kills` times, each time after a random part of a run's time; a new run follows one that escapes."""
     seconds = timed_run(config, root / "whole")
     moments = random.Random(seed)
     num_hits, num_runs = 0, 0

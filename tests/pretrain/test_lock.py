@@ -1,4 +1,4 @@
-"""One run folder, one process."""
+"""A run folder belongs to one process at a time."""
 
 import errno
 import fcntl
@@ -13,8 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.inspect_command import inspect_run
-from smet_compile.pretrain.lock import RunLock
+from smet_compile.pretrain.folder import RunLock
+from smet_compile.pretrain.inspection import inspect_run
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, finish, in_new_process, losses, small_config, write_text
 
@@ -34,7 +34,7 @@ def hold(folder: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused_with_its_holder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smet_compile.pretrain.inspect_command.draw_inspection", lambda *_: [])
+    monkeypatch.setattr("smet_compile.pretrain.inspection.draw_inspection", lambda *_: [])
     pretrain(small_config(tmp_path), tmp_path / "run", StopAfter(2), quiet())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with RunLock(tmp_path / "run", "--resume"):
@@ -106,7 +106,7 @@ def test_the_file_that_is_locked_is_the_one_in_the_folder(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -125,7 +125,7 @@ def test_a_file_of_that_name_that_is_not_ours_stays(content: str | None, tmp_pat
     assert list((tmp_path / "run").iterdir()) == [path] and (path.is_dir() or path.read_text() == content)
 
 
-def test_what_a_power_cut_leaves_of_the_lock_is_taken(tmp_path: Path) -> None:
+def test_a_lock_that_a_power_cut_leaves_is_taken(tmp_path: Path) -> None:
     for left in (b"", b"\0" * 80, b"smet_compile pretrain, process 1"):
         (tmp_path / "lock").write_bytes(left)
         with RunLock(tmp_path, "--out"):

@@ -1,4 +1,4 @@
-"""Odd values on the command line: exit code 2, one line that names the option, nothing written."""
+"""An odd value on the command line gives exit code 2 and one line that names the option; nothing is written."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.config import KINDS
+from smet_compile.pretrain.config import OPTION_TYPES
 
 LONG = "9" * 5000
 NO_INTEGER = ["nan", "inf", "-1", "1e3", "1_0", "²", "１６", "", "abc", "0x10", "1.0", str(2**63), "1" + "0" * 30, LONG,
@@ -56,7 +56,7 @@ NO_TEXT = {
 
 def odd_values() -> Iterator[tuple[str, str]]:
     numbers = {"steps": NO_INTEGER, "seed": NO_INTEGER, "lr": NO_NUMBER, "lr_density_exponent": NO_NUMBER}
-    for name, kind in KINDS.items():
+    for name, kind in OPTION_TYPES.items():
         odd = numbers.get(name, FEW if kind is int else ["nan", "inf", "1_0", "１"] if kind is float else [])
         yield from ((name, text) for text in [*odd, *OUT_OF_RANGE.get(name, [])])
     for name, texts in NO_TEXT.items():
@@ -65,7 +65,7 @@ def odd_values() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a text, a binary file and a folder."""
+    """Makes a working directory with a text, a binary file and a folder."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps " * 3000)
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "here").mkdir()
@@ -130,7 +130,7 @@ def test_plan_shows_an_error_as_one_line(error: Exception, monkeypatch: pytest.M
         ),
     ],
 )
-def test_what_cannot_fit_is_foreseen(options: list[str], message: str, here: Path) -> None:
+def test_a_need_beyond_the_memory_is_foreseen(options: list[str], message: str, here: Path) -> None:
     small = ["--preset", "nano", "--device", "cpu", "--eager", "--data", "text:text.txt", "--out", "runs/run"]
     result = CliRunner().invoke(make_app(), ["pretrain", *small, *options])
     assert result.exit_code == 2 and result.stderr.startswith(f"error: {message}"), result.stderr

@@ -11,7 +11,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_a_table() -> None:
+def test_plan_prints_a_table() -> None:
     code, out, _ = call("nano", "--density", "0.25", "--block", "1x16", "--batch", "2", "--eager")
     assert code == 0 and out.startswith("nano: density 0.25, runs of 1 x 16; batch 2 x 32 tokens; float32")
     for row in ("weights", "gradients", "moments", "ages", "index", "persistent", "activations", "peak", "operations"):

@@ -8,7 +8,7 @@ import torch
 import smet_compile as smet
 from smet_compile.pretrain.config import RunConfig, resolve
 from smet_compile.pretrain.loop import pretrain
-from smet_compile.pretrain.memory import KINDS, measure
+from smet_compile.pretrain.memory import BYTE_KINDS, measure
 from smet_compile.pretrain.metrics import of_kind, read_metrics
 from smet_compile.pretrain.training import build_training, train_step
 from tests.pretrain.runs import SMALL_MODEL, moves, small_config
@@ -36,7 +36,7 @@ def test_the_report_says_what_was_measured(folder: Path) -> None:
     loss = of_kind(read_metrics(folder / "metrics.jsonl"), "eval")[-1]["loss"]
     assert f"| validation perplexity (per token) | {math.exp(loss):.4f} |" in text
     assert f"| validation bits per byte | {loss / math.log(2):.4f} |" in text
-    assert all(f"| {kind} |" in text for kind in KINDS)
+    assert all(f"| {kind} |" in text for kind in BYTE_KINDS)
     rows = re.findall(r"^\| (\d+) \| 0\.\d{4} \| [\d,]+ \|", text, re.MULTILINE)
     assert [int(step) for step in rows] == [event["step"] for event in moves(folder)]
     assert "| density | 0.3 |" in text
@@ -54,7 +54,7 @@ def test_bytes_of_dense_adamw_are_sixteen_a_weight() -> None:
     found = measured(resolve(preset="nano", method="dense", device="cpu", eager=True))
     counts = found["all"]
     assert counts["run"] == counts["dense"]
-    assert sum(counts["dense"][kind] for kind in KINDS[:3]) == 16 * counts["num_weights"]
+    assert sum(counts["dense"][kind] for kind in BYTE_KINDS[:3]) == 16 * counts["num_weights"]
     assert found["sparse"]["num_weights"] == 0
 
 

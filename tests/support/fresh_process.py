@@ -1,4 +1,4 @@
-"""Run Python in a new process that shares nothing with this one but the files."""
+"""Runs Python in a new process that shares nothing with this one but the files."""
 
 import os
 import subprocess

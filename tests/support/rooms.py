@@ -1,4 +1,4 @@
-"""The rooms of the package and what each may import, read from the source without importing any of it."""
+"""Checks what each room of the package may import, by the source alone and without importing any of it."""
 
 import ast
 import sys
@@ -39,12 +39,12 @@ ROOMS = {
         {"runtime", "tracing", "ops", "format"}, "it looks at a model and at its history, and changes nothing"
     ),
     "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
-    "presets": Room({"extras"}, "a shape and its model know nothing of sparsity"),
+    "presets": Room({"extras", "format"}, "a shape and its model know nothing of sparsity"),
     "plan": Room(
         {"convert", "passes", "optim", "ops", "format", "train_step", "tracing", "presets"},
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
     ),
-    "__init__": Room(ALL_ROOMS | ABOVE, "the door is light, and the main job stands above it"),
+    "__init__": Room(ALL_ROOMS | ABOVE, "the door loads rooms as they are asked for; the main job stands above it"),
     "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__"}, "imports point down only"),
     "__main__": Room({"pretrain"}, "it is the main job's command line and nothing else"),
 }
@@ -66,7 +66,7 @@ ALSO_IN = {"smet_compile/tracing.py": "torch._inductor"}  # a capture decomposes
 
 
 def dotted(node: ast.expr) -> str:
-    """``a.b.c`` as text; empty for anything but a chain of names."""
+    """Returns ``a.b.c`` as text; an empty text for anything but a chain of names."""
     if isinstance(node, ast.Name):
         return node.id
     start = dotted(node.value) if isinstance(node, ast.Attribute) else ""
@@ -74,7 +74,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import: inside functions, by name, ``torch._inductor`` reached without."""
+    """Yields (line, module) of every import, inside functions too, and of what is reached through attributes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -93,13 +93,13 @@ def within(module: str, package: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """``smet_compile.format.Layout`` → ``format``; a name of the package itself belongs to the door."""
+    """Returns the room of a module: ``smet_compile.format.Layout`` → ``format``; others are the door's."""
     name = module.split(".")[1] if "." in module else "__init__"
     return name if name in ROOMS else "__init__"
 
 
 def broken_rule(path: str, module: str) -> str | None:
-    """``rule; because`` of the rule that this import in the library breaks, None if there is none."""
+    """Returns ``rule; because`` of the rule that this import in the library breaks, None if there is none."""
     name, top = path.split("/")[1].removesuffix(".py"), module.split(".")[0]
     if name not in ROOMS:
         return f"{name} is not a room; every room says in tests/support/rooms.py what it may import"
@@ -117,7 +117,7 @@ def broken_rule(path: str, module: str) -> str | None:
 
 
 def public_names(root: Path) -> set[str]:
-    """``__all__`` of the door."""
+    """Returns ``__all__`` of the door."""
     for node in ast.parse((root / "smet_compile/__init__.py").read_text()).body:
         if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
@@ -125,7 +125,7 @@ def public_names(root: Path) -> set[str]:
 
 
 def used_of_ours(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, name) of what an example takes from us: ``smet.sparsify`` is ``smet_compile.sparsify``."""
+    """Yields (line, name) of what an example takes from us: ``smet.sparsify`` is ``smet_compile.sparsify``."""
     aliases = {"smet_compile": "smet_compile"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -139,7 +139,7 @@ def used_of_ours(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def violations(root: Path) -> list[str]:
-    """One line per broken rule: ``file:line imports X; rule; because``."""
+    """Returns one line for each broken rule: ``file:line imports X; rule; because``."""
     found = []
     for path in sorted((root / "smet_compile").rglob("*.py")):
         name = path.relative_to(root).as_posix()

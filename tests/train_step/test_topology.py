@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.ops.update_counts import UpdateCounts, counts_of
+from smet_compile.ops.sinks import UpdateCounts, counts_of
 from tests.ops.call_forms import ReadTwice
 from tests.train_step.setting import Fault, Net, active, assert_equal_runs, batch_of, faulty, sparse, twice
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
-from smet_compile.ops.codes import num_scales
+from smet_compile.ops.law import num_scales
 from smet_compile.ops.rules import Rule
 from smet_compile.ops.updates import Update
 from smet_compile.optim.adamw import ADAMW

@@ -1,4 +1,4 @@
-"""The C++ is compiled once, kept, and done without where it cannot be compiled."""
+"""Tests that the C++ is compiled once and kept, and that plain torch is used where it cannot be compiled."""
 
 import errno
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from smet_compile.ops import warn
-from smet_compile.ops.kernels.native import build, cache
+from smet_compile.ops.kernels.native import build
 
 compiles = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMET_COMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
     monkeypatch.setattr(warn, "_warned", set())
@@ -33,7 +33,7 @@ def code() -> bytes:
 
 @pytest.fixture
 def compiled(code: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of each library that was compiled; it takes no time."""
+    """Collects the name of each library that was compiled; compiling takes no time."""
     names: list[str] = []
 
     def run(workplace: Path, name: str, cxx: list[str]) -> bytes:
@@ -46,17 +46,17 @@ def compiled(code: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files."""
+    """Makes the folder for temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
 
-def kept(name: str = "expand") -> Path:
+def entry_of(name: str = "expand") -> Path:
     cxx = build.compiler()
     assert cxx is not None
-    path = build._kept(name, cxx)
+    path = build._entry_of(name, cxx)
     assert path is not None
     return path
 
@@ -77,9 +77,9 @@ def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.M
     for name in ("vectors.h", "expand.cpp"):
         (sources / name).write_bytes((Path(build.__file__).parent / name).read_bytes())
     monkeypatch.setattr(build, "_HERE", sources)
-    first = kept()
+    first = entry_of()
     (sources / "expand.cpp").write_text((sources / "expand.cpp").read_text() + "\n// changed\n")
-    assert kept() != first
+    assert entry_of() != first
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,26 +127,26 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_library_is_compiled_anew(compiled: list[str], code: bytes, damage: str) -> None:
     assert build.library("expand") is not None
-    path = kept()
+    path = entry_of()
     whole = path.read_bytes()
     path.write_bytes(DAMAGES[damage](whole))
-    assert cache.read(path) is None
+    assert build.read_entry(path) is None
     assert build.library("expand") is not None
-    assert path.read_bytes() == whole and cache.read(path) == code and compiled == ["expand"] * 2
+    assert path.read_bytes() == whole and build.read_entry(path) == code and compiled == ["expand"] * 2
 
 
 @compiles
 def test_a_library_of_another_name_is_not_loaded(compiled: list[str]) -> None:
     assert build.library("expand") is not None
-    kept().rename(kept("tiles"))
-    assert cache.read(kept("tiles")) is None
+    entry_of().rename(entry_of("tiles"))
+    assert build.read_entry(entry_of("tiles")) is None
 
 
 @compiles
 @pytest.mark.parametrize("what", ["link", "pipe", "folder", "written by others"])
-def test_what_is_no_file_of_ours_is_not_loaded(compiled: list[str], tmp_path: Path, what: str) -> None:
+def test_an_entry_that_is_no_file_of_this_user_is_not_loaded(compiled: list[str], tmp_path: Path, what: str) -> None:
     assert build.library("expand") is not None
-    path = kept()
+    path = entry_of()
     other = path.rename(tmp_path / "other")
     if what == "link":
         path.symlink_to(other)
@@ -157,18 +157,18 @@ def test_what_is_no_file_of_ours_is_not_loaded(compiled: list[str], tmp_path: Pa
     else:
         path.write_bytes(other.read_bytes())
         path.chmod(0o666)
-    assert cache.read(path) is None
+    assert build.read_entry(path) is None
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         assert build.library("expand") is not None
     assert compiled == ["expand"] * 2
-    assert (path.is_file() and not path.is_symlink() and cache.read(path) is not None) is (what != "folder")
+    assert (path.is_file() and not path.is_symlink() and build.read_entry(path) is not None) is (what != "folder")
     assert len(given) == (what == "folder")
 
 
 @compiles
 def test_a_folder_that_others_can_write_to(compiled: list[str], tmp_path: Path, temporary: Path) -> None:
-    path = kept()
+    path = entry_of()
     path.write_bytes(b"somebody else's")
     tmp_path.chmod(0o777)
     message = r"other users may write to .* \(mode 777\), which chmod go-w .*compiles them anew; set SMET_COMPILE_CACHE"
@@ -183,7 +183,7 @@ def test_a_folder_that_others_can_write_to(compiled: list[str], tmp_path: Path, 
 def test_a_temporary_folder_that_others_can_write_to(
     compiled: list[str], tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used, make = [], cache.new_workplace
+    used, make = [], build.new_workplace
 
     def made(folder: Path) -> AbstractContextManager[Path]:
         used.append(folder)
@@ -191,7 +191,7 @@ def test_a_temporary_folder_that_others_can_write_to(
 
     temporary.chmod(0o777)
     monkeypatch.setenv("SMET_COMPILE_CACHE", str(temporary))
-    monkeypatch.setattr(cache, "new_workplace", made)
+    monkeypatch.setattr(build, "new_workplace", made)
     with pytest.warns(UserWarning, match="other users may write to"):
         assert build.library("expand") is not None
     assert used == [Path("/tmp").resolve()]
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_to(
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache, "write", refuse)
+    monkeypatch.setattr(build, "write_entry", refuse)
     with pytest.warns(UserWarning, match=f"cannot be kept in {tmp_path}: .*{os.strerror(number)}") as given:
         assert build.library("expand") is not None and build.library("expand") is not None
     assert len(given) == 1 and compiled == ["expand"] * 2
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_to(
 def test_no_folder_can_be_made_in_the_cache(
     compiled: list[str], tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = cache.new_workplace
+    made = build.new_workplace
 
     def refuse(folder: Path) -> AbstractContextManager[Path]:
         if folder == tmp_path:
@@ -237,11 +237,11 @@ def test_no_folder_can_be_made_in_the_cache(
         return made(folder)
 
     assert build.library("expand") is not None
-    monkeypatch.setattr(cache, "new_workplace", refuse)
+    monkeypatch.setattr(build, "new_workplace", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.library("expand") is not None  # what is there is read
-    kept().unlink()
+    entry_of().unlink()
     with pytest.warns(UserWarning, match="Read-only file system"):
         assert build.library("expand") is not None
     assert compiled == ["expand"] * 2 and list(temporary.iterdir()) == []
@@ -251,7 +251,7 @@ def test_no_folder_can_be_made_in_the_cache(
 def test_a_compiler_that_fails_in_the_cache_works_elsewhere(
     code: bytes, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full disk, which the compiler notices first."""
+    """The compiler fails as on a full disk, which it notices first."""
     script = compiler_of(
         code, tmp_path, f'case "$made" in {temporary}/*) ;; *) echo "no space left" >&2; exit 1;; esac'
     )
@@ -262,7 +262,7 @@ def test_a_compiler_that_fails_in_the_cache_works_elsewhere(
 
 
 def compiler_of(code: bytes, folder: Path, before: str) -> Path:
-    """A compiler that runs ``before``, where $made is what it makes, and makes ``code``."""
+    """Makes a compiler that runs ``before``, where $made is its output, and writes ``code`` there."""
     (folder / "code").write_bytes(code)
     script = folder / "compiler"
     script.write_text(f'#!/bin/sh\nfor made; do :; done\n{before}\ncp {folder}/code "$made"\n')
@@ -287,7 +287,11 @@ def test_a_group_cannot_write_what_is_kept(
         warnings.simplefilter("error")
         assert build.library("expand") is not None and build.library("expand") is not None
     assert compiled == ["expand"]
-    assert [path.stat().st_mode & 0o777 for path in (kept(), kept().parent, tmp_path / "new")] == [0o644, 0o700, 0o700]
+    assert [path.stat().st_mode & 0o777 for path in (entry_of(), entry_of().parent, tmp_path / "new")] == [
+        0o644,
+        0o700,
+        0o700,
+    ]
 
 
 @compiles
@@ -338,28 +342,28 @@ def test_leftovers_of_killed_processes_are_removed(compiled: list[str], tmp_path
 
 @compiles
 def test_several_processes_compile_at_a_time(compiled: list[str], tmp_path: Path) -> None:
-    path, children = kept(), []
+    path, children = entry_of(), []
     for _ in range(8):
         child = os.fork()
         if child == 0:
             os._exit(0 if hasattr(build.library("expand"), "unpack") else 1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
-    assert list(tmp_path.iterdir()) == [path] and cache.read(path) is not None
+    assert list(tmp_path.iterdir()) == [path] and build.read_entry(path) is not None
 
 
 @compiles
 def test_a_compiler_gets_nothing_to_leave_behind(code: bytes, tmp_path: Path, temporary: Path) -> None:
     """A killed compiler leaves its files in a folder that is removed."""
     script = compiler_of(code, tmp_path, 'echo half > "$TMPDIR/half.s"')
-    with cache.new_workplace(temporary) as workplace:
+    with build.new_workplace(temporary) as workplace:
         assert build._run(workplace, "expand", [str(script)]) == code
         assert (workplace / "half.s").exists() and workplace.stat().st_mode & 0o777 == 0o700
     assert list(temporary.iterdir()) == []
 
 
 @compiles
-def test_what_does_not_compile_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_code_that_does_not_compile_gives_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "vectors.h").write_text("")
     (tmp_path / "tiles.cpp").write_text("this is no C++\n")
     monkeypatch.setattr(build, "_HERE", tmp_path)

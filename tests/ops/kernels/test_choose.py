@@ -1,8 +1,9 @@
-"""Which kernel is chosen: by the case, or as the environment says; and every kernel there is gives the same."""
+"""Tests which kernel is chosen: by the case, or as the environment says; and that every kernel gives the same."""
 
 import dataclasses
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 
 import smet_compile as smet
 from smet_compile.format import Layout
-from smet_compile.ops import choose, warn
+from smet_compile.ops import choose, law, law_of_updates, warn
 from smet_compile.ops.kernels.native.build import library
 from tests.ops.kernels.adamw_cases import Case as Parameter
-from tests.ops.kernels.adamw_cases import update_of
+from tests.ops.kernels.adamw_cases import copy_of, update_of
+from tests.ops.kernels.cpu_cases import weight
 from tests.ops.kernels.tolerances import assert_close
-from tests.ops.matmul_cases import case
 
 CPU = torch.device("cpu")
 compiles = pytest.mark.skipif(library("tiles") is None, reason="there is no C++ compiler")
@@ -41,15 +42,16 @@ def test_by_dtype_block_shape_and_density() -> None:
 @compiles
 def test_with_amx_dense_matrices_are_multiplied_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     case_of = choose.Case(CPU, torch.bfloat16, Layout.of((512, 512), (64, 64)), 1)
-    for amx, density, pays in ((False, 0.5, True), (True, 0.5, False), (True, 0.2, True)):
+    for amx, density, is_profitable in ((False, 0.5, True), (True, 0.5, False), (True, 0.2, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert choose._cpu_tiles_pay(case_of._replace(num_active=case_of.layout.num_active(density))) is pays
+        case = case_of._replace(num_active=case_of.layout.num_active(density))
+        assert choose._cpu_tiles_are_profitable(case) is is_profitable
 
 
 def test_without_a_compiler_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smet_compile.ops.kernels.native import adamw, expand, matmul_tiles
+    from smet_compile.ops.kernels.native import adamw, expand, tiles
 
-    for module in (adamw, expand, matmul_tiles):
+    for module in (adamw, expand, tiles):
         monkeypatch.setattr(module, "library", lambda name: None)
     choose._chosen.cache_clear()
     try:
@@ -60,26 +62,48 @@ def test_without_a_compiler_plain_torch_computes(monkeypatch: pytest.MonkeyPatch
         choose._chosen.cache_clear()
 
 
+def all_products(topology: Any, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Computes every product and move of (x, gy, bias, values, dense) by the kernels that are chosen."""
+    x, gy, bias, values, dense = tensors
+    return {
+        "masked_matmul": choose.compute("masked_matmul", x, topology)(x, values, topology, True, bias),
+        "sampled_matmul": choose.compute("sampled_matmul", gy, topology)(gy, x, topology),
+        "unpack": choose.compute("unpack", values, topology)(values, topology),
+        "pack": choose.compute("pack", dense, topology)(dense, topology),
+    }
+
+
 @pytest.mark.filterwarnings("ignore:SMET_COMPILE_KERNEL=cpu_tiles")
 @pytest.mark.parametrize("name", ["reference", "torch", "cpu_tiles", "cpu_expand", "cpu"])
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 8), (16, 8)], ids=str)
-@pytest.mark.parametrize("shape", ["ragged", "stack"])
+@pytest.mark.parametrize("size", [(37, 29), (3, 21, 29)], ids=["ragged", "stack"])
 def test_a_forced_kernel_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, shape: str, block_shape: tuple[int, int], name: str
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, ...], block_shape: tuple[int, int], name: str
 ) -> None:
-    each = case(shape, block_shape)
-    _, rows, cols = each.grid.matrix
+    each = weight(size, block_shape)
+    rows, cols = each.layout.matrix
     x, gy, bias = each.tokens(7, cols), each.tokens(7, rows), torch.randn(rows, dtype=torch.float64)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        x_, gy_, bias_, values = (t.bfloat16().to(dtype) for t in (x, gy, bias, each.values()))
+        tensors = [t.bfloat16().to(dtype) for t in (x, gy, bias, each.values(), torch.randn(size))]
         monkeypatch.setenv("SMET_COMPILE_KERNEL", name)
-        out = torch.ops.smet.masked_matmul(x_, values, *each.topology, True, bias_)
-        grad = torch.ops.smet.sampled_matmul(gy_, x_, *each.topology, each.compact.num_active)
+        found = all_products(each.topology, *tensors)
         monkeypatch.setenv("SMET_COMPILE_KERNEL", "reference")
-        exact = (t.double() for t in (x_, values, bias_, gy_))
-        x64, values64, bias64, gy64 = exact
-        assert_close("out", out, torch.ops.smet.masked_matmul(x64, values64, *each.topology, True, bias64))
-        assert_close("grad", grad, torch.ops.smet.sampled_matmul(gy64, x64, *each.topology, each.compact.num_active))
+        expected = all_products(each.topology, *(t.double() for t in tensors))
+        for op, result in found.items():
+            assert_close(op, result, expected[op])
+
+
+def test_the_reference_is_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMET_COMPILE_KERNEL", "reference")
+    each = weight((37, 29), (8, 8))
+    for op in ("masked_matmul", "sampled_matmul", "unpack", "pack"):
+        assert choose.compute(op, each.values(), each.topology) is getattr(law, op)
+    update = update_of(Parameter((8, 8), (4, 4)), torch.bfloat16, torch.uint8)
+    assert choose.update_kernel_of(update).function("update_all") is law_of_updates.update_all
+    by_law = [copy_of(update, CPU) for _ in range(2)]
+    choose.update_all(by_law[:1])
+    law_of_updates.update_all(by_law[1:])
+    assert all(map(torch.equal, by_law[0].changed(), by_law[1].changed()))
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +119,7 @@ def test_explain_says_which_kernel(monkeypatch: pytest.MonkeyPatch, name: str | 
     model = smet.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), 0.25, block_shape=(32, 32))
     step = smet.compile_train_step(model, smet.ActiveAdamW(model), lambda model, batch: model(batch).square().mean())
     batch = torch.randn(4, 64)
-    said = smet.explain(step, batch).sites[1]
+    site = smet.explain(step, batch).sites[1]
     expected = {
         part: choose.kernel_of(op, choose.Case(CPU, torch.float32, Layout.of((64, 64), (32, 32)), 1))
         for part, op in (
@@ -105,25 +129,25 @@ def test_explain_says_which_kernel(monkeypatch: pytest.MonkeyPatch, name: str | 
         )
     }
     update = update_of(Parameter((64, 64), (32, 32)), torch.float32, torch.float32)
-    assert said.kernels == {**expected, "update": choose.update_kernel_of(update).name}
-    assert all(kernel in str(smet.explain(step, batch)) for kernel in said.kernels.values())
-    assert dataclasses.replace(said, kernels={}).parts == dict.fromkeys(said.parts, "fused")
+    assert site.kernels == {**expected, "update": choose.update_kernel_of(update).name}
+    assert all(kernel in str(smet.explain(step, batch)) for kernel in site.kernels.values())
+    assert dataclasses.replace(site, kernels={}).parts == dict.fromkeys(site.parts, "fused")
 
 
 @pytest.fixture
-def none_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warn, "_warned", set())
 
 
-def misses(monkeypatch: pytest.MonkeyPatch, name: str, op: str, case: choose.Case) -> list[str]:
-    """The warnings where ``name`` is forced, op and case come twice, and a report asks before."""
+def warnings_of(monkeypatch: pytest.MonkeyPatch, name: str, op: str, case: choose.Case) -> list[str]:
+    """Returns the warnings where ``name`` is forced, op and case come twice, and a report asks before."""
     monkeypatch.setenv("SMET_COMPILE_KERNEL", name)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         choose.kernel_of(op, case)
         assert not given
         for _ in range(2):
-            choose.compute(op, case)
+            choose._reported(op, case)
     return [str(each.message) for each in given]
 
 
@@ -161,61 +185,60 @@ def case_on(device: torch.device, dtype: torch.dtype, block_shape: tuple[int, in
 
 
 @compiles
-@pytest.mark.usefixtures("none_warned")
-@pytest.mark.parametrize(("name", "op", "dtype", "block_shape", "why"), MISSED)
+@pytest.mark.usefixtures("nothing_warned_yet")
+@pytest.mark.parametrize(("name", "op", "dtype", "block_shape", "reason"), MISSED)
 def test_a_named_kernel_that_cannot_compute_a_case_is_reported(
-    monkeypatch: pytest.MonkeyPatch, name: str, op: str, dtype: torch.dtype, block_shape: tuple[int, int], why: str
+    monkeypatch: pytest.MonkeyPatch, name: str, op: str, dtype: torch.dtype, block_shape: tuple[int, int], reason: str
 ) -> None:
-    (message,) = misses(monkeypatch, name, op, case_on(CPU, dtype, block_shape, False))
-    assert message.startswith(f"SMET_COMPILE_KERNEL={name}: ") and re.search(why, message)
+    (message,) = warnings_of(monkeypatch, name, op, case_on(CPU, dtype, block_shape, False))
+    assert message.startswith(f"SMET_COMPILE_KERNEL={name}: ") and re.search(reason, message)
     assert f": {choose.kernel_of(op, case_on(CPU, dtype, block_shape, False))} computes {op} of " in message
-    assert misses(monkeypatch, name, op, case_on(CPU, dtype, block_shape, False)._replace(num_active=3)) == []
+    assert warnings_of(monkeypatch, name, op, case_on(CPU, dtype, block_shape, False)._replace(num_active=3)) == []
 
 
 @compiles
-@pytest.mark.usefixtures("none_warned")
+@pytest.mark.usefixtures("nothing_warned_yet")
 @pytest.mark.parametrize(("name", "op", "dtype", "block_shape"), NOT_MISSED)
 def test_a_kernel_that_is_used_or_has_no_such_op_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, name: str, op: str, dtype: torch.dtype, block_shape: tuple[int, int]
 ) -> None:
-    assert misses(monkeypatch, name, op, case_on(CPU, dtype, block_shape, False)) == []
+    assert warnings_of(monkeypatch, name, op, case_on(CPU, dtype, block_shape, False)) == []
 
 
-@pytest.mark.usefixtures("none_warned")
+@pytest.mark.usefixtures("nothing_warned_yet")
 @pytest.mark.parametrize("name", ["cpu", "cpu_expand", "triton_expand"])
 def test_another_device_and_sorted_tokens_are_reported(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     case = case_on(META, torch.float32, (8, 8), grouped=True)
-    (message,) = misses(monkeypatch, name, "masked_matmul", case)
+    (message,) = warnings_of(monkeypatch, name, "masked_matmul", case)
     assert "torch.float32 tiles, with tokens sorted by matrix, on meta, since " in message
-    why = {"triton_expand": "does not take tokens sorted by matrix"}.get(name, "runs on the CPU only")
-    assert message.count(why) == (2 if name == "cpu" else 1)
+    reason = {"triton_expand": "does not take tokens sorted by matrix"}.get(name, "runs on the CPU only")
+    assert message.count(reason) == (2 if name == "cpu" else 1)
 
 
-@pytest.mark.usefixtures("none_warned")
+@pytest.mark.usefixtures("nothing_warned_yet")
 def test_a_named_kernel_that_did_not_compile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smet_compile.ops.kernels.native import build, matmul_tiles
+    from smet_compile.ops.kernels.native import tiles
 
-    for module in (build, matmul_tiles):
-        monkeypatch.setattr(module, "library", lambda name: None)
+    monkeypatch.setattr(tiles, "library", lambda name: None)
     choose._chosen.cache_clear()
     try:
-        (message,) = misses(monkeypatch, "cpu_tiles", "masked_matmul", case_on(CPU, torch.float32, (8, 8), False))
+        (message,) = warnings_of(monkeypatch, "cpu_tiles", "masked_matmul", case_on(CPU, torch.float32, (8, 8), False))
     finally:
         choose._chosen.cache_clear()
     assert "since cpu_tiles could not be compiled; name a kernel that can" in message
 
 
 @compiles
-@pytest.mark.usefixtures("none_warned")
+@pytest.mark.usefixtures("nothing_warned_yet")
 @pytest.mark.parametrize(
-    ("name", "dtype", "why"),
+    ("name", "dtype", "reason"),
     [
         ("triton_adamw", torch.float32, f"cpu_adamw computes the optimizer step of .*, since triton_adamw {ONLY_GPU}"),
         ("triton", torch.float32, f"cpu_adamw computes the optimizer step of .*, since triton_adamw {ONLY_GPU}"),
         (
             "cpu_adamw",
             torch.float64,
-            "torch computes the .* step of torch.float64 parameters with torch.float64 moments",
+            "torch computes the .* of torch.float64 parameters with torch.float64 state by the rule adamw on cpu",
         ),
         ("cpu_adamw", torch.float16, "since cpu_adamw does not take parameters, gradients or optimizer state of this"),
         ("cpu", torch.float64, "SMET_COMPILE_KERNEL=cpu: torch computes"),
@@ -229,22 +252,22 @@ def test_a_named_kernel_that_did_not_compile_is_reported(monkeypatch: pytest.Mon
     ],
 )
 def test_an_update_by_another_kernel_is_reported(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, why: str | None
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, reason: str | None
 ) -> None:
     monkeypatch.setenv("SMET_COMPILE_KERNEL", name)
     update = update_of(Parameter((8, 8), (4, 4)), dtype, dtype)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        choose.update_kernel_of(update, traced=True)
+        choose.update_kernel_of(update, is_traced=True)
         assert not given
         for _ in range(2):
             choose.update_kernel_of(update)
-    assert len(given) == (why is not None) and all(re.search(str(why), str(each.message)) for each in given)
+    assert len(given) == (reason is not None) and all(re.search(str(reason), str(each.message)) for each in given)
 
 
 @compiles
-@pytest.mark.usefixtures("none_warned")
-def test_a_report_that_is_an_error_leaves_nothing_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("nothing_warned_yet")
+def test_a_warning_that_is_an_error_leaves_nothing_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(strict: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = smet.sparsify(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), 0.5, block_shape=(8, 8))
@@ -254,7 +277,7 @@ def test_a_report_that_is_an_error_leaves_nothing_half_done(monkeypatch: pytest.
             before = [parameter.clone() for parameter in model.parameters()]
             with pytest.raises(UserWarning, match="computes unpack of"):
                 model(x)
-        model(x).square().sum().backward()  # its own report is shown: an exception there would leave some gradients out
+        model(x).square().sum().backward()  # the warning is shown: an exception would leave some gradients out
         if strict:
             with pytest.raises(UserWarning, match="computes the optimizer step of"):
                 optimizer.step()
@@ -267,3 +290,15 @@ def test_a_report_that_is_an_error_leaves_nothing_half_done(monkeypatch: pytest.
         warnings.simplefilter("error")
         found = trained(strict=True)
     assert all(map(torch.equal, found, expected))
+
+
+@compiles
+def test_a_gradient_of_another_dtype_goes_to_plain_torch() -> None:
+    updates = [update_of(Parameter((8, 8), (4, 4)), torch.float32, torch.float32, broken=False) for _ in range(2)]
+    first, second = updates
+    for grad in (first.grad, first.grad.double(), first.grad):  # the third time as the first
+        first.grad, second.grad = grad, grad.float()
+        choose.update_all([first])
+        choose.update_all([second])
+    assert choose.update_kernel_of(first).name == "cpu_adamw"
+    assert torch.allclose(first.values, second.values, rtol=1e-5) and int(first.step) == 103

@@ -1,8 +1,8 @@
-"""Products and moves in C++, against the reference in fp64: by tiles summed in registers, and through dense rows."""
+"""Tests products and moves in C++ against the law in fp64: by tiles summed in registers, and through dense rows."""
 
 from __future__ import annotations
 
-import importlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout
-from smet_compile.ops import CompactWeight, choose
-from smet_compile.ops import reference as ref
+from smet_compile.format import Topology
+from smet_compile.ops import choose, law
+from smet_compile.ops.kernels.native import expand, tiles
 from smet_compile.ops.kernels.native.build import library
+from tests.ops.kernels.cpu_cases import Weight, weight
 from tests.ops.kernels.tolerances import assert_close
-from tests.ops.matmul_cases import MASKS, Case, make_mask
-from tests.support.blocks import Grid
+from tests.ops.matmul_cases import MASKS
 from tests.support.scratch import Scratch
 
 pytestmark = [
@@ -47,42 +47,31 @@ def new_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def weight(size: tuple[int, ...], block_shape: tuple[int, int], mask_kind: str = "random") -> Case:
-    grid = Grid(size, block_shape)
-    mask = make_mask(mask_kind, grid)
-    dense = torch.randn(size, dtype=torch.float64).bfloat16().double() * grid.spread(mask)
-    return Case(
-        grid, mask, dense.reshape(grid.matrix), CompactWeight(Layout.of(size, block_shape), mask, int(mask.sum()))
-    )
-
-
-def kernel(name: str, op: str, dtype: torch.dtype, each: Case, grouped: bool = False) -> Callable[..., Any]:
-    """The function of the kernel ``name``; skips where the processor has none for ``dtype``."""
-    layout = each.compact.layout
-    case = choose.Case(torch.device("cpu"), dtype, layout, each.compact.num_active, grouped)
-    found = next(k for k in choose._KERNELS[op] if k.name == name)
-    if not found.can(op, case):
-        pytest.skip(f"{name} does not multiply {dtype} here")
-    function: Callable[..., Any] = getattr(importlib.import_module(found.module), op)
+def kernel(name: str, op: str, dtype: torch.dtype, each: Weight, grouped: bool = False) -> Callable[..., Any]:
+    """Returns the function of the kernel ``name``; skips where the processor has none for ``dtype``."""
+    module = {"cpu_tiles": tiles, "cpu_expand": expand}[name]
+    case = choose.Case(torch.device("cpu"), dtype, each.layout, each.topology.num_active, grouped)
+    if (reason := module.refusal(case)) is not None:
+        pytest.skip(f"{name} {reason}")
+    function: Callable[..., Any] = getattr(module, op)
     return function
 
 
 def check_masked(
-    name: str, each: Case, input: Tensor, transposed: bool, bias: Tensor | None, ends: Tensor | None
+    name: str, each: Weight, input: Tensor, transposed: bool, bias: Tensor | None, ends: Tensor | None
 ) -> None:
     function = kernel(name, "masked_matmul", input.dtype, each, ends is not None)
-    out = function(input, each.values(input.dtype), *each.topology, transposed, bias, ends)
+    out = function(input, each.values(input.dtype), each.topology, transposed, bias, ends)
     exact = None if bias is None else bias.double()
-    law = ref.masked_matmul(input.double(), each.values(), each.mask, each.compact.layout, transposed, exact, ends)
+    expected = law.masked_matmul(input.double(), each.values(), each.topology, transposed, exact, ends)
     assert out.is_contiguous() and out.dtype == input.dtype
-    assert_close("transposed" if transposed else "plain", out, law)
+    assert_close("transposed" if transposed else "plain", out, expected)
 
 
-def check_sampled(name: str, each: Case, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
+def check_sampled(name: str, each: Weight, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
     function = kernel(name, "sampled_matmul", left.dtype, each, ends is not None)
-    out = function(left, right, *each.topology, each.compact.num_active, ends)
-    law = ref.sampled_matmul(left.double(), right.double(), each.mask, each.compact.layout, ends)
-    assert_close("weight gradient", out, law)
+    out = function(left, right, each.topology, ends)
+    assert_close("weight gradient", out, law.sampled_matmul(left.double(), right.double(), each.topology, ends))
 
 
 every_kernel = pytest.mark.parametrize(
@@ -101,7 +90,7 @@ def test_products(
     name: str, size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype, mask: str, num_tokens: int
 ) -> None:
     each = weight(size, block_shape, mask)
-    rows, cols = each.compact.layout.matrix
+    rows, cols = each.layout.matrix
     x, gy = each.tokens(num_tokens, cols, dtype), each.tokens(num_tokens, rows, dtype)
     for bias in (None, torch.randn(rows).to(dtype)):
         check_masked(name, each, x, True, bias, None)
@@ -127,7 +116,7 @@ def test_grouped_tokens(name: str, dtype: torch.dtype, ends: list[int], block_sh
 @every_kernel
 def test_strided_inputs(name: str, size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype) -> None:
     each = weight(size, block_shape)
-    rows, cols = each.compact.layout.matrix
+    rows, cols = each.layout.matrix
     x = each.tokens(19, 2 * cols + 5, dtype)[..., 3 : 3 + cols]
     gy = (
         each.tokens(rows, 19, dtype).mT
@@ -142,7 +131,7 @@ def test_strided_inputs(name: str, size: tuple[int, ...], block_shape: tuple[int
 @pytest.mark.parametrize("size", [(40, 50), (2048, 96)], ids=str)
 @every_dtype
 def test_many_tokens(dtype: torch.dtype, size: tuple[int, int]) -> None:
-    """8192: several chunks of them, in each product."""
+    """8192 tokens are several chunks in each product."""
     each = weight(size, (32, 32))
     x, gy = each.tokens(8192, size[1], dtype), each.tokens(8192, size[0], dtype)
     check_masked("cpu_tiles", each, x, True, None, None)
@@ -156,10 +145,10 @@ def test_many_tokens(dtype: torch.dtype, size: tuple[int, int]) -> None:
 def test_moves_are_exact(size: tuple[int, ...], block_shape: tuple[int, int], mask: str, dtype: torch.dtype) -> None:
     each = weight(size, block_shape, mask)
     values = each.values(dtype)
-    dense = kernel("cpu_expand", "unpack", dtype, each)(values, *each.topology)
+    dense = kernel("cpu_expand", "unpack", dtype, each)(values, each.topology)
     assert torch.equal(dense, each.dense.to(dtype).reshape(size))
     noise = torch.randn(size).to(dtype)
-    packed = kernel("cpu_expand", "pack", dtype, each)(noise, *each.topology, each.compact.num_active)
+    packed = kernel("cpu_expand", "pack", dtype, each)(noise, each.topology)
     assert torch.equal(packed, each.gather(noise))
 
 
@@ -168,7 +157,7 @@ def test_moves_are_exact(size: tuple[int, ...], block_shape: tuple[int, int], ma
 def test_what_hangs_over_an_edge_is_zero(name: str, number: float) -> None:
     each = weight((37, 29), (16, 16), "all")
     left, right = torch.full((5, 37), number), torch.full((5, 29), number)
-    out = kernel(name, "sampled_matmul", torch.float32, each)(left, right, *each.topology, each.compact.num_active)
+    out = kernel(name, "sampled_matmul", torch.float32, each)(left, right, each.topology)
     inside = each.gather(torch.ones(37, 29)) == 1
     assert bool((out[~inside] == 0).all()) and not bool(out[inside].isfinite().any())
 
@@ -178,7 +167,50 @@ def test_no_dense_matrix_is_made() -> None:
     x, gy = each.tokens(3, 256, torch.float32), each.tokens(3, 256, torch.float32)
     values = each.values(torch.float32)
     with Scratch() as scratch:
-        torch.ops.smet.masked_matmul(x, values, *each.topology, True)
-        torch.ops.smet.masked_matmul(gy, values, *each.topology, False)
-        torch.ops.smet.sampled_matmul(gy, x, *each.topology, each.compact.num_active)
+        tiles.masked_matmul(x, values, each.topology, True)
+        tiles.masked_matmul(gy, values, each.topology, False)
+        tiles.sampled_matmul(gy, x, each.topology)
     assert max(numel for dtype, numel in scratch.made if dtype.is_floating_point) < 256 * 256
+
+
+def every_function(each: Weight, x: Tensor, gy: Tensor, values: Tensor) -> list[Tensor]:
+    """Returns what each function of the kernels that take fp32 makes."""
+    topology, dense = each.topology, each.dense.float().reshape(each.grid.shape)
+    results = [expand.unpack(values, topology), expand.pack(dense, topology)]
+    for module in (expand, tiles) if each.layout.tiles else (expand,):
+        results += [module.masked_matmul(x, values, topology, True), module.masked_matmul(gy, values, topology, False)]
+        results.append(module.sampled_matmul(gy, x, topology))
+    return results
+
+
+@pytest.mark.parametrize("block_shape", [(1, 1), (8, 8)], ids=str)
+def test_a_call_leaves_what_the_topology_keeps_as_it_was(block_shape: tuple[int, int]) -> None:
+    each = weight((130, 70), block_shape)
+    for num_tokens in (5, 3, 5):  # other tokens, other values, and again in fp64
+        x, gy = each.tokens(num_tokens, 70, torch.float32), each.tokens(num_tokens, 130, torch.float32)
+        values = torch.randn_like(each.values(torch.float32))
+        fresh = Weight(each.grid, each.mask, each.dense, Topology.from_mask(each.mask, each.layout))
+        found, expected = every_function(each, x, gy, values), every_function(fresh, x, gy, values)
+        assert all(map(torch.equal, found, expected))
+        check_masked("cpu_expand", each, x.double(), True, None, None)
+
+
+def test_threads_share_what_the_topology_keeps() -> None:
+    each = weight((130, 70), (8, 8))
+    x, gy = each.tokens(5, 70, torch.float32), each.tokens(5, 130, torch.float32)
+    inputs = [each.values(torch.float32) * factor for factor in (1.0, -2.0, 3.0, 5.0)]
+    expected = [every_function(each, x, gy, values) for values in inputs]
+    wrong: list[int] = []
+
+    def repeat(number: int) -> None:
+        for _ in range(50):
+            found = every_function(each, x, gy, inputs[number])
+            if not all(map(torch.equal, found, expected[number])):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=repeat, args=(number,)) for number in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,4 +1,4 @@
-"""A folder is trusted where no other user can change what lies there, by any folder or link on the way."""
+"""Tests that a folder is trusted only where no other user can change it, by any folder or link on the way."""
 
 import grp
 import os
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from smet_compile.ops.kernels.native import trust
-from smet_compile.ops.kernels.native.trust import trusted_folder
+from smet_compile.ops.kernels.native import build
+from smet_compile.ops.kernels.native.build import trusted_folder
 
 OTHER = 65534
 plays_two_users = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
@@ -66,7 +66,7 @@ def test_a_file_on_the_way(tmp_path: Path) -> None:
 def test_others_may_write_to_a_folder_on_the_way(tmp_path: Path, which: str, mode: int) -> None:
     path = trusted_folder(tmp_path / "scratch" / "parent" / "cache")
     (tmp_path / which).chmod(mode)
-    if mode & 0o002 or not trust._is_private((tmp_path / which).stat().st_gid):
+    if mode & 0o002 or not build._is_private((tmp_path / which).stat().st_gid):
         with pytest.raises(PermissionError, match=f"other users may write to {tmp_path / which} .mode {mode:o}.*chmod"):
             trusted_folder(path)
 
@@ -99,7 +99,7 @@ def test_a_folder_on_the_way_belongs_to_another_user(tmp_path: Path, which: str)
 
 @plays_two_users
 def test_a_link_of_another_user(tmp_path: Path) -> None:
-    """It leads to a good folder now, and elsewhere when it is followed."""
+    """The link leads to a good folder now, and could lead elsewhere later."""
     sticky, own = trusted_folder(tmp_path / "sticky"), trusted_folder(tmp_path / "own")
     sticky.chmod(0o1777)
     (sticky / "cache").symlink_to(own)
@@ -110,7 +110,7 @@ def test_a_link_of_another_user(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_user_is_not_made_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "_owners", lambda: {0} if os.geteuid() else {1})
+    monkeypatch.setattr(build, "_owners", lambda: {0} if os.geteuid() else {1})
     with pytest.raises(PermissionError, match="belongs to user"):
         trusted_folder(tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -127,7 +127,7 @@ PRIVATE: dict[str, tuple[str, list[str], dict[str, int], bool]] = {
 
 @pytest.mark.parametrize("case", PRIVATE)
 def test_a_group_of_one_user_is_no_other(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries are used under umask 002, where every user has a group of their own."""
+    """Entries are used under umask 002, under which every user has a group of their own."""
     name, members, first_groups, expected = PRIVATE[case]
     users = [
         SimpleNamespace(pw_name=user, pw_uid=os.geteuid() + (user != "me"), pw_gid=group)
@@ -137,8 +137,8 @@ def test_a_group_of_one_user_is_no_other(case: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pwd, "getpwall", lambda: users)
     monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=members))
     status = os.stat_result((0o40775, 0, 0, 0, os.geteuid(), 4242, 0, 0, 0, 0))
-    assert trust.is_trusted(status) is expected
-    assert not trust.is_trusted(os.stat_result((0o40777, 0, 0, 0, os.geteuid(), 4242, 0, 0, 0, 0)))
+    assert build.is_trusted(status) is expected
+    assert not build.is_trusted(os.stat_result((0o40777, 0, 0, 0, os.geteuid(), 4242, 0, 0, 0, 0)))
 
 
 def unknown(*number: int) -> None:
@@ -148,4 +148,4 @@ def unknown(*number: int) -> None:
 @pytest.mark.parametrize("function", [(pwd, "getpwuid"), (grp, "getgrgid")], ids=["user", "group"])
 def test_a_group_that_is_not_known(function: tuple[object, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*function, unknown)
-    assert not trust._is_private(4242)
+    assert not build._is_private(4242)

@@ -1,7 +1,8 @@
 // The optimizer step of many parameters: each weight, gradient and moment is read once and written once, by all cores.
 //
-// The rule, its roundings and its 8-bit codes are those of ops/reference.py and ops/codes.py. Compiled without fused
-// multiply-adds, moments are the same bits; a weight's step is ordered otherwise, and differs by last bits.
+// The rule is that of optim/adamw.py; roundings and 8-bit codes are those of ops/law.py and ops/codes.py. Compiled
+// without fused multiply-adds, moments are the same bits. A weight's step is computed in another order and differs in
+// the last bits.
 #include <cfloat>
 #include <cmath>
 #include <vector>
@@ -14,7 +15,7 @@ enum Kind : int64_t { FP32 = 0, BF16 = 1, CODES = 2 };
 enum Stream : uint32_t { WEIGHT = 0, EXP_AVG = 1, EXP_AVG_SQ = 2 };
 
 constexpr int64_t GROUP = 1024;              // dense weights that share a scale
-constexpr int64_t AT_ONCE = 256, LARGE = 256;  // entries; blocks from LARGE on are done one by one
+constexpr int64_t AT_ONCE = 256, LARGE = 256;  // entries; blocks of LARGE or more are updated one by one
 constexpr uint32_t TOP_V = 255, TOP_M = 127, ONE = 1016;  // ONE: the fp32 1.0, without its low 20 bits
 constexpr uint32_t LOW = 0xFFFFF, HALF = 0x80000;
 
@@ -22,7 +23,7 @@ struct Update {
     void *values, *grad, *exp_avg, *exp_avg_sq;
     float* scales;              // (2, num_groups), of codes
     int64_t *num_skipped, *step;
-    const void* generation;     // null: a plain parameter
+    const void* generation;     // null: every block has the age of the parameter
     const int64_t* births;
     const uint8_t* bits;        // null: positions are counted
     const void* positions;      // of runs and tiles
@@ -54,7 +55,7 @@ inline int64_t at(const void* list, bool wide, int64_t i) {
 }
 
 // θ ← θ - (step · m / (√(v · unbias) + ε) + decay · θ), where step is the rate over one bias correction, unbias one over
-// the other, and decay the rate times λ. They hang on a block's age: see Rule.
+// the other, and decay the rate times λ. They depend on a block's age: see Rule.
 struct Scalars {
     float keep1, beta2, keep2, eps;
 
@@ -65,7 +66,7 @@ struct Scalars {
     }
 };
 
-// What a step of one parameter needs, and the tables that a block's generation is looked up in.
+// Holds the numbers of one parameter's step, and the tables in which a block's generation is looked up.
 struct Rule {
     Scalars scalars;
     std::vector<float> step, unbias, decay;
@@ -78,6 +79,13 @@ struct Rule {
             float(1 - u.beta1), float(u.beta2), float(1 - u.beta2), float(std::max(u.eps, double(FLT_MIN)))
         };
         for (int64_t g = 0; g < num; g++) {
+            if (g > 0 && u.births[g] == u.births[g - 1]) {  // as all that are free
+                step.push_back(step.back());
+                unbias.push_back(unbias.back());
+                decay.push_back(decay.back());
+                if (u.births[g] >= 0) num_used = g + 1;
+                continue;
+            }
             const double age = double(std::max<int64_t>(1, u.generation ? now - u.births[g] : now));
             const double bias_age = u.shared_step ? double(now) : age;
             const double rate = u.rate * (u.warmup_steps ? std::min(1.0, age / double(u.warmup_steps)) : 1.0);
@@ -91,7 +99,7 @@ struct Rule {
     }
 };
 
-// Entries of one age, all finite.
+// Moves entries of one age, all finite.
 void move_alike(
     const Scalars s, int64_t n, const float* __restrict grad, float* __restrict w, float* __restrict m,
     float* __restrict v, float step, float unbias, float decay
@@ -99,7 +107,7 @@ void move_alike(
     for (int64_t i = 0; i < n; i++) s.move(grad[i], w[i], m[i], v[i], step, unbias, decay);
 }
 
-// Entries of an age each; those whose gradient is not finite keep what they have. Returns how many are finite.
+// Moves entries that have an age each. Entries whose gradient is not finite stay. Returns how many are finite.
 int64_t move_each(
     const Scalars s, int64_t n, const float* __restrict grad, float* __restrict w, float* __restrict m,
     float* __restrict v, const float* __restrict step, const float* __restrict unbias, const float* __restrict decay
@@ -123,21 +131,22 @@ bool all_finite(int64_t n, const float* grad) {
     return finite == n;
 }
 
-// What a table of up to 32 * PAIRS floats has at a place, 16 places at a time: the table stays in registers.
+// Keeps a table of up to 32 * PAIRS floats in registers, and looks up 16 entries at a time.
 #if defined(__AVX512F__)
 template <int PAIRS>
-struct Held {
+struct RegisterTable {
     __m512 parts[2 * PAIRS];
 
-    explicit Held(const float* table) {
+    explicit RegisterTable(const float* table) {
         for (int i = 0; i < 2 * PAIRS; i++) parts[i] = _mm512_loadu_ps(table + 16 * i);
     }
-    __m512 at(__m512i place) const {
-        __m512 found = _mm512_permutex2var_ps(parts[0], place, parts[1]);
+    __m512 at(__m512i index) const {
+        __m512 found = _mm512_permutex2var_ps(parts[0], index, parts[1]);
 #pragma GCC unroll 8
         for (int pair = 1; pair < PAIRS; pair++) {
-            const __mmask16 here = _mm512_cmpge_epu32_mask(place, _mm512_set1_epi32(32 * pair));
-            found = _mm512_mask_mov_ps(found, here, _mm512_permutex2var_ps(parts[2 * pair], place, parts[2 * pair + 1]));
+            const __mmask16 here = _mm512_cmpge_epu32_mask(index, _mm512_set1_epi32(32 * pair));
+            const __m512 in_pair = _mm512_permutex2var_ps(parts[2 * pair], index, parts[2 * pair + 1]);
+            found = _mm512_mask_mov_ps(found, here, in_pair);
         }
         return found;
     }
@@ -145,54 +154,54 @@ struct Held {
 
 template <int PAIRS>
 int64_t look_up_in_registers(
-    int64_t n, const uint8_t* places, const float* table, const float* table2, float* to, float* to2
+    int64_t n, const uint8_t* indices, const float* table, const float* table2, float* to, float* to2
 ) {
-    const Held<PAIRS> held(table), held2(table2);
+    const RegisterTable<PAIRS> in_registers(table), in_registers2(table2);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(places + i)));
-        _mm512_storeu_ps(to + i, held.at(place));
-        _mm512_storeu_ps(to2 + i, held2.at(place));
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(indices + i)));
+        _mm512_storeu_ps(to + i, in_registers.at(index));
+        _mm512_storeu_ps(to2 + i, in_registers2.at(index));
     }
     return i;
 }
 #endif
 
-// Two tables of 256 at once, of which the first num_used entries count.
+// Looks entries up in two tables of 256 at once. Only the first num_used entries of a table are used.
 void look_up(
-    int64_t n, const uint8_t* places, int64_t num_used, const float* table, const float* table2, float* to, float* to2
+    int64_t n, const uint8_t* indices, int64_t num_used, const float* table, const float* table2, float* to, float* to2
 ) {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    if (num_used <= 32) i = look_up_in_registers<1>(n, places, table, table2, to, to2);
-    else if (num_used <= 64) i = look_up_in_registers<2>(n, places, table, table2, to, to2);
-    else if (num_used <= 128) i = look_up_in_registers<4>(n, places, table, table2, to, to2);
-    else i = look_up_in_registers<8>(n, places, table, table2, to, to2);
+    if (num_used <= 32) i = look_up_in_registers<1>(n, indices, table, table2, to, to2);
+    else if (num_used <= 64) i = look_up_in_registers<2>(n, indices, table, table2, to, to2);
+    else if (num_used <= 128) i = look_up_in_registers<4>(n, indices, table, table2, to, to2);
+    else i = look_up_in_registers<8>(n, indices, table, table2, to, to2);
 #endif
-    for (; i < n; i++) to[i] = table[places[i]], to2[i] = table2[places[i]];
+    for (; i < n; i++) to[i] = table[indices[i]], to2[i] = table2[indices[i]];
 }
 
-// Room for one unit of work, in a core's cache.
-struct Room {
+// Memory for one unit of work, in a core's cache.
+struct Scratch {
     std::vector<float> grad, w, m, v, step, unbias, decay;
-    std::vector<uint32_t> low, high, noise;  // dense positions, and bits made of them
+    std::vector<uint32_t> low, high, noise;  // dense positions in two halves, and bits made of them
 
-    explicit Room(int64_t n)
+    explicit Scratch(int64_t n)
         : grad(n), w(n), m(n), v(n), step(n), unbias(n), decay(n), low(n + 16), high(n), noise(n) {}
 };
 
-// Numbers first ... first + n as fp32: where they lie if they are, else widened into `room`.
-float* widened(void* storage, int64_t kind, int64_t first, int64_t n, float* room) {
+// Returns the numbers first ... first + n as fp32: in place if they are fp32, else widened into `scratch`.
+float* widened(void* storage, int64_t kind, int64_t first, int64_t n, float* scratch) {
     if (kind == FP32) return (float*)storage + first;
     const auto* from = (const uint16_t*)storage + first;
-    for (int64_t i = 0; i < n; i++) room[i] = widen(from[i]);
-    return room;
+    for (int64_t i = 0; i < n; i++) scratch[i] = widen(from[i]);
+    return scratch;
 }
 
 struct Worker {
     const Update& u;
     const Rule& rule;
-    Room& room;
+    Scratch& scratch;
     const int64_t size = u.bm * u.bn;
     const bool codes = u.moment_kind == CODES, far = u.num_positions * size > int64_t(1) << 32;
     int64_t num_skipped = 0;
@@ -204,7 +213,7 @@ struct Worker {
         return ((const int32_t*)u.generation)[block];
     }
 
-    // Dense positions of the entries first ... first + n, of single weights those of whole groups.
+    // Finds the dense positions of the entries first ... first + n; of single weights, those of whole groups.
     void find_positions(int64_t first, int64_t n, int64_t first_group, int64_t last_group) {
         if (!u.bits) return count_up(first, n, 0);
         if (size == 1) return find_single(first_group, last_group);
@@ -218,23 +227,24 @@ struct Worker {
     }
 
     void count_up(int64_t position, int64_t n, int64_t done) {
-        uint32_t* low = room.low.data() + done;
+        uint32_t* low = scratch.low.data() + done;
         for (int64_t i = 0; i < n; i++) low[i] = uint32_t(position) + uint32_t(i);
         if (!far) return;
-        for (int64_t i = 0; i < n; i++) room.high[done + i] = uint32_t((position + i) >> 32);
+        for (int64_t i = 0; i < n; i++) scratch.high[done + i] = uint32_t((position + i) >> 32);
     }
 
     void find_single(int64_t first_group, int64_t last_group) {
-        uint32_t* to = room.low.data();
+        uint32_t* to = scratch.low.data();
         const int64_t last = std::min(last_group * GROUP, u.num_positions);
         for (int64_t at = first_group * GROUP; at < last; at += 16) {
             uint32_t bits = u.bits[at / 8];
             if (at + 8 < last) bits |= uint32_t(u.bits[at / 8 + 1]) << 8;
-            if (far) std::fill_n(room.high.data() + (to - room.low.data()), __builtin_popcount(bits), uint32_t(at >> 32));
+            uint32_t* high = scratch.high.data() + (to - scratch.low.data());
+            if (far) std::fill_n(high, __builtin_popcount(bits), uint32_t(at >> 32));
 #if defined(__AVX512F__)
             const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(int32_t(at)), counted);
-            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), places));  // the rest is overwritten
+            const __m512i indices = _mm512_add_epi32(_mm512_set1_epi32(int32_t(at)), counted);
+            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), indices));  // the rest is overwritten
             to += __builtin_popcount(bits);
 #else
             for (; bits; bits &= bits - 1) *to++ = uint32_t(at + __builtin_ctz(bits));
@@ -242,25 +252,25 @@ struct Worker {
         }
     }
 
-    // 32 random bits for each of the positions found.
+    // Makes 32 random bits for each of the positions that were found.
     void make_noise(Stream stream, int64_t n) {
         const uint32_t key = rule.keys[stream];
-        const uint32_t* __restrict low = room.low.data();
-        const uint32_t* __restrict high = room.high.data();
-        uint32_t* __restrict to = room.noise.data();
+        const uint32_t* __restrict low = scratch.low.data();
+        const uint32_t* __restrict high = scratch.high.data();
+        uint32_t* __restrict to = scratch.noise.data();
         if (far) for (int64_t i = 0; i < n; i++) to[i] = hash32(hash32(low[i] ^ key) ^ high[i]);
         else for (int64_t i = 0; i < n; i++) to[i] = hash32(hash32(low[i] ^ key));
     }
 
     void store(void* storage, int64_t kind, Stream stream, int64_t first, int64_t n, const float* from) {
-        if (kind != BF16) return;  // fp32 was changed where it lies, codes are made of whole groups
+        if (kind != BF16) return;  // fp32 is changed in place, codes are made for whole groups
         uint16_t* __restrict to = (uint16_t*)storage + first;
         if (!u.rounds) {
             for (int64_t i = 0; i < n; i++) to[i] = to_bf16(from[i]);
             return;
         }
         make_noise(stream, n);
-        const uint32_t* __restrict bits = room.noise.data();
+        const uint32_t* __restrict bits = scratch.noise.data();
         for (int64_t i = 0; i < n; i++) to[i] = to_bf16(bits_of(from[i]), bits[i] & 0xFFFF);
     }
 
@@ -273,8 +283,8 @@ struct Worker {
     void decode(int64_t group, int64_t first, int64_t n) const {
         const auto* __restrict codes_m = (const uint8_t*)u.exp_avg + first;
         const auto* __restrict codes_v = (const uint8_t*)u.exp_avg_sq + first;
-        float* __restrict m = room.m.data();
-        float* __restrict v = room.v.data();
+        float* __restrict m = scratch.m.data();
+        float* __restrict v = scratch.v.data();
         const float scale_m = u.scales[group], scale_v = u.scales[u.num_groups + group];
         for (int64_t i = 0; i < n; i++) {
             const uint32_t c = codes_m[i], magnitude = c & TOP_M;
@@ -287,10 +297,10 @@ struct Worker {
         }
     }
 
-    // Codes of a whole group, under scales of its own. Not negative, floats are in the order of their bits.
+    // Makes the codes and scales of a whole group. Floats that are not negative are in the order of their bits.
     void encode(int64_t group, int64_t first, int64_t n) {
-        float* __restrict m = room.m.data();
-        float* __restrict v = room.v.data();
+        float* __restrict m = scratch.m.data();
+        float* __restrict v = scratch.v.data();
         uint32_t largest_m = 0, largest_v = 0;
         for (int64_t i = 0; i < n; i++) v[i] = v[i] < FLT_MAX ? v[i] : FLT_MAX;
         for (int64_t i = 0; i < n; i++) largest_m = std::max(largest_m, bits_of(m[i]) & 0x7FFFFFFF);
@@ -298,14 +308,14 @@ struct Worker {
         const float scale_m = float_of(largest_m), scale_v = float_of(largest_v);
         u.scales[group] = scale_m, u.scales[u.num_groups + group] = scale_v;
         if (u.rounds) make_noise(EXP_AVG, n);
-        else std::fill(room.noise.begin(), room.noise.begin() + n, HALF);
+        else std::fill(scratch.noise.begin(), scratch.noise.begin() + n, HALF);
         code_m(n, m, scale_m, (uint8_t*)u.exp_avg + first);
         if (u.rounds) make_noise(EXP_AVG_SQ, n);
         code_v(n, v, scale_v, (uint8_t*)u.exp_avg_sq + first);
     }
 
     void code_m(int64_t n, const float* __restrict m, float scale, uint8_t* __restrict codes) const {
-        const uint32_t* __restrict noise = room.noise.data();
+        const uint32_t* __restrict noise = scratch.noise.data();
         const uint32_t smallest_bits = (ONE - TOP_M + 1) << 20;
         const float smallest = float_of(smallest_bits), divisor = scale > 0 ? scale : 1.0f;
         const bool rounds = u.rounds;
@@ -320,7 +330,7 @@ struct Worker {
     }
 
     void code_v(int64_t n, const float* __restrict v, float scale, uint8_t* __restrict codes) const {
-        const uint32_t* __restrict noise = room.noise.data();
+        const uint32_t* __restrict noise = scratch.noise.data();
         const float divisor = scale > 0 ? scale : 1.0f;
         for (int64_t i = 0; i < n; i++) {
             const int32_t code = int32_t((bits_of(v[i] / divisor) + (noise[i] & LOW)) >> 20) - int32_t(ONE - TOP_V);
@@ -328,7 +338,8 @@ struct Worker {
         }
     }
 
-    // Blocks first ... last, of whole groups first_group ... last_group where groups matter; of one where codes do.
+    // Updates the blocks first ... last. They are the whole groups first_group ... last_group where groups matter, and
+    // one group where there are codes.
     void run(int64_t first_block, int64_t last_block, int64_t first_group, int64_t last_group) {
         const int64_t first = first_block * size, n = (last_block - first_block) * size;
         if (n == 0) return;
@@ -339,11 +350,11 @@ struct Worker {
         if (size < LARGE) updated = small_blocks(first_block, last_block);
         else for (int64_t block = first_block; block < last_block; block++) updated += large_block(block, first);
         if (!codes || !updated) return;
-        if (u.rounds && size >= LARGE) find_positions(first, n, first_group, last_group);  // over those of single blocks
+        if (u.rounds && size >= LARGE) find_positions(first, n, first_group, last_group);  // not those of one block
         encode(first_group, first, n);
     }
 
-    // What is read next: four streams come faster together than one after another.
+    // Asks early for what is read next: four streams arrive faster together than one after another.
     void prefetch_gradient(int64_t first, int64_t n) const { prefetch(u.grad, u.weight_kind, first, n); }
     void prefetch_state(int64_t first, int64_t n) const {
         prefetch(u.values, u.weight_kind, first, n);
@@ -355,13 +366,13 @@ struct Worker {
         for (int64_t i = first; i < end; i += 64 / bytes) __builtin_prefetch((const char*)storage + i * bytes);
     }
 
-    // Returns how many blocks were updated.
+    // Updates blocks below LARGE. Returns how many were updated.
     int64_t small_blocks(int64_t first_block, int64_t last_block) {
         const int64_t first = first_block * size, n = (last_block - first_block) * size;
-        const float* grad = widened(u.grad, u.weight_kind, first, n, room.grad.data());
-        float* w = widened(u.values, u.weight_kind, first, n, room.w.data());
-        float* m = codes ? room.m.data() : widened(u.exp_avg, u.moment_kind, first, n, room.m.data());
-        float* v = codes ? room.v.data() : widened(u.exp_avg_sq, u.moment_kind, first, n, room.v.data());
+        const float* grad = widened(u.grad, u.weight_kind, first, n, scratch.grad.data());
+        float* w = widened(u.values, u.weight_kind, first, n, scratch.w.data());
+        float* m = codes ? scratch.m.data() : widened(u.exp_avg, u.moment_kind, first, n, scratch.m.data());
+        float* v = codes ? scratch.v.data() : widened(u.exp_avg_sq, u.moment_kind, first, n, scratch.v.data());
         prefetch_gradient(first + n, n);
         prefetch_state(first + n, n);
         look_up_ages(first_block, last_block);
@@ -379,48 +390,55 @@ struct Worker {
 
     int64_t move(int64_t at, int64_t n, const float* grad, float* w, float* m, float* v) const {
         return move_each(
-            rule.scalars, n, grad + at, w + at, m + at, v + at, room.step.data() + at, room.unbias.data() + at,
-            room.decay.data() + at
+            rule.scalars, n, grad + at, w + at, m + at, v + at, scratch.step.data() + at, scratch.unbias.data() + at,
+            scratch.decay.data() + at
         );
     }
 
     void look_up_ages(int64_t first_block, int64_t last_block) {
         const int64_t n = last_block - first_block;
+        if (!u.generation) {
+            std::fill_n(scratch.step.data(), n * size, rule.step[0]);
+            std::fill_n(scratch.unbias.data(), n * size, rule.unbias[0]);
+            std::fill_n(scratch.decay.data(), n * size, rule.decay[0]);
+            return;
+        }
         if (size == 1 && u.generation_bytes == 1) {
-            const auto* places = (const uint8_t*)u.generation + first_block;
+            const auto* indices = (const uint8_t*)u.generation + first_block;
             const float *step = rule.step.data(), *unbias = rule.unbias.data();
-            look_up(n, places, rule.num_used, step, unbias, room.step.data(), room.unbias.data());
-            if (u.weight_decay)  // without, its room is zero from the start
-                look_up(n, places, rule.num_used, rule.decay.data(), step, room.decay.data(), room.step.data());
+            look_up(n, indices, rule.num_used, step, unbias, scratch.step.data(), scratch.unbias.data());
+            if (u.weight_decay)  // without it, the scratch is zero from the start
+                look_up(n, indices, rule.num_used, rule.decay.data(), step, scratch.decay.data(), scratch.step.data());
             return;
         }
         for (int64_t block = 0; block < n; block++) {
             const int64_t g = generation(first_block + block);
-            std::fill_n(room.step.data() + block * size, size, rule.step[g]);
-            std::fill_n(room.unbias.data() + block * size, size, rule.unbias[g]);
-            std::fill_n(room.decay.data() + block * size, size, rule.decay[g]);
+            std::fill_n(scratch.step.data() + block * size, size, rule.step[g]);
+            std::fill_n(scratch.unbias.data() + block * size, size, rule.unbias[g]);
+            std::fill_n(scratch.decay.data() + block * size, size, rule.decay[g]);
         }
     }
 
-    // Some rows at a time; returns whether it was updated.
+    // Updates one block, some rows at a time. Returns whether it was updated.
     int64_t large_block(int64_t block, int64_t first_of_unit) {
         const int64_t begin = block * size, at_once = std::max<int64_t>(1, AT_ONCE / u.bn) * u.bn, end = begin + size;
         for (int64_t first = begin; first < end; first += at_once) {
             const int64_t n = std::min(at_once, end - first);
-            if (!all_finite(n, widened(u.grad, u.weight_kind, first, n, room.grad.data()))) {
+            if (!all_finite(n, widened(u.grad, u.weight_kind, first, n, scratch.grad.data()))) {
                 num_skipped++;
                 return 0;
             }
         }
         const int64_t g = generation(block);
         for (int64_t first = begin; first < end; first += at_once) {
-            const int64_t n = std::min(at_once, end - first), in_room = codes ? first - first_of_unit : 0;
+            const int64_t n = std::min(at_once, end - first), in_scratch = codes ? first - first_of_unit : 0;
             prefetch_gradient(first + size, n);
             prefetch_state(first + n, n);
-            const float* grad = widened(u.grad, u.weight_kind, first, n, room.grad.data());
-            float* w = widened(u.values, u.weight_kind, first, n, room.w.data());
-            float* m = codes ? room.m.data() + in_room : widened(u.exp_avg, u.moment_kind, first, n, room.m.data());
-            float* v = codes ? room.v.data() + in_room : widened(u.exp_avg_sq, u.moment_kind, first, n, room.v.data());
+            const float* grad = widened(u.grad, u.weight_kind, first, n, scratch.grad.data());
+            float* w = widened(u.values, u.weight_kind, first, n, scratch.w.data());
+            float *m = scratch.m.data() + in_scratch, *v = scratch.v.data() + in_scratch;
+            if (!codes) m = widened(u.exp_avg, u.moment_kind, first, n, m);
+            if (!codes) v = widened(u.exp_avg_sq, u.moment_kind, first, n, v);
             move_alike(rule.scalars, n, grad, w, m, v, rule.step[g], rule.unbias[g], rule.decay[g]);
             if (u.rounds && (!codes || u.weight_kind == BF16)) find_positions(first, n, 0, 0);
             store_all(first, n, w, m, v);
@@ -429,8 +447,8 @@ struct Worker {
     }
 };
 
-// Work is cut into units of about AT_ONCE entries: of whole groups where groups matter (codes, which have a scale each;
-// the noise of single weights, whose positions are found by groups).
+// Cuts the work into units of about AT_ONCE entries. Units are whole groups where groups matter: for codes, since a
+// group has a scale, and for the noise of single weights, whose positions are found by groups.
 struct Units {
     const Update& u;
     const int64_t size = u.bm * u.bn;
@@ -445,7 +463,7 @@ struct Units {
                         : (u.num_blocks + blocks_at_once - 1) / blocks_at_once;
     }
 
-    int64_t room() const {
+    int64_t scratch_size() const {
         const int64_t blocks = by_group ? groups_at_once * u.blocks_per_group : blocks_at_once;
         const int64_t rows_of_large = std::max<int64_t>(1, AT_ONCE / u.bn) * u.bn;
         return codes || size < LARGE ? std::max(AT_ONCE, blocks * size) : rows_of_large;
@@ -458,7 +476,7 @@ struct Units {
             return worker.run(begin, at(u.group_starts, u.wide_index, last), first, last);
         }
         const int64_t first = unit * blocks_at_once, last = std::min(first + blocks_at_once, u.num_blocks);
-        // A tile is a group of its own, at its position; of a plain parameter a unit is a group.
+        // The group of a tile is its position. A unit of a plain parameter is a group.
         const int64_t group = codes && u.positions ? at(u.positions, u.wide_index, first) : unit;
         worker.run(first, last, group, group + 1);
     }
@@ -474,13 +492,13 @@ extern "C" void update_all(const Update* updates, int64_t num_updates, int64_t n
         rules.emplace_back(updates[i]);
         num_entries += updates[i].num_blocks * updates[i].bm * updates[i].bn;
     }
-    // One team for all: threads that sleep in between are slow to wake.
+    // One team of threads for all parameters: threads that sleep in between are slow to wake.
 #pragma omp parallel num_threads(num_threads) if (num_entries > 32 * GROUP)
     for (int64_t i = 0; i < num_updates; i++) {
         const Update& u = updates[i];
         const Units units{u};
-        Room room(units.room());
-        Worker worker{u, rules[i], room};
+        Scratch scratch(units.scratch_size());
+        Worker worker{u, rules[i], scratch};
 #pragma omp for schedule(static) nowait
         for (int64_t unit = 0; unit < units.count(); unit++) units.run(unit, worker);
 #pragma omp atomic

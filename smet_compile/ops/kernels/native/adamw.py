@@ -1,61 +1,139 @@
-"""The optimizer step of many parameters on the CPU, in one call."""
+"""The kernel named "cpu_adamw": the optimizer step of many parameters by the rule adamw, in one call of C++.
+
+What a step needs of a parameter is written into a struct once for each ``Update`` object. From step to step only the
+address of its gradient and its rate change there.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout, blocks_per_group, num_groups, split_index
+from smet_compile.format import WEIGHTS_OF_A_GROUP
+from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.native.build import library
+from smet_compile.ops.updates import Update
 
+_RULES = ("adamw", "naive_adamw")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-_ENTRIES_OF_A_GROUP = 1024
 _GENERATIONS_OF_A_BYTE = 256
+_PLAIN = (Tensor, nn.Parameter)
+_PREPARED, _BATCH = "cpu_adamw", "cpu_adamw, with others"
+
+_SLOTS = ("exp_avg", "exp_avg_sq")
+_OPTIONS = ("beta1", "beta2", "eps", "weight_decay")
+_STATE = ("scales", "num_skipped", "step", "generation", "births")
+_OF_TOPOLOGY = ("bits", "positions", "group_starts")
 
 
-class _Update(ctypes.Structure):
+class Job(ctypes.Structure):
+    """Holds what the C++ needs of one parameter: ``Update`` in adamw.cpp, member by member."""
+
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("values", "grad", "exp_avg", "exp_avg_sq", "scales")),
-        *((name, ctypes.c_void_p) for name in ("num_skipped", "step", "generation", "births", "bits")),
-        *((name, ctypes.c_void_p) for name in ("positions", "group_starts")),
+        *((name, ctypes.c_void_p) for name in ("values", "grad", *_SLOTS, *_STATE, *_OF_TOPOLOGY)),
         *((name, ctypes.c_int64) for name in ("num_blocks", "num_positions", "num_births", "generation_bytes")),
         *((name, ctypes.c_int64) for name in ("wide_index", "num_groups", "blocks_per_group")),
         *((name, ctypes.c_int64) for name in ("block_rows", "block_cols", "bm", "bn", "rows", "cols")),
         *((name, ctypes.c_int64) for name in ("weight_kind", "moment_kind", "warmup_steps", "shared_step")),
         *((name, ctypes.c_int64) for name in ("rounds", "seed")),
-        *((name, ctypes.c_double) for name in ("rate", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, ctypes.c_double) for name in ("rate", *_OPTIONS)),
     ]
 
 
-def supports(arguments: tuple[Any, ...], traced: bool = False) -> bool:
-    """Whether ``update_all`` takes a parameter with these arguments of ``smet::active_adamw_``.
+class _Prepared(NamedTuple):
+    """Holds a parameter's struct without gradient and rate, and what its gradients must be like."""
 
-    ``traced``: they only stand for tensors, of which it would.
+    job: Job
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class _Batch(NamedTuple):
+    """Holds what several updates that are made together need; kept while the same ones come in the same order.
+
+    Args:
+        prepared: those of the updates. array: copies of their structs. jobs: the elements of the array.
+        changed: every tensor that the updates change.
     """
-    values, grad, exp_avg, exp_avg_sq, scales, num_skipped, step, _, generation, births, topology, index = arguments[
-        :12
-    ]
+
+    prepared: list[_Prepared]
+    array: ctypes.Array[Job]
+    jobs: list[Job]
+    changed: list[Tensor]
+
+
+def refusal(case: UpdateCase) -> str | None:
+    """Says why ``update_all`` cannot make an update; None where it can."""
+    if case.update.rule.name not in _RULES:
+        return "computes the rule adamw only"
+    if library("adamw") is None:
+        return "could not be compiled"
+    if _takes(case.update, case.is_traced):
+        return None
+    return "does not take parameters, gradients or optimizer state of this dtype, memory layout or device"
+
+
+def update_all(updates: list[Update]) -> None:
+    """Makes every update. Gradients are plain tensors with the dtype, shape and device of their values.
+
+    Raises:
+        ValueError: a gradient of another dtype, shape or device, which C++ would read past its end.
+    """
+    if not updates:
+        return
+    batch = _find_batch(updates)
+    copies = []  # of gradients, alive until all is done
+    lr: Tensor | None = None
+    number: float | None = None
+    for update, job, (_, dtype, shape) in zip(updates, batch.jobs, batch.prepared, strict=True):
+        grad = update.grad
+        if grad.dtype != dtype or grad.shape != shape or not grad.is_cpu:
+            raise ValueError(
+                f"update_all: expected a gradient of {dtype} and {tuple(shape)} on the CPU, got {grad.dtype} and "
+                f"{tuple(grad.shape)} on {grad.device}; choose a kernel for it"
+            )
+        if not grad.is_contiguous():
+            grad = grad.contiguous()
+            copies.append(grad)
+        job.grad = grad.data_ptr()
+        if update.lr is not lr:
+            lr = update.lr
+            number = lr.item() if lr.dtype == torch.float64 else None
+        job.rate = float(lr * update.density_rate) if number is None else number * update.density_rate
+    lib = library("adamw")
+    assert lib is not None, "the kernel is chosen only where it compiled"
+    lib.update_all(batch.array, ctypes.c_int64(len(updates)), ctypes.c_int64(torch.get_num_threads()))
+    torch.autograd.graph.increment_version(batch.changed)
+
+
+def _takes(update: Update, is_traced: bool) -> bool:
+    """Tells whether this kernel takes the tensors of an update. ``is_traced``: they only stand for tensors."""
+    values, slots, topology = update.values, update.slots, update.topology
+    generation, births = update.generation, update.births
+    of_topology = () if topology is None else (topology.bits, topology.lists)
+    in_order = (values, *slots, update.scales, generation, births, *of_topology)
     return (
         values.device.type == "cpu"
-        and (traced or _are_plain(*arguments[:7], generation, births, topology, *index))
+        and (is_traced or all(_is_plain(tensor) for tensor in update.tensors()))
         and values.dtype in (torch.float32, torch.bfloat16)
-        and exp_avg.dtype in _KINDS
-        and (grad.dtype, exp_avg_sq.dtype) == (values.dtype, exp_avg.dtype)
-        and values.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape
-        and all(t is None or t.is_contiguous() for t in (values, exp_avg, exp_avg_sq, scales, generation, births))
-        and all(t is None or t.dtype == torch.int64 for t in (num_skipped, step, births))
-        and (generation is None or _has_table(generation, births))
-        and (topology is None or len(index) == 1)
-        and library("adamw") is not None
+        and (update.grad.dtype, update.grad.shape) == (values.dtype, values.shape)
+        and len(slots) == len(_SLOTS)
+        and len({slot.dtype for slot in slots}) == 1
+        and slots[0].dtype in _KINDS
+        and update.is_coded == (slots[0].dtype == torch.uint8)
+        and all(slot.shape == values.shape for slot in slots)
+        and all(tensor is None or tensor.is_contiguous() for tensor in in_order)
+        and all(count is None or count.dtype == torch.int64 for count in (update.num_skipped, update.step, births))
+        and (generation is None or births is None or _has_table(generation, births))
     )
 
 
-def _are_plain(*tensors: Tensor | None) -> bool:
-    """In the CPU's memory, and nothing that only stands for a tensor."""
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors)
+def _is_plain(tensor: Tensor) -> bool:
+    """Tells whether a tensor lies in the CPU's memory, and is none that only stands for another."""
+    return type(tensor) in _PLAIN and tensor.is_cpu
 
 
 def _has_table(generation: Tensor, births: Tensor) -> bool:
@@ -64,102 +142,59 @@ def _has_table(generation: Tensor, births: Tensor) -> bool:
     return generation.dtype in (torch.int16, torch.int32)
 
 
-def update_all(all_updates: list[tuple[Any, ...]]) -> None:
-    """``active_adamw_`` of each parameter; ``all_updates`` holds the arguments of each, its values first."""
-    gradients = [update[1].contiguous() for update in all_updates]  # alive until all is done
-    jobs = [_job(gradient, *update) for gradient, update in zip(gradients, all_updates, strict=True)]
-    lib = library("adamw")
-    assert lib is not None, "chosen only where it compiled"
-    array = (_Update * len(jobs))(*jobs)
-    lib.update_all(array, ctypes.c_int64(len(jobs)), ctypes.c_int64(torch.get_num_threads()))
-    for values, _, exp_avg, exp_avg_sq, scales, num_skipped, step, *_ in all_updates:
-        changed = (values, exp_avg, exp_avg_sq, num_skipped, step) + (() if scales is None else (scales,))
-        torch.autograd.graph.increment_version(changed)
+def _find_batch(updates: list[Update]) -> _Batch:
+    """Returns the batch of these updates; the first of them keeps it."""
+    prepared = [update.prepared.get(_PREPARED) or _prepare(update) for update in updates]
+    batch: _Batch | None = updates[0].prepared.get(_BATCH)
+    if batch is None or batch.prepared != prepared:
+        array = (Job * len(prepared))(*(each.job for each in prepared))
+        batch = _Batch(prepared, array, list(array), [tensor for update in updates for tensor in update.changed()])
+        updates[0].prepared[_BATCH] = batch
+    return batch
 
 
-def _job(
-    contiguous_grad: Tensor,
-    values: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor | None,
-    num_skipped: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    generation: Tensor | None,
-    births: Tensor | None,
-    topology: Tensor | None,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-    density_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    warmup_steps: int,
-    shared_step: bool,
-    noise_seed: int | None,
-) -> _Update:
-    return _Update(
-        values=values.data_ptr(),
-        grad=contiguous_grad.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        scales=_pointer(scales),
-        num_skipped=num_skipped.data_ptr(),
-        step=step.data_ptr(),
-        generation=_pointer(generation),
-        births=_pointer(births),
+def _prepare(update: Update) -> _Prepared:
+    """Writes all of a struct but gradient and rate; the update keeps it."""
+    values, generation, births = update.values, update.generation, update.births
+    tensors = {name: getattr(update, name) for name in ("values", *_STATE)}
+    tensors |= {name: getattr(update.topology, name, None) for name in _OF_TOPOLOGY}
+    tensors |= {slot.name: tensor for slot, tensor in zip(update.rule.slots, update.slots, strict=True)}
+    job = Job(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+        **dict(zip(update.rule.options, update.options, strict=True)),
+        **_geometry(update),
         num_births=0 if births is None else births.numel(),
         generation_bytes=0 if generation is None else generation.element_size(),
         weight_kind=_KINDS[values.dtype],
-        moment_kind=_KINDS[exp_avg.dtype],
-        warmup_steps=warmup_steps,
-        shared_step=shared_step,
-        rounds=noise_seed is not None and not values.dtype == exp_avg.dtype == torch.float32,
-        seed=noise_seed or 0,
-        rate=float(lr * density_rate),
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        **_geometry(values, topology, index, shape, matrix, block_shape),
+        moment_kind=_KINDS[update.slots[0].dtype],
+        warmup_steps=update.warmup_steps,
+        shared_step=update.rule.shared_step,
+        rounds=update.rounds_stochastically,
+        seed=update.noise_seed or 0,
     )
+    prepared = update.prepared[_PREPARED] = _Prepared(job, values.dtype, values.shape)
+    return prepared
 
 
-def _geometry(
-    values: Tensor,
-    topology: Tensor | None,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-) -> dict[str, Any]:
-    """Where the blocks lie. Of a plain parameter each entry is a block."""
+def _geometry(update: Update) -> dict[str, Any]:
+    """Returns where the blocks lie. Each entry of a plain parameter is a block."""
+    topology, num_entries = update.topology, update.values.numel()
     if topology is None:
-        groups = -(-values.numel() // _ENTRIES_OF_A_GROUP)
         return {
-            "num_blocks": values.numel(),
-            "num_positions": values.numel(),
-            "num_groups": groups,
-            "blocks_per_group": _ENTRIES_OF_A_GROUP,
+            "num_blocks": num_entries,
+            "num_positions": num_entries,
+            "num_groups": -(-num_entries // WEIGHTS_OF_A_GROUP),
+            "blocks_per_group": WEIGHTS_OF_A_GROUP,
             "bm": 1,
             "bn": 1,
         }
-    layout = Layout.of_lists(shape, matrix, block_shape)
-    lists = split_index(index[0], layout, values.shape[0])
+    layout = topology.layout
     return {
-        "bits": topology.data_ptr(),
-        "positions": _pointer(lists.positions),
-        "group_starts": _pointer(lists.group_starts),
-        "wide_index": index[0].dtype == torch.int64,
-        "num_blocks": values.shape[0],
+        "wide_index": topology.lists.dtype == torch.int64,
+        "num_blocks": topology.num_active,
         "num_positions": layout.num_blocks,
-        "num_groups": num_groups(layout),
-        "blocks_per_group": blocks_per_group(layout),
+        "num_groups": layout.num_groups,
+        "blocks_per_group": layout.blocks_per_group,
         "block_rows": layout.block_rows,
         "block_cols": layout.block_cols,
         "bm": layout.block_shape[0],
@@ -167,7 +202,3 @@ def _geometry(
         "rows": layout.rows,
         "cols": layout.cols,
     }
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -1,14 +1,19 @@
-"""Compiles the C++ of this folder for the processor at hand, once, and loads it.
+"""Compiles the C++ of this folder for the processor at hand, keeps the compiled code in files, and loads it.
 
-A compiler (``CXX``, else g++ or clang++) is needed at run time, as torch.compile needs one; where there is none, plain
-torch computes instead. What was compiled is kept in ``SMET_COMPILE_CACHE``, else ``~/.cache/smet_compile``; where
-another user could put code there, every process compiles for itself.
+A compiler (``CXX``, else g++ or clang++) is needed at run time, as torch.compile needs one. Where there is none, plain
+torch computes instead. Compiled code is kept in ``SMET_COMPILE_CACHE``, else ``~/.cache/smet_compile``.
+
+An entry of that folder is the code and after it a SHA-256 of the entry's name and the code. Power losses and full disks
+damage files, and a process that loads a damaged library dies, so an entry is written whole or not at all and is checked
+before it is used. Loaded code runs as this user, so the folder must be one that no other user can change; where it is
+not, every process compiles for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import itertools
@@ -17,22 +22,28 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from smet_compile.ops.kernels.native import cache
-from smet_compile.ops.kernels.native.trust import trusted_folder
-from smet_compile.ops.warn import warn_once
+from smet_compile.ops.torch_insides import warn_once
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-_MORE_FLAGS = {"adamw": ("-ffp-contract=off",)}  # rounded as plain torch rounds, bit for bit
+_MORE_FLAGS = {"adamw": ("-ffp-contract=off",)}  # rounds as plain torch does, bit for bit
 _loads = itertools.count()
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_PREFIX = "smet_compile_workplace_"
+_ABANDONED_AFTER_S = 3600.0
+_MOST_LINKS = 40
+_ROOT = Path("/")
 
 
 def compiler() -> list[str] | None:
-    """The command of the C++ compiler; None where there is none."""
+    """Returns the command of the C++ compiler; None where there is none."""
     for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]:
         try:
             words = shlex.split(command)
@@ -46,14 +57,14 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """``name``.cpp, compiled and loaded; None where that cannot be done, with a warning unless nothing is installed."""
+    """Compiles and loads ``name``.cpp; None where that fails, with a warning unless no compiler is installed."""
     cxx = compiler()
     if cxx is None or os.name != "posix":
         if os.environ.get("CXX"):
             _warn_of_plain_torch(f"CXX={os.environ['CXX']} was not found")
         return None
     try:
-        return _loaded(_kept(name, cxx), name, cxx)
+        return _load_or_compile(_entry_of(name, cxx), name, cxx)
     except subprocess.CalledProcessError as error:
         _warn_of_plain_torch(f"{name}.cpp did not compile ({_reason(error)})")
     except OSError as error:
@@ -61,19 +72,19 @@ def library(name: str) -> ctypes.CDLL | None:
     return None
 
 
-def _warn_of_plain_torch(what: str) -> None:
-    warn_once(f"smet_compile: {what}; plain torch is used")
+def _warn_of_plain_torch(message: str) -> None:
+    warn_once(f"smet_compile: {message}; plain torch is used")
 
 
-def _kept(name: str, cxx: list[str]) -> Path | None:
-    """Returns where to keep the library, by a name that says all that it was made from; None where nothing is kept."""
+def _entry_of(name: str, cxx: list[str]) -> Path | None:
+    """Returns the path of the entry, whose name depends on all that the code is made from; None where none is kept."""
     sources = [_HERE / "vectors.h", _HERE / f"{name}.cpp"]
-    made_by = Path(cxx[0]).resolve()
-    version = made_by.stat().st_size, made_by.stat().st_mtime_ns
+    program = Path(cxx[0]).resolve().stat()
+    version = program.st_size, program.st_mtime_ns
     key = hashlib.sha256(repr((cxx, version, platform.libc_ver(), _flags(name), _processor())).encode())
     for source in sources:
         key.update(source.read_bytes())
-    folder = _folder()
+    folder = _cache_folder()
     return folder and folder / f"{name}-{key.hexdigest()[:20]}.so"
 
 
@@ -81,28 +92,28 @@ def _flags(name: str) -> tuple[str, ...]:
     return (*_FLAGS, *_MORE_FLAGS.get(name, ()))
 
 
-def _loaded(target: Path | None, name: str, cxx: list[str]) -> ctypes.CDLL:
-    """Loads ``target``, compiled anew where it is not whole or cannot be loaded."""
-    code = cache.read(target) if target else None
+def _load_or_compile(entry: Path | None, name: str, cxx: list[str]) -> ctypes.CDLL:
+    """Loads what ``entry`` keeps; compiles anew where it is damaged, missing or cannot be loaded."""
+    code = read_entry(entry) if entry else None
     if code is not None:
         with contextlib.suppress(OSError):
-            return _load(code, target or name)
-    return _load(_compile(target, name, cxx), target or name)
+            return _load(code, entry or name)
+    return _load(_compile(entry, name, cxx), entry or name)
 
 
 def _load(code: bytes, name: Path | str) -> ctypes.CDLL:
-    """Loads ``code`` from memory, which nobody else can change. ``name`` is what the library is called afterwards."""
+    """Loads ``code`` from memory that no other process can change. ``name`` becomes the name of the library."""
     try:
         descriptor = os.memfd_create("smet_compile")
         try:
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(code)
-            # The loader returns an earlier library for a path that it knows, and a descriptor's number comes again.
+            # The loader returns an earlier library for a path that it knows, and numbers of descriptors are reused.
             loaded = ctypes.CDLL(f"/proc/self/{'./' * next(_loads)}fd/{descriptor}")
         finally:
             os.close(descriptor)
     except (AttributeError, OSError):  # without Linux, without /proc, or where such memory may not be executed
-        with cache.new_workplace(_temporary_folder()) as workplace:
+        with new_workplace(_temporary_folder()) as workplace:
             path = workplace / "loaded.so"
             path.write_bytes(code)
             loaded = ctypes.CDLL(str(path))
@@ -110,32 +121,33 @@ def _load(code: bytes, name: Path | str) -> ctypes.CDLL:
     return loaded
 
 
-def _compile(target: Path | None, name: str, cxx: list[str]) -> bytes:
-    """Compiles to ``target``; where that cannot be done, in a temporary folder that is removed."""
-    if target is None:
-        return _compile_elsewhere(name, cxx)
+def _compile(entry: Path | None, name: str, cxx: list[str]) -> bytes:
+    """Compiles the code and keeps it as ``entry``; where it cannot be kept, uses a temporary folder for compiling."""
+    if entry is None:
+        return _compile_without_keeping(name, cxx)
     code = None
     try:
-        with cache.new_workplace(target.parent) as workplace:
+        with new_workplace(entry.parent) as workplace:
             code = _run(workplace, name, cxx)
-            cache.write(target, code, workplace)
-    except (OSError, subprocess.CalledProcessError) as error:  # read only or full
-        code = _compile_elsewhere(name, cxx) if code is None else code
-        _warn_of_compiling_again(target.parent, _reason(error))
+            write_entry(entry, code, workplace)
+    except (OSError, subprocess.CalledProcessError) as error:  # the folder is read-only or full
+        code = _compile_without_keeping(name, cxx) if code is None else code
+        _warn_of_compiling_again(entry.parent, _reason(error))
     return code
 
 
-def _compile_elsewhere(name: str, cxx: list[str]) -> bytes:
-    with cache.new_workplace(_temporary_folder()) as workplace:
+def _compile_without_keeping(name: str, cxx: list[str]) -> bytes:
+    with new_workplace(_temporary_folder()) as workplace:
         return _run(workplace, name, cxx)
 
 
 def _run(workplace: Path, name: str, cxx: list[str]) -> bytes:
-    made = workplace / f"{name}.so"
-    command = [*cxx, *_flags(name), str(_HERE / f"{name}.cpp"), "-o", str(made)]
-    environment = os.environ | {"TMPDIR": str(workplace)}  # where compilers leave files when they are killed
+    """Runs the compiler, with all its files in ``workplace``."""
+    output = workplace / f"{name}.so"
+    command = [*cxx, *_flags(name), str(_HERE / f"{name}.cpp"), "-o", str(output)]
+    environment = os.environ | {"TMPDIR": str(workplace)}  # a killed compiler leaves files there
     subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", env=environment)
-    return made.read_bytes()
+    return output.read_bytes()
 
 
 def _reason(error: OSError | subprocess.CalledProcessError) -> str:
@@ -146,20 +158,20 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
     return str(error)
 
 
-def _folder() -> Path | None:
+def _cache_folder() -> Path | None:
     """Returns where to keep libraries; None, with a warning, where another user could put code there."""
-    wanted = None
+    folder = None
     try:
-        wanted = Path(os.environ.get("SMET_COMPILE_CACHE") or Path.home() / ".cache" / "smet_compile")
-        return trusted_folder(wanted)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        _warn_of_compiling_again(wanted or "~/.cache/smet_compile", str(error))
+        folder = Path(os.environ.get("SMET_COMPILE_CACHE") or Path.home() / ".cache" / "smet_compile")
+        return trusted_folder(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        _warn_of_compiling_again(folder or "~/.cache/smet_compile", str(error))
         return None
 
 
-def _warn_of_compiling_again(folder: Path | str, why: str) -> None:
+def _warn_of_compiling_again(folder: Path | str, reason: str) -> None:
     warn_once(
-        f"smet_compile: compiled kernels cannot be kept in {folder}: {why}. Every process compiles them anew; set "
+        f"smet_compile: compiled kernels cannot be kept in {folder}: {reason}. Every process compiles them anew; set "
         "SMET_COMPILE_CACHE to a folder that you can write to, and that nobody else can write to or replace",
         key=f"cache {folder}",
     )
@@ -174,9 +186,158 @@ def _temporary_folder() -> Path:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """Returns what ``-march=native`` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine() + platform.processor()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def read_entry(entry: Path) -> bytes | None:
+    """Returns the code that ``entry`` keeps; None where it is missing, damaged, or another user could have written it.
+
+    The entry lies in a trusted folder. It is opened only once, so the content that is checked is the one returned.
+    """
+    try:
+        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # does not wait for a pipe
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not is_trusted(status):
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read()
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    code, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return code if digest == _digest(entry, code) else None
+
+
+def write_entry(entry: Path, code: bytes, workplace: Path) -> None:
+    """Keeps ``code`` as ``entry``, by way of ``workplace``, a folder in the same file system.
+
+    Raises:
+        OSError: it cannot be kept; the entry is as it was.
+    """
+    new = workplace / "whole"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # no group may write, whatever the umask
+    with open(descriptor, "wb") as file:
+        file.write(code + _digest(entry, code))
+        file.flush()
+        os.fsync(descriptor)
+    _sync(workplace)
+    new.replace(entry)
+    _sync(entry.parent)
+
+
+@contextlib.contextmanager
+def new_workplace(folder: Path) -> Iterator[Path]:
+    """Makes a folder in ``folder`` for this user alone, and removes it and those that killed processes left."""
+    for each in folder.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if _is_abandoned(each.lstat()):
+                shutil.rmtree(each)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _is_abandoned(status: os.stat_result) -> bool:
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return is_ours and time.time() - status.st_mtime > _ABANDONED_AFTER_S
+
+
+def _digest(entry: Path, code: bytes) -> bytes:
+    return hashlib.sha256(entry.name.encode() + b"\0" + code).digest()
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in ``folder`` survive a power loss, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def trusted_folder(path: Path) -> Path:
+    """Returns the folder at ``path`` without symbolic links, and makes it and its parents where they are missing.
+
+    Every folder and link on the way must belong to root or this user. Nobody else may write to a folder, unless it is
+    sticky as ``/tmp`` is: there others cannot replace the next component, which is checked in its turn. So nobody else
+    can put another folder there later.
+
+    Raises:
+        PermissionError: another user could. OSError: the folder is not there and cannot be made.
+    """
+    _is_link(_ROOT)
+    place, num_links = _ROOT, 0
+    parts = [*reversed((Path.cwd() / path).parts[1:])]
+    while parts:
+        part = parts.pop()
+        if part == "..":
+            place = place.parent
+            continue
+        following = place / part
+        if not os.path.lexists(following):
+            with contextlib.suppress(FileExistsError):  # another process makes it too
+                following.mkdir(0o700)
+        if not _is_link(following):
+            place = following
+            continue
+        num_links += 1
+        if num_links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        target = Path(os.readlink(following))
+        place = _ROOT if target.is_absolute() else place
+        parts += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+    return place
+
+
+def is_trusted(status: os.stat_result) -> bool:
+    """Returns whether only root and this user can change a file."""
+    return status.st_uid in _owners() and not _others_write(status)
+
+
+def _is_link(path: Path) -> bool:
+    """Returns whether ``path`` is a link; raises OSError where it is neither a link nor a folder to be trusted."""
+    status = path.lstat()
+    if status.st_uid not in _owners():
+        raise PermissionError(f"{path} belongs to user {status.st_uid}, who can change what lies there")
+    if stat.S_ISLNK(status.st_mode):
+        return True
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if _others_write(status) and not status.st_mode & stat.S_ISVTX:
+        mode = stat.S_IMODE(status.st_mode)
+        raise PermissionError(f"other users may write to {path} (mode {mode:o}), which chmod go-w ends")
+    return False
+
+
+def _owners() -> set[int]:
+    """Returns the ids of root, of this user and of the owner of ``/``: root, by another id in some containers."""
+    return {0, os.geteuid(), _ROOT.stat().st_uid}
+
+
+def _others_write(status: os.stat_result) -> bool:
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_private(status.st_gid)
+
+
+def _is_private(group_id: int) -> bool:
+    """Returns whether a group has this user alone, as is common where the umask is 002 by default."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(group_id)
+    except KeyError:
+        return False
+    if group_id == 0 or group.gr_name != user.pw_name or set(group.gr_mem) - {user.pw_name}:
+        return False
+    return all(each.pw_uid == user.pw_uid for each in pwd.getpwall() if each.pw_gid == group_id)

@@ -1,5 +1,5 @@
-// Single weights: dense from compact and back, 1024 dense positions (a group) at a time. Every dense weight is written
-// once; of what is packed only active entries are. Runs and tiles: row by row, what lies between the blocks is zero.
+// Writes the dense weight of compact values, and reads it back. Single weights are moved 1024 dense positions (a group)
+// at a time, runs and tiles row by row. Unpacking writes every dense weight once; packing reads only active entries.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -32,7 +32,7 @@ inline uint64_t bits_at(const Weights& w, int64_t position, int64_t count) {  //
     return count < 64 ? bits & ((uint64_t(1) << count) - 1) : bits;
 }
 
-// Active weights before a dense position.
+// Counts the active weights before a dense position.
 int64_t before(const Weights& w, int64_t position) {
     int64_t count = at(w, position / GROUP), from = position / GROUP * GROUP;
     for (; from < position; from += 64)
@@ -40,7 +40,7 @@ int64_t before(const Weights& w, int64_t position) {
     return count;
 }
 
-// 64 dense positions (or fewer): `bits` of them active.
+// Writes up to 64 dense positions, of which those in `bits` are active.
 template <class Number>
 inline void expand_word(uint64_t bits, const Number* values, Number* dense, int64_t count) {
 #if WIDE_MOVES
@@ -116,7 +116,7 @@ void single(const Weights& w) {
     }
 }
 
-// First of the sorted positions that is not below `position`.
+// Returns the first of the sorted positions that is not below `position`.
 int64_t lower_bound(const Weights& w, int64_t position) {
     int64_t low = 0, high = w.num_active;
     while (low < high) {

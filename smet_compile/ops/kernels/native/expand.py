@@ -1,19 +1,33 @@
-"""unpack and pack on the CPU, for every kind of block: each dense weight is written once, or read once."""
+"""The kernel named "cpu_expand": unpack and pack in C++, and products through a dense weight.
+
+Each dense weight is written once, or read once. Products expand a few rows at a time, each a GEMM: those rows stay in
+the processor's cache, so that expanding costs little and the scratch is small. That is for single weights and runs,
+and for tiles where the processor multiplies dense matrices faster than it can skip blocks.
+
+Shape suffixes: S stacked matrices, T tokens, R rows, C cols, I and O the inputs and outputs of a product.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, split_index, whole_index
+from smet_compile.format import Topology
+from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
+from smet_compile.ops.plain import by_matrix, multiply_stack, zeros_or_bias
 
 _SIZES = (2, 4, 8)
+_BYTES_AT_ONCE = 2**23
+_MIN_ROWS = 256
 
 
-class _Weights(ctypes.Structure):
+class _Move(ctypes.Structure):
+    """Holds the arguments of the C++ functions, as ``Weights`` in expand.cpp."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("bits", "index", "values", "dense")),
         *((name, ctypes.c_int64) for name in ("first", "last", "num_active", "block_rows", "block_cols", "bm", "bn")),
@@ -21,77 +35,155 @@ class _Weights(ctypes.Structure):
     ]
 
 
-def moves(dtype: torch.dtype) -> bool:
-    """Whether weights of ``dtype`` can be moved by these kernels on this machine."""
-    return dtype.is_floating_point and dtype.itemsize in _SIZES and library("expand") is not None
+class _Piece(NamedTuple):
+    """Holds some whole block rows of a matrix that are expanded at once, and the move of them made ready."""
+
+    rows: slice
+    move: _Move
 
 
-def unpack(
-    values: Tensor, topology: Tensor, index: list[Tensor], shape: list[int], matrix: list[int], block_shape: list[int]
-) -> Tensor:
-    """The dense weight of ``values``, new and contiguous."""
-    layout = Layout.of_lists(shape, matrix, block_shape)
-    dense = values.new_empty(shape)
-    unpack_rows(dense, values, topology, index, layout, slice(0, layout.num_matrices * layout.rows))
+def refusal(case: Case) -> str | None:
+    """Says why weights of the case cannot be moved by these functions; None where they can."""
+    if not case.dtype.is_floating_point or case.dtype.itemsize not in _SIZES:
+        return f"does not move {case.dtype}"
+    return "could not be compiled" if library("expand") is None else None
+
+
+def unpack(values: Tensor, topology: Topology) -> Tensor:
+    """Returns the dense weight of ``values``, new and contiguous."""
+    dense = values.new_empty(topology.layout.shape)
+    _run("unpack", _whole(topology, values.dtype.itemsize), values.contiguous(), dense)
     return dense
 
 
-def pack(
-    dense: Tensor,
-    topology: Tensor,
-    index: list[Tensor],
-    shape: list[int],
-    matrix: list[int],
-    block_shape: list[int],
-    num_active: int,
-) -> Tensor:
-    """The active blocks of ``dense``, what hangs over an edge zero."""
-    layout = Layout.of_lists(shape, matrix, block_shape)
-    values = dense.new_empty(layout.values_shape(num_active))
-    pack_rows(values, dense, topology, index, layout, slice(0, layout.num_matrices * layout.rows))
+def pack(dense: Tensor, topology: Topology) -> Tensor:
+    """Returns the active blocks of ``dense``; what hangs over an edge is zero."""
+    values = dense.new_empty(topology.layout.values_shape(topology.num_active))
+    _run("pack", _whole(topology, dense.dtype.itemsize), values, dense.contiguous())
     return values
 
 
-def unpack_rows(
-    dense_rows: Tensor, values: Tensor, topology: Tensor, index: list[Tensor], layout: Layout, rows: slice
-) -> None:
-    """Writes some rows of the dense weight, counted through all matrices."""
-    _move("unpack", values.contiguous(), dense_rows, topology, index, layout, rows)
+def masked_matmul(
+    input: Tensor,
+    values: Tensor,
+    topology: Topology,
+    transposed: bool,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Computes what ``ops.plain.masked_matmul`` does.
+
+    Where rows of the weight are summed over, low-precision dtypes expand all of them at once, so that sums are rounded
+    once.
+    """
+    layout = topology.layout
+    ends = None if offsets is None else offsets.tolist()
+    if not transposed and input.dtype.itemsize < 4:
+        dense_SRC = unpack(values, topology).view(-1, *layout.matrix)
+        return multiply_stack(input, dense_SRC, bias, ends)
+    values = values.contiguous()
+    pieces_S = _pieces(topology, values.dtype.itemsize)
+    if transposed and bias is None and ends is None:  # everything is written below
+        out = input.new_empty(*input.shape[:-1], layout.rows)
+    else:
+        out = zeros_or_bias(input, layout.rows if transposed else layout.cols, bias)
+    scratch = _scratch(values, pieces_S, layout.cols)
+    for pieces, input_TI, out_TO in zip(pieces_S, by_matrix(input, ends), by_matrix(out, ends), strict=True):
+        for rows, move in pieces:
+            weight_RC = _first_rows(scratch, rows)
+            _run("unpack", move, values, weight_RC)
+            if transposed:
+                part_TR = _columns(out_TO, rows)
+                torch.addmm(part_TR, input_TI, weight_RC.mT, beta=int(bias is not None), out=part_TR)
+            else:
+                out_TO.addmm_(_columns(input_TI, rows), weight_RC)
+    return out
 
 
-def pack_rows(
-    values: Tensor, dense_rows: Tensor, topology: Tensor, index: list[Tensor], layout: Layout, rows: slice
-) -> None:
-    """Writes to ``values`` what is active in some rows (counted through all matrices), given those rows alone."""
-    _move("pack", values, dense_rows.contiguous(), topology, index, layout, rows)
+def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
+    """Computes what ``ops.plain.sampled_matmul`` does; the dense product is never whole."""
+    values = left.new_empty(topology.layout.values_shape(topology.num_active))
+    ends = None if offsets is None else offsets.tolist()
+    pieces_S = _pieces(topology, values.dtype.itemsize)
+    scratch = _scratch(values, pieces_S, topology.layout.cols)
+    for pieces, left_TR, right_TC in zip(pieces_S, by_matrix(left, ends), by_matrix(right, ends), strict=True):
+        for rows, move in pieces:
+            product_RC = _first_rows(scratch, rows)
+            torch.mm(_columns(left_TR, rows).mT, right_TC, out=product_RC)
+            _run("pack", move, values, product_RC)
+    return values
 
 
-def _move(
-    name: str, values: Tensor, dense: Tensor, topology: Tensor, index: list[Tensor], layout: Layout, rows: slice
-) -> None:
-    whole = whole_index(index, topology, layout, values.shape[0])
-    lists = split_index(whole, layout, values.shape[0])
-    wanted = lists.group_starts if layout.single_weights else lists.positions
-    assert wanted is not None and values.is_contiguous() and dense.is_contiguous()
+def _run(name: str, prepared: _Move, values: Tensor, dense: Tensor) -> None:
+    """Calls a C++ function. ``values`` are all of the weight, ``dense`` has its prepared rows; both are contiguous."""
+    move = _Move.from_buffer_copy(prepared)  # other threads may use the prepared one
+    move.values, move.dense, move.num_threads = values.data_ptr(), dense.data_ptr(), torch.get_num_threads()
+    lib = library("expand")
+    assert lib is not None, "the kernel is chosen only where it compiled"
+    getattr(lib, name)(ctypes.byref(move))
+
+
+def _whole(topology: Topology, element_bytes: int) -> _Move:
+    """Returns the move of all rows; the topology keeps it."""
+    layout = topology.layout
+    key = ("cpu_expand", "whole", element_bytes)
+    return topology.constant(key, lambda: _prepare(topology, element_bytes, 0, layout.num_matrices * layout.rows))
+
+
+def _pieces(topology: Topology, element_bytes: int) -> list[list[_Piece]]:
+    """Returns the pieces of each matrix; the topology keeps them."""
+    key = ("cpu_expand", "pieces", element_bytes)
+    return topology.constant(key, lambda: _cut(topology, element_bytes))
+
+
+def _cut(topology: Topology, element_bytes: int) -> list[list[_Piece]]:
+    layout = topology.layout
+    bm, num_rows = layout.block_shape[0], layout.rows
+    at_once = max(_MIN_ROWS, _BYTES_AT_ONCE // (layout.cols * element_bytes))
+    at_once = -(-at_once // bm) * bm
+    pieces_S = []
+    for before in range(0, layout.num_matrices * num_rows, num_rows):  # the rows of earlier matrices
+        parts = [slice(first, min(first + at_once, num_rows)) for first in range(0, num_rows, at_once)]
+        pieces_S.append(
+            [_Piece(rows, _prepare(topology, element_bytes, before + rows.start, before + rows.stop)) for rows in parts]
+        )
+    return pieces_S
+
+
+def _prepare(topology: Topology, element_bytes: int, first_row: int, last_row: int) -> _Move:
+    """Fills in everything but addresses of values and dense rows, for rows counted through all matrices."""
+    layout = topology.layout
+    index = topology.group_starts if layout.single_weights else topology.positions
+    assert index is not None
     width = layout.cols if layout.single_weights else 1
-    job = _Weights(
-        bits=topology.data_ptr(),
-        index=wanted.data_ptr(),
-        values=values.data_ptr(),
-        dense=dense.data_ptr(),
-        first=rows.start * width,
-        last=rows.stop * width,
-        num_active=values.shape[0],
+    return _Move(
+        bits=topology.bits.data_ptr(),
+        index=index.data_ptr(),
+        first=first_row * width,
+        last=last_row * width,
+        num_active=topology.num_active,
         block_rows=layout.block_rows,
         block_cols=layout.block_cols,
         bm=layout.block_shape[0],
         bn=layout.block_shape[1],
         rows=layout.rows,
         cols=layout.cols,
-        element_bytes=values.element_size(),
-        wide_index=wanted.dtype == torch.int64,
-        num_threads=torch.get_num_threads(),
+        element_bytes=element_bytes,
+        wide_index=index.dtype == torch.int64,
     )
-    lib = library("expand")
-    assert lib is not None, "chosen only where it compiled"
-    getattr(lib, name)(ctypes.byref(job))
+
+
+def _scratch(like: Tensor, pieces_S: list[list[_Piece]], cols: int) -> Tensor:
+    """Returns memory for the dense weights of the largest piece, which is the first."""
+    return like.new_empty(pieces_S[0][0].rows.stop, cols)
+
+
+def _first_rows(scratch: Tensor, rows: slice) -> Tensor:
+    """Returns as many rows of the scratch as the piece has."""
+    num_rows = rows.stop - rows.start
+    return scratch if num_rows == scratch.shape[0] else scratch[:num_rows]
+
+
+def _columns(tokens: Tensor, rows: slice) -> Tensor:
+    """Returns the columns of the tokens that belong to these rows of the weight."""
+    return tokens if rows.stop - rows.start == tokens.shape[1] else tokens[:, rows]

@@ -1,4 +1,4 @@
-// Products with tiles. Nothing is gathered and no dense weight is made: a few rows of the output at a time are summed up
+// Multiplies with tiles. Nothing is gathered and no dense weight is made: a few rows of the output at a time are summed
 // in registers over all active blocks of a line (a block row, or a block column), and written once.
 //
 // A product is C (rows, width) = sum over blocks of A (rows, depth) B (depth, width). B is repacked into panels of
@@ -7,7 +7,7 @@
 
 namespace {
 
-// One block's part in a panel: where its A starts, where its B, and how many numbers deep it is.
+// Holds one block's part in a panel: where its A and its B start, and how many numbers deep it is.
 template <class Kind>
 struct Segment {
     const typename Kind::Number* a;
@@ -15,8 +15,8 @@ struct Segment {
     int64_t depth;
 };
 
-// ROWS x (VECTORS * LANES) sums over all segments, on top of `start` (a row for all, or null) or added to `out`, so that
-// few terms are summed one by one. A lies at a[row * row_stride + step * step_stride].
+// Sums ROWS x (VECTORS * LANES) products over all segments, on top of `start` (one row for all, or null). Where it adds to
+// `out`, it adds whole sums, so that few terms are added one by one. A lies at a[row * row_stride + step * step_stride].
 template <class Kind, int ROWS, int VECTORS>
 void sum_up(
     const Segment<Kind>* segments, int64_t num_segments, int64_t row_stride, int64_t step_stride, int64_t row,
@@ -53,7 +53,7 @@ void sum_up(
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) {
-            Vector* to = (Vector*)(out + r * out_stride + v * LANES);  // `auto` would take it for aligned
+            Vector* to = (Vector*)(out + r * out_stride + v * LANES);  // `auto` would assume alignment
             *to = adds ? *to + sum[r][v] : sum[r][v];
         }
 }
@@ -63,7 +63,7 @@ using SumUp = void (*)(
     const Segment<Kind>*, int64_t, int64_t, int64_t, int64_t, const float*, bool, float*, int64_t
 );
 
-// By number of rows (1 to MAX_ROWS) and vectors (1 or 2).
+// Finds the function for a number of rows (1 to MAX_ROWS) and vectors (1 or 2).
 template <class Kind, int ROWS>
 struct Table {
     static SumUp<Kind> find(int64_t rows, int vectors) {
@@ -83,7 +83,7 @@ SumUp<Kind> sum_up_for(int64_t rows, int vectors) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int vectors_of(int64_t width) { return width > LANES ? 2 : 1; }
 
-// Columns of a panel that starts at `first` of `width`, counted in lanes: two vectors, or one for a short rest.
+// Rounds a width up to whole vectors: two for a panel, one for a short rest.
 inline int64_t padded(int64_t width) { return ceil_div(width, LANES) * LANES; }
 
 struct Masked {
@@ -112,7 +112,7 @@ struct Sampled {
     int64_t num_threads;
 };
 
-// One block as panels: B[k][o] of each panel, in steps. Forward reads the block's rows as outputs.
+// Repacks one block as panels: B[k][o] of each panel, in steps. A transposed product reads the block's rows as outputs.
 template <class Kind>
 void pack_block(const Masked& m, const typename Kind::Number* block, typename Kind::Step* to) {
     using Number = typename Kind::Number;
@@ -202,7 +202,7 @@ void masked(const Masked& m) {
     }
 }
 
-// Tokens of one block column (or row) as panels of B, or as A: [step][width padded], zeros in the padding.
+// Repacks the tokens of one block column (or row) as panels of B, or as A: [step][width padded], zeros in the padding.
 template <class Kind>
 void pack_tokens(
     const typename Kind::Number* from, int64_t stride, int64_t tokens, int64_t filled, int64_t lanes,
@@ -219,7 +219,7 @@ void pack_tokens(
     }
 }
 
-// What hangs over an edge is zero, where left or right are not finite too.
+// Sets what hangs over an edge to zero, also where left or right are not finite.
 void clear_edges(const Sampled& m, int64_t row, int64_t col, float* block) {
     const int64_t height = std::min(m.bm, m.rows - row * m.bm), width = std::min(m.bn, m.cols - col * m.bn);
     for (int64_t r = 0; r < m.bm; r++) {
@@ -228,7 +228,7 @@ void clear_edges(const Sampled& m, int64_t row, int64_t col, float* block) {
     }
 }
 
-// Chunks of tokens, repacked: left as [block row][step][bm], right as [block column][panel][step][lanes].
+// Sums over chunks of tokens, repacked: left as [block row][step][bm], right as [block column][panel][step][lanes].
 template <class Kind>
 void sampled(const Sampled& m) {
     using Number = typename Kind::Number;

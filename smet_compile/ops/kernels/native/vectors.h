@@ -1,4 +1,4 @@
-// Vectors of fp32 lanes, and the two kinds of numbers that products read: fp32, and bf16 in pairs.
+// Defines vectors of fp32 lanes, and the two kinds of numbers that products read: fp32, and bf16 in pairs.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -32,7 +32,7 @@ inline uint32_t bits_of(float x) {
     return bits;
 }
 
-// fp32 → bf16, `extra` below the bits that stay: 0x7FFF and the lowest of them round to nearest, ties to even.
+// Turns fp32 into bf16 by adding `extra` below the bits that stay: 0x7FFF and the lowest of them round to nearest even.
 inline uint16_t to_bf16(uint32_t bits, uint32_t extra) {
     const uint32_t nan = (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x40 : 0, cut = bits >> 16;
     return uint16_t((bits & 0x7F800000) == 0x7F800000 ? cut | nan : (bits + extra) >> 16);

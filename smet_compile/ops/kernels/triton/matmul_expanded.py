@@ -34,7 +34,7 @@ def masked_matmul(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """Computes input W or input Wᵀ, plus bias, as ``ops.products.masked_matmul`` defines it, without ``offsets``."""
+    """Computes input W or input Wᵀ, plus bias, as ``ops.plain.masked_matmul`` defines it, without ``offsets``."""
     assert offsets is None, "supports() says so"
     dense, layout = unpack(values, topology), topology.layout
     if input.dim() == 2:
@@ -61,7 +61,7 @@ class _Piece(NamedTuple):
 
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
-    """Computes pack(leftᵀ right), as ``ops.products.sampled_matmul`` defines it, without ``offsets``."""
+    """Computes pack(leftᵀ right), as ``ops.plain.sampled_matmul`` defines it, without ``offsets``."""
     assert offsets is None, "supports() says so"
     item_bytes, is_stack = left.dtype.itemsize, left.dim() == 3
     pieces = topology.constant(

@@ -266,7 +266,7 @@ def masked_matmul(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """Computes input W or input Wᵀ for tiles, plus bias, as ``ops.products.masked_matmul`` defines it."""
+    """Computes input W or input Wᵀ for tiles, plus bias, as ``ops.plain.masked_matmul`` defines it."""
     shape, dtype = input.shape, input.dtype
     is_stack = len(shape) == 3
     launches: dict[Any, _Launch] = topology.constant("masked_tiles", dict)

@@ -276,7 +276,7 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
 
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
-    """Computes pack(leftᵀ right) for tiles, as ``ops.products.sampled_matmul`` defines it."""
+    """Computes pack(leftᵀ right) for tiles, as ``ops.plain.sampled_matmul`` defines it."""
     launch = product_launch(left, topology)
     num_tokens, splits = tokens_and_splits(left, topology, launch, offsets)
     out = left.new_empty(*launch.values_shape)

@@ -1,9 +1,14 @@
-"""Holds every private name of torch that this room uses: a torch that lacks one breaks the feature that needs it."""
+"""Knows how torch works inside: its private names that this room uses, functions that are not traced, warnings in ops.
+
+A torch that lacks a private name breaks the feature that needs it, not the import. Importing this imports no compiler.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,3 +95,59 @@ def address_of_storage(tensor: Tensor) -> int:
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 """Makes a subclass of Tensor one whose results are plain tensors."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_not_prepared: list[Callable[[], Any]] = []
+
+
+def outside_graphs(advice: str) -> Callable[[Function], Function]:
+    """Marks a function as one that a compiled function calls in eager mode, between two graphs.
+
+    Args:
+        advice: what the error says where no graph may end (``fullgraph=True``).
+    """
+
+    def mark(function: Function) -> Function:
+        untraced: list[Callable[..., Any]] = []
+
+        def disable() -> None:
+            if not untraced:
+                untraced.append(torch.compiler.disable(function, reason=advice))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not untraced:
+                disable()
+            return untraced[0](*args, **kwargs)
+
+        _not_prepared.append(disable)
+        return call  # type: ignore[return-value]
+
+    return mark
+
+
+def prepare() -> None:
+    """Imports the compiler, as making any optimizer does, so that a call that is traced first finds all in place."""
+    while _not_prepared:
+        _not_prepared.pop()()
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str, key: str | None = None) -> None:
+    """Gives a ``UserWarning`` once in a process for ``key``, the message itself by default.
+
+    Call it before anything is computed or changed. Where warnings are errors it raises, except in a backward: there
+    other weights may have been updated already, so the warning is shown instead.
+    """
+    if (key or message) in _warned:
+        return
+    _warned.add(key or message)
+    try:
+        warnings.warn(message, stacklevel=3)
+    except UserWarning as error:
+        if not is_in_backward():
+            raise
+        warnings.showwarning(error, UserWarning, __file__, 0)

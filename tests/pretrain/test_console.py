@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from smet_compile.pretrain.progress import Status, open_progress
+from smet_compile.pretrain.console import Status, open_progress
 
 
 def shown(terminal: bool, steps: int) -> str:

@@ -1,4 +1,4 @@
-"""Surveys a model: every parameter of two or more dimensions, and whether it is sparse by default or why not."""
+"""Finds every parameter of two or more dimensions, and says whether it is sparse by default or why it is not."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from smet_compile.convert.computed import computed_weight
 from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
 from smet_compile.ops.sites import compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
 _NOT_INITIALISED = "not initialised yet: run a forward first"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MHA_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of two or more dimensions.
+    """Describes a parameter of two or more dimensions.
 
     Args:
-        name: qualified name. module, tensor_name: where it lives.
-        tensor: the parameter (of a compact weight: its values; of a lazy module: without a shape yet).
-        dense_reason: why it is left dense unless it is included by name; None for a site by default.
+        name: its qualified name.
+        module, tensor_name: the module that owns it, and its name there.
+        tensor: the parameter (of a compact weight its values; of a lazy module a parameter without a shape yet).
+        dense_reason: why it is left dense unless it is included by name; None for a weight that is sparse by default.
         never_reason: why it cannot be made compact at all; None where it can.
     """
 
@@ -48,33 +51,36 @@ class Weight:
 
     @property
     def name_of_computed(self) -> str:
-        """The name of the weight that a hook computes from this parameter; its own name for most parameters."""
-        computed = computed_weight(self.module, self.tensor_name)
+        """Returns the name of the weight that a hook computes from this parameter; its own name where none does."""
+        computed = _computed_weight(self.module, self.tensor_name)
         return self.name if computed is None else f"{self.module_name}.{computed[0]}".removeprefix(".")
 
     @property
     def flatten(self) -> bool:
-        """Convolutions read as (out, in * kernel), whatever their number of dimensions."""
-        return isinstance(self.module, _ConvNd)
+        """Returns whether the weight is read as one matrix (out, in * kernel), as that of a convolution is."""
+        return isinstance(self.module, _CONVOLUTIONS)
 
 
-def survey(model: nn.Module) -> dict[str, Weight]:
-    """Every parameter of two or more dimensions by qualified name, compact ones included."""
-    names = _owners(model)
+def find_weights(model: nn.Module) -> dict[str, Weight]:
+    """Returns every parameter of two or more dimensions by its qualified name, compact ones included."""
+    names = _names_by_identity(model)
     heads, adapters = _output_embeddings(model), _adapters(model)
     routers = find_routers(model)
     found = {}
     for prefix, module in _modules(model):
         for tensor_name, tensor in _matrices(module):
             name = f"{prefix}.{tensor_name}" if prefix else tensor_name
-            never = _never(name, module, tensor_name, tensor, names)
-            dense = _left_dense(module, tensor_name, tensor, heads, adapters, routers)
-            found[name] = Weight(name, module, tensor_name, tensor, dense, never)
+            other_names = [other for other in names.get(id(tensor), []) if other != name]
+            never_reason = _never_reason(module, tensor_name, tensor, other_names)
+            dense_reason = _module_reason(module, tensor, heads, adapters, routers) or _kind_reason(
+                module, tensor_name, tensor
+            )
+            found[name] = Weight(name, module, tensor_name, tensor, dense_reason, never_reason)
     return found
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their names, but for the insides of parametrizations."""
+    """Yields the modules with their names, but for the insides of parametrizations."""
     inside: set[int] = set()
     for module in model.modules():
         for chain in parametrizations(module).values():
@@ -93,22 +99,22 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, parametrizations(module)[name].original
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names under which each parameter is registered, by identity: several mean it is tied."""
-    owners: dict[int, list[str]] = {}
+def _names_by_identity(model: nn.Module) -> dict[int, list[str]]:
+    """Returns the names under which each parameter is registered; a parameter with several is tied."""
+    names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return owners
+            names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:
-    """Modules that ``get_output_embeddings()`` names, asked of the model and all inside it; never guessed."""
+    """Returns the identities of the modules that ``get_output_embeddings()`` of any module names."""
     heads: set[int] = set()
     for module in model.modules():
         try:
             head = module.get_output_embeddings()  # type: ignore[operator]
-        except Exception:  # none, or a model that cannot say
+        except Exception:  # it has no such method, or the method fails
             continue
         if isinstance(head, nn.Module):
             heads.update(id(m) for m in head.modules())
@@ -116,11 +122,11 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 
 def _adapters(model: nn.Module) -> set[int]:
-    """Returns the identities of low-rank adapters: what PEFT's layers name as theirs, and what is called ``lora_*``."""
+    """Returns the identities of low-rank adapters: those that layers of PEFT name, and those called ``lora_*``."""
     found: set[int] = set()
     for module in model.modules():
-        named = attribute(module, "adapter_layer_names")
-        names = set(named) if isinstance(named, tuple | list) else set()
+        listed = attribute(module, "adapter_layer_names")
+        names = set(listed) if isinstance(listed, tuple | list) else set()
         for name, part in (*module._modules.items(), *module._parameters.items()):
             if part is not None and (name in names or name.startswith("lora_")):
                 found.update(id(inner) for inner in (part.modules() if isinstance(part, nn.Module) else [part]))
@@ -132,41 +138,47 @@ def _is_linear(module: nn.Module, tensor_name: str, tensor: Tensor) -> bool:
     if isinstance(module, nn.Linear) or hugging_face_conv1d:
         return tensor_name == "weight"
     if isinstance(module, nn.MultiheadAttention):
-        return tensor_name in _MHA_PROJECTIONS
+        return tensor_name in _ATTENTION_PROJECTIONS
     return is_expert_stack(module, tensor)
 
 
-def _left_dense(
-    module: nn.Module, tensor_name: str, tensor: Tensor, heads: set[int], adapters: set[int], routers: set[int]
+def _module_reason(
+    module: nn.Module, tensor: Tensor, heads: set[int], adapters: set[int], routers: set[int]
 ) -> str | None:
+    """Returns why the part that a module plays in the model keeps its parameters dense; None where it does not."""
     if id(module) in heads:
         return "output embeddings"
     if id(module) in adapters or id(tensor) in adapters:
         return "an adapter"
     if id(module) in routers:
         return "routes tokens to experts"
+    return None
+
+
+def _kind_reason(module: nn.Module, tensor_name: str, tensor: Tensor) -> str | None:
+    """Returns why a parameter is no weight of a linear layer; None where it is one."""
     if nn.parameter.is_lazy(tensor):
         return _NOT_INITIALISED
     if _is_linear(module, tensor_name, tensor):
         return None
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "an embedding"
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _CONVOLUTIONS):
         return "a convolution"
     return "not the weight of a linear layer"
 
 
-def _never(name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owners: dict[int, list[str]]) -> str | None:
+def _never_reason(module: nn.Module, tensor_name: str, tensor: Tensor, other_names: list[str]) -> str | None:
+    """Returns why a parameter cannot be made compact; None where it can."""
     if tensor_name in compact_names(module):
         return ALREADY_COMPACT
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module, whose weights are read inside compiled code"
     if nn.parameter.is_lazy(tensor):
         return _NOT_INITIALISED
-    others = [other for other in owners.get(id(tensor), []) if other != name]
-    if others:
-        return f"tied to {', '.join(others)}"
-    computed = computed_weight(module, tensor_name)
+    if other_names:
+        return f"tied to {', '.join(other_names)}"
+    computed = _computed_weight(module, tensor_name)
     if computed is not None:
         return computed[1]
     if parametrize.is_parametrized(module, tensor_name):
@@ -175,4 +187,25 @@ def _never(name: str, module: nn.Module, tensor_name: str, tensor: Tensor, owner
         return "a recurrent layer, which reads its weights past any parametrization"
     if tensor.dtype not in _DTYPES:
         return f"holds {tensor.dtype}, which is not trained"
+    return None
+
+
+def _computed_weight(module: nn.Module, tensor_name: str) -> tuple[str, str] | None:
+    """Returns the name of the weight that a hook computes from a parameter in every forward, and how to end that.
+
+    Returns None for a parameter that the module reads as it is.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and tensor_name == f"{hook._tensor_name}_orig":
+            name = hook._tensor_name
+            return name, (
+                f"pruned by torch.nn.utils.prune: call prune.remove(module, {name!r}) first, then sparsify(model, "
+                'select="nonzero") to keep its zeros, or select="magnitude" with a density'
+            )
+        if isinstance(hook, WeightNorm) and tensor_name in (f"{hook.name}_g", f"{hook.name}_v"):
+            call = f"torch.nn.utils.remove_weight_norm(module, {hook.name!r})"
+            return hook.name, f"computed by torch.nn.utils.weight_norm: call {call} first"
+        if isinstance(hook, SpectralNorm) and tensor_name == f"{hook.name}_orig":
+            call = f"torch.nn.utils.remove_spectral_norm(module, {hook.name!r})"
+            return hook.name, f"computed by torch.nn.utils.spectral_norm: call {call} first"
     return None

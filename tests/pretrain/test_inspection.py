@@ -1,4 +1,4 @@
-"""`inspect RUN`: its table, its plots, its errors; and the warning of `pretrain` about dead units."""
+"""`inspect RUN` prints its table, draws its plots and names mistakes; `pretrain` warns about dead units."""
 
 import io
 import re
@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 import smet_compile as smet
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.inspect_command import inspect_run, print_inspection
+from smet_compile.pretrain.inspection import inspect_run, print_inspection
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, moves, small_config
 
@@ -24,7 +24,7 @@ def call(folder: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Returns the folder of a finished run."""
     folder = tmp_path_factory.mktemp("inspected")
     pretrain(small_config(folder, density=0.2, block="2"), folder / "run", console=Console(file=io.StringIO()))
     return folder / "run"
@@ -45,7 +45,7 @@ def test_a_run_is_printed_and_drawn(run: Path) -> None:
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_inspected_is_the_checkpoint(run: Path, found: smet.Inspection) -> None:
+def test_the_last_checkpoint_is_inspected(run: Path, found: smet.Inspection) -> None:
     for site in found.sites:
         assert site.history.churn == tuple((e["step"], e["sites"][site.name]["churn_fraction"]) for e in moves(run))
         assert site.history.explored_fraction == moves(run)[-1]["sites"][site.name]["explored_fraction"]
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_before_any_update(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "topology_churn.png").exists()
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path) -> None:
     assert "RUN: expected the folder of a run" in call(tmp_path).stderr
     pretrain(small_config(tmp_path, method="dense"), tmp_path / "run", StopAfter(1), Console(file=io.StringIO()))
     result = call(tmp_path / "run")
