@@ -49,8 +49,8 @@ _MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
 _NUM_KINDS = 5
 _LEAST_EPS = torch.finfo(torch.float32).tiny
 _LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
-"""What is kept with an update: the launches of all updates of a step (with the first one), the update's number among
-those of its launches, and the tensors that it changes."""
+"""Keys of what is kept with an update: the launches of a step (with its first update), the number of the update by
+which that step's list is known again, and the tensors that the update changes."""
 _numbers = itertools.count()
 
 
@@ -69,7 +69,9 @@ def refusal(case: UpdateCase) -> str | None:
         and exp_avg.dtype in (torch.float32, torch.bfloat16, torch.uint8)
         and (one.topology is None) == (one.generation is None)
     )
-    return None if is_known else "does not take parameters, gradients or state of this dtype, memory layout or device"
+    if is_known:
+        return None
+    return "does not take parameters, gradients or optimizer state of this dtype, memory layout or device"
 
 
 def update_all(updates: list[Update]) -> None:
