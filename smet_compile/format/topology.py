@@ -121,6 +121,7 @@ class Topology:
         column_starts: (S K + 1,) the same for ``by_column``; tiles.
         group_starts: (G + 1,) active blocks before each group of ``layout.blocks_per_group`` positions; single weights
             and runs. A list that this kind of block has not is None.
+        values_shape: (N,) or (N, bm, bn). num_matrices: S.
     """
 
     def __init__(self, layout: Layout, bits: Tensor, lists: Tensor, num_active: int) -> None:
@@ -131,6 +132,8 @@ class Topology:
         self.positions, self.by_column, self.row_starts, self.column_starts, self.group_starts = _split(
             lists, layout, num_active
         )
+        self.values_shape = layout.values_shape(num_active)
+        self.num_matrices = layout.num_matrices
         self._constants: dict[Hashable, Any] = {}
         self._states = self._read_states()
 

@@ -145,6 +145,15 @@ def names() -> tuple[str, ...]:
     return (*(kernel.name for kernel in _kernels), "cpu", "triton")
 
 
+def _environment() -> object:
+    """Returns what the environment holds, to be compared alone: every op asks, and ``os.environ`` is slow to answer."""
+    return _raw_environment.get(_raw_variable)
+
+
+_raw_environment: Any = getattr(os.environ, "_data", os.environ)
+_raw_variable: Any = os.environ.encodekey(_VARIABLE) if hasattr(os.environ, "_data") else _VARIABLE
+
+
 def forced_kernel() -> str | None:
     """Returns the kernel that the environment names; None where it names none.
 
@@ -166,7 +175,7 @@ def kernel_of(op: str, case: Case) -> str:
 
 def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function that computes ``op`` on ``tensor``; the topology keeps the choice."""
-    key = (op, tensor.dtype, grouped, os.environ.get(_VARIABLE), _registry.version)
+    key = (op, tensor.dtype, grouped, _environment(), _registry.version)
     return topology.constant(key, lambda: _reported(op, case_of(tensor, topology, grouped)).function(op))
 
 
@@ -189,7 +198,7 @@ def update_all(updates: list[Update]) -> None:
 
     The choice is kept with an update while its gradient is as those of before: of its dtype, plain, where it lies.
     """
-    token = (_registry.version, os.environ.get(_VARIABLE))
+    token = (_registry.version, _environment())
     by_kernel: dict[str, tuple[Kernel, list[Update]]] = {}
     for update in updates:
         grad, values = update.grad, update.values

@@ -95,10 +95,19 @@ class CompactWeight(nn.Module):
             return Topology(self.layout, self.topology, self.lists, self.num_active)
         return found
 
-    def _is_checked(self) -> bool:
-        """Returns whether bits and lists are those that were checked, unchanged."""
-        found = self._active
-        return found is not None and found.bits is self.topology and found.lists is self.lists and found.is_unchanged()
+    def is_still(self, topology: Topology | None) -> bool:
+        """Returns whether ``topology`` is the one that was checked last, with bits and lists unchanged.
+
+        Every optimizer step asks for it, so it takes no detour through ``nn.Module.__getattr__``.
+        """
+        buffers = self._buffers
+        return (
+            topology is not None
+            and topology is self._active
+            and topology.bits is buffers["topology"]
+            and topology.lists is buffers["lists"]
+            and topology.is_unchanged()
+        )
 
     def set_mask(self, mask: Tensor) -> None:
         """Moves the active set, in place: same number of blocks, same storage."""
@@ -113,7 +122,7 @@ class CompactWeight(nn.Module):
         topology = self.topology
         if gate.is_traced(topology) or self.fingerprint is None:
             return False
-        if self._is_checked():
+        if self.is_still(self._active):
             return True
         error = gate.topology_error(topology, self.layout, self.num_active)
         return error is None and digest_bits(topology)[1] == self.fingerprint
@@ -129,7 +138,7 @@ class CompactWeight(nn.Module):
         if self.write_error is not None:
             error, self.write_error = self.write_error, None
             raise error
-        if not (self.fingerprint is not None and self._is_checked()) and not gate.is_traced(self.topology):
+        if not (self.fingerprint is not None and self.is_still(self._active)) and not gate.is_traced(self.topology):
             self._check_again()
 
     def _check_again(self) -> None:

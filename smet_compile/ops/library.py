@@ -54,8 +54,7 @@ def _unpack(
 ) -> Tensor:
     if traced:
         on_unseen_graph()
-    _check_values("values", values, layout)
-    topology = gate.find(bits, lists, layout, values.shape[0])
+    topology = _find("values", values, bits, lists, layout)
     dense: Tensor = choose.compute("unpack", values, topology)(values, topology)
     return dense
 
@@ -78,14 +77,15 @@ def _masked_matmul(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    topology = gate.find(bits, lists, layout, values.shape[0])
-    width, num_outputs = topology.layout.matrix[::-1] if transposed else topology.layout.matrix
+    topology = _find("masked_matmul: values", values, bits, lists, layout)
+    rows, cols = topology.layout.matrix
     _check_alike("masked_matmul", values, "input", input)
-    _check_alike("masked_matmul", values, "bias", bias)
-    _check_tokens("masked_matmul: input", input, width, topology, offsets)
-    _check_values("masked_matmul: values", values, layout)
-    if bias is not None and bias.shape != (num_outputs,):
-        raise ValueError(f"masked_matmul: expected a bias of ({num_outputs},), got {tuple(bias.shape)}")
+    _check_tokens("masked_matmul: input", input, cols if transposed else rows, topology, offsets)
+    if bias is not None:
+        num_outputs = rows if transposed else cols
+        _check_alike("masked_matmul", values, "bias", bias)
+        if bias.shape != (num_outputs,):
+            raise ValueError(f"masked_matmul: expected a bias of ({num_outputs},), got {tuple(bias.shape)}")
     compute = choose.compute("masked_matmul", values, topology, offsets is not None)
     out: Tensor = compute(input, values, topology, transposed, bias, offsets)
     return out
@@ -141,14 +141,17 @@ for _name, _implementation in (
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
-def _check_values(name: str, values: Tensor, layout: str) -> None:
+def _find(name: str, values: Tensor, bits: Tensor, lists: Tensor, layout: str) -> Topology:
+    """Returns the topology of ``values``; a ValueError where their shape is not that of its blocks."""
+    shape = values.shape
     block = Layout.from_text(layout).values_shape(0)[1:]
-    if values.dim() == 0 or values.shape[1:] != block:
-        raise ValueError(f"{name}: expected shape (N, *{block}) for the layout {layout}, got {tuple(values.shape)}")
+    if not shape or shape[1:] != block:
+        raise ValueError(f"{name}: expected shape (N, *{block}) for the layout {layout}, got {tuple(shape)}")
+    return gate.find(bits, lists, layout, shape[0])
 
 
 def _check_alike(op: str, tensor: Tensor, name: str, other: Tensor | None) -> None:
-    if other is not None and (other.dtype != tensor.dtype or other.device != tensor.device):
+    if other is not None and (other.dtype is not tensor.dtype or other.device != tensor.device):
         raise ValueError(
             f"{op}: expected {name} of {tensor.dtype} on {tensor.device}, got {other.dtype} on {other.device}"
         )
@@ -166,8 +169,7 @@ def _check_factors(op: str, left: Tensor, right: Tensor, topology: Topology, off
 
 def _check_tokens(name: str, tokens: Tensor, width: int, topology: Topology, offsets: Tensor | None) -> None:
     """Expects (T, width) for one matrix and with offsets, else (S, T, width); a stack of one may come either way."""
-    shape = tokens.shape
-    stack = topology.constant("num_matrices", lambda: topology.layout.num_matrices)
+    shape, stack = tokens.shape, topology.num_matrices
     if len(shape) == 2:
         fits = offsets is not None or stack == 1
     else:

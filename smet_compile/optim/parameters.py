@@ -147,11 +147,11 @@ class ReadyUpdate:
     def __init__(self, update: Update, known: Parameter, state: dict[str, Any], options: tuple[Any, ...]) -> None:
         self.update = update
         self.known = known
+        self.compact = known.site.compact if known.site else None
         self.state = state
         self.options = options
         self.kept = tuple(state.items())
-        self.tensors = (update.values, *(tensor for _, tensor in self.kept))
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.tensors = [(tensor, tensor.data_ptr()) for tensor in (update.values, *(each for _, each in self.kept))]
         generation, births = update.generation, update.births
         self.looks_at_ages = (
             generation is not None
@@ -166,7 +166,10 @@ class ReadyUpdate:
         update, known = self.update, self.known
         values = update.values
         site = known.site
-        if site is not None and (site.values_maybe is not values or site.compact.active is not update.topology):
+        if site is not None and site.values_maybe is not values:
+            return None
+        compact = self.compact
+        if compact is not None and (compact.write_error is not None or not compact.is_still(update.topology)):
             return None
         if (
             state is not self.state
@@ -180,8 +183,9 @@ class ReadyUpdate:
         for key, tensor in self.kept:
             if state.get(key) is not tensor:
                 return None
-        if [tensor.data_ptr() for tensor in self.tensors] != self.addresses:
-            return None
+        for tensor, address in self.tensors:
+            if tensor.data_ptr() != address:
+                return None
         if self.looks_at_ages:
             check_ages(known.name, update.generation, update.births, values.shape[0])
         update.grad, update.lr = grad, rate
