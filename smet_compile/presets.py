@@ -1,13 +1,14 @@
-"""Names model shapes, each with the training settings that suit it, and builds their Hugging Face models."""
+"""Names model shapes with the training settings that suit them, builds their models, and finds the packages for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import nn
 
-from smet_compile.extras import require
 from smet_compile.format import arguments
 
 VOCABULARY = 32_000
@@ -62,7 +63,7 @@ def build_preset(
     Args:
         sequence: the longest sequence in tokens that the model takes. Default: the preset's.
 
-    Raises: ValueError for an unknown preset, `extras.MissingExtraError` without transformers.
+    Raises: ValueError for an unknown preset, `MissingExtraError` without transformers.
     """
     transformers = require("transformers")
     preset = find_preset(name)
@@ -78,3 +79,19 @@ def build_preset(
     with torch.device(device):
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype)
     return model
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """Says that a library of the `pretrain` extra is not installed, and how to install it."""
+
+
+def require(name: str) -> ModuleType:
+    """Imports module `name`, or raises `MissingExtraError` with the command that installs it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != name.partition(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"{name} is needed for this but not installed; run: pip install 'smet-compile[pretrain]'"
+        ) from error

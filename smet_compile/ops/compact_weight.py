@@ -81,6 +81,11 @@ class CompactWeight(nn.Module):
         if assigned:
             self._accept()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the dense weight."""
+        return self.layout.shape
+
     def mask(self) -> Tensor:
         """(num_blocks,) bool: the active blocks, row-major."""
         self.check()
@@ -183,7 +188,7 @@ class CompactWeight(nn.Module):
         dense = torch.ops.smet.unpack(values, self.topology, self.lists, self.layout.text, *sinks, tracing)
         if not tracing:
             dense = reads.watch(self, values, dense)
-            saved_weights.remember(self, values, dense)
+            saved_weights.remember(dense, values, self.active)
         return dense
 
     def _growth_sink(self, values: Tensor) -> Tensor | None:

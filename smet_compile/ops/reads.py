@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,24 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
 
-if TYPE_CHECKING:
-    from smet_compile.ops.compact_weight import CompactWeight
-
 _STACKLEVEL = 5  # whoever drops the last reference to what was read, or uses the weight next
+
+
+class _CompactWeight(Protocol):
+    """The compact weight that a read belongs to."""
+
+    name: str
+    write_error: BaseException | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+
+    def right_inverse(self, dense: Tensor) -> Tensor:
+        """Returns the active part of a dense weight."""
+
+    def replace(self, values: Tensor, dense: Tensor) -> None:
+        """Makes ``dense`` the weight."""
 
 
 @dataclass(eq=False)
@@ -35,7 +49,7 @@ class _Source:
         node: name of the autograd node that made the read; None where gradients are not recorded.
     """
 
-    compact: CompactWeight
+    compact: _CompactWeight
     values: Tensor
     values_version: int
     node: str | None
@@ -110,7 +124,7 @@ def _plain(read: Tensor) -> Tensor:
     return Tensor.detach(read).requires_grad_(read.requires_grad)
 
 
-def watch(compact: CompactWeight, values: Tensor, dense: Tensor) -> Tensor:
+def watch(compact: _CompactWeight, values: Tensor, dense: Tensor) -> Tensor:
     """Makes ``dense``, unpacked from ``values`` just now, a read whose changes are kept."""
     if type(dense) is not Tensor or dense.is_meta or dense.is_inference() or values.is_inference():
         return dense
@@ -157,8 +171,8 @@ def settle(read: Tensor) -> None:
     source: _Source = read.__dict__["source"]
     read.__dict__["version"] = read._version
     compact, values = source.compact, source.values
-    if tuple(read.shape) != compact.layout.shape:
-        raise _lost(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.layout.shape}; assign it")
+    if tuple(read.shape) != compact.shape:
+        raise _lost(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.shape}; assign it")
     if source.node is not None and read.grad_fn is not None and read.grad_fn.name() != source.node:
         raise _lost(compact, "was changed in place while gradients are recorded; change it under torch.no_grad()")
     content = _plain(read).detach()
@@ -178,7 +192,7 @@ def settle(read: Tensor) -> None:
         )
 
 
-def _lost(compact: CompactWeight, what: str) -> ValueError:
+def _lost(compact: _CompactWeight, what: str) -> ValueError:
     return ValueError(f"{compact.name}: the weight that was read {what}")
 
 

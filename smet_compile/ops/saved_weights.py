@@ -18,12 +18,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from smet_compile.format import Topology
 from smet_compile.ops.library import CHANGED
 from smet_compile.ops.torch_insides import (
     PackAndUnpack,
@@ -142,9 +143,6 @@ def _object_of_call(caller: FrameType) -> Any:
     call = caller.f_back
     return None if call is None or caller.f_code.co_name != "inner" else call.f_locals.get("inner")
 
-
-if TYPE_CHECKING:
-    from smet_compile.ops.compact_weight import CompactWeight
 
 _RECIPE = "smet.recipe"
 
@@ -283,12 +281,12 @@ def _notes(node: Any) -> dict[str, Any]:
     return notes
 
 
-def remember(compact: CompactWeight, values: Tensor, dense: Tensor) -> None:
+def remember(dense: Tensor, values: Tensor, topology: Topology) -> None:
     """Notes that ``dense`` was unpacked from ``values``, if a forward is under way."""
     hooks = _forwards.context
     if hooks is None or dense.is_inference():
         return
-    recipe = _Recipe(values, values._version, compact.topology, compact.lists, compact.layout.text)
+    recipe = _Recipe(values, values._version, topology.bits, topology.lists, topology.layout.text)
     hooks.remember(dense, recipe)
     if dense.grad_fn is not None:
         _notes(dense.grad_fn)[_RECIPE] = recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +23,12 @@ from smet_compile.ops.reads import settle_live
 from smet_compile.ops.rules import Rule
 from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
-from smet_compile.optim.options import check_moment_dtype, check_options
+from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options
 from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
 from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, moment_dtype, new_state
 
 _TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KEPT = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
-
-
-class CommonOptions(TypedDict, total=False):
-    """The arguments that every active optimizer takes beside those of its rule.
-
-    Args:
-        warmup_steps: W, over which the step size of a grown block rises; 0 for none. May differ by group.
-        lr_density_exponent: p; the rate of a weight of density d is multiplied by d^(-p). May differ by group.
-        moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8": one byte
-            each, and a scale for every tile or 1024 dense weights.
-        stochastic_rounding: for bf16 weights, and bf16 or 8-bit state; None and True: yes, False: to nearest.
-        model: the module that owns the parameters, where these are given instead of it. seed: of the rounding.
-    """
-
-    warmup_steps: int
-    lr_density_exponent: float
-    moment_dtype: torch.dtype | Literal["int8"] | None
-    stochastic_rounding: bool | None
-    model: nn.Module | None
-    seed: int
 
 
 class ActiveOptimizer(Optimizer):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.ops.rules import Block, Options, Rule, Slot, register_rule
-from smet_compile.optim.active import ActiveOptimizer, CommonOptions
+from smet_compile.optim.active import ActiveOptimizer
+from smet_compile.optim.options import CommonOptions
 
 
 def adamw(block: Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from smet_compile.ops.optimizers import inner_optimizers
-from smet_compile.ops.torch_optim import ADAM_OPTIONS, SGD_OPTIONS
+from smet_compile.ops.sinks import ADAM_OPTIONS, SGD_OPTIONS
 from smet_compile.ops.updates import flatten
 from smet_compile.optim.active import ActiveOptimizer
 

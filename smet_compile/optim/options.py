@@ -1,22 +1,42 @@
-"""Checks of the options of an optimizer's parameter groups. Each returns the option as plain Python.
+"""Names the options that all active optimizers share, and checks those of parameter groups.
 
-The bounds are those of what is computed from an option: a step count is an int64, a rate a finite number. All errors
-are ``ValueError`` and name the option.
+Each check returns the option as plain Python. The bounds are those of what is computed from an option: a step count is
+an int64, a rate a finite number. All errors are ``ValueError`` and name the option.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smet_compile.format.arguments import described, flag, number, whole_number
 
 MOST_STEPS = 2**53
 _MOST_EXPONENT = 10.0
 _MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+
+
+class CommonOptions(TypedDict, total=False):
+    """The arguments that every active optimizer takes beside those of its rule.
+
+    Args:
+        warmup_steps: W, over which the step size of a grown block rises; 0 for none. May differ by group.
+        lr_density_exponent: p; the rate of a weight of density d is multiplied by d^(-p). May differ by group.
+        moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8": one byte
+            each, and a scale for every tile or 1024 dense weights.
+        stochastic_rounding: for bf16 weights, and bf16 or 8-bit state; None and True: yes, False: to nearest.
+        model: the module that owns the parameters, where these are given instead of it. seed: of the rounding.
+    """
+
+    warmup_steps: int
+    lr_density_exponent: float
+    moment_dtype: torch.dtype | Literal["int8"] | None
+    stochastic_rounding: bool | None
+    model: nn.Module | None
+    seed: int
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:

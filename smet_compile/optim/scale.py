@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.ops.rules import Block, Options, Rule, Slot, register_rule
-from smet_compile.optim.active import ActiveOptimizer, CommonOptions
+from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.adamw import ADAMW
+from smet_compile.optim.options import CommonOptions
 
 
 def _mean(block: Block, options: Options) -> Tensor:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import smet_compile as smet
-from smet_compile.extras import MissingExtraError, require
-from smet_compile.presets import PRESETS, VOCABULARY
+from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError, require
 from smet_compile.pretrain.config import (
     OPTION_TYPES,
     RunConfig,

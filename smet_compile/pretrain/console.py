@@ -13,9 +13,9 @@ from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
-from smet_compile.extras import require
 from smet_compile.microscope import dead_units
 from smet_compile.ops import find_sites
+from smet_compile.presets import require
 
 PLAIN_LINES = 20
 PLAIN_SECONDS = 30.0

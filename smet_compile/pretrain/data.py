@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import numpy
 import torch
 
-from smet_compile.extras import require
 from smet_compile.format.arguments import described
+from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.memory import expect_room_for_windows
 

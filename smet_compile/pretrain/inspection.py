@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import smet_compile as smet
-from smet_compile.extras import MissingExtraError, require
 from smet_compile.ops import Site, find_sites
+from smet_compile.presets import MissingExtraError, require
 from smet_compile.pretrain.console import as_cell, end_with_error
 from smet_compile.pretrain.data import open_tokenizer
 from smet_compile.pretrain.folder import RunFolder

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import smet_compile as smet
-from smet_compile.extras import require
 from smet_compile.format.arguments import described
+from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.console import DeadUnitWarning, Progress, Status, open_progress, print_plainly
 from smet_compile.pretrain.data import Data, Tokenizer, open_data, open_tokenizer

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from smet_compile.extras import require
+from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.folder import RunFolder, read_config, write_atomically
 from smet_compile.pretrain.memory import BYTE_KINDS

@@ -75,7 +75,7 @@ def test_a_missing_extra_says_what_to_install(name: str, tmp_path: Path, monkeyp
             raise ModuleNotFoundError(f"No module named {wanted!r}", name=wanted)
         return import_module(wanted)
 
-    monkeypatch.setattr("smet_compile.extras.import_module", import_all_but_one)
+    monkeypatch.setattr("smet_compile.presets.import_module", import_all_but_one)
     data = write_text(tmp_path / "text")
     result = call(*SMALL, "--data", data, "--out", tmp_path / "run")
     assert result.exit_code == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format"}
-ABOVE = {"api", "train_step", "explain", "tracing", "plan", "microscope", "presets", "extras"}
+ABOVE = {"api", "train_step", "explain", "tracing", "plan", "microscope", "presets"}
 SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
@@ -38,8 +38,7 @@ ROOMS = {
     "microscope": Room(
         {"runtime", "tracing", "ops", "format"}, "it looks at a model and at its history, and changes nothing"
     ),
-    "extras": Room(set(), "it knows how to import, and nothing of what is imported"),
-    "presets": Room({"extras", "format"}, "a shape and its model know nothing of sparsity"),
+    "presets": Room({"format"}, "a shape and its model know nothing of sparsity"),
     "plan": Room(
         {"convert", "passes", "optim", "ops", "format", "train_step", "tracing", "presets"},
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
