@@ -74,7 +74,7 @@ def made_sparse(run: Run, argument: str, value: Any) -> None:
     run.trained(optimizer, manager)
 
 
-def optimized(kind: type[smet.ActiveAdamW]) -> Callable[[Run, str, Any], None]:
+def optimized(kind: type[smet.ActiveOptimizer]) -> Callable[[Run, str, Any], None]:
     def call(run: Run, argument: str, value: Any) -> None:
         if argument == "params":
             optimizer = kind(value, model=run.model)
@@ -118,6 +118,13 @@ def materialized(run: Run, argument: str, value: Any) -> None:
 def decayed(run: Run, argument: str, value: Any) -> None:
     groups = smet.decay_groups(**({"model": run.model, "weight_decay": 0.1} | {argument: value}))
     run.trained(smet.ActiveAdamW(groups, model=run.model))
+
+
+def registered(run: Run, argument: str, value: Any) -> None:
+    given = {"kernel": smet.Kernel("odd", {"unpack": len}, lambda op, case: "is a test"), "before": None}
+    kernel = (given | {argument: value})["kernel"]
+    smet.register_kernel(**(given | {argument: value}))
+    smet.unregister_kernel(kernel.name)
 
 
 def inspected(run: Run, argument: str, value: Any) -> None:
@@ -164,6 +171,12 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "sparsify": (made_sparse, ("model", *WEIGHTS, "select", "rescale", "seed")),
     "ActiveAdamW": (optimized(smet.ActiveAdamW), OF_OPTIMIZER),
     "NaiveAdamW": (optimized(smet.NaiveAdamW), OF_OPTIMIZER),
+    "ActiveLion": (optimized(smet.ActiveLion), ("lr", "betas", "weight_decay", "warmup_steps")),
+    "ActiveSGD": (optimized(smet.ActiveSGD), ("lr", "momentum", "weight_decay", "nesterov")),
+    "ActiveScale": (optimized(smet.ActiveScale), ("lr", "momentum", "weight_decay", "betas")),
+    "register_kernel": (registered, ("kernel", "before")),
+    "unregister_kernel": (lambda run, argument, value: smet.unregister_kernel(value), ("name",)),
+    "register_rule": (lambda run, argument, value: smet.register_rule(value), ("rule",)),  # type: ignore[arg-type, return-value]
     "ActiveAdamW, of a group": (grouped, ("params", *OPTIONS)),
     "TopologyManager": (
         managed,
@@ -254,6 +267,7 @@ def all_cases() -> list[tuple[str, str, str]]:
 
 def test_every_public_function_has_its_cases() -> None:
     results = {"Explanation", "Inspection", "Plan", "Report", "SiteEvent", "TopologyEvent", "TrainStep"}
+    results |= {"ActiveOptimizer", "Kernel", "Rule", "Slot"}  # parts that a user's own code is made of
     assert {name.partition(",")[0] for name in FUNCTIONS} == set(smet.__all__) - results
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
+from smet_compile.format.arguments import described
 from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, warn_once
 from smet_compile.ops.updates import Update
 
@@ -120,6 +121,10 @@ def register_kernel(kernel: Kernel, before: str | None = None) -> None:
     Raises:
         ValueError: a name that is taken, or that ``before`` does not find; an op that is not one of ``OPS``.
     """
+    if not isinstance(kernel, Kernel):
+        raise ValueError(f"kernel: expected a Kernel, got {described(kernel)}; make one of a name and functions")
+    if not isinstance(kernel.name, str) or not kernel.name:
+        raise ValueError(f"kernel: expected a name, got {described(kernel.name)}; pass a str")
     if any(kernel.name == other.name for other in _kernels):
         raise ValueError(f"kernel {kernel.name!r}: expected a name of its own, got one that is registered; rename it")
     unknown = kernel.functions.keys() - set(OPS)
@@ -127,14 +132,19 @@ def register_kernel(kernel: Kernel, before: str | None = None) -> None:
         raise ValueError(f"kernel {kernel.name!r}: expected functions for {', '.join(OPS)}, got {sorted(unknown)}")
     names = [other.name for other in _kernels]
     if before is not None and before not in names:
-        raise ValueError(f"before: expected one of {', '.join(names)}, got {before!r}; name a registered kernel")
+        raise ValueError(
+            f"before: expected one of {', '.join(names)}, got {described(before)}; name a registered kernel"
+        )
     _kernels.insert(0 if before is None else names.index(before), kernel)
     _chosen.cache_clear()
     _registry.version += 1
 
 
 def unregister_kernel(name: str) -> None:
-    """Takes back ``register_kernel``."""
+    """Takes back ``register_kernel``; a ValueError where there is no kernel of that name."""
+    if not any(name == kernel.name for kernel in _kernels):
+        known = ", ".join(kernel.name for kernel in _kernels)
+        raise ValueError(f"name: expected one of {known}, got {described(name)}; name a registered kernel")
     _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
     _chosen.cache_clear()
     _registry.version += 1

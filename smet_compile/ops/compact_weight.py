@@ -95,10 +95,13 @@ class CompactWeight(nn.Module):
     def active(self) -> Topology:
         """Returns the topology, checked, with the lists that kernels read."""
         self.check()
-        found = self._active
-        if found is None:  # only stands for one: on the meta device, or while something is traced
-            return Topology(self.layout, self.topology, self.lists, self.num_active)
-        return found
+        return gate.find(self.topology, self.lists, self.layout.text, self.num_active)
+
+    def _is_checked(self) -> bool:
+        """Returns whether bits and lists were checked, here or in the weight ``functional_call`` took them from."""
+        if self.is_still(self._active):
+            return True
+        return gate.is_admitted(self.topology, self.lists, self.layout.text, self.num_active)
 
     def is_still(self, topology: Topology | None) -> bool:
         """Returns whether ``topology`` is the one that was checked last, with bits and lists unchanged.
@@ -127,7 +130,7 @@ class CompactWeight(nn.Module):
         topology = self.topology
         if gate.is_traced(topology) or self.fingerprint is None:
             return False
-        if self.is_still(self._active):
+        if self._is_checked():
             return True
         error = gate.topology_error(topology, self.layout, self.num_active)
         return error is None and digest_bits(topology)[1] == self.fingerprint
@@ -143,7 +146,7 @@ class CompactWeight(nn.Module):
         if self.write_error is not None:
             error, self.write_error = self.write_error, None
             raise error
-        if not (self.fingerprint is not None and self.is_still(self._active)) and not gate.is_traced(self.topology):
+        if not (self.fingerprint is not None and self._is_checked()) and not gate.is_traced(self.topology):
             self._check_again()
 
     def _check_again(self) -> None:

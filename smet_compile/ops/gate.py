@@ -77,6 +77,11 @@ def find(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topo
     return topology
 
 
+def is_admitted(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> bool:
+    """Returns whether these tensors passed, and nothing was changed since."""
+    return _admitted(bits, lists, layout_text, num_active) is not None
+
+
 def _admitted(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topology | None:
     known = _topologies.get(id(bits))
     topology = None if known is None else known()

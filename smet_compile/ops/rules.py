@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smet_compile.format.arguments import described
+
 Options = Any
 """A named tuple of a rule's options, all floats: ``options.beta1``."""
 Step = Callable[["Block", Options], tuple[Tensor, ...]]
@@ -106,6 +108,8 @@ def register_rule(rule: Rule) -> Rule:
     Raises:
         ValueError: another rule has this name.
     """
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule: expected a Rule, got {described(rule)}; make one of a name and a function")
     if _rules.setdefault(rule.name, rule) is not rule:
         raise ValueError(f"rule {rule.name!r}: expected a name of its own, got one that is registered; rename the rule")
     return rule

@@ -6,6 +6,8 @@ against it.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -87,6 +89,36 @@ class Update:
         return [self.values, *self.slots, *scales, self.num_skipped, self.step]
 
 
+class Settings(NamedTuple):
+    """The names and numbers of an update. They travel through an op as one text: each argument costs compile time."""
+
+    rule: str
+    options: tuple[float, ...]
+    density_rate: float
+    warmup_steps: int
+    noise_seed: int | None
+    units_are_columns: bool = False
+    layout: str = ""
+
+    @classmethod
+    def from_text(cls, text: str) -> Settings:
+        """Reads what ``text`` wrote."""
+        return _from_text(text)
+
+    def text(self) -> str:
+        """Returns the settings as a JSON list, which holds every number exactly."""
+        return json.dumps(self)
+
+    def make_layout(self) -> Layout | None:
+        return Layout.from_text(self.layout) if self.layout else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_text(text: str) -> Settings:
+    rule, options, *others = json.loads(text)
+    return Settings(rule, tuple(options), *others)
+
+
 class _Field(NamedTuple):
     """An argument of the op: its name, its type in a schema, and whether the op changes it."""
 
@@ -107,13 +139,7 @@ _FIELDS = (
     _Field("births", "Tensor?"),
     _Field("topology", "Tensor?"),
     _Field("lists", "Tensor?"),
-    _Field("layout", "str"),
-    _Field("units_are_columns", "bool"),
-    _Field("rule", "str"),
-    _Field("options", "float[]"),
-    _Field("density_rate", "float"),
-    _Field("warmup_steps", "int"),
-    _Field("noise_seed", "int?"),
+    _Field("settings", "str"),
 )
 NAMES = tuple(each.name for each in _FIELDS)
 _REST = NAMES[2:]
@@ -135,7 +161,16 @@ def schema(between: str = "Tensor grad", mutates: bool = True) -> str:
 
 def flatten(update: Update) -> tuple[Any, ...]:
     """Returns the arguments of the op after the gradient."""
-    topology, layout = update.topology, update.layout
+    topology = update.topology
+    settings = Settings(
+        update.rule.name,
+        update.options,
+        update.density_rate,
+        update.warmup_steps,
+        update.noise_seed,
+        update.units_are_columns,
+        "" if update.layout is None else update.layout.text,
+    )
     return (
         list(update.slots),
         update.scales,
@@ -146,13 +181,7 @@ def flatten(update: Update) -> tuple[Any, ...]:
         update.births,
         None if topology is None else topology.bits,
         None if topology is None else topology.lists,
-        "" if layout is None else layout.text,
-        update.units_are_columns,
-        update.rule.name,
-        list(update.options),
-        update.density_rate,
-        update.warmup_steps,
-        update.noise_seed,
+        settings.text(),
     )
 
 
@@ -163,27 +192,38 @@ def unflatten(values: Tensor, grad: Tensor, rest: tuple[Any, ...]) -> Update:
         ValueError: state, ages or topology do not fit the values.
     """
     named = dict(zip(_REST, rest, strict=True))
-    bits, lists, layout_text = named.pop("topology"), named.pop("lists"), named.pop("layout")
+    bits, lists, settings = named.pop("topology"), named.pop("lists"), Settings.from_text(named.pop("settings"))
     topology = None
     if bits is not None:
         if lists is None:
             raise ValueError("update_: expected the lists beside the topology, got none; pass CompactWeight.lists")
-        topology = gate.find(bits, lists, layout_text, values.shape[0])
-    named["rule"] = find_rule(named["rule"])
-    named["slots"], named["options"] = tuple(named["slots"]), tuple(named["options"])
-    layout = topology.layout if topology else Layout.from_text(layout_text) if layout_text else None
-    update = Update(values=values, grad=grad, topology=topology, layout=layout, **named)
+        topology = gate.find(bits, lists, settings.layout, values.shape[0])
+    update = _make(settings, topology, named | {"values": values, "grad": grad})
     check("update_", update)
     return update
 
 
-def traced(named: dict[str, Any]) -> Update:
+def make_traced(named: dict[str, Any]) -> Update:
     """Makes an update of the arguments of the op by name, which only stand for tensors. Nothing is checked."""
-    bits, lists, layout_text = named["topology"], named["lists"], named["layout"]
-    layout = Layout.from_text(layout_text) if layout_text else None
+    bits, lists, settings = named["topology"], named["lists"], Settings.from_text(named["settings"])
+    layout = settings.make_layout()
     topology = None if bits is None or layout is None else Topology(layout, bits, lists, named["values"].shape[0])
-    rest = {name: named[name] for name in NAMES if name not in ("topology", "lists", "layout", "rule")}
-    return Update(rule=find_rule(named["rule"]), topology=topology, layout=layout, **rest)
+    others = {name: named[name] for name in NAMES if name not in ("topology", "lists", "settings")}
+    return _make(settings, topology, others)
+
+
+def _make(settings: Settings, topology: Topology | None, tensors: dict[str, Any]) -> Update:
+    return Update(
+        rule=find_rule(settings.rule),
+        topology=topology,
+        layout=topology.layout if topology else settings.make_layout(),
+        units_are_columns=settings.units_are_columns,
+        options=settings.options,
+        density_rate=settings.density_rate,
+        warmup_steps=settings.warmup_steps,
+        noise_seed=settings.noise_seed,
+        **(tensors | {"slots": tuple(tensors["slots"])}),
+    )
 
 
 def check(name: str, update: Update) -> None:
@@ -230,7 +270,7 @@ def check_names(table: str, names: Collection[str], rule: Rule, derived: Collect
         ValueError: a name that is none of these, or a field that the table lacks.
     """
     slots, options = {slot.name for slot in rule.slots}, set(rule.options)
-    unknown = set(names) - set(NAMES) - slots - options - set(derived)
+    unknown = set(names) - set(NAMES) - set(Settings._fields) - slots - options - set(derived)
     needed = {"values", "grad", "scales", "num_skipped", "step", "generation", "births", "warmup_steps"} | slots
     missing = needed - set(names)
     if unknown or missing:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from smet_compile.ops.choose import update_kernel_of
-from smet_compile.ops.updates import NAMES, traced
+from smet_compile.ops.updates import NAMES, make_traced
 from smet_compile.passes.graph import (
     PACK,
     SAMPLED,
@@ -147,4 +147,4 @@ def kernel_of(update: fx.Node) -> str:
     """Returns the kernel that will make this update, a call of ``update_`` or ``sampled_update_``."""
     found = {name: fx.node.map_arg(value, val) for name, value in updated(update).items() if name in NAMES}
     found["grad"] = found["values"]  # a gradient has the dtype of its weight
-    return update_kernel_of(traced(found), is_traced=True).name
+    return update_kernel_of(make_traced(found), is_traced=True).name

@@ -13,6 +13,7 @@ from torch import fx
 
 from smet_compile.format import Layout
 from smet_compile.ops.choose import Case, kernel_of
+from smet_compile.ops.updates import Settings
 from smet_compile.passes.canonicalize import uses
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, TORCH_OPTIM, updated_sites
 from smet_compile.passes.fuse_update import kernel_of as update_kernel_of
@@ -96,6 +97,7 @@ def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
         if update.args[0] is SAMPLED_UPDATE:
             known = updated(update)
             num_active = val(known["values"]).shape[0]
+            known["layout"] = Settings.from_text(known["settings"]).layout
             outcome.add(WEIGHT_GRADIENT, FUSED, _kernel("sampled_matmul", known["left"], num_active, known))
     return found
 

@@ -128,7 +128,11 @@ def _capture_fused(model: nn.Module, step: Step, batch: Any) -> Captured:
     trained = TrainStep(model, ActiveAdamW(model), step.loss, accumulate=1, max_norm=None)
     updates = trained.updates()
     with trained.gradients_in_sinks(updates):
-        return _capture(lambda: trained.forward(batch, updates))
+        try:
+            return _capture(lambda: trained.forward(batch, updates))
+        except SeveralGraphsError as error:  # raised once the step is put in order, which counts the updates of others
+            broken = error
+    raise broken
 
 
 def _capture(call: Callable[[], Any]) -> Captured:

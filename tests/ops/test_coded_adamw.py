@@ -15,7 +15,7 @@ from smet_compile.ops.updates import unflatten
 from tests.ops.code_definition import Coded
 from tests.support.snapshots import same_bits
 from tests.support.updates import PLAIN as NO_TOPOLOGY
-from tests.support.updates import Settings, after_gradient
+from tests.support.updates import after_gradient, settings
 
 OPTIONS: dict[str, Any] = {
     "density_rate": 2.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "warmup_steps": 4,
@@ -62,7 +62,7 @@ class Case:
     def update(self, grad: Tensor, lr: Tensor, seed: int | None) -> None:
         """Makes the step in plain torch."""
         options = tuple(OPTIONS[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
-        numbers = Settings(OPTIONS["density_rate"], options, OPTIONS["warmup_steps"], seed)
+        numbers = settings(OPTIONS["density_rate"], options, OPTIONS["warmup_steps"], seed)
         rest = after_gradient(self.state, lr, (self.generation, self.births), self.place, numbers)
         plain.update_all([unflatten(self.values, grad, rest)])
 

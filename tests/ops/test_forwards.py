@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
-from smet_compile.ops import find_sites, forwards
+from smet_compile.ops import find_sites, saved_weights
 from tests.support.masked import fill_masked, masked_gradients, parameter_of
 from tests.support.snapshots import same_bits
 from tests.support.weight_watch import WeightSized, dense_sizes
@@ -190,7 +190,7 @@ def test_torch_names_the_function_that_calls_hooks_as_it_did() -> None:
     """An interrupt is noticed at once by it; without, the next forward does."""
     seen: list[Any] = []
     module = nn.Linear(2, 2)
-    module.register_forward_pre_hook(lambda *_: seen.append(forwards._object_of_call(sys._getframe(1))))
+    module.register_forward_pre_hook(lambda *_: seen.append(saved_weights._object_of_call(sys._getframe(1))))
     module(torch.zeros(1, 2))
     assert callable(seen[0])
 

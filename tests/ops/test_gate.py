@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import smet_compile as smet
-from smet_compile.format import pack_bits
+from smet_compile.format import Layout, Topology, pack_bits
 from smet_compile.ops import find_sites
 from tests.support.small_models import two_layers
 from tests.support.snapshots import assert_same, snapshot
@@ -160,16 +160,16 @@ def test_a_bit_behind_the_last_block_is_refused(block: int | tuple[int, int]) ->
 
 
 def test_an_op_checks_what_it_is_given_alone() -> None:
-    values, lists = torch.ones(5), ([4, 4], [4, 4], [1, 1])
-    right, wrong = (pack_bits(torch.arange(16) < count) for count in (5, 7))
-    torch.ops.smet.unpack(values, right, [], *lists, None, None, False)
+    values, layout = torch.ones(5), Layout.of((4, 4), (1, 1))
+    right, wrong = (Topology.from_mask(torch.arange(16) < count, layout) for count in (5, 7))
+    torch.ops.smet.unpack(values, right.bits, right.lists, layout.text, None, None, False)
     with pytest.raises(ValueError, match="topology: expected 5 active blocks, one for each row of the values, got 7"):
-        torch.ops.smet.unpack(values, wrong, [], *lists, None, None, False)
+        torch.ops.smet.unpack(values, wrong.bits, wrong.lists, layout.text, None, None, False)
     with pytest.raises(ValueError, match="topology: expected 5 active blocks"):
-        torch.ops.smet.masked_matmul(torch.ones(2, 4), values, wrong, [], *lists, True)
-    strange = [torch.full((2,), 2**30, dtype=torch.int32)]
+        torch.ops.smet.masked_matmul(torch.ones(2, 4), values, wrong.bits, wrong.lists, layout.text, True)
+    strange = torch.full((2,), 2**30, dtype=torch.int32)
     with pytest.raises(ValueError, match="topology: expected the lists that are derived from it"):
-        torch.ops.smet.pack(torch.ones(4, 4), right, strange, *lists, 5)
+        torch.ops.smet.pack(torch.ones(4, 4), right.bits, strange, layout.text, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])

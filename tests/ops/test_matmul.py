@@ -11,7 +11,7 @@ from smet_compile.ops import law
 from tests.ops.matmul_cases import BLOCK_SHAPES, MASKS, SHAPES, TILES, Case, case, relative_error
 from tests.support.scratch import Scratch
 from tests.support.snapshots import same_bits
-from tests.support.updates import Settings, after_gradient
+from tests.support.updates import after_gradient, settings
 
 ops = torch.ops.smet
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
@@ -206,7 +206,7 @@ def test_sampled_update(block_shape: tuple[int, int], grouped: bool, noise_seed:
     num_active = each.compact.num_active
     births = torch.tensor([0, 2])
     ages = torch.arange(num_active) % 2
-    numbers = Settings(1.5, (0.9, 0.999, 1e-8, 0.1), 10, noise_seed)
+    numbers = settings(1.5, (0.9, 0.999, 1e-8, 0.1), 10, noise_seed)
 
     def rest(state: list[Tensor | None]) -> tuple[Any, ...]:
         return after_gradient(state, torch.tensor(0.1), (ages.byte(), births), each.topology, numbers)

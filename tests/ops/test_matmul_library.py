@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tests.ops.matmul_cases import Case, case
-from tests.support.updates import Settings, after_gradient
+from tests.support.updates import after_gradient, settings
 
 CASES = {
     "single": ("ragged", (1, 1)),
@@ -91,7 +91,7 @@ def test_sampled_update(name: str, grouped: bool, noise_seed: int | None, codes:
     scales = torch.zeros(2, each.compact.layout.num_groups) if codes else None
     generation = torch.zeros(each.compact.num_active, dtype=torch.uint8)
     state = [*moments, scales, torch.tensor(0), torch.tensor(4)]
-    numbers = Settings(warmup_steps=10, noise_seed=noise_seed)
+    numbers = settings(warmup_steps=10, noise_seed=noise_seed)
     rest = after_gradient(state, torch.tensor(0.1), (generation, torch.tensor([0])), each.topology, numbers)
     torch.library.opcheck(torch.ops.smet.sampled_update_.default, (values, left, right, offsets, *rest))
 

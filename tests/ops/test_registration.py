@@ -9,7 +9,7 @@ from torch import Tensor
 from smet_compile.format import Layout, pack_bits
 from smet_compile.ops import CompactWeight
 from smet_compile.ops.rules import find_rule
-from tests.support.updates import Settings, after_gradient
+from tests.support.updates import after_gradient, settings
 
 LAYOUTS = {
     "single": ((7, 9), (1, 1)),
@@ -58,7 +58,7 @@ def test_update(name: str, noise_seed: int | None) -> None:
     moments = [torch.zeros_like(values, dtype=torch.float32) for _ in range(2)]
     topology = (compact.topology, compact.lists, compact.layout.text)
     ages = torch.zeros(num_active, dtype=torch.uint8), births
-    numbers = Settings(warmup_steps=10, noise_seed=noise_seed)
+    numbers = settings(warmup_steps=10, noise_seed=noise_seed)
     codes = [torch.full_like(m, 7, dtype=torch.uint8) for m in moments]
     for slots, scales in ((moments, None), (codes, torch.rand(2, compact.layout.num_groups))):
         state: list[Any] = [*slots, scales, torch.tensor(0), step]
@@ -73,6 +73,6 @@ def test_update_by_other_rules(name: str, rule: str) -> None:
     known = find_rule(rule)
     state: list[Any] = [*(torch.zeros_like(values) for _ in known.slots), None, torch.tensor(0), torch.tensor(4)]
     topology = (compact.topology, compact.lists, compact.layout.text)
-    numbers = Settings(options=tuple(0.5 for _ in known.options), rule=rule)
+    numbers = settings(options=tuple(0.5 for _ in known.options), rule=rule)
     rest = after_gradient(state, torch.tensor(0.1), (None, None), topology, numbers)
     torch.library.opcheck(torch.ops.smet.update_.default, (values, torch.randn_like(values), *rest))

@@ -7,31 +7,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.ops import warn
+from smet_compile.ops import torch_insides
 
 
 @pytest.fixture(autouse=True)
 def none_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warn, "_warned", set())
+    monkeypatch.setattr(torch_insides, "_warned", set())
 
 
 class Warns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        assert not warn.in_backward()
+        assert not torch_insides.is_in_backward()
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        assert warn.in_backward()
-        warn.warn_once("in backward")
+        assert torch_insides.is_in_backward()
+        torch_insides.warn_once("in backward")
         return 2 * grad
 
 
 def test_once() -> None:
     with pytest.warns(UserWarning) as given:
         for message, key in (("a", None), ("a", None), ("b", None), ("c", "key"), ("d", "key")):
-            warn.warn_once(message, key)
+            torch_insides.warn_once(message, key)
     assert [str(each.message) for each in given] == ["a", "b", "c"]
 
 
@@ -39,8 +39,8 @@ def test_an_error_is_raised_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="a"):
-            warn.warn_once("a")
-        warn.warn_once("a")
+            torch_insides.warn_once("a")
+        torch_insides.warn_once("a")
 
 
 def test_in_a_backward_it_is_shown_and_not_raised() -> None:
@@ -49,4 +49,4 @@ def test_in_a_backward_it_is_shown_and_not_raised() -> None:
         warnings.simplefilter("error")
         Warns.apply(x).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [2.0, 2.0]
-    assert not warn.in_backward()
+    assert not torch_insides.is_in_backward()

@@ -15,7 +15,7 @@ from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_idempotent, capture, matched, randn, reads, targets, upto
 
 W, S = (24, 16), (3, 24, 16)
-TRANSPOSED, BIAS, OFFSETS = 7, 8, 9
+TRANSPOSED, BIAS, OFFSETS = 5, 6, 7
 """Positions of arguments of masked_matmul."""
 
 

@@ -15,7 +15,7 @@ from smet_compile.tracing import Captured
 from tests.passes.compiled import assert_close, assert_idempotent, capture, matched, randn, reads, targets, upto
 
 W, S = (24, 16), (3, 24, 16)
-OFFSETS = 8
+OFFSETS = 6
 """Position of an argument of sampled_matmul."""
 
 

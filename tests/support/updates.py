@@ -1,23 +1,24 @@
 """Arguments of the ops ``update_`` and ``sampled_update_``, by the rule of AdamW unless said otherwise."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from smet_compile.ops import updates
 
 PLAIN = (None, None, "")
 """Stands for the topology of a parameter that has none."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of an update."""
-
-    density_rate: float = 1.0
-    options: tuple[float, ...] = (0.9, 0.999, 1e-8, 0.0)
-    warmup_steps: int = 0
-    noise_seed: int | None = None
-    rule: str = "adamw"
+def settings(
+    density_rate: float = 1.0,
+    options: tuple[float, ...] = (0.9, 0.999, 1e-8, 0.0),
+    warmup_steps: int = 0,
+    noise_seed: int | None = None,
+    rule: str = "adamw",
+) -> updates.Settings:
+    """Returns the numbers of an update."""
+    return updates.Settings(rule, options, density_rate, warmup_steps, noise_seed)
 
 
 def after_gradient(
@@ -25,7 +26,7 @@ def after_gradient(
     lr: Tensor,
     ages: tuple[Tensor | None, Tensor | None],
     topology: tuple[Any, ...],
-    numbers: Settings,
+    numbers: updates.Settings,
 ) -> tuple[Any, ...]:
     """Returns what an op takes after the gradient.
 
@@ -34,7 +35,6 @@ def after_gradient(
         topology: bits, lists and the text of the layout.
     """
     *slots, scales, num_skipped, step = state
-    return (
-        slots, scales, num_skipped, step, lr, *ages, *topology, False, numbers.rule, list(numbers.options),
-        numbers.density_rate, numbers.warmup_steps, numbers.noise_seed,
-    )  # fmt: skip
+    bits, lists, layout = topology
+    text = numbers._replace(layout=layout).text()
+    return slots, scales, num_skipped, step, lr, *ages, bits, lists, text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smet_compile.ops import warn
+from smet_compile.ops import torch_insides
 from smet_compile.ops.kernels.native import build
 
 compiles = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
@@ -20,7 +20,7 @@ compiles = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ 
 def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMET_COMPILE_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
-    monkeypatch.setattr(warn, "_warned", set())
+    monkeypatch.setattr(torch_insides, "_warned", set())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import nn
 
 import smet_compile as smet
 from smet_compile.format import Layout
-from smet_compile.ops import choose, law, law_of_updates, warn
+from smet_compile.ops import choose, law, law_of_updates, torch_insides
 from smet_compile.ops.kernels.native.build import library
 from tests.ops.kernels.adamw_cases import Case as Parameter
 from tests.ops.kernels.adamw_cases import copy_of, update_of
@@ -136,7 +136,7 @@ def test_explain_says_which_kernel(monkeypatch: pytest.MonkeyPatch, name: str | 
 
 @pytest.fixture
 def nothing_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warn, "_warned", set())
+    monkeypatch.setattr(torch_insides, "_warned", set())
 
 
 def warnings_of(monkeypatch: pytest.MonkeyPatch, name: str, op: str, case: choose.Case) -> list[str]:

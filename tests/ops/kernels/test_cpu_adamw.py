@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from smet_compile.format import Topology
-from smet_compile.ops import chunks
+from smet_compile.ops import plain
 from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.native import adamw as native
 from smet_compile.ops.rules import find_rule
@@ -82,7 +82,7 @@ def check_step(given: Update) -> Update:
     """Compares the step with plain torch's, and returns what the kernel made."""
     actual, expected = copy_of(given, CPU), copy_of(given, CPU)
     native.update_all([actual])
-    chunks.update_all([expected])
+    plain.update_all([expected])
     assert_same_step(actual, expected, given.values)
     return actual
 

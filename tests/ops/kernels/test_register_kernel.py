@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from smet_compile.ops import choose, law_of_updates, products, warn
+from smet_compile.ops import choose, law_of_updates, plain, torch_insides
 from smet_compile.ops.updates import Update
 from tests.ops.kernels.adamw_cases import Case as Parameter
 from tests.ops.kernels.adamw_cases import update_of
@@ -17,7 +17,7 @@ from tests.ops.kernels.cpu_cases import weight
 
 @pytest.fixture
 def nothing_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warn, "_warned", set())
+    monkeypatch.setattr(torch_insides, "_warned", set())
 
 
 @pytest.fixture
@@ -35,43 +35,43 @@ def only_small(op: str, case: Any) -> str | None:
 
 
 def doubled(values: torch.Tensor, topology: Any) -> torch.Tensor:
-    return 2 * products.unpack(values, topology)
+    return 2 * plain.unpack(values, topology)
 
 
 @pytest.mark.usefixtures("nothing_warned_yet")
 def test_a_kernel_from_outside(monkeypatch: pytest.MonkeyPatch, registered: list[str]) -> None:
     small, large = weight((16, 16), (8, 8), "all"), weight((37, 29), (1, 1), "all")
     values = {each: each.values(torch.float32) for each in (small, large)}
-    plain = {each: products.unpack(values[each], each.topology) for each in (small, large)}
+    expected = {each: plain.unpack(values[each], each.topology) for each in (small, large)}
 
     def unpacked(each: Any) -> torch.Tensor:
         result: torch.Tensor = choose.compute("unpack", values[each], each.topology)(values[each], each.topology)
         return result
 
     before = choose.names()
-    assert torch.equal(unpacked(small), plain[small])  # the topology keeps this choice
+    assert torch.equal(unpacked(small), expected[small])  # the topology keeps this choice
     choose.register_kernel(choose.Kernel("outside", {"unpack": doubled}, only_small))
     registered.append("outside")
     assert choose.names() == ("outside", *before)
     assert choose.kernel_of("unpack", choose.case_of(values[small], small.topology)) == "outside"
     assert choose.kernel_of("pack", choose.case_of(values[small], small.topology)) != "outside"
-    assert torch.equal(unpacked(small), 2 * plain[small]) and torch.equal(unpacked(large), plain[large])
+    assert torch.equal(unpacked(small), 2 * expected[small]) and torch.equal(unpacked(large), expected[large])
 
     monkeypatch.setenv("SMET_COMPILE_KERNEL", "outside")
-    assert torch.equal(unpacked(small), 2 * plain[small])
+    assert torch.equal(unpacked(small), 2 * expected[small])
     other = choose.kernel_of("unpack", choose.case_of(values[large], large.topology))
     message = (
         f"SMET_COMPILE_KERNEL=outside: {other} computes unpack of torch.float32 single weights on cpu, since outside "
     )
     with pytest.warns(UserWarning, match=f"{message}takes up to 100 blocks; name a kernel that can"):
-        assert torch.equal(unpacked(large), plain[large])
+        assert torch.equal(unpacked(large), expected[large])
 
     choose.unregister_kernel(registered.pop())
     assert choose.names() == before
     with pytest.raises(ValueError, match=r"SMET_COMPILE_KERNEL: expected one of .*, got 'outside'"):
         unpacked(small)
     monkeypatch.delenv("SMET_COMPILE_KERNEL")
-    assert torch.equal(unpacked(small), plain[small])
+    assert torch.equal(unpacked(small), expected[small])
 
 
 def test_a_kernel_from_outside_goes_where_it_is_told_and_only_where_it_is_profitable(registered: list[str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.ops import codes, law
+from smet_compile.ops import law
 from tests.ops.kernels.device import DEVICE, on_device
 
 pytest.importorskip("triton")
@@ -86,9 +86,9 @@ def test_bfloat16(stochastic: bool) -> None:
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-@pytest.mark.parametrize("kind", [codes.SIGNED_CODES, codes.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("kind", [law.SIGNED_CODES, law.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 0.3, 3.4028234663852886e38, 1e-40])
-def test_codes(scale: float, kind: codes.CodeFormat, stochastic: bool) -> None:
+def test_codes(scale: float, kind: law.CodeFormat, stochastic: bool) -> None:
     noise, scales = any_bits(COUNT, 4), torch.tensor(scale)
     x = scales * torch.exp2(-40 * torch.rand(COUNT, generator=torch.Generator().manual_seed(5)))
     x[: COUNT // 4] = scales * (torch.arange(COUNT // 4) / (COUNT // 4))
@@ -97,13 +97,13 @@ def test_codes(scale: float, kind: codes.CodeFormat, stochastic: bool) -> None:
         x = torch.where(noise % 2 == 0, x, -x)
     constants = {"OFFSET": kind.offset, "STOCHASTIC": stochastic}
     encoded = run(_encode, x, scales, noise, dtype=torch.uint8, **constants)
-    assert torch.equal(encoded, codes.encode(x, scales, kind, noise if stochastic else None))
+    assert torch.equal(encoded, law.encode(x, scales, kind, noise if stochastic else None))
     decoded = run(_decode, encoded, scales, dtype=torch.float32, OFFSET=kind.offset)
-    assert_same_bits(decoded, codes.decode(encoded, scales, kind))
+    assert_same_bits(decoded, law.decode(encoded, scales, kind))
 
 
-@pytest.mark.parametrize("kind", [codes.SIGNED_CODES, codes.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
-def test_every_code(kind: codes.CodeFormat) -> None:
+@pytest.mark.parametrize("kind", [law.SIGNED_CODES, law.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
+def test_every_code(kind: law.CodeFormat) -> None:
     every, scale = torch.arange(COUNT).to(torch.uint8), torch.tensor(0.7)
     decoded = run(_decode, every, scale, dtype=torch.float32, OFFSET=kind.offset)
-    assert_same_bits(decoded, codes.decode(every, scale, kind))
+    assert_same_bits(decoded, law.decode(every, scale, kind))
