@@ -57,8 +57,8 @@ def check_moment_dtype(moment_dtype: Any) -> Any:
 
 
 def _rate(name: str, lr: Any) -> float | Tensor:
-    """Returns a rate; a tensor stays one, since a compiled step reads it anew each time."""
-    if not isinstance(lr, Tensor):
+    """Returns a rate; a tensor of floating-point numbers stays one, since a compiled step reads it anew each time."""
+    if not isinstance(lr, Tensor) or (lr.dim() == 0 and not (lr.is_floating_point() or lr.is_complex())):
         return number(name, lr, at_least=0)
     if lr.dim() != 0 or lr.is_complex() or lr.dtype == torch.bool:
         raise ValueError(
