@@ -1,4 +1,9 @@
-"""compile_train_step: forward, backward and update as one call, in which compact gradients die where they are made."""
+"""Provides compile_train_step: forward, backward and optimizer step as one call.
+
+Where it can, the step opens an update sink for each compact weight (``ops.sinks``) before the forward is compiled. The
+update then is part of the compiled backward, and no compact gradient is kept. Where it cannot (accumulation, clipping,
+data parallelism, graph breaks), the same call makes a usual step with gradients in memory.
+"""
 
 from __future__ import annotations
 
@@ -38,27 +43,27 @@ def compile_train_step(
 
     Without accumulation, clipping or data parallelism each compact weight is updated in backward, as soon as its
     gradient is known: no compact gradient outlives its update. All other parameters are updated by
-    ``optimizer.step()`` as ever. With any of the three, or where the step is not one graph (a warning says why),
-    gradients live as compact tensors until they are used; ``step.fused`` tells which::
+    ``optimizer.step()`` as usual. With any of the three, or where the step is not one graph (a warning says why),
+    gradients are compact tensors until ``optimizer.step()``; ``step.fused`` tells which case it is::
 
         step = smet.compile_train_step(model, optimizer)
         for batch in loader:
             loss = step(batch)
             scheduler.step(); manager.step()
 
-    A step may break: something raises in its forward, backward or update, or Ctrl-C ends it. Then every gradient of the
-    model is dropped, also one that was there before or that earlier calls accumulated; accumulation begins anew with
-    the next call, and state that the optimizer made for an update that did not come is forgotten. What cannot be taken
-    back are updates in backward: weights that had theirs have made the step, the others have not, as if they had been
-    frozen in it. The model trains on from there; to repeat the step exactly, load a checkpoint.
+    A step may fail: something raises in its forward, backward or update, or Ctrl-C ends it. Then every gradient of the
+    model is dropped, also one that was there before or that earlier calls accumulated. Accumulation begins anew with
+    the next call. State that the optimizer made for an update that did not happen is deleted. Updates in backward that
+    were made already cannot be undone: the weights without an update then count as frozen in that step. Training can go
+    on from there; to repeat the step exactly, load a checkpoint.
 
     With accumulation DistributedDataParallel reduces gradients in the last call of each optimizer step only.
 
     Args:
-        model: with compact weights; not compiled before.
+        model: a model with compact weights, not compiled before.
         optimizer: ``ActiveAdamW``, or AdamW, Adam or SGD of ``torch.optim``; holds the model's parameters.
         loss_fn: ``loss_fn(model, batch)`` → 0-d loss. Default: ``model(**batch).loss``.
-        accumulate: calls that make one optimizer step; each call's loss is divided by it for the gradients.
+        accumulate: number of calls for one optimizer step; each call's loss is divided by it for the gradients.
         max_grad_norm: clips the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Returns: the step. It takes a batch and returns the loss, detached and not divided.
@@ -80,7 +85,7 @@ def compile_train_step(
 
 
 class TrainStep:
-    """One training step, compiled at its first call. Made by ``compile_train_step``."""
+    """Makes one training step at each call, and compiles it at the first. ``compile_train_step`` returns it."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn | None, accumulate: int, max_norm: float | None
@@ -100,13 +105,16 @@ class TrainStep:
         self.compile()
 
     def compile(self, **options: Any) -> None:
-        """Has the step compiled anew at its next call, by ``torch.compile`` with these options."""
+        """Makes the next call compile the step anew, by ``torch.compile`` with these options."""
         self._options = options
         self._compiled = self._compile(fullgraph=self.fused)
 
     def _compile(self, fullgraph: bool) -> Callable[..., Tensor]:
-        """By code of its own: Dynamo counts recompiles, to stop at a few, by code object, and remembers by its name
-        what changed from call to call, which would make a second model's sizes and options symbols."""
+        """Compiles ``forward`` with a code object and a name of its own.
+
+        Dynamo limits recompiles per code object, so two models that share one would share the limit. It also remembers
+        by the name what changed from call to call, and would make a second model's sizes and options symbols.
+        """
         forward = TrainStep.forward
         code = forward.__code__.replace(co_name=f"forward_{next(_num_compiled)}")
         own = MethodType(FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__), self)
@@ -115,12 +123,12 @@ class TrainStep:
 
     @property
     def fused(self) -> bool:
-        """Whether compact weights are updated in backward, and their gradients never kept."""
+        """Tells whether compact weights are updated in backward, so that their gradients are never kept."""
         kept = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
         return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
-        """The part that is compiled: opens the sinks and computes the loss."""
+        """Opens the sinks and computes the loss. This is the part that is compiled."""
         for site, update in zip(self.sites, updates, strict=True):
             compact = site.compact
             if update is not None:
@@ -137,7 +145,7 @@ class TrainStep:
                 f"batch: expected a dict of the model's arguments, got {type(batch).__name__}; pass "
                 "loss_fn=lambda model, batch: ..."
             )
-        self._abandon()  # a step whose cleaning up was interrupted
+        self._abandon()  # if the cleaning up after an earlier step was interrupted
         self._unfinished = updates = self.updates()
         try:
             loss = self._step(batch, updates)
@@ -169,7 +177,7 @@ class TrainStep:
         return loss.detach()
 
     def _abandon(self) -> None:
-        """Leaves nothing of a step that broke but the updates that it made. Does nothing where none is unfinished."""
+        """Cleans up after a step that failed, except for updates that it made. Does nothing if none is unfinished."""
         updates = self._unfinished
         if updates is None:
             return
@@ -191,8 +199,11 @@ class TrainStep:
             return _checked(self._compiled(batch, updates))
 
     def _loss_in_parts(self, batch: Any, broken: Exception) -> Tensor:
-        """From now on with gradients that are kept. A sink that several graphs share would be updated in every step:
-        a graph hands a gradient of zeros to a weight that the others did not reach."""
+        """Computes the loss with graph breaks, and from now on with gradients that are kept.
+
+        With several graphs, sinks would be wrong: a graph returns a gradient of zeros for a sink that it does not use,
+        so that weights which the step does not reach would be updated too.
+        """
         whole, self._compiled = self._compiled, self._compile(fullgraph=False)
         try:
             loss = self._loss(batch, [None] * len(self.sites))
@@ -215,8 +226,10 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
 
     def updates(self) -> list[BackwardUpdate | None]:
-        """The update of each site in backward; None for one that is frozen, or has a gradient from elsewhere to add
-        to, and for all where none is fused."""
+        """Returns each site's update in backward; None where it is not fused.
+
+        Besides steps that fuse none, that is the case for weights that are frozen or that have a gradient already.
+        """
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
         try:
@@ -238,11 +251,11 @@ class TrainStep:
 
     @contextmanager
     def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[None]:
-        """In a forward whose gradients the sinks take, the values ask for none: backward changes them.
+        """Makes values need no gradient during a forward whose gradients go to sinks, since backward changes them.
 
-        In backward they do again: a checkpointed region that no graph took in reads them anew there, and has to save
-        what it saved the first time. Under ``use_reentrant=True`` it then leaves a gradient, which
-        ``optimizer.step()`` uses up.
+        In backward they need one again. A checkpointed region outside the graph reads them anew there, and has to save
+        the same tensors as before. With ``use_reentrant=True`` it then leaves a gradient, which ``optimizer.step()``
+        uses.
         """
         updated = [
             (site.values, site.compact) for site, update in zip(self.sites, updates, strict=True) if update is not None
@@ -260,7 +273,7 @@ class TrainStep:
                 compact.update_sink = None
 
     def forget_unused(self, updates: list[BackwardUpdate | None]) -> None:
-        """State is made before it is known whether the step reaches a weight."""
+        """Deletes state that was made for a weight which the step then did not reach."""
         for site, update in zip(self.sites, updates, strict=True):
             if update is None or not update.made_state or site.values not in self.optimizer.state:
                 continue
@@ -275,14 +288,14 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _not_one_graph() -> tuple[type[Exception], ...]:
-    """What Dynamo raises where it cannot make one graph. Imported here: it takes seconds, and few ask."""
+    """Returns the errors that Dynamo raises where it cannot make one graph; imports them here, which takes seconds."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
 
     return Unsupported, UserError, FailOnRecompileLimitHit
 
 
 def _forget_reduction(reducer: DistributedDataParallel) -> None:
-    """Lets the next forward begin where a backward was broken off: the reducer would wait for the rest of it."""
+    """Makes the reducer ready for a new forward after an interrupted backward, for the rest of which it would wait."""
     reducer.reducer._reset_state()
 
 

@@ -60,7 +60,7 @@ _live: dict[int, weakref.ref[Tensor]] = {}
 
 
 class WeightRead(Tensor):
-    """Is the dense weight that ``module.weight`` returns: an ordinary tensor, whose changes in place are kept.
+    """Represents the dense weight that ``module.weight`` returns: an ordinary tensor, whose changes in place are kept.
 
     ``detach()`` and ``.data`` return aliases of the same kind, ``numpy()`` an array that cannot be written to.
     """

@@ -35,7 +35,7 @@ from smet_compile.ops.torch_insides import (
 
 
 class Context(Protocol):
-    """Is in force during a forward. ``end`` does nothing where an interrupt came before ``begin``."""
+    """Changes a setting during a forward. ``end`` does nothing where an interrupt came before ``begin``."""
 
     def begin(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The order of the passes, the pass that Inductor sees, and how it gets there, beside what a user has put there."""
+"""Defines the order of the passes, and installs them in Inductor, after any pass that the user had set."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def run_passes(graph: fx.Graph, passes: Iterable[Pass] = PASSES) -> list[PassRep
 
 
 class JointPasses(CustomGraphPass):
-    """What Inductor calls: the passes a user had set before, then ours, if they are switched on.
+    """Runs, as the one pass that Inductor calls, the passes that the user had set, then ours if they are enabled.
 
     Args:
-        before: what was in ``joint_custom_pre_pass`` when ours were installed.
+        before: the passes in ``joint_custom_pre_pass`` when ours were installed.
     """
 
     def __init__(self, before: tuple[Any, ...] = ()) -> None:
@@ -63,8 +63,10 @@ class JointPasses(CustomGraphPass):
             mark_seen(graph)
 
     def uuid(self) -> Any:
-        """Changes with the source of this library, with the switch, and with the passes before; None where one of
-        those has no uuid, which tells Inductor not to cache."""
+        """Returns a key for Inductor's cache, which changes with our source, the switch, and the user's passes.
+
+        It is None, and nothing is cached, where one of the user's passes has no uuid.
+        """
         theirs = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.before]
         if any(uuid is None for uuid in theirs):
             return None
@@ -73,7 +75,7 @@ class JointPasses(CustomGraphPass):
 
 @functools.cache
 def source_hash() -> str:
-    """Of every source file that decides what a compiled graph computes: the passes, the ops and their autograd."""
+    """Returns a hash of every source file that decides what a compiled graph computes: format, ops and passes."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for room in ("format", "ops", "passes"):
@@ -86,7 +88,7 @@ _warned: set[str] = set()
 
 
 def install() -> None:
-    """Sets ``torch._inductor.config.joint_custom_pre_pass``, chained behind what it holds. Twice is as once."""
+    """Sets ``torch._inductor.config.joint_custom_pre_pass``, keeping the user's. A second call has no effect."""
     library.on_unseen_graph = _warn_unseen
     for function in (CompactWeight.forward, *saved_weights.RUN_IN_EAGER):
         _never_by_itself(function)
@@ -97,10 +99,10 @@ def install() -> None:
 
 
 def _never_by_itself(function: Any) -> None:
-    """Dynamo may trace ``function`` into a graph, but not start one with it.
+    """Keeps Dynamo from starting a graph with ``function``; it may still trace it as part of one.
 
-    After a graph break it would compile what reads a weight to a graph that returns the dense weight, and autograd
-    would keep that: in eager it is not kept.
+    After a graph break Dynamo would compile the read of a weight to a graph that returns the dense weight, which
+    autograd would save. In eager mode it is not saved.
     """
     set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
@@ -111,7 +113,7 @@ def _holds_ours(current: Any) -> bool:
 
 
 def _warn_unseen() -> None:
-    """A compiled graph runs that the passes never saw: once a reason, say which."""
+    """Warns, once for each reason, that a compiled graph runs which the passes did not see."""
     if not is_enabled():
         return
     if _holds_ours(inductor.joint_custom_pre_pass):

@@ -1,6 +1,6 @@
-"""verify: what became of each site, and where something was not fused, why.
+"""Finds out what became of each site, and why something was not fused. The graph is not changed.
 
-Changes nothing. What is left as ``unpack`` or ``pack`` was not fused; who reads it says the reason.
+An ``unpack`` or ``pack`` that is left was not fused; the node that reads it, or that it reads, tells the reason.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LOOKS_UP += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.de
 
 @dataclass
 class Outcome:
-    """For one site: part → "fused", or the reasons why it is not. A part that a graph has not is missing.
+    """Holds for one site part → "fused", or the reasons why it is not. Parts that the graph does not have are missing.
 
     ``kernels``: part → the names of the kernels that compute what is fused.
     """
@@ -51,17 +51,19 @@ class Outcome:
     parts: dict[str, list[str]] = field(default_factory=dict)
     kernels: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, part: str, what: str, kernel: str | None = None) -> None:
-        for found, new in ((self.parts, what), (self.kernels, kernel)):
+    def add(self, part: str, result: str, kernel: str | None = None) -> None:
+        """Adds a result, "fused" or a reason, to a part."""
+        for found, new in ((self.parts, result), (self.kernels, kernel)):
             if new is not None and new not in found.setdefault(part, []):
                 found[part].append(new)
 
     @property
     def reasons(self) -> list[str]:
-        return [f"{part}: {what}" for part, said in self.parts.items() for what in said if what != FUSED]
+        return [f"{part}: {result}" for part, results in self.parts.items() for result in results if result != FUSED]
 
 
 def verify(graph: fx.Graph) -> PassReport:
+    """Counts the sites that are wholly fused, and reports the reasons for the others."""
     report = PassReport("verify")
     for name, outcome in outcomes(graph).items():
         report.matched += not outcome.reasons
@@ -70,7 +72,7 @@ def verify(graph: fx.Graph) -> PassReport:
 
 
 def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
-    """What became of each site, by the name of the node that holds its topology."""
+    """Returns the outcome for each site, by the name of the node that holds its topology."""
     backward = _backward(graph)
     found: dict[str, Outcome] = {}
 
@@ -109,7 +111,7 @@ def _kernel(op: str, node: fx.Node, num_active: Any, known: dict[str, Any]) -> s
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """Every node that depends on the gradient of an output."""
+    """Returns every node that depends on the gradient of an output."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and node.name.startswith("tangents")
@@ -119,6 +121,7 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _reasons(unpack: fx.Node) -> Iterator[tuple[fx.Node, str]]:
+    """Yields each reader of a dense weight, through any views, and why it is not fused."""
     whole = View(tuple("?" * val(unpack).dim()))
     for _, user, _ in uses(unpack, whole):
         yield user, _reason(user)
@@ -149,7 +152,7 @@ def _gradient_reason(pack: fx.Node) -> str:
 
 
 def _name(node: Any) -> str:
-    """Of the op; of one of its results, the op that has several."""
+    """Returns the name of a node's op; for one of several results, that of the op which has them."""
     if getattr(node.target, "__name__", "") == "getitem":
         return _name(node.args[0])
     return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))

@@ -238,12 +238,12 @@ def _masked_tiles(
 
 
 class _Launch(NamedTuple):
-    """Holds what every launch with one topology has in common.
+    """Holds the arguments that all launches with one topology share.
 
     Args:
-        lists: positions, order by column, starts of the lines. sizes: what the kernel takes after the number of tokens.
-        programs: of a block of tokens. tokens: of a program. more_blocks: of tokens, since each matrix begins with a
-            new one. num_inputs, num_outputs: of the product.
+        lists: positions, order by column, starts of the lines. sizes: the kernel's arguments after ``num_tokens``.
+        programs: programs for a block of tokens. tokens: tokens of a program. more_blocks: additional blocks of tokens,
+            since each matrix begins a new one. num_inputs, num_outputs: sizes of the product.
     """
 
     kernel: Any
