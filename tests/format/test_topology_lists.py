@@ -1,4 +1,4 @@
-"""The derived lists, against a plain reading of the mask."""
+"""Compares the derived lists with a plain reading of the mask."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
 
 
 def test_the_index_is_within_its_budget() -> None:
-    """At most 0.16 bytes a dense weight for single weights, 16 bytes a block for tiles; with the bits."""
+    """Bits and lists take at most 0.16 bytes a dense weight for single weights, 16 bytes a block for tiles."""
     single = Layout((2048, 5461), (2048, 5461), (1, 1))
     num_active = single.num_active(0.25)
     index = empty_lists(single, num_active, torch.device("meta"))

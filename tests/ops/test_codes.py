@@ -14,7 +14,7 @@ ALL = torch.arange(256, dtype=torch.uint8)
 
 
 def numbers(kind: CodeFormat) -> Tensor:
-    """What codes 0 ... largest stand for relative to the scale, by arithmetic: exponents of 3 bits of mantissa."""
+    """Computes the numbers for codes 0 ... largest, relative to the scale, from exponents and 3 bits of mantissa."""
     upper = torch.arange(1, kind.largest + 1) + kind.offset
     return torch.cat([torch.zeros(1), (1 + upper % 8 / 8) * 2.0 ** (upper // 8 - 127)])
 

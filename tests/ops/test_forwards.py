@@ -57,7 +57,7 @@ class Owner(nn.Module):
 
 
 def broken_off(module: nn.Module, error: type[BaseException]) -> None:
-    """A forward that reads the weight, raises, and whose error is caught."""
+    """Runs a forward that reads the weight and raises, and catches the error."""
 
     def read_and_raise(module: nn.Module, args: Any) -> None:
         module.weight.sum()
@@ -127,7 +127,7 @@ def test_a_part_of_the_model_alone(outer: Call) -> None:
 
 
 def test_one_weight_at_a_time_in_the_backward_of_a_checkpointed_owner() -> None:
-    """The one that the last product reads for its own backward, when that asks for the segment anew."""
+    """The only dense weight alive is the one that the last product reads for its backward, in the segment run again."""
     model = smet.sparsify(Owner(3), density=0.5, include="*weight")
     alive: list[set[int]] = []
     with WeightSized(dense_sizes(model)) as seen:
@@ -147,7 +147,7 @@ def test_a_child_that_raises_and_a_parent_that_goes_on(depth: int, error: type[B
 
 
 class Deep(nn.Module):
-    """A chain of owners, any of which may raise ``error``."""
+    """Is a chain of owners of weights, any of which may raise ``error``."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()

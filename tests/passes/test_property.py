@@ -1,4 +1,4 @@
-"""Random models: compiled equals eager in outputs and every gradient, and the memory facts hold in each."""
+"""For random models, compiled equals eager in outputs and every gradient, and the memory facts hold."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is no matrix product keeps its dense weight: right, recomputed in backward, never saved, and listed with why."""
+"""Where a weight is not used in a matrix product, it is unpacked, again in backward, never saved, and reported."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from tests.passes.memory_facts import saves_no_dense_weight
 
 
 class Unfused(NamedTuple):
-    """Shape of the weight, what is computed, the inputs, and what is said of each part."""
+    """Holds the shape of a weight, the computation, the inputs, and the reason expected for each part."""
 
     shape: tuple[int, ...]
     apply: Callable[..., Any]
@@ -35,7 +35,7 @@ def looked_up(how: str) -> str:
 
 
 def routed(x: Tensor, chosen: Tensor, w: Tensor) -> Tensor:
-    """Each token multiplies with the matrix that is chosen for it."""
+    """Multiplies each token with the matrix that is chosen for it."""
     return torch.einsum("tc,trc->tr", x, w[chosen])
 
 

@@ -1,4 +1,4 @@
-"""verify: says of each site what was fused, and why where it was not; changes nothing."""
+"""The pass verify reports for each site what was fused, and why something was not; it changes nothing."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Arguments of the ops ``update_`` and ``sampled_update_``, by the rule of AdamW unless said otherwise."""
+"""Makes arguments of the ops ``update_`` and ``sampled_update_``, by default for the rule of AdamW."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ PLAIN = (None, None, "")
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of an update."""
+    """Holds the numbers of an update."""
 
     density_rate: float = 1.0
     options: tuple[float, ...] = (0.9, 0.999, 1e-8, 0.0)
@@ -27,7 +27,7 @@ def after_gradient(
     topology: tuple[Any, ...],
     numbers: Settings,
 ) -> tuple[Any, ...]:
-    """Returns what an op takes after the gradient.
+    """Returns the arguments of an op that come after the gradient.
 
     Args:
         state: the slots, and then scales, num_skipped and step. ages: generation and births.
