@@ -50,7 +50,7 @@ class Dense:
         self.weight_RC = torch.randn(size.rows, size.cols, dtype=dtype, device=device)
 
     def part(self, name: str) -> Work:
-        """One part of a step, as a call."""
+        """Returns one part of a step, as a call."""
         if name == UPDATE:
             parameter = nn.Parameter(self.weight_RC)
             parameter.grad = torch.randn_like(parameter)
@@ -81,7 +81,7 @@ class Compact:
         return self._site.density
 
     def part(self, name: str) -> Work:
-        """One part of a step, as a call."""
+        """Returns one part of a step, as a call."""
         compact, values = self._site.compact, self._site.values.detach()
         if name == UPDATE:
             moment_dtype = torch.bfloat16 if values.dtype == torch.bfloat16 else None

@@ -158,7 +158,7 @@ def test_equals_the_definition(name: str, seed: int | None) -> None:
 @seeds
 @every_case
 def test_gradients_that_are_not_finite(name: str, seed: int | None) -> None:
-    """Of some blocks: a whole group of them stays bit for bit, in other groups the scale is that of all blocks."""
+    """A group in which no gradient is finite stays bit for bit; in other groups the scale is that of all blocks."""
     each = case(name)
     each.step(gradient(each), seed)
     grad = gradient(each)

@@ -88,7 +88,7 @@ def sparse_and_plain(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def check(model: nn.Module, call: Call = directly) -> None:
-    """No dense weight outlives the forward, and gradients are those of the dense twin."""
+    """Checks that no dense weight outlives the forward, and that gradients are those of the dense twin."""
     sparse, plain = sparse_and_plain(model)
     x = torch.randn(5, SIZE, requires_grad=True)
     with WeightSized(dense_sizes(sparse)) as seen:
@@ -187,7 +187,7 @@ def test_an_interrupt_at_any_depth_leaves_no_hooks(depth: int, error: type[BaseE
 
 
 def test_torch_names_the_function_that_calls_hooks_as_it_did() -> None:
-    """An interrupt is noticed at once by it; without, the next forward does."""
+    """By it an interrupt is noticed at once; without it, the next forward would notice."""
     seen: list[Any] = []
     module = nn.Linear(2, 2)
     module.register_forward_pre_hook(lambda *_: seen.append(forwards._object_of_call(sys._getframe(1))))

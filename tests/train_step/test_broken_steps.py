@@ -295,7 +295,7 @@ def test_growth_that_breaks(options: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("uncompiled")
 def test_an_interrupt_while_a_broken_step_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next call does the rest."""
+    """The next call finishes the cleaning up."""
     run = run_of(active)
     step = run.compiled()
     with monkeypatch.context() as patched, pytest.raises(Interrupt):

@@ -112,7 +112,7 @@ def test_in_one_graph(make_model: Any) -> None:
 
 @pytest.mark.parametrize("make_model", [Net, ReadsTwice, CheckpointedInAndOut, Reentrant])
 def test_without_the_compiler(make_model: Any) -> None:
-    """The step means the same in eager: there the checkpointed regions run again in backward."""
+    """The step does the same in eager mode, where checkpointed regions run again in backward."""
     assert both(make_model, stance="force_eager").fused
 
 
