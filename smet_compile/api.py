@@ -71,11 +71,10 @@ def sparsify(
             glob or rule that matches nothing, a weight that is compact already, nothing to make sparse, or "nonzero"
             with a density or without data. The model is then unchanged.
 
-    The model is unchanged too where one of its warnings is made an error, where a module refuses its new weight, and
-    where memory runs out: blocks are drawn and warnings given before the first weight is packed, and the largest one
-    is packed first. Only after an interrupt (Ctrl-C) in between, or where another program took memory, are some weights
-    compact and the others as they were. The exception then names the compact ones. Their inactive weights are lost,
-    since keeping them would take the memory of a second dense model.
+    The model is unchanged too where a warning is made an error, where a module refuses its new weight, and where memory
+    runs out: all checks come first, and the largest weight is packed first. Only after an interrupt (Ctrl-C) in
+    between, or where another program took memory, are some weights compact and the others not. The exception then names
+    the compact ones, whose inactive weights are lost.
     """
     arguments.module("sparsify", model)
     arguments.one_of("select", select, SELECTS)

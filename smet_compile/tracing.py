@@ -141,10 +141,8 @@ def capture_graphs(
         call: a Python function or lambda. fullgraph: whether to raise where it does not become one graph.
         dynamic: whether sizes are symbols, as in ``torch.compile``.
 
-    Returns: the graphs, and the first line of each reason why Dynamo broke the call into several.
-
-    Raises:
-        SeveralGraphsError: with ``fullgraph``, a call that Dynamo cannot make one graph of.
+    Returns the graphs, and the first line of each reason why Dynamo broke the call into several. With ``fullgraph`` it
+    raises SeveralGraphsError instead.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import Unsupported, UserError

@@ -1,8 +1,7 @@
 """Provides compile_train_step: forward, backward and optimizer step as one call.
 
-Where it can, the step opens an update sink for each compact weight (``ops.sinks``) before the forward is compiled. The
-update then is part of the compiled backward, and no compact gradient is kept. Where it cannot (accumulation, clipping,
-data parallelism, graph breaks), the same call makes a usual step with gradients in memory.
+Where no gradient has to be kept, the compiled forward opens an update sink for each compact weight (``ops.sinks``), so
+that the optimizer's update is part of the compiled backward. Else the same call is a usual step with gradients.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ def compile_train_step(
     model is dropped, also one that was there before or that earlier calls accumulated. Accumulation begins anew with
     the next call. State that the optimizer made for an update that did not happen is deleted. Updates in backward that
     were made already cannot be undone: the weights without an update then count as frozen in that step. Training can go
-    on from there; to repeat the step exactly, load a checkpoint.
-
-    With accumulation DistributedDataParallel reduces gradients in the last call of each optimizer step only.
+    on from there; to repeat the step exactly, load a checkpoint. With accumulation DistributedDataParallel reduces
+    gradients in the last call of each optimizer step only.
 
     Args:
         model: a model with compact weights, not compiled before.
@@ -201,8 +199,7 @@ class TrainStep:
     def _loss_in_parts(self, batch: Any, broken: Exception) -> Tensor:
         """Computes the loss with graph breaks, and from now on with gradients that are kept.
 
-        With several graphs, sinks would be wrong: a graph returns a gradient of zeros for a sink that it does not use,
-        so that weights which the step does not reach would be updated too.
+        A graph returns zeros for a sink that it does not use, so weights that no graph reaches would be updated too.
         """
         whole, self._compiled = self._compiled, self._compile(fullgraph=False)
         try:
@@ -226,10 +223,7 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
 
     def updates(self) -> list[BackwardUpdate | None]:
-        """Returns each site's update in backward; None where it is not fused.
-
-        Besides steps that fuse none, that is the case for weights that are frozen or that have a gradient already.
-        """
+        """Returns each site's update in backward; None where it is not fused, as that of a weight with a gradient."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
         try:
@@ -253,9 +247,8 @@ class TrainStep:
     def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[None]:
         """Makes values need no gradient during a forward whose gradients go to sinks, since backward changes them.
 
-        In backward they need one again. A checkpointed region outside the graph reads them anew there, and has to save
-        the same tensors as before. With ``use_reentrant=True`` it then leaves a gradient, which ``optimizer.step()``
-        uses.
+        In backward they need one again, since a checkpointed region outside the graph reads them anew there, and has to
+        save the same tensors. With ``use_reentrant=True`` it then leaves a gradient, which ``optimizer.step()`` uses.
         """
         updated = [
             (site.values, site.compact) for site, update in zip(self.sites, updates, strict=True) if update is not None

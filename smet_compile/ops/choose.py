@@ -156,11 +156,7 @@ _raw_variable: Any = os.environ.encodekey(_VARIABLE) if hasattr(os.environ, "_da
 
 
 def forced_kernel() -> str | None:
-    """Returns the name in ``SMET_COMPILE_KERNEL``; None where it is not set.
-
-    Raises:
-        ValueError: there is no kernel of that name.
-    """
+    """Returns the name in ``SMET_COMPILE_KERNEL``, None where it is not set. Raises ValueError for an unknown name."""
     name = os.environ.get(_VARIABLE) or None
     if name is not None and name not in names():
         raise ValueError(

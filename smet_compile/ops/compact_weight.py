@@ -218,10 +218,7 @@ class CompactWeight(nn.Module):
         """Makes ``dense`` the weight, for ``module.weight.data = dense``.
 
         If it is not zero outside the active blocks (an adapter was merged, say), all blocks become active, with a
-        warning.
-
-        Raises:
-            ValueError: another shape, dtype or device than the weight's.
+        warning. Raises ValueError for another shape, dtype or device than the weight's.
         """
         if (tuple(dense.shape), dense.dtype, dense.device) != (self.layout.shape, values.dtype, values.device):
             raise ValueError(

@@ -38,10 +38,7 @@ def admit(topology: Topology) -> None:
 
 
 def belongs_to(bits: Tensor, check_again: Callable[[], object]) -> None:
-    """Notes that ``check_again``, a bound method that is held weakly, checks ``bits`` after a change in place.
-
-    It either admits a new topology of these bits, or raises an error that names the weight.
-    """
+    """Notes a method, held weakly, that checks ``bits`` after a change: admits them again, or raises."""
     _owners[bits] = weakref.WeakMethod(check_again)
 
 
@@ -53,8 +50,7 @@ def is_owned(bits: Tensor) -> bool:
 def find(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topology:
     """Returns the checked topology of these tensors. If they changed since the last check, their owner checks first.
 
-    Raises:
-        ValueError: the bits do not hold ``num_active`` blocks of the layout, or the lists are not derived from them.
+    Raises ValueError where the bits do not hold ``num_active`` blocks of the layout, or do not agree with the lists.
     """
     topology = _admitted(bits, lists, layout_text, num_active)
     if topology is not None:

@@ -1,11 +1,9 @@
 """Defines the law: the reference of each op, in plain torch with fp32 or fp64 arithmetic. Kernels must equal it.
 
-It also defines the two encodings that kernels have to reproduce bit for bit: the noise of stochastic rounding, a pure
-function of seed, step and dense position, and the codes of 8-bit optimizer state.
-
-A code is an 8-bit float relative to ``scale``, the largest magnitude of its group. A code of magnitude c > 0 stands for
-``scale`` times the fp32 number whose upper bits are c + offset (3 bits of mantissa, the exponent above); c = 0 stands
-for zero, and the largest c for ``scale`` itself.
+It also defines the noise of stochastic rounding, a pure function of seed, step and dense position, and 8-bit codes. A
+code is an 8-bit float relative to ``scale``, the largest magnitude of its group: a magnitude c > 0 stands for ``scale``
+times the fp32 number whose upper bits are c + offset (3 bits of mantissa, the exponent above). The code 0 is zero, and
+the largest c is ``scale`` itself.
 
 Shape suffixes: N active blocks, G generations, S stacked matrices (R, C), T tokens. Values are (N,) for single
 weights, (N, bm, bn) for larger blocks.

@@ -151,10 +151,7 @@ class Begun:
         return bool(self.noise_keys) or self.update.is_coded or self.update.rule.normalized is not None
 
     def measure_units(self, rows: slice, location: Location) -> None:
-        """Adds the squares of these rows to the sum of their output units, for a rule that is normalized.
-
-        All rows have to be measured before any is moved.
-        """
+        """Adds the squares of these rows to their output units' sums. A normalized rule needs all before ``move``."""
         normalized, layout = self.update.rule.normalized, self.update.layout
         assert normalized is not None
         if layout is None:
@@ -171,10 +168,7 @@ class Begun:
         self.squares.index_put_((unit.reshape(-1),), squares.reshape(-1), accumulate=True)  # in a fixed order
 
     def move(self, rows: slice, location: Location | None) -> None:
-        """Updates weight and slots of some rows in place, and counts the blocks that were skipped.
-
-        ``location`` may be None unless ``needs_locations``.
-        """
+        """Updates some rows in place, and counts the skipped blocks. ``location`` may be None unless it is needed."""
         block, finite, stores = self._read(rows, location)
         new = self.update.rule.step(block, self.options)
         old = (block.weight, *block.slots)

@@ -200,8 +200,7 @@ def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> 
     """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for the compact weights of ``module``.
 
     ``chains(module)`` returns the parametrizations of a module by tensor name. ``nn.Module`` would raise a KeyError,
-    since it has no parameter of that name. The class that is changed is the module's own, which
-    ``torch.nn.utils.parametrize`` made for it; only deep copies share it.
+    since it has no such parameter. The changed class was made for this module by ``parametrize``; only copies share it.
     """
     own = type(module)
     if "__setattr__" in vars(own):

@@ -332,8 +332,7 @@ _OF_MODEL, _OF_OWNER = (_enter, _exit), (_enter_owner, _exit_owner)
 def install(module: nn.Module, owner: bool = False) -> None:
     """Runs the forwards of ``module`` under the hooks. A second call has no effect.
 
-    The ``owner`` of a compact weight gets separate functions as hooks, which the compiler never compiles by themselves
-    (``RUN_IN_EAGER``): after a graph break they run in eager mode and save memory there.
+    The ``owner`` of a compact weight gets separate functions, which run in eager mode after a graph break.
     """
     enter, leave = _OF_OWNER if owner else _OF_MODEL
     if enter not in module._forward_pre_hooks.values():

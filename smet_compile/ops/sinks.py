@@ -2,10 +2,8 @@
 
 A sink is an expanded zero, which takes no memory. ``unpack`` takes it as an input and returns a gradient for it. All
 reads of a weight share one sink, so autograd adds up their gradients before the sink's own backward runs. That backward
-makes the optimizer's update of the values (update sinks, opened once in a step), or chooses the inactive blocks that
-are candidates for growth (growth sinks). Counts of updates and of skipped blocks tell others what was done in backward.
-
-The module also defines ``torch_optim_``, an op that makes an update by Adam, AdamW or SGD of ``torch.optim``.
+makes the optimizer's update of the values (update sinks, opened once in a step), or chooses candidates for growth
+(growth sinks). Counts tell others what was done in backward. ``torch_optim_`` is the update of ``torch.optim``'s own.
 """
 
 from __future__ import annotations
@@ -210,10 +208,7 @@ _growth_sinks = WeakIdKeyDictionary()
 
 
 def _define(name: str, schema: str, opened: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any) -> None:
-    """Defines a sink as two ops: ``name`` decides which sink to open, and ``new_`` + name has the backward.
-
-    The first is composite, so it also runs while a compiler traces autograd.
-    """
+    """Defines a sink as two ops: ``name`` is composite and chooses the sink, ``new_`` + name has the backward."""
     library.define(f"{name}(Tensor leaf, {schema}) -> Tensor")
     library.impl(name, opened, "CompositeImplicitAutograd")
     library.define(f"new_{name}(Tensor leaf, {schema}) -> Tensor")

@@ -157,11 +157,7 @@ def flatten(update: Update) -> tuple[Any, ...]:
 
 
 def unflatten(values: Tensor, grad: Tensor, rest: tuple[Any, ...]) -> Update:
-    """Makes an update from the arguments of the op; ``rest`` are those after the gradient. Takes back ``flatten``.
-
-    Raises:
-        ValueError: state, ages or topology do not fit the values.
-    """
+    """Makes an update from an op's arguments, ``rest`` as ``flatten`` returns it. Raises ValueError for a misfit."""
     named = dict(zip(_NAMES_AFTER_GRAD, rest, strict=True))
     bits, lists, layout_text = named.pop("topology"), named.pop("lists"), named.pop("layout")
     topology = None
@@ -224,10 +220,7 @@ def check_names(table: str, names: Collection[str], rule: Rule, derived: Collect
     """Checks a table that a kernel reads (members of a struct, columns) against the fields of an update.
 
     Every name has to be a field, a slot or an option of ``rule``, or one of ``derived``, and each field that a kernel
-    cannot do without has to be there.
-
-    Raises:
-        ValueError: an unknown name, or a missing field.
+    cannot do without has to be there. Raises ValueError otherwise.
     """
     slots, options = {slot.name for slot in rule.slots}, set(rule.options)
     unknown = set(names) - set(NAMES) - slots - options - set(derived)

@@ -1,7 +1,7 @@
 """Defines ActiveOptimizer, the base of all optimizers here: everything but the rule and its options.
 
-A step looks up each parameter's ``Update`` from the step before, checks that nothing but gradient and rate has changed,
-and makes all updates at once (``ops.choose.update_all``). Only where something changed is an update made anew.
+A step reuses each parameter's ``Update`` of the step before where only gradient and rate have changed, makes the others
+anew, and then makes all updates by one call of ``ops.choose.update_all``.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ class ActiveOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one update of every parameter that has a gradient. Returns the closure's loss, if there is one.
 
-        A first step in which every rate is 0 and every gradient is zero only makes the state:
-        ``torch.distributed.checkpoint`` steps so before it saves or loads.
+        A first step with rates and gradients of 0 only makes the state (``changes_nothing``).
         """
         loss = None
         if closure is not None:
@@ -315,10 +314,8 @@ class ActiveOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
 
-        torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
-
-        Raises:
-            ValueError: see ``check_state_dict``. Nothing has then changed.
+        torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model. Raises
+        ValueError as ``check_state_dict`` does, before anything has changed.
         """
         saved = self.check_state_dict(state_dict)
         loaded: dict[Tensor, dict[str, Tensor]] = {}

@@ -61,19 +61,14 @@ class ActiveAdamW(ActiveOptimizer):
         v ← β2 v + (1 - β2) g²         v̂ = v / (1 - β2^t_i)
         θ ← θ - α d^(-p) min(1, t_i / W) (m̂ / (√v̂ + ε) + λ θ)
 
-    Every other parameter gets plain AdamW (d = 1, no warm-up, its own step count).
-
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
         lr: α, a number or a 0-d tensor. betas: β1, β2. eps: ε. weight_decay: λ.
         common: ``warmup_steps`` (W, 100), ``lr_density_exponent`` (p, 1), ``moment_dtype``, ``stochastic_rounding``,
             ``model`` and ``seed``; see ``CommonOptions``.
 
-    A block whose gradient is not finite keeps weight and moments, is counted in ``num_skipped_blocks``, and ages.
-    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
+    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group. What all optimizers
+    here share, plain parameters, gradients that are not finite and errors, is described in ``ActiveOptimizer``.
     """
 
     rule = ADAMW

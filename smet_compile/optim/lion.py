@@ -40,9 +40,6 @@ class ActiveLion(ActiveOptimizer):
         params: the model; or parameters or parameter groups, with ``model=`` given.
         lr: α, a number or a 0-d tensor. betas: β1, β2. weight_decay: λ.
         common: see ``CommonOptions``; W is 100 and p is 1 unless given.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
     """
 
     rule = LION

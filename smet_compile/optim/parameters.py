@@ -115,12 +115,9 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Makes the usual two groups: matrices decay, biases and norms do not.
+    """Makes the usual two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
 
-    A compact weight is a matrix, whatever the shape of its values.
-
-    Returns:
-        Two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
+    Matrices decay, biases and norms do not. A compact weight is a matrix, whatever the shape of its values.
 
     Raises:
         ValueError: ``model`` is no module, or the weight decay is no finite number of at least 0.
@@ -162,10 +159,7 @@ class ReadyUpdate:
     def with_gradient(
         self, grad: Tensor, state: dict[str, Any], options: tuple[Any, ...], rate: Tensor
     ) -> Update | None:
-        """Returns the update with its next gradient and rate; None where anything else has changed.
-
-        A step calls it for every parameter, so it only compares objects, addresses and options.
-        """
+        """Returns the update with its next gradient and rate; None where anything else has changed."""
         update, known = self.update, self.known
         values = update.values
         site = known.site

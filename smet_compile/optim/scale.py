@@ -50,9 +50,6 @@ class ActiveScale(ActiveOptimizer):
         lr: α, a number or a 0-d tensor. momentum: of the head. weight_decay: λ. betas: of AdamW.
         common: see ``CommonOptions``. W is 0 unless given, and p 1/2: d C numbers of one norm move an output by the
             root of their count.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
     """
 
     rule = SCALE

@@ -43,9 +43,6 @@ class ActiveSGD(ActiveOptimizer):
         lr: α, a number or a 0-d tensor. momentum: μ. weight_decay: λ. nesterov: looks one step ahead.
         common: see ``CommonOptions``; W is 100 and p is 0 unless given, since a gradient's size does not follow the
             density as that of Adam's step does.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
     """
 
     rule = SGD

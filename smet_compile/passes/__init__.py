@@ -1,7 +1,4 @@
-"""Changes compiled graphs so that dense weights and gradients are not made. Here is the switch that turns it off.
-
-Each pass has a file of its own; ``pipeline.PASSES`` has their order.
-"""
+"""Changes compiled graphs so that no dense weights and gradients are made. Here is the switch to turn that off."""
 
 from __future__ import annotations
 

@@ -130,10 +130,7 @@ def _product(
     labels: tuple[str, ...],
     on_left: bool,
 ) -> fx.Node | None:
-    """Adds ``other`` times the weight, in canonical form, before ``product``; returns None where there is no such form.
-
-    ``labels`` name the dimensions of the weight as the right operand; ``on_left`` tells that it was the left one.
-    """
+    """Adds ``other`` times the weight, in canonical form, before ``product``; returns None if it has no such form."""
     *stack, inner, outer = labels
     if {inner, outer} != {"R", "C"} or (stack == ["S"]) != (site.layout.num_matrices > 1):
         return None

@@ -1,8 +1,4 @@
-"""Brings weight gradients that are packed to one form: the second half of the pass ``canonicalize``.
-
-A gradient may be a sum of products, seen through views and conversions. Each product is packed alone, and the packed
-gradients are added.
-"""
+"""Brings packed gradients to one form: the second half of ``canonicalize``. Products of a sum are packed one by one."""
 
 from __future__ import annotations
 

@@ -5,14 +5,12 @@
     ...                                                  ...
     update_(values, grad, slots, ...)
 
-It applies to a training step that was compiled with its updates (``compile_train_step``). Autograd traces the updates
-after everything else, so all gradients would be in memory at once. Here each update moves up to just after its gradient
-and the last reader of the old values, so that it can be done in place. Where the gradient is one product that nothing
-else reads, the product becomes part of the update, and a kernel may update each block once its gradient is summed: then
-no gradient is in memory at all.
+It applies to a step of ``compile_train_step``. Autograd traces the updates after everything else, so all gradients
+would be in memory at once. Here each update moves up to just after its gradient and the last reader of the old values,
+so that it can be done in place. Where the gradient is one product that nothing else reads, the product becomes part of
+the update, and a kernel may update each block once its gradient is summed: then no gradient is in memory at all.
 
-Updates are mutations, which appear in the graph as calls of ``auto_functionalized_v2``: ``args[0]`` is the op, and
-``_all_bases`` has the tensors that it changes.
+An update is a call of ``auto_functionalized_v2``: ``args[0]`` is the op, ``_all_bases`` the tensors that it changes.
 """
 
 from __future__ import annotations
@@ -71,10 +69,7 @@ def _read_bases(update: fx.Node) -> None:
 
 
 def _product(grad: Any) -> fx.Node | None:
-    """Returns the product that ``grad`` is; None where it is none, or is read by others too.
-
-    A conversion to the dtype of the values may lie between, since the fused update converts as well.
-    """
+    """Returns the product that ``grad`` is, perhaps converted, since updates convert too; None where others read it."""
     if len(grad.users) == 1 and is_call(grad, *CONVERT) and val(grad.args[0]).is_floating_point():
         grad = grad.args[0]
     return grad if is_call(grad, SAMPLED) and len(grad.users) == 1 else None

@@ -63,10 +63,7 @@ class JointPasses(CustomGraphPass):
             mark_seen(graph)
 
     def uuid(self) -> Any:
-        """Returns a key for Inductor's cache, which changes with our source, the switch, and the user's passes.
-
-        It is None, and nothing is cached, where one of the user's passes has no uuid.
-        """
+        """Returns a key of our source, the switch and the user's passes, for Inductor's cache; None to not cache."""
         theirs = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.before]
         if any(uuid is None for uuid in theirs):
             return None

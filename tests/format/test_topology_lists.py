@@ -18,7 +18,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.shape}-{lay.block_shape}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.shape}-{layout.block_shape}")
 def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
     mask = torch.rand(layout.num_blocks, generator=torch.Generator().manual_seed(0)) < density
     mask[-1] = True  # a weight keeps at least one block

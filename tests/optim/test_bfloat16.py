@@ -71,7 +71,7 @@ def test_second_moments_in_bfloat16_decay() -> None:
     assert optimizer.state[values]["exp_avg"].double().abs().max().item() < 1e-6
 
 
-def test_states_of_bfloat16_weights_are_fp32_unless_said() -> None:
+def test_states_of_bfloat16_weights_are_fp32_by_default() -> None:
     model = smet.sparsify(two_layers().bfloat16(), density=0.5)
     optimizer = smet.ActiveAdamW(model)
     train(model, optimizer)

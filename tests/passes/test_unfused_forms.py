@@ -19,7 +19,7 @@ class Unfused(NamedTuple):
     shape: tuple[int, ...]
     apply: Callable[..., Any]
     inputs: tuple[Any, ...]
-    said: dict[str, list[str]]
+    expected: dict[str, list[str]]
 
 
 def read_by(what: str) -> str:
@@ -106,10 +106,11 @@ UNFUSED = {
 
 @pytest.mark.parametrize("name", UNFUSED)
 def test_keeps_its_weight_and_says_why(name: str) -> None:
-    shape, apply, inputs, said = UNFUSED[name]
+    shape, apply, inputs, expected = UNFUSED[name]
     model = reads(shape, apply, block=1)
     graph = capture(model, *inputs)
-    assert {part: sorted(each) for part, each in parts(graph)[0].items()} == {p: sorted(e) for p, e in said.items()}
+    results = parts(graph)[0]
+    assert {part: sorted(reasons) for part, reasons in results.items()} == {p: sorted(e) for p, e in expected.items()}
     saves_no_dense_weight(graph, model)
 
 
@@ -127,7 +128,7 @@ def test_in_a_checkpointed_region_it_is_not_saved(name: str) -> None:
 def test_fused_and_unfused_reads_of_one_weight() -> None:
     model = reads(W, lambda x, w: F.linear(x, w) / w.norm())
     graph = capture(model, randn(5, 16))
-    (said,) = parts(graph)
-    assert said[FORWARD][0] == "fused" and said[INPUT] == ["fused"]
-    assert said[WEIGHT] == [comes_from("add")]
+    (results,) = parts(graph)
+    assert results[FORWARD][0] == "fused" and results[INPUT] == ["fused"]
+    assert results[WEIGHT] == [comes_from("add")]
     saves_no_dense_weight(graph, model)

@@ -76,8 +76,8 @@ REASONS: dict[str, tuple[Any, list[Any], str, str]] = {
 @pytest.mark.parametrize("name", REASONS)
 def test_says_why_not(name: str) -> None:
     apply, inputs, part, reason = REASONS[name]
-    (said,) = parts(capture(reads(W, apply), *(randn(*shape) for shape in inputs)))
-    assert reason in said[part]
+    (results,) = parts(capture(reads(W, apply), *(randn(*shape) for shape in inputs)))
+    assert reason in results[part]
 
 
 def test_changes_nothing() -> None:

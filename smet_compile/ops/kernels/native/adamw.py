@@ -77,11 +77,7 @@ def refusal(case: UpdateCase) -> str | None:
 
 
 def update_all(updates: list[Update]) -> None:
-    """Makes every update. Gradients are plain tensors with the dtype, shape and device of their values.
-
-    Raises:
-        ValueError: a gradient of another dtype, shape or device, which C++ would read past its end.
-    """
+    """Makes every update. Raises ValueError for a gradient of another dtype, shape or device than the values."""
     if not updates:
         return
     batch = _find_batch(updates)

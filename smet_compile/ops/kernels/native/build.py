@@ -220,8 +220,7 @@ def read_entry(entry: Path) -> bytes | None:
 def write_entry(entry: Path, code: bytes, workplace: Path) -> None:
     """Writes ``code`` to ``workplace``, a folder in the same file system, and then moves it to ``entry``.
 
-    Raises:
-        OSError: it cannot be kept; the entry is as it was.
+    Raises OSError where it cannot be kept; the entry is then as it was.
     """
     new = workplace / "whole"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # no group may write, whatever the umask
@@ -269,10 +268,8 @@ def trusted_folder(path: Path) -> Path:
 
     Every folder and link on the way must belong to root or this user. Nobody else may write to a folder, unless it is
     sticky as ``/tmp`` is: there others cannot replace the next component, which is checked in its turn. So nobody else
-    can put another folder there later.
-
-    Raises:
-        PermissionError: another user can. OSError: the folder is missing and cannot be made.
+    can put another folder there later. Raises PermissionError where another user can, and OSError where the folder is
+    missing and cannot be made.
     """
     _is_link(_ROOT)
     place, num_links = _ROOT, 0
