@@ -78,7 +78,7 @@ def compile_train_step(
     if loss_fn is not None:
         function("loss_fn", loss_fn, "(model, batch) → loss")
     check_sparsified("compile_train_step", model)
-    _check_holds(model, optimizer, find_sites(model).values())
+    _check_parameters(model, optimizer, find_sites(model).values())
     return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
 
@@ -99,7 +99,7 @@ class TrainStep:
         self._num_accumulated = 0
         self._unfinished: list[BackwardUpdate | None] | None = None
         self._leaf = torch.zeros((), requires_grad=True)
-        self._is_whole = True
+        self._is_one_graph = True
         self.compile()
 
     def compile(self, **options: Any) -> None:
@@ -122,8 +122,8 @@ class TrainStep:
     @property
     def fused(self) -> bool:
         """Tells whether compact weights are updated in backward, so that their gradients are never kept."""
-        kept = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
-        return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
+        keeps_gradients = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
+        return bool(self.sites) and not keeps_gradients and self._is_one_graph and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         """Opens the sinks and computes the loss. This is the part that is compiled."""
@@ -194,20 +194,20 @@ class TrainStep:
 
     def _loss(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         with self.gradients_in_sinks(updates):
-            return _checked(self._compiled(batch, updates))
+            return _check_loss(self._compiled(batch, updates))
 
     def _loss_in_parts(self, batch: Any, broken: Exception) -> Tensor:
         """Computes the loss with graph breaks, and from now on with gradients that are kept.
 
         A graph returns zeros for a sink that it does not use, so weights that no graph reaches would be updated too.
         """
-        whole, self._compiled = self._compiled, self._compile(fullgraph=False)
+        previous, self._compiled = self._compiled, self._compile(fullgraph=False)
         try:
             loss = self._loss(batch, [None] * len(self.sites))
         except BaseException:
-            self._compiled = whole
+            self._compiled = previous
             raise
-        self._is_whole = False
+        self._is_one_graph = False
         reason = str(broken).strip().splitlines()[0]
         warnings.warn(
             f"compile_train_step: the step is not one graph ({reason}), so no update is fused, and compact gradients "
@@ -236,7 +236,7 @@ class TrainStep:
     def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]]) -> BackwardUpdate | None:
         values = site.values
         if values.requires_grad and values not in groups:
-            raise _not_held(site)
+            raise _not_held_error(site)
         if not (self.fused and self._update_of and values.requires_grad and values.grad is None):
             return None
         update = self._update_of(values, groups[values])
@@ -292,7 +292,7 @@ def _forget_reduction(reducer: DistributedDataParallel) -> None:
     reducer.reducer._reset_state()
 
 
-def _checked(loss: Any) -> Tensor:
+def _check_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss: expected a tensor without dimensions, got {got}; return loss.mean() from loss_fn")
@@ -301,18 +301,18 @@ def _checked(loss: Any) -> Tensor:
     return loss
 
 
-def _not_held(site: Site) -> ValueError:
+def _not_held_error(site: Site) -> ValueError:
     return ValueError(
         f"{site.name}: expected an optimizer that holds it, got one that does not; make the optimizer from "
         "model.parameters() after sparsify"
     )
 
 
-def _check_holds(model: nn.Module, optimizer: Optimizer, sites: Iterable[Site]) -> None:
+def _check_parameters(model: nn.Module, optimizer: Optimizer, sites: Iterable[Site]) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for site in sites:
         if site.values.requires_grad and id(site.values) not in held:
-            raise _not_held(site)
+            raise _not_held_error(site)
     others = len(held - {id(p) for p in model.parameters()})
     if others:
         raise ValueError(

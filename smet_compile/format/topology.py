@@ -23,7 +23,7 @@ _BITS_TO_TOP_BYTE = sum(1 << (56 - 7 * bit) for bit in range(8))
 """A product with this number moves bit 8 j to bit 56 + j."""
 _WORDS_AT_ONCE = 2**18
 _MIX = -0x61C8864680B583EB
-"""An odd number without pattern (2^64 over the golden ratio, as a signed number)."""
+"""An odd number whose bits have no pattern (2^64 over the golden ratio, as a signed number)."""
 
 
 _cached_bits: dict[torch.device, Tensor] = {}

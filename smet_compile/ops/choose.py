@@ -173,7 +173,7 @@ def kernel_of(op: str, case: Case) -> str:
 def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function that computes ``op`` on ``tensor``, and caches it in the topology."""
     key = (op, tensor.dtype, grouped, _environment(), _registry.version)
-    return topology.constant(key, lambda: _reported(op, case_of(tensor, topology, grouped)).function(op))
+    return topology.constant(key, lambda: _choose_and_warn(op, case_of(tensor, topology, grouped)).function(op))
 
 
 def case_of(tensor: Tensor, topology: Topology, grouped: bool = False) -> Case:
@@ -221,14 +221,14 @@ def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callab
     ``left`` is the left factor of the gradient.
     """
     assert update.topology is not None
-    product = _reported("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
+    product = _choose_and_warn("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
     if (product, update_kernel_of(update).name) != ("triton_tiles", "triton_adamw"):
         return None
     function: Callable[..., None] = importlib.import_module(f"{TRITON}.sampled_update").sampled_update
     return function
 
 
-def _reported(op: str, case: Case) -> Kernel:
+def _choose_and_warn(op: str, case: Case) -> Kernel:
     """Returns the kernel that computes ``op``; warns where the forced kernel cannot."""
     kernel, message = _chosen(op, case, forced_kernel())
     if message is not None:

@@ -262,7 +262,7 @@ class CompactWeight(nn.Module):
             gate.belongs_to(self.topology, self._check_again)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if gate.is_owned(self.topology):  # else it is uninitialised, in a state dict that may be made to load into it
+        if gate.is_owned(self.topology):  # memory without data may be saved: a state dict can be made to be loaded into
             self.check()
         super()._save_to_state_dict(*args)
 

@@ -119,10 +119,10 @@ def _sampled_update_(values: Tensor, left: Tensor, right: Tensor, offsets: Tenso
     topology = update.topology
     if topology is None:
         raise ValueError("sampled_update_: expected a topology, got none; a plain parameter is updated by update_")
-    at_once = choose.fused_update(left, offsets, update)
-    if at_once is not None:
+    fused = choose.fused_update(left, offsets, update)
+    if fused is not None:
         _check_factors("sampled_update_", left, right, topology, offsets)
-        at_once(left, right, offsets, update)
+        fused(left, right, offsets, update)
         return
     text = topology.layout.text
     grad = _sampled_matmul(left, right, topology.bits, topology.lists, text, topology.num_active, offsets)
@@ -221,10 +221,10 @@ def _(*args: Any) -> None:
 
 
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps the inputs as attributes, because ``save_for_backward`` fails under DistributedDataParallel.
+    """Keeps the inputs as attributes, since ``save_for_backward`` checks that nobody writes to them.
 
-    That copies rank 0's buffers in every forward, which autograd would take for a change of the topology even where the
-    content is the same. A real topology change also changes ``values``, whose version is checked.
+    DistributedDataParallel copies rank 0's buffers in every forward, which autograd would take for a change of the
+    topology even with the same content. A real change also changes ``values``, whose version is checked.
     """
     ctx.values, ctx.bits, ctx.lists, ctx.layout, update_sink, growth_sink, _ = inputs
     ctx.has_update_sink = update_sink is not None

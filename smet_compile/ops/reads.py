@@ -172,15 +172,15 @@ def settle(read: Tensor) -> None:
     read.__dict__["version"] = read._version
     compact, values = source.compact, source.values
     if tuple(read.shape) != compact.shape:
-        raise _lost(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.shape}; assign it")
+        raise _not_kept(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.shape}; assign it")
     if source.node is not None and read.grad_fn is not None and read.grad_fn.name() != source.node:
-        raise _lost(compact, "was changed in place while gradients are recorded; change it under torch.no_grad()")
+        raise _not_kept(compact, "was changed in place while gradients are recorded; change it under torch.no_grad()")
     content = _plain(read).detach()
     new = compact.right_inverse(content)
     if torch.equal(new, values):
         return
     if source.values_version != values._version:
-        raise _lost(compact, "was changed in place after its values had moved on; read it again and change that")
+        raise _not_kept(compact, "was changed in place after its values had moved on; read it again and change that")
     num_lost = int(content.count_nonzero()) - int(new.count_nonzero())
     values.copy_(new)
     source.values_version = values._version
@@ -192,8 +192,8 @@ def settle(read: Tensor) -> None:
         )
 
 
-def _lost(compact: _CompactWeight, what: str) -> ValueError:
-    return ValueError(f"{compact.name}: the weight that was read {what}")
+def _not_kept(compact: _CompactWeight, problem: str) -> ValueError:
+    return ValueError(f"{compact.name}: the weight that was read {problem}")
 
 
 def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> None:

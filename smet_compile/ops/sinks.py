@@ -152,15 +152,15 @@ def _(grad_dense: Tensor, bits: Tensor, layout_text: str, count: int) -> Tensor:
     return bits.new_empty(count, dtype=torch.int64)
 
 
-def _like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
+def _zeros_like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return values.new_zeros(()).expand(values.shape)
 
 
-def _like_dense(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
+def _zeros_like_dense(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
     return leaf.new_zeros(()).expand(Layout.from_text(layout_text).shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.inputs = inputs
 
 
@@ -207,26 +207,28 @@ def _open_growth_sink(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_tex
 _growth_sinks = WeakIdKeyDictionary()
 
 
-def _define(name: str, schema: str, opened: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any) -> None:
+def _define(
+    name: str, schema: str, open_sink: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any
+) -> None:
     """Defines a sink as two ops: ``name`` is composite and chooses the sink, ``new_`` + name has the backward."""
     library.define(f"{name}(Tensor leaf, {schema}) -> Tensor")
-    library.impl(name, opened, "CompositeImplicitAutograd")
+    library.impl(name, open_sink, "CompositeImplicitAutograd")
     library.define(f"new_{name}(Tensor leaf, {schema}) -> Tensor")
     library.impl(f"new_{name}", make, "CompositeExplicitAutograd")
     torch.library.register_fake(f"smet::new_{name}", make, lib=library)
-    torch.library.register_autograd(f"smet::new_{name}", backward, setup_context=_keep, lib=library)
+    torch.library.register_autograd(f"smet::new_{name}", backward, setup_context=_save_inputs, lib=library)
 
 
 for _name, _op, _schema in (
     ("update_sink", "update_", updates.schema(between="", mutates=False)),
     ("torch_optim_sink", "torch_optim_", _TORCH_OPTIM_SINK),
 ):
-    _define(_name, _schema, partial(_open, _name), _like_values, partial(_update_by, _op))
+    _define(_name, _schema, partial(_open, _name), _zeros_like_values, partial(_update_by, _op))
 _define(
     "growth_sink",
     "Tensor candidates, Tensor topology, str layout",
     _open_growth_sink,
-    _like_dense,
+    _zeros_like_dense,
     _choose_candidates,
 )
 

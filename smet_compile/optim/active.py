@@ -31,7 +31,7 @@ from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_
 from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
 from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, moment_dtype, new_state
 
-_TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
 
 
@@ -91,7 +91,7 @@ class ActiveOptimizer(Optimizer):
         self._options = frozenset(defaults)  # torch adds others to its own copy when a state is loaded
         self._is_first_step = True
         self._names_but_rate = tuple(name for name in defaults if name != "lr")
-        self._forget()
+        self._drop_ready_updates()
         super().__init__(params, defaults)
         register(self)
         prepare()
@@ -198,7 +198,7 @@ class ActiveOptimizer(Optimizer):
                 if grad is None:
                     continue
                 name = self._parameters[parameter].name
-                if parameter.dtype not in _TRAINED:
+                if parameter.dtype not in _TRAINABLE_DTYPES:
                     raise _not_trained(name, parameter)
                 if grad.is_sparse:
                     raise ValueError(f"{name}: expected a dense gradient, got a sparse one; use sparse=False")
@@ -350,10 +350,10 @@ class ActiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_is_first_step": True} | state)
-        self._forget()
+        self._drop_ready_updates()
         register(self)
 
-    def _forget(self) -> None:
+    def _drop_ready_updates(self) -> None:
         """Drops the cached updates, which are then made anew from the state."""
         self._ready: dict[nn.Parameter, ReadyUpdate] = {}
         self._rates: dict[int, tuple[float, Tensor]] = {}

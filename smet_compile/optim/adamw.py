@@ -67,8 +67,8 @@ class ActiveAdamW(ActiveOptimizer):
         common: ``warmup_steps`` (W, 100), ``lr_density_exponent`` (p, 1), ``moment_dtype``, ``stochastic_rounding``,
             ``model`` and ``seed``; see ``CommonOptions``.
 
-    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group. What all optimizers
-    here share, plain parameters, gradients that are not finite and errors, is described in ``ActiveOptimizer``.
+    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group. ``ActiveOptimizer``
+    describes what happens to plain parameters and to gradients that are not finite, and the errors.
     """
 
     rule = ADAMW

@@ -50,9 +50,9 @@ def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
     if isinstance(optimizer, ActiveOptimizer):
         return _Active(optimizer)
     if type(optimizer) in (Adam, AdamW):
-        return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
+        return _TorchOptim(optimizer, "adam", _new_adam_state, _describe_adam) if _is_plain(optimizer) else None
     if type(optimizer) is SGD:
-        return _TorchOptim(optimizer, "sgd", _new_sgd_state, _sgd) if _is_plain(optimizer) else None
+        return _TorchOptim(optimizer, "sgd", _new_sgd_state, _describe_sgd) if _is_plain(optimizer) else None
     inside = [name for name, _ in inner_optimizers(optimizer)]
     advice = f"pass the optimizer in its attribute {inside[0]!r}, or train" if inside else "train"
     raise ValueError(
@@ -75,18 +75,18 @@ class _Rates:
     """
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
+        self._tensors: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
 
     def rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
         lr, key = group["lr"], (id(group["params"]), device)
         dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64
-        tensor, written = self._of.get(key, (None, None))
+        tensor, written = self._tensors.get(key, (None, None))
         if tensor is None or tensor.dtype != dtype:
             tensor, written = torch.empty(1, dtype=dtype, device=device), None
         if isinstance(lr, Tensor) and lr.is_cuda:
-            self._of[key] = tensor.copy_(lr.detach()), None
+            self._tensors[key] = tensor.copy_(lr.detach()), None
         elif float(lr) != written:  # written once for all parameters, since copying to a GPU takes a synchronisation
-            self._of[key] = tensor.fill_(float(lr)), float(lr)
+            self._tensors[key] = tensor.fill_(float(lr)), float(lr)
         return tensor
 
 
@@ -144,7 +144,7 @@ def _new_adam_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Te
     return state | {name: torch.zeros_like(values, memory_format=torch.preserve_format) for name in names}
 
 
-def _adam(state: dict[str, Any], group: dict[str, Any]) -> Any:
+def _describe_adam(state: dict[str, Any], group: dict[str, Any]) -> Any:
     known = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1], "fused": bool(group["fused"])}
     known.setdefault("decoupled_weight_decay", False)
     tensors = (state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), state["step"])
@@ -157,6 +157,6 @@ def _new_sgd_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Ten
     return {"momentum_buffer": torch.zeros_like(values, memory_format=torch.preserve_format)}
 
 
-def _sgd(state: dict[str, Any], group: dict[str, Any]) -> Any:
+def _describe_sgd(state: dict[str, Any], group: dict[str, Any]) -> Any:
     known = {**group, "fused": bool(group["fused"])}
     return (state.get("momentum_buffer"), None, None, None), [known[name] for name in SGD_OPTIONS]

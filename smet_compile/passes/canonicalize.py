@@ -63,7 +63,7 @@ def _canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
             continue
         replaced: set[fx.Node] = set()
         for source, user, view in list(uses(unpack, start)):
-            if user in replaced or not _is_open(user):
+            if user in replaced or not _needs_canonical_form(user):
                 continue
             if _canonicalize(user, source, unpack, view, report):
                 replaced.add(user)
@@ -83,7 +83,7 @@ def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
                 yield from uses(part, seen)
 
 
-def _is_open(node: fx.Node) -> bool:
+def _needs_canonical_form(node: fx.Node) -> bool:
     """Tells whether a node is a product that is not canonical: no weight is its right operand, and no pack reads it."""
     packed = any(is_call(user, PACK) for user in node.users)
     return is_call(node, *PRODUCTS) and weight_of(node) is None and not packed
@@ -146,8 +146,8 @@ def _product(
     weight = _weight(product, unpack, site.flat(), view)
     if transposed:
         weight = permuted(product, weight)
-    cut = transposed and view.rows is not None
-    made = _call(product, x, weight, None if cut else bias, offsets)
+    is_slice = transposed and view.rows is not None
+    made = _call(product, x, weight, None if is_slice else bias, offsets)
     if transposed and view.rows is not None:
         made = add(product, aten.slice.Tensor, made, val(made).dim() - 1, *view.rows)
         made = made if bias is None else add(product, aten.add.Tensor, made, bias)

@@ -24,7 +24,7 @@ MASKED, SAMPLED = smet.masked_matmul.default, smet.sampled_matmul.default
 MM, ADDMM, BMM, GROUPED_MM = aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default
 PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 
-_MADE_ANEW = ("val", "tensor_meta", "eager_input_vals")
+_META_NOT_COPIED = ("val", "tensor_meta", "eager_input_vals")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def add(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Adds a call of ``target`` before ``like``, with the meta of ``like`` (which says whether it is recomputed)."""
     with like.graph.inserting_before(like):
         node: fx.Node = like.graph.call_function(target, args, kwargs)
-    node.meta.update({key: value for key, value in like.meta.items() if key not in _MADE_ANEW})
+    node.meta.update({key: value for key, value in like.meta.items() if key not in _META_NOT_COPIED})
     with _fake_mode(args):
         node.meta["val"] = target(*map_arg(args, val), **map_arg(kwargs, val))
     return node

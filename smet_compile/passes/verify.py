@@ -37,8 +37,8 @@ FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", 
 PARTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE)
 FUSED = "fused"
 
-_LOOKS_UP: tuple[Any, ...] = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
-_LOOKS_UP += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.default)
+_LOOKUPS: tuple[Any, ...] = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
+_LOOKUPS += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.default)
 
 
 @dataclass
@@ -76,22 +76,22 @@ def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
     backward = _backward(graph)
     found: dict[str, Outcome] = {}
 
-    def at(node: fx.Node) -> Outcome:
+    def outcome_of(node: fx.Node) -> Outcome:
         return found.setdefault(SiteArgs.of(node).name, Outcome())
 
     for node in calls(graph, MASKED):
         part, known = INPUT_GRADIENT if node in backward else FORWARD, arguments(node)
         num_active = val(known["values"]).shape[0]
-        at(node).add(part, FUSED, _kernel("masked_matmul", known["values"], num_active, known))
+        outcome_of(node).add(part, FUSED, _kernel("masked_matmul", known["values"], num_active, known))
     for node in calls(graph, UNPACK):
         for user, reason in _reasons(node):
-            at(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
+            outcome_of(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
     for node in calls(graph, SAMPLED):
         known = arguments(node)
         kernel = _kernel("sampled_matmul", known["left"], known["num_active"], known)
-        at(node).add(WEIGHT_GRADIENT, FUSED, kernel)
+        outcome_of(node).add(WEIGHT_GRADIENT, FUSED, kernel)
     for node in calls(graph, PACK):
-        at(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
+        outcome_of(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
     for name, update in updated_sites(graph):
         outcome = found.setdefault(name, Outcome())
         outcome.add(UPDATE, FUSED, "torch" if update.args[0] is TORCH_OPTIM else update_kernel_of(update))
@@ -133,7 +133,7 @@ def _reason(user: fx.Node) -> str:
         return "the dense weight is returned or crosses a graph break"
     if "convolution" in name:
         return "read by a convolution"
-    if is_call(user, *_LOOKS_UP):
+    if is_call(user, *_LOOKUPS):
         return f"rows or matrices of it are looked up ({name}), as an embedding or data-dependent experts do"
     if is_call(user, MASKED, SAMPLED):
         return "multiplied with another compact weight, which is fused in its place"

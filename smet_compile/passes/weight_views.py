@@ -21,7 +21,7 @@ Labels = tuple[str, ...]
 CONVERT = (prims.convert_element_type.default, aten._to_copy.default)
 _RESHAPE: tuple[Any, ...] = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RESHAPE += (aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-_SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 _WHOLE = 2**63 - 1
 
@@ -61,7 +61,7 @@ def through(view: View, node: fx.Node, source: fx.Node) -> View | None:
         return _expanded(view, source, node)
     if is_call(node, *CONVERT):
         return _converted(view, node)
-    if is_call(node, *_SAME):
+    if is_call(node, *_COPIES):
         return view
     if is_call(node, aten.slice.Tensor):
         return _sliced(view, source, *node.args[1:])
@@ -79,7 +79,7 @@ def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
     kept = [(label, size) for label, size in zip(view.labels, val(source).shape, strict=True) if label != "1"]
     labels = []
     for size in val(node).shape:
-        if kept and _same(kept[0][1], size):
+        if kept and _are_equal(kept[0][1], size):
             labels.append(kept.pop(0)[0])
         elif is_one(size):
             labels.append("1")
@@ -88,12 +88,12 @@ def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
     return None if kept else replace(view, labels=tuple(labels))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
     return bool(a is b or (isinstance(a, int) and isinstance(b, int) and a == b))
 
 
 def is_one(size: Any) -> bool:
-    return _same(size, 1)
+    return _are_equal(size, 1)
 
 
 def _expanded(view: View, source: fx.Node, node: fx.Node) -> View | None:
@@ -101,7 +101,7 @@ def _expanded(view: View, source: fx.Node, node: fx.Node) -> View | None:
     new = len(val(node).shape) - len(view.labels)
     old = ("1",) * new + view.labels
     sizes = (1,) * new + tuple(val(source).shape)
-    grown = [not _same(a, b) for a, b in zip(sizes, val(node).shape, strict=True)]
+    grown = [not _are_equal(a, b) for a, b in zip(sizes, val(node).shape, strict=True)]
     return replace(view, labels=tuple("B" if more else label for label, more in zip(old, grown, strict=True)))
 
 

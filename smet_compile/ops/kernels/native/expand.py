@@ -73,8 +73,8 @@ def masked_matmul(
 ) -> Tensor:
     """Computes what ``ops.plain.masked_matmul`` does.
 
-    Where rows of the weight are summed over, low-precision dtypes expand all of them at once, so that sums are rounded
-    once.
+    Where it sums over rows of the weight, it expands all of them at once for low-precision dtypes, so that sums are
+    rounded once.
     """
     layout = topology.layout
     ends = None if offsets is None else offsets.tolist()

@@ -92,8 +92,8 @@ NUM_STEP_COLUMNS = tl.constexpr(len(StepRow._fields))
 GRAD, LR, LR_IS_ADDRESS = map(tl.constexpr, range(NUM_STEP_COLUMNS.value))
 
 ENTRIES, BLOCK, BLOCKS, GROUP_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, range(5))
-"""What a program updates: consecutive entries of a plain parameter or of single weights; one block; several small
-blocks; a group of single weights or of runs, which share a scale or a piece of the bitmap."""
+"""Kinds of pieces: consecutive entries of a plain parameter or of single weights; one block; several small blocks; a
+group of single weights or of runs, which share a scale or a piece of the bitmap."""
 
 WEIGHT_STREAM, EXP_AVG_STREAM, EXP_AVG_SQ_STREAM = map(tl.constexpr, range(3))
 """Streams of noise."""

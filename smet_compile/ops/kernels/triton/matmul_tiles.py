@@ -1,7 +1,7 @@
 """Computes masked_matmul for tiles: input W and input Wᵀ, of which only the active blocks are multiplied.
 
 A program makes the outputs of some tokens at one line of blocks (a block row for input Wᵀ, a block column for
-input W), or at a part of a wide line. What it sums over is one axis: the widths of the line's active blocks, one after
+input W), or at a part of a wide line. It sums over one axis: the widths of the line's active blocks, one after
 another, taken ``BLOCK_I`` at a time, be that a part of a block or several. So narrow blocks feed the tensor cores as
 wide ones do, and loads of one block are under way while another is multiplied.
 
