@@ -223,7 +223,7 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
 
     def updates(self) -> list[BackwardUpdate | None]:
-        """Returns each site's update in backward; None where it is not fused, as that of a weight with a gradient."""
+        """Returns each site's update in backward; None where it is not fused: frozen weights, those with a gradient."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
         try:

@@ -3,7 +3,7 @@
 A sink is an expanded zero, which takes no memory. ``unpack`` takes it as an input and returns a gradient for it. All
 reads of a weight share one sink, so autograd adds up their gradients before the sink's own backward runs. That backward
 makes the optimizer's update of the values (update sinks, opened once in a step), or chooses candidates for growth
-(growth sinks). Counts tell others what was done in backward. ``torch_optim_`` is the update of ``torch.optim``'s own.
+(growth sinks). Counts tell others what was done in backward. ``torch_optim_`` is the op for Adam and SGD of torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Moves each update to where its gradient is computed, and gives it the two factors of the gradient instead.
+"""Moves each update to where its gradient is computed, and replaces the gradient by its two factors.
 
     grad = sampled_matmul(gy, x, ...)                    gx = masked_matmul(gy, values, ...)
     gx = masked_matmul(gy, values, ...)            →     sampled_update_(values, gy, x, ..., slots, ...)
