@@ -135,7 +135,7 @@ def register_kernel(kernel: Kernel, before: str | None = None) -> None:
 
 
 def unregister_kernel(name: str) -> None:
-    """Removes a kernel from the list."""
+    """Takes back ``register_kernel``."""
     _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
     _chosen.cache_clear()
     _registry.version += 1

@@ -100,10 +100,10 @@ class CompactWeight(nn.Module):
     def active(self) -> Topology:
         """Returns the checked topology, with the lists that kernels read."""
         self.check()
-        topology = self._active
-        if topology is None:  # without data: on the meta device, or while something is traced
+        found = self._active
+        if found is None:  # only stands for one: on the meta device, or while something is traced
             return Topology(self.layout, self.topology, self.lists, self.num_active)
-        return topology
+        return found
 
     def is_still(self, topology: Topology | None) -> bool:
         """Tells whether ``topology`` is the one that was checked last, with bits and lists unchanged.

@@ -100,7 +100,11 @@ _rules: dict[str, Rule] = {}
 
 
 def register_rule(rule: Rule) -> Rule:
-    """Makes a rule known to the ops by its name, and returns it. Raises ValueError where another rule has the name."""
+    """Makes a rule known to the ops by its name, and returns it.
+
+    Raises:
+        ValueError: another rule has this name.
+    """
     if _rules.setdefault(rule.name, rule) is not rule:
         raise ValueError(f"rule {rule.name!r}: expected a name of its own, got one that is registered; rename the rule")
     return rule

@@ -116,7 +116,7 @@ _FIELDS = (
     _Field("noise_seed", "int?"),
 )
 NAMES = tuple(argument.name for argument in _FIELDS)
-_NAMES_AFTER_GRAD = NAMES[2:]
+_REST = NAMES[2:]
 """The arguments that ``update_``, ``sampled_update_`` and the update sink have in common, besides the values."""
 
 
@@ -134,7 +134,7 @@ def schema(between: str = "Tensor grad", mutates: bool = True) -> str:
 
 
 def flatten(update: Update) -> tuple[Any, ...]:
-    """Returns the arguments of the op that come after the gradient."""
+    """Returns the arguments of the op after the gradient."""
     topology, layout = update.topology, update.layout
     return (
         list(update.slots),
@@ -157,8 +157,12 @@ def flatten(update: Update) -> tuple[Any, ...]:
 
 
 def unflatten(values: Tensor, grad: Tensor, rest: tuple[Any, ...]) -> Update:
-    """Makes an update from an op's arguments, ``rest`` as ``flatten`` returns it. Raises ValueError for a misfit."""
-    named = dict(zip(_NAMES_AFTER_GRAD, rest, strict=True))
+    """Makes the update of the arguments of the op; ``rest`` are those after the gradient.
+
+    Raises:
+        ValueError: state, ages or topology do not fit the values.
+    """
+    named = dict(zip(_REST, rest, strict=True))
     bits, lists, layout_text = named.pop("topology"), named.pop("lists"), named.pop("layout")
     topology = None
     if bits is not None:
@@ -174,7 +178,7 @@ def unflatten(values: Tensor, grad: Tensor, rest: tuple[Any, ...]) -> Update:
 
 
 def traced(named: dict[str, Any]) -> Update:
-    """Makes an update from the named arguments of the op while it is traced, when tensors are fake. Checks nothing."""
+    """Makes an update of the arguments of the op by name, which only stand for tensors. Nothing is checked."""
     bits, lists, layout_text = named["topology"], named["lists"], named["layout"]
     layout = Layout.from_text(layout_text) if layout_text else None
     topology = None if bits is None or layout is None else Topology(layout, bits, lists, named["values"].shape[0])

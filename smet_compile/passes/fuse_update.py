@@ -148,6 +148,6 @@ def _topology_of_gradient(node: fx.Node) -> str | None:
 
 def kernel_of(update: fx.Node) -> str:
     """Returns the kernel that will make this update, a call of ``update_`` or ``sampled_update_``."""
-    named = {name: fx.node.map_arg(value, val) for name, value in updated(update).items() if name in NAMES}
-    named["grad"] = named["values"]  # a gradient has the dtype of its weight
-    return update_kernel_of(traced(named), is_traced=True).name
+    found = {name: fx.node.map_arg(value, val) for name, value in updated(update).items() if name in NAMES}
+    found["grad"] = found["values"]  # a gradient has the dtype of its weight
+    return update_kernel_of(traced(found), is_traced=True).name

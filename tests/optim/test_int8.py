@@ -145,7 +145,7 @@ def second_moment(optimizer: smet.ActiveAdamW, values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("block_shape", [1, (1, 16), 16], ids=str)
 def test_a_step_makes_little_on_the_side(block_shape: Any) -> None:
-    """Its temporary tensors do not grow with the weight: no list of positions, no decoded moments of all of it."""
+    """What it makes does not grow with the weight: no list of positions, no decoded moments of all of it."""
     peaks = []
     for rows in (512, 2048):
         model = smet.sparsify(Slope(rows, 1024), density=0.5, block_shape=block_shape)

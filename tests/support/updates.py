@@ -11,7 +11,7 @@ PLAIN = (None, None, "")
 
 @dataclass(frozen=True)
 class Settings:
-    """Holds the numbers of an update."""
+    """The numbers of an update."""
 
     density_rate: float = 1.0
     options: tuple[float, ...] = (0.9, 0.999, 1e-8, 0.0)
