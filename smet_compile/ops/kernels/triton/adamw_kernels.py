@@ -209,10 +209,7 @@ def _update_range(
     row, grad_address, rates, first, count, group, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
     STOCHASTIC: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Updates ``count`` consecutive entries, at most LANES, each in a lane of its own.
-
-    They are those of a plain parameter or single weights (SINGLE), or whole small blocks.
-    """
+    """Updates ``count`` ≤ LANES consecutive entries: of a plain parameter, single weights (SINGLE), or whole blocks."""
     if ALIGNED:
         count = count // 16 * 16
     lane = tl.arange(0, LANES)

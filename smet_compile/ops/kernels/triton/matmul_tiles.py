@@ -49,10 +49,7 @@ def multiply_add(a, b, sum_, PRECISION: tl.constexpr):
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Returns ``PRECISION`` for factors of ``dtype``: torch's setting decides for fp32.
-
-    The interpreter has plain cores only.
-    """
+    """Returns ``PRECISION`` for factors of ``dtype``, by torch's setting for fp32; the interpreter has plain cores."""
     if _INTERPRETED:
         return "ieee"
     return "tf32" if dtype in _HALF or _fp32_precision() == "tf32" else "ieee"

@@ -110,10 +110,7 @@ class MaskedSizes(NamedTuple):
 
 
 class SampledSizes(NamedTuple):
-    """Holds the sizes of sampled_matmul: a step sums over ``tokens`` tokens, for one block row by ``columns``.
-
-    The columns are those of several tiles if these are narrow.
-    """
+    """Holds the sizes of sampled_matmul: a step takes ``tokens`` for a block row by ``columns`` of one or more tiles."""
 
     columns: int
     tokens: int
