@@ -110,7 +110,7 @@ class MaskedSizes(NamedTuple):
 
 
 class SampledSizes(NamedTuple):
-    """Holds the sizes of sampled_matmul: ``tokens`` of a step, for a block row by ``columns`` of one tile or several."""
+    """Holds the sizes of sampled_matmul: ``tokens`` of a step, for a block row by ``columns`` of one or more tiles."""
 
     columns: int
     tokens: int
