@@ -1,4 +1,4 @@
-"""Names of the kernels that a measurement ran."""
+"""Names the kernels that a measurement ran."""
 
 from __future__ import annotations
 

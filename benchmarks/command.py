@@ -1,4 +1,4 @@
-"""What the commands share: options, the head of the record, sections one after another."""
+"""Provides what the commands share: options, the head of the record, running the sections."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options(description: str, sections: Mapping[str, Section]) -> argparse.Names
 
 
 def run(title: str, command: str, sections: Mapping[str, Section], args: argparse.Namespace, device: str) -> None:
-    """Measures the wanted sections; prints and writes each as it comes. Exits with an error if one failed."""
+    """Measures the requested sections; prints and writes each as it comes. Exits with an error if one failed."""
     settings = Settings(args.repeats, args.quick, torch.device(device))
     record = [head(title, command, settings)]
     print(record[0], flush=True)
@@ -56,7 +56,7 @@ def run(title: str, command: str, sections: Mapping[str, Section], args: argpars
 
 
 def _measured(name: str, section: Section, settings: Settings) -> tuple[list[str], Exception | None]:
-    """The section's tables as markdown; where it fails, that it does, and the others go on."""
+    """Returns the section's tables as markdown, or a note that it failed, and the error."""
     try:
         return [table.markdown() for table in section(settings)], None
     except Exception as error:
@@ -65,7 +65,7 @@ def _measured(name: str, section: Section, settings: Settings) -> tuple[list[str
 
 
 def head(title: str, command: str, settings: Settings) -> str:
-    """On what, when and how the measurements were taken."""
+    """Returns a text on what, when and how the measurements were taken."""
     today = datetime.date.today().isoformat()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, triton {_triton()}"
     lines = [f"# {title}", "", f"Written by `{command}` on {today}. {_machine(settings)}. {versions}.", ""]

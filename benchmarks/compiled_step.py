@@ -1,4 +1,4 @@
-"""Peak memory, compile time and step time of compiled bf16 training, sparse beside dense, in fresh processes.
+"""Measures memory, compile and step time of compiled bf16 training, sparse beside dense, in fresh processes.
 
     python benchmarks/compiled_step.py [--layers 8] [--vocabulary 32000] [--density 0.25] [--block 64] [--repeats 3]
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, quantity: str, method: str, checkpointing: str) -> dict[str, Any]:
-    """Runs in the child."""
+    """Measures in the child process."""
     training = Training(method, checkpointing == "True", args)
     return {"memory": memory, "times": times}[quantity](training, args.steps)
 
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace, quantity: str, method: str, checkpointing:
 def rounds(
     args: argparse.Namespace, quantity: str, checkpointings: tuple[bool, ...], caches: str, **environment: str
 ) -> Runs:
-    """Every configuration once a round, side by side. Memory may use what an earlier round compiled, time may not."""
+    """Runs every configuration once a round. Memory may use what an earlier round compiled, time may not."""
     runs: Runs = {}
     names = ("layers", "hidden", "vocabulary", "tokens", "density", "block", "steps")
     sizes = [f"--{name}={getattr(args, name)}" for name in names]
@@ -107,7 +107,7 @@ def print_memory(runs: Runs) -> None:
 
 
 def _print_fused(runs: Runs) -> None:
-    """What the fused update saves, and what it costs beside activation checkpointing."""
+    """Prints what the fused update saves, and how it compares under activation checkpointing."""
     for quantity in ("resident", "allocated"):
         peaks = {key: statistics.median(each[quantity] for each in results) for key, results in runs.items()}
         saved = (peaks[LOOP, False] - peaks[FUSED, False]) / MIB

@@ -1,4 +1,4 @@
-"""One compiled training run, measured in the process that it has for itself. ``compiled_step.py`` starts it."""
+"""Measures one compiled training run in a process of its own, which ``compiled_step.py`` starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS = (DENSE, LOOP, FUSED)
 
 
 class Training:
-    """A model, its optimizer, and ``step()``: all bfloat16, one batch of random tokens again and again."""
+    """Trains a model in bfloat16, always on the same batch of random tokens."""
 
     def __init__(self, method: str, checkpointing: bool, args: argparse.Namespace) -> None:
         self.method = method
@@ -52,7 +52,7 @@ class Training:
         return step
 
     def formula(self) -> int:
-        """Bytes of weights, gradients and two moments of the weights' dtype, and of the index: what must be."""
+        """Counts the bytes that are needed: weights, gradients, two moments of the weights' dtype, and the index."""
         compact = {id(parameter) for name, parameter in self.model.named_parameters() if "parametrizations" in name}
         total = sum(buffer.nbytes for buffer in self.model.buffers())
         for parameter in self.model.parameters():
@@ -62,7 +62,7 @@ class Training:
 
 
 def memory(training: Training, num_steps: int) -> dict[str, Any]:
-    """Peak bytes of a step from the third on, over what is resident at rest when all tensors are empty.
+    """Returns the peak bytes of a step from the third on, over what is resident when all tensors are empty.
 
     Measured in two parts, since the profiler leaves memory behind as well: the peak over the rest between steps,
     and how much of that rest goes when the tensors are emptied.
@@ -82,7 +82,7 @@ def memory(training: Training, num_steps: int) -> dict[str, Any]:
 
 
 def peak_allocated(step: Callable[[], Any]) -> int:
-    """The most bytes that tensors hold at once during ``step``, by torch's allocator: exact, without noise."""
+    """Returns the most bytes that tensors hold at once during ``step``, by torch's allocator, which is exact."""
     gc.collect()
     held = sum(storage.nbytes() for storage in storages())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -96,7 +96,7 @@ def peak_allocated(step: Callable[[], Any]) -> int:
 
 
 def times(training: Training, num_steps: int) -> dict[str, Any]:
-    """Seconds of the first forward and backward over those of a later one; and of a whole later step."""
+    """Returns the seconds of the first forward and backward over those of a later one, and of a whole later step."""
     optimizing: list[Clock] = []
     training.optimizer.register_step_pre_hook(lambda *_: optimizing.append(Clock()))
     firsts, wholes = [], []
@@ -114,7 +114,7 @@ def times(training: Training, num_steps: int) -> dict[str, Any]:
 
 
 class Clock:
-    """A moment: by the wall, and by the processor time of this process and of the compilers it ran."""
+    """Holds a moment by the wall, and by the processor time of this process and of the compilers that it ran."""
 
     def __init__(self) -> None:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

@@ -1,4 +1,4 @@
-"""Peak memory and time of an eager training step, sparse beside dense, each in a fresh process on the CPU.
+"""Measures memory and time of an eager training step, sparse beside dense, in fresh processes on the CPU.
 
     python benchmarks/eager_step.py [--density 0.25] [--block 64] [--dtype float32] [--tokens 32]
 
@@ -57,7 +57,7 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def formula(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of weights, gradients, optimizer state, topology and index, as they lie in memory."""
+    """Counts the bytes of weights, gradients, optimizer state, topology and index."""
     tensors = [*net.parameters(), *net.buffers()]
     gradients = list(net.parameters())
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def child(method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement in a process of its own, whose allocator gives freed memory back at once."""
+    """Measures in a process of its own, whose allocator gives freed memory back at once."""
     options = [f"--{name}={getattr(args, name)}" for name in ("density", "block", "dtype", "tokens")]
     return run_json(__file__, f"--child={method}", *options, MALLOC_MMAP_THRESHOLD_="65536")
 

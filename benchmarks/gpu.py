@@ -1,4 +1,4 @@
-"""The GPU's numbers, as ratios measured side by side: products, optimizer, whole step, the largest model.
+"""Measures the GPU's kernels, as ratios side by side: products, optimizer, whole step, the largest model.
 
     python -m benchmarks.gpu [--only gpu-linear] [--repeats 9] [--out docs/results/kernels_gpu.md]
 

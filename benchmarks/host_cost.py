@@ -1,4 +1,4 @@
-"""Host time from the call of an op to its launch, for Triton's kernels and for the C++ ones, with stub launches.
+"""Measures the host time from the call of an op to its launch, for Triton's and C++ kernels, with stub launches.
 
     python -m benchmarks.host_cost [--calls 1000]
 

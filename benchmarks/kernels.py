@@ -1,4 +1,4 @@
-"""The kernels' numbers, as ratios measured side by side: products, optimizer, topology change, whole step.
+"""Measures the kernels, as ratios side by side: products, optimizer, topology change, whole step.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.kernels [--only linear] [--repeats 9] [--out docs/results/kernels.md]
 

@@ -1,4 +1,4 @@
-"""One linear layer, dense and compact: its three products and its update, each a call that can be measured.
+"""Makes one linear layer, dense and compact, with its three products and its update as calls to be measured.
 
 Shape suffixes: T tokens, R outputs, C inputs.
 """
@@ -25,7 +25,7 @@ Block = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Size:
-    """A layer's input and output features, and the tokens it is given."""
+    """Holds a layer's input and output features, and the number of tokens."""
 
     tokens: int
     cols: int
@@ -36,12 +36,12 @@ class Size:
 
     @property
     def flops(self) -> int:
-        """Of one dense product."""
+        """Counts the operations of one dense product."""
         return 2 * self.tokens * self.cols * self.rows
 
 
 class Dense:
-    """A dense layer with its inputs and the gradients of its outputs."""
+    """Is a dense layer with its inputs and the gradients of its outputs."""
 
     def __init__(self, size: Size, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -50,7 +50,7 @@ class Dense:
         self.weight_RC = torch.randn(size.rows, size.cols, dtype=dtype, device=device)
 
     def part(self, name: str) -> Work:
-        """One part of a step, as a call."""
+        """Returns one part of a step, as a call."""
         if name == UPDATE:
             parameter = nn.Parameter(self.weight_RC)
             parameter.grad = torch.randn_like(parameter)
@@ -63,7 +63,7 @@ class Dense:
 
 
 class Compact:
-    """A compact layer of the size of a dense one, on its inputs and gradients."""
+    """Is a compact layer of a dense one's size, with the same inputs and gradients."""
 
     def __init__(self, dense: Dense, block: Block) -> None:
         self._dense = dense
@@ -81,7 +81,7 @@ class Compact:
         return self._site.density
 
     def part(self, name: str) -> Work:
-        """One part of a step, as a call."""
+        """Returns one part of a step, as a call."""
         compact, values = self._site.compact, self._site.values.detach()
         if name == UPDATE:
             moment_dtype = torch.bfloat16 if values.dtype == torch.bfloat16 else None
@@ -98,7 +98,7 @@ class Compact:
 
 @dataclass(frozen=True)
 class Measured:
-    """A compact layer beside the dense one: the pairs of each part of a step."""
+    """Holds the times of a compact layer beside the dense one, for each part of a step."""
 
     kernels: str
     density: float
@@ -112,7 +112,7 @@ class Measured:
 def measure(
     size: Size, blocks: Iterable[Block], dtype: torch.dtype, settings: Settings, parts: tuple[str, ...] = PRODUCTS
 ) -> list[Measured]:
-    """Layers of each kind of block in turns with the dense one, part by part of a step."""
+    """Measures layers of each kind of block in turns with the dense one, part by part of a step."""
     dense = Dense(size, dtype, settings.device)
     layers, clock = [Compact(dense, block) for block in blocks], Clock(settings.device)
     by_part = [

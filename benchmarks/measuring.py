@@ -1,4 +1,4 @@
-"""What the benchmarks share: resident memory, processes of their own, and on what was measured. Linux only."""
+"""Provides what the benchmarks share: resident memory, child processes, the name of the machine. Linux only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def llama(
     intermediate: int | None = None,
     heads: int | None = None,
 ) -> torch.nn.Module:
-    """LLaMA-350m's layers, or others: of the same proportions where nothing else is said."""
+    """Makes a LLaMA model with the layers of LLaMA-350m, or others, by default of the same proportions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -44,25 +44,25 @@ def llama(
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Reads VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def restart_peak() -> None:
-    """VmHWM starts anew from what is resident now."""
+    """Resets VmHWM to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def at_rest() -> int:
-    """Bytes resident between steps, once what the allocator kept back is returned."""
+    """Returns the resident bytes, after the allocator has returned what it kept back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident("VmRSS")
 
 
 def storages() -> list[torch.UntypedStorage]:
-    """The memory of every tensor that Python knows of, each once; not that of fake ones."""
+    """Returns the storage of every tensor that Python knows of, each once, without fake ones."""
     found = {}
     for each in gc.get_objects():
         if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
@@ -71,14 +71,14 @@ def storages() -> list[torch.UntypedStorage]:
 
 
 def empty_all_tensors() -> None:
-    """Takes their memory away from all tensors, whoever holds them."""
+    """Frees the memory of all tensors, whoever holds them."""
     for storage in storages():
         if storage.resizable():
             storage.resize_(0)
 
 
 def run_json(script: str, *options: str, **environment: str) -> dict[str, Any]:
-    """The JSON that ``script`` prints last, in a process of its own."""
+    """Runs ``script`` in a process of its own, and returns the JSON that it prints last."""
     done = subprocess.run(
         [sys.executable, script, *options], stdout=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -88,7 +88,7 @@ def run_json(script: str, *options: str, **environment: str) -> dict[str, Any]:
 
 
 def spread(numbers: Sequence[float], digits: str = ".3f") -> str:
-    """Median, and the least and the largest."""
+    """Writes the median, and the least and the largest."""
     return f"{statistics.median(numbers):{digits}} ({min(numbers):{digits}}-{max(numbers):{digits}})"
 
 

@@ -1,4 +1,4 @@
-"""The most memory that was held since a moment: of a GPU by torch's allocator, of a CPU by the kernel's count."""
+"""Measures peak memory since a moment: of a GPU by torch's allocator, of a CPU by the Linux kernel's count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.ratios import is_gpu
 
 
 class Peak:
-    """Over what is held when this is made."""
+    """Measures the peak over the memory that is in use when this object is made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -26,6 +26,6 @@ class Peak:
 
     @property
     def bytes(self) -> int:
-        """The most since ``restart``, over what was held at the beginning."""
+        """Returns the peak since ``restart``, over the memory in use at the beginning."""
         peak = torch.cuda.max_memory_allocated(self._device) if is_gpu(self._device) else resident("VmHWM")
         return peak - self._before

@@ -1,4 +1,4 @@
-"""Things measured side by side in one run, in turns: A B C A B C ..., and the ratios within each turn."""
+"""Measures calls side by side in one run, in turns: A B C A B C ..., and the ratios within each turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BYTES_OF_A_FLUSH = 2**28
 
 
 class Clock:
-    """Seconds that a call takes: by the wall on a CPU, between two events on a GPU.
+    """Measures the seconds that a call takes: by the wall on a CPU, between two events on a GPU.
 
     On a GPU the L2 cache is flushed before, and the host has a head start of some 20 milliseconds: what is measured is
     the device alone, with inputs in its memory.
@@ -45,19 +45,19 @@ def is_gpu(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Seconds of a baseline and of a candidate, the i-th of both taken in the same turn."""
+    """Holds seconds of a baseline and of a candidate; the i-th of both are from the same turn."""
 
     baseline: tuple[float, ...]
     candidate: tuple[float, ...]
 
     @property
     def speedups(self) -> list[float]:
-        """How many times faster than the baseline the candidate is, by pair."""
+        """Returns for each pair how many times faster than the baseline the candidate is."""
         return [slow / fast for slow, fast in zip(self.baseline, self.candidate, strict=True)]
 
     @property
     def costs(self) -> list[float]:
-        """How many times the baseline's time the candidate takes, by pair."""
+        """Returns for each pair how many times the baseline's time the candidate takes."""
         return [1 / speedup for speedup in self.speedups]
 
     @property
@@ -66,14 +66,14 @@ class Pairs:
 
     @classmethod
     def of_sum(cls, parts: Iterable[Pairs]) -> Pairs:
-        """Of several things one after another: their i-th pairs added."""
+        """Adds the i-th pairs of several calls, as if each turn made them one after another."""
         parts = list(parts)
         baseline, candidate = (zip(*(getattr(p, side) for p in parts), strict=True) for side in cls.__annotations__)
         return cls(tuple(map(sum, baseline)), tuple(map(sum, candidate)))
 
 
 def in_turns(baseline: Work, candidates: Sequence[Work], repeats: int, clock: Clock, warmup: int = 1) -> list[Pairs]:
-    """``repeats`` turns of the baseline and each candidate once, after some that do not count."""
+    """Runs the baseline and each candidate once in each of ``repeats`` turns, after some turns that do not count."""
     works = (baseline, *candidates)
     turns = [[clock.seconds(work) for work in works] for _ in range(warmup + repeats)]
     first, *others = zip(*turns[warmup:], strict=True)

@@ -1,4 +1,4 @@
-"""How thoroughly and where to measure."""
+"""Defines how thoroughly and where to measure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Size = TypeVar("Size")
 
 @dataclass(frozen=True)
 class Settings:
-    """What every section is run with.
+    """Holds the settings that every section is run with.
 
     Args:
         repeats: pairs of each measurement. quick: tiny sizes that prove nothing but that all runs.
@@ -27,7 +27,7 @@ class Settings:
         return quick if self.quick else full
 
     def on_gpu(self) -> Settings | None:
-        """The same on the GPU; None where there is none. To see whether all runs, a CPU does too."""
+        """Returns the same settings for the GPU; None where there is none, except with ``quick``."""
         if torch.cuda.is_available():
             return replace(self, device=torch.device("cuda"))
         return self if self.quick else None

@@ -1,4 +1,4 @@
-"""Rows of ratios beside their targets, as markdown."""
+"""Writes rows of ratios beside their targets, as markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Target(NamedTuple):
         return f"{'≥' if self.at_least else '≤'} {self.limit:.3g}"
 
     def verdict(self, ratio: float) -> str:
-        """Of ``ratio``: "yes", or by how much it misses."""
+        """Returns "yes" where ``ratio`` meets the target, or by how much it misses."""
         missing = self.limit - ratio if self.at_least else ratio - self.limit
         return "yes" if missing <= 0 else f"no, by {missing / self.limit:.0%}"
 
@@ -37,7 +37,7 @@ def at_most(limit: float) -> Target:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement.
+    """Holds one measurement.
 
     Args:
         what: was measured. kernel: that was chosen for it.
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that belong together.
+    """Holds rows that belong together.
 
     Args:
         ratio: heading of the ratios: what over what. note: what a reader has to know.

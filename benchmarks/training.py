@@ -1,4 +1,4 @@
-"""Whole training steps of LLaMA shapes, compiled: dense, sparse in two calls, sparse with the update in backward."""
+"""Makes compiled training steps of LLaMA shapes: dense, sparse in two calls, sparse with the update in backward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BYTES = 256
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model and of what it is trained on in a step."""
+    """Holds the sizes of a model and of the batch of a step."""
 
     hidden: int
     intermediate: int
@@ -39,14 +39,14 @@ class Shape:
         return self.batch * self.sequence
 
     def flops(self, density: float) -> float:
-        """Of forward and backward: the layers' weights, the head, and attention to what came before."""
+        """Counts the operations of forward and backward: the layers' weights, the head, and causal attention."""
         weights = self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
         attention = self.layers * self.sequence * self.hidden
         return 6 * self.tokens * (density * weights + self.hidden * self.vocabulary + attention)
 
     @property
     def bound(self) -> float:
-        """How many times fewer operations a sparse step has than a dense one."""
+        """Returns how many times fewer operations a sparse step has than a dense one."""
         return self.flops(1) / self.flops(DENSITY)
 
     def model(self, dtype: torch.dtype) -> nn.Module:
@@ -60,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a training run. Moments are of the dtype of the weights."""
+    """Describes a training run. Moments are of the dtype of the weights."""
 
     method: str
     shape: Shape
@@ -70,7 +70,7 @@ class Recipe:
 
 
 class Training:
-    """A model, its optimizer, and ``step()`` on one batch again and again."""
+    """Trains a model, always on the same batch."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -87,14 +87,14 @@ class Training:
 
     @property
     def kernels(self) -> str:
-        """Of the products; and of the update, where it is ours."""
+        """Names the kernels of the products, and of the update where it is ours."""
         names = [chosen.of_products(find_sites(self.model).values())]
         if isinstance(self.optimizer, smet.ActiveAdamW):
             names.append(chosen.of_update(self.optimizer))
         return ", ".join(names)
 
     def formula_bytes(self) -> int:
-        """Weights, gradients, two moments of the weights' dtype, and where the blocks lie: what has to be held."""
+        """Counts the bytes that are needed: weights, gradients, two moments of the weights' dtype, and the topology."""
         compact = {site.values for site in find_sites(self.model).values()} if self.recipe.method == FUSED else set()
         copies = sum(p.nbytes * (3 if p in compact else 4) for p in self.model.parameters())
         return copies + sum(buffer.nbytes for buffer in self.model.buffers())
@@ -118,19 +118,19 @@ class Training:
 
 @functools.cache
 def training(recipe: Recipe) -> Training:
-    """The run of that recipe, the same one for every section: it takes long to compile."""
+    """Returns the run of that recipe, the same one for every section, since compiling it takes long."""
     return Training(recipe)
 
 
 def static_shapes() -> Any:
-    """Else Dynamo takes a second model's sizes for symbols, as they differ from the first one's."""
+    """Keeps Dynamo from making a second model's sizes symbols, because they differ from the first one's."""
     import torch._dynamo
 
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
 def _text(num_bytes: int) -> Tensor:
-    """The first bytes of the standard library."""
+    """Returns the first bytes of the standard library."""
     text = bytearray()
     for path in stdlib_paths():
         if len(text) < num_bytes:

@@ -1,6 +1,6 @@
-"""Sparse memory-efficient training: weights stored, differentiated and optimised only where they are active.
+"""Trains sparse models in little memory: weights are stored, differentiated and optimised only where they are active.
 
-Every public name loads when it is first asked for, so importing the package loads nothing else.
+Every public name is imported when it is first used, so importing the package imports nothing else.
 """
 
 import sys
@@ -101,10 +101,10 @@ class _Door(ModuleType):
 sys.modules[__name__].__class__ = _Door
 
 
-if not TYPE_CHECKING:  # a type checker would take every name for a name of this module
+if not TYPE_CHECKING:  # with it, a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        """Loads a public name, the version, or the room of the compiler passes with its switch."""
+        """Imports a public name, the version, or the package of compiler passes, which has their switch."""
         if name in _MODULES:
             value = getattr(import_module(_MODULES[name]), name)
         elif name == "__version__":

@@ -23,7 +23,7 @@ from smet_compile.format import arguments
 
 _DENSITY = 0.3
 _MAX_DENSITY_RATIO = 1.5
-"""By how much the density of a whole model may exceed the one asked for before a warning."""
+"""Factor by which the density of the whole model may exceed the requested one without a warning."""
 _STACKLEVEL = 3  # warnings name the line that calls sparsify
 
 
@@ -45,14 +45,14 @@ def sparsify(
     Sparse by default: weights of ``nn.Linear``, Hugging Face ``Conv1D``, the projections of
     ``nn.MultiheadAttention``, and stacked expert weights (3-D parameters of modules that say they hold experts).
     Left dense by default, with the reason in ``report(model)``: embeddings, output embeddings, routers, tied
-    weights, everything else. Call it before the optimizer is made.
+    weights, and everything else. Call it before the optimizer is made.
 
     Args:
         model: any module; on the meta device only layouts are made.
         density: fraction of blocks that are active, in (0, 1]. Default: 0.3; for "nonzero" it follows from the zeros.
             At 1 the model stays dense and everything that follows works on it, as a baseline.
         block_shape: the unit of sparsity: 1 for single weights, B for (B, B) tiles, or (bm, bn).
-        include: globs over qualified names of weights or their modules. Given, they are the whole selection, and
+        include: globs over qualified names of weights or their modules. If given, they are the whole selection, and
             a weight they match may be any parameter of two or more dimensions (convolutions, embeddings).
         exclude: globs of weights to leave dense.
         rules: glob → density for the chosen weights it matches, first match wins; 1 leaves a weight plain.
@@ -61,8 +61,8 @@ def sparsify(
         select: "random" for a fresh model (tiles so that their rows and columns fill evenly); "magnitude", the blocks
             of largest mean \\|w\\|, for a trained one; or "nonzero" for a pruned one: of each weight the blocks that
             are not all zero, at least one, and a weight without a block of zeros stays dense.
-        rescale: multiplies what stays by 1/√d, so that outputs keep their variance. Default: only for "random".
-        seed: of the random selection.
+        rescale: multiplies the active weights by 1/√d, so that outputs keep their variance. Default: only for "random".
+        seed: the seed of the random selection.
 
     Returns: ``model``.
 
@@ -71,11 +71,10 @@ def sparsify(
             glob or rule that matches nothing, a weight that is compact already, nothing to make sparse, or "nonzero"
             with a density or without data. The model is then unchanged.
 
-    The model is unchanged too where one of its warnings is made an error, where a module refuses its new weight, and
-    where memory is short: blocks are drawn and warnings given before the first weight is packed, and the largest one
-    is packed first. Only an interrupt (Ctrl-C) after that, or memory that something else took, ends with some weights
-    compact and the others as they were; the exception names the compact ones. Their inactive weights are lost, since
-    keeping them would take the memory of a second dense model.
+    The model is unchanged too where a warning is made an error, where a module refuses its new weight, and where memory
+    runs out: all checks come first, and the largest weight is packed first. Only after an interrupt (Ctrl-C) in
+    between, or where another program took memory, are some weights compact and the others not. The exception then names
+    the compact ones, whose inactive weights are lost.
     """
     arguments.module("sparsify", model)
     arguments.one_of("select", select, SELECTS)
@@ -99,7 +98,7 @@ def sparsify(
 def _install_passes() -> None:
     """Puts the compiler passes where ``torch.compile`` finds them.
 
-    The import stands here because it loads the compiler, which takes seconds and serves compact weights alone.
+    The import is here because it loads the compiler, which takes seconds, and only compact weights need it.
     """
     from smet_compile.passes.pipeline import install
 
@@ -107,7 +106,7 @@ def _install_passes() -> None:
 
 
 def _warn_if_larger(choices: Sequence[Choice]) -> None:
-    """Warns where the blocks of a weight, which hang over its edge, take more memory than the dense weight."""
+    """Warns where the blocks of a weight hang over its edge so far that they take more memory than the dense weight."""
     larger = [choice for choice in choices if choice.values_bytes > choice.dense_bytes]
     if not larger:
         return

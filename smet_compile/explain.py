@@ -27,8 +27,8 @@ class SiteExplanation:
     """Explains one site. A part is "fused", "none" where it does not exist, or the reason why it is not fused.
 
     Args:
-        forward: the product with the weight. input_gradient: the gradient of what the weight multiplies.
-        weight_gradient: the gradient of the weight, compact where fused. update: the optimizer's, in backward.
+        forward: the product with the weight. input_gradient: the gradient of the product's other factor.
+        weight_gradient: the gradient of the weight, compact where fused. update: the optimizer's update in backward.
         kernels: part → the kernel that computes it, where it is fused (``SMET_COMPILE_KERNEL`` forces one).
     """
 
@@ -52,7 +52,7 @@ class Explanation:
     Args:
         sites: one row for each site of the model.
         graph_breaks: why Dynamo broke the model into several graphs; each of them is optimised on its own.
-        updates_fused: whether a step with fused updates was explained; else no update can be fused.
+        updates_fused: whether a step with fused updates was explained; if not, no update can be fused.
     """
 
     sites: list[SiteExplanation]
@@ -87,16 +87,16 @@ class Explanation:
 def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, **inputs: Any) -> Explanation:
     """Captures ``model`` afresh and explains per site what is fused: forward, both gradients, update.
 
-    Runs one forward, in the mode the model is in; random state, buffers and attributes are put back, nothing is
-    trained. It generates no code and uses no compile cache, since a warm cache runs no pass::
+    Runs one forward, in the mode the model is in, and restores random state, buffers and attributes; nothing is
+    trained. It generates no code and uses no compile cache, since with a warm cache no pass would run::
 
         print(smet.explain(model, **batch))
         print(smet.explain(step, batch))         # a step of compile_train_step: its updates too; or step, **batch
 
     Args:
-        model: with compact weights, compiled or not; or what ``compile_train_step`` made.
-        example, inputs: what it is called with. A step takes one batch: inputs by keyword are the dict of them.
-        strict: raise where anything that could be fused is not.
+        model: a model with compact weights, compiled or not; or a step that ``compile_train_step`` made.
+        example, inputs: the arguments of the call. A step takes one batch: keywords are put into one dict.
+        strict: whether to raise where anything that could be fused is not.
 
     Raises:
         ValueError: a model without compact weights; with ``strict``, the list of what is not fused, with reasons.
@@ -125,7 +125,7 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
 
 
 def _one_batch(example: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
-    """Returns the one batch that a step takes; keywords are the dict of it."""
+    """Returns the one batch that a step takes; keywords are one dict."""
     if len(example) + bool(inputs) != 1:
         raise ValueError(
             f"explain: expected one batch as the step takes it, got {len(example)} by place and {len(inputs)} by "
@@ -178,7 +178,7 @@ def _explain_site(site: Site, outcome: Outcome | None, unfused_update: str, has_
 
 
 def _cell(result: str, kernel: str | None) -> str:
-    """Returns a cell of the table: the kernel where one computes the part."""
+    """Returns a cell of the table: the kernel, "fused" where it is not known, "none" or "no"."""
     return kernel or result if result == _FUSED else result if result == _NONE else "no"
 
 

@@ -1,7 +1,7 @@
-"""Captures graphs and leaves no trace: whatever in the package captures a forward uses these tools.
+"""Provides tools to trace a forward without side effects.
 
-``Capture`` is a backend for ``torch.compile`` that keeps the graphs, ``capture_graphs`` runs a call through it once,
-``leave_no_trace`` puts back what a forward changes, ``run_op_by_op`` shows a forward to torch one op after another.
+``Capture`` is a backend for ``torch.compile`` that keeps the graphs. ``capture_graphs`` runs a call through it once.
+``leave_no_trace`` restores what a forward changes. ``run_op_by_op`` makes a forward run eagerly, one op after another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Captured:
     """Holds one graph that Dynamo captured.
 
     Args:
-        sources: what each input of the graph is in Python, as Dynamo names it. inputs: the inputs themselves.
+        sources: Dynamo's name for each input of the graph, a Python expression. inputs: the inputs themselves.
         joint: the forward and backward graph after the passes. forward, backward: its two halves; the backward
             is None without training. reports: what each pass reported.
     """
@@ -55,12 +55,12 @@ class Captured:
 
 
 class Capture:
-    """Serves ``torch.compile`` as a backend that generates no code and keeps what it is given in ``graphs``.
+    """Serves ``torch.compile`` as a backend that generates no code and keeps the graphs it is given in ``graphs``.
 
     It runs AOTAutograd, the passes and the partitioner. The compiler is imported at the first call: it takes seconds.
 
     Args:
-        passes: the passes to run, in order; None: those that Inductor runs.
+        passes: the passes to run, in order; None for those that Inductor runs.
     """
 
     def __init__(self, passes: tuple[Pass, ...] | None = None) -> None:
@@ -138,20 +138,18 @@ def capture_graphs(
     """Compiles ``call`` afresh with ``Capture`` and runs it once, whatever was compiled or cached before.
 
     Args:
-        call: a Python function or lambda. fullgraph: raise where it does not become one graph.
-        dynamic: whether sizes are symbols, as ``torch.compile`` takes it.
+        call: a Python function or lambda. fullgraph: whether to raise where it does not become one graph.
+        dynamic: whether sizes are symbols, as in ``torch.compile``.
 
-    Returns: the graphs, and the first line of each reason why Dynamo broke the call into several.
-
-    Raises:
-        SeveralGraphsError: with ``fullgraph``, a call that Dynamo cannot make one graph of.
+    Returns the graphs, and the first line of each reason why Dynamo broke the call into several. With ``fullgraph`` it
+    raises SeveralGraphsError instead.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import Unsupported, UserError
     from torch._dynamo.utils import counters
 
     backend = Capture()
-    # Dynamo keeps compiled code by code object, and remembers by its name which sizes changed: give it new ones.
+    # Dynamo keeps compiled code by code object, and remembers by its name which sizes changed, so both are new here.
     name = f"captured_{next(_num_captured)}"
     code = call.__code__.replace(co_name=name)
     fresh = types.FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
@@ -173,14 +171,14 @@ def _first_line(reason: str) -> str:
 
 @contextmanager
 def leave_no_trace(model: nn.Module, *, restore_buffers: bool = True) -> Iterator[None]:
-    """Puts back at its end what forwards of ``model`` changed: attributes, buffers and random state.
+    """Restores at its end what forwards of ``model`` changed: attributes, buffers and random state.
 
-    Modules get back their attributes and what was in their dicts, lists and sets, so a cache that the first forward
-    fills is empty again. What hooks keep elsewhere stays changed. Parameters and their gradients are not copied,
-    since a forward changes neither.
+    Modules get back their attributes and the content of their dicts, lists and sets, so a cache that the first forward
+    fills is empty again. What hooks store elsewhere stays changed. Parameters and their gradients are not copied, since
+    a forward changes neither.
 
     Args:
-        restore_buffers: copy the buffers at the start (those of a BatchNorm, say); needless where stand-ins run.
+        restore_buffers: whether to copy the buffers at the start and restore them; needless where tensors are fake.
     """
     devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
     contents: dict[int, tuple[Any, Any]] = {}
@@ -199,7 +197,7 @@ def leave_no_trace(model: nn.Module, *, restore_buffers: bool = True) -> Iterato
 
 
 def _note_contents(container: Any, contents: dict[int, tuple[Any, Any]]) -> None:
-    """Notes in ``contents`` what a dict, a list or a set holds, and what those within it hold."""
+    """Copies the content of a dict, a list or a set, and of those within it, to ``contents``."""
     if type(container) not in _CONTAINERS or id(container) in contents:
         return
     contents[id(container)] = container, container.copy()
@@ -208,7 +206,7 @@ def _note_contents(container: Any, contents: dict[int, tuple[Any, Any]]) -> None
 
 
 def _put_back(container: Any, content: Any) -> None:
-    """Fills ``container`` with ``content``, unless it holds just that: what torch.compile guards is not touched."""
+    """Fills ``container`` with ``content``, unless it holds just that: torch.compile guards some containers."""
     before, after = (list(each.items() if isinstance(each, dict) else each) for each in (content, container))
     if len(before) == len(after) and all(_is_same(*pair) for pair in zip(before, after, strict=True)):
         return
@@ -217,17 +215,17 @@ def _put_back(container: Any, content: Any) -> None:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Returns whether two items are one object, or pairs of a key and a value that are."""
+    """Tells whether two items are one object, or pairs of a key and a value that are."""
     are_pairs = isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other)
     return one is other or (are_pairs and all(a is b for a, b in zip(one, other, strict=True)))
 
 
 @contextmanager
 def run_op_by_op() -> Iterator[None]:
-    """Sets torch so that a forward runs eagerly, without autograd, and shows each op that it is made of.
+    """Makes a forward run eagerly, without autograd, and so that a dispatch mode sees each op that it is made of.
 
-    ``torch.compile`` is without effect. In inference mode, composite ops would stay whole, and the fast path of
-    ``nn.TransformerEncoderLayer`` is one op that hides what feeds what. At the end the settings are as they were.
+    ``torch.compile`` has no effect. Inference mode is off, since composite ops would stay whole in it, and so is the
+    fast path of ``nn.TransformerEncoderLayer``, which is a single op. At the end the settings are as they were.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

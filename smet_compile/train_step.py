@@ -1,4 +1,8 @@
-"""compile_train_step: forward, backward and update as one call, in which compact gradients die where they are made."""
+"""Provides compile_train_step: forward, backward and optimizer step as one call.
+
+Where no gradient has to be kept, the compiled forward opens an update sink for each compact weight (``ops.sinks``), so
+that the optimizer's update is part of the compiled backward. Else the same call is a usual step with gradients.
+"""
 
 from __future__ import annotations
 
@@ -38,27 +42,26 @@ def compile_train_step(
 
     Without accumulation, clipping or data parallelism each compact weight is updated in backward, as soon as its
     gradient is known: no compact gradient outlives its update. All other parameters are updated by
-    ``optimizer.step()`` as ever. With any of the three, or where the step is not one graph (a warning says why),
-    gradients live as compact tensors until they are used; ``step.fused`` tells which::
+    ``optimizer.step()`` as usual. With any of the three, or where the step is not one graph (a warning says why),
+    gradients are compact tensors until ``optimizer.step()``; ``step.fused`` tells which case it is::
 
         step = smet.compile_train_step(model, optimizer)
         for batch in loader:
             loss = step(batch)
             scheduler.step(); manager.step()
 
-    A step may break: something raises in its forward, backward or update, or Ctrl-C ends it. Then every gradient of the
-    model is dropped, also one that was there before or that earlier calls accumulated; accumulation begins anew with
-    the next call, and state that the optimizer made for an update that did not come is forgotten. What cannot be taken
-    back are updates in backward: weights that had theirs have made the step, the others have not, as if they had been
-    frozen in it. The model trains on from there; to repeat the step exactly, load a checkpoint.
-
-    With accumulation DistributedDataParallel reduces gradients in the last call of each optimizer step only.
+    A step may fail: something raises in its forward, backward or update, or Ctrl-C ends it. Then every gradient of the
+    model is dropped, also one that was there before or that earlier calls accumulated. Accumulation begins anew with
+    the next call. State that the optimizer made for an update that did not happen is deleted. Updates in backward that
+    were made already cannot be undone: the weights without an update then count as frozen in that step. Training can go
+    on from there; to repeat the step exactly, load a checkpoint. With accumulation DistributedDataParallel reduces
+    gradients in the last call of each optimizer step only.
 
     Args:
-        model: with compact weights; not compiled before.
+        model: a model with compact weights, not compiled before.
         optimizer: ``ActiveAdamW``, or AdamW, Adam or SGD of ``torch.optim``; holds the model's parameters.
         loss_fn: ``loss_fn(model, batch)`` → 0-d loss. Default: ``model(**batch).loss``.
-        accumulate: calls that make one optimizer step; each call's loss is divided by it for the gradients.
+        accumulate: number of calls for one optimizer step; each call's loss is divided by it for the gradients.
         max_grad_norm: clips the norm of all gradients together, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     Returns: the step. It takes a batch and returns the loss, detached and not divided.
@@ -75,12 +78,12 @@ def compile_train_step(
     if loss_fn is not None:
         function("loss_fn", loss_fn, "(model, batch) → loss")
     check_sparsified("compile_train_step", model)
-    _check_holds(model, optimizer, find_sites(model).values())
+    _check_parameters(model, optimizer, find_sites(model).values())
     return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
 
 class TrainStep:
-    """One training step, compiled at its first call. Made by ``compile_train_step``."""
+    """Makes one training step at each call, and compiles it at the first. ``compile_train_step`` returns it."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn | None, accumulate: int, max_norm: float | None
@@ -96,17 +99,20 @@ class TrainStep:
         self._num_accumulated = 0
         self._unfinished: list[BackwardUpdate | None] | None = None
         self._leaf = torch.zeros((), requires_grad=True)
-        self._is_whole = True
+        self._is_one_graph = True
         self.compile()
 
     def compile(self, **options: Any) -> None:
-        """Has the step compiled anew at its next call, by ``torch.compile`` with these options."""
+        """Makes the next call compile the step anew, by ``torch.compile`` with these options."""
         self._options = options
         self._compiled = self._compile(fullgraph=self.fused)
 
     def _compile(self, fullgraph: bool) -> Callable[..., Tensor]:
-        """By code of its own: Dynamo counts recompiles, to stop at a few, by code object, and remembers by its name
-        what changed from call to call, which would make a second model's sizes and options symbols."""
+        """Compiles ``forward`` with a code object and a name of its own.
+
+        Dynamo limits recompiles per code object, so two models that share one would share the limit. It also remembers
+        by the name what changed from call to call, and would make a second model's sizes and options symbols.
+        """
         forward = TrainStep.forward
         code = forward.__code__.replace(co_name=f"forward_{next(_num_compiled)}")
         own = MethodType(FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__), self)
@@ -115,12 +121,12 @@ class TrainStep:
 
     @property
     def fused(self) -> bool:
-        """Whether compact weights are updated in backward, and their gradients never kept."""
-        kept = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
-        return bool(self.sites) and not kept and self._is_whole and self._update_of is not None
+        """Tells whether compact weights are updated in backward, so that their gradients are never kept."""
+        keeps_gradients = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
+        return bool(self.sites) and not keeps_gradients and self._is_one_graph and self._update_of is not None
 
     def forward(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
-        """The part that is compiled: opens the sinks and computes the loss."""
+        """Opens the sinks and computes the loss. This is the part that is compiled."""
         for site, update in zip(self.sites, updates, strict=True):
             compact = site.compact
             if update is not None:
@@ -137,7 +143,7 @@ class TrainStep:
                 f"batch: expected a dict of the model's arguments, got {type(batch).__name__}; pass "
                 "loss_fn=lambda model, batch: ..."
             )
-        self._abandon()  # a step whose cleaning up was interrupted
+        self._abandon()  # if the cleaning up after an earlier step was interrupted
         self._unfinished = updates = self.updates()
         try:
             loss = self._step(batch, updates)
@@ -169,7 +175,7 @@ class TrainStep:
         return loss.detach()
 
     def _abandon(self) -> None:
-        """Leaves nothing of a step that broke but the updates that it made. Does nothing where none is unfinished."""
+        """Cleans up after a step that failed, except for updates that it made. Does nothing if none is unfinished."""
         updates = self._unfinished
         if updates is None:
             return
@@ -188,19 +194,21 @@ class TrainStep:
 
     def _loss(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         with self.gradients_in_sinks(updates):
-            return _checked(self._compiled(batch, updates))
+            return _check_loss(self._compiled(batch, updates))
 
     def _loss_in_parts(self, batch: Any, broken: Exception) -> Tensor:
-        """From now on with gradients that are kept. A sink that several graphs share would be updated in every step:
-        a graph hands a gradient of zeros to a weight that the others did not reach."""
-        whole, self._compiled = self._compiled, self._compile(fullgraph=False)
+        """Computes the loss with graph breaks, and from now on with gradients that are kept.
+
+        A graph returns zeros for a sink that it does not use, so weights that no graph reaches would be updated too.
+        """
+        previous, self._compiled = self._compiled, self._compile(fullgraph=False)
         try:
             loss = self._loss(batch, [None] * len(self.sites))
         except BaseException:
-            self._compiled = whole
+            self._compiled = previous
             raise
-        self._is_whole = False
-        reason = str(broken).strip().splitlines()[0]
+        self._is_one_graph = False
+        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
         warnings.warn(
             f"compile_train_step: the step is not one graph ({reason}), so no update is fused, and compact gradients "
             "are in memory until optimizer.step(); smet_compile.explain(model, ...) shows the graph breaks",
@@ -215,8 +223,7 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
 
     def updates(self) -> list[BackwardUpdate | None]:
-        """The update of each site in backward; None for one that is frozen, or has a gradient from elsewhere to add
-        to, and for all where none is fused."""
+        """Returns each site's update in backward; None where it is not fused: frozen weights, those with a gradient."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
         try:
@@ -229,7 +236,7 @@ class TrainStep:
     def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]]) -> BackwardUpdate | None:
         values = site.values
         if values.requires_grad and values not in groups:
-            raise _not_held(site)
+            raise _not_held_error(site)
         if not (self.fused and self._update_of and values.requires_grad and values.grad is None):
             return None
         update = self._update_of(values, groups[values])
@@ -238,11 +245,10 @@ class TrainStep:
 
     @contextmanager
     def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[None]:
-        """In a forward whose gradients the sinks take, the values ask for none: backward changes them.
+        """Makes values need no gradient during a forward whose gradients go to sinks, since backward changes them.
 
-        In backward they do again: a checkpointed region that no graph took in reads them anew there, and has to save
-        what it saved the first time. Under ``use_reentrant=True`` it then leaves a gradient, which
-        ``optimizer.step()`` uses up.
+        In backward they need one again, since a checkpointed region outside the graph reads them anew there, and has to
+        save the same tensors. With ``use_reentrant=True`` it then leaves a gradient, which ``optimizer.step()`` uses.
         """
         updated = [
             (site.values, site.compact) for site, update in zip(self.sites, updates, strict=True) if update is not None
@@ -260,7 +266,7 @@ class TrainStep:
                 compact.update_sink = None
 
     def forget_unused(self, updates: list[BackwardUpdate | None]) -> None:
-        """State is made before it is known whether the step reaches a weight."""
+        """Deletes state that was made for a weight which the step then did not reach."""
         for site, update in zip(self.sites, updates, strict=True):
             if update is None or not update.made_state or site.values not in self.optimizer.state:
                 continue
@@ -275,18 +281,18 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _not_one_graph() -> tuple[type[Exception], ...]:
-    """What Dynamo raises where it cannot make one graph. Imported here: it takes seconds, and few ask."""
+    """Returns the errors that Dynamo raises where it cannot make one graph; imports them here, which takes seconds."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
 
     return Unsupported, UserError, FailOnRecompileLimitHit
 
 
 def _forget_reduction(reducer: DistributedDataParallel) -> None:
-    """Lets the next forward begin where a backward was broken off: the reducer would wait for the rest of it."""
+    """Makes the reducer ready for a new forward after an interrupted backward, for the rest of which it would wait."""
     reducer.reducer._reset_state()
 
 
-def _checked(loss: Any) -> Tensor:
+def _check_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss: expected a tensor without dimensions, got {got}; return loss.mean() from loss_fn")
@@ -295,18 +301,18 @@ def _checked(loss: Any) -> Tensor:
     return loss
 
 
-def _not_held(site: Site) -> ValueError:
+def _not_held_error(site: Site) -> ValueError:
     return ValueError(
         f"{site.name}: expected an optimizer that holds it, got one that does not; make the optimizer from "
         "model.parameters() after sparsify"
     )
 
 
-def _check_holds(model: nn.Module, optimizer: Optimizer, sites: Iterable[Site]) -> None:
+def _check_parameters(model: nn.Module, optimizer: Optimizer, sites: Iterable[Site]) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for site in sites:
         if site.values.requires_grad and id(site.values) not in held:
-            raise _not_held(site)
+            raise _not_held_error(site)
     others = len(held - {id(p) for p in model.parameters()})
     if others:
         raise ValueError(

@@ -11,7 +11,8 @@ import torch._inductor.config as inductor
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.passes import disabled, pipeline
+from smet_compile.ops import torch_insides
+from smet_compile.passes import disabled
 from smet_compile.passes.pipeline import JointPasses
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forgets earlier warnings, and puts the setting of Inductor back."""
     torch._dynamo.reset()
-    monkeypatch.setattr(pipeline, "_warned", set())
+    monkeypatch.setattr(torch_insides, "_warned", set())
     before = inductor.joint_custom_pre_pass
     yield
     inductor.joint_custom_pre_pass = before

@@ -1,1 +1,1 @@
-"""What is measured, one file each: ``tables(settings)`` measures and returns its tables."""
+"""Holds the sections, one file each: ``tables(settings)`` measures and returns its tables."""

@@ -1,4 +1,4 @@
-"""LLaMA-7b's shapes on one small part of a GPU: 8-bit moments, the update in backward."""
+"""Trains LLaMA-7b's shapes on one small part of a GPU, with 8-bit moments and the update in backward."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _rows(shape: Shape, place: Settings) -> list[Row]:
 
 
 def sparse_model(shape: Shape, device: torch.device) -> nn.Module:
-    """Layer by layer made sparse on the device, which never holds more than one of them dense."""
+    """Makes a model sparse layer by layer on the device, which never holds more than one dense layer."""
     with torch.device("meta"):
         model = shape.model(DTYPE)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def sparse_model(shape: Shape, device: torch.device) -> nn.Module:
 
 
 def _initialise(module: nn.Module, device: torch.device) -> None:
-    """Memory on the device for parameters that are on none: matrices random, gains one."""
+    """Allocates parameters on the device and fills them: matrices at random, gains with one."""
     module.to_empty(device=device)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=INIT_STD) if parameter.dim() > 1 else nn.init.ones_(parameter)

@@ -1,4 +1,4 @@
-"""A whole training step of LLaMA-350m's shapes on a GPU, against dense ``torch.compile``; and its peak memory."""
+"""Measures a training step of LLaMA-350m's shapes on a GPU against dense ``torch.compile``, and its peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three products of a linear layer with tiles in fp32, against dense torch."""
+"""Measures the three products of a linear layer with tiles in fp32 against dense torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _row(what: str, size: Size, target: Target, layer: Measured) -> Row:
 
 
 def rates(pairs: Pairs, dense_flops: int, density: float) -> dict[str, str]:
-    """GFLOP/s of both sides, of what each needs to compute."""
+    """Returns GFLOP/s of both sides, counting the operations that each needs."""
     dense, sparse = pairs.medians
     return {
         "dense GFLOP/s": f"{dense_flops / dense / 1e9:.0f}",

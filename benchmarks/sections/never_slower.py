@@ -1,4 +1,4 @@
-"""Where blocks or the dtype leave nothing to skip: sparse products take hardly longer than dense ones."""
+"""Measures that sparse products take hardly longer than dense ones where there is nothing to skip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of the optimizer on 16M active weights, against fused dense AdamW on as many and on all of them."""
+"""Measures an optimizer step on 16M active weights against fused dense AdamW on as many, and on all weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOTE = (
 
 
 class Kind(NamedTuple):
-    """Of an optimizer: what it updates, and what it keeps."""
+    """Describes which weights an optimizer updates, and which state it keeps."""
 
     name: str
     block: int
@@ -81,14 +81,14 @@ def _absolute(pairs: Pairs, num_bytes: float) -> dict[str, str]:
 
 
 def dense_step(weight: Tensor) -> Callable[[], object]:
-    """A step of torch's fused AdamW on ``weight``."""
+    """Returns a step of torch's fused AdamW on ``weight``."""
     parameter = nn.Parameter(weight)
     parameter.grad = torch.randn_like(weight)
     return torch.optim.AdamW([parameter], fused=True).step
 
 
 def aged_optimizer(kind: Kind, side: int, settings: Settings, num_matrices: int = MATRICES) -> smet.ActiveAdamW:
-    """``ActiveAdamW`` after some topology updates, with a gradient in every parameter."""
+    """Makes ``ActiveAdamW`` after some topology updates, with a gradient in every parameter."""
     with settings.device:
         matrices = [nn.Linear(side, side, bias=False, dtype=kind.dtype) for _ in range(num_matrices)]
     model = smet.sparsify(nn.Sequential(*matrices), DENSITY, block_shape=kind.block)

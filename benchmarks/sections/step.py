@@ -1,4 +1,4 @@
-"""A whole training step of a small LLaMA, against dense ``torch.compile`` with torch's fused AdamW."""
+"""Measures a training step of a small LLaMA against dense ``torch.compile`` with torch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tables(settings: Settings) -> list[Table]:
 def measure(
     shape: Shape, dtype: torch.dtype, variants: Mapping[tuple[str, int], Target | None], settings: Settings
 ) -> list[Row]:
-    """Sparse training by each method and side of a tile, in turns with dense training."""
+    """Measures sparse training by each method and side of a tile, in turns with dense training."""
     with static_shapes():
         dense = training(Recipe(DENSE, shape, 0, dtype, settings.device))
         sparse = [training(Recipe(method, shape, block, dtype, settings.device)) for method, block in variants]

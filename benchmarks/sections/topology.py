@@ -1,4 +1,4 @@
-"""A topology update of a whole model, against one of its training steps."""
+"""Measures a topology update of a whole model against one of its training steps."""
 
 from __future__ import annotations
 

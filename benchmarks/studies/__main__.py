@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies NAME ...`: runs what is missing of the named studies, then writes their pages.
+"""Runs what is missing of the named studies and writes their pages: `python -m benchmarks.studies NAME ...`
 
 A study that was stopped goes on where it was: every finished run is a line of `docs/results/studies/NAME.jsonl`.
 """

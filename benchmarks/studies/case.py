@@ -1,4 +1,4 @@
-"""One training run of a study, as data: everything its result depends on."""
+"""Describes one training run of a study as data, with everything that its result depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A LLaMA over bytes, and how much text one step reads."""
+    """Describes a LLaMA over bytes, and how much text one step reads."""
 
     hidden: int
     intermediate: int
@@ -22,7 +22,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run.
+    """Describes a run.
 
     Args:
         rate: peak learning rate α, after ``warmup`` of the steps; then ``decay``: "cosine" to a tenth, or "constant".
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """The same for equal cases alone. Of what differs from the defaults, so that a new field changes no key."""
+        """Hashes the fields that differ from the defaults, so that a new field changes no key."""
         plain = {field.name: field.default for field in fields(self)}
         special = {name: value for name, value in asdict(self).items() if value != plain[name]}
         return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The text: the standard library's own source as bytes, its last part held out."""
+"""Provides the text: the standard library's own source as bytes, its last part held out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _tokens() -> numpy.ndarray:
 
 
 class Corpus:
-    """Windows of ``sequence`` bytes: those to train on in an order that follows from the seed, and those held out."""
+    """Holds windows of ``sequence`` bytes: those to train on, in an order that the seed decides, and those held out."""
 
     def __init__(self, sequence: int, seed: int) -> None:
         tokens = _tokens()
@@ -28,11 +28,11 @@ class Corpus:
         self._order = numpy.random.default_rng(seed).permutation(len(self._train))
 
     def batch(self, step: int, size: int) -> torch.Tensor:
-        """(size, sequence) int64: the windows of step ``step``, the same for every method."""
+        """Returns the windows (size, sequence) int64 of step ``step``, the same for every method."""
         rows = self._order[numpy.arange(step * size, (step + 1) * size) % len(self._order)]
         return torch.from_numpy(self._train[rows].astype(numpy.int64))
 
     def held_out(self, count: int) -> torch.Tensor:
-        """(count, sequence) int64, evenly spaced over the held-out text, the same for every seed."""
+        """Returns windows (count, sequence) int64, evenly spaced over the held-out text, the same for every seed."""
         spaced = numpy.linspace(0, len(self._held_out) - 1, count).astype(int)
         return torch.from_numpy(self._held_out[spaced].astype(numpy.int64))

@@ -1,4 +1,4 @@
-"""At equal bytes of training state, is a wide sparse model better than a dense one?
+"""Asks: is a wide sparse model better than a dense one, at equal bytes of training state?
 
 A budget is what a dense model of a given width needs: weights, gradients, moments. Against it stand dense models of
 other depths that fit, and for each density the widest sparse model whose weights, gradients, moments, ages and index
@@ -36,7 +36,7 @@ _REPEATS = 7
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that fits the budget of a dense model of width ``budget``, and its bytes."""
+    """Describes a model that fits the budget of a dense model of width ``budget``, and its bytes."""
 
     budget: int
     density: float
@@ -55,7 +55,7 @@ def shape_of(scale: Scale, hidden: int, layers: int) -> Shape:
 
 @lru_cache
 def training_bytes(shape: Shape, density: float, block: str) -> int:
-    """Of weights, gradients, moments, ages and index: every tensor that outlives a step, as the planner counts them."""
+    """Counts the bytes of weights, gradients, moments, ages and index, as the planner does."""
     from benchmarks.studies.trainer import build_model
 
     case = tuned(shape, 1, density, block, 0)
@@ -78,7 +78,7 @@ def candidates(scale: Scale) -> tuple[Candidate, ...]:
 
 
 def _widest(scale: Scale, budget: int, limit: int, density: float, block: str, layers: int) -> Candidate:
-    """Bytes grow with the width: halve the interval in which they pass the limit."""
+    """Finds the widest model within the limit by bisection, since bytes grow with the width."""
     low, high = 1, scale.widest // _WIDTH_STEP
     while high - low > 1:
         middle = (low + high) // 2
@@ -89,7 +89,7 @@ def _widest(scale: Scale, budget: int, limit: int, density: float, block: str, l
 
 
 def measure_times(scale: Scale, path: Path) -> None:
-    """Seconds of a compiled step of every candidate, by turns with the dense model that sets its budget."""
+    """Measures a compiled step of every candidate, by turns with the dense model that sets its budget."""
     from benchmarks.studies.trainer import build, compiled, two_calls
 
     times: dict[str, dict[str, float]] = {}
@@ -118,7 +118,7 @@ def prepare(scale: Scale, folder: Path) -> None:
 
 
 def times(folder: Path) -> dict[str, dict[str, float]]:
-    """By budget and candidate, the time of a step over that of the dense model that sets the budget."""
+    """Returns by budget and candidate the time of a step over that of the dense model that sets the budget."""
     return json.loads((folder / TIMES).read_text())
 
 
@@ -128,7 +128,7 @@ def same_tokens(scale: Scale, candidate: Candidate, seed: int) -> list[Case]:
 
 
 def same_time(scale: Scale, candidate: Candidate, cost: float, seed: int) -> list[Case]:
-    """``cost``: of a step, over that of the dense model that sets the budget."""
+    """Returns runs as long in time; ``cost`` is a step's time over that of the dense model that sets the budget."""
     steps = round(scale.memory_steps / cost)
     return [_run(steps, candidate, case.rate, seed) for case in same_tokens(scale, candidate, seed)]
 
@@ -138,7 +138,7 @@ def _run(steps: int, candidate: Candidate, rate: float, seed: int) -> Case:
 
 
 def is_main(scale: Scale, candidate: Candidate) -> bool:
-    """Whether it is run with every seed: the dense model that sets the budget, and single weights at density .25."""
+    """Tells whether it is run with every seed: the dense model of the budget, and single weights at density .25."""
     is_budget = candidate.density == 1 and candidate.shape.layers == scale.large.layers
     return is_budget or (candidate.density == 0.25 and candidate.block == "1")
 

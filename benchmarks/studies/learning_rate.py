@@ -1,4 +1,4 @@
-"""Which power of the density the learning rate should follow: p of α d^(-p).
+"""Asks which power of the density the learning rate should follow: p of α d^(-p).
 
 Dense, and d = .5, .25, .1 with single weights and tiles of 64, each at p = 0, .5, 1 and at the same five base rates α.
 What counts for a user is one base rate, tuned once on the dense model or at one density, that then holds at others: the
@@ -66,7 +66,7 @@ def cases(scale: Scale) -> list[Case]:
 
 
 def again(scale: Scale) -> list[Case]:
-    """What the choice of p rests on, for more seeds."""
+    """Returns the runs on which the choice of p rests, for more seeds."""
     sparse = [
         sparse_case(scale, OTHER_RATE, exponent, density, block)
         for density, block in ONE_RATE

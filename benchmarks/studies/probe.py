@@ -1,4 +1,4 @@
-"""The loss of one fixed batch at every step after a topology update, beside the same steps without it.
+"""Measures the loss of one fixed batch at every step after a topology update, and without the update.
 
 Before the update the run is copied. The copy goes on for ten steps on the same batches with the topology as it was: its
 losses are what would have been. With L[0] the loss of the probe batch after the optimizer's step u, before blocks are
@@ -29,7 +29,7 @@ Advance = Callable[[nn.Module, Optimizer, int], object]
 
 @dataclass
 class Window:
-    """Ten steps after step ``step``, of the run and of its copy.
+    """Holds ten steps after step ``step``, of the run and of its copy.
 
     Args:
         is_null: no update was made here.
@@ -49,12 +49,12 @@ class Window:
 
     @property
     def rise(self) -> float:
-        """With the update less without."""
+        """Returns the value with the update less that without."""
         return rise(self.losses) - rise(self.without)
 
     @property
     def bump(self) -> float:
-        """With the update less without."""
+        """Returns the value with the update less that without."""
         return bump(self.losses) - bump(self.without)
 
     @property
@@ -93,7 +93,7 @@ class Probe:
         return late and (at_update or (half_way and self._every > 4 * LENGTH))
 
     def before_update(self, step: int) -> None:
-        """Call after the optimizer's step ``step`` (from 1)."""
+        """Begins or continues windows; to be called after the optimizer's step ``step`` (from 1)."""
         if self._begins(step):
             self.windows.append(Window(step, step % self._every != 0))
         unfinished = [window for window in self.windows if window.is_open]
@@ -113,6 +113,6 @@ class Probe:
         return losses
 
     def after_update(self, step: int) -> None:
-        """Call after the manager's step ``step``."""
+        """Measures the loss right after an update; to be called after the manager's step ``step``."""
         if self.windows and self.windows[-1].step == step and not self.windows[-1].is_null:
             self.windows[-1].after_drop = self._loss(self._model)

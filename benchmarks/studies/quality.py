@@ -1,4 +1,4 @@
-"""What a density, a block shape, a distribution and a way to grow cost in quality: held-out loss at the same tokens."""
+"""Asks what a density, a block shape, a distribution and a way to grow cost in loss at the same tokens."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def sparse_case(scale: Scale, density: float, block: str, seed: int, **options) 
 
 
 def long_case(scale: Scale, density: float, block: str, seed: int) -> Case:
-    """A run so long, of a model so small, that the number of weights counts; dense at density 1."""
+    """Returns a run so long, of a model so small, that the number of weights counts; dense at density 1."""
     return tuned(scale.tiny, scale.long_steps, density, block, seed)
 
 
 def cases(scale: Scale) -> list[Case]:
-    """First what conclusions rest on."""
+    """Returns all runs, first those on which conclusions rest."""
     first = scale.seeds[0]
     found = [dense_case(scale, first)]
     found += [sparse_case(scale, density, block, first) for block in BLOCKS for density in DENSITIES]

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON record a line, appended as runs end, so that a study goes on where it stopped."""
+"""Keeps results on disk, one JSON record a line, appended as runs end, so that a study goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Records:
-    """The records of one study, by the key of their case."""
+    """Holds the records of one study, by the key of their case."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class Records:
         return self._by_key[key]
 
     def add(self, record: dict) -> None:
-        """Keeps it, here and on disk."""
+        """Keeps a record, here and on disk."""
         self._by_key[record["key"]] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:

@@ -1,4 +1,4 @@
-"""How large the studies are: what two cores finish in hours, what a GPU does, and what a test can afford."""
+"""Defines how large the studies are: for two cores and some hours, for a GPU, and for a test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.studies.case import Shape
 
 @dataclass(frozen=True)
 class Scale:
-    """Shapes and lengths.
+    """Holds shapes and lengths.
 
     Args:
         small: for spikes. large: wide enough for tiles of 64.

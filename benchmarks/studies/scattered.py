@@ -1,4 +1,4 @@
-"""An alternative to the even start of tiles, to measure against: every choice of active blocks equally likely."""
+"""Draws tiles uniformly instead of evenly, as an alternative start to measure against."""
 
 from __future__ import annotations
 

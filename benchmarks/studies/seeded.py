@@ -1,4 +1,4 @@
-"""An alternative to zeroed moments, to measure against: grown blocks take over the others' second moment."""
+"""Gives grown blocks the others' second moment instead of zero, as an alternative to measure against."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from smet_compile.format import TopologyChange
 
 
 class SeededAdamW(smet.NaiveAdamW):
-    """Bias corrections by the step count, as is right for moments that look old; m starts at 0, v at the mean v."""
+    """Corrects bias by the step count, as is right for moments that look old; m starts at 0, v at the mean v."""
 
     @torch.no_grad()
     def on_topology_change(self, change: TopologyChange) -> None:

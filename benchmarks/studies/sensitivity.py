@@ -1,4 +1,4 @@
-"""How much the settings of the rule matter: one at a time, the others at their defaults."""
+"""Asks how much the settings of the rule matter: one at a time, the others at their defaults."""
 
 from __future__ import annotations
 

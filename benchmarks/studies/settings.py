@@ -1,4 +1,4 @@
-"""What the learning-rate study found, and every other study uses: docs/results/learning_rate.md."""
+"""Holds the rates that the learning-rate study found (docs/results/learning_rate.md) and all others use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UPDATES, _EVERY = 20, 100
 
 
 def tuned(shape: Shape, steps: int, density: float, block: str, seed: int, **options: Any) -> Case:
-    """A run with the rates above and all else at its default, but in short runs more often an update.
+    """Returns a run with the rates above and defaults otherwise, except that short runs update more often.
 
     Dense at density 1. ``options`` are further fields of the case.
     """

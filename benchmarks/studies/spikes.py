@@ -1,4 +1,4 @@
-"""Does growing blocks shake the loss, and which part of SMET's rule prevents it?
+"""Asks: does growing blocks shake the loss, and which part of SMET's rule prevents it?
 
 Constant rate after warm-up, a constant drop fraction of 0.1 to the end: every window is then like every other, and the
 late ones meet mature moments, for which the naive rule's first step is up to 3.16 times too large. The metric is that
@@ -54,7 +54,7 @@ def case(scale: Scale, method: str, every: int, density: float, seed: int) -> Ca
 
 
 def cases(scale: Scale) -> list[Case]:
-    """All methods in two seeds, what is concluded of in three, other settings in one."""
+    """Returns the runs: all methods in two seeds, those of the conclusions in three, other settings in one."""
     first, *others = scale.seeds
     found = [case(scale, method, *DEFAULT, first) for method in METHODS]
     found += [case(scale, method, *setting, first) for setting in SETTINGS[1:] for method in IN_ALL_SETTINGS]

@@ -25,7 +25,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 
 @dataclass
 class Trainee:
-    """A model with what trains it; ``manager`` is None where the topology cannot move."""
+    """Holds a model, its optimizer and its manager, which is None where the topology cannot change."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -33,7 +33,7 @@ class Trainee:
 
 
 def build_model(case: Case, device: str | None = None) -> nn.Module:
-    """An unmodified Hugging Face LLaMA of the case's shape, its weights drawn from the case's seed."""
+    """Makes an unmodified Hugging Face LLaMA of the case's shape, its weights drawn from the case's seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = case.shape
@@ -52,7 +52,7 @@ def build_model(case: Case, device: str | None = None) -> nn.Module:
 
 
 def build(case: Case) -> Trainee:
-    """The model of the case, sparse if it is to be, with optimizer and manager."""
+    """Makes the model of the case, sparse if it is to be, with optimizer and manager."""
     model = build_model(case)
     # sparsify keeps these objects: they then hold the active weights
     matrices = [layer.weight for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
@@ -81,7 +81,7 @@ def build(case: Case) -> Trainee:
 
 
 def _groups(case: Case, model: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
-    """The linear layers' weights, and all others, which may have a rate of their own."""
+    """Returns two groups: the linear layers' weights, and all others, which may have a rate of their own."""
     in_layers = {id(weight) for weight in matrices}
     plain = [p for p in model.parameters() if id(p) not in in_layers]
     own = case.rate if case.plain_rate is None else case.plain_rate
@@ -103,7 +103,7 @@ def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def schedule(case: Case, step: int) -> float:
-    """The learning rate of step ``step`` (from 0), over its peak."""
+    """Returns the learning rate of step ``step`` (from 0), over its peak."""
     warmup = max(1, round(case.warmup * case.steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -115,13 +115,13 @@ def schedule(case: Case, step: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
-    """Mean loss per predicted byte, in nats, over (count, sequence) windows."""
+    """Returns the mean loss per predicted byte, in nats, over (count, sequence) windows."""
     losses = [model(input_ids=part, labels=part).loss.double() * len(part) for part in windows.split(batch)]
     return float(torch.stack(losses).sum() / len(windows))
 
 
 def train(case: Case, eager: bool = False) -> dict:
-    """The record of a run: the case, its losses, what was active, how long it took. ``eager``: without compiler.
+    """Trains and returns the record: the case, its losses, active blocks, time. ``eager``: without the compiler.
 
     A run whose loss is no longer finite ends there, with the loss None: that is its result.
     """
@@ -167,7 +167,7 @@ class Feed:
     peaks: list[float]
 
     def advance(self, step_fn: Step, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Step ``step`` (from 0); returns its training loss."""
+        """Makes step ``step`` (from 0), and returns its training loss."""
         for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * schedule(self.case, step)
         batch = self.corpus.batch(step, self.case.shape.batch).to(self.case.shape.device)
@@ -186,14 +186,14 @@ def _probe(case: Case, trainee: Trainee, corpus: Corpus, feed: Feed) -> Probe | 
 
 
 def compiled(trainee: Trainee) -> Step:
-    """One optimizer step on a batch, as a function: the dense model's is plain torch."""
+    """Returns a function that makes one optimizer step on a batch; for a dense model it is plain torch."""
     if trainee.manager is None and isinstance(trainee.optimizer, torch.optim.AdamW):
         return two_calls(torch.compile(trainee.model), trainee.optimizer)
     return smet.compile_train_step(trainee.model, trainee.optimizer)
 
 
 def two_calls(model: Callable, optimizer: torch.optim.Optimizer) -> Step:
-    """The loop that every script has, as a function."""
+    """Returns the loop that every script has, as a function."""
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         loss = model(**batch).loss

@@ -1,4 +1,4 @@
-"""The compact format: what is stored of a sparse weight, and what it means.
+"""Defines the compact format: which tensors stand for a sparse weight, and how they relate to the dense one.
 
 Imports torch and the standard library only.
 """

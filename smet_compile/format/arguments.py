@@ -1,4 +1,4 @@
-"""Checks of what a user passes: numbers, flags, names, models. Each check returns the value as plain Python.
+"""Checks the arguments that a user passes: numbers, flags, names, models. A check returns the value as plain Python.
 
 NumPy scalars and 0-d arrays or tensors count as the number they hold. They are converted when an object is made, so
 that everything that keeps the number, a checkpoint say, can store it. All errors are ``ValueError``.
@@ -137,7 +137,7 @@ def described(value: object) -> str:
 
 
 def _plain(value: object) -> object:
-    """The Python number in a NumPy scalar or in a 0-d array or tensor; any other ``value`` as it is."""
+    """Returns the Python number in a NumPy scalar or in a 0-d array or tensor; any other ``value`` as it is."""
     if isinstance(value, bool | int | float | str):
         return value
     try:

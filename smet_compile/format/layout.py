@@ -1,4 +1,8 @@
-"""Layout describes how a weight's shape is cut into matrices and blocks. It is static: plain integers, no tensors."""
+"""Describes how a weight's shape is cut into matrices and blocks. A layout is static: plain integers, no tensors.
+
+Blocks are of three kinds: single weights (1, 1), tiles (several rows and several columns), and runs (part of one row or
+of one column). Kernels and the lists in a ``Topology`` differ by kind.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WEIGHTS_OF_A_GROUP = 1024
-"""Dense weights that share the scale of an 8-bit moment, where blocks are not tiles."""
+"""Number of consecutive dense weights that share the scale of an 8-bit moment, where blocks are not tiles."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A dense shape read as a stack of S matrices (R, C), each cut into blocks (bm, bn).
+    """Reads a dense shape as a stack of S matrices (R, C), each cut into blocks (bm, bn).
 
     Args:
         shape: shape of the dense weight.
-        matrix: (R, C), the matrices it is a stack of; R * C divides the number of elements.
+        matrix: (R, C), the shape of each matrix; R * C divides the number of elements.
         block_shape: (bm, bn), the unit of sparsity. The last row and column of blocks may hang over the
-            matrix's edge; what hangs over is zero, always. No block crosses matrices.
+            matrix's edge; the entries beyond it are always zero. No block crosses matrices.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +47,7 @@ class Layout:
 
     @functools.cached_property
     def text(self) -> str:
-        """Shape, matrix and block shape, such as "8x20x12 20x12 4x4": a layout travels through an op like this."""
+        """Writes shape, matrix and block shape as "8x20x12 20x12 4x4", since an op takes text but no Python object."""
         return " ".join("x".join(map(str, numbers)) for numbers in (self.shape, self.matrix, self.block_shape))
 
     @property
@@ -81,12 +85,12 @@ class Layout:
 
     @property
     def tiles(self) -> bool:
-        """Tells whether blocks have several rows and several columns; the others are single weights and runs."""
+        """Tells whether blocks have several rows and several columns."""
         return min(self.block_shape) > 1
 
     @property
     def blocks_per_group(self) -> int:
-        """Counts the consecutive block positions that share the scale of a moment: a tile, or 1024 dense weights."""
+        """Counts the consecutive block positions that share the scale of an 8-bit moment: a tile, else 1024 weights."""
         bm, bn = self.block_shape
         return 1 if self.tiles else max(1, WEIGHTS_OF_A_GROUP // (bm * bn))
 

@@ -13,10 +13,9 @@ from smet_compile.format.topology import positions_of
 
 
 def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` distinct positions, uniform among those where ``taken`` (num_blocks,) bool is false.
+    """Draws ``count`` distinct positions, uniformly from those where ``taken`` (num_blocks,) bool is false.
 
-    Drawn on the CPU, so that a run is the same on every device. Raises no error: the caller makes sure that
-    enough are free.
+    The CPU draws them, so that a run is the same on every device. The caller makes sure that enough are free.
     """
     free = int(taken.numel() - taken.sum())
     assert count <= free
@@ -34,14 +33,15 @@ def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> T
 
 
 def sample_evenly(active: Tensor, taken: Tensor, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` distinct positions where ``taken`` is false, at random, but in the emptiest rows and columns of blocks.
+    """Draws ``count`` distinct positions where ``taken`` is false, in the emptiest rows and columns of blocks.
 
-    A row of tiles without a tile is a band of dead units, and a grid of a few tiles drawn uniformly has many: of 4 x 4
-    tiles at density 0.25 every fourth row is empty. Filled evenly, all rows hold equally many within one, and so do
-    all columns, as far as what is taken allows. Drawn on the CPU.
+    A row of tiles without an active tile is a band of dead units, and a small grid drawn uniformly has many: of 4 x 4
+    tiles at density 0.25 every fourth row is empty. Here the counts of all rows differ by at most one, and so do those
+    of all columns, as far as the positions that are taken allow. The CPU draws.
 
     Args:
-        active, taken: (num_blocks,) bool: what rows and columns hold, and what is not to be drawn (at least that).
+        active: (num_blocks,) bool, the blocks that rows and columns hold already.
+        taken: (num_blocks,) bool, the blocks that must not be drawn: the active ones, and possibly more.
     """
     grid = (layout.num_matrices, layout.block_rows, layout.block_cols)
     active_SMK, taken_SMK = active.cpu().view(grid), taken.cpu().view(grid)
@@ -58,7 +58,7 @@ def sample_evenly(active: Tensor, taken: Tensor, layout: Layout, count: int, gen
 
 
 def _even_shares(held: Tensor, free: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """How many of ``count`` each line gets, as water fills a vessel: the emptiest first, none more than is ``free``."""
+    """Shares ``count`` among the lines as water fills a vessel: the emptiest first, none more than is ``free``."""
     low, high = 0, int((held + free).max())
     while low < high:  # the highest level that count suffices for
         level = (low + high + 1) // 2

@@ -1,4 +1,8 @@
-"""Topology describes which blocks of a weight are active: their bits, and the lists that kernels read of them.
+"""Describes which blocks of a weight are active, as a bitmap and as lists that kernels read.
+
+The bitmap takes one bit per block and is all that a checkpoint stores. The lists are derived from it, so that a kernel
+finds the row of ``values`` for a block, and the block for a row, without a search. ``TopologyChange`` tells whoever
+stores something per block how to move it when the active blocks change.
 
 Shape suffixes: S stacked matrices, M block rows, K block cols, N active blocks, G groups.
 """
@@ -16,20 +20,20 @@ from torch import Tensor
 from smet_compile.format.layout import Layout
 
 _BITS_TO_TOP_BYTE = sum(1 << (56 - 7 * bit) for bit in range(8))
-"""Times this, bit 8 j of a number goes to bit 56 + j."""
+"""A product with this number moves bit 8 j to bit 56 + j."""
 _WORDS_AT_ONCE = 2**18
 _MIX = -0x61C8864680B583EB
-"""An odd number without pattern (2^64 over the golden ratio, as a signed number)."""
+"""An odd number whose bits have no pattern (2^64 over the golden ratio, as a signed number)."""
 
 
 _cached_bits: dict[torch.device, Tensor] = {}
 
 
 def _bits_of_byte(device: torch.device) -> Tensor:
-    """(256,) int64 on ``device``: eight 0/1 bytes each, so that one gather expands eight blocks."""
+    """Returns (256,) int64 on ``device``: eight 0/1 bytes each, so that one gather expands eight blocks."""
     if device not in _cached_bits:
         bits = _make_bits(device)
-        if type(bits) is not Tensor:  # it only stands for a tensor, while something is traced
+        if type(bits) is not Tensor:  # a fake tensor, made while something is traced
             return bits
         _cached_bits[device] = bits
     return _cached_bits[device]
@@ -42,12 +46,12 @@ def _make_bits(device: torch.device) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, num_blocks: int) -> Tensor:
-    """Packed bits (ceil(num_blocks / 8),) uint8 → mask (num_blocks,) bool. Bit j of byte i is block 8 i + j."""
+    """Expands bits (ceil(num_blocks / 8),) uint8 to a mask (num_blocks,) bool. Bit j of byte i is block 8 i + j."""
     return _bits_of_byte(bits.device).index_select(0, bits.int()).view(torch.bool)[:num_blocks]
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Mask (num_blocks,) bool → packed bits (ceil(num_blocks / 8),) uint8; spare bits are zero."""
+    """Packs a mask (num_blocks,) bool into bits (ceil(num_blocks / 8),) uint8; spare bits are zero."""
     eight = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
     return (eight * _BITS_TO_TOP_BYTE >> 56).to(torch.uint8)  # eight bytes of 0 or 1, read as one number
 
@@ -58,7 +62,7 @@ def count_active(bits: Tensor) -> int:
 
 
 def spare_bits(bits: Tensor, num_blocks: int) -> int:
-    """Returns the bits behind the last block, as a number: 0 in every valid topology."""
+    """Returns the bits after that of the last block, as a number: 0 in every valid topology."""
     return int(bits[-1]) >> num_blocks % 8 if num_blocks % 8 else 0
 
 
@@ -72,8 +76,8 @@ def digest_bits(bits: Tensor) -> tuple[int, int]:
     for first in range(0, padded.numel(), _WORDS_AT_ONCE):
         words = padded[first : first + _WORDS_AT_ONCE]
         totals[0] += _ones(words).sum()
-        place = torch.arange(first + 1, first + 1 + words.numel(), device=bits.device)
-        mixed = (words ^ place * _MIX) * _MIX
+        number = torch.arange(first + 1, first + 1 + words.numel(), device=bits.device)
+        mixed = (words ^ number * _MIX) * _MIX
         totals[1] += ((mixed ^ mixed >> 29) * _MIX).sum()
     count, fingerprint = totals.tolist()
     return count, fingerprint
@@ -88,7 +92,7 @@ def _ones(words: Tensor) -> Tensor:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Positions (N,) int64 of the active blocks, row-major."""
+    """Returns the positions (N,) int64 of the active blocks, row-major."""
     return mask.nonzero().squeeze(1)
 
 
@@ -104,23 +108,22 @@ class _Lists(NamedTuple):
 
 
 class Topology:
-    """Holds the active blocks of one weight. It is made anew after every change, and nothing in it changes.
+    """Holds the active blocks of one weight. It is immutable: a new one is made after every change.
 
     Args:
         layout: how the weight is cut into blocks.
-        bits: (ceil(num_blocks / 8),) uint8, one bit per block: the truth, and what a checkpoint holds.
-        lists: one int32 or int64 tensor that holds, one after another, the lists below that this kind of block has;
-            derived from the bits, never saved.
+        bits: (ceil(num_blocks / 8),) uint8, one bit per block, from which everything else follows.
+        lists: one int32 or int64 tensor that holds, one after another, the lists below that this kind of block has.
         num_active: N, the number of active blocks.
 
-    Attributes:
-        positions: (N,) of the active blocks, row-major; tiles and runs.
-        by_column: (N,) rows of ``values`` in order of (matrix, block column, block row); tiles.
-        row_starts: (S M + 1,) the blocks of block row r, counted through all matrices, are
-            ``values[row_starts[r] : row_starts[r + 1]]``; tiles.
-        column_starts: (S K + 1,) the same for ``by_column``; tiles.
-        group_starts: (G + 1,) active blocks before each group of ``layout.blocks_per_group`` positions; single weights
-            and runs. A list that this kind of block has not is None.
+    Attributes (a list that this kind of block does not have is None):
+        positions: (N,) of the active blocks, row-major; for tiles and runs.
+        by_column: (N,) rows of ``values`` in order of (matrix, block column, block row); for tiles.
+        row_starts: (S M + 1,); ``values[row_starts[r] : row_starts[r + 1]]`` are the blocks of block row r, counted
+            through all matrices; for tiles.
+        column_starts: (S K + 1,), the same for ``by_column``; for tiles.
+        group_starts: (G + 1,) active blocks before each group of ``layout.blocks_per_group`` positions; for single
+            weights and runs.
         values_shape: (N,) or (N, bm, bn). num_matrices: S.
     """
 
@@ -139,7 +142,7 @@ class Topology:
 
     @classmethod
     def from_bits(cls, bits: Tensor, layout: Layout, num_active: int | None = None) -> Topology:
-        """Derives the lists from the bits; counts them where ``num_active`` is not known."""
+        """Derives the lists from the bits; counts the active blocks where ``num_active`` is None."""
         num_active = count_active(bits) if num_active is None else num_active
         lists = empty_lists(layout, num_active, bits.device)
         write_lists(lists, bits, layout)
@@ -147,7 +150,7 @@ class Topology:
 
     @classmethod
     def from_mask(cls, mask: Tensor, layout: Layout) -> Topology:
-        """Packs the mask (num_blocks,) bool."""
+        """Makes the topology of a mask (num_blocks,) bool."""
         return cls.from_bits(pack_bits(mask), layout)
 
     @property
@@ -163,25 +166,23 @@ class Topology:
         return self.mask() if self.positions is None else self.positions.long()
 
     def is_unchanged(self) -> bool:
-        """Returns whether neither bits nor lists were written, moved or replaced since this object was made."""
+        """Tells whether neither bits nor lists were written, moved or replaced since this object was made."""
         return self._states == self._read_states()
 
     def constant(self, key: Hashable, make: Callable[[], _Constant]) -> _Constant:
-        """Returns what ``make`` made the first time: anything a launch needs that is the same until the next change."""
+        """Returns what ``make`` made at the first call for ``key``, such as the constant arguments of a launch."""
         found = self._constants.get(key)
         if found is None:
             found = self._constants[key] = make()
-        kept: _Constant = found
-        return kept
+        constant: _Constant = found
+        return constant
 
     def _read_states(self) -> tuple[int, int, int, int]:
-        """Reads what changes with every change in place, and where ``tensor.data`` is set to another tensor."""
+        """Returns versions and addresses, one of which changes with every write and wherever ``tensor.data`` is set."""
         bits, lists = self.bits, self.lists
         try:
             return bits._version, bits.data_ptr(), lists._version, lists.data_ptr()
-        except (
-            RuntimeError
-        ):  # tensors made in inference mode do not count their versions, and fake ones have no address
+        except RuntimeError:  # inference tensors have no version, fake tensors no address
             return -1, _address(bits), -1, _address(lists)
 
 
@@ -193,7 +194,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _lengths(layout: Layout, num_active: int) -> tuple[int, ...]:
-    """Returns the length of each list of ``_Lists``, in its order; 0 for those that there are not."""
+    """Returns the length of each list of ``_Lists``, in its order; 0 where this kind of block does not have it."""
     if layout.tiles:
         stacked = layout.num_matrices
         return num_active, num_active, stacked * layout.block_rows + 1, stacked * layout.block_cols + 1, 0
@@ -201,7 +202,7 @@ def _lengths(layout: Layout, num_active: int) -> tuple[int, ...]:
 
 
 def _split(lists: Tensor, layout: Layout, num_active: int) -> _Lists:
-    """Returns views of the lists in the one tensor."""
+    """Returns the lists as views of the one tensor; all None where it has another length than they have together."""
     lengths = _lengths(layout, num_active)
     if lists.numel() != sum(lengths):
         return _Lists(None, None, None, None, None)
@@ -210,13 +211,13 @@ def _split(lists: Tensor, layout: Layout, num_active: int) -> _Lists:
 
 
 def empty_lists(layout: Layout, num_active: int, device: torch.device) -> Tensor:
-    """Returns the tensor that holds the lists, unwritten."""
+    """Returns an uninitialised tensor for the lists."""
     dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
     return torch.empty(sum(_lengths(layout, num_active)), dtype=dtype, device=device)
 
 
 def write_lists(lists: Tensor, bits: Tensor, layout: Layout) -> None:
-    """Fills ``lists`` with those of the active blocks in ``bits``."""
+    """Fills ``lists`` with the lists that follow from ``bits``."""
     mask = unpack_bits(bits, layout.num_blocks)
     if layout.tiles:
         _write_tiles(lists, mask, layout)
@@ -252,12 +253,12 @@ def _starts(line_N: Tensor, num_lines: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TopologyChange:
-    """Describes what a topology update did to one weight, for whoever stores something per block. N stays.
+    """Describes what a topology update did to one weight, for whoever stores something per block. N stays the same.
 
     Args:
-        values: the compact parameter, already holding the new values.
-        survives: (N,) bool over the rows before: the block is still active.
-        survived: (N,) bool over the rows after: the block was active before. False: newly grown.
+        values: the compact parameter, which holds the new values already.
+        survives: (N,) bool over the old rows: the block is still active.
+        survived: (N,) bool over the new rows: the block was active before; False for a newly grown one.
     """
 
     values: torch.nn.Parameter
@@ -278,5 +279,5 @@ class TopologyChange:
 
     @functools.cached_property
     def _kept_rows(self) -> tuple[Tensor, Tensor]:
-        """Finds the rows of the survivors, before and after, once for all that is stored per block."""
+        """Finds the old and the new rows of the survivors, once for all that is stored per block."""
         return positions_of(self.survives), positions_of(self.survived)

@@ -1,10 +1,11 @@
-"""The one place that knows the kernels and chooses one for each op: by device, dtype, block shape and density.
+"""Lists the kernels and chooses one for each op, by device, dtype, block shape and density.
 
-``SMET_COMPILE_KERNEL`` names a kernel to use wherever it can be used: ``reference`` (the law), ``torch`` (plain
-torch), ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and
-``triton_adamw``, or one that was registered; or ``cpu`` or ``triton`` for any whose name begins so. Elsewhere the
-first in the order of registration is taken that can compute the case and is profitable. A warning names each kind of
-case that the named kernel has a function for and cannot compute, and what computes it instead.
+By default the first kernel of the list is taken that can compute the case and is profitable there.
+
+``SMET_COMPILE_KERNEL`` forces one wherever it can be used: ``reference`` (``ops.law``), ``torch`` (``ops.plain``),
+``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``, or one
+that was registered; ``cpu`` and ``triton`` stand for any whose name begins so. Where a forced kernel implements the op
+but cannot compute the case, the default is taken, and a warning names the case and the kernel that is used.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, warn_once
 from smet_compile.ops.updates import Update
 
 _VARIABLE = "SMET_COMPILE_KERNEL"
+_FAMILIES = ("cpu", "triton")
 OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
 """The ops that a kernel may compute. ``sampled_update`` joins two of them in one kernel."""
 
 
 class Case(NamedTuple):
-    """Holds what a kernel of products or moves is chosen by.
+    """Holds the facts that decide which kernel multiplies with, packs or unpacks a weight.
 
     Args:
         grouped: tokens come sorted by matrix, with offsets.
@@ -47,7 +49,7 @@ class Case(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Says what decides whether a kernel can compute it."""
+        """Describes the case for a warning, without sizes and density."""
         layout = self.layout
         blocks = "tiles" if layout.tiles else "single weights" if layout.single_weights else "runs"
         sorted_tokens = ", with tokens sorted by matrix," if self.grouped else ""
@@ -55,7 +57,7 @@ class Case(NamedTuple):
 
 
 class UpdateCase(NamedTuple):
-    """Holds what a kernel of optimizer steps is chosen by; ``is_traced``: the tensors only stand for tensors."""
+    """Holds the facts that decide which kernel makes an optimizer step. ``is_traced``: its tensors are fake."""
 
     update: Update
     is_traced: bool = False
@@ -78,12 +80,12 @@ def _always(case: Any) -> bool:
 
 
 class Kernel(NamedTuple):
-    """One way to compute some of the ops.
+    """Describes an implementation of some of the ops.
 
     Args:
-        name: as ``SMET_COMPILE_KERNEL`` and ``explain`` know it.
-        functions: op → the function, or "module:function" of one that is imported when it is first chosen. It takes
-            what the functions of ``ops.plain`` of that name take.
+        name: its name in ``SMET_COMPILE_KERNEL`` and ``explain``.
+        functions: op → the function, or "module:function" to import it when it is first chosen. It has the signature of
+            the function of that name in ``ops.plain``.
         refusal: (op, case) → why it cannot compute a case; None where it can. The case is a ``Case``, or an
             ``UpdateCase`` for ``update_all``.
         is_profitable: (case) → whether it is faster there than the kernels after it.
@@ -103,7 +105,7 @@ class Kernel(NamedTuple):
 
 
 class _Registry:
-    """Counts the changes of the list of kernels; whoever keeps a choice compares the count."""
+    """Counts the changes of the list of kernels, so that a choice that was kept can be recognised as out of date."""
 
     version = 0
 
@@ -113,13 +115,13 @@ _kernels: list[Kernel] = []
 
 
 def register_kernel(kernel: Kernel, before: str | None = None) -> None:
-    """Adds a kernel to those that are chosen from.
+    """Adds a kernel to the list.
 
     Args:
-        before: the name of a kernel that it goes before; None: before all.
+        before: the name of the kernel to put it in front of; None to put it in front of all.
 
     Raises:
-        ValueError: a name that is taken, or that ``before`` does not find; an op that is not one of ``OPS``.
+        ValueError: a name that is taken, an unknown ``before``, or an op that is not one of ``OPS``.
     """
     if not isinstance(kernel, Kernel):
         raise ValueError(f"kernel: expected a Kernel, got {described(kernel)}; make one of a name and functions")
@@ -151,12 +153,12 @@ def unregister_kernel(name: str) -> None:
 
 
 def names() -> tuple[str, ...]:
-    """Returns what ``SMET_COMPILE_KERNEL`` may be."""
-    return (*(kernel.name for kernel in _kernels), "cpu", "triton")
+    """Returns the values that ``SMET_COMPILE_KERNEL`` may have."""
+    return (*(kernel.name for kernel in _kernels), *_FAMILIES)
 
 
 def _environment() -> object:
-    """Returns what the environment holds, to be compared alone: every op asks, and ``os.environ`` is slow to answer."""
+    """Returns the raw value of the variable, only to be compared: every op asks, and ``os.environ`` is slow."""
     return _raw_environment.get(_raw_variable)
 
 
@@ -165,11 +167,7 @@ _raw_variable: Any = os.environ.encodekey(_VARIABLE) if hasattr(os.environ, "_da
 
 
 def forced_kernel() -> str | None:
-    """Returns the kernel that the environment names; None where it names none.
-
-    Raises:
-        ValueError: there is no kernel of that name.
-    """
+    """Returns the name in ``SMET_COMPILE_KERNEL``, None where it is not set. Raises ValueError for an unknown name."""
     name = os.environ.get(_VARIABLE) or None
     if name is not None and name not in names():
         raise ValueError(
@@ -184,9 +182,9 @@ def kernel_of(op: str, case: Case) -> str:
 
 
 def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
-    """Returns the function that computes ``op`` on ``tensor``; the topology keeps the choice."""
+    """Returns the function that computes ``op`` on ``tensor``, and caches it in the topology."""
     key = (op, tensor.dtype, grouped, _environment(), _registry.version)
-    return topology.constant(key, lambda: _reported(op, case_of(tensor, topology, grouped)).function(op))
+    return topology.constant(key, lambda: _choose_and_warn(op, case_of(tensor, topology, grouped)).function(op))
 
 
 def case_of(tensor: Tensor, topology: Topology, grouped: bool = False) -> Case:
@@ -195,7 +193,7 @@ def case_of(tensor: Tensor, topology: Topology, grouped: bool = False) -> Case:
 
 
 def update_kernel_of(update: Update, is_traced: bool = False) -> Kernel:
-    """Returns the kernel that makes an optimizer step; warns where another one was named for it."""
+    """Returns the kernel that makes an optimizer step; warns where the forced kernel cannot."""
     case = UpdateCase(update, is_traced)
     kernel, message = _choose("update_all", case, forced_kernel())
     if message is not None and not is_traced:
@@ -204,9 +202,9 @@ def update_kernel_of(update: Update, is_traced: bool = False) -> Kernel:
 
 
 def update_all(updates: list[Update]) -> None:
-    """Makes every update by the kernel that suits it, one call of a kernel for all of its updates.
+    """Makes every update, with one call of each kernel for all updates that it was chosen for.
 
-    The choice is kept with an update while its gradient is as those of before: of its dtype, plain, where it lies.
+    An update caches the choice, which holds while its gradient is a plain tensor of the values' dtype and device.
     """
     token = (_registry.version, _environment())
     by_kernel: dict[str, tuple[Kernel, list[Update]]] = {}
@@ -220,29 +218,29 @@ def update_all(updates: list[Update]) -> None:
             kernel = update_kernel_of(update)
             if is_usual:
                 update.prepared["kernel"] = (token, kernel)
-        found = by_kernel.get(kernel.name)
-        if found is None:
-            found = by_kernel[kernel.name] = (kernel, [])
-        found[1].append(update)
+        batch = by_kernel.get(kernel.name)
+        if batch is None:
+            batch = by_kernel[kernel.name] = (kernel, [])
+        batch[1].append(update)
     for kernel, its_updates in by_kernel.values():
         kernel.function("update_all")(its_updates)
 
 
 def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callable[..., None] | None:
-    """Returns the function that computes a gradient's blocks and updates by them as they are summed up.
+    """Returns the function that computes a gradient and makes the update in one kernel; None where it takes two.
 
-    Returns None where that takes two kernels. ``left`` is the product's.
+    ``left`` is the left factor of the gradient.
     """
     assert update.topology is not None
-    product = _reported("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
+    product = _choose_and_warn("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
     if (product, update_kernel_of(update).name) != ("triton_tiles", "triton_adamw"):
         return None
     function: Callable[..., None] = importlib.import_module(f"{TRITON}.sampled_update").sampled_update
     return function
 
 
-def _reported(op: str, case: Case) -> Kernel:
-    """Returns the kernel that computes ``op``; warns where another one was named for it."""
+def _choose_and_warn(op: str, case: Case) -> Kernel:
+    """Returns the kernel that computes ``op``; warns where the forced kernel cannot."""
     kernel, message = _chosen(op, case, forced_kernel())
     if message is not None:
         warn_once(message)
@@ -254,31 +252,36 @@ def _chosen(op: str, case: Case, name: str | None) -> tuple[Kernel, str | None]:
     return _choose(op, case, name)
 
 
+def _is_meant(kernel: str, name: str | None) -> bool:
+    """Returns whether the environment's ``name`` stands for the kernel: its own, or that of its family."""
+    return kernel == name or (name in _FAMILIES and kernel.startswith(f"{name}_"))
+
+
 def _choose(op: str, case: Any, name: str | None) -> tuple[Kernel, str | None]:
-    """Returns the kernel for a case, and a warning where it is none of those that ``name`` stands for."""
+    """Returns the kernel for a case, and a warning where ``name`` forces kernels that cannot compute it."""
     candidates = [kernel for kernel in _kernels if op in kernel.functions]
-    named = [kernel for kernel in candidates if name is not None and kernel.name.startswith(name)]
+    named = [kernel for kernel in candidates if _is_meant(kernel.name, name)]
     able_named = [kernel for kernel in named if kernel.refusal(op, case) is None]
     able = able_named or [kernel for kernel in candidates if kernel.refusal(op, case) is None]
     kernel = next((kernel for kernel in able if kernel.is_profitable(case)), able[0])
     if able_named or not named:
         return kernel, None
-    reasons = " and ".join(f"{each.name} {each.refusal(op, case)}" for each in named)
-    what = "the optimizer step" if op == "update_all" else op
+    reasons = " and ".join(f"{refusing.name} {refusing.refusal(op, case)}" for refusing in named)
+    task = "the optimizer step" if op == "update_all" else op
     return kernel, (
-        f"{_VARIABLE}={name}: {kernel.name} computes {what} of {case.kind}, since {reasons}; name a kernel that can, "
+        f"{_VARIABLE}={name}: {kernel.name} computes {task} of {case.kind}, since {reasons}; name a kernel that can, "
         "or unset the variable"
     )
 
 
-# The kernels of this library, the first choice first. Each is imported when it is first asked for.
+# The kernels of this library, the first choice first. Their modules are imported when they are first needed.
 
 NATIVE, TRITON, _PLAIN = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton", "smet_compile.ops"
 _ONLY_CPU, _ONLY_TILES = "runs on the CPU only", "multiplies tiles only"
 _ONLY_GPU = "needs Triton and a CUDA GPU of compute capability 8.0 or newer"
 _NARROWEST_TILE = 16
 _AMX_OVER_AVX512 = 4
-"""How much faster a processor with AMX multiplies dense bf16 matrices than these kernels multiply tiles."""
+"""How many times faster a processor with AMX multiplies dense bf16 matrices than ``cpu_tiles`` multiplies tiles."""
 _LANES = 16
 
 
@@ -287,7 +290,7 @@ def _functions(module: str, *ops: str) -> dict[str, Callable[..., Any] | str]:
 
 
 def _refusal_of(module: str) -> Callable[[str, Any], str | None]:
-    """Asks the function ``refusal`` of a module that needs a compiler, imported only then."""
+    """Returns a refusal that imports a C++ kernel's module, which may compile it, only for tensors on the CPU."""
 
     def refusal(op: str, case: Any) -> str | None:
         device = case.update.values.device if isinstance(case, UpdateCase) else case.device
@@ -329,7 +332,7 @@ def _triton_tiles_are_profitable(case: Case) -> bool:
 
 
 def _cpu_tiles_are_profitable(case: Case) -> bool:
-    """Tells where skipping blocks is faster than multiplying all of them at the processor's speed for dense ones."""
+    """Tells whether skipping inactive blocks saves more than a dense product gains by its higher speed."""
     filled = min(side / (-(-side // _LANES) * _LANES) for side in case.layout.block_shape)
     slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and multiplies_bf16_in_tiles() else 1
     return case.density * slower < filled

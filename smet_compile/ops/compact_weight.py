@@ -1,4 +1,8 @@
-"""CompactWeight: the parametrization through which a module goes on reading its weight as a dense tensor."""
+"""Defines CompactWeight, the parametrization that lets a module read its compact weight as a dense tensor.
+
+``torch.nn.utils.parametrize`` keeps ``values`` as the parameter ``parametrizations.<name>.original``, and calls
+``forward`` at each read of ``module.<name>`` and ``right_inverse`` at each assignment to it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from torch import Tensor, nn
 from smet_compile.format import Layout, Topology, digest_bits, empty_lists, pack_bits, unpack_bits, write_lists
 from smet_compile.ops import gate, reads, saved_weights
 
-_OF_A_STEP = dict.fromkeys(("update_sink", "candidates"))
-_OF_AN_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
+_FOR_ONE_STEP = dict.fromkeys(("update_sink", "candidates"))
+_FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
+"""Attributes that are None in a copy."""
 _IS_KNOWN = "is_known"
 _NO_DATA = (
     "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights "
@@ -26,17 +31,17 @@ _WRITTEN = (
 
 
 class CompactWeight(nn.Module):
-    """values → dense weight (``forward``) and back (``right_inverse``), for one site.
+    """Converts values to a dense weight (``forward``) and back (``right_inverse``), for one site.
 
-    Its buffers are ``topology``, one bit per block, the truth and what a checkpoint holds, and ``lists``, which
-    kernels read (``format.Topology``), derived from it and rebuilt after every load. Neither reaches a kernel before it
-    was checked (``ops.gate``), again after every change in place.
+    It has two buffers. ``topology``, one bit per block, is saved in checkpoints. ``lists``, which kernels read
+    (``format.Topology``), is derived from it and rebuilt after every load. Both are checked (``ops.gate``) before a
+    kernel receives them, and again after every change in place.
 
     Args:
         layout: how the weight is cut into blocks.
-        mask: (num_blocks,) bool, the active blocks; on the meta device only its count is known.
+        mask: (num_blocks,) bool, the active blocks; without data on the meta device.
         num_active: number of true entries of ``mask``.
-        name: of the weight, for errors.
+        name: the name of the weight, for errors.
     """
 
     topology: Tensor
@@ -45,15 +50,15 @@ class CompactWeight(nn.Module):
     """Names of the module's parameters, in the order they had when this one was dense."""
     select: str
     rescale: bool
-    """How ``sparsify`` chose the first active blocks, and whether it scaled them: what a later first draw repeats."""
+    """How ``sparsify`` chose the active blocks and whether it scaled them; ``materialize`` does the same."""
     fingerprint: int | None
     """The fingerprint of the topology that the rows of the values belong to; None before there is one."""
     update_sink: Tensor | None
-    """Where the gradient of every read goes instead of to the values, within a step whose update is fused."""
+    """The sink that gets the gradient of every read instead of the values, within a step whose update is fused."""
     candidates: Tensor | None
-    """Filled in backward with the inactive blocks of largest gradient, where somebody asks for them."""
+    """A buffer that backward fills with the inactive blocks of largest gradient; None unless they are asked for."""
     write_error: BaseException | None
-    """Why a change of a read could not be kept, until it is raised at the next use."""
+    """An error from a change in place that could not be kept; the next use raises it."""
     _active: Topology | None
     """The topology that was checked last; None before the first check, and on the meta device."""
     stand_in: Tensor | None
@@ -67,13 +72,13 @@ class CompactWeight(nn.Module):
         self.parameter_order = []
         self.select, self.rescale = "random", False
         self.fingerprint = None
-        self.__dict__.update(_OF_A_STEP | _OF_AN_OBJECT)
+        self.__dict__.update(_FOR_ONE_STEP | _FOR_ONE_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
         self.register_buffer("lists", empty_lists(layout, num_active, torch.device("meta")), persistent=False)
         self._accept()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks a topology that is assigned, and takes it as that of the values."""
+        """Sets an attribute; a topology that is assigned is checked, and becomes that of the values."""
         assigned = name == "topology" and isinstance(value, Tensor) and not gate.is_traced(value)
         if assigned and (error := gate.topology_error(value, self.layout, self.num_active)):
             raise ValueError(f"{self.name}: topology: {error}")
@@ -87,13 +92,13 @@ class CompactWeight(nn.Module):
         return self.layout.shape
 
     def mask(self) -> Tensor:
-        """(num_blocks,) bool: the active blocks, row-major."""
+        """Returns the mask (num_blocks,) bool of the active blocks, row-major."""
         self.check()
         return unpack_bits(self.topology, self.layout.num_blocks)
 
     @property
     def active(self) -> Topology:
-        """Returns the topology, checked, with the lists that kernels read."""
+        """Returns the checked topology, with the lists that kernels read."""
         self.check()
         return gate.find(self.topology, self.lists, self.layout.text, self.num_active)
 
@@ -104,9 +109,9 @@ class CompactWeight(nn.Module):
         return gate.is_admitted(self.topology, self.lists, self.layout.text, self.num_active)
 
     def is_still(self, topology: Topology | None) -> bool:
-        """Returns whether ``topology`` is the one that was checked last, with bits and lists unchanged.
+        """Tells whether ``topology`` is the one that was checked last, with bits and lists unchanged.
 
-        Every optimizer step asks for it, so it takes no detour through ``nn.Module.__getattr__``.
+        Every optimizer step calls it, so it avoids the slow ``nn.Module.__getattr__``.
         """
         buffers = self._buffers
         return (
@@ -118,7 +123,7 @@ class CompactWeight(nn.Module):
         )
 
     def set_mask(self, mask: Tensor) -> None:
-        """Moves the active set, in place: same number of blocks, same storage."""
+        """Changes the active blocks in place; their number and the storage stay the same."""
         bits = pack_bits(mask)
         if error := gate.topology_error(bits, self.layout, self.num_active):
             raise ValueError(f"{self.name}: {error}")
@@ -126,7 +131,7 @@ class CompactWeight(nn.Module):
         self._accept()
 
     def has_data(self) -> bool:
-        """Returns whether there is a topology that the values belong to."""
+        """Tells whether there is a topology that the values belong to."""
         topology = self.topology
         if gate.is_traced(topology) or self.fingerprint is None:
             return False
@@ -136,9 +141,9 @@ class CompactWeight(nn.Module):
         return error is None and digest_bits(topology)[1] == self.fingerprint
 
     def check(self) -> None:
-        """Keeps what was written into reads of the weight, and raises ValueError where its topology cannot be used.
+        """Writes changes of reads back to the values, and raises ValueError where the topology cannot be used.
 
-        It cannot before there is one (a model from the meta device, ``to_empty``), nor after others wrote into it.
+        That is so before there is one (a model from the meta device, ``to_empty``), and after others wrote into it.
         """
         if torch.compiler.is_compiling():
             return
@@ -150,7 +155,7 @@ class CompactWeight(nn.Module):
             self._check_again()
 
     def _check_again(self) -> None:
-        """Looks at a topology that was replaced or written since it passed; moved or equal bits pass."""
+        """Checks a topology that was replaced or written since the last check; the same bits elsewhere pass."""
         if self.fingerprint is None:
             raise ValueError(f"{self.name}: {_NO_DATA}")
         if not self.has_data():
@@ -158,17 +163,17 @@ class CompactWeight(nn.Module):
         self._derive()
 
     def _accept(self) -> None:
-        """Takes the topology as that of the values; it was checked."""
+        """Makes the topology, which was checked, the one that the values belong to."""
         if not self.topology.is_meta:
             self.fingerprint = digest_bits(self.topology)[1]
         self._derive()
 
     def _derive(self) -> None:
-        """Rewrites what follows from the topology: in place, unless the topology came to another device."""
-        wanted = empty_lists(self.layout, self.num_active, torch.device("meta"))
-        lists, same = self.lists, (wanted.dtype, wanted.shape, self.topology.device)
+        """Derives the lists from the topology again: in place, unless their device or shape has to change."""
+        expected = empty_lists(self.layout, self.num_active, torch.device("meta"))
+        lists, same = self.lists, (expected.dtype, expected.shape, self.topology.device)
         if (lists.dtype, lists.shape, lists.device) != same or not lists.is_contiguous():
-            self.lists = torch.empty_like(wanted, device=self.topology.device)
+            self.lists = torch.empty_like(expected, device=self.topology.device)
         if not self.topology.is_meta:
             write_lists(self.lists, self.topology, self.layout)
             gate.belongs_to(self.topology, self._check_again)
@@ -184,7 +189,7 @@ class CompactWeight(nn.Module):
         tracing = torch.compiler.is_compiling()
         self.check()
         if not tracing and torch.is_inference_mode_enabled() and not values.is_inference():
-            # Tensors made in inference mode have no version that would tell whether they are written.
+            # Tensors made in inference mode have no version, by which changes in place are noticed.
             with torch.inference_mode(False), torch.no_grad():
                 return self.forward(values)
         sinks = self.update_sink, self._growth_sink(values)
@@ -195,7 +200,7 @@ class CompactWeight(nn.Module):
         return dense
 
     def _growth_sink(self, values: Tensor) -> Tensor | None:
-        """Where the dense gradient goes, if somebody asks for candidates and there will be one."""
+        """Returns the sink for the dense gradient; None without a request for candidates, or without a gradient."""
         leaf = values if self.update_sink is None else self.update_sink
         if self.candidates is None or not leaf.requires_grad:
             return None
@@ -213,13 +218,10 @@ class CompactWeight(nn.Module):
 
     @torch.no_grad()
     def replace(self, values: Tensor, dense: Tensor) -> None:
-        """Makes ``dense`` the weight, as ``module.weight.data = dense`` asks for.
+        """Makes ``dense`` the weight, for ``module.weight.data = dense``.
 
-        Where it holds numbers where no block is active (an adapter was merged, say), the weight keeps every block from
-        now on, with a warning.
-
-        Raises:
-            ValueError: another shape, dtype or device than the weight's.
+        If it is not zero outside the active blocks (an adapter was merged, say), all blocks become active, with a
+        warning. Raises ValueError for another shape, dtype or device than the weight's.
         """
         if (tuple(dense.shape), dense.dtype, dense.device) != (self.layout.shape, values.dtype, values.device):
             raise ValueError(
@@ -243,7 +245,7 @@ class CompactWeight(nn.Module):
 
     @torch.no_grad()
     def resize(self, values: Tensor, mask: Tensor) -> None:
-        """Gives the weight the active blocks of ``mask``, however many; the values are then zero, without grad."""
+        """Makes the blocks of ``mask`` active, however many; sets the values to zero and their gradient to None."""
         num_active, bits = int(mask.sum()), pack_bits(mask)
         zeros = values.new_zeros(self.layout.values_shape(num_active))
         lists = empty_lists(self.layout, num_active, self.topology.device)
@@ -254,7 +256,7 @@ class CompactWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         known = gate.is_owned(self.topology)
-        return {**super().__getstate__(), **_OF_A_STEP, **_OF_AN_OBJECT, _IS_KNOWN: known}
+        return {**super().__getstate__(), **_FOR_ONE_STEP, **_FOR_ONE_OBJECT, _IS_KNOWN: known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = state.pop(_IS_KNOWN, False)
@@ -263,7 +265,7 @@ class CompactWeight(nn.Module):
             gate.belongs_to(self.topology, self._check_again)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if gate.is_owned(self.topology):  # memory that nobody wrote may be saved, to be loaded into
+        if gate.is_owned(self.topology):  # memory without data may be saved: a state dict can be made to be loaded into
             self.check()
         super()._save_to_state_dict(*args)
 

@@ -1,7 +1,7 @@
-"""The gate: kernels follow indices by address, so they receive only topologies and ages that were checked here.
+"""Checks topologies and ages before a kernel receives them: kernels read and write where indices point to.
 
-A check reads every bit once. A checked topology is known by its bits until these or its lists are replaced or changed
-in place.
+A check reads every bit, so its result is remembered by the identity of the bits. It holds until the bits or the lists
+are replaced or changed in place. Every op calls ``find`` first.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ _GENERATION_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
 
 _topologies: dict[int, weakref.ref[Topology]] = {}
-"""The topologies that passed, by the id of their bits: read in every op, where a weak dictionary costs too much."""
+"""The topologies that passed, by the id of their bits. Every op reads it; a weak dictionary would be too slow."""
 _owners = WeakIdKeyDictionary()
+"""Methods that check bits again after a change, by bits."""
 
 
 def admit(topology: Topology) -> None:
-    """Notes that ``topology`` was checked, while somebody holds it."""
+    """Notes that ``topology`` was checked. The note lasts as long as somebody else holds the topology."""
     key = id(topology.bits)
 
     def forget(dead: weakref.ref[Topology]) -> None:
@@ -37,25 +38,19 @@ def admit(topology: Topology) -> None:
 
 
 def belongs_to(bits: Tensor, check_again: Callable[[], object]) -> None:
-    """Notes who checks ``bits`` after they were changed in place; ``check_again`` is a bound method, held weakly.
-
-    It admits a topology of these bits anew, or raises.
-    """
+    """Notes a method, held weakly, that checks ``bits`` after a change: admits them again, or raises."""
     _owners[bits] = weakref.WeakMethod(check_again)
 
 
 def is_owned(bits: Tensor) -> bool:
-    """Returns whether somebody owns this very tensor, whatever became of its content."""
+    """Tells whether ``belongs_to`` was called for this tensor object, whatever its content is now."""
     return bits in _owners
 
 
 def find(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topology:
-    """Returns the checked topology of these tensors; every op calls it before a kernel is chosen.
+    """Returns the checked topology of these tensors. If they changed since the last check, their owner checks first.
 
-    Whoever owns the bits is asked first where they were changed, and can name the weight.
-
-    Raises:
-        ValueError: the bits do not hold ``num_active`` blocks of the layout, or the lists are not derived from them.
+    Raises ValueError where the bits do not hold ``num_active`` blocks of the layout, or do not agree with the lists.
     """
     topology = _admitted(bits, lists, layout_text, num_active)
     if topology is not None:
@@ -83,6 +78,7 @@ def is_admitted(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) 
 
 
 def _admitted(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topology | None:
+    """Returns the topology that was checked before, unchanged since; None where there is none."""
     known = _topologies.get(id(bits))
     topology = None if known is None else known()
     if (
@@ -111,7 +107,7 @@ def topology_error(bits: Tensor, layout: Layout, num_active: int) -> str | None:
 
 
 def _lists_error(bits: Tensor, lists: Tensor, layout: Layout, num_active: int) -> str | None:
-    """Compares the lists with those that follow from the bits, which passed."""
+    """Says where the lists differ from those that follow from the bits; None where they are equal."""
     derived = empty_lists(layout, num_active, bits.device)
     write_lists(derived, bits, layout)
     if lists.dtype != derived.dtype or lists.device != derived.device or not torch.equal(lists, derived):
@@ -120,7 +116,7 @@ def _lists_error(bits: Tensor, lists: Tensor, layout: Layout, num_active: int) -
 
 
 class _Ages(NamedTuple):
-    """The generations that passed: a weak reference, their state then, and how many births there were."""
+    """Records generations that passed the check: a weak reference, their state then, and the number of births."""
 
     generation: weakref.ref[Tensor]
     state: tuple[int, int]
@@ -134,7 +130,7 @@ def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_
     """Raises ValueError unless every block's generation is an entry of the table ``births``.
 
     Args:
-        generation: (num_active,) uint8, int16 or int32. births: (num_generations,) int64. None: there are no ages.
+        generation: (num_active,) uint8, int16 or int32. births: (num_generations,) int64. Both None without ages.
     """
     if generation is None or births is None:
         if generation is not births:
@@ -176,14 +172,14 @@ def _note_ages(generation: Tensor, state: tuple[int, int], num_births: int) -> N
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """Returns what changes with every change in place; tensors made in inference mode do not count theirs."""
+    """Returns version and address, one of which changes with every change."""
     try:
         version: int = tensor._version
-    except RuntimeError:
+    except RuntimeError:  # tensors made in inference mode have no version
         version = -1
     return version, tensor.data_ptr()
 
 
 def is_traced(tensor: Any) -> bool:
-    """Returns whether the tensor only stands for one: on the meta device, or while something is traced."""
+    """Tells whether the tensor has no data: on the meta device, or a fake tensor while something is traced."""
     return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta

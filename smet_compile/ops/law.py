@@ -1,10 +1,11 @@
-"""The law: each op in plain torch, fp32 or fp64 arithmetic, no tricks. Every faster path must equal this page.
+"""Defines the law: the reference of each op, in plain torch with fp32 or fp64 arithmetic. Kernels must equal it.
 
-Codes hold a moment in one byte: a float of 8 bits relative to the largest magnitude of its group. A code's magnitude
-c > 0 stands for ``scale`` times the fp32 number whose upper bits are c + offset (3 bits of mantissa, the exponent
-above), c = 0 for zero; the largest c is ``scale`` itself.
+It also defines the noise of stochastic rounding, a pure function of seed, step and dense position, and 8-bit codes. A
+code is an 8-bit float relative to ``scale``, the largest magnitude of its group: a magnitude c > 0 stands for ``scale``
+times the fp32 number whose upper bits are c + offset (3 bits of mantissa, the exponent above). The code 0 is zero, and
+the largest c is ``scale`` itself.
 
-Shape suffixes: N active blocks of B, G generations, S stacked matrices (R, C), T tokens. Values are (N,) for single
+Shape suffixes: N active blocks, G generations, S stacked matrices (R, C), T tokens. Values are (N,) for single
 weights, (N, bm, bn) for larger blocks.
 """
 
@@ -35,19 +36,19 @@ def hash32(x: Any) -> Any:
 
 
 def noise_key(seed: int, step: Tensor, stream: int) -> Tensor:
-    """Returns the key of (seed of a parameter, step, stream); streams keep a weight and its slots apart."""
+    """Returns the key of the noise of one tensor in one step. Weight and slots of a parameter have other streams."""
     key: Tensor = hash32(hash32(hash32(seed & _LOW_32_BITS) ^ (step & _LOW_32_BITS)) ^ stream)
     return key
 
 
 def noise_bits(key: Tensor, positions: Tensor) -> Tensor:
-    """Returns 32 random bits for each dense position (int64, any size), a pure function of key and position."""
+    """Returns 32 pseudorandom bits for each dense position (int64), a pure function of key and position."""
     bits: Tensor = hash32(hash32((positions & _LOW_32_BITS) ^ key) ^ (positions >> 32))
     return bits
 
 
 def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
-    """Rounds fp32 to bf16: up with the probability of the discarded fraction, by the low 16 of ``bits``."""
+    """Rounds fp32 to bf16, away from zero with the probability of the discarded fraction, by the low 16 ``bits``."""
     as_int = x.float().view(torch.int32)
     rounded = ((as_int + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
@@ -60,13 +61,13 @@ def step_sizes(age: Tensor, lr: Tensor, density_rate: float, warmup_steps: int) 
 
 
 def finite_blocks(grad: Tensor, num_block_dims: int) -> Tensor:
-    """Returns a mask that broadcasts over ``grad``: a block's gradient is finite. 0 block dims: single weights."""
+    """Returns a mask that broadcasts over ``grad``: all entries of a block are finite. Single weights have 0 dims."""
     finite = grad.isfinite()
     return finite.all(-1, keepdim=True).all(-2, keepdim=True) if num_block_dims else finite
 
 
 def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tensor:
-    """Looks up each block's generation in a table, to broadcast over ``like``; the scalar where there are none."""
+    """Looks up each block's generation in a table, to broadcast over ``like``; the table where blocks have no age."""
     table_G = table_G.to(like.dtype)
     if generation is None:
         return table_G
@@ -74,9 +75,9 @@ def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tenso
 
 
 def spread_over_matrices(tokens_TX: Tensor, offsets_S: Tensor) -> Tensor:
-    """Lays tokens sorted by matrix out as (S, T, X): each token in its matrix's layer, zeros in the others.
+    """Returns tokens sorted by matrix as (S, T, X): layer s has the tokens of matrix s, and zeros for the others.
 
-    Matrix s has the rows ``offsets_S[s - 1]`` to ``offsets_S[s]``; rows past the last offset are nobody's.
+    Matrix s has the rows ``offsets_S[s - 1]`` to ``offsets_S[s]``; rows past the last offset belong to none.
     """
     number_T = torch.arange(tokens_TX.shape[0], device=tokens_TX.device)
     ends_S1 = offsets_S[:, None]
@@ -105,8 +106,8 @@ def masked_matmul(
 ) -> Tensor:
     """Returns input W + bias, or input Wᵀ + bias where ``transposed``, W being the unpacked weight.
 
-    A stack is multiplied matrix by matrix. With ``offsets`` (S,) int32, tokens are sorted by matrix and each meets its
-    own one: those of matrix s end before row ``offsets[s]``.
+    A stack is multiplied matrix by matrix. With ``offsets`` (S,) int32, tokens are sorted by matrix and each is
+    multiplied with its own: those of matrix s end before row ``offsets[s]``.
     """
     dtype = compute_dtype(input.dtype)
     weight_SRC = unpack(values.to(dtype), topology).view(-1, *topology.layout.matrix)
@@ -118,7 +119,7 @@ def masked_matmul(
 
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
-    """Returns pack(leftᵀ right); for a stack matrix by matrix, or each matrix with its own tokens."""
+    """Returns pack(leftᵀ right); for a stack matrix by matrix, with ``offsets`` each matrix with its own tokens."""
     dtype = compute_dtype(left.dtype)
     left_, right_ = left.to(dtype), right.to(dtype)
     if offsets is not None:
@@ -127,13 +128,13 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
 
 
 _DISCARDED = 20
-"""Bits of an fp32 number that its code has no place for."""
+"""Number of low bits of an fp32 number that its code drops."""
 _FRACTION = (1 << _DISCARDED) - 1
 _HALF = 1 << (_DISCARDED - 1)
 
 
 class CodeFormat(NamedTuple):
-    """Says how a magnitude relative to the largest becomes a code of ``0 ... largest``, signed or not."""
+    """Describes how a magnitude relative to the scale becomes a code of ``0 ... largest``, with a sign or without."""
 
     offset: int
     largest: int
@@ -141,23 +142,23 @@ class CodeFormat(NamedTuple):
 
     @property
     def smallest(self) -> float:
-        """Returns the smallest number above zero, relative to the scale."""
+        """Returns the smallest number above zero that a code stands for, relative to the scale."""
         return torch.tensor((1 + self.offset) << _DISCARDED, dtype=torch.int32).view(torch.float32).item()
 
 
 SIGNED_CODES = CodeFormat(889, 127, signed=True)
-"""One sign, four bits of exponent, three of mantissa: down to 2^-16 of the largest, and then zero."""
+"""A sign, four bits of exponent, three of mantissa: from the scale down to 2^-16 of it, and zero."""
 UNSIGNED_CODES = CodeFormat(761, 255, signed=False)
-"""Five bits of exponent, three of mantissa: down to 2^-32 of the largest, the square of the range of a signed code."""
+"""Five bits of exponent, three of mantissa: down to 2^-32 of the scale, the square of a signed code's range."""
 
 
 def num_scales(num_weights: int, layout: Layout | None) -> int:
-    """Counts the groups of a compact weight of this layout, or of a plain parameter: 1024 entries each."""
+    """Counts the groups of a compact weight with this layout, or of a plain parameter, where 1024 entries share one."""
     return layout.num_groups if layout else -(-num_weights // WEIGHTS_OF_A_GROUP)
 
 
 def decode(codes: Tensor, scales: Tensor, kind: CodeFormat) -> Tensor:
-    """Turns uint8 codes into fp32; ``scales`` broadcasts over them."""
+    """Converts uint8 codes to fp32; ``scales`` broadcasts over them."""
     magnitude = codes.int() & kind.largest
     size = ((magnitude + kind.offset) << _DISCARDED).view(torch.float32)
     size = torch.where(magnitude > 0, scales * size, 0.0)
@@ -165,11 +166,11 @@ def decode(codes: Tensor, scales: Tensor, kind: CodeFormat) -> Tensor:
 
 
 def encode(moment: Tensor, scales: Tensor, kind: CodeFormat, noise: Tensor | None) -> Tensor:
-    """Turns fp32 into uint8 codes; ``scales`` is the largest magnitude of each one's group, 0 where all are zero.
+    """Converts fp32 to uint8 codes; ``scales`` is the largest magnitude in each entry's group, 0 where all are zero.
 
-    Up with the probability of the discarded fraction, by the low 20 bits of ``noise``; None: to nearest. Below the
-    smallest code a signed moment is rounded to that or to zero in the same way; one without a sign (a mean of
-    squares, by whose root another is divided) goes up, and only zero itself is 0.
+    Rounds up with the probability of the discarded fraction, by the low 20 bits of ``noise``; to nearest where that is
+    None. A signed moment below the smallest code is rounded to it or to zero in the same way. An unsigned one (a mean
+    of squares, whose root is a divisor) is rounded up to it, so that only zero itself becomes 0.
     """
     fraction = None if noise is None else (noise & _FRACTION).int()
     ratio = torch.where(scales > 0, moment.abs() / scales, 0.0)
@@ -184,29 +185,30 @@ def encode(moment: Tensor, scales: Tensor, kind: CodeFormat, noise: Tensor | Non
 
 
 def _one_or_zero(ratio: Tensor, smallest: float, fraction: Tensor | None) -> Tensor:
-    """Returns 1 with the probability ratio / smallest, else 0; to nearest: 1 from a half on."""
+    """Returns 1 with the probability ratio / smallest, else 0; without noise 1 from a half on."""
     if fraction is None:
         return (ratio >= smallest / 2).int()
-    divisor = ratio.new_full((1,), smallest)  # by a number, a GPU would multiply with the inverse
+    divisor = ratio.new_full((1,), smallest)  # for a number, a GPU would multiply by its inverse, which rounds twice
     return (fraction < ratio / divisor * (_FRACTION + 1)).int()
 
 
 class Groups(NamedTuple):
-    """Holds the groups that the blocks of some rows lie in.
+    """Holds the groups of codes that some rows of a parameter belong to. A group shares a scale.
 
     Args:
-        numbers: (g,) int64, which of the scales are theirs.
-        of_block: int64, where in ``numbers`` the group of each block is; broadcasts over the rows.
+        numbers: (g,) int64, the indices of their scales.
+        of_block: int64, the index into ``numbers`` of each block's group; broadcasts over the rows.
     """
 
     numbers: Tensor
     of_block: Tensor
 
     def spread(self, per_group: Tensor) -> Tensor:
+        """Returns each block's element of a tensor (g,), to broadcast over the rows."""
         return per_group[self.of_block]
 
     def largest(self, entries: Tensor) -> Tensor:
-        """Returns (g,) the largest of each group's entries, none of them negative; 0 where it has none."""
+        """Returns (g,) the largest of each group's entries, which are not negative; 0 for a group without any."""
         per_block = entries if entries.shape == self.of_block.shape else entries.amax((1, 2))
         zeros = torch.zeros_like(self.numbers, dtype=entries.dtype)
         return zeros.scatter_reduce_(0, self.of_block.reshape(-1), per_block.reshape(-1), "amax")

@@ -1,7 +1,8 @@
-"""The law of an optimizer step: what an update does by any rule, in plain torch. Every faster path must equal it.
+"""Defines the law of updates: the reference of an optimizer step by any rule, in plain torch. Kernels must equal it.
 
-Rows of a parameter are read as numbers, moved by the rule, and written where their gradient is finite, rounded with
-noise or to nearest. ``update`` takes all rows at once; ``chunks`` takes them in parts by the same functions.
+A step reads rows of a parameter and its state as fp32 or fp64, moves them by the rule, rounds them to their storage,
+and writes them where the gradient is finite. ``update_all`` here takes all rows of a parameter at once. ``ops.plain``
+takes a few rows at a time with the same ``Begun`` and ``Location``, so that temporary tensors stay small.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from smet_compile.ops.rules import Block
 from smet_compile.ops.updates import Update
 
 WEIGHT_STREAM = 0
-"""The stream of noise of the weight; that of slot k is k + 1."""
+"""The stream of the weight's rounding noise (``law.noise_key``); slot k has the stream k + 1."""
 
 
 class Location(NamedTuple):
-    """Where some rows of a parameter lie in the dense weight: whole groups of codes.
+    """Says where some rows of a parameter lie in the dense weight. The rows are whole groups of codes.
 
     Args:
         blocks: positions (n,) of their blocks; for a plain parameter those of its entries, in the shape of the rows.
-        layout: that of a compact weight; None for a plain parameter.
+        layout: the layout of a compact weight; None for a plain parameter.
     """
 
     blocks: Tensor
@@ -50,9 +51,9 @@ class Location(NamedTuple):
         return _consecutive(group if self.layout.single_weights else group.view(-1, 1, 1))
 
     def units(self, layout: Layout, are_columns: bool) -> Tensor:
-        """Returns the number of the output unit that each entry belongs to; broadcasts over the entries.
+        """Returns the index of the output unit that each entry belongs to; broadcasts over the entries.
 
-        Units are the rows of all matrices one after another, or their columns.
+        Units are the rows, or the columns, of all matrices one after another.
         """
         if self.layout is None or self.layout.single_weights:
             row, col = self.blocks // layout.cols, self.blocks % layout.cols
@@ -63,20 +64,20 @@ class Location(NamedTuple):
         if are_columns:
             inside = (across[:, None] * bn + torch.arange(bn, device=device)).clamp(max=layout.cols - 1)
             return (matrix[:, None] * layout.cols + inside)[:, None, :]
-        # A row that hangs over the edge has no weights; its zeros are counted for some other row.
+        # A row beyond the edge holds zeros, which add nothing to the unit that they are counted for.
         first = line % layout.block_rows * bm
         inside = (first[:, None] + torch.arange(bm, device=device)).clamp(max=layout.rows - 1)
         return (matrix[:, None] * layout.rows + inside)[:, :, None]
 
 
 def _consecutive(group: Tensor) -> Groups:
-    """Makes the groups of the ascending numbers of blocks."""
+    """Returns the groups of blocks, given each block's group number in ascending order."""
     first, last = int(group.view(-1)[0]), int(group.view(-1)[-1])
     return Groups(torch.arange(first, last + 1, device=group.device), group - first)
 
 
 class _Numbers(NamedTuple):
-    """Rows of a tensor in fp64, fp32, fp16 or bf16."""
+    """Reads and writes rows of a tensor in fp64, fp32, fp16 or bf16."""
 
     tensor: Tensor
 
@@ -94,7 +95,7 @@ class _Numbers(NamedTuple):
 
 
 class _Codes(NamedTuple):
-    """Rows of the codes of a slot, which are whole groups, and all of its scales."""
+    """Reads and writes rows of 8-bit codes, which are whole groups. ``scales`` are all scales of the slot."""
 
     codes: Tensor
     scales: Tensor
@@ -109,7 +110,7 @@ class _Codes(NamedTuple):
         return decode(self.codes, self.groups.spread(self.scales[self.groups.numbers]), self.kind).to(dtype)
 
     def write(self, before: Tensor, after: Tensor, finite: Tensor, noise: Tensor | None) -> None:
-        """Keeps codes and scale of a group without an updated block; codes every entry of the others anew."""
+        """Encodes every group with an updated block under a new scale; leaves all other groups as they are."""
         moment = torch.where(finite, after, before)
         if not self.kind.signed:
             moment = moment.clamp(max=torch.finfo(moment.dtype).max)
@@ -121,10 +122,10 @@ class _Codes(NamedTuple):
 
 
 class Begun:
-    """An update whose step was counted. Its rows are moved next, all at once or in chunks.
+    """Begins an update: counts the step and computes step sizes. ``move`` then updates rows, all at once or in chunks.
 
     Args:
-        update: raised by one step here. Its values must not be empty.
+        update: the update; its values must not be empty.
     """
 
     def __init__(self, update: Update) -> None:
@@ -146,11 +147,11 @@ class Begun:
 
     @property
     def needs_locations(self) -> bool:
-        """Tells whether anything depends on where the rows lie."""
+        """Tells whether noise, codes or norms depend on where the rows lie in the dense weight."""
         return bool(self.noise_keys) or self.update.is_coded or self.update.rule.normalized is not None
 
     def measure_units(self, rows: slice, location: Location) -> None:
-        """Adds the squares of these entries to those of their output units, for a rule that is normalized."""
+        """Adds the squares of these rows to their output units' sums. A normalized rule needs all before ``move``."""
         normalized, layout = self.update.rule.normalized, self.update.layout
         assert normalized is not None
         if layout is None:
@@ -167,28 +168,25 @@ class Begun:
         self.squares.index_put_((unit.reshape(-1),), squares.reshape(-1), accumulate=True)  # in a fixed order
 
     def move(self, rows: slice, location: Location | None) -> None:
-        """Updates weight and slots of some rows in place, and counts the blocks that were skipped.
-
-        ``location``: None where ``needs_locations`` is not.
-        """
-        block, finite, kept = self._read(rows, location)
+        """Updates some rows in place, and counts the skipped blocks. ``location`` may be None unless it is needed."""
+        block, finite, stores = self._read(rows, location)
         new = self.update.rule.step(block, self.options)
         old = (block.weight, *block.slots)
         positions = location.positions if location and self.noise_keys else None
-        for stream, (each, before, after) in enumerate(zip(kept, old, new, strict=True)):
+        for stream, (store, before, after) in enumerate(zip(stores, old, new, strict=True)):
             noise = None
-            if positions is not None and each.takes_noise:
+            if positions is not None and store.takes_noise:
                 noise = law.noise_bits(self.noise_keys[stream], positions)
-            each.write(before, after, finite, noise)
+            store.write(before, after, finite, noise)
         self.update.num_skipped.add_(finite.numel() - finite.sum())
 
     def _read(self, rows: slice, location: Location | None) -> tuple[Block, Tensor, list[_Numbers | _Codes]]:
-        """Returns the rows as numbers, which of them have a finite gradient, and how each tensor is stored."""
+        """Returns the rows as a ``Block``, a mask of finite gradients, and readers and writers of weight and slots."""
         generation = self.update.generation
         grad = self.grad[rows]
-        kept = self._kept(rows, location)
+        stores = self._stores(rows, location)
         dtype = law.compute_dtype(self.stored[0].dtype)
-        weight, *slots = [each.read(dtype) for each in kept]
+        weight, *slots = [store.read(dtype) for store in stores]
         born = None if generation is None else generation[rows]
         rate, *of_age = (law.per_block(table, born, weight) for table in (self.rates, *self.of_age))
         norm = None
@@ -196,9 +194,9 @@ class Begun:
             units = location.units(self.update.layout, self.update.units_are_columns)
             norm = self.squares[units].sqrt().to(dtype)
         finite = law.finite_blocks(grad, num_block_dims=0 if self.update.topology is None else grad.dim() - 1)
-        return Block(weight, grad.to(dtype), tuple(slots), rate, tuple(of_age), norm), finite, kept
+        return Block(weight, grad.to(dtype), tuple(slots), rate, tuple(of_age), norm), finite, stores
 
-    def _kept(self, rows: slice, location: Location | None) -> list[Any]:
+    def _stores(self, rows: slice, location: Location | None) -> list[Any]:
         values, *slots = (tensor[rows] for tensor in self.stored)
         scales = self.update.scales
         if scales is None:
@@ -225,7 +223,7 @@ def update_all(updates: list[Update]) -> None:
 
 
 def locate_all(begun: Begun) -> Location:
-    """Returns where all rows of a parameter lie."""
+    """Returns the location of all rows of a parameter."""
     topology = begun.update.topology
     if topology is None:
         grad = begun.grad

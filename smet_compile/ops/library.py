@@ -1,8 +1,8 @@
-"""Registers the ops under ``torch.ops.smet``: schemas with true mutations, fakes, autograd.
+"""Registers the ops under ``torch.ops.smet``: schemas that declare mutations, fake implementations, and autograd.
 
-A topology travels as two tensors and a text: its bits, the lists derived from them, and its layout. Here they become a
-``Topology`` again. unpack and pack have gradients. The products stand in compiled graphs, which hold forward and
-backward already, and so do the updates.
+A topology is passed as two tensors and a text: its bits, the lists derived from them, and its layout. Here they become
+a ``Topology`` again. Only ``unpack`` and ``pack`` have gradients: passes put products and updates into compiled graphs,
+which contain forward and backward already.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHANGED = (
     "TopologyManager.step()"
 )
 _TOPOLOGY = "Tensor topology, Tensor lists, str layout"
-_MUTATES_BY_HOST_TABLES = (torch.Tag.cudagraph_unsafe,)  # kernels read tables that the host writes anew
+_MUTATES_BY_HOST_TABLES = (torch.Tag.cudagraph_unsafe,)  # kernels read tables that the host rewrites between launches
 library = torch.library.Library("smet", "DEF")
 library.define(f"unpack(Tensor values, {_TOPOLOGY}, Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor")
 library.define(f"pack(Tensor dense, {_TOPOLOGY}, int num_active) -> Tensor")
@@ -40,7 +40,7 @@ library.define(
 
 
 def on_unseen_graph() -> None:
-    """Is called when a compiled graph runs that the compiler passes never saw. They put their warning here."""
+    """Runs when a compiled graph that the passes did not see unpacks a weight. The passes replace it by a warning."""
 
 
 def _unpack(
@@ -54,7 +54,7 @@ def _unpack(
 ) -> Tensor:
     if traced:
         on_unseen_graph()
-    topology = _find("values", values, bits, lists, layout)
+    topology = _find("unpack: values", values, bits, lists, layout)
     dense: Tensor = choose.compute("unpack", values, topology)(values, topology)
     return dense
 
@@ -62,7 +62,7 @@ def _unpack(
 def _pack(dense: Tensor, bits: Tensor, lists: Tensor, layout: str, num_active: int) -> Tensor:
     topology = gate.find(bits, lists, layout, num_active)
     if dense.shape != topology.layout.shape:
-        raise ValueError(f"expected a weight of shape {topology.layout.shape}, got {tuple(dense.shape)}")
+        raise ValueError(f"pack: expected a weight of shape {topology.layout.shape}, got {tuple(dense.shape)}")
     values: Tensor = choose.compute("pack", dense, topology)(dense, topology)
     return values
 
@@ -114,15 +114,15 @@ def _update_(values: Tensor, grad: Tensor, *rest: Any) -> None:
 
 
 def _sampled_update_(values: Tensor, left: Tensor, right: Tensor, offsets: Tensor | None, *rest: Any) -> None:
-    """Makes the update by the gradient pack(leftᵀ right), of which nothing is left afterwards."""
+    """Makes the update by the gradient pack(leftᵀ right), which is freed at once or never stored."""
     update = updates.unflatten(values, values, rest)
     topology = update.topology
     if topology is None:
         raise ValueError("sampled_update_: expected a topology, got none; a plain parameter is updated by update_")
-    at_once = choose.fused_update(left, offsets, update)
-    if at_once is not None:
+    fused = choose.fused_update(left, offsets, update)
+    if fused is not None:
         _check_factors("sampled_update_", left, right, topology, offsets)
-        at_once(left, right, offsets, update)
+        fused(left, right, offsets, update)
         return
     text = topology.layout.text
     grad = _sampled_matmul(left, right, topology.bits, topology.lists, text, topology.num_active, offsets)
@@ -142,7 +142,7 @@ for _name, _implementation in (
 
 
 def _find(name: str, values: Tensor, bits: Tensor, lists: Tensor, layout: str) -> Topology:
-    """Returns the topology of ``values``; a ValueError where their shape is not that of its blocks."""
+    """Returns the topology of ``values``. Raises ValueError where their shape is not that of its blocks."""
     shape = values.shape
     block = Layout.from_text(layout).values_shape(0)[1:]
     if not shape or shape[1:] != block:
@@ -168,7 +168,7 @@ def _check_factors(op: str, left: Tensor, right: Tensor, topology: Topology, off
 
 
 def _check_tokens(name: str, tokens: Tensor, width: int, topology: Topology, offsets: Tensor | None) -> None:
-    """Expects (T, width) for one matrix and with offsets, else (S, T, width); a stack of one may come either way."""
+    """Checks for (T, width) with one matrix or with offsets, else (S, T, width); a stack of one may have either."""
     shape, stack = tokens.shape, topology.num_matrices
     if len(shape) == 2:
         fits = offsets is not None or stack == 1
@@ -221,10 +221,10 @@ def _(*args: Any) -> None:
 
 
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps the inputs as attributes, since ``save_for_backward`` would refuse what DistributedDataParallel does.
+    """Keeps the inputs as attributes, since ``save_for_backward`` checks that nobody writes to them.
 
-    It rewrites buffers in every forward with what they hold, and autograd would take that for a change of topology. A
-    real topology change also changes ``values``, whose version is checked.
+    DistributedDataParallel copies rank 0's buffers in every forward, which autograd would take for a change of the
+    topology even with the same content. A real change also changes ``values``, whose version is checked.
     """
     ctx.values, ctx.bits, ctx.lists, ctx.layout, update_sink, growth_sink, _ = inputs
     ctx.has_update_sink = update_sink is not None
@@ -233,8 +233,8 @@ def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
-    """Sends the compact gradient to the update sink where there is one, else to the values; the dense one to the
-    growth sink."""
+    """Sends the compact gradient to the update sink if there is one, else to the values, and the dense gradient to the
+    growth sink if there is one."""
     if ctx.values._version != ctx.version:
         raise RuntimeError(CHANGED)
     needs_values, _, _, _, needs_update_sink, needs_growth_sink, _ = ctx.needs_input_grad
@@ -261,7 +261,7 @@ register_autograd(library, "smet::pack", _pack_backward, _save_pack, _pack)
 
 def _no_gradient(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError(
-        "masked_matmul and sampled_matmul stand in compiled graphs, which hold their gradients already; multiply with "
+        "masked_matmul and sampled_matmul have no gradients, since compiled graphs contain them already; multiply with "
         "the module's weight instead"
     )
 

@@ -1,4 +1,4 @@
-"""Checks what comes from a file: values, tensors, and the parameter groups of an optimizer's state dict.
+"""Checks data that comes from a file: values, tensors, and the parameter groups of an optimizer's state dict.
 
 Each check raises ValueError and names the value by its path.
 """
@@ -32,7 +32,7 @@ def check_keys(where: str, got: Any, required: Collection[str], optional: Collec
 
 
 def check_integer(where: str, got: Any, smallest: int = 0, largest: int = _LARGEST) -> None:
-    """Checks that ``got`` is an integer from ``smallest`` to ``largest``; True and False are none."""
+    """Checks that ``got`` is an integer from ``smallest`` to ``largest``, and no bool."""
     if type(got) is not int or not smallest <= got <= largest:
         raise ValueError(f"{where}: expected an integer from {smallest} to {largest}, got {_shown(got)}")
 
@@ -52,14 +52,14 @@ def check_tensor(where: str, got: Any, dtype: torch.dtype, shape: tuple[int, ...
 def check_alike(where: str, got: Any, ours: Any) -> None:
     """Checks that the option ``got`` has the kind of ``ours``: a finite number for a number, and so on inside lists.
 
-    A number may stand for a tensor without dimensions and the other way round. Where ``ours`` is None, a flag is
-    taken as well.
+    A number may stand for a tensor without dimensions and the other way round. Where ``ours`` is None, a flag or a
+    number passes too.
     """
     if isinstance(ours, bool):
         if got is not None and type(got) is not bool:
             raise ValueError(f"{where}: expected True or False, got {_shown(got)}")
     elif isinstance(ours, float) and math.isinf(ours) and type(got) is float and got == ours:
-        return  # an option of no limit
+        return  # an option that means "no limit"
     elif isinstance(ours, int | float | Tensor):
         _check_number_or_tensor(where, got, ours)
     elif isinstance(ours, list | tuple):
@@ -94,7 +94,7 @@ def plain_number(value: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """Says what a value is, as an error names it."""
+    """Describes a value's kind for an error message."""
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return type(value).__name__
@@ -111,17 +111,17 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 class Saved(NamedTuple):
-    """A parameter, and the group that it is in as it was saved."""
+    """Holds a parameter of ours and the saved group that it belongs to."""
 
     parameter: nn.Parameter
     group: dict[str, Any]
 
 
 def check_groups(state_dict: Any, optimizer: Optimizer, options: Collection[str]) -> dict[Hashable, Saved]:
-    """Returns, by the number that stands for it, each parameter of ``optimizer`` and its saved group.
+    """Returns each parameter of ``optimizer`` and its saved group, by the parameter's number in ``state_dict``.
 
     Args:
-        options: what every group must have.
+        options: the options that every group must have.
 
     Raises ValueError where the groups hold other numbers of parameters, lack an option or have one of another kind.
     """

@@ -1,8 +1,7 @@
 """Finds the optimizers that hold a model's parameters, inside whatever wraps them.
 
-A wrapper (Accelerate's, Lookahead, SAM, ZeRO, one optimizer per layer) is another object than the optimizer whose step
-updates a weight and whose state belongs to it. The search goes through the attributes of what it is given, by what
-they hold and not by how they are named.
+A user may pass a wrapper (Accelerate's, Lookahead, SAM, ZeRO, one optimizer per layer). Its state is not that of the
+optimizer which updates a weight. The search follows attributes and containers, by their content and not by their name.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _OWN = frozenset({"state", "param_groups", "defaults", "step"})
-"""Attributes that lead to no inner optimizer: ``step`` may be patched by a wrapper, and lead back to it."""
+"""Attributes that are not searched: ``step`` may be patched by a wrapper, and lead back to it."""
 _MAX_DEPTH = 5
 
 
 @dataclass(frozen=True, eq=False)
 class FoundOptimizer:
-    """An optimizer that holds some of the parameters that were asked for.
+    """Describes an optimizer that holds some of the parameters that were searched for.
 
     Args:
         optimizer: the object; it has ``param_groups``.
-        name: its class, with the attributes that lead to it from what was given.
+        name: the class of the outermost object, and the attributes that lead from there to the optimizer.
         holds: ids of the parameters in its groups.
-        steps: ids of those that it updates itself: no optimizer inside it holds them.
+        steps: ids of those that it updates itself, because no optimizer inside it holds them.
     """
 
     optimizer: Any
@@ -46,7 +45,7 @@ class FoundOptimizer:
 
 
 def find_optimizers(given: Any, parameters: Iterable[nn.Parameter]) -> list[FoundOptimizer]:
-    """Every optimizer in ``given`` that holds one of ``parameters``, wrappers before what they wrap.
+    """Returns every optimizer in ``given`` that holds one of ``parameters``, wrappers before what they wrap.
 
     Args:
         given: an optimizer, a wrapper of one, or several in a list, tuple or dict.
@@ -58,13 +57,13 @@ def find_optimizers(given: Any, parameters: Iterable[nn.Parameter]) -> list[Foun
 
 
 def optimizer_that_steps(given: Any, parameter: nn.Parameter) -> Any:
-    """The innermost optimizer in ``given`` that updates ``parameter``; None where there is none."""
-    found = find_optimizers(given, [parameter])
-    return next((each.optimizer for each in found if each.steps), None)
+    """Returns the innermost optimizer in ``given`` that updates ``parameter``; None where there is none."""
+    candidates = find_optimizers(given, [parameter])
+    return next((candidate.optimizer for candidate in candidates if candidate.steps), None)
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside wrappers that share its groups and its state, such as Accelerate's.
+    """Returns the optimizer inside wrappers that share its groups and its state, such as Accelerate's.
 
     A wrapper with groups or state of its own (Lookahead, SAM) is returned as it is.
     """
@@ -77,15 +76,15 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def state_holders(given: Any, parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """Returns the optimizers in ``given`` whose state dicts hold all that it keeps, wrappers before what they wrap.
+    """Returns the optimizers in ``given`` whose state dicts together hold all state, wrappers before what they wrap.
 
-    ``ZeroRedundancyOptimizer`` collects the state of the part that it wraps, and stands for it.
+    ``ZeroRedundancyOptimizer`` collects the state of its inner optimizer, which is therefore left out.
     """
     holders: list[Any] = []
     for found in find_optimizers(given, parameters):
         optimizer = unwrapped(found.optimizer)
-        within = any(_collects_state(holder) and _leads_to(holder, optimizer) for holder in holders)
-        if not within and all(optimizer is not holder for holder in holders):
+        is_collected = any(_collects_state(holder) and _leads_to(holder, optimizer) for holder in holders)
+        if not is_collected and all(optimizer is not holder for holder in holders):
             holders.append(optimizer)
     return holders or [unwrapped(given)]
 
@@ -95,18 +94,19 @@ def _collects_state(optimizer: Any) -> bool:
 
 
 def _leads_to(outer: Any, inner: Any) -> bool:
-    return any(each is inner or _leads_to(each, inner) for _, each in inner_optimizers(outer) if each is not outer)
+    inside = [found for _, found in inner_optimizers(outer) if found is not outer]
+    return any(found is inner or _leads_to(found, inner) for found in inside)
 
 
 def inner_optimizers(thing: Any) -> Iterator[tuple[str, Any]]:
-    """(attribute, object) of what may be an optimizer, or lead to one, in the attributes of ``thing``."""
+    """Yields (attribute, object) for the attributes of ``thing`` that may be an optimizer or contain one."""
     for name, value in attributes(thing):
         if name not in _OWN and not is_hooks(name):
             yield from _reach(value, name, _MAX_DEPTH)
 
 
 def attributes(thing: Any) -> list[tuple[str, Any]]:
-    """The attributes that ``thing`` itself stores, in its dict or in slots."""
+    """Returns the attributes that ``thing`` itself stores, in its dict or in slots."""
     stored = list(getattr(thing, "__dict__", {}).items())
     for kind in type(thing).__mro__:
         slots = kind.__dict__.get("__slots__", ())
@@ -117,12 +117,12 @@ def attributes(thing: Any) -> list[tuple[str, Any]]:
 
 
 def is_hooks(name: str) -> bool:
-    """Whether the attribute of that name holds the hooks of a ``torch.optim.Optimizer``."""
+    """Tells whether the attribute of that name holds the hooks of a ``torch.optim.Optimizer``."""
     return name.startswith("_optimizer_") and name.endswith("_hooks")
 
 
 def is_optimizer_like(thing: Any) -> bool:
-    """Whether ``thing`` is an optimizer, or has groups or a method ``step`` as one: a wrapper of any class."""
+    """Tells whether ``thing`` is an optimizer, or has parameter groups or a method ``step``, as a wrapper has."""
     if isinstance(thing, nn.Module | Tensor | type):
         return False
     if isinstance(thing, Optimizer) or callable(getattr(type(thing), "step", None)):
@@ -131,12 +131,12 @@ def is_optimizer_like(thing: Any) -> bool:
 
 
 def _answers_with_groups(thing: Any) -> bool:
-    """Returns whether ``thing`` is a proxy that hands its attributes on to an optimizer."""
+    """Tells whether ``thing`` is a proxy that takes its attributes from an optimizer."""
     return hasattr(type(thing), "__getattr__") and hasattr(thing, "param_groups")
 
 
 class _Search:
-    """Everything that was reached, and what each leads to."""
+    """Walks from object to object, and records which objects were reached and what each of them contains."""
 
     def __init__(self) -> None:
         self._reached: dict[int, tuple[str, Any]] = {}
@@ -152,13 +152,13 @@ class _Search:
             self.visit(each, f"{name}.{attribute}")
 
     def found(self, wanted: set[int]) -> list[FoundOptimizer]:
+        """Returns the optimizers that were reached and hold parameters with the ids ``wanted``."""
         holds = {key: _held_by(thing) & wanted for key, (_, thing) in self._reached.items()}
         leads_to = {key: self._leads_to(key) for key in holds}
         found = []
         for key, (name, thing) in self._reached.items():
-            inside = (
-                inner for inner in leads_to[key] if key not in leads_to[inner]
-            )  # an inner one may know its wrapper
+            # An inner optimizer may refer to its wrapper, which is then not inside it.
+            inside = (inner for inner in leads_to[key] if key not in leads_to[inner])
             steps = holds[key].difference(*(holds[inner] for inner in inside))
             if holds[key]:
                 found.append(FoundOptimizer(thing, name, frozenset(holds[key]), frozenset(steps)))
@@ -176,6 +176,7 @@ class _Search:
 
 
 def _held_by(thing: Any) -> set[int]:
+    """Returns the ids of the parameters in the groups of ``thing``."""
     groups = getattr(thing, "param_groups", None)
     if not isinstance(groups, Iterable):
         return set()
@@ -191,7 +192,7 @@ def _roots(given: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _reach(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Goes through containers, bound methods and partial functions."""
+    """Yields the optimizers in a value with their names, through containers, bound methods and partial functions."""
     if isinstance(value, MethodType):
         value = value.__self__
     if is_optimizer_like(value):
@@ -199,11 +200,11 @@ def _reach(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
     elif depth and isinstance(value, functools.partial):
         yield from _reach([value.func, *value.args, *value.keywords.values()], name, depth - 1)
     elif depth and isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _reach(each, f"{name}[{key!r}]" if isinstance(key, str | int) else f"{name}[...]", depth - 1)
+        for key, item in value.items():
+            yield from _reach(item, f"{name}[{key!r}]" if isinstance(key, str | int) else f"{name}[...]", depth - 1)
     elif depth and isinstance(value, list | tuple | set | frozenset):
-        for place, each in enumerate(value):
-            yield from _reach(each, f"{name}[{place}]", depth - 1)
+        for index, item in enumerate(value):
+            yield from _reach(item, f"{name}[{index}]", depth - 1)
 
 
 def _share_everything(outer: Any, inner: Any) -> bool:
@@ -222,15 +223,16 @@ def register(optimizer: Any) -> None:
 
 
 def registered_holders(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """The living registered optimizers that hold one of ``parameters``, in the order in which they were made."""
+    """Returns the living registered optimizers that hold one of ``parameters``, in the order they were made in."""
     wanted = {id(parameter) for parameter in parameters}
-    return [each for _, each in sorted(_registered.items()) if _held_by(each) & wanted]
+    return [optimizer for _, optimizer in sorted(_registered.items()) if _held_by(optimizer) & wanted]
 
 
 def siblings(found: list[FoundOptimizer], parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """The registered optimizers that hold one of ``parameters``, beside a registered one in ``found``.
+    """Returns the registered optimizers that train other ``parameters`` of the model than those in ``found`` do.
 
-    One that holds a parameter of ``found`` as well is no sibling: it was made to replace, or to be replaced.
+    There are none unless one in ``found`` is registered too. An optimizer that shares a parameter with ``found`` does
+    not count: one of the two was made to replace the other.
     """
     registered = {id(each) for each in _registered.values()}
     if not any(id(each.optimizer) in registered for each in found):
@@ -240,16 +242,16 @@ def siblings(found: list[FoundOptimizer], parameters: Iterable[nn.Parameter]) ->
 
 
 def has_state(optimizer: Any) -> bool:
-    """Whether the optimizer keeps anything for any parameter."""
+    """Tells whether the optimizer keeps state for any parameter."""
     state = getattr(optimizer, "state", None)
     return isinstance(state, Mapping) and any(bool(each) for each in state.values())
 
 
 def changes_nothing(optimizer: Any) -> bool:
-    """Whether every rate is 0 and every gradient is exactly zero.
+    """Tells whether every rate is 0 and every gradient is exactly zero.
 
-    ``torch.distributed.checkpoint`` makes such a step of an optimizer that has no state yet, so that it has some. It
-    is no step of the training. A warm-up that begins at rate 0 has gradients.
+    ``torch.distributed.checkpoint`` makes such a step to have an optimizer create its state. It is no step of the
+    training. A warm-up that begins at rate 0 has gradients that are not zero.
     """
     if any(float(group.get("lr") or 0.0) != 0.0 for group in optimizer.param_groups):
         return False

@@ -1,8 +1,8 @@
-"""The kernel named "torch": every op in plain torch on any device, without a dense weight where blocks are tiles.
+"""Implements the kernel named "torch", which computes every op on any device and is the fallback of all others.
 
-Tiles are multiplied line by line (block rows, or block columns), one GEMM each, so that sums are rounded once and no
-dense weight is ever made. Single weights and runs are expanded into one dense scratch. An update is the law, a few rows
-at a time, so that it makes little on the side.
+It differs from the reference in ``ops.law`` by the memory it takes. Tiles are multiplied line by line (block rows, or
+block columns), one GEMM each, so that no dense weight is made and each sum is rounded once. Single weights and runs are
+expanded into one dense scratch. An update takes a few rows at a time, so that its temporary tensors are small.
 
 Shape suffixes: S stacked matrices, T tokens, R rows, C cols, N active blocks, n of them in one line, I and O the
 inputs and outputs of a product (C and R, or R and C), B blocks across a line, b their width.
@@ -48,8 +48,8 @@ def masked_matmul(
         input: (T, I); (S, T, I) for a stack; with ``offsets`` (T, I) of tokens sorted by matrix.
         values: (N,) or (N, bm, bn), in the dtype of ``input``.
         bias: (O,), in the dtype of ``input``; added to every row.
-        offsets: (S,) int32: the tokens of matrix s end before row ``offsets[s]``. Rows past the last one meet no
-            matrix: zeros, and the bias.
+        offsets: (S,) int32: the tokens of matrix s end before row ``offsets[s]``. The output of rows past the last
+            offset is the bias, or zero.
 
     Returns:
         (T, O) or (S, T, O), new and contiguous.
@@ -62,14 +62,14 @@ def masked_matmul(
 
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
-    """Returns pack(leftᵀ right): the product's active blocks.
+    """Returns pack(leftᵀ right), the active blocks of the product.
 
     Args:
         left, right: (T, R) and (T, C); (S, T, R) and (S, T, C) for a stack; with ``offsets`` 2-D, sorted by matrix
-            as the input of ``masked_matmul``. Rows past the last offset count for nothing.
+            as the input of ``masked_matmul``. Rows past the last offset are ignored.
 
     Returns:
-        (N,) or (N, bm, bn), in the dtype of ``left``; what hangs over an edge is zero.
+        (N,) or (N, bm, bn), in the dtype of ``left``; entries that hang over an edge are zero.
     """
     layout = topology.layout
     ends = None if offsets is None else offsets.tolist()
@@ -93,7 +93,7 @@ def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: list[int] | None) -> Tensor:
-    """Computes ``masked_matmul`` for a weight that is dense."""
+    """Computes ``masked_matmul`` for a dense weight. ``ends`` are the offsets as a list."""
     if ends is None:
         return _multiply(input, dense_SIO.squeeze(0) if input.dim() == 2 else dense_SIO, bias)
     out = zeros_or_bias(input, dense_SIO.shape[-1], bias)
@@ -103,31 +103,31 @@ def multiply_stack(input: Tensor, dense_SIO: Tensor, bias: Tensor | None, ends: 
 
 
 def zeros_or_bias(input: Tensor, num_outputs: int, bias: Tensor | None) -> Tensor:
-    """Returns the product where no weight is active."""
+    """Returns the product with a weight that has no active block."""
     out = input.new_empty(*input.shape[:-1], num_outputs)
     return out.zero_() if bias is None else out.copy_(bias)
 
 
 def by_matrix(tokens: Tensor, ends: list[int] | None) -> list[Tensor]:
-    """Returns each matrix's part (T, ...) of tokens, as views."""
+    """Returns the tokens (T, ...) of each matrix, as views."""
     if ends is not None:
         return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return [tokens] if tokens.dim() == 2 else list(tokens.unbind())
 
 
 class _Line(NamedTuple):
-    """Holds a block row that has active blocks, or a block column: the ``number``-th of its matrix."""
+    """Holds a block row, or a block column, that has active blocks: the ``number``-th of its matrix."""
 
     matrix: int
     number: int
     across_n: Tensor
-    """Block columns (of a block column: block rows) of its blocks."""
+    """Block columns of its blocks; for a block column their block rows."""
     rows_n: Tensor
-    """Their rows of ``values``."""
+    """Rows of ``values`` of its blocks."""
 
 
 def _lines(topology: Topology, by_column: bool) -> Iterator[_Line]:
-    """Yields the block rows or block columns that have blocks, matrix by matrix; fetches their sizes to the host."""
+    """Yields the block rows or block columns that have blocks, matrix by matrix; copies their sizes to the host."""
     layout, positions_N = topology.layout, topology.active_blocks()
     row, col = positions_N // layout.block_cols, positions_N % layout.block_cols
     line, across, lines_of_matrix = row, col, layout.block_rows
@@ -143,7 +143,7 @@ def _lines(topology: Topology, by_column: bool) -> Iterator[_Line]:
 
 
 def _in_blocks(tokens_TI: Tensor, width: int) -> Tensor:
-    """Returns (T, B, b), zero over the edge; a view where nothing hangs over."""
+    """Returns (T, B, b), padded with zeros at the edge; a view where nothing hangs over."""
     over = -tokens_TI.shape[1] % width
     return (F.pad(tokens_TI, (0, over)) if over else tokens_TI).unflatten(1, (-1, width))
 
@@ -156,7 +156,7 @@ def _masked_by_tiles(
     bias: Tensor | None,
     ends: list[int] | None,
 ) -> Tensor:
-    """Multiplies line by line: the inputs that its blocks read, gathered, times its blocks."""
+    """Multiplies line by line: gathers the inputs that a line's blocks read, and multiplies them with these blocks."""
     layout = topology.layout
     width_O, width_I = layout.block_shape if transposed else layout.block_shape[::-1]
     out = zeros_or_bias(input, layout.rows if transposed else layout.cols, bias)
@@ -166,15 +166,15 @@ def _masked_by_tiles(
         gathered_TI = inputs_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
         blocks_n = values.index_select(0, line.rows_n)
         weight_Ib = (blocks_n.mT if transposed else blocks_n).flatten(0, 1)
-        here = slice(line.number * width_O, (line.number + 1) * width_O)
-        out_Tb = outs_TO[line.matrix][:, here]
+        outputs = slice(line.number * width_O, (line.number + 1) * width_O)
+        out_Tb = outs_TO[line.matrix][:, outputs]
         weight_Ib = weight_Ib[:, : out_Tb.shape[1]]
-        out_Tb.copy_(_multiply(gathered_TI, weight_Ib, None if bias is None else bias[here]))
+        out_Tb.copy_(_multiply(gathered_TI, weight_Ib, None if bias is None else bias[outputs]))
     return out
 
 
 def _sampled_by_tiles(left: Tensor, right: Tensor, topology: Topology, ends: list[int] | None) -> Tensor:
-    """Multiplies block row by block row: its part of leftᵀ times the parts of right that its blocks read, gathered."""
+    """Multiplies line by line: its part of leftᵀ with the columns of right, gathered, that its blocks read."""
     layout = topology.layout
     bm, bn = layout.block_shape
     blocks_Nmn = left.new_zeros(topology.num_active, bm, bn)
@@ -185,19 +185,19 @@ def _sampled_by_tiles(left: Tensor, right: Tensor, topology: Topology, ends: lis
         gathered_TC = rights_TBb[line.matrix].index_select(1, line.across_n).flatten(1)
         product_bnC = (left_Tb.mT @ gathered_TC).unflatten(1, (-1, bn))
         blocks_Nmn[line.rows_n, : left_Tb.shape[1]] = product_bnC.transpose(0, 1)
-    if layout.cols % bn:  # 0 where left is not finite too
+    if layout.cols % bn:  # the padding of right is zero, but times inf or nan it is nan
         blocks_Nmn[topology.active_blocks() % layout.block_cols == layout.block_cols - 1, :, layout.cols % bn :] = 0
     return blocks_Nmn
 
 
 _WEIGHTS_AT_ONCE = 2**20
 _WEIGHTS_IN_CACHE = 2**15
-"""As many weights as a processor's cache holds with all that is made of them on the way."""
+"""Number of weights that a processor's cache holds together with the temporary tensors of their update."""
 Chunk = tuple[slice, Location | None]
 
 
 def update_all(updates: list[Update]) -> None:
-    """Makes one update after another."""
+    """Makes one update after another, each of them chunk by chunk."""
     for update in updates:
         if update.values.numel() == 0:
             update.step.add_(1)
@@ -212,7 +212,7 @@ def update_all(updates: list[Update]) -> None:
 
 
 def _chunks(begun: Begun) -> Iterable[Chunk]:
-    """Cuts the rows into parts; says where each part lies if anything depends on it."""
+    """Yields the rows in chunks, with the location of each where the update needs it."""
     grad, topology = begun.grad, begun.update.topology
     weights_at_once = min(_WEIGHTS_AT_ONCE, _WEIGHTS_IN_CACHE) if grad.device.type == "cpu" else _WEIGHTS_AT_ONCE
     at_once = max(1, weights_at_once // grad[0].numel())
@@ -228,10 +228,10 @@ def _rows(num_rows: int, at_once: int) -> Iterator[slice]:
 
 
 def _chunks_of_plain(shape: torch.Size, device: torch.device, at_once: int) -> Iterator[Chunk]:
-    """Cuts a plain parameter of this shape into as many rows as hold whole groups."""
+    """Cuts a plain parameter of this shape into chunks of rows that hold whole groups of codes."""
     row_size = math.prod(shape[1:])
-    together = WEIGHTS_OF_A_GROUP // math.gcd(WEIGHTS_OF_A_GROUP, row_size)
-    for rows in _rows(shape[0], max(1, at_once // together) * together):
+    rows_of_whole_groups = WEIGHTS_OF_A_GROUP // math.gcd(WEIGHTS_OF_A_GROUP, row_size)
+    for rows in _rows(shape[0], max(1, at_once // rows_of_whole_groups) * rows_of_whole_groups):
         entries = torch.arange(rows.start * row_size, rows.stop * row_size, device=device)
         yield rows, Location(entries.view(-1, *shape[1:]), None)
 
@@ -252,7 +252,7 @@ def _chunks_of_compact(topology: Topology, at_once: int) -> Iterator[Chunk]:
 
 
 def _group_ranges(starts: list[int], at_once: int) -> Iterator[tuple[int, int]]:
-    """Yields as many groups as have up to ``at_once`` active blocks together, and one at least."""
+    """Yields ranges of groups that have at most ``at_once`` active blocks together, or are a single group."""
     first = 0
     while first < len(starts) - 1:
         last = max(first + 1, bisect_right(starts, starts[first] + at_once) - 1)
@@ -261,7 +261,7 @@ def _group_ranges(starts: list[int], at_once: int) -> Iterator[tuple[int, int]]:
 
 
 def _active(topology: Topology, first: int, last: int) -> Tensor:
-    """Returns the positions of the active single weights in some groups, from the bits of those alone."""
+    """Returns the positions of the active single weights in some groups, by reading only the bits of these."""
     in_group = topology.layout.blocks_per_group
     weights = slice(first * in_group, min(last * in_group, topology.layout.num_blocks))
     bits = topology.bits[weights.start // 8 : -(-weights.stop // 8)]

@@ -1,8 +1,8 @@
-"""Sends what is written into a read weight back to its values.
+"""Writes changes in place of ``module.weight`` back to the values of the compact weight.
 
-``module.weight`` of a compact weight is made anew at every read, so a change in place (``nn.init``, weight clipping, a
-merged adapter) would change a copy. In eager mode a read is therefore a `WeightRead`: when it dies, or the weight is
-used next, its version tells whether it was written, and the active part goes to the values.
+``module.weight`` is unpacked anew at every read, so a change in place (``nn.init``, weight clipping, a merged adapter)
+would change only a copy. In eager mode a read is therefore a ``WeightRead``. When it is freed, or at the next use of
+the weight or optimizer step, its version tells whether it was written; if so, its active part is copied to the values.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
 
-_STACKLEVEL = 5  # whoever drops the last reference to what was read, or uses the weight next
+_STACKLEVEL = 5  # the line that drops the last reference to the read, or uses the weight next
 
 
 class _CompactWeight(Protocol):
-    """The compact weight that a read belongs to."""
+    """Describes what this module needs of a ``CompactWeight``."""
 
     name: str
     write_error: BaseException | None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the dense weight."""
+        """Returns the shape of the dense weight."""
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         """Returns the active part of a dense weight."""
@@ -42,10 +42,10 @@ class _CompactWeight(Protocol):
 
 @dataclass(eq=False)
 class _Source:
-    """Records what a read was made from; shared by the read and its aliases.
+    """Records what a read was made from. The read and its aliases share it.
 
     Args:
-        values_version: of the values that the content belongs to.
+        values_version: the version of the values that the read agrees with.
         node: name of the autograd node that made the read; None where gradients are not recorded.
     """
 
@@ -60,7 +60,7 @@ _live: dict[int, weakref.ref[Tensor]] = {}
 
 
 class WeightRead(Tensor):
-    """The dense weight that ``module.weight`` returns: a tensor as any other, whose changes in place are kept.
+    """Represents the dense weight that ``module.weight`` returns: an ordinary tensor, whose changes in place are kept.
 
     ``detach()`` and ``.data`` return aliases of the same kind, ``numpy()`` an array that cannot be written to.
     """
@@ -88,7 +88,7 @@ class WeightRead(Tensor):
         return array
 
     def __del__(self, live: dict[int, weakref.ref[Tensor]] = _live) -> None:
-        """Keeps what was written; where the interpreter ends, the names of this module are gone: nothing is kept."""
+        """Keeps what was written, unless the interpreter is ending and the names of this module are gone."""
         settle_or_note = globals().get("_settle_or_note")
         if live.pop(id(self), None) is not None and self.__dict__["version"] != self._version and settle_or_note:
             settle_or_note(self)
@@ -99,7 +99,7 @@ class WeightRead(Tensor):
 
     @_is_param.setter
     def _is_param(self, wanted: bool) -> None:
-        """Becomes an ordinary parameter, as ``nn.Parameter(read)`` asks for: what is written into it is its own."""
+        """Becomes an ordinary parameter, for ``nn.Parameter(read)``: changes of it are no longer written back."""
         _live.pop(id(self), None)
         self.__dict__.clear()
         self.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -120,12 +120,12 @@ def _plain_data(read: Tensor) -> Tensor:
 
 
 def _plain(read: Tensor) -> Tensor:
-    """Returns an alias without a source."""
+    """Returns a plain tensor that shares the memory, whose changes are not written back."""
     return Tensor.detach(read).requires_grad_(read.requires_grad)
 
 
 def watch(compact: _CompactWeight, values: Tensor, dense: Tensor) -> Tensor:
-    """Makes ``dense``, unpacked from ``values`` just now, a read whose changes are kept."""
+    """Makes ``dense``, which was just unpacked from ``values``, a read whose changes are kept."""
     if type(dense) is not Tensor or dense.is_meta or dense.is_inference() or values.is_inference():
         return dense
     _settle_before_steps()
@@ -141,7 +141,7 @@ def _as_read(dense: Tensor, source: _Source) -> Tensor:
 
 
 def settle_live(*_: Any) -> None:
-    """Keeps what was written into reads that are still alive. What goes wrong is raised at the weight's next use."""
+    """Keeps what was written into reads that are still alive. An error is raised at the next use of the weight."""
     for reference in list(_live.values()):
         read = reference()
         if read is not None and read.__dict__["version"] != read._version:
@@ -150,37 +150,37 @@ def settle_live(*_: Any) -> None:
 
 @functools.cache
 def _settle_before_steps() -> None:
-    """Makes every optimizer keep what was written before it changes the values."""
+    """Makes every optimizer call ``settle_live`` before it changes the values."""
     register_optimizer_step_pre_hook(settle_live)
 
 
 def _settle_or_note(read: Tensor) -> None:
     try:
         settle(read)
-    except BaseException as error:  # in a finalizer an error is printed and lost
+    except BaseException as error:  # raised from a finalizer, it would only be printed
         read.__dict__["source"].compact.write_error = error
 
 
 @torch.no_grad()
 def settle(read: Tensor) -> None:
-    """Writes the active part of a read that was changed in place to the values.
+    """Copies the active part of a read that was changed in place to the values.
 
-    Warns where it holds numbers where no block is active, which are lost. Raises ValueError where the change cannot be
-    kept: it came after the values had changed, or was recorded by autograd, or gave another shape.
+    Warns if it is not zero outside the active blocks, since those numbers are lost. Raises ValueError where the change
+    cannot be kept: the values had changed since the read, autograd recorded the change, or the shape changed.
     """
     source: _Source = read.__dict__["source"]
     read.__dict__["version"] = read._version
     compact, values = source.compact, source.values
     if tuple(read.shape) != compact.shape:
-        raise _lost(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.shape}; assign it")
+        raise _not_kept(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.shape}; assign it")
     if source.node is not None and read.grad_fn is not None and read.grad_fn.name() != source.node:
-        raise _lost(compact, "was changed in place while gradients are recorded; change it under torch.no_grad()")
+        raise _not_kept(compact, "was changed in place while gradients are recorded; change it under torch.no_grad()")
     content = _plain(read).detach()
     new = compact.right_inverse(content)
     if torch.equal(new, values):
         return
     if source.values_version != values._version:
-        raise _lost(compact, "was changed in place after its values had moved on; read it again and change that")
+        raise _not_kept(compact, "was changed in place after its values had moved on; read it again and change that")
     num_lost = int(content.count_nonzero()) - int(new.count_nonzero())
     values.copy_(new)
     source.values_version = values._version
@@ -192,16 +192,15 @@ def settle(read: Tensor) -> None:
         )
 
 
-def _lost(compact: _CompactWeight, what: str) -> ValueError:
-    return ValueError(f"{compact.name}: the weight that was read {what}")
+def _not_kept(compact: _CompactWeight, problem: str) -> ValueError:
+    return ValueError(f"{compact.name}: the weight that was read {problem}")
 
 
 def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> None:
     """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for the compact weights of ``module``.
 
-    ``chains(module)`` holds the parametrizations of a module by tensor name. ``nn.Module`` would look for a parameter
-    of that name, and raise a KeyError. The class is the module's own, made by
-    ``torch.nn.utils.parametrize``, and shared with its deep copies.
+    ``chains(module)`` returns the parametrizations of a module by tensor name. ``nn.Module`` would raise a KeyError,
+    since it has no such parameter. The changed class was made for this module by ``parametrize``; only copies share it.
     """
     own = type(module)
     if "__setattr__" in vars(own):

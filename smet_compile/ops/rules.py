@@ -1,7 +1,8 @@
-"""A rule says how an optimizer moves a weight. Everything else about an update is written once, for every rule.
+"""Defines what a rule is: the mathematics of one optimizer, as a pure function and a few names.
 
-Generic are ages, warm-up, density rate, stochastic rounding, bf16 and 8-bit state, chunks, topology moves, checkpoints
-and updates in backward. A rule is one pure function and a few names.
+Everything else about an update is written once for every rule: ages of blocks, warm-up, the factor for density,
+stochastic rounding, bf16 and 8-bit state, work in chunks, topology changes, checkpoints, and updates in backward.
+Modules of ``optim`` register rules here by name, and the ops look them up by that name.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor
 from smet_compile.format.arguments import described
 
 Options = Any
-"""A named tuple of a rule's options, all floats: ``options.beta1``."""
+"""A named tuple of a rule's options, all of them floats, such as ``options.beta1``."""
 Step = Callable[["Block", Options], tuple[Tensor, ...]]
 
 
 class Slot(NamedTuple):
-    """A tensor of the shape of the weight that the optimizer keeps in its state.
+    """Names a tensor of the weight's shape that the optimizer keeps in its state.
 
     Args:
-        name: its key in the state, as ``exp_avg``. signed: False for one that is never negative, as a mean of squares.
+        name: its key in the state, such as "exp_avg". signed: False where it is never negative (a mean of squares).
     """
 
     name: str
@@ -33,14 +34,13 @@ class Slot(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The entries that a rule moves at once, all tensors in one dtype, fp32 or fp64.
+    """Holds the entries that a rule moves in one call. All tensors have one dtype, fp32 or fp64.
 
     Args:
-        weight, grad: of one shape. slots: of the same shape, in the order of the rule's.
-        rate: step size by entry, lr · d^(-p) · min(1, age / W); broadcasts.
-        of_age: what the rule's ``of_age`` returned at each entry's age; broadcasts.
-        unit_norm: norm of the output unit that an entry belongs to, for a rule with ``normalized``; broadcasts. Else
-            None.
+        weight, grad, slots: tensors of one shape; slots are in the order of ``Rule.slots``.
+        rate: step size of each entry, lr · d^(-p) · min(1, age / W), with density d and W steps of warm-up; broadcasts.
+        of_age: the tensors that ``Rule.of_age`` returned, looked up at each entry's age; they broadcast.
+        unit_norm: norm of the output unit that each entry belongs to, for a rule with ``normalized``; broadcasts.
     """
 
     weight: Tensor
@@ -61,20 +61,19 @@ def _mature_at_once(options: Options, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one optimizer moves a weight.
+    """Says how one optimizer moves a weight.
 
     Args:
-        name: as ops and checkpoints of graphs know it.
-        step: (block, options) → the new weight and the new slots, as many as ``slots``. Pure; never writes to its
-            arguments.
-        slots: the state it keeps, each of the shape of the weight.
-        options: names of its numbers, in the order in which they travel.
-        of_age: (ages fp64, options) → tensors of the same shape, such as bias corrections: computed once for each
-            generation of blocks, then looked up by block.
-        mature_age: (options, dtype) → the age from which ``of_age`` returns the same in ``dtype``.
-        shared_step: ``of_age`` sees the parameter's step count instead of a block's age.
-        normalized: (block, options) → a tensor like the gradient; its norm over the active entries of each output unit
-            of the weight reaches ``step`` as ``block.unit_norm``. None: the rule looks at each entry alone.
+        name: the name by which ops find the rule.
+        step: (block, options) → the new weight, then one new tensor for each slot. It never writes to its arguments.
+        slots: the state that it keeps.
+        options: names of its numbers, in the order in which an op passes them.
+        of_age: (ages fp64, options) → tensors of the same shape, such as bias corrections. They are computed once for
+            each generation (the blocks that were activated in one step) and then looked up for each block.
+        mature_age: (options, dtype) → the age from which ``of_age`` no longer changes in ``dtype``.
+        shared_step: ``of_age`` gets the parameter's step count instead of a block's age.
+        normalized: (block, options) → a tensor like the gradient. Its norm over the active entries of each output unit
+            reaches ``step`` as ``block.unit_norm``. None where the rule treats each entry alone.
     """
 
     name: str
@@ -95,7 +94,7 @@ class Rule:
         return self.of_age is not _needs_no_age
 
     def named_options(self, numbers: Sequence[float]) -> Options:
-        """Returns the numbers, in the order of ``options``, by name."""
+        """Returns the numbers, which come in the order of ``options``, as a named tuple."""
         return self._options_type(*numbers)
 
 

@@ -1,13 +1,13 @@
 """Keeps values instead of dense weights for backward, in eager mode.
 
 Autograd saves the weight of every linear layer until its backward: with unpacked weights that is the whole dense model.
-Under these hooks a saved tensor that is an unpacked weight (or a view of one, or autocast's low-precision copy of one)
-is replaced by a recipe, and unpacked again in backward.
+Saved-tensor hooks replace a saved tensor that is an unpacked weight (or a view of one, or autocast's low-precision copy
+of one) by a recipe, from which backward unpacks it again.
 
-The hooks are in force during a forward, however it ends. torch runs the hooks after a forward when it returns or raises
-an ``Exception``. After a ``KeyboardInterrupt``, or another ``BaseException``, it runs none. Such a forward is over when
-the frame that called its hooks runs no more. It is ended as soon as that frame is freed or, where a traceback keeps the
-frame, when the next forward of the thread begins.
+The hooks are in force during a forward, and have to be removed however it ends. torch runs a module's forward hooks
+when the forward returns or raises an ``Exception``, but not after a ``KeyboardInterrupt`` or another ``BaseException``.
+Such a forward is over when the frame that called its hooks no longer runs. It is ended here as soon as that frame is
+freed or, where a traceback keeps the frame, when the next forward of the thread begins.
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ from smet_compile.ops.torch_insides import (
 
 
 class Context(Protocol):
-    """Holds during a forward. ``end`` does nothing where an interrupt came before ``begin``."""
+    """Changes a setting during a forward. ``end`` does nothing where an interrupt came before ``begin``."""
 
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
 
     def is_innermost(self) -> bool:
-        """Tells whether nothing else of its kind was begun since, so that ``end`` ends nothing else."""
+        """Tells whether no other context of its kind was begun since, so that ``end`` ends no other."""
 
 
 C = TypeVar("C", bound=Context)
 
 
 class _Forward(Generic[C]):
-    """A forward under way.
+    """Records a forward that has begun.
 
     Args:
-        module: whose forward it is. caller: the frame that calls the module's hooks.
-        context: holds during the forward; None where it needs none.
+        module: the module that is called. caller: the frame that calls its hooks.
+        context: the context in force during the forward; None where it needs none.
     """
 
     def __init__(self, module: nn.Module, caller: FrameType, context: C | None) -> None:
         self.module = module
         self.context = context
         self.caller = id(caller)
-        self.call: Any = caller  # keeps the number of the frame from being given away, unless a weak reference can tell
+        self.call: Any = caller  # keeps the frame, so that its id is not reused; a weak reference may replace it
 
 
 class Forwards(threading.local, Generic[C]):
-    """The forwards under way in this thread, innermost last."""
+    """Holds the forwards that have begun in this thread, innermost last."""
 
     def __init__(self) -> None:
         self._stack: list[_Forward[C]] = []
 
     @property
     def context(self) -> C | None:
-        """The innermost context; None where there is none."""
+        """Returns the innermost context; None where there is none."""
         return next((forward.context for forward in reversed(self._stack) if forward.context is not None), None)
 
     def enter(self, module: nn.Module, caller: FrameType, context: C | None) -> None:
-        """Begins a forward of ``module`` and its context. ``caller``: the frame that calls its hooks."""
+        """Begins a forward of ``module`` and its context. ``caller`` is the frame that calls its hooks."""
         forward = _Forward(module, caller, context)
         call = _object_of_call(caller)
         if call is not None:
@@ -85,7 +85,7 @@ class Forwards(threading.local, Generic[C]):
             context.begin()
 
     def exit(self, module: nn.Module) -> None:
-        """Ends the innermost forward of ``module`` and whatever began within it; does nothing where there is none."""
+        """Ends the innermost forward of ``module`` and all that began within it; does nothing where there is none."""
         if not any(forward.module is module for forward in self._stack):
             return
         ended = None
@@ -94,7 +94,7 @@ class Forwards(threading.local, Generic[C]):
             _end_last(self._stack)
 
     def exit_broken(self, frame: FrameType | None) -> None:
-        """Ends the forwards that were broken off. ``frame``: the innermost one that runs."""
+        """Ends the forwards that were interrupted. ``frame`` is the innermost frame that runs."""
         running = set()
         while self._stack and frame is not None:
             running.add(id(frame))
@@ -104,7 +104,7 @@ class Forwards(threading.local, Generic[C]):
 
 
 class _Freed(Generic[C]):
-    """Ends a forward that is still in the stack when its call is freed: it was broken off."""
+    """Ends a forward that is still in the stack when its call is freed, since it was interrupted."""
 
     def __init__(self, stack: list[_Forward[C]], forward: _Forward[C]) -> None:
         self._stack = stack
@@ -115,13 +115,13 @@ class _Freed(Generic[C]):
         forward = self._forward()
         if forward is None:
             return
-        forward.caller = 0  # no frame has this number, while the old one may be given to another frame
+        forward.caller = 0  # no frame has this id, while the old id may be reused
         while forward in self._stack and self._thread == threading.get_ident() and _can_end_last(self._stack):
             _end_last(self._stack)
 
 
 def _can_end_last(stack: list[_Forward[C]]) -> bool:
-    """Tells whether the innermost forward can be ended out of turn: its context may be below one of somebody else."""
+    """Tells whether the innermost forward can be ended now: its context must not lie below somebody else's."""
     context = stack[-1].context
     return context is None or context.is_innermost()
 
@@ -135,10 +135,10 @@ def _end_last(stack: list[_Forward[C]]) -> None:
 
 
 def _object_of_call(caller: FrameType) -> Any:
-    """An object that lives as long as the call of a module that ``caller`` is part of; None where none is known.
+    """Returns an object that lives as long as the call of a module that ``caller`` is part of; None if none is found.
 
     A frame cannot be referenced weakly, and a strong reference would keep it alive. torch calls hooks from a function
-    that each call of a module makes anew, and names ``inner``.
+    named ``inner``, which each call of a module makes anew.
     """
     call = caller.f_back
     return None if call is None or caller.f_code.co_name != "inner" else call.f_locals.get("inner")
@@ -149,7 +149,7 @@ _RECIPE = "smet.recipe"
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to make an unpacked weight again. Its tensors are those of the forward, whatever the module holds later."""
+    """Unpacks a weight again from the tensors that the forward used, whatever the module holds later."""
 
     values: Tensor
     version: int
@@ -167,7 +167,7 @@ class _Recipe:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What autograd holds in place of a dense weight, or of a view or a converted copy of it."""
+    """Stands for a dense weight, or for a view or a converted copy of it, in what autograd saves."""
 
     recipe: _Recipe
     dtype: torch.dtype
@@ -181,7 +181,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Any other saved tensor. Autograd leaves the check for changes in place to whoever installs hooks."""
+    """Holds any other saved tensor, and checks it for changes in place, as autograd does where there are no hooks."""
 
     tensor: Tensor
     version: int
@@ -198,7 +198,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class _Passed:
-    """Any other saved tensor, as the hooks below ours keep it."""
+    """Holds any other saved tensor in the form that the hooks below ours gave it."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
@@ -208,9 +208,9 @@ class _Passed:
 
 
 class _Hooks:
-    """One forward's saved-tensor hooks and the dense weights alive in it, by storage.
+    """Holds one forward's saved-tensor hooks, and the recipes of the dense weights alive in it, by storage.
 
-    What is no weight goes to the hooks that were in force before (those of activation checkpointing, of a user).
+    All other tensors go to the hooks that were in force before (those of activation checkpointing, or of a user).
     """
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class _Hooks:
         if self.below is not None:
             pack, unpack = self.below
             return _Passed(pack(tensor), unpack)
-        # Detached: the tensor itself would be a reference cycle where a function saves its output.
+        # A function that saves its own output would make a reference cycle with the tensor itself.
         return _Saved(tensor.detach(), tensor._version)
 
     @staticmethod
@@ -266,7 +266,7 @@ _forwards: Forwards[_Hooks] = Forwards()
 
 
 def _recipe_of_copy(copy: Tensor) -> _Recipe | None:
-    """The recipe of the weight that ``copy`` is another dtype of, laid out as ``to`` lays it out again."""
+    """Returns the recipe of the weight that ``copy`` was converted from; None where it was not, or strides differ."""
     if copy.grad_fn is None or copy._version != 0 or copy.grad_fn.name() != "ToCopyBackward0":
         return None
     source = copy.grad_fn.next_functions[0][0]
@@ -276,13 +276,13 @@ def _recipe_of_copy(copy: Tensor) -> _Recipe | None:
 
 
 def _notes(node: Any) -> dict[str, Any]:
-    """What is noted at a node of the autograd graph, by whoever likes."""
+    """Returns the dict at a node of the autograd graph that is there for anybody's notes."""
     notes: dict[str, Any] = node.metadata
     return notes
 
 
 def remember(dense: Tensor, values: Tensor, topology: Topology) -> None:
-    """Notes that ``dense`` was unpacked from ``values``, if a forward is under way."""
+    """Notes that ``dense`` was unpacked from ``values``, if a forward has begun."""
     hooks = _forwards.context
     if hooks is None or dense.is_inference():
         return
@@ -293,7 +293,7 @@ def remember(dense: Tensor, values: Tensor, topology: Topology) -> None:
 
 
 def _new_hooks() -> _Hooks | None:
-    """Makes hooks for a forward; None where they are of no use (no training) or in force already."""
+    """Returns hooks for a forward; None where they are of no use (no training) or in force already."""
     if not (torch.is_grad_enabled() and saved_tensor_hooks_are_enabled()):
         return None
     in_force = _forwards.context
@@ -321,7 +321,7 @@ def _exit_owner(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _begin(module: nn.Module, caller: FrameType) -> None:
-    """Begins a forward of ``module``. ``caller``: the frame that calls the module's hooks, which outlives it."""
+    """Begins a forward of ``module``. ``caller`` is the frame that calls the module's hooks, which outlives it."""
     _forwards.exit_broken(caller)
     _forwards.enter(module, caller, _new_hooks())
 
@@ -330,10 +330,9 @@ _OF_MODEL, _OF_OWNER = (_enter, _exit), (_enter_owner, _exit_owner)
 
 
 def install(module: nn.Module, owner: bool = False) -> None:
-    """Runs the forwards of ``module`` under the hooks. Twice is the same as once.
+    """Runs the forwards of ``module`` under the hooks. A second call has no effect.
 
-    The hooks of an ``owner`` of weights are functions of their own, since the compiler treats them in its own way:
-    a forward that it broke into pieces keeps weights in eager, the forward of a whole compiled model does not.
+    The ``owner`` of a compact weight gets separate functions, which run in eager mode after a graph break.
     """
     enter, leave = _OF_OWNER if owner else _OF_MODEL
     if enter not in module._forward_pre_hooks.values():
@@ -342,7 +341,7 @@ def install(module: nn.Module, owner: bool = False) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Takes back ``install``."""
+    """Removes the hooks of ``module``."""
     for enter, leave in (_OF_MODEL, _OF_OWNER):
         for hooks, ours in ((module._forward_pre_hooks, enter), (module._forward_hooks, leave)):
             for key in [k for k, hook in hooks.items() if hook is ours]:
@@ -351,4 +350,4 @@ def uninstall(module: nn.Module) -> None:
 
 
 RUN_IN_EAGER = (_enter_owner, _exit_owner)
-"""What is to run as it is where a compiler would otherwise compile it by itself, after a graph break."""
+"""Functions that Dynamo must not compile by themselves after a graph break; ``passes.pipeline`` tells it so."""

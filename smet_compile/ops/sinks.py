@@ -1,9 +1,9 @@
-"""Sinks: a sink is where a gradient ends that nobody is to keep.
+"""Defines sinks: tensors that receive a weight's gradient in autograd and consume it at once, so that none is kept.
 
-A sink is a tensor of zeros that takes no memory and stands in the autograd graph for what a gradient is needed for.
-All reads of a weight share one, so autograd adds up their gradients; the sink's backward consumes the sum at once: the
-optimizer updates the values (update sinks, opened once in a step), or candidates for growth are chosen (growth sinks).
-No gradient outlives such an update; the counts of updates and of skipped blocks tell others that it was made.
+A sink is an expanded zero, which takes no memory. ``unpack`` takes it as an input and returns a gradient for it. All
+reads of a weight share one sink, so autograd adds up their gradients before the sink's own backward runs. That backward
+makes the optimizer's update of the values (update sinks, opened once in a step), or chooses candidates for growth
+(growth sinks). Counts tell others what was done in backward. ``torch_optim_`` is the op for Adam and SGD of torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smet_compile.ops.torch_insides import run_first_in_backward
 
 ADAM_OPTIONS = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "fused")
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "fused")
-"""The numbers that ``options`` holds, in this order; flags as 0 and 1."""
+"""The options of ``torch_optim_`` in their order; flags are 0 or 1."""
 _STATE = (
     "Tensor{}? first, Tensor{}? second, Tensor{}? largest, Tensor{}? step, Tensor{} num_updates, Tensor{} num_skipped, "
     "Tensor lr, str rule, float[] options"
@@ -43,10 +43,11 @@ class _Update(NamedTuple):
         values, grad: of any one shape; ``values`` is updated.
         first, second, largest, step: exp_avg, exp_avg_sq, max_exp_avg_sq and step count, or the momentum buffer;
             None where the optimizer keeps none.
-        num_updates: int64 scalar, raised by one; 0 where the state is new. num_skipped: raised by one where the
-            gradient is not finite, which holds back the topology manager; the optimizer goes on, as it does in eager.
-        lr: of shape (1,); float64 stands for a Python number. rule: "adam" or "sgd". options: ``ADAM_OPTIONS`` or
-            ``SGD_OPTIONS``.
+        num_updates: int64 scalar, raised by one; 0 where the state is new.
+        num_skipped: raised by one where the gradient is not finite, which makes the topology manager wait. The update
+            is made all the same, as in eager mode.
+        lr: of shape (1,); float64 stands for a Python number. rule: "adam" or "sgd".
+        options: the values of ``ADAM_OPTIONS`` or ``SGD_OPTIONS``.
     """
 
     values: Tensor
@@ -67,7 +68,7 @@ class _Update(NamedTuple):
 
 
 def torch_optim_(*arguments: Any) -> None:
-    """Does what ``optimizer.step()`` does to one parameter; takes the fields of ``_Update``."""
+    """Does what ``optimizer.step()`` does to one parameter. The arguments are the fields of ``_Update``."""
     update = _Update(*arguments)
     (_adam if update.rule == "adam" else _sgd)(update)
     update.num_updates.add_(1)
@@ -107,7 +108,7 @@ def _adam(update: _Update) -> None:
 
 
 def _sgd(update: _Update) -> None:
-    """Updates by SGD. torch has no buffer before its first update; ours is zero, which dampening would notice."""
+    """Updates by SGD. torch has no buffer before the first update, where ours is zero; with dampening that differs."""
     momentum, dampening, weight_decay, nesterov, maximize, fused = update.options
     is_new = update.first is not None and dampening != 0 and int(update.num_updates) == 0
     buffers = [None if is_new else update.first]
@@ -130,7 +131,7 @@ def _sgd(update: _Update) -> None:
 
 _COUNTS = "_smet_update_counts"
 NO_GRADIENT = -1
-"""A buffer of candidates holds this until a gradient has come."""
+"""A buffer of candidates is filled with this number until a gradient has come."""
 
 library.define("growth_candidates(Tensor grad_dense, Tensor topology, str layout, int count) -> Tensor")
 
@@ -151,25 +152,25 @@ def _(grad_dense: Tensor, bits: Tensor, layout_text: str, count: int) -> Tensor:
     return bits.new_empty(count, dtype=torch.int64)
 
 
-def _like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
+def _zeros_like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return values.new_zeros(()).expand(values.shape)
 
 
-def _like_dense(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
+def _zeros_like_dense(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
     return leaf.new_zeros(()).expand(Layout.from_text(layout_text).shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.inputs = inputs
 
 
 def _no_gradients(ctx: Any) -> tuple[Any, ...]:
-    """Returns None for the leaf and all other inputs; for a list of tensors, a list of None."""
-    return None, *([None] * len(each) if _holds_tensors(each) else None for each in ctx.inputs)
+    """Returns None for the leaf and for each other input; for a list of tensors, a list of None."""
+    return None, *([None] * len(value) if _is_tensor_list(value) else None for value in ctx.inputs)
 
 
-def _holds_tensors(each: Any) -> bool:
-    return isinstance(each, list) and all(isinstance(one, Tensor) for one in each)
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Tensor) for item in value)
 
 
 def _update_by(op: str, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -194,7 +195,7 @@ def _open(name: str, *inputs: Any) -> Tensor:
 
 
 def _open_growth_sink(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
-    """Opens the sink that fills ``candidates``: one for all reads of a weight whose graphs are alive together."""
+    """Returns the sink that fills ``candidates``. All reads of a weight whose graphs are alive together share it."""
     known = _growth_sinks.get(candidates)
     sink = None if known is None else known()
     if sink is None or not sink.requires_grad:
@@ -206,39 +207,40 @@ def _open_growth_sink(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_tex
 _growth_sinks = WeakIdKeyDictionary()
 
 
-def _define(name: str, schema: str, opened: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any) -> None:
-    """Defines a sink as two ops: one that is opened where autograd records, in eager and when a compiler traces, and
-    one below it."""
+def _define(
+    name: str, schema: str, open_sink: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any
+) -> None:
+    """Defines a sink as two ops: ``name`` is composite and chooses the sink, ``new_`` + name has the backward."""
     library.define(f"{name}(Tensor leaf, {schema}) -> Tensor")
-    library.impl(name, opened, "CompositeImplicitAutograd")
+    library.impl(name, open_sink, "CompositeImplicitAutograd")
     library.define(f"new_{name}(Tensor leaf, {schema}) -> Tensor")
     library.impl(f"new_{name}", make, "CompositeExplicitAutograd")
     torch.library.register_fake(f"smet::new_{name}", make, lib=library)
-    torch.library.register_autograd(f"smet::new_{name}", backward, setup_context=_keep, lib=library)
+    torch.library.register_autograd(f"smet::new_{name}", backward, setup_context=_save_inputs, lib=library)
 
 
 for _name, _op, _schema in (
     ("update_sink", "update_", updates.schema(between="", mutates=False)),
     ("torch_optim_sink", "torch_optim_", _TORCH_OPTIM_SINK),
 ):
-    _define(_name, _schema, partial(_open, _name), _like_values, partial(_update_by, _op))
+    _define(_name, _schema, partial(_open, _name), _zeros_like_values, partial(_update_by, _op))
 _define(
     "growth_sink",
     "Tensor candidates, Tensor topology, str layout",
     _open_growth_sink,
-    _like_dense,
+    _zeros_like_dense,
     _choose_candidates,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateCounts:
-    """Counts the updates of one parameter in backward; int64 scalars.
+    """Holds counts of the updates of one parameter in backward, as int64 scalars.
 
     Args:
-        num_updates, num_skipped: how many updates there were, and how many blocks they skipped for a gradient that
-            is not finite. Backward raises them in place.
-        first_updates, first_skipped: what they were before the first step that was counted by them.
+        num_updates: the number of updates. Backward raises it in place.
+        num_skipped: the number of blocks that these updates skipped, since a gradient was not finite; raised likewise.
+        first_updates, first_skipped: copies of the two from before the first step that they counted.
     """
 
     num_updates: Tensor
@@ -247,21 +249,22 @@ class UpdateCounts:
     first_skipped: Tensor
 
     def now(self) -> tuple[int, int]:
-        """Waits for the device."""
+        """Returns both counts; waits for the device."""
         return int(self.num_updates), int(self.num_skipped)
 
     def at_first(self) -> tuple[int, int]:
+        """Returns both counts as they were before the first step."""
         return int(self.first_updates), int(self.first_skipped)
 
 
 def counts_of(optimizer: Optimizer) -> dict[nn.Parameter, UpdateCounts]:
-    """Returns the counts of every parameter whose update was made in backward; they are not saved."""
+    """Returns the counts of every parameter that was updated in backward. A checkpoint does not contain them."""
     counts: dict[nn.Parameter, UpdateCounts] = optimizer.__dict__.setdefault(_COUNTS, {})
     return counts
 
 
 def count_by(optimizer: Optimizer, parameter: nn.Parameter, num_updates: Tensor, num_skipped: Tensor) -> None:
-    """Notes which tensors count the updates of ``parameter``. Others than before (a state was loaded) start afresh."""
+    """Notes which tensors count the updates of ``parameter``. New tensors (a state was loaded) make new counts."""
     known = counts_of(optimizer).get(parameter)
     if known is None or known.num_updates is not num_updates or known.num_skipped is not num_skipped:
         first = num_updates.clone(), num_skipped.clone()

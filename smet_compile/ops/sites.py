@@ -1,6 +1,7 @@
-"""Sites: the compact weights of a model, found through its modules.
+"""Finds the sites of a model: its compact weights, each with the module that reads it.
 
-Attributes set on a Parameter are lost by ``deepcopy`` and ``load_state_dict(assign=True)``; modules are not.
+They are found through modules, since an attribute that marks a Parameter would be lost by ``deepcopy`` and
+``load_state_dict(assign=True)``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _AT_DENSITY_ONE = "_smet_at_density_one"
 
 @dataclass(frozen=True)
 class Site:
-    """One compact weight: ``module.<tensor_name>`` reads as the dense weight."""
+    """Identifies one compact weight: ``module.<tensor_name>`` reads as the dense weight."""
 
     name: str
     module: nn.Module
@@ -33,9 +34,9 @@ class Site:
 
     @property
     def values_maybe(self) -> nn.Parameter | None:
-        """``values``; None once the module's parametrization was taken off (``remove_parametrizations``).
+        """Returns ``values``, or None after the parametrization was removed (``remove_parametrizations``).
 
-        Every optimizer step asks for it, so it takes no detour through ``nn.Module.__getattr__``.
+        Every optimizer step calls it, so it avoids the slow ``nn.Module.__getattr__``.
         """
         chains = self.module._modules.get("parametrizations")
         chain = None if chains is None else chains._modules.get(self.tensor_name)
@@ -43,7 +44,7 @@ class Site:
 
     @property
     def values(self) -> nn.Parameter:
-        """The compact parameter: (N,) for single weights, (N, bm, bn) for larger blocks."""
+        """Returns the compact parameter: (N,) for single weights, (N, bm, bn) for larger blocks."""
         values: nn.Parameter = parametrizations(self.module)[self.tensor_name].original
         return values
 
@@ -64,9 +65,9 @@ class Site:
 
 
 def parametrizations(module: nn.Module) -> Any:
-    """Tensor name → chain of parametrizations of ``module``; empty for most modules.
+    """Returns tensor name → chain of parametrizations of ``module``; empty for most modules.
 
-    Not by ``getattr``: a module compiled by itself answers with the attributes of the one in it.
+    It does not use ``getattr``, since a compiled module returns the attributes of the module inside it.
     """
     if "parametrizations" not in module._modules:  # TorchScript's mapping has no `get`
         return {}
@@ -75,7 +76,7 @@ def parametrizations(module: nn.Module) -> Any:
 
 
 def compact_names(module: nn.Module) -> Iterator[str]:
-    """Names of the tensors of ``module`` that are compact."""
+    """Yields the names of the tensors of ``module`` that are compact."""
     for name, chain in parametrizations(module).items():
         if isinstance(chain, nn.ModuleList) and isinstance(chain[0], CompactWeight):
             yield name
@@ -87,13 +88,13 @@ _WRAPPERS = (
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
 )
-"""Modules that only pass calls on: where the class is defined, its name, and the child that it wraps."""
+"""Modules that only pass calls on: the module that defines the class, its name, and the child that it wraps."""
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """Returns the name of the child that ``module`` wraps, None where it is no wrapper.
+    """Returns the name of the child that ``module`` wraps; None where it is no wrapper.
 
-    A wrapper is told by its class, never by the name of a child. A class that nobody has imported has no instance.
+    The class decides, never the name of a child. A class that nobody has imported has no instance.
     """
     for where, name, child in _WRAPPERS:
         wrapper = getattr(sys.modules.get(where), name, None)
@@ -105,7 +106,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 def canonical_name(model: nn.Module, name: str) -> str:
     """Returns the qualified name of a module, parameter or buffer of ``model`` without the names of wrappers.
 
-    A model compiled or wrapped for data parallelism, in whole or in part, so names its tensors as the plain model.
+    So a model that is compiled or wrapped for data parallelism, in whole or in part, has the names of the plain model.
     """
     module: nn.Module | None = model
     kept = []
@@ -121,7 +122,7 @@ def canonical_name(model: nn.Module, name: str) -> str:
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every compact weight of ``model`` by its canonical name, as ``named_parameters`` of the plain dense model."""
+    """Returns every compact weight of ``model`` by its canonical name, which is that in the plain dense model."""
     sites = {}
     for prefix, module in model.named_modules():
         for tensor_name in compact_names(module):
@@ -136,12 +137,12 @@ def mark_dense(module: nn.Module) -> None:
 
 
 def forget_dense(module: nn.Module) -> None:
-    """Takes back ``mark_dense``."""
+    """Removes the note that ``mark_dense`` made."""
     module.__dict__.pop(_AT_DENSITY_ONE, None)
 
 
 def check_sparsified(where: str, model: nn.Module) -> None:
-    """Raises ValueError for a model that ``sparsify`` never saw. One at density 1 passes, as a dense baseline."""
+    """Raises ValueError for a model that was never sparsified. One at density 1 passes, as a dense baseline."""
     if find_sites(model) or any(_AT_DENSITY_ONE in module.__dict__ for module in model.modules()):
         return
     raise ValueError(f"{where}: expected a model with compact weights, got one with none; sparsify it")

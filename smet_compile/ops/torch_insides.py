@@ -1,4 +1,4 @@
-"""Knows how torch works inside: its private names that this room uses, functions that are not traced, warnings in ops.
+"""Contains all that depends on private names of torch, so that a new version of torch is adapted to in one file.
 
 A torch that lacks a private name breaks the feature that needs it, not the import. Importing this imports no compiler.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _BELOW = ("CPU", "CUDA")
-"""Keys of the dispatcher below which nothing but the op's own implementation is called."""
+"""Dispatch keys at which only the op's own implementation is left to call."""
 PackAndUnpack = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -27,8 +27,8 @@ def register_autograd(
 ) -> None:
     """Does what ``torch.library.register_autograd`` does, with a short cut where no gradient is recorded.
 
-    torch's own goes through the dispatcher twice, which costs more than a small weight. Where nothing traces or wraps
-    the call, ``implementation`` is called at once.
+    torch's version goes through the dispatcher twice, which takes longer than the op itself on a small weight. Where
+    nothing traces or wraps the call, ``implementation`` is called directly.
     """
     try:
         from torch._library.autograd import Info, make_autograd_impl
@@ -64,27 +64,28 @@ def saved_tensor_hooks_in_force() -> PackAndUnpack | None:
 
 
 def saved_tensor_hooks_are_enabled() -> bool:
-    """Returns whether autograd accepts saved-tensor hooks now."""
+    """Tells whether autograd accepts saved-tensor hooks now."""
     autograd: Any = torch._C._autograd
     return bool(autograd._saved_tensors_hooks_is_enabled())
 
 
 def is_in_backward() -> bool:
-    """Returns whether autograd runs a backward in this thread."""
+    """Tells whether autograd runs a backward in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def run_first_in_backward(tensor: Tensor) -> None:
     """Makes autograd run the node that made ``tensor`` before all others that are ready.
 
-    Autograd runs first what was made last, and would run this node with every layer's gradient waiting.
+    Autograd runs the node that was made last first. A sink is made before all layers, so its node would run after all
+    of them, and every layer's gradient would wait for it in memory.
     """
     if tensor.grad_fn is not None:
         tensor.grad_fn._set_sequence_nr(2**62)  # type: ignore[attr-defined]
 
 
 def multiplies_bf16_in_tiles() -> bool:
-    """Returns whether the processor has AMX."""
+    """Tells whether the processor has AMX."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
@@ -94,7 +95,7 @@ def address_of_storage(tensor: Tensor) -> int:
 
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
-"""Makes a subclass of Tensor one whose results are plain tensors."""
+"""As ``__torch_function__`` of a subclass of Tensor, it makes results of torch functions plain tensors."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -128,7 +129,7 @@ def outside_graphs(advice: str) -> Callable[[Function], Function]:
 
 
 def prepare() -> None:
-    """Imports the compiler, as making any optimizer does, so that a call that is traced first finds all in place."""
+    """Imports the compiler for functions marked by ``outside_graphs``, so that their first call may be traced."""
     while _not_prepared:
         _not_prepared.pop()()
 

@@ -1,7 +1,7 @@
-"""Update is one parameter's optimizer step made ready, and here alone it is turned into the flat lists of an op.
+"""Describes one optimizer step of one parameter as an ``Update``, and converts it to the arguments of an op and back.
 
-The schemas of the ops and of their sinks are made from ``_FIELDS``. ``check_names`` holds the tables that kernels read
-against it.
+An op of torch takes tensors, numbers and text but no Python object. ``_FIELDS`` lists these arguments once: the schemas
+of the ops and of their sinks are made from it, and ``check_names`` compares a kernel's own table of arguments with it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from smet_compile.ops.rules import Rule, find_rule
 
 @dataclass(slots=True, eq=False)
 class Update:
-    """One step of one parameter by a rule.
+    """Holds all that one optimizer step of one parameter needs. The step changes tensors in place where marked (*).
 
     Args:
-        rule: moves the weight.
-        values, grad: (N,) or (N, bm, bn), or any shape for a plain parameter. ``values`` is changed.
-        slots: the rule's state, of the shape of ``values``: fp32, fp64 or bf16, or uint8 codes; changed.
-        scales: (number of slots, num_groups) fp32, what the codes of each slot are relative to (``codes``); changed.
+        rule: the mathematics of the step.
+        values (*), grad: (N,) or (N, bm, bn) for a compact weight, any shape for a plain parameter.
+        slots (*): the rule's state, each of the shape of ``values``: fp32, fp64 or bf16, or 8-bit codes in uint8.
+        scales (*): (number of slots, num_groups) fp32, the largest magnitude of each group of codes (see ``ops.law``);
             None without codes.
-        num_skipped: int64 scalar, raised by the number of blocks whose gradient is not finite; those keep weight and
-            slots, the step counts for them all the same.
-        step: int64 scalar, the number of updates before this one; raised by one. lr: scalar tensor.
-        generation, births: block i was born after step ``births[generation[i]]``; its age is the new ``step`` less
-            that. None for a plain parameter.
+        num_skipped (*): int64 scalar, raised by the number of blocks whose gradient is not finite. Such a block keeps
+            its weights and slots, but grows older.
+        step (*): int64 scalar, the number of updates before this one; raised by one. lr: scalar tensor.
+        generation, births: block i became active after step ``births[generation[i]]``; its age is the new ``step``
+            less that. None where blocks have no age.
         topology: where the blocks lie in the dense weight, on which rounding noise and scales depend; None for a plain
             parameter.
-        layout: that of the topology; for a plain parameter it says what its rows are, or is None.
-        units_are_columns: an output unit of the weight is a column, for a rule that is normalized.
+        layout: the topology's; for a plain parameter it tells what its rows are, or is None.
+        units_are_columns: for a normalized rule, whether an output unit of the weight is a column.
         options: the rule's numbers, in the rule's order.
         density_rate: d^(-p). warmup_steps: W; 0 for none.
-        noise_seed: rounds bf16 weights and slots, and codes, stochastically; None: to nearest.
-        prepared: whatever a kernel made ready for this update and may use again while its tensors stay.
+        noise_seed: seed for rounding bf16 tensors and codes stochastically; None to round to nearest.
+        prepared: whatever a kernel prepared for this update and may use again while its tensors stay the same.
     """
 
     rule: Rule
@@ -71,12 +71,12 @@ class Update:
 
     @property
     def rounds_stochastically(self) -> bool:
-        """Tells whether some of it is rounded by noise."""
+        """Tells whether any of its tensors is rounded stochastically."""
         low = (torch.bfloat16, torch.uint8)
         return self.noise_seed is not None and any(t.dtype in low for t in (self.values, *self.slots))
 
     def tensors(self) -> Iterable[Tensor]:
-        """Yields every tensor of the update but the learning rate, bits and lists of its topology included."""
+        """Yields every tensor of the update except the learning rate, with the bits and lists of its topology."""
         of_topology = () if self.topology is None else (self.topology.bits, self.topology.lists)
         ages = self.scales, self.num_skipped, self.step, self.generation, self.births
         for tensor in (self.values, self.grad, *self.slots, *ages, *of_topology):
@@ -120,7 +120,7 @@ def _from_text(text: str) -> Settings:
 
 
 class _Field(NamedTuple):
-    """An argument of the op: its name, its type in a schema, and whether the op changes it."""
+    """Describes an argument of the op: its name, its type in a schema, and whether the op changes it."""
 
     name: str
     type: str
@@ -141,20 +141,20 @@ _FIELDS = (
     _Field("lists", "Tensor?"),
     _Field("settings", "str"),
 )
-NAMES = tuple(each.name for each in _FIELDS)
+NAMES = tuple(argument.name for argument in _FIELDS)
 _REST = NAMES[2:]
-"""The arguments after values and gradient: those of a sink, and of an update that takes the factors of a gradient."""
+"""The arguments that ``update_``, ``sampled_update_`` and the update sink have in common, besides the values."""
 
 
 def schema(between: str = "Tensor grad", mutates: bool = True) -> str:
-    """Returns the arguments of an op: the values, ``between`` in the place of the gradient, and all the others."""
+    """Returns the arguments of an op as a schema: the values, ``between`` instead of the gradient, and the others."""
     letters = iter("abcdefghij")
     parts = []
-    for each in _FIELDS:
-        kind, brackets = (each.type[:-2], "[]") if each.type.endswith("[]") else (each.type, "")
+    for argument in _FIELDS:
+        kind, brackets = (argument.type[:-2], "[]") if argument.type.endswith("[]") else (argument.type, "")
         optional = "?" if kind.endswith("?") else ""
-        alias = f"({next(letters)}!)" if each.is_changed and mutates else ""
-        parts.append(f"{kind.removesuffix('?')}{alias}{optional}{brackets} {each.name}")
+        alias = f"({next(letters)}!)" if argument.is_changed and mutates else ""
+        parts.append(f"{kind.removesuffix('?')}{alias}{optional}{brackets} {argument.name}")
     values, _, *rest = parts
     return ", ".join([values, *([between] if between else []), *rest])
 
@@ -227,7 +227,7 @@ def _make(settings: Settings, topology: Topology | None, tensors: dict[str, Any]
 
 
 def check(name: str, update: Update) -> None:
-    """Raises ValueError where state or ages do not fit the values. ``name``: of the parameter, for the message."""
+    """Raises ValueError where state or ages do not fit the values. ``name`` is the parameter's, for the message."""
     values = update.values
     keys = [slot.name for slot in update.rule.slots]
     if len(keys) != len(update.slots) or len(update.rule.options) != len(update.options):
@@ -261,13 +261,10 @@ def check(name: str, update: Update) -> None:
 
 
 def check_names(table: str, names: Collection[str], rule: Rule, derived: Collection[str]) -> None:
-    """Holds the names of a table that a kernel reads (a struct, columns) against the fields of an update.
+    """Checks a table that a kernel reads (members of a struct, columns) against the fields of an update.
 
-    Every name is a field, a slot or an option of ``rule``, or one of ``derived``, and each field of the update that a
-    kernel cannot do without is there.
-
-    Raises:
-        ValueError: a name that is none of these, or a field that the table lacks.
+    Every name has to be a field, a slot or an option of ``rule``, or one of ``derived``, and each field that a kernel
+    cannot do without has to be there. Raises ValueError otherwise.
     """
     slots, options = {slot.name for slot in rule.slots}, set(rule.options)
     unknown = set(names) - set(NAMES) - set(Settings._fields) - slots - options - set(derived)

@@ -1,4 +1,4 @@
-"""How weights move: optimizers of active weights only, each block by its own age."""
+"""Provides optimizers that update active weights only, each block by its own age."""
 
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.adamw import ActiveAdamW, NaiveAdamW
@@ -13,7 +13,7 @@ OPTIMIZERS: dict[str, type[ActiveOptimizer]] = {
     "sgd": ActiveSGD,
     "scale": ActiveScale,
 }
-"""The optimizers by the names that ``smet_compile.plan`` and the command line have for them."""
+"""The optimizers by their names in ``smet_compile.plan`` and on the command line."""
 
 __all__ = [
     "OPTIMIZERS",

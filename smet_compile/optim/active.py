@@ -1,4 +1,8 @@
-"""ActiveOptimizer moves active weights only, by any rule: the part of an optimizer that does not depend on its rule."""
+"""Defines ActiveOptimizer, the base of all optimizers here: everything but the rule and its options.
+
+A step reuses each parameter's ``Update`` of the step before where only gradient and rate have changed, makes the others
+anew, and then makes all updates by one call of ``ops.choose.update_all``.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +31,21 @@ from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_
 from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
 from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, moment_dtype, new_state
 
-_TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_KEPT = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
+_TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
 
 
 class ActiveOptimizer(Optimizer):
-    """An optimizer whose state exists for active weights only, with local age and warm-up (SMET, arXiv 2606.00888).
+    """Keeps state for active weights only, and gives each block its own age and warm-up (SMET, arXiv 2606.00888).
 
-    A subclass says the rule, and which options its groups have beside ``lr``, ``warmup_steps`` and
+    A subclass sets the rule, and the options of its groups besides ``lr``, ``warmup_steps`` and
     ``lr_density_exponent``. A block whose gradient is not finite keeps weight and state, is counted in
-    ``num_skipped_blocks``, and ages. Plain parameters are moved by the same rule (d = 1, no warm-up, their own step
-    count).
+    ``num_skipped_blocks``, and grows older. Plain parameters are moved by the same rule (d = 1, no warm-up, their own
+    step count).
 
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
-        options: of the groups: defaults that a group may override.
+        options: the rule's options, as defaults that a group may override.
         common: see ``CommonOptions``.
 
     Raises:
@@ -84,19 +88,19 @@ class ActiveOptimizer(Optimizer):
                 "lr_density_exponent": common.get("lr_density_exponent", self.lr_density_exponent),
             }
         )
-        self._options = frozenset(defaults)  # torch adds others to its own copy, when a state is loaded
+        self._options = frozenset(defaults)  # torch adds others to its own copy when a state is loaded
         self._is_first_step = True
         self._names_but_rate = tuple(name for name in defaults if name != "lr")
-        self._forget()
+        self._drop_ready_updates()
         super().__init__(params, defaults)
         register(self)
         prepare()
 
     @classmethod
     def rule_for(cls, is_vector: bool, is_head: bool) -> Rule:
-        """Returns the rule for a kind of parameter: that of the class, unless a subclass has several.
+        """Returns the rule for a kind of parameter: the one of the class, unless a subclass has several.
 
-        ``is_vector``: it has no matrix. ``is_head``: it is the weight of the output layer.
+        ``is_vector``: the parameter is no matrix. ``is_head``: it is the weight of the output layer.
         """
         return cls.rule
 
@@ -125,8 +129,7 @@ class ActiveOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one update of every parameter that has a gradient. Returns the closure's loss, if there is one.
 
-        A first step in which every rate is 0 and every gradient is zero only makes the state:
-        ``torch.distributed.checkpoint`` steps so before it saves or loads.
+        A first step with rates and gradients of 0 only makes the state (``changes_nothing``).
         """
         loss = None
         if closure is not None:
@@ -137,8 +140,8 @@ class ActiveOptimizer(Optimizer):
         if missing:
             self._check_all()
             only_makes_state = not has_state(self) and changes_nothing(self)
-            for place, parameter, group in missing:
-                ready[place] = self.update_of(parameter, group)
+            for index, parameter, group in missing:
+                ready[index] = self.update_of(parameter, group)
             if only_makes_state:
                 return loss
         if self._is_first_step:
@@ -148,8 +151,8 @@ class ActiveOptimizer(Optimizer):
         return loss
 
     def _look_up(self) -> tuple[list[Any], list[tuple[int, nn.Parameter, dict[str, Any]]]]:
-        """Returns the updates that are ready, with None for each that is not, and the places of those."""
-        found: list[Update | None] = []
+        """Returns the updates, None for each that has to be made anew, and (index, parameter, group) of those."""
+        ready: list[Update | None] = []
         missing = []
         for group in self.param_groups:
             options, rate = self._options_of(group), self._rate_of(group)
@@ -162,16 +165,16 @@ class ActiveOptimizer(Optimizer):
                 known = self._ready.get(parameter)
                 update = None if known is None else known.with_gradient(grad, self.state[parameter], options, rate)
                 if update is None:
-                    missing.append((len(found), parameter, group))
-                found.append(update)
-        return found, missing
+                    missing.append((len(ready), parameter, group))
+                ready.append(update)
+        return ready, missing
 
     def _options_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """Returns the options of a group that an update is made of, but for its rate."""
+        """Returns the options of a group except its rate."""
         return tuple(group[name] for name in self._names_but_rate)
 
     def _rate_of(self, group: dict[str, Any]) -> Tensor:
-        """Returns the rate as fp64, one tensor for all of a group, on the host unless the user put it elsewhere."""
+        """Returns the rate in fp64, one tensor for all of a group: on the host, or where the user's own tensor is."""
         lr = group["lr"]
         if isinstance(lr, Tensor):
             return lr.detach().to(torch.float64)
@@ -183,7 +186,7 @@ class ActiveOptimizer(Optimizer):
         return tensor
 
     def _check_all(self) -> None:
-        """Checks every parameter before the state of any is made."""
+        """Raises for a parameter or gradient that cannot be trained, before any state is made."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 grad = parameter.grad
@@ -195,16 +198,17 @@ class ActiveOptimizer(Optimizer):
                 if grad is None:
                     continue
                 name = self._parameters[parameter].name
-                if parameter.dtype not in _TRAINED:
+                if parameter.dtype not in _TRAINABLE_DTYPES:
                     raise _not_trained(name, parameter)
                 if grad.is_sparse:
                     raise ValueError(f"{name}: expected a dense gradient, got a sparse one; use sparse=False")
 
     def _warn_of_untrained(self) -> None:
-        """Warns of groups made by name, which miss compact weights, whose parameters are called ``original``."""
+        """Warns of compact weights in no group: groups made by name miss them, as their names end in ``original``."""
         sites = {n: s.values for n, s in find_sites(self._model).items() if s.values.grad is not None}
-        held = {id(p) for each in registered_holders(sites.values()) for g in each.param_groups for p in g["params"]}
-        names = [name for name, values in sites.items() if id(values) not in held and values.requires_grad]
+        optimizers = registered_holders(sites.values())
+        trained = {id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
+        names = [name for name, values in sites.items() if id(values) not in trained and values.requires_grad]
         if names:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             warnings.warn(
@@ -216,9 +220,9 @@ class ActiveOptimizer(Optimizer):
             )
 
     def update_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> Update:
-        """Makes the next update of a parameter ready, and its state where there is none yet.
+        """Makes the next update of a parameter, and its state where there is none yet.
 
-        Its gradient is ``parameter.grad``, or, where there is none, the parameter in its place.
+        Its gradient is ``parameter.grad``; where that is None, the parameter itself is a placeholder for it.
         """
         known = self._parameters[parameter]
         if not self.state[parameter]:
@@ -266,15 +270,15 @@ class ActiveOptimizer(Optimizer):
 
     @property
     def num_skipped_blocks(self) -> int:
-        """Counts how often a block's gradient was not finite (for plain parameters: an entry's), over all steps."""
+        """Counts the blocks (for plain parameters, entries) whose gradient was not finite, over all steps."""
         return sum(int(state["num_skipped"]) for state in self.state.values() if state)
 
     @torch.no_grad()
     def on_topology_change(self, change: TopologyChange) -> None:
         """Moves the state of one compact parameter: survivors bit for bit, newcomers zero and of age 0.
 
-        Scales of 8-bit state stay: they belong to groups of dense positions, whoever is active there. Tensors that a
-        wrapper keeps in the same place, shaped like the values (Lookahead's slow weights), move too.
+        Scales of 8-bit state stay, since they belong to groups of dense positions. Tensors of the values' shape that a
+        wrapper keeps in the same state (Lookahead's slow weights) move too.
         """
         state = self.state.get(change.values)
         if not state or change.survived.all():
@@ -283,7 +287,7 @@ class ActiveOptimizer(Optimizer):
         rule = self.rule_of(change.values)
         ours = {slot.name for slot in rule.slots} | {"generation"}
         for key, rows in state.items():
-            if key in ours or _is_beside(key, rows, change):
+            if key in ours or _belongs_to_wrapper(key, rows, change):
                 change.remap_(rows)
         if "generation" not in state:
             return
@@ -296,9 +300,9 @@ class ActiveOptimizer(Optimizer):
         )
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
-        """Returns (N,) int64: optimizer steps since each block of a compact parameter was grown.
+        """Returns the age (N,) int64 of each block of a compact parameter: optimizer steps since it was grown.
 
-        Without ages (a rule that needs none, and no warm-up) every block counts as old as the training.
+        Without ages (a rule that needs none, and no warm-up) every block is as old as the training.
         """
         state = self.state.get(values)
         if not state:
@@ -310,10 +314,8 @@ class ActiveOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
 
-        torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model.
-
-        Raises:
-            ValueError: see ``check_state_dict``. Nothing has then changed.
+        torch's own method casts all state to the parameter's dtype, which destroys integers in a bf16 model. Raises
+        ValueError as ``check_state_dict`` does, before anything has changed.
         """
         saved = self.check_state_dict(state_dict)
         loaded: dict[Tensor, dict[str, Tensor]] = {}
@@ -324,7 +326,7 @@ class ActiveOptimizer(Optimizer):
         self.state.update(loaded)
 
     def check_state_dict(self, state_dict: Any) -> dict[Hashable, Saved]:
-        """Returns, by the number that stands for it, each parameter and its saved group.
+        """Checks a state dict, and returns each parameter and its saved group, by the parameter's number there.
 
         Raises:
             ValueError: an option that the constructor would refuse; state of other parameters, or of another dtype or
@@ -344,15 +346,15 @@ class ActiveOptimizer(Optimizer):
         return saved
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {key: getattr(self, key) for key in (*_KEPT, "_is_first_step")}
+        return super().__getstate__() | {key: getattr(self, key) for key in (*_PICKLED, "_is_first_step")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_is_first_step": True} | state)
-        self._forget()
+        self._drop_ready_updates()
         register(self)
 
-    def _forget(self) -> None:
-        """Forgets the updates that are ready; they are made anew from the state."""
+    def _drop_ready_updates(self) -> None:
+        """Drops the cached updates, which are then made anew from the state."""
         self._ready: dict[nn.Parameter, ReadyUpdate] = {}
         self._rates: dict[int, tuple[float, Tensor]] = {}
 
@@ -360,7 +362,8 @@ class ActiveOptimizer(Optimizer):
 _GENERIC_STATE = frozenset({"step", "num_skipped", "scales", "generation", "births"})
 
 
-def _is_beside(key: str, rows: Any, change: TopologyChange) -> bool:
+def _belongs_to_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
+    """Tells whether a tensor in the state, not one of the rule's, has a row for each block and is not the values."""
     if key in _GENERIC_STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
         return False
     return rows.data_ptr() != change.values.data_ptr()
@@ -377,5 +380,5 @@ def _check_initialised(optimizer: str, model: nn.Module) -> None:
 def _not_trained(name: str, parameter: Tensor) -> ValueError:
     return ValueError(
         f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
-        "an optimizer of torch.optim, and give ActiveAdamW the other parameters with model="
+        "an optimizer of torch.optim, and give this one the other parameters with model="
     )

@@ -1,4 +1,4 @@
-"""ActiveAdamW is SMET's optimizer. NaiveAdamW is what mask libraries do, to measure against."""
+"""Provides ActiveAdamW, SMET's optimizer, and NaiveAdamW, which does what mask libraries do, as a baseline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def adamw(block: Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Makes one AdamW step (Loshchilov and Hutter 2019), with step size and bias corrections by entry.
 
     θ ← θ - rate (m̂ / (√v̂ + ε) + λ θ), m̂ = m / bias1, v̂ = v / bias2. Where ε = 0 and a gradient was always 0, the step
-    is 0, not 0 / 0: what hangs over an edge stays zero. Returns the new weight and moments.
+    is 0, not 0 / 0, so that entries over an edge stay zero. Returns the new weight and moments.
     """
     weight, grad, (exp_avg, exp_avg_sq), (bias1, bias2) = block.weight, block.grad, block.slots, block.of_age
     eps = max(options.eps, torch.finfo(weight.dtype).tiny)
@@ -53,7 +53,7 @@ NAIVE_ADAMW = register_rule(dataclasses.replace(ADAMW, name="naive_adamw", share
 
 
 class ActiveAdamW(ActiveOptimizer):
-    """AdamW whose moments exist for active weights only, with local age and warm-up (SMET, arXiv 2606.00888).
+    """Implements AdamW with moments for active weights only, and local age and warm-up (SMET, arXiv 2606.00888).
 
     For block i of a compact weight of density d, t_i its age in steps (1 at the first update after growth)::
 
@@ -61,19 +61,14 @@ class ActiveAdamW(ActiveOptimizer):
         v ← β2 v + (1 - β2) g²         v̂ = v / (1 - β2^t_i)
         θ ← θ - α d^(-p) min(1, t_i / W) (m̂ / (√v̂ + ε) + λ θ)
 
-    Every other parameter gets plain AdamW (d = 1, no warm-up, its own step count).
-
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
         lr: α, a number or a 0-d tensor. betas: β1, β2. eps: ε. weight_decay: λ.
         common: ``warmup_steps`` (W, 100), ``lr_density_exponent`` (p, 1), ``moment_dtype``, ``stochastic_rounding``,
             ``model`` and ``seed``; see ``CommonOptions``.
 
-    A block whose gradient is not finite keeps weight and moments, is counted in ``num_skipped_blocks``, and ages.
-    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
+    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group. ``ActiveOptimizer``
+    describes what happens to plain parameters and to gradients that are not finite, and the errors.
     """
 
     rule = ADAMW
@@ -91,10 +86,10 @@ class ActiveAdamW(ActiveOptimizer):
 
 
 class NaiveAdamW(ActiveAdamW):
-    """The naive rule, as a baseline: bias corrections by the parameter's step count, not the block's age.
+    """Corrects bias by the parameter's step count instead of the block's age, as a baseline.
 
-    After a late update its first step on a grown block is (1 - β1) / √(1 - β2) = 3.16 times too large. Takes the
-    arguments of ``ActiveAdamW``; ``warmup_steps`` is 0 unless given.
+    After a late topology update its first step on a grown block is (1 - β1) / √(1 - β2) = 3.16 times too large. It
+    takes the arguments of ``ActiveAdamW``; ``warmup_steps`` is 0 unless given.
     """
 
     rule = NAIVE_ADAMW

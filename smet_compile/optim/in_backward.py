@@ -1,4 +1,4 @@
-"""Makes updates within the backward pass: each optimizer hands its sink what consumes a gradient."""
+"""Prepares updates that are made within the backward pass: for each optimizer, the op and arguments of a sink."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from smet_compile.optim.active import ActiveOptimizer
 
 
 class BackwardUpdate(NamedTuple):
-    """One parameter's update in backward, made ready outside the compiled step.
+    """Holds one parameter's update in backward, prepared outside the compiled step.
 
     Args:
-        sink: the op that opens the sink. arguments: those after the leaf and the values.
-        num_updates, num_skipped: int64 scalars that it raises: by one, and by the number of blocks it skipped.
-        made_state: whether the optimizer had no state for the parameter before.
+        sink: the op that opens the sink. arguments: its arguments after the leaf and the values.
+        num_updates, num_skipped: int64 scalars that the update raises, by one and by the number of skipped blocks.
+        made_state: whether the optimizer's state for the parameter was made for this update.
     """
 
     sink: Any
@@ -34,23 +34,25 @@ class BackwardUpdate(NamedTuple):
 
 
 class MakeUpdate(Protocol):
+    """Makes the update of one parameter in backward."""
+
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate: ...
 
     def forget(self, values: nn.Parameter) -> None:
-        """Takes back the state that was made for an update that then did not come."""
+        """Deletes the state that was made for an update that did not happen."""
 
 
 def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
-    """Returns what makes updates of ``optimizer`` in backward; None where gradients have to be kept.
+    """Returns a function that makes updates of ``optimizer`` in backward; None where gradients have to be kept.
 
-    Raises ValueError for an optimizer that a compiled step does not know.
+    Raises ValueError for an optimizer that a compiled step does not support.
     """
     if isinstance(optimizer, ActiveOptimizer):
         return _Active(optimizer)
     if type(optimizer) in (Adam, AdamW):
-        return _TorchOptim(optimizer, "adam", _new_adam_state, _adam) if _is_plain(optimizer) else None
+        return _TorchOptim(optimizer, "adam", _new_adam_state, _describe_adam) if _is_plain(optimizer) else None
     if type(optimizer) is SGD:
-        return _TorchOptim(optimizer, "sgd", _new_sgd_state, _sgd) if _is_plain(optimizer) else None
+        return _TorchOptim(optimizer, "sgd", _new_sgd_state, _describe_sgd) if _is_plain(optimizer) else None
     inside = [name for name, _ in inner_optimizers(optimizer)]
     advice = f"pass the optimizer in its attribute {inside[0]!r}, or train" if inside else "train"
     raise ValueError(
@@ -61,34 +63,36 @@ def updates_of(optimizer: Optimizer) -> MakeUpdate | None:
 
 
 def _is_plain(optimizer: Optimizer) -> bool:
-    """Tells whether we may make the step: one that is differentiated, or captured with its count, is left to torch."""
+    """Tells whether the step can be made here: one that is differentiable or capturable is left to torch."""
     return not any(group.get("differentiable") or group.get("capturable") for group in optimizer.param_groups)
 
 
 class _Rates:
-    """One tensor per parameter group, so that a scheduler's change of the rate is no change of the graph.
+    """Holds the rate of each parameter group as a tensor, so that a scheduler's change needs no new graph.
 
-    Of shape (1,): Dynamo traces the value of a 0-d float64 tensor too, and then everything once more without. A
-    rate that the user gave as a tensor keeps its dtype, and with it the rounding of what is computed from it.
+    The shape is (1,), since Dynamo would specialise on the value of a 0-d float64 tensor first, and then compile again.
+    A rate that the user gave as a tensor keeps its dtype, since that decides how results are rounded.
     """
 
     def __init__(self) -> None:
-        self._of: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
+        self._tensors: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
 
     def rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
         lr, key = group["lr"], (id(group["params"]), device)
         dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64
-        tensor, written = self._of.get(key, (None, None))
+        tensor, written = self._tensors.get(key, (None, None))
         if tensor is None or tensor.dtype != dtype:
             tensor, written = torch.empty(1, dtype=dtype, device=device), None
         if isinstance(lr, Tensor) and lr.is_cuda:
-            self._of[key] = tensor.copy_(lr.detach()), None
-        elif float(lr) != written:  # written once for all parameters: a copy to a GPU would be waited for
-            self._of[key] = tensor.fill_(float(lr)), float(lr)
+            self._tensors[key] = tensor.copy_(lr.detach()), None
+        elif float(lr) != written:  # written once for all parameters, since copying to a GPU takes a synchronisation
+            self._tensors[key] = tensor.fill_(float(lr)), float(lr)
         return tensor
 
 
 class _Active:
+    """Makes updates of an ``ActiveOptimizer``."""
+
     def __init__(self, optimizer: ActiveOptimizer) -> None:
         self._optimizer = optimizer
         self._rates = _Rates()
@@ -107,7 +111,7 @@ class _Active:
 
 @dataclass(frozen=True)
 class _TorchOptim:
-    """Adam, AdamW or SGD of ``torch.optim``: their state as they keep it, made where there is none yet."""
+    """Makes updates of Adam, AdamW or SGD of ``torch.optim``, on their own state; makes that where there is none."""
 
     optimizer: Optimizer
     rule: str
@@ -140,7 +144,7 @@ def _new_adam_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Te
     return state | {name: torch.zeros_like(values, memory_format=torch.preserve_format) for name in names}
 
 
-def _adam(state: dict[str, Any], group: dict[str, Any]) -> Any:
+def _describe_adam(state: dict[str, Any], group: dict[str, Any]) -> Any:
     known = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1], "fused": bool(group["fused"])}
     known.setdefault("decoupled_weight_decay", False)
     tensors = (state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), state["step"])
@@ -153,6 +157,6 @@ def _new_sgd_state(values: nn.Parameter, group: dict[str, Any]) -> dict[str, Ten
     return {"momentum_buffer": torch.zeros_like(values, memory_format=torch.preserve_format)}
 
 
-def _sgd(state: dict[str, Any], group: dict[str, Any]) -> Any:
+def _describe_sgd(state: dict[str, Any], group: dict[str, Any]) -> Any:
     known = {**group, "fused": bool(group["fused"])}
     return (state.get("momentum_buffer"), None, None, None), [known[name] for name in SGD_OPTIONS]

@@ -1,4 +1,4 @@
-"""ActiveLion moves active weights by the sign of a mean gradient, with one moment."""
+"""Provides ActiveLion, which moves active weights by the sign of a mean gradient and keeps one moment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LION = register_rule(Rule("lion", lion, slots=(Slot("exp_avg"),), options=("beta
 
 
 class ActiveLion(ActiveOptimizer):
-    """Lion whose moment exists for active weights only (Chen et al. 2023, arXiv 2302.06675).
+    """Implements Lion (Chen et al. 2023, arXiv 2302.06675) with a moment for active weights only.
 
     For block i of a compact weight of density d, t_i its age in steps::
 
@@ -40,9 +40,6 @@ class ActiveLion(ActiveOptimizer):
         params: the model; or parameters or parameter groups, with ``model=`` given.
         lr: α, a number or a 0-d tensor. betas: β1, β2. weight_decay: λ.
         common: see ``CommonOptions``; W is 100 and p is 1 unless given.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
     """
 
     rule = LION

@@ -1,7 +1,7 @@
-"""Names the options that all active optimizers share, and checks those of parameter groups.
+"""Defines the options that all active optimizers share, and checks the options of parameter groups.
 
-Each check returns the option as plain Python. The bounds are those of what is computed from an option: a step count is
-an int64, a rate a finite number. All errors are ``ValueError`` and name the option.
+Each check returns the option as plain Python, in the range that later arithmetic can represent: a step count is an
+int64, a rate a finite number. All errors are ``ValueError`` and name the option.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ _MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 
 
 class CommonOptions(TypedDict, total=False):
-    """The arguments that every active optimizer takes beside those of its rule.
+    """Holds the arguments that every active optimizer takes besides those of its rule.
 
     Args:
-        warmup_steps: W, over which the step size of a grown block rises; 0 for none. May differ by group.
+        warmup_steps: W, the steps over which the step size of a grown block rises; 0 for none. May differ by group.
         lr_density_exponent: p; the rate of a weight of density d is multiplied by d^(-p). May differ by group.
-        moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8": one byte
-            each, and a scale for every tile or 1024 dense weights.
-        stochastic_rounding: for bf16 weights, and bf16 or 8-bit state; None and True: yes, False: to nearest.
-        model: the module that owns the parameters, where these are given instead of it. seed: of the rounding.
+        moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8" for one byte
+            each and a scale for every tile or 1024 dense weights.
+        stochastic_rounding: whether to round bf16 weights, and bf16 or 8-bit state, stochastically (None: yes) or to
+            nearest. seed: the seed of that.
+        model: the module that owns the parameters, where these are given instead of it.
     """
 
     warmup_steps: int
@@ -40,7 +41,7 @@ class CommonOptions(TypedDict, total=False):
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``options``, those that are known checked; a ValueError names the first that is out of range."""
+    """Returns ``options`` after checking those that are known. Raises ValueError for the first that is out of range."""
     return {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
 
 
@@ -101,7 +102,6 @@ _CHECKS = {
     "eps": _at_least_zero,
     "weight_decay": _at_least_zero,
     "momentum": _below_one,
-    "dampening": _at_least_zero,
     "nesterov": flag,
     "warmup_steps": _steps,
     "lr_density_exponent": _exponent,

@@ -1,4 +1,4 @@
-"""Describes the parameters that an optimizer holds, keeps their updates ready, and puts them into the usual groups."""
+"""Describes the parameters of a model for an optimizer, caches their updates, and makes the usual parameter groups."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from smet_compile.ops.updates import Update
 
 @dataclass(frozen=True)
 class Parameter:
-    """Says what the optimizer knows of a parameter.
+    """Holds what an optimizer knows of a parameter besides its values.
 
     Args:
-        name: its canonical name. site: None unless it is compact. shape: when it was first seen.
-        layout: that of a compact weight, or one that says what the rows of a dense matrix are; None for a vector.
-        units_are_columns: an output unit is a column of the matrix, as in an embedding, and not a row.
-        is_head: it is the weight of the output head.
+        name: its canonical name. site: None unless it is compact. shape: its shape when it was first seen.
+        layout: the layout of a compact weight, or one that tells the rows of a dense matrix; None for a vector.
+        units_are_columns: whether an output unit is a column of the matrix, as in an embedding, and not a row.
+        is_head: whether it is the weight of the output layer.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Parameter:
 
 
 def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
-    """Describes every parameter of ``model``; a ValueError where a compact one is sharded."""
+    """Describes every parameter of ``model``. Raises ValueError where a compact one is sharded."""
     by_values = {id(site.values): site for site in find_sites(model).values()}
     for compact in by_values.values():
         if _is_sharded(compact.values):
@@ -86,10 +86,10 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
 
 
 def find_output_head(model: nn.Module) -> nn.Parameter | None:
-    """Returns the weight of the output layer, None where the model has no matrix that could be it.
+    """Returns the weight of the output layer; None where the model has no matrix.
 
-    It is the weight of the module that ``get_output_embeddings()`` of the model or of a module inside it returns, else
-    the last matrix, dense or compact.
+    It is the weight of the module that ``get_output_embeddings()`` returns, for the model or for a module inside it;
+    where there is no such module, it is the last matrix, dense or compact.
     """
     compact = {id(site.values) for site in find_sites(model).values()}
 
@@ -115,15 +115,12 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Makes the usual two groups: matrices decay, biases and norms do not.
+    """Makes the usual two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
 
-    A compact weight is a matrix, whatever the shape of its values.
-
-    Returns:
-        Two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
+    Matrices decay, biases and norms do not. A compact weight is a matrix, whatever the shape of its values.
 
     Raises:
-        ValueError: no model, or a weight decay that is no finite number of at least 0.
+        ValueError: ``model`` is no module, or the weight decay is no finite number of at least 0.
     """
     arguments.module("decay_groups", model)
     weight_decay = arguments.number("weight_decay", weight_decay, at_least=0)
@@ -137,11 +134,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 class ReadyUpdate:
-    """An update, and everything that it was made of.
+    """Caches an update from step to step, with everything that it was made from, to notice changes.
 
     Args:
-        update: made for ``known``. state: the optimizer's, of which its tensors are.
-        options: those of the parameter group, but for its rate.
+        update: the update. known: the parameter that it is for. state: the optimizer's state for that parameter.
+        options: the options of the parameter group except its rate.
     """
 
     def __init__(self, update: Update, known: Parameter, state: dict[str, Any], options: tuple[Any, ...]) -> None:
@@ -150,10 +147,10 @@ class ReadyUpdate:
         self.compact = known.site.compact if known.site else None
         self.state = state
         self.options = options
-        self.kept = tuple(state.items())
-        self.tensors = [(tensor, tensor.data_ptr()) for tensor in (update.values, *(each for _, each in self.kept))]
+        self.items = tuple(state.items())
+        self.tensors = [(tensor, tensor.data_ptr()) for tensor in (update.values, *(item for _, item in self.items))]
         generation, births = update.generation, update.births
-        self.looks_at_ages = (
+        self.must_check_ages = (
             generation is not None
             and births is not None
             and (generation.dtype != torch.uint8 or births.numel() < GENERATIONS_OF_A_BYTE)
@@ -173,20 +170,20 @@ class ReadyUpdate:
             return None
         if (
             state is not self.state
-            or len(state) != len(self.kept)
+            or len(state) != len(self.items)
             or values.shape != known.shape
             or grad.layout is not torch.strided
             or grad.numel() != values.numel()
             or options != self.options
         ):
             return None
-        for key, tensor in self.kept:
+        for key, tensor in self.items:
             if state.get(key) is not tensor:
                 return None
         for tensor, address in self.tensors:
             if tensor.data_ptr() != address:
                 return None
-        if self.looks_at_ages:
+        if self.must_check_ages:
             check_ages(known.name, update.generation, update.births, values.shape[0])
         update.grad, update.lr = grad, rate
         return update

@@ -1,4 +1,4 @@
-"""ActiveScale moves active weights by a normalized gradient and keeps no state for compact weights."""
+"""Provides ActiveScale, which moves active weights by a normalized gradient and keeps no state for compact weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smet_compile.optim.options import CommonOptions
 
 
 def _mean(block: Block, options: Options) -> Tensor:
-    """Returns what is normalized: the gradient, or its running mean where there is a slot for it."""
+    """Returns the gradient, or its running mean where there is a slot for it, which is what is normalized."""
     if not block.slots:
         return block.grad
     return options.momentum * block.slots[0] + (1 - options.momentum) * block.grad
@@ -39,7 +39,7 @@ SCALE_MOMENTUM = register_rule(dataclasses.replace(SCALE, name="scale_momentum",
 
 
 class ActiveScale(ActiveOptimizer):
-    """SCALE for sparse models (Glentis et al. 2025, arXiv 2506.16659): no state but for the output head and vectors.
+    """Implements SCALE (Glentis et al. 2025, arXiv 2506.16659), with state for the output head and vectors only.
 
     A matrix with gradient g moves by α d^(-p) g / ‖g_unit‖, the norm being that of each output unit over its active
     weights. The output head keeps a running mean m of its gradient and moves by m / ‖m_unit‖. Vectors (biases, norms)
@@ -50,9 +50,6 @@ class ActiveScale(ActiveOptimizer):
         lr: α, a number or a 0-d tensor. momentum: of the head. weight_decay: λ. betas: of AdamW.
         common: see ``CommonOptions``. W is 0 unless given, and p 1/2: d C numbers of one norm move an output by the
             root of their count.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
     """
 
     rule = SCALE

@@ -1,4 +1,4 @@
-"""ActiveSGD moves active weights by their gradient, with momentum."""
+"""Provides ActiveSGD, which moves active weights by their gradient, with momentum."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SGD = register_rule(
 
 
 class ActiveSGD(ActiveOptimizer):
-    """SGD whose momentum exists for active weights only.
+    """Implements SGD with momentum for active weights only.
 
     For block i of a compact weight of density d, t_i its age in steps::
 
@@ -43,9 +43,6 @@ class ActiveSGD(ActiveOptimizer):
         lr: α, a number or a 0-d tensor. momentum: μ. weight_decay: λ. nesterov: looks one step ahead.
         common: see ``CommonOptions``; W is 100 and p is 0 unless given, since a gradient's size does not follow the
             density as that of Adam's step does.
-
-    Raises:
-        ValueError: see ``ActiveOptimizer``.
     """
 
     rule = SGD

@@ -1,9 +1,9 @@
-"""Makes the state of one parameter under any rule, counts the ages of its blocks, and checks what comes from outside.
+"""Makes the state of one parameter under any rule, keeps the ages of its blocks, and checks a state that is loaded.
 
-An age takes one byte a block: each block holds the number of a generation, a small table the generations' births.
-Blocks are born only at topology updates, so few births are alive at a time. When a table is full, generations without
-blocks are forgotten; then those so old that no bias correction or warm-up sees their age any more are merged; and where
-even that frees nothing, the table grows, so that an age is never wrong.
+An age takes one byte per block. ``generation`` holds a number for each block, and the table ``births`` the step at
+which each generation was born. Blocks are born only at topology updates, so few generations are alive at a time. When
+the table is full, generations without blocks are removed. If there are none, those so old that neither bias corrections
+nor warm-up depend on their age are merged. If even that frees no entry, the table grows, so that an age is never wrong.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _DTYPES = ((256, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
 
 
 def first_generation(num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the table of blocks born at step 0: generation (N,) uint8 and births (256,) int64."""
+    """Returns generation (N,) uint8 and births (256,) int64 for blocks that are all born at step 0."""
     births = torch.full((256,), _FREE, dtype=torch.int64, device=device)
     births[0] = 0
     return torch.zeros(num_blocks, dtype=torch.uint8, device=device), births
 
 
 def check_generations(name: str, generation: Tensor, births: Tensor, num_blocks: int, step: int) -> None:
-    """Raises ValueError for a table that no training makes, or a block whose generation is not in the table."""
+    """Raises ValueError for a table that no training makes, or for a block whose generation is not in the table."""
     size = births.numel()
     if births.dtype != torch.int64 or births.dim() != 1 or size not in _SIZES:
         raise ValueError(f"{name}: expected births of int64, 256 or a larger power of two, got {births.dtype} {size}")
@@ -51,18 +51,18 @@ def check_generations(name: str, generation: Tensor, births: Tensor, num_blocks:
 
 
 def find_ages(generation: Tensor, births: Tensor, step: Tensor) -> Tensor:
-    """Returns (N,) int64: steps since each block was born."""
+    """Returns the age (N,) int64 of each block: the steps since it was born."""
     return step - births.index_select(0, generation.int())
 
 
 def add_generation(
     generation: Tensor, births: Tensor, born: Tensor, step: Tensor, mature: int
 ) -> tuple[Tensor, Tensor]:
-    """Gives the blocks of the mask ``born`` (N,) a generation of their own, born at ``step``.
+    """Makes a new generation of the blocks in the mask ``born`` (N,), born at ``step``.
 
-    ``mature``: the age from which a rule makes no difference any more (``mature_age``).
+    ``mature`` is the age from which a block's age no longer matters (``Rule.mature_age``, and the warm-up).
 
-    Returns generation and births, the same tensors changed in place unless the table had to grow.
+    Returns generation and births: the same tensors, changed in place, unless the table had to grow.
     """
     if not (births == _FREE).any():
         _forget_empty(generation, births)
@@ -82,7 +82,7 @@ def _forget_empty(generation: Tensor, births: Tensor) -> None:
 
 
 def _merge_mature(generation: Tensor, births: Tensor, latest_birth: int) -> None:
-    """Makes all generations born at or before ``latest_birth`` one, of the youngest's age."""
+    """Merges all generations born at or before ``latest_birth`` into the youngest of them."""
     slots = ((births != _FREE) & (births <= latest_birth)).nonzero().squeeze(1)
     if slots.numel() < 2:
         return
@@ -109,7 +109,7 @@ _COUNTS = ("step", "num_skipped")
 
 
 def moment_dtype(parameter: Tensor, wanted: torch.dtype | str | None) -> torch.dtype:
-    """Returns fp32 unless ``wanted`` says otherwise, uint8 codes for "int8"; fp64 for fp64 weights."""
+    """Returns the dtype of the slots: ``wanted``, uint8 (codes) for "int8", fp32 for None; fp64 for fp64 weights."""
     if parameter.dtype == torch.float64:
         return torch.float64
     return wanted if isinstance(wanted, torch.dtype) else torch.uint8 if wanted == "int8" else torch.float32
@@ -117,10 +117,11 @@ def moment_dtype(parameter: Tensor, wanted: torch.dtype | str | None) -> torch.d
 
 @dataclass(frozen=True)
 class StateKind:
-    """Says what state a parameter has.
+    """Describes which state a parameter has.
 
     Args:
-        slots: those of its rule. dtype: of the slots. has_ages: blocks count their age.
+        slots: the slots of its rule. dtype: their dtype. site: None unless the parameter is compact.
+        has_ages: whether its blocks have ages.
     """
 
     slots: tuple[Slot, ...]
@@ -133,12 +134,12 @@ class StateKind:
         return self.dtype == torch.uint8 and bool(self.slots)
 
     def scales_shape(self, parameter: Tensor) -> tuple[int, int]:
-        """Returns one scale per slot for each group of dense positions."""
+        """Returns the shape of the scales: one per slot for each group of dense positions."""
         return len(self.slots), num_scales(parameter.numel(), self.site.compact.layout if self.site else None)
 
 
 def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
-    """Makes zero slots, no steps; for a compact weight all blocks of the first generation."""
+    """Makes the state before the first step: slots and counts of zero, and all blocks in the first generation."""
     device = parameter.device
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     for slot in kind.slots:
@@ -152,7 +153,7 @@ def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
 
 
 def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any) -> None:
-    """Raises ValueError where ``state`` is not what this optimizer keeps for the parameter."""
+    """Raises ValueError where ``state`` cannot be the state of this optimizer for the parameter."""
     shape = tuple(parameter.shape)
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {slot.name: (kind.dtype, shape) for slot in kind.slots}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -185,7 +186,7 @@ def _check_kinds(name: str, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]
 
 
 def _check_values(name: str, state: dict[str, Tensor], unsigned: list[str]) -> None:
-    """Lets slots be infinite or nan, as an overflow leaves them, but a mean of squares is never negative."""
+    """Checks counts, signs and scales. Slots may be infinite or nan, as after an overflow."""
     for key in _COUNTS:
         if not 0 <= int(state[key]) <= MOST_STEPS:
             raise ValueError(f"{name}: expected {key} from 0 to {MOST_STEPS}, got {int(state[key])}")

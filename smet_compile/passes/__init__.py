@@ -1,4 +1,4 @@
-"""How a compiled graph changes: one pass a file, their order in ``pipeline.PASSES``, and here the switch."""
+"""Changes compiled graphs so that no dense weights and gradients are made. Here is the switch to turn that off."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _disabled = 0
 
 
 def is_enabled() -> bool:
-    """Returns whether graphs that are compiled now go through the passes."""
+    """Tells whether graphs that are compiled now go through the passes."""
     return _disabled == 0 and os.environ.get(VARIABLE, "1") != "0"
 
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Compiles what is within without the passes: the same results, but dense weights and gradients in memory.
+    """Turns the passes off for what is compiled within: the same results, but dense weights and gradients in memory.
 
     ``SMET_COMPILE_PASSES=0`` in the environment does the same for a whole process.
     """

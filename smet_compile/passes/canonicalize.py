@@ -1,4 +1,4 @@
-"""canonicalize: one form for every product with a weight, and one for every gradient of one.
+"""Brings every product with a weight, and every gradient of a weight, to one form that later passes look for.
 
     bmm(view(x), view(permute(convert(unpack(values)))))  →  view(mm(x, permute(unpack(convert(values)))))
     addmm(b, x, permute(unpack(values)))                  →  the same: it is canonical
@@ -8,8 +8,8 @@
     pack(convert(permute(mm(permute(x), gy))))            →  convert(pack(mm(permute(gy), x)))
     pack(mm(permute(gy), x) + mm(permute(hy), y))         →  pack(mm(permute(gy), x)) + pack(mm(permute(hy), y))
 
-Permutations, views, copies and conversions leave the way between a weight and its product: conversions (autocast makes
-pairs of them) go to the compact side, where they cost the density of what they cost before. After it the weight is
+Permutations, views, copies and conversions between a weight and its product are removed or moved. Conversions (autocast
+makes pairs of them) move to the compact values, where their cost is multiplied by the density. Afterwards the weight is
 always the right operand, ``unpack`` or ``permute(unpack)``, and a gradient is ``pack(product(permute(left), right))``.
 """
 
@@ -48,6 +48,7 @@ from smet_compile.passes.weight_views import SPLITS, View, padded, through, whol
 
 
 def canonicalize(graph: fx.Graph) -> PassReport:
+    """Rewrites the reads of weights and then their gradients."""
     report = PassReport("canonicalize")
     _canonicalize_reads(graph, report)
     canonicalize_gradients(graph, report)
@@ -62,14 +63,14 @@ def _canonicalize_reads(graph: fx.Graph, report: PassReport) -> None:
             continue
         replaced: set[fx.Node] = set()
         for source, user, view in list(uses(unpack, start)):
-            if user in replaced or not _is_open(user):
+            if user in replaced or not _needs_canonical_form(user):
                 continue
             if _canonicalize(user, source, unpack, view, report):
                 replaced.add(user)
 
 
 def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
-    """(view of the weight, its user, what the view holds) for every user that is not itself a view."""
+    """Yields (view of the weight, its user, description of the view) for every user that is not itself a view."""
     for user in list(node.users):
         if is_call(user, *SPLITS):
             parts = [(part, through(view, part, node)) for part in user.users]
@@ -82,14 +83,14 @@ def uses(node: fx.Node, view: View) -> Iterator[tuple[fx.Node, fx.Node, View]]:
                 yield from uses(part, seen)
 
 
-def _is_open(node: fx.Node) -> bool:
-    """A product in no canonical form: neither has it a weight to its right, nor is it a gradient that is packed."""
+def _needs_canonical_form(node: fx.Node) -> bool:
+    """Tells whether a node is a product that is not canonical: no weight is its right operand, and no pack reads it."""
     packed = any(is_call(user, PACK) for user in node.users)
     return is_call(node, *PRODUCTS) and weight_of(node) is None and not packed
 
 
 def _canonicalize(product: fx.Node, source: fx.Node, unpack: fx.Node, view: View, report: PassReport) -> bool:
-    """Whether ``product`` has been replaced."""
+    """Replaces ``product`` by its canonical form; returns False where it has none."""
     bias, left, right = operands(product)
     offsets = offsets_of(product)
     site = SiteArgs.of(unpack)
@@ -129,12 +130,12 @@ def _product(
     labels: tuple[str, ...],
     on_left: bool,
 ) -> fx.Node | None:
-    """``other`` times the weight, in canonical form, before ``product``; None where it has no such form."""
+    """Adds ``other`` times the weight, in canonical form, before ``product``; returns None if it has no such form."""
     *stack, inner, outer = labels
     if {inner, outer} != {"R", "C"} or (stack == ["S"]) != (site.layout.num_matrices > 1):
         return None
     if not is_plain(product) or (offsets is not None and stack != ["S"]):
-        return None  # experts of which there is one
+        return None  # a grouped product with a single matrix, which has no dimension S
     transposed = inner == "C"
     batch = other if stack in (["1"], ["B"]) else None
     x = permuted(product, other) if on_left else other
@@ -145,8 +146,8 @@ def _product(
     weight = _weight(product, unpack, site.flat(), view)
     if transposed:
         weight = permuted(product, weight)
-    cut = transposed and view.rows is not None
-    made = _call(product, x, weight, None if cut else bias, offsets)
+    is_slice = transposed and view.rows is not None
+    made = _call(product, x, weight, None if is_slice else bias, offsets)
     if transposed and view.rows is not None:
         made = add(product, aten.slice.Tensor, made, val(made).dim() - 1, *view.rows)
         made = made if bias is None else add(product, aten.add.Tensor, made, bias)
@@ -162,7 +163,7 @@ def _call(product: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, o
 
 
 def _weight(product: fx.Node, unpack: fx.Node, site: SiteArgs, view: View) -> fx.Node:
-    """The weight unpacked anew beside its product, from values that were converted before: d times the work."""
+    """Unpacks the weight again before its product, from values that are converted first, in d times the work."""
     values = unpack.args[0]
     meta = {key: unpack.meta[key] for key in ("recompute", "ac_graph_id") if key in unpack.meta}
     for dtype in view.dtypes:

@@ -1,4 +1,4 @@
-"""Weight gradients that are packed, brought to one form (the other half of canonicalize)."""
+"""Brings packed gradients to one form: the second half of ``canonicalize``. Products of a sum are packed one by one."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _VIEWS += (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 @dataclass(frozen=True)
 class Term:
-    """leftᵀ @ right, one product whose sum with others is the gradient.
+    """Describes one product leftᵀ @ right; the gradient is the sum of such terms.
 
     Args:
-        product: the node that computes it. swapped: it computes the transpose.
-        labels: of the product's dimensions. dtypes: it is converted to, in order.
-        rows: (first, end) of the weight's rows it is the gradient of; None for all.
+        product: the node that computes it.
+        labels: names of its dimensions (``weight_views``). dtypes: conversions that follow, in order.
+        rows: (first, end), the rows of the weight that it is the gradient of; None for all.
     """
 
     product: fx.Node
@@ -58,6 +58,7 @@ class Term:
 
 
 def canonicalize_gradients(graph: fx.Graph, report: PassReport) -> None:
+    """Replaces the packed gradient of each weight by a sum of packed products; reports gradients that are no sum."""
     for pack in calls(graph, PACK):
         site = SiteArgs.of(pack)
         start = whole(site.layout)
@@ -78,6 +79,7 @@ def canonicalize_gradients(graph: fx.Graph, report: PassReport) -> None:
 
 
 def _is_canonical(pack: fx.Node) -> bool:
+    """Tells whether ``pack`` reads a product of the weight's dimensions directly, and is its only reader."""
     product = pack.args[0]
     right_shape = len(SiteArgs.of(pack).layout.shape) == (2 if is_call(product, MM) else 3)
     stacked = SiteArgs.of(pack).layout.num_matrices > 1
@@ -92,9 +94,9 @@ def _terms(
     dtypes: tuple[torch.dtype, ...],
     rows: tuple[int, int] | None,
 ) -> list[Term]:
-    """The products that ``node`` is the sum of; empty where it is something else, or where others read it too.
+    """Returns the products that ``node`` is the sum of; empty where it is something else, or where others read it too.
 
-    ``labels`` are those of its dimensions, ``dtypes`` the conversions between it and pack, outermost last.
+    ``labels`` name its dimensions; ``dtypes`` are the conversions between it and pack, outermost last.
     """
     if len(node.users) != 1:
         return []
@@ -122,10 +124,10 @@ def _same_shape(a: object, b: object) -> bool:
 
 
 def _is_outer(node: fx.Node) -> bool:
-    """(..., X, 1) times (..., 1, Y): the product over a single token, which Inductor writes entry by entry."""
-    if not is_call(node, aten.mul.Tensor) or not all(isinstance(each, fx.Node) for each in node.args):
+    """Tells whether a node is (..., X, 1) times (..., 1, Y): Inductor writes a product over one token so."""
+    if not is_call(node, aten.mul.Tensor) or not all(isinstance(factor, fx.Node) for factor in node.args):
         return False
-    left, right = (val(each) for each in node.args)
+    left, right = (val(factor) for factor in node.args)
     if left.dim() != right.dim() or left.dim() not in (2, 3) or left.dtype != right.dtype:
         return False
     return left.shape[:-2] == right.shape[:-2] and is_one(left.shape[-1]) and is_one(right.shape[-2])
@@ -137,12 +139,12 @@ def _product_term(
     *stack, first, second = labels
     grouped = is_call(node, GROUPED_MM)
     known = {first, second} == {"R", "C"} and stack in ([], ["S"], ["1"], ["B"])
-    good = known and (not grouped or (stack == ["S"] and val(node.args[1]).dim() == 2))
-    return [Term(node, labels, dtypes, rows)] if good and is_plain(node) else []
+    fits = known and (not grouped or (stack == ["S"] and val(node.args[1]).dim() == 2))
+    return [Term(node, labels, dtypes, rows)] if fits and is_plain(node) else []
 
 
 def _labels_before(node: fx.Node, labels: Labels) -> Labels | None:
-    """Labels of what a view is of, from its own."""
+    """Returns the labels of a view's source, given the labels of the view; None where they cannot be told."""
     source = node.args[0]
     if is_call(node, aten.permute.default):
         before = [""] * len(labels)
@@ -169,7 +171,7 @@ def _labels_before(node: fx.Node, labels: Labels) -> Labels | None:
 
 
 def _parts(node: fx.Node, labels: Labels, dtypes: tuple[torch.dtype, ...], rows: tuple[int, int] | None) -> list[Term]:
-    """The gradient of a slice or of the parts of a split, laid into zeros."""
+    """Returns the terms of a gradient that was written into zeros: that of a slice, or of the parts of a split."""
     if is_call(node, aten.slice_scatter.default):
         args: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
         into, part, dim, start, end, step = args
@@ -195,7 +197,7 @@ def _is_zero(node: fx.Node) -> bool:
 
 
 def _pack(term: Term, site: SiteArgs, num_active: int) -> fx.Node:
-    """pack(mm(permute(left), right)) in place of the term's product, then the conversions, of what is active only."""
+    """Adds pack(mm(permute(left), right)) before the term's product, and its conversions, now of active blocks only."""
     product = term.product
     _, first, second = operands(product)
     if term.labels[-2:] == ("R", "C"):

@@ -1,11 +1,11 @@
-"""fuse_masked_matmul: a product with a weight reads the values, and no dense weight is made.
+"""Replaces products with an unpacked weight by ``masked_matmul``, which reads the values; no dense weight is made.
 
     mm(x, permute(unpack(values, ...)))         →  masked_matmul(x, values, ..., transposed=True)
     addmm(b, x, permute(unpack(values, ...)))   →  masked_matmul(x, values, ..., transposed=True, bias=b)
     mm(gy, unpack(values, ...))                 →  masked_matmul(gy, values, ..., transposed=False)
 
-The last is the input gradient of a linear layer, or the forward of a Conv1D; bmm and _grouped_mm of stacked experts
-go the same way.
+The last is the input gradient of a linear layer, or the forward of a Conv1D. bmm and _grouped_mm of stacked experts are
+replaced likewise.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from smet_compile.passes.graph import (
 
 
 def fuse_masked_matmul(graph: fx.Graph) -> PassReport:
+    """Replaces every product whose right operand is an unpacked weight."""
     report = PassReport("fuse_masked_matmul")
     for product in calls(graph, *PRODUCTS):
         unpack = weight_of(product)
@@ -47,4 +48,5 @@ def fuse_masked_matmul(graph: fx.Graph) -> PassReport:
 
 
 def _whole_row(product: fx.Node, bias: fx.Node) -> bool:
+    """Tells whether a bias has one number for each output, in the dtype of the output."""
     return bool(val(bias).shape[0] == val(product).shape[-1] and val(bias).dtype == val(product).dtype)

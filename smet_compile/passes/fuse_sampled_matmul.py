@@ -1,8 +1,8 @@
-"""fuse_sampled_matmul: the gradient of a weight is computed where the weight is active, and no dense one is made.
+"""Replaces packed products by ``sampled_matmul``, which computes active blocks only; no dense gradient is made.
 
     pack(mm(permute(gy), x), ...)   →  sampled_matmul(gy, x, ...)
 
-bmm and _grouped_mm of stacked experts go the same way.
+bmm and _grouped_mm of stacked experts are replaced likewise.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from smet_compile.passes.graph import (
 
 
 def fuse_sampled_matmul(graph: fx.Graph) -> PassReport:
+    """Replaces every product that is read by ``pack`` alone."""
     report = PassReport("fuse_sampled_matmul")
     for pack in calls(graph, PACK):
         product, site = pack.args[0], SiteArgs.of(pack)

@@ -1,14 +1,16 @@
-"""fuse_update: the update takes the two factors of a gradient in place of the gradient, where the gradient is made.
+"""Moves each update to where its gradient is computed, and replaces the gradient by its two factors.
 
     grad = sampled_matmul(gy, x, ...)                    gx = masked_matmul(gy, values, ...)
     gx = masked_matmul(gy, values, ...)            →     sampled_update_(values, gy, x, ..., slots, ...)
     ...                                                  ...
     update_(values, grad, slots, ...)
 
-Fires where a training step was compiled with its update (``compile_train_step``). Autograd runs the updates after all
-else, with every gradient waiting for its own: here each moves up to its gradient, behind the last reader of the old
-values, so that the update may be done in place. Where the gradient is one product that nothing else reads, the product
-goes into the update, and a kernel can update each block as its gradient is summed up: gradient bytes zero.
+It applies to a step of ``compile_train_step``. Autograd traces the updates after everything else, so all gradients
+would be in memory at once. Here each update moves up to just after its gradient and the last reader of the old values,
+so that it can be done in place. Where the gradient is one product that nothing else reads, the product becomes part of
+the update, and a kernel may update each block once its gradient is summed: then no gradient is in memory at all.
+
+An update is a call of ``auto_functionalized_v2``: ``args[0]`` is the op, ``_all_bases`` the tensors that it changes.
 """
 
 from __future__ import annotations
@@ -41,12 +43,13 @@ SAMPLED_UPDATE = smet.sampled_update_.default
 
 
 def fuse_update(graph: fx.Graph) -> PassReport:
+    """Fuses each update with the product that its gradient is, if it is one, and moves it up."""
     report = PassReport("fuse_update")
     for update in updates(graph, UPDATE, TORCH_OPTIM):
         _read_bases(update)
         product = _product(update.kwargs["grad"]) if update.args[0] is UPDATE else None
         if product is not None:
-            update = _take(product, update)
+            update = _with_factors(product, update)
             report.matched += 1
         elif update.args[0] is UPDATE:
             reason = "its gradient is no single product, or is read by others too"
@@ -57,7 +60,7 @@ def fuse_update(graph: fx.Graph) -> PassReport:
 
 
 def _read_bases(update: fx.Node) -> None:
-    """What is changed is the input of the graph, not an alias of it."""
+    """Makes an update change inputs of the graph themselves, where it would change aliases of them."""
     aliases = [base for base in update.kwargs["_all_bases"] if is_call(base, aten.alias.default)]
     for alias in aliases:
         update.replace_input_with(alias, alias.args[0])
@@ -66,14 +69,14 @@ def _read_bases(update: fx.Node) -> None:
 
 
 def _product(grad: Any) -> fx.Node | None:
-    """The product that ``grad`` is, through a conversion to the dtype of the values; the update converts too."""
+    """Returns the product that ``grad`` is, perhaps converted, since updates convert too; None where others read it."""
     if len(grad.users) == 1 and is_call(grad, *CONVERT) and val(grad.args[0]).is_floating_point():
         grad = grad.args[0]
     return grad if is_call(grad, SAMPLED) and len(grad.users) == 1 else None
 
 
-def _take(product: fx.Node, update: fx.Node) -> fx.Node:
-    """The update with the factors of ``product`` in place of the gradient."""
+def _with_factors(product: fx.Node, update: fx.Node) -> fx.Node:
+    """Replaces the update by one that takes the factors of ``product`` instead of the gradient, and returns it."""
     factors = arguments(product)
     options: dict[str, Any] = {key: value for key, value in update.kwargs.items() if key != "grad"}
     options |= {name: factors[name] for name in ("left", "right", "offsets")}
@@ -86,7 +89,7 @@ def _take(product: fx.Node, update: fx.Node) -> fx.Node:
 
 
 def _move_up(update: fx.Node) -> None:
-    """To where the gradient is known and the old values are read no more."""
+    """Moves an update up to where the gradient is known and the old values are no longer read."""
     values = updated(update)["values"]
     gradient: list[Any] = [update.kwargs[name] for name in ("grad", "left", "right") if name in update.kwargs]
     latest = max([*gradient, *_readers(values, update)])
@@ -96,7 +99,7 @@ def _move_up(update: fx.Node) -> None:
 
 
 def _readers(values: fx.Node, update: fx.Node) -> list[fx.Node]:
-    """What reads the old values, itself or through a conversion."""
+    """Returns the nodes that read the old values, directly or through a conversion."""
     found = []
     for user in values.users:
         if user is update or is_call(user, aten.copy_.default):
@@ -108,7 +111,7 @@ def _readers(values: fx.Node, update: fx.Node) -> list[fx.Node]:
 
 
 def _small_inputs(update: fx.Node, latest: fx.Node) -> list[fx.Node]:
-    """What the update needs that comes after ``latest`` (its step count plus one), in order."""
+    """Returns the inputs of the update that come after ``latest`` in the graph (step count plus one), in order."""
     needed: set[fx.Node] = set()
     waiting = [update]
     while waiting:
@@ -120,26 +123,26 @@ def _small_inputs(update: fx.Node, latest: fx.Node) -> list[fx.Node]:
 
 
 def updates(graph: fx.Graph, *ops: object) -> list[fx.Node]:
-    """The calls of ``ops``, functionalized."""
+    """Returns the functionalized calls of ``ops``."""
     return [node for node in calls(graph, FUNCTIONALIZED) if node.args[0] in ops]
 
 
 def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
-    """(name of the node that holds its topology, the update) for each site updated in ``graph``."""
+    """Yields (name of the node that holds its topology, the update) for each site that is updated in ``graph``."""
     for node in updates(graph, SAMPLED_UPDATE):
         yield str(node.kwargs["topology"].name), node
     for node in updates(graph, UPDATE, TORCH_OPTIM):
-        source = _gradient(node.kwargs["grad"])
-        if source is not None:
-            yield source, node
+        topology = _topology_of_gradient(node.kwargs["grad"])
+        if topology is not None:
+            yield topology, node
 
 
-def _gradient(node: fx.Node) -> str | None:
-    """The topology of the site whose gradient ``node`` is."""
+def _topology_of_gradient(node: fx.Node) -> str | None:
+    """Returns the name of the topology of the site whose gradient ``node`` is; None where it cannot be told."""
     if is_call(node, SAMPLED, PACK):
         return str(arguments(node)["topology"].name)
     if is_call(node, aten.add.Tensor, *CONVERT):
-        return _gradient(node.args[0])
+        return _topology_of_gradient(node.args[0])
     return None
 
 

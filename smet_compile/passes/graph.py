@@ -1,4 +1,7 @@
-"""What the passes share: the ops they look for, and how a node is made.
+"""Provides what all passes need: the ops they look for, helpers to read and add nodes, and their report.
+
+A node's ``meta["val"]`` is the fake tensor for its result, from which shapes and dtypes are read. Helpers that add a
+node take ``like`` first: the node that it is put before, and whose ``meta`` it gets.
 
 Shape suffixes in the passes: S stacked matrices, T tokens, R rows, C cols of a weight.
 """
@@ -21,17 +24,17 @@ MASKED, SAMPLED = smet.masked_matmul.default, smet.sampled_matmul.default
 MM, ADDMM, BMM, GROUPED_MM = aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default
 PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
 
-_MADE_ANEW = ("val", "tensor_meta", "eager_input_vals")
+_META_NOT_COPIED = ("val", "tensor_meta", "eager_input_vals")
 
 
 @dataclass
 class PassReport:
-    """What one pass did: how often it fired, and where it did not, with the reason.
+    """Reports what one pass did.
 
     Args:
-        name: of the pass.
-        matched: number of rewrites.
-        skipped: (name of the node that holds a site's topology, reason) of each near miss.
+        name: the name of the pass.
+        matched: the number of rewrites.
+        skipped: (name of the node that holds a site's topology, reason) for each place that it left as it was.
     """
 
     name: str
@@ -44,26 +47,27 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 
 def calls(graph: fx.Graph, *targets: Any) -> list[fx.Node]:
-    """All calls of ``targets``, in the order of the graph."""
+    """Returns all calls of ``targets``, in the order of the graph."""
     return [node for node in graph.nodes if is_call(node, *targets)]
 
 
 def val(node: fx.Node) -> Any:
-    """The fake tensor that stands for what ``node`` computes."""
+    """Returns the fake tensor that stands for the result of ``node``."""
     return node.meta["val"]
 
 
 def add(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call of ``target`` just before ``like``, which carries the meta of ``like`` (recomputation among it)."""
+    """Adds a call of ``target`` before ``like``, with the meta of ``like`` (which says whether it is recomputed)."""
     with like.graph.inserting_before(like):
         node: fx.Node = like.graph.call_function(target, args, kwargs)
-    node.meta.update({key: value for key, value in like.meta.items() if key not in _MADE_ANEW})
+    node.meta.update({key: value for key, value in like.meta.items() if key not in _META_NOT_COPIED})
     with _fake_mode(args):
         node.meta["val"] = target(*map_arg(args, val), **map_arg(kwargs, val))
     return node
 
 
 def _fake_mode(args: Any) -> FakeTensorMode:
+    """Returns the mode of the first fake tensor among the arguments."""
     found: list[FakeTensorMode] = []
 
     def look(node: fx.Node) -> fx.Node:
@@ -76,7 +80,7 @@ def _fake_mode(args: Any) -> FakeTensorMode:
 
 
 def is_swap(node: Any) -> bool:
-    """Whether ``node`` exchanges the last two dimensions and does no more."""
+    """Tells whether ``node`` only exchanges the last two dimensions."""
     if not is_call(node, aten.permute.default):
         return False
     last = val(node).dim() - 1
@@ -84,7 +88,7 @@ def is_swap(node: Any) -> bool:
 
 
 def permuted(like: fx.Node, node: fx.Node) -> fx.Node:
-    """``node`` with its last two dimensions exchanged; a permutation undone instead of done twice."""
+    """Returns ``node`` with its last two dimensions exchanged. A node that does this itself gives its source."""
     if is_swap(node):
         source: fx.Node = node.args[0]  # type: ignore[assignment,unused-ignore]
         return source
@@ -93,14 +97,14 @@ def permuted(like: fx.Node, node: fx.Node) -> fx.Node:
 
 
 def flattened(like: fx.Node, node: fx.Node) -> fx.Node:
-    """(B, T, X) → (B T, X)."""
+    """Adds a view (B, T, X) → (B T, X)."""
     if not val(node).is_contiguous():
         node = add(like, aten.clone.default, node, memory_format=torch.contiguous_format)
     return add(like, aten.view.default, node, [-1, val(node).shape[2]])
 
 
 def unflattened(like: fx.Node, node: fx.Node, batch: fx.Node, tokens: int) -> fx.Node:
-    """(B T, X) → (B, T, X), as many B and T as ``batch`` has in its first dimension and in that of ``tokens``."""
+    """Adds a view (B T, X) → (B, T, X), with B and T the sizes of ``batch`` in its dimensions 0 and ``tokens``."""
     sizes = [_size(like, batch, dim) for dim in (0, tokens)]
     return add(like, aten.view.default, node, [*sizes, val(node).shape[1]])
 
@@ -111,29 +115,29 @@ def _size(like: fx.Node, node: fx.Node, dim: int) -> int | fx.Node:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """Returns the arguments of a call by the names of the op's schema, with the defaults of those left out."""
-    parameters = node.target._schema.arguments
-    values = [*node.args, *(each.default_value for each in parameters[len(node.args) :])]
-    return dict(zip((each.name for each in parameters), values, strict=True)) | dict(node.kwargs)
+    """Returns the arguments of a call by name, with the defaults of those that it leaves out."""
+    schema = node.target._schema.arguments
+    values = [*node.args, *(argument.default_value for argument in schema[len(node.args) :])]
+    return dict(zip((argument.name for argument in schema), values, strict=True)) | dict(node.kwargs)
 
 
 def updated(node: fx.Node) -> dict[str, Any]:
-    """Returns the arguments of an op that was functionalized, by name, with what it changes in its place."""
+    """Returns the arguments of a functionalized op by name, with the tensors that it changes, found by their index."""
     kwargs, bases = node.kwargs, node.kwargs["_all_bases"]
 
     def base(name: str) -> Any:
         length = kwargs.get(f"_{name}_length")
         if length is not None:
-            return [bases[kwargs[f"_{name}_{place}_base_index"]] for place in range(length)]
+            return [bases[kwargs[f"_{name}_{index}_base_index"]] for index in range(length)]
         number = kwargs.get(f"_{name}_base_index")
         return kwargs.get(name) if number is None else bases[number]
 
-    return {each.name: base(each.name) for each in node.args[0]._schema.arguments}
+    return {argument.name: base(argument.name) for argument in node.args[0]._schema.arguments}
 
 
 @dataclass(frozen=True)
 class SiteArgs:
-    """Holds the arguments by which an op names a site."""
+    """Holds the arguments that tell an op the topology of a site."""
 
     topology: fx.Node
     lists: fx.Node
@@ -142,8 +146,8 @@ class SiteArgs:
     @classmethod
     def of(cls, node: fx.Node) -> SiteArgs:
         """Reads them from a call of unpack, pack, masked_matmul or sampled_matmul."""
-        found = arguments(node)
-        return cls(found["topology"], found["lists"], found["layout"])
+        named = arguments(node)
+        return cls(named["topology"], named["lists"], named["layout"])
 
     @property
     def name(self) -> str:
@@ -154,7 +158,7 @@ class SiteArgs:
         return Layout.from_text(self.layout_text)
 
     def flat(self) -> SiteArgs:
-        """Returns a stack of one matrix as that matrix."""
+        """Returns the arguments with a two-dimensional layout where the weight is a stack of one matrix."""
         layout = self.layout
         shape = layout.matrix if layout.num_matrices == 1 else layout.shape
         return SiteArgs(self.topology, self.lists, Layout(shape, layout.matrix, layout.block_shape).text)
@@ -164,14 +168,14 @@ class SiteArgs:
 
 
 def operands(product: fx.Node) -> tuple[fx.Node | None, Any, Any]:
-    """bias, left, right."""
+    """Returns bias (None without one), left and right operand of a product."""
     args: Any = product.args
     bias, left, right, *_ = args if is_call(product, ADDMM) else (None, *args)
     return bias, left, right
 
 
 def weight_of(product: fx.Node) -> fx.Node | None:
-    """The unpack that is the right operand of ``product``, as it is or with its last two dimensions exchanged."""
+    """Returns the unpack that is the right operand of ``product``, perhaps transposed; None where there is none."""
     *_, right = operands(product)
     source = right.args[0] if is_swap(right) else right
     if not is_call(source, UNPACK) or not is_plain(product):
@@ -188,7 +192,7 @@ def weight_of(product: fx.Node) -> fx.Node | None:
 
 
 def is_plain(product: fx.Node) -> bool:
-    """No alpha, no beta; of a grouped product neither a bias nor another dtype."""
+    """Tells whether a product has no alpha and no beta, and a grouped product neither a bias nor another dtype."""
     if is_call(product, GROUPED_MM):
         more = [*product.args[3:], *(value for key, value in product.kwargs.items() if key != "offs")]
         return all(value is None for value in more)
@@ -196,7 +200,7 @@ def is_plain(product: fx.Node) -> bool:
 
 
 def offsets_of(product: fx.Node) -> fx.Node | None:
-    """Where the tokens of each matrix end, of a grouped product."""
+    """Returns the node with the rows at which each matrix's tokens end, for a grouped product; else None."""
     if not is_call(product, GROUPED_MM):
         return None
     offsets: Any = product.args[2] if len(product.args) > 2 else product.kwargs.get("offs")

@@ -1,10 +1,9 @@
-"""The order of the passes, the pass that Inductor sees, and how it gets there, beside what a user has put there."""
+"""Defines the order of the passes, and installs them in Inductor, after any pass that the user had set."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from smet_compile.ops import CompactWeight, library, saved_weights
+from smet_compile.ops.torch_insides import warn_once
 from smet_compile.passes import is_enabled
 from smet_compile.passes.canonicalize import canonicalize
 from smet_compile.passes.fuse_masked_matmul import fuse_masked_matmul
@@ -45,10 +45,10 @@ def run_passes(graph: fx.Graph, passes: Iterable[Pass] = PASSES) -> list[PassRep
 
 
 class JointPasses(CustomGraphPass):
-    """What Inductor calls: the passes a user had set before, then ours, if they are switched on.
+    """Runs, as the one pass that Inductor calls, the passes that the user had set, then ours if they are enabled.
 
     Args:
-        before: what was in ``joint_custom_pre_pass`` when ours were installed.
+        before: the passes in ``joint_custom_pre_pass`` when ours were installed.
     """
 
     def __init__(self, before: tuple[Any, ...] = ()) -> None:
@@ -63,8 +63,7 @@ class JointPasses(CustomGraphPass):
             mark_seen(graph)
 
     def uuid(self) -> Any:
-        """Changes with the source of this library, with the switch, and with the passes before; None where one of
-        those has no uuid, which tells Inductor not to cache."""
+        """Returns a key of our source, the switch and the user's passes, for Inductor's cache; None to not cache."""
         theirs = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.before]
         if any(uuid is None for uuid in theirs):
             return None
@@ -73,7 +72,7 @@ class JointPasses(CustomGraphPass):
 
 @functools.cache
 def source_hash() -> str:
-    """Of every source file that decides what a compiled graph computes: the passes, the ops and their autograd."""
+    """Returns a hash of every source file that decides what a compiled graph computes: format, ops and passes."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for room in ("format", "ops", "passes"):
@@ -82,11 +81,8 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-_warned: set[str] = set()
-
-
 def install() -> None:
-    """Sets ``torch._inductor.config.joint_custom_pre_pass``, chained behind what it holds. Twice is as once."""
+    """Sets ``torch._inductor.config.joint_custom_pre_pass``, keeping the user's. A second call has no effect."""
     library.on_unseen_graph = _warn_unseen
     for function in (CompactWeight.forward, *saved_weights.RUN_IN_EAGER):
         _never_by_itself(function)
@@ -97,10 +93,10 @@ def install() -> None:
 
 
 def _never_by_itself(function: Any) -> None:
-    """Dynamo may trace ``function`` into a graph, but not start one with it.
+    """Keeps Dynamo from starting a graph with ``function``; it may still trace it as part of one.
 
-    After a graph break it would compile what reads a weight to a graph that returns the dense weight, and autograd
-    would keep that: in eager it is not kept.
+    After a graph break Dynamo would compile the read of a weight to a graph that returns the dense weight, which
+    autograd would save. In eager mode it is not saved.
     """
     set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
@@ -111,7 +107,7 @@ def _holds_ours(current: Any) -> bool:
 
 
 def _warn_unseen() -> None:
-    """A compiled graph runs that the passes never saw: once a reason, say which."""
+    """Warns, once for each reason, that a compiled graph runs which the passes did not see."""
     if not is_enabled():
         return
     if _holds_ours(inductor.joint_custom_pre_pass):
@@ -125,10 +121,7 @@ def _warn_unseen() -> None:
             "torch._inductor.config.joint_custom_pre_pass was set to another pass after sparsify; set yours before, "
             "or call smet_compile.passes.pipeline.install() afterwards, which chains the two"
         )
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"smet_compile: a compiled graph runs without the passes: {reason}. It is right, but dense weights and "
-            "gradients are in memory",
-            stacklevel=2,
-        )
+    warn_once(
+        f"smet_compile: a compiled graph runs without the passes: {reason}. It is right, but dense weights and "
+        "gradients are in memory"
+    )

@@ -1,12 +1,12 @@
-"""recompute_unpack: no dense weight is saved for backward, whatever reads it.
+"""Marks unpacked weights for recomputation, so that no dense weight is saved for backward, whatever reads it.
 
     dense = unpack(values, ...)                     dense = unpack(values, ...)   # MUST_RECOMPUTE
     y = convolution(x, dense)            →          y = convolution(x, dense)
     gx = convolution_backward(gy, x, dense)         gx = convolution_backward(gy, x, dense)
 
-The partitioner then unpacks again in backward instead of keeping ``dense``, or what is computed from it alone and is as
-large (a scaled or normalized weight, autocast's copy of it). Autograd has been traced when passes run, so the sinks,
-which only autograd needs, are taken off as well.
+The partitioner then unpacks again in backward instead of saving ``dense``, or a tensor of its size that is computed
+from it alone (a scaled or normalized weight, autocast's copy). The sinks are removed as well: only autograd needs them,
+and it has been traced before passes run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from smet_compile.passes.graph import UNPACK, PassReport, arguments, aten, calls, prims, val
 
 _AFTER_ALL_REGIONS = 2**40
-"""An output of one checkpointed region that a later one reads is saved; this is read by no later one."""
+"""A number above that of every checkpointed region: torch saves an output of one region that a later region reads."""
 
 _CHEAP_TAGS = {"pointwise", "reduction"}
 _MOVES: tuple[Any, ...] = (aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default, aten.cat.default)
@@ -29,11 +29,13 @@ _MOVES += (aten.flip.default, aten.roll.default, prims.rev.default)
 
 
 def must_recompute(node: fx.Node) -> None:
+    """Makes the partitioner compute ``node`` again in backward."""
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     node.meta["ac_graph_id"] = _AFTER_ALL_REGIONS
 
 
 def recompute_unpack(graph: fx.Graph) -> PassReport:
+    """Marks every unpack and what is computed from it alone, and removes the sinks."""
     report = PassReport("recompute_unpack")
     for node in calls(graph, UNPACK):
         known = arguments(node) | {"update_sink": None, "growth_sink": None, "traced": False}
@@ -49,7 +51,7 @@ def recompute_unpack(graph: fx.Graph) -> PassReport:
 
 
 def _derived(weight: fx.Node) -> list[fx.Node]:
-    """What is computed from ``weight`` and inputs of the graph alone, without a product, and is as large."""
+    """Returns nodes as large as ``weight`` that are cheaply computed from it and inputs of the graph alone."""
     found = {weight: True}
     waiting = [weight]
     while waiting:
@@ -66,7 +68,7 @@ def _is_known(node: fx.Node, found: dict[fx.Node, bool]) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    """Whether it costs about as much to compute as to read."""
+    """Tells whether computing a node takes about as long as reading its result."""
     op = node.target
     if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
         return op is operator.getitem
@@ -80,6 +82,6 @@ def _size(node: fx.Node) -> int | None:
 
 
 def mark_seen(graph: fx.Graph) -> None:
-    """What is left to do where the passes are switched off: nobody is to be warned that they did not run."""
+    """Suppresses the warning of a graph that the passes did not see, where they are turned off."""
     for node in calls(graph, UNPACK):
         node.args = tuple((arguments(node) | {"traced": False}).values())

@@ -1,6 +1,6 @@
-"""verify: what became of each site, and where something was not fused, why.
+"""Finds out what became of each site, and why something was not fused. The graph is not changed.
 
-Changes nothing. What is left as ``unpack`` or ``pack`` was not fused; who reads it says the reason.
+An ``unpack`` or ``pack`` that is left was not fused; the node that reads it, or that it reads, tells the reason.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", 
 PARTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE)
 FUSED = "fused"
 
-_LOOKS_UP: tuple[Any, ...] = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
-_LOOKS_UP += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.default)
+_LOOKUPS: tuple[Any, ...] = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
+_LOOKUPS += (aten.select.int, aten.unbind.int, aten.embedding_dense_backward.default)
 
 
 @dataclass
 class Outcome:
-    """For one site: part → "fused", or the reasons why it is not. A part that a graph has not is missing.
+    """Holds for one site part → "fused", or the reasons why it is not. Parts that the graph does not have are missing.
 
     ``kernels``: part → the names of the kernels that compute what is fused.
     """
@@ -52,17 +52,19 @@ class Outcome:
     parts: dict[str, list[str]] = field(default_factory=dict)
     kernels: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, part: str, what: str, kernel: str | None = None) -> None:
-        for found, new in ((self.parts, what), (self.kernels, kernel)):
+    def add(self, part: str, result: str, kernel: str | None = None) -> None:
+        """Adds a result, "fused" or a reason, to a part."""
+        for found, new in ((self.parts, result), (self.kernels, kernel)):
             if new is not None and new not in found.setdefault(part, []):
                 found[part].append(new)
 
     @property
     def reasons(self) -> list[str]:
-        return [f"{part}: {what}" for part, said in self.parts.items() for what in said if what != FUSED]
+        return [f"{part}: {result}" for part, results in self.parts.items() for result in results if result != FUSED]
 
 
 def verify(graph: fx.Graph) -> PassReport:
+    """Counts the sites that are wholly fused, and reports the reasons for the others."""
     report = PassReport("verify")
     for name, outcome in outcomes(graph).items():
         report.matched += not outcome.reasons
@@ -71,26 +73,26 @@ def verify(graph: fx.Graph) -> PassReport:
 
 
 def outcomes(graph: fx.Graph) -> dict[str, Outcome]:
-    """What became of each site, by the name of the node that holds its topology."""
+    """Returns the outcome for each site, by the name of the node that holds its topology."""
     backward = _backward(graph)
     found: dict[str, Outcome] = {}
 
-    def at(node: fx.Node) -> Outcome:
+    def outcome_of(node: fx.Node) -> Outcome:
         return found.setdefault(SiteArgs.of(node).name, Outcome())
 
     for node in calls(graph, MASKED):
         part, known = INPUT_GRADIENT if node in backward else FORWARD, arguments(node)
         num_active = val(known["values"]).shape[0]
-        at(node).add(part, FUSED, _kernel("masked_matmul", known["values"], num_active, known))
+        outcome_of(node).add(part, FUSED, _kernel("masked_matmul", known["values"], num_active, known))
     for node in calls(graph, UNPACK):
         for user, reason in _reasons(node):
-            at(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
+            outcome_of(node).add(INPUT_GRADIENT if user in backward else FORWARD, reason)
     for node in calls(graph, SAMPLED):
         known = arguments(node)
         kernel = _kernel("sampled_matmul", known["left"], known["num_active"], known)
-        at(node).add(WEIGHT_GRADIENT, FUSED, kernel)
+        outcome_of(node).add(WEIGHT_GRADIENT, FUSED, kernel)
     for node in calls(graph, PACK):
-        at(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
+        outcome_of(node).add(WEIGHT_GRADIENT, _gradient_reason(node))
     for name, update in updated_sites(graph):
         outcome = found.setdefault(name, Outcome())
         outcome.add(UPDATE, FUSED, "torch" if update.args[0] is TORCH_OPTIM else update_kernel_of(update))
@@ -111,7 +113,7 @@ def _kernel(op: str, node: fx.Node, num_active: Any, known: dict[str, Any]) -> s
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """Every node that depends on the gradient of an output."""
+    """Returns every node that depends on the gradient of an output."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_tangent = node.op == "placeholder" and node.name.startswith("tangents")
@@ -121,6 +123,7 @@ def _backward(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _reasons(unpack: fx.Node) -> Iterator[tuple[fx.Node, str]]:
+    """Yields each reader of a dense weight, through any views, and why it is not fused."""
     whole = View(tuple("?" * val(unpack).dim()))
     for _, user, _ in uses(unpack, whole):
         yield user, _reason(user)
@@ -132,7 +135,7 @@ def _reason(user: fx.Node) -> str:
         return "the dense weight is returned or crosses a graph break"
     if "convolution" in name:
         return "read by a convolution"
-    if is_call(user, *_LOOKS_UP):
+    if is_call(user, *_LOOKUPS):
         return f"rows or matrices of it are looked up ({name}), as an embedding or data-dependent experts do"
     if is_call(user, MASKED, SAMPLED):
         return "multiplied with another compact weight, which is fused in its place"
@@ -151,7 +154,7 @@ def _gradient_reason(pack: fx.Node) -> str:
 
 
 def _name(node: Any) -> str:
-    """Of the op; of one of its results, the op that has several."""
+    """Returns the name of a node's op; for one of several results, that of the op which has them."""
     if getattr(node.target, "__name__", "") == "getitem":
         return _name(node.args[0])
     return str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))

@@ -1,7 +1,7 @@
-"""Which dimension of a weight is which, through the views and conversions that lie between it and its use.
+"""Follows a weight through the views and conversions between it and its use, and tells which dimension is which.
 
-A view is described by labels, one per dimension: "S" (stacked matrices), "R", "C", "1" for a dimension of size one,
-"B" for one that the weight was expanded along.
+A view is described by labels, one per dimension: "S" for the stacked matrices, "R" rows, "C" columns, "1" for a
+dimension of size one, "B" for one that the weight was expanded along.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Labels = tuple[str, ...]
 CONVERT = (prims.convert_element_type.default, aten._to_copy.default)
 _RESHAPE: tuple[Any, ...] = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 _RESHAPE += (aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-_SAME = (aten.clone.default, aten.alias.default, aten.detach.default)
+_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 _WHOLE = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class View:
-    """What a node holds of a weight.
+    """Describes which part of a weight a node holds, and in which form.
 
     Args:
-        labels: of its dimensions.
-        dtypes: conversions on the way, in order.
+        labels: names of its dimensions.
+        dtypes: the conversions between the weight and the node, in order.
         rows: (first, end) where only those rows of the matrix are left.
     """
 
@@ -42,7 +42,7 @@ class View:
 
 
 def whole(layout: Layout) -> View | None:
-    """The weight itself; None where its dimensions are not those of matrices (a convolution's, a vector's)."""
+    """Returns the view that is the weight itself; None where labels cannot name its dimensions (a convolution's)."""
     if tuple(layout.matrix) != tuple(layout.shape[-2:]) or 1 in layout.matrix or len(layout.shape) > 3:
         return None
     stack = ("S",) if layout.num_matrices > 1 else ("1",)
@@ -50,7 +50,7 @@ def whole(layout: Layout) -> View | None:
 
 
 def through(view: View, node: fx.Node, source: fx.Node) -> View | None:
-    """What ``node``, a user of ``source`` which holds ``view``, holds of the weight; None where it is no view of it."""
+    """Returns the view that ``node`` holds, a user of ``source``, which holds ``view``; None where it is no view."""
     if is_call(node, aten.permute.default):
         return replace(view, labels=tuple(view.labels[dim] for dim in node.args[1]))
     if is_call(node, aten.t.default) or is_call(node, aten.transpose.int):
@@ -61,7 +61,7 @@ def through(view: View, node: fx.Node, source: fx.Node) -> View | None:
         return _expanded(view, source, node)
     if is_call(node, *CONVERT):
         return _converted(view, node)
-    if is_call(node, *_SAME):
+    if is_call(node, *_COPIES):
         return view
     if is_call(node, aten.slice.Tensor):
         return _sliced(view, source, *node.args[1:])
@@ -75,11 +75,11 @@ def _transposed(labels: Labels, first: int = 0, second: int = 1) -> Labels:
 
 
 def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
-    """Through a reshape that only adds or removes dimensions of size one."""
+    """Returns the view after a reshape; None unless it only adds or removes dimensions of size one."""
     kept = [(label, size) for label, size in zip(view.labels, val(source).shape, strict=True) if label != "1"]
     labels = []
     for size in val(node).shape:
-        if kept and _same(kept[0][1], size):
+        if kept and _are_equal(kept[0][1], size):
             labels.append(kept.pop(0)[0])
         elif is_one(size):
             labels.append("1")
@@ -88,20 +88,20 @@ def relabeled(view: View, source: fx.Node, node: fx.Node) -> View | None:
     return None if kept else replace(view, labels=tuple(labels))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
     return bool(a is b or (isinstance(a, int) and isinstance(b, int) and a == b))
 
 
 def is_one(size: Any) -> bool:
-    return _same(size, 1)
+    return _are_equal(size, 1)
 
 
 def _expanded(view: View, source: fx.Node, node: fx.Node) -> View | None:
-    """Along dimensions of size one, which the weight is then repeated over."""
+    """Returns the view after an expand, which repeats the weight along dimensions of size one."""
     new = len(val(node).shape) - len(view.labels)
     old = ("1",) * new + view.labels
     sizes = (1,) * new + tuple(val(source).shape)
-    grown = [not _same(a, b) for a, b in zip(sizes, val(node).shape, strict=True)]
+    grown = [not _are_equal(a, b) for a, b in zip(sizes, val(node).shape, strict=True)]
     return replace(view, labels=tuple("B" if more else label for label, more in zip(old, grown, strict=True)))
 
 
@@ -126,7 +126,7 @@ def _sliced(
 
 
 def _part(view: View, node: fx.Node, source: fx.Node) -> View | None:
-    """One part of a split along the rows. ``node`` is the getitem, ``source`` holds the weight that was split."""
+    """Returns the view that is a part of a split along the rows; ``node`` is its getitem, ``source`` was split."""
     if node.target is not operator.getitem or not is_call(node.args[0], *SPLITS):
         return None
     split = node.args[0]
@@ -137,5 +137,5 @@ def _part(view: View, node: fx.Node, source: fx.Node) -> View | None:
 
 
 def padded(like: fx.Node, node: fx.Node, rows: tuple[int, int], num_rows: int) -> fx.Node:
-    """(T, end - first) → (T, R), zeros where the weight's other rows are."""
+    """Pads (T, end - first) to (T, R), with zeros for the weight's other rows."""
     return add(like, aten.constant_pad_nd.default, node, [rows[0], num_rows - rows[1]], 0.0)

@@ -1,4 +1,4 @@
-"""Each check takes what means the number, gives plain Python back, and refuses the rest by a full sentence."""
+"""Each check takes every form of a number, returns plain Python, and refuses all else with a full sentence."""
 
 from collections.abc import Callable
 from fractions import Fraction

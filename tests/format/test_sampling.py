@@ -18,7 +18,7 @@ def generator(seed: int) -> torch.Generator:
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[Layout, torch.Tensor, torch.Tensor, int]:
-    """A layout, what is active, what is taken (at least that), and how many to draw."""
+    """Draws a layout, the active blocks, the taken ones (at least those), and how many to draw."""
     stack, rows, cols = draw(st.integers(1, 3)), draw(SIDES), draw(SIDES)
     layout = Layout.of((stack, 4 * rows, 4 * cols - 1), (4, 4))
     bits = st.lists(st.booleans(), min_size=layout.num_blocks, max_size=layout.num_blocks)
@@ -63,7 +63,7 @@ def test_an_empty_grid_fills_evenly(stack: int, rows: int, cols: int, data: st.D
 
 
 def test_every_block_has_its_turn() -> None:
-    """Even, and random still: over many seeds each block is drawn as often as any other, within five deviations."""
+    """Over many seeds each block is drawn as often as any other, within five standard deviations."""
     layout, tries = Layout.of((16, 24), (4, 4)), 2000
     empty = torch.zeros(layout.num_blocks, dtype=torch.bool)
     times = torch.zeros(layout.num_blocks)
@@ -82,7 +82,7 @@ def test_uniform_draws(free: int, count: int) -> None:
 
 
 def test_a_large_grid_takes_no_time() -> None:
-    """A 7B model's largest weight in tiles of 16: below a second, since there are hundreds of them."""
+    """A 7B model's largest weight in tiles of 16 takes less than a second, since there are hundreds of weights."""
     layout = Layout.of((11008, 4096), (16, 16))
     empty = torch.zeros(layout.num_blocks, dtype=torch.bool)
     start = time.process_time()

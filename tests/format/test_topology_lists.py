@@ -1,4 +1,4 @@
-"""The derived lists, against a plain reading of the mask."""
+"""Compares the derived lists with a plain reading of the mask."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda lay: f"{lay.shape}-{lay.block_shape}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.shape}-{layout.block_shape}")
 def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
     mask = torch.rand(layout.num_blocks, generator=torch.Generator().manual_seed(0)) < density
     mask[-1] = True  # a weight keeps at least one block
@@ -47,7 +47,7 @@ def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
 
 
 def test_the_index_is_within_its_budget() -> None:
-    """At most 0.16 bytes a dense weight for single weights, 16 bytes a block for tiles; with the bits."""
+    """Bits and lists take at most 0.16 bytes a dense weight for single weights, 16 bytes a block for tiles."""
     single = Layout((2048, 5461), (2048, 5461), (1, 1))
     num_active = single.num_active(0.25)
     index = empty_lists(single, num_active, torch.device("meta"))

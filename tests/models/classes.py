@@ -1,4 +1,4 @@
-"""Small random configurations of real model classes, each with a batch and what should become compact."""
+"""Lists small random configurations of real model classes, with a batch and the weights that become compact."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Whole models made sparse and trained, eagerly or compiled, and their losses."""
+"""Makes whole models sparse, trains them eagerly or compiled, and compares their losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ LossFn = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """As the model computes it: in fp32, whatever its weights are."""
+    """Returns the model's own loss, which is in fp32, whatever its weights are."""
     return model(**batch).loss
 
 
 def loss_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """In the dtype of the weights."""
+    """Computes the loss in the dtype of the weights."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if hasattr(model, "get_encoder") and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -34,7 +34,7 @@ def loss_of_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained.
+    """Says how a model is trained.
 
     Args:
         name: in REAL_MODELS. block_shape, grow: of the topology. lengths: of the sequences, step after step.
@@ -60,7 +60,7 @@ class Setting:
         return smet.sparsify(model, density=0.4, block_shape=self.block_shape)
 
     def _configured(self, model: Any) -> nn.Module:
-        """Without dropout; no two heads share a key, so that no weight is half as large as another."""
+        """Removes dropout, and lets no two heads share a key, so that no weight is half as large as another."""
         config = model.config
         chosen = {name: 0.0 for name, value in config.to_dict().items() if "drop" in name and type(value) is float}
         chosen |= {"num_key_value_heads": 2} if hasattr(config, "num_key_value_heads") else {}
@@ -89,7 +89,7 @@ class Trained:
 
 
 def train(setting: Setting, how: str = "eager", **compile_options: Any) -> Trained:
-    """``how``: "eager"; "loop", with ``torch.compile`` and two calls; "step", with ``compile_train_step``."""
+    """Trains by ``how``: "eager"; "loop" (``torch.compile``, two calls); or "step" (``compile_train_step``)."""
     torch._dynamo.reset()
     model = setting.make()
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5, stochastic_rounding=False)

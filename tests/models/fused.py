@@ -1,4 +1,4 @@
-"""What the compiler made of a model's sites: which parts are fused, and what has the size of a dense weight."""
+"""Checks which parts of a model's sites are fused, and whether anything has the size of a dense weight."""
 
 from collections.abc import Iterable
 
@@ -13,19 +13,19 @@ PARTS = {FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT}
 
 
 def graphs_with_sites(model: nn.Module, capture: Capture) -> list[Captured]:
-    """Dynamo gives up a graph and starts again where it finds a number to be dynamic: such a one has no joint graph."""
+    """Returns the graphs that read sites. One that Dynamo gave up, since a number was dynamic, has no joint graph."""
     return [graph for graph in capture.graphs if graph.joint is not None and outcomes_by_site(model, graph)]
 
 
 def outcomes_by_site(model: nn.Module, graph: Captured) -> dict[str, dict[str, list[str]]]:
-    """Site → part → "fused" or why not, of the sites that ``graph`` reads."""
+    """Returns site → part → "fused" or why not, for the sites that ``graph`` reads."""
     names = {id(site.compact.topology): name for name, site in find_sites(model).items()}
     assert graph.joint is not None
     return {names[id(graph.input_of(node))]: out.parts for node, out in outcomes(graph.joint.graph).items()}
 
 
 def assert_fused(trained: Trained, capture: Capture, *, update: bool | None = None) -> None:
-    """One graph holds every site, each of them fused in all its parts, and makes nothing of a dense weight's size.
+    """Checks that one graph holds every site, fused in all parts, and makes nothing of a dense weight's size.
 
     ``update``: whether updates are among the parts; default: in a compiled train step.
     """
@@ -38,21 +38,21 @@ def assert_fused(trained: Trained, capture: Capture, *, update: bool | None = No
 
 
 def assert_parts_fused(trained: Trained, capture: Capture) -> None:
-    """A model that breaks into several graphs: together they hold every site, and in each of them all is fused."""
+    """Checks that several graphs of a model together hold every site, and that in each of them all is fused."""
     graphs = graphs_with_sites(trained.model, capture)
     found = [outcomes_by_site(trained.model, graph) for graph in graphs]
     assert len(graphs) > 1 and set().union(*found) == set(find_sites(trained.model))
-    assert all(said == [FUSED] for sites in found for parts in sites.values() for said in parts.values())
+    assert all(results == [FUSED] for sites in found for parts in sites.values() for results in parts.values())
 
 
 def outputs(half: fx.GraphModule | None) -> list[fx.Node]:
-    """Of a forward: its results and what it saves for backward."""
+    """Returns the outputs of a forward graph: its results and the tensors that it saves for backward."""
     assert half is not None
     return half.graph.output_node().all_input_nodes
 
 
 def weight_sized(model: nn.Module, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Those of ``nodes`` that compute as many entries as some site's dense weight has, or one matrix of it."""
+    """Returns the nodes that compute as many entries as some site's dense weight has, or one matrix of it."""
     layouts = [site.layout for site in find_sites(model).values()]
     sizes = {x.rows * x.cols * count for x in layouts for count in (1, x.num_matrices)}
     found = []

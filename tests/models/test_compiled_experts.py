@@ -1,4 +1,4 @@
-"""A mixture of experts, compiled: each of the ways in which transformers multiplies its experts."""
+"""Tests compiled mixtures of experts, in each of the ways in which transformers multiplies its experts."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def mixtral(experts: str, dtype: torch.dtype, block_shape: int, **more: Any) -> 
 
 @pytest.fixture
 def exact_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers' own takes the softmax in fp32 whatever the dtype: a dense model too then differs by 1e-7."""
+    """Replaces transformers' router: its softmax is always in fp32, by which a dense model too differs by 1e-7."""
 
     def forward(self: MixtralTopKRouter, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
@@ -79,7 +79,7 @@ def test_other_products_are_recomputed(setting: Setting, how: str, reason: str, 
 
 
 def test_products_that_depend_on_data(exact_router: None) -> None:
-    """One product per expert that has a token: Dynamo breaks the graph, and leaves the experts to eager mode."""
+    """With a product for each expert that has a token, Dynamo breaks the graph and leaves experts to eager mode."""
     setting = mixtral("eager", torch.float64, 16)
     capture = Capture()
     compiled = train(setting, "step", backend=capture)

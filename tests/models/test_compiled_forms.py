@@ -1,4 +1,4 @@
-"""Whole models compiled in other ways: growth by gradient, changing lengths, checkpointing, generated code."""
+"""Tests whole compiled models with growth by gradient, changing lengths, checkpointing and generated code."""
 
 from dataclasses import replace
 from typing import Any

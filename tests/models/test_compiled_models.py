@@ -1,4 +1,4 @@
-"""Whole models through transformers, compiled: every matrix fused, and the losses those of eager."""
+"""In whole compiled models of transformers every matrix is fused, and the losses are those of eager mode."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Real model classes through their whole life: sparsify, train, update, checkpoint, export."""
+"""Takes real model classes through their whole life: sparsify, train, update, checkpoint, export."""
 
 import copy
 from fnmatch import fnmatch

@@ -1,4 +1,4 @@
-"""Plain torch models: a CNN by include, attention, a transformer encoder with its fast path in eval."""
+"""Tests plain torch models: a CNN by include, attention, a transformer encoder with its fast path in eval."""
 
 import copy
 from typing import Any

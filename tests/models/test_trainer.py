@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, unmodified: accumulation, clipping, activation checkpointing, autocast."""
+"""Tests Hugging Face's Trainer, unmodified: accumulation, clipping, activation checkpointing, autocast."""
 
 from pathlib import Path
 from typing import Any

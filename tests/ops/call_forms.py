@@ -1,4 +1,4 @@
-"""One linear map, written in the ways that models write it."""
+"""Provides one linear map, written in the ways that models write it."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ FORMS: dict[str, Apply] = {
 
 
 class FormLinear(nn.Linear):
-    """A linear that reads its weight once a call and applies it in the given form."""
+    """Is a linear layer that reads its weight once a call and applies it in the given form."""
 
     def __init__(self, num_inputs: int, num_outputs: int, form: str, bias: bool) -> None:
         super().__init__(num_inputs, num_outputs, bias=bias)

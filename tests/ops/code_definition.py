@@ -1,4 +1,4 @@
-"""A step with 8-bit moments written entry by entry, in plain Python from the specification of the codes.
+"""Defines a step with 8-bit moments entry by entry, in plain Python from the specification of the codes.
 
 Only the arithmetic of AdamW on decoded moments is the rule's own.
 """
@@ -66,7 +66,7 @@ def noise_at(seed: int, step: int, stream: int, position: int) -> int:
 
 @dataclass
 class Coded:
-    """One parameter, flat; ``position`` and ``group`` of each entry, and the ``block`` it is part of."""
+    """Holds one flat parameter, with ``position``, ``group`` and ``block`` of each entry."""
 
     values: Tensor
     codes: list[Tensor]

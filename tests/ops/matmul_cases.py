@@ -1,4 +1,4 @@
-"""Compact weights for products: awkward sizes, every kind of mask. The dense side is written from the specification."""
+"""Provides compact weights for products, of awkward sizes and masks. The dense side follows the specification."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ MASKS = ["random", "one", "all", "gaps"]
 
 @dataclass(frozen=True)
 class Case:
-    """A weight both ways: ``dense`` (S, R, C) in fp64, and what the ops take."""
+    """Holds a weight as ``dense`` (S, R, C) in fp64, and as the arguments of the ops."""
 
     grid: Grid
     mask: Tensor
@@ -39,11 +39,11 @@ class Case:
         return self.grid.gather(self.dense.view(self.grid.shape), self.mask).to(dtype)
 
     def gather(self, dense_SRC: Tensor) -> Tensor:
-        """The active blocks of a product, as the op should give them."""
+        """Returns the active blocks of a product, as the op should."""
         return self.grid.gather(dense_SRC.reshape(self.grid.shape), self.mask)
 
     def tokens(self, num_tokens: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """(T, size), or (S, T, size) for a stack."""
+        """Draws (T, size), or (S, T, size) for a stack."""
         num_matrices = self.dense.shape[0]
         leading = (num_matrices,) if num_matrices > 1 else ()
         return torch.randn(*leading, num_tokens, size, dtype=torch.float64).to(dtype)
@@ -72,5 +72,5 @@ def case(shape: str, block_shape: tuple[int, int], mask_kind: str = "random") ->
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, by that of what is expected."""
+    """Returns the root mean square of the difference, relative to that of the expected tensor."""
     return float((actual.double() - expected).norm() / expected.norm())

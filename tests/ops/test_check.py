@@ -1,4 +1,4 @@
-"""What a product is given is looked at before a kernel takes it by its address."""
+"""The arguments of a product are checked before a kernel reads them by their address."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""AdamW's update in plain torch on 8-bit moments, against the definition written entry by entry: the same bits."""
+"""AdamW's update in plain torch on 8-bit moments gives the same bits as the definition written entry by entry."""
 
 import copy
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ PLAIN = {"matrix": (7, 411), "vector": (5,), "scalar": (), "transposed": (70, 40
 
 @dataclass
 class Case:
-    """What the op takes, and the same entry by entry. The second group of larger weights has no active block."""
+    """Holds the op's arguments, and the same entry by entry. The second group of larger weights has no active block."""
 
     values: Tensor
     state: list[Any]
@@ -46,7 +46,7 @@ class Case:
     coded: Coded
 
     def step(self, grad: Tensor, seed: int | None) -> int:
-        """A step of both; returns the number of blocks that the op skipped."""
+        """Makes a step of both, and returns the number of blocks that the op skipped."""
         num_skipped, step = self.state[3:]
         before = int(num_skipped)
         self.update(grad, torch.tensor(0.1, dtype=torch.float64), seed)
@@ -135,7 +135,7 @@ def case(name: str) -> Case:
 
 
 def gradient(each: Case) -> Tensor:
-    """Of many sizes, some zero, and zero where the values are: over the edge."""
+    """Draws a gradient of many magnitudes, with some zeros, and zero where the values are zero: over the edge."""
     size = torch.rand(each.values.shape, dtype=torch.float64).mul(-30).exp2().float()
     grad = torch.randn(each.values.shape) * size * (torch.rand(each.values.shape) < 0.9)
     return torch.where(each.values == 0, 0.0, grad)
@@ -158,7 +158,7 @@ def test_equals_the_definition(name: str, seed: int | None) -> None:
 @seeds
 @every_case
 def test_gradients_that_are_not_finite(name: str, seed: int | None) -> None:
-    """Of some blocks: a whole group of them stays bit for bit, in other groups the scale is that of all blocks."""
+    """A group in which no gradient is finite stays bit for bit; in other groups the scale is that of all blocks."""
     each = case(name)
     each.step(gradient(each), seed)
     grad = gradient(each)

@@ -14,7 +14,7 @@ ALL = torch.arange(256, dtype=torch.uint8)
 
 
 def numbers(kind: CodeFormat) -> Tensor:
-    """What codes 0 ... largest stand for relative to the scale, by arithmetic: exponents of 3 bits of mantissa."""
+    """Computes the numbers for codes 0 ... largest, relative to the scale, from exponents and 3 bits of mantissa."""
     upper = torch.arange(1, kind.largest + 1) + kind.offset
     return torch.cat([torch.zeros(1), (1 + upper % 8 / 8) * 2.0 ** (upper // 8 - 127)])
 
@@ -39,7 +39,7 @@ def test_the_root_of_a_square_has_the_range_of_the_moment() -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @every_format
 def test_every_code_comes_back(kind: CodeFormat, scale: float) -> None:
-    """To nearest; with noise too, but for the chance of 2^-20 where the scale times the number had to be rounded.
+    """It does so to nearest, and with noise, up to a chance of 2^-20 where scale times number had to be rounded.
     The one with a sign and no magnitude comes back as zero."""
     once = torch.where(ALL == 128, 0, ALL) if kind.signed else ALL
     for bits in (None, torch.zeros(256, dtype=torch.int64) + 2**19):
@@ -58,7 +58,7 @@ def test_larger_numbers_get_no_smaller_codes(kind: CodeFormat, with_noise: bool)
 
 @every_format
 def test_nearest_is_nearest(kind: CodeFormat) -> None:
-    """Halves go up; of the moment without a sign nothing but zero goes down to zero."""
+    """Halves are rounded up; of an unsigned moment only zero itself becomes zero."""
     x = torch.rand(20_000, dtype=torch.float64).pow(8).float()
     table = numbers(kind)
     middles = (table[1:] + table[:-1]) / 2
@@ -72,7 +72,7 @@ def test_nearest_is_nearest(kind: CodeFormat) -> None:
 @pytest.mark.parametrize("x", [0.9, 0.03, 1.3 * 2**-16, 0.2 * 2**-16, 1e-9])
 @every_format
 def test_noise_rounds_right_on_average(kind: CodeFormat, x: float) -> None:
-    """Within five standard errors; what lies below the smallest square goes up, and that only."""
+    """It is right within five standard errors, except that squares below the smallest code are rounded up."""
     num = 200_000
     got = decode(encode(torch.full((num,), x), torch.tensor(1.0), kind, noise(num)), torch.tensor(1.0), kind).double()
     assert len(got.unique()) <= 2

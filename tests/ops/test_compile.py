@@ -1,4 +1,4 @@
-"""A plain torch.compile, without code generation: equal to eager, compiled once for all topologies."""
+"""A plain torch.compile, without code generation, equals eager mode and is compiled once for all topologies."""
 
 import copy
 from typing import Any

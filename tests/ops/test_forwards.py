@@ -57,7 +57,7 @@ class Owner(nn.Module):
 
 
 def broken_off(module: nn.Module, error: type[BaseException]) -> None:
-    """A forward that reads the weight, raises, and whose error is caught."""
+    """Runs a forward that reads the weight and raises, and catches the error."""
 
     def read_and_raise(module: nn.Module, args: Any) -> None:
         module.weight.sum()
@@ -88,7 +88,7 @@ def sparse_and_plain(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def check(model: nn.Module, call: Call = directly) -> None:
-    """No dense weight outlives the forward, and gradients are those of the dense twin."""
+    """Checks that no dense weight outlives the forward, and that gradients are those of the dense twin."""
     sparse, plain = sparse_and_plain(model)
     x = torch.randn(5, SIZE, requires_grad=True)
     with WeightSized(dense_sizes(sparse)) as seen:
@@ -127,7 +127,7 @@ def test_a_part_of_the_model_alone(outer: Call) -> None:
 
 
 def test_one_weight_at_a_time_in_the_backward_of_a_checkpointed_owner() -> None:
-    """The one that the last product reads for its own backward, when that asks for the segment anew."""
+    """The only dense weight alive is the one that the last product reads for its backward, in the segment run again."""
     model = smet.sparsify(Owner(3), density=0.5, include="*weight")
     alive: list[set[int]] = []
     with WeightSized(dense_sizes(model)) as seen:
@@ -147,7 +147,7 @@ def test_a_child_that_raises_and_a_parent_that_goes_on(depth: int, error: type[B
 
 
 class Deep(nn.Module):
-    """A chain of owners, any of which may raise ``error``."""
+    """Is a chain of owners of weights, any of which may raise ``error``."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def test_an_interrupt_at_any_depth_leaves_no_hooks(depth: int, error: type[BaseE
 
 
 def test_torch_names_the_function_that_calls_hooks_as_it_did() -> None:
-    """An interrupt is noticed at once by it; without, the next forward does."""
+    """By it an interrupt is noticed at once; without it, the next forward would notice."""
     seen: list[Any] = []
     module = nn.Linear(2, 2)
     module.register_forward_pre_hook(lambda *_: seen.append(saved_weights._object_of_call(sys._getframe(1))))

@@ -1,4 +1,4 @@
-"""A weight used in another dtype or memory format, and a model called with another's parameters and topology."""
+"""Tests weights in another dtype or memory format, and models called with another's parameters and topology."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +23,7 @@ CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Converted(nn.Module):
-    """A convolution whose weight is converted, then used by the functional form."""
+    """Converts the weight of a convolution, and then uses it by the functional form."""
 
     def __init__(self, convert: Callable[[Tensor], Tensor], kernel_size: int) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def test_lists_that_were_written_are_made_again(block: int | tuple[int, int]) ->
 
 
 def another(bits: Tensor) -> Tensor:
-    """As many blocks, elsewhere."""
+    """Returns a mask of as many blocks, elsewhere."""
     moved = bits.clone()
     byte = int((bits != bits.roll(1)).nonzero()[0])
     moved[byte], moved[byte - 1] = bits[byte - 1], bits[byte]

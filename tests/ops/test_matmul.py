@@ -28,7 +28,7 @@ both_ways = pytest.mark.parametrize("transposed", [True, False], ids=["transpose
 
 
 def product(each: Case, tokens: Tensor, transposed: bool) -> Tensor:
-    """tokens Wᵀ or tokens W with the dense weight, in fp64."""
+    """Returns tokens Wᵀ or tokens W with the dense weight, in fp64."""
     weight = each.dense.mT if transposed else each.dense
     return (tokens.double() @ weight).reshape(*tokens.shape[:-1], weight.shape[-1])
 
@@ -195,7 +195,7 @@ def test_tiles_make_no_dense_matrix(
 @pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
 @every_block_shape
 def test_sampled_update(block_shape: tuple[int, int], grouped: bool, noise_seed: int | None) -> None:
-    """The same bits as the product followed by the update."""
+    """The bits are those of the product followed by the update."""
     each = case("stack", block_shape)
     _, rows, cols = each.grid.matrix
     ends_S = torch.tensor([3, 3, 11], dtype=torch.int32) if grouped else None

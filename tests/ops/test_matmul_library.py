@@ -1,4 +1,4 @@
-"""The products as torch sees them: schemas with true mutations, fakes, tracing with symbolic sizes."""
+"""Tests the products as torch sees them: schemas with true mutations, fakes, tracing with symbolic sizes."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ grouped_or_not = pytest.mark.parametrize("grouped", [False, True], ids=["", "gro
 
 
 def make(name: str, grouped: bool, dtype: torch.dtype = torch.float32) -> tuple[Case, Tensor, Tensor, Tensor | None]:
-    """A weight, the left and the right factor of its gradient, and offsets."""
+    """Makes a weight, the left and the right factor of its gradient, and offsets."""
     each = case(*CASES[name])
     num_matrices, rows, cols = each.grid.matrix
     left, right = each.tokens(6, rows, dtype), each.tokens(6, cols, dtype)

@@ -19,7 +19,7 @@ from tests.support.weight_watch import WeightSized, dense_sizes
 
 
 class Twice(nn.Module):
-    """One read of the weight, two uses."""
+    """Reads its weight once and uses it twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Checkpointed(nn.Module):
 
 
 def bfloat16() -> torch.autocast:
-    """Without the cache of casts: it would add up the gradients of one parameter's two uses in bf16."""
+    """Returns autocast without its cache, which would add up the gradients of one parameter's two uses in bf16."""
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""The rule that finds optimizers: what is wrapped, by what it holds."""
+"""Tests the search for optimizers inside wrappers, by the parameters that they hold."""
 
 import functools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: schemas with true mutations, fakes, autograd."""
+"""Tests the ops as torch sees them: schemas with true mutations, fakes, autograd."""
 
 from typing import Any
 

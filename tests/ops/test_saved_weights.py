@@ -65,7 +65,7 @@ def test_buffers_rewritten_with_what_they_hold_are_no_change(block_shape: int | 
 
 
 class Teacher(nn.Module):
-    """A part of the model runs in inference mode within a training forward."""
+    """Runs a part of the model in inference mode within a training forward."""
 
     def __init__(self) -> None:
         super().__init__()

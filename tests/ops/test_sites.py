@@ -1,4 +1,4 @@
-"""What counts as a compact weight of a model."""
+"""Tests which tensors count as compact weights of a model."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Every way to copy a model: the copy trains on, topology update included, exactly as the undisturbed one."""
+"""However a model is copied, the copy trains on exactly as the original does, topology updates included."""
 
 import copy
 import io

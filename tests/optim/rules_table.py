@@ -1,4 +1,4 @@
-"""The table of optimizer rules: each row is tried by every test of ``test_rules``. A new rule adds one row.
+"""Holds the table of optimizer rules. Every test of ``test_rules`` tries each row; a new rule adds one row.
 
 A row says the optimizer, and the same rule again in plain torch for a dense weight times a mask.
 """
@@ -19,7 +19,7 @@ HEAD = (41, 37)
 
 @dataclass(frozen=True)
 class Row:
-    """One rule.
+    """Describes one rule.
 
     Args:
         make: the optimizer of a model, with further options. twin: the same for dense weights.
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LionTwin:
-    """Lion by its paper."""
+    """Implements Lion as its paper defines it."""
 
     lr: float
     weight_decay: float
@@ -53,7 +53,7 @@ class LionTwin:
 
 @dataclass(frozen=True)
 class SgdTwin:
-    """SGD with momentum, as torch's."""
+    """Implements SGD with momentum, as torch defines it."""
 
     lr: float
     weight_decay: float
@@ -73,7 +73,7 @@ class SgdTwin:
 
 @dataclass(frozen=True)
 class ScaleTwin:
-    """SCALE: normalized by output unit, a mean for the head alone, AdamW for vectors."""
+    """Implements SCALE: normalized by output unit, with a mean for the head alone, and AdamW for vectors."""
 
     lr: float
     weight_decay: float

@@ -97,7 +97,7 @@ def test_a_state_of_another_model() -> None:
 
 
 def test_a_sparse_gradient() -> None:
-    """It comes last, and yet nothing has moved."""
+    """A sparse gradient in the last parameter is refused before any other parameter is moved."""
     model = nn.ModuleList([nn.Linear(6, 6), nn.LayerNorm(6), nn.Embedding(5, 6, sparse=True)])
     smet.sparsify(model, density=0.5, include="0")
     optimizer = smet.ActiveAdamW(model)

@@ -17,7 +17,7 @@ SIZE = 128
 
 
 def flat_model(start: float, slope: float = 1.0) -> tuple[Slope, Tensor]:
-    """A bf16 model, all active weights at `start`."""
+    """Returns a bf16 model with all active weights at `start`."""
     model = smet.sparsify(Slope(SIZE, SIZE, slope).bfloat16(), density=0.5)
     values = find_sites(model)["weight"].values
     nn.init.constant_(values, start)
@@ -35,7 +35,7 @@ def test_weights_move_by_a_quarter_of_a_unit_on_average() -> None:
 
 
 def test_many_small_steps_add_up() -> None:
-    """100 steps of a hundredth of a unit: nearest rounding would not move at all."""
+    """In 100 steps of a hundredth of a unit, rounding to nearest would not move at all."""
     model, values = flat_model(1.5)
     optimizer = smet.ActiveAdamW(model, lr=2**-7 / 100, warmup_steps=0, lr_density_exponent=0.0)
     for _ in range(100):
@@ -71,7 +71,7 @@ def test_second_moments_in_bfloat16_decay() -> None:
     assert optimizer.state[values]["exp_avg"].double().abs().max().item() < 1e-6
 
 
-def test_states_of_bfloat16_weights_are_fp32_unless_said() -> None:
+def test_states_of_bfloat16_weights_are_fp32_by_default() -> None:
     model = smet.sparsify(two_layers().bfloat16(), density=0.5)
     optimizer = smet.ActiveAdamW(model)
     train(model, optimizer)

@@ -15,7 +15,7 @@ from tests.support.snapshots import assert_same, snapshot
 
 
 class Mixture(nn.Module):
-    """Single weights, ragged tiles, and plain parameters of every awkward kind."""
+    """Has single weights, ragged tiles, and plain parameters of awkward shapes."""
 
     def __init__(self) -> None:
         super().__init__()

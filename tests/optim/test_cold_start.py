@@ -1,4 +1,4 @@
-"""The cold start in numbers: how far a grown weight moves in its first steps after a late update."""
+"""Measures the cold start: how far a grown weight moves in its first steps after a late topology update."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ WARMUP = 100
 
 
 def grow_late(make, late: int = LATE, **options) -> tuple[Slope, torch.optim.Optimizer, Tensor, Tensor]:
-    """Train `late` steps, update once; returns the values and the rows of what was grown."""
+    """Trains `late` steps and updates the topology once; returns the values and the rows that were grown."""
     model = Slope(8, 8).double()
     smet.sparsify(model, density=0.25)
     optimizer = make(model, lr=LR, **options)
@@ -36,7 +36,7 @@ def grow_late(make, late: int = LATE, **options) -> tuple[Slope, torch.optim.Opt
 
 
 def adam_step(t: int, decay_time: int) -> float:
-    """|m_hat| / sqrt(v_hat) of a constant gradient seen t times, corrected for decay_time steps."""
+    """Returns |m_hat| / sqrt(v_hat) of a constant gradient seen t times, corrected for decay_time steps."""
     m_hat = (1 - 0.9**t) / (1 - 0.9**decay_time)
     v_hat = (1 - 0.999**t) / (1 - 0.999**decay_time)
     return m_hat / v_hat**0.5

@@ -49,7 +49,7 @@ def test_compact_weights(make, block_shape: int | tuple[int, int], dtype: torch.
 
 
 def test_density_scales_the_rate() -> None:
-    """p = 0.5 at d = 0.25 is twice the rate."""
+    """An exponent p of 0.5 at density 0.25 doubles the rate."""
     ours = smet.sparsify(two_layers().double(), density=0.25, include="0.weight")
     theirs = copy.deepcopy(ours)
     train(ours, smet.ActiveAdamW(ours, lr=1e-3, warmup_steps=0, lr_density_exponent=0.5), steps=20)

@@ -1,4 +1,4 @@
-"""moment_dtype="int8": moments in a byte each, scales that stay where they are, and what else a state goes through."""
+"""With moment_dtype="int8" moments take a byte each, scales stay in place, and all else works as with fp32."""
 
 import copy
 import io
@@ -62,7 +62,7 @@ def test_fp64_weights_keep_fp64_moments() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @block_shapes
 def test_its_moments_are_those_of_fp32_but_for_their_rounding(block_shape: Any, dtype: torch.dtype) -> None:
-    """After one step: within half a unit of the last place to nearest, and a whole one with noise."""
+    """After one step they are within half a unit of the last place, or a whole one with noise."""
     for stochastic, fraction in ((False, 1 / 16), (True, 1 / 8)):
         model, optimizer = make(block_shape, dtype, stochastic_rounding=stochastic)
         exact, other = make(block_shape, dtype, moment_dtype=None)
@@ -122,7 +122,7 @@ def test_a_state_goes_through_copies_and_files() -> None:
 
 
 def test_second_moments_decay() -> None:
-    """To nearest 0.999 v would stay v; with noise 500 steps leave 0.999^500 = 0.61 of it."""
+    """Rounded to nearest, 0.999 v would stay v; with noise 500 steps leave 0.999^500 = 0.61 of it."""
     torch.manual_seed(0)
     model = smet.sparsify(Slope(128, 128, torch.rand(128, 128) + 0.5), density=0.5)
     optimizer = smet.ActiveAdamW(model, moment_dtype="int8", lr=0.0)
@@ -138,7 +138,7 @@ def test_second_moments_decay() -> None:
 
 
 def second_moment(optimizer: smet.ActiveAdamW, values: Tensor) -> Tensor:
-    """Of single weights; one scale for 1024 dense positions."""
+    """Returns the second moment of single weights, of which 1024 dense positions share a scale."""
     state = optimizer.state[values]
     positions = find_sites(optimizer._model)["weight"].compact.mask().nonzero().squeeze(1)
     return decode(state["exp_avg_sq"], state["scales"][1][positions // 1024], UNSIGNED_CODES).double()

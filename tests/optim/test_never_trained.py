@@ -1,4 +1,4 @@
-"""Compact weights that are in no parameter group."""
+"""Compact weights that are in no parameter group cause a warning."""
 
 import warnings
 

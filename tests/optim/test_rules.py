@@ -1,4 +1,4 @@
-"""Every rule: equal to its dense twin, moved with the topology, resumed, in every dtype, in 8 bits, in backward."""
+"""Tests every rule: like its dense twin, moved with the topology, resumed, in every dtype, in 8 bits, in backward."""
 
 import copy
 from typing import Any
@@ -196,7 +196,7 @@ def test_options_differ_by_group_and_bad_ones_are_refused(name: str) -> None:
 
 
 def test_sgd_is_that_of_torch() -> None:
-    """On a dense model, or at density 1, without warm-up."""
+    """On a dense model, or at density 1, without warm-up, it is torch's SGD."""
     runs = []
     for kind in (smet.ActiveSGD, torch.optim.SGD):
         torch.manual_seed(0)

@@ -42,7 +42,7 @@ def run(backend: str | None, **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("options", [{}, {"kind": smet.NaiveAdamW}, {"moment_dtype": "int8"}], ids=str)
 def test_compiled_steps_are_the_eager_ones(options: dict[str, Any]) -> None:
-    """With a rate that changes in every step, and topology updates inside the compiled function."""
+    """The rate changes in every step, and topology updates are made inside the compiled function."""
     expected = run(None, **options)
     for backend in ("eager", "aot_eager") if not options else ("eager",):
         assert_same(run(backend, **options), expected)

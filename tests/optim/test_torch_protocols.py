@@ -1,4 +1,4 @@
-"""A torch.optim.Optimizer in every respect: schedulers, groups, hooks, scaling, clipping, closures."""
+"""An active optimizer is a torch.optim.Optimizer in schedulers, groups, hooks, scaling, clipping and closures."""
 
 import copy
 

@@ -20,7 +20,7 @@ Results = dict[str, Tensor]
 
 
 class Reads(nn.Module):
-    """One weight, and what is computed with it: ``apply(*inputs, weight)``."""
+    """Has one weight, and computes ``apply(*inputs, weight)`` with it."""
 
     def __init__(self, shape: tuple[int, ...], apply: Callable[..., Any], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def train(call: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...]) -> Results:
-    """Outputs, and all gradients of a sum of the outputs with different weights."""
+    """Returns outputs, and all gradients of a sum of the outputs with different weights."""
     leaves = {f"gradient of {name}": p for name, p in model.named_parameters()}
     leaves |= {f"gradient of input {i}": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
     for leaf in leaves.values():
@@ -59,7 +59,7 @@ def _slopes(out: Tensor) -> Tensor:
 
 
 def assert_close(actual: Results, expected: Results, tolerance: float = 1e-12) -> None:
-    """Largest difference, relative to the largest entry."""
+    """Compares by the largest difference, relative to the largest entry."""
     assert list(actual) == list(expected)
     for name, want in expected.items():
         got = actual[name]
@@ -71,7 +71,7 @@ def assert_close(actual: Results, expected: Results, tolerance: float = 1e-12) -
 
 
 def assert_close_rms(actual: Results, expected: Results, tolerance: float = 1e-5) -> None:
-    """Root mean square of the difference, relative to that of what is expected."""
+    """Compares by the root mean square of the difference, relative to that of the expected tensor."""
     assert list(actual) == list(expected)
     for name, want in expected.items():
         error = (actual[name].double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
@@ -86,7 +86,7 @@ def capture(
     check: Callable[[Results, Results], None] = assert_close,
     **options: Any,
 ) -> Captured:
-    """The one graph that ``call`` (default: the model) is compiled to, after it was found equal to eager.
+    """Returns the one graph that ``call`` (default: the model) is compiled to, and checks that it equals eager mode.
 
     Each pass runs twice, and must find nothing to do the second time.
     """
@@ -112,7 +112,7 @@ def settled(each: Pass) -> Pass:
 
 
 def parts(captured: Captured) -> list[dict[str, list[str]]]:
-    """What verify says of each site."""
+    """Returns what verify reports for each site."""
     assert captured.joint is not None
     return [outcome.parts for outcome in outcomes(captured.joint.graph).values()]
 
@@ -132,7 +132,7 @@ def dense_sizes(model: nn.Module) -> set[int]:
 
 
 def upto(last: Pass) -> tuple[Pass, ...]:
-    """The pipeline as far as ``last``."""
+    """Returns the passes of the pipeline up to ``last``."""
     return PASSES[: PASSES.index(last) + 1]
 
 
@@ -142,7 +142,7 @@ def matched(captured: Captured, name: str) -> int:
 
 
 def assert_idempotent(each: Pass, captured: Captured) -> None:
-    """``captured`` went through ``each``: once more finds nothing to do, and leaves the graph as it is."""
+    """Checks that ``each``, a pass that ``captured`` went through, finds nothing more to do."""
     assert captured.joint is not None
     before = code(captured)
     assert each(captured.joint.graph).matched == 0

@@ -1,4 +1,4 @@
-"""The call forms that fuse, each for one weight: shape, what is computed with it, the shapes of the inputs."""
+"""Lists the call forms that fuse, for one weight each: its shape, the computation, the shapes of the inputs."""
 
 from collections.abc import Callable
 from functools import partial

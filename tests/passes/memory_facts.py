@@ -1,4 +1,4 @@
-"""What is in memory, read from the captured graphs: sizes of what forward saves, and of what backward makes."""
+"""Reads from captured graphs the sizes of the tensors that forward saves, and of those that backward makes."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from tests.passes.compiled import dense_sizes
 
 
 def returned(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The tensors that the graph returns."""
+    """Yields the tensors that the graph returns."""
     for node in graph.output_node().all_input_nodes:
         if isinstance(node.meta["val"], torch.Tensor):
             yield node
@@ -23,7 +23,7 @@ def of_size(nodes: Iterable[fx.Node], sizes: set[int]) -> list[str]:
 
 
 def saves_no_dense_weight(captured: Captured, model: nn.Module) -> None:
-    """Of what forward returns (a model's outputs must have other sizes), nothing is as large as a weight."""
+    """Checks that forward returns no tensor as large as a weight. A model's outputs must have other sizes."""
     assert captured.forward is not None
     assert of_size(returned(captured.forward.graph), dense_sizes(model)) == []
 

@@ -1,4 +1,4 @@
-"""Random models out of the call forms: residuals, weights that are shared, checkpointed regions, autocast."""
+"""Makes random models of the call forms, with residuals, shared weights, checkpointed regions and autocast."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,12 +18,12 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 
 
 def flat(apply: Apply) -> Apply:
-    """As one matrix of tokens."""
+    """Returns the input as one matrix of tokens."""
     return lambda x, w: apply(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], -1)
 
 
 def tokens(apply: Apply) -> Apply:
-    """As (1, T, ...)."""
+    """Returns the input as (1, T, ...)."""
     return lambda x, w: apply(x.reshape(1, -1, x.shape[-1]), w).view(*x.shape[:-1], -1)
 
 
@@ -59,7 +59,7 @@ DOWN: dict[str, Apply] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One layer. Weights are numbered, and those of one number are one weight."""
+    """Describes one layer. Layers with the same weight number share the weight."""
 
     up: str
     down: str

@@ -1,4 +1,4 @@
-"""Captured training steps, with their updates in backward, beside the eager loop."""
+"""Captures training steps, with their updates in backward, and compares them with the eager loop."""
 
 import copy
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def capture_step(
     tolerance: float = 1e-12,
     **options: Any,
 ) -> Captured:
-    """The one graph of a train step, after several steps left the parameters and states of the eager loop."""
+    """Returns the one graph of a train step, after checking that several steps equal those of the eager loop."""
     torch._dynamo.reset()
     twin = copy.deepcopy(model)
     optimizer, twin_optimizer = make_optimizer(model), make_optimizer(twin)

@@ -1,4 +1,4 @@
-"""canonicalize: after it a weight is the right operand of its products, and a packed gradient is a product."""
+"""After canonicalize a weight is the right operand of its products, and a packed gradient is a product."""
 
 from collections.abc import Callable
 from typing import Any

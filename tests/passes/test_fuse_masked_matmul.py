@@ -1,4 +1,4 @@
-"""fuse_masked_matmul: products with a canonical weight read its values; everything else stays as it is."""
+"""After fuse_masked_matmul products with a canonical weight read its values; all else stays as it is."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""fuse_sampled_matmul: a packed product of two activations is computed where the weight is active."""
+"""After fuse_sampled_matmul a packed product of two activations is computed where the weight is active."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""fuse_update: an update takes the factors of its gradient, at the place where the gradient was made."""
+"""After fuse_update an update takes the factors of its gradient, at the place where the gradient was made."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -141,7 +141,7 @@ def test_each_update_stands_before_the_gradients_of_earlier_layers(optimizer: st
 
 
 def test_the_old_values_are_read_before_they_change() -> None:
-    """Twice: the input gradient of the first read comes after all of the weight's gradient is known."""
+    """With two reads the input gradient of the first comes after all of the weight's gradient is known."""
 
     def apply(x: Tensor, w: Tensor) -> Tensor:
         return F.linear(F.linear(x, w).tanh() @ w, w)

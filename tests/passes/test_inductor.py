@@ -1,4 +1,4 @@
-"""The whole of torch.compile, code generation too: installed, cached, tuned, beside a user's pass, and switched off."""
+"""Tests all of torch.compile, with code generation: passes are installed, cached, chained with a user's, disabled."""
 
 import copy
 import json
@@ -23,13 +23,13 @@ WARM_START = Path(__file__).parent / "warm_start.py"
 
 
 def linear_only() -> nn.Module:
-    """Nothing that C++ has to be compiled for."""
+    """Returns a model for which no C++ has to be compiled."""
     model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 40, bias=False)).double()
     return smet.sparsify(model, 0.5, block_shape=8)
 
 
 def ops_of(call: Any, model: nn.Module, *inputs: Any) -> set[str]:
-    """Our ops that a compiled step runs, once it is compiled. It must equal eager's."""
+    """Returns our ops that a compiled step runs, after checking that it equals the eager one."""
     expected = train(model, model, inputs)
     assert_close(train(call, model, inputs), expected)
     with torch.profiler.profile() as profile:
@@ -43,7 +43,7 @@ FUSED = {"smet::masked_matmul", "smet::sampled_matmul"}
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """A warm cache would run no pass, whatever the pass has become."""
+    """Resets Dynamo and disables the caches, since with a warm cache no pass would run."""
     torch._dynamo.reset()
     with inductor.patch(force_disable_caches=True):
         yield

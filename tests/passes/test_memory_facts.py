@@ -1,4 +1,4 @@
-"""What is in memory: no dense weight is saved, no dense gradient built, and no compact gradient outlives its update."""
+"""No dense weight is saved, no dense gradient is built, and no compact gradient outlives its update."""
 
 import warnings
 from typing import Any
@@ -22,7 +22,7 @@ MODES = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "c
 
 
 class Block(nn.Module):
-    """Two products and a residual. No activation has as many elements as a weight."""
+    """Computes two products and a residual. No activation has as many elements as a weight."""
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_with_the_update_no_compact_gradient_is_made(block: Any, checkpointing: 
 
 @MODES
 def test_factors_of_a_gradient_die_in_its_update(checkpointing: bool) -> None:
-    """Of what an update reads, only what later work needs as well lives on; at the last update, nothing does."""
+    """An update's inputs live on only where later nodes need them too; after the last update none does."""
     graph = capture_step(sparse(checkpointing, 8), randn(5, 16).detach())
     backward = backward_of(graph)
     place = {node: i for i, node in enumerate(backward.nodes)}

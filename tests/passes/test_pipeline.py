@@ -1,4 +1,4 @@
-"""The pipeline as Inductor sees it: its order, its uuid, and what a user has put before it."""
+"""Tests the pipeline as Inductor sees it: its order, its uuid, and a user's passes before it."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ ROOM = Path(smet_compile.__file__).parent
 
 
 class Named(CustomGraphPass):
-    """A user's pass."""
+    """Is a user's pass."""
 
     def __init__(self, name: Any, calls: list[Any] | None = None) -> None:
         self.name = name

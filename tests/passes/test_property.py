@@ -1,4 +1,4 @@
-"""Random models: compiled equals eager in outputs and every gradient, and the memory facts hold in each."""
+"""For random models, compiled equals eager in outputs and every gradient, and the memory facts hold."""
 
 from functools import partial
 from typing import Any
@@ -43,8 +43,8 @@ def test_captured_equals_eager_and_keeps_the_memory_facts(case: Case) -> None:
     saves_no_dense_weight(graph, model)
     if case.all_fused:
         makes_no_dense_gradient(graph, model)
-        for said in parts(graph):
-            assert said in ({part: ["fused"] for part in (FORWARD, INPUT, WEIGHT)}, {FORWARD: ["fused"]})
+        for results in parts(graph):
+            assert results in ({part: ["fused"] for part in (FORWARD, INPUT, WEIGHT)}, {FORWARD: ["fused"]})
 
 
 @settings(max_examples=4, phases=UNSHRUNK)

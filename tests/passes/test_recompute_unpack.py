@@ -1,4 +1,4 @@
-"""recompute_unpack: neither an unpacked weight nor what is made from it alone is saved, and nothing else is."""
+"""After recompute_unpack neither an unpacked weight nor a tensor made from it alone is saved."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is no matrix product keeps its dense weight: right, recomputed in backward, never saved, and listed with why."""
+"""Where a weight is not used in a matrix product, it is unpacked, again in backward, never saved, and reported."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from tests.passes.memory_facts import saves_no_dense_weight
 
 
 class Unfused(NamedTuple):
-    """Shape of the weight, what is computed, the inputs, and what is said of each part."""
+    """Holds the shape of a weight, the computation, the inputs, and the reason expected for each part."""
 
     shape: tuple[int, ...]
     apply: Callable[..., Any]
     inputs: tuple[Any, ...]
-    said: dict[str, list[str]]
+    expected: dict[str, list[str]]
 
 
 def read_by(what: str) -> str:
@@ -35,7 +35,7 @@ def looked_up(how: str) -> str:
 
 
 def routed(x: Tensor, chosen: Tensor, w: Tensor) -> Tensor:
-    """Each token multiplies with the matrix that is chosen for it."""
+    """Multiplies each token with the matrix that is chosen for it."""
     return torch.einsum("tc,trc->tr", x, w[chosen])
 
 
@@ -106,10 +106,11 @@ UNFUSED = {
 
 @pytest.mark.parametrize("name", UNFUSED)
 def test_keeps_its_weight_and_says_why(name: str) -> None:
-    shape, apply, inputs, said = UNFUSED[name]
+    shape, apply, inputs, expected = UNFUSED[name]
     model = reads(shape, apply, block=1)
     graph = capture(model, *inputs)
-    assert {part: sorted(each) for part, each in parts(graph)[0].items()} == {p: sorted(e) for p, e in said.items()}
+    results = parts(graph)[0]
+    assert {part: sorted(reasons) for part, reasons in results.items()} == {p: sorted(e) for p, e in expected.items()}
     saves_no_dense_weight(graph, model)
 
 
@@ -127,7 +128,7 @@ def test_in_a_checkpointed_region_it_is_not_saved(name: str) -> None:
 def test_fused_and_unfused_reads_of_one_weight() -> None:
     model = reads(W, lambda x, w: F.linear(x, w) / w.norm())
     graph = capture(model, randn(5, 16))
-    (said,) = parts(graph)
-    assert said[FORWARD][0] == "fused" and said[INPUT] == ["fused"]
-    assert said[WEIGHT] == [comes_from("add")]
+    (results,) = parts(graph)
+    assert results[FORWARD][0] == "fused" and results[INPUT] == ["fused"]
+    assert results[WEIGHT] == [comes_from("add")]
     saves_no_dense_weight(graph, model)

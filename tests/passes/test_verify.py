@@ -1,4 +1,4 @@
-"""verify: says of each site what was fused, and why where it was not; changes nothing."""
+"""The pass verify reports for each site what was fused, and why something was not; it changes nothing."""
 
 from typing import Any
 
@@ -76,8 +76,8 @@ REASONS: dict[str, tuple[Any, list[Any], str, str]] = {
 @pytest.mark.parametrize("name", REASONS)
 def test_says_why_not(name: str) -> None:
     apply, inputs, part, reason = REASONS[name]
-    (said,) = parts(capture(reads(W, apply), *(randn(*shape) for shape in inputs)))
-    assert reason in said[part]
+    (results,) = parts(capture(reads(W, apply), *(randn(*shape) for shape in inputs)))
+    assert reason in results[part]
 
 
 def test_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""One compiled step in a process of its own: what the caches and the passes did, and which of our ops ran, as JSON."""
+"""Runs one compiled step in its own process, and prints as JSON what caches and passes did and which ops ran."""
 
 import json
 

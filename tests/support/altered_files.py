@@ -1,4 +1,4 @@
-"""Checkpoints whose content was altered and whose checksum was made anew."""
+"""Alters the content of checkpoints and computes their checksum again."""
 
 import copy
 import hashlib
@@ -53,14 +53,14 @@ DTYPES = [
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and JSON of a checkpoint."""
+    """Returns tensors and JSON of a checkpoint."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     return tensors, json.loads(bytes(tensors.pop("json").tolist()))
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], body: Any) -> None:
-    """A whole checkpoint of this content; its checksum is computed here, from the description of the format."""
+    """Writes a checkpoint of this content. Its checksum is computed here, from the description of the format."""
     content = {name: tensor.clone() for name, tensor in tensors.items()}
     content["json"] = torch.frombuffer(bytearray(json.dumps(body).encode()), dtype=torch.uint8).clone()
     digest = hashlib.sha256(b"1")
@@ -71,7 +71,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], body: Any) -> None:
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all values in a JSON tree."""
+    """Yields the paths of all values in a JSON tree."""
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in children:
         yield (*path, key)
@@ -148,7 +148,7 @@ def _alter_tensor(chosen: random.Random, tensors: dict[str, Tensor]) -> str:
 
 
 def _fitting(value: float, dtype: torch.dtype) -> float:
-    """The number as the dtype can hold it."""
+    """Returns the number as the dtype can hold it."""
     if dtype.is_floating_point or dtype.is_complex:
         return value
     if dtype == torch.bool:

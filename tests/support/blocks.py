@@ -34,14 +34,14 @@ class Grid:
         return math.prod(self.counts)
 
     def spread(self, per_block: Tensor) -> Tensor:
-        """Every weight gets the number of its block; what hangs over the edge is cut off."""
+        """Gives every weight the number of its block, and cuts off what hangs over the edge."""
         _, R, C = self.matrix
         bm, bn = self.block_shape
         tiled = per_block.reshape(self.counts).repeat_interleave(bm, 1).repeat_interleave(bn, 2)
         return tiled[:, :R, :C].reshape(self.shape)
 
     def tiles(self, dense: Tensor) -> Tensor:
-        """(num_blocks, bm, bn), zero where a block hangs over the edge."""
+        """Returns (num_blocks, bm, bn), zero where a block hangs over the edge."""
         S, R, C = self.matrix
         _, M, K = self.counts
         bm, bn = self.block_shape
@@ -49,11 +49,11 @@ class Grid:
         return padded.reshape(S, M, bm, K, bn).transpose(2, 3).reshape(-1, bm, bn)
 
     def mean(self, dense: Tensor) -> Tensor:
-        """Per block, over the entries that lie inside the matrix."""
+        """Returns the mean of each block over its entries inside the matrix."""
         return self.tiles(dense).sum((1, 2)) / self.tiles(torch.ones_like(dense)).sum((1, 2))
 
     def gather(self, dense: Tensor, mask: Tensor) -> Tensor:
-        """The active blocks in row-major order: (N, bm, bn), or (N,) for single weights."""
+        """Returns the active blocks in row-major order: (N, bm, bn), or (N,) for single weights."""
         values = self.tiles(dense)[mask]
         return values.reshape(-1) if self.block_shape == (1, 1) else values
 

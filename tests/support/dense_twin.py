@@ -1,4 +1,4 @@
-"""The dense twin: the oracle for sparse training, in plain torch, importing nothing of the library.
+"""Defines the dense twin, the oracle for sparse training, in plain torch without importing the library.
 
 It trains a dense model whose sites are `weight * mask`; optimizer states are dense, ages int64 per weight.
 Where growth is random it is told the new mask and judges whether it was allowed; all else it computes.
@@ -36,7 +36,7 @@ def step_size(
 
 @dataclass(frozen=True)
 class SgdMomentum:
-    """torch.optim.SGD: b <- mu b + g, w <- w - lr b."""
+    """Does what torch.optim.SGD does: b <- mu b + g, w <- w - lr b."""
 
     lr: float
     momentum: float
@@ -51,7 +51,7 @@ class SgdMomentum:
 
 @dataclass(frozen=True)
 class SmetAdamW:
-    """SMET's rule with one age per weight; `density` None is a plain parameter: AdamW, no warm-up."""
+    """Implements SMET's rule with one age per weight; `density` None is a plain parameter: AdamW, no warm-up."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)

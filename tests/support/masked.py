@@ -1,4 +1,4 @@
-"""The same model, dense, with `weight * mask` in place of each site: plain autograd is the judge."""
+"""Computes with a dense model that has `weight * mask` in place of each site, so plain autograd is the reference."""
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def masks_of(sparse: nn.Module) -> dict[str, Tensor]:
 
 
 def fill_masked(plain: nn.Module, sparse: nn.Module) -> nn.Module:
-    """Gives the dense model the sparse model's weights, times the masks, and its buffers stay."""
+    """Gives the dense model the sparse model's weights, times the masks. Its buffers stay."""
     grids, masks = grids_of(sparse), masks_of(sparse)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -41,7 +41,7 @@ def parameter_of(sparse: nn.Module, name: str) -> nn.Parameter:
 
 
 def masked_gradients(plain: nn.Module, sparse: nn.Module) -> dict[str, Tensor | None]:
-    """The dense model's gradients by name, a site's cut to its active blocks."""
+    """Returns the dense model's gradients by name; of a site's gradient only the active blocks."""
     grids, masks = grids_of(sparse), masks_of(sparse)
     grads: dict[str, Tensor | None] = {}
     for name, parameter in plain.named_parameters():

@@ -1,4 +1,4 @@
-"""Values that somebody may pass for an argument that is meant otherwise."""
+"""Lists odd values that somebody may pass for an argument."""
 
 import enum
 from collections.abc import Callable

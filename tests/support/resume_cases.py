@@ -27,7 +27,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> "Run":
-        """A fresh run, the same in every process."""
+        """Makes a fresh run, the same in every process."""
         torch.manual_seed(0)
         model = two_layers(dropout=0.2).to(self.dtype)
         smet.sparsify(model, density=0.5, block_shape=self.block_shape)

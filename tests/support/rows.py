@@ -1,4 +1,4 @@
-"""Compact tensors by block position: what a topology change must keep, and what it must clear."""
+"""Checks the rows that a topology change must keep, and those that it must clear, by block position."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from tests.support.snapshots import same_bits
 
 
 def rows_of(mask: Tensor, wanted: Tensor) -> Tensor:
-    """Row numbers, in the compact tensor of `mask`, of the active blocks in `wanted`."""
+    """Returns the row numbers, in the compact tensor of `mask`, of the active blocks in `wanted`."""
     assert not bool((wanted & ~mask).any())
     return (mask.cumsum(0) - 1)[wanted]
 
@@ -14,7 +14,7 @@ def rows_of(mask: Tensor, wanted: Tensor) -> Tensor:
 def assert_moved(
     before: Tensor, old_mask: Tensor, after: Tensor, new_mask: Tensor, what: str, fresh: float = 0.0
 ) -> None:
-    """Survivors bit for bit, newcomers ``fresh``."""
+    """Checks that survivors are the same bit for bit, and newcomers ``fresh``."""
     survivors, newcomers = old_mask & new_mask, new_mask & ~old_mask
     assert after.shape == before.shape, what
     kept = same_bits(after[rows_of(new_mask, survivors)], before[rows_of(old_mask, survivors)])

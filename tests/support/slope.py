@@ -1,4 +1,4 @@
-"""A model with a chosen, constant gradient: loss = <weight, slope>."""
+"""Defines a model with a chosen, constant gradient: loss = <weight, slope>."""
 
 import torch
 from torch import Tensor, nn

@@ -1,11 +1,11 @@
-"""Small models with awkward sizes; smooth activations, so that no gradient is exactly zero by accident."""
+"""Defines small models of awkward sizes, with smooth activations, so that no gradient is zero by accident."""
 
 import torch
 from torch import Tensor, nn
 
 
 class ToyExperts(nn.Module):
-    """A dense mixture: every expert sees every token. Two stacked weights, one used by bmm, one by einsum."""
+    """Is a dense mixture: every expert sees every token. One stacked weight is used by bmm, one by einsum."""
 
     def __init__(self, num_experts: int, size: int, inner: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class ToyExperts(nn.Module):
 
 
 class RaggedNet(nn.Module):
-    """A linear with bias, one without, and an experts module; no size is a multiple of 16."""
+    """Has a linear with bias, one without, and an experts module; no size is a multiple of 16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def two_layers(dropout: float = 0.0) -> nn.Sequential:
 
 
 def batch(step: int, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The data of a step, a function of the step alone."""
+    """Returns the data of a step, a function of the step alone."""
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randn(9, num_inputs, generator=generator, dtype=torch.float64)
     y = torch.randn(9, num_outputs, generator=generator, dtype=torch.float64)

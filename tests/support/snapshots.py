@@ -1,4 +1,4 @@
-"""Bit-for-bit copies of whatever has a state_dict, and their comparison."""
+"""Copies whatever has a state_dict, and compares copies bit for bit."""
 
 import copy
 from typing import Any

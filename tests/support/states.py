@@ -1,4 +1,4 @@
-"""Is anything changed? Structure, values and identity of a model's parameters."""
+"""Checks that nothing is changed in structure, values and identity of a model's parameters."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tests.support.snapshots import assert_same, snapshot
 
 
 class Unchanged:
-    """with Unchanged(model, optimizer, manager): whatever fails inside must leave them as they were."""
+    """Checks at the end of its with statement that the objects are as they were at the beginning."""
 
     def __init__(self, *objects: Any) -> None:
         self.objects = objects

@@ -1,4 +1,4 @@
-"""The ten-line loop, as every test uses it."""
+"""Provides the training loop of ten lines that every test uses."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def train(
     steps: int = 1,
     scheduler: Any = None,
 ) -> list[float]:
-    """Losses of steps first .. first + steps - 1."""
+    """Returns the losses of steps first .. first + steps - 1."""
     losses = []
     for step in range(first, first + steps):
         loss = loss_on(model, step)

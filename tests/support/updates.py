@@ -1,4 +1,4 @@
-"""Arguments of the ops ``update_`` and ``sampled_update_``, by the rule of AdamW unless said otherwise."""
+"""Makes arguments of the ops ``update_`` and ``sampled_update_``, by default for the rule of AdamW."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def after_gradient(
     topology: tuple[Any, ...],
     numbers: updates.Settings,
 ) -> tuple[Any, ...]:
-    """Returns what an op takes after the gradient.
+    """Returns the arguments of an op that come after the gradient.
 
     Args:
         state: the slots, and then scales, num_skipped and step. ages: generation and births.

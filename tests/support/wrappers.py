@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 class Lookahead(Optimizer):
-    """Slow weights in its own state; groups of its own."""
+    """Keeps slow weights in its own state, and has groups of its own."""
 
     def __init__(self, base: Optimizer, k: int = 2, alpha: float = 0.5) -> None:
         self.base, self.k, self.alpha, self.count = base, k, alpha, 0
@@ -28,7 +28,7 @@ class Lookahead(Optimizer):
 
 
 class LookaheadInside(Optimizer):
-    """Slow weights in the state of the inner optimizer, from the k-th step on; never initialised as an Optimizer."""
+    """Keeps slow weights in the inner optimizer's state, from the k-th step on; never calls Optimizer.__init__."""
 
     def __init__(self, base_optimizer: Optimizer, k: int = 3) -> None:
         self._optimizer_step_pre_hooks: dict[int, Any] = {}
@@ -56,7 +56,7 @@ class LookaheadInside(Optimizer):
 
 
 class LookaheadInLists(Optimizer):
-    """Slow weights in a list, as no optimizer's state."""
+    """Keeps slow weights in a list, which is no optimizer's state."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -69,7 +69,7 @@ class LookaheadInLists(Optimizer):
 
 
 class SAM(Optimizer):
-    """Two steps; makes its copy of a weight the weight."""
+    """Makes two steps, and makes its copy of a weight the weight."""
 
     def __init__(
         self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, **options: Any
@@ -101,7 +101,7 @@ class SAM(Optimizer):
 
 
 class Bag:
-    """No Optimizer at all: several, deep in a container."""
+    """Holds several optimizers deep in a container, and is none itself."""
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.pool = {"all": list(optimizers)}
@@ -154,7 +154,7 @@ class OfParent(torch.optim.AdamW):
 
 
 class OnesAtFirst(Optimizer):
-    """A state that starts at a number of its own, and a constructor that wants more than options."""
+    """Has a state that starts at a number of its own, and a constructor that takes more than options."""
 
     def __init__(self, name: str, params: Any) -> None:
         self.label = name

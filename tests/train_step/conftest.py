@@ -6,6 +6,6 @@ import torch
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """For what does not depend on the compiler: the step does the same in eager, and takes no second to begin."""
+    """Runs steps in eager mode, where they do the same without the seconds of compiling."""
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -1,4 +1,4 @@
-"""The same run twice: in the compiled step, and in the loop of calls that it stands for, eager and in float64."""
+"""Makes a run twice in float64: with the compiled step, and with the eager loop of calls that it stands for."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ class Output(NamedTuple):
 
 
 class Net(nn.Module):
-    """Two sites, biases and a norm."""
+    """Has two sites, biases and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 class Fault(Net):
-    """A batch may say that the gradient of the first row of a weight is to be NaN, and the loss as ever."""
+    """Makes the gradient of a weight's first row NaN where the batch says so, while the loss stays finite."""
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Output:
         root = torch.sqrt(self.first.weight[0].square().sum() * weight) + torch.sqrt(
@@ -65,7 +65,7 @@ def active(model: nn.Module) -> Optimizer:
 
 @dataclass
 class Run:
-    """A model in training, and what happened so far."""
+    """Holds a model in training, and its losses so far."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -74,13 +74,13 @@ class Run:
     losses: list[float] = field(default_factory=list)
 
     def compiled(self, backend: Any = None, loss_fn: Any = None, **options: Any) -> smet.TrainStep:
-        """A step that runs the passes and generates no code, unless another backend is named."""
+        """Returns a step that runs the passes and generates no code, unless another backend is given."""
         step = smet.compile_train_step(self.model, self.optimizer, loss_fn, **options)
         step.compile(backend=backend or Capture())
         return step
 
     def in_step(self, step: smet.TrainStep, batches: Iterable[Batch], breaks: bool = False) -> None:
-        """Unless it ``breaks`` into several graphs, the step is to stay what it was: fused, or not."""
+        """Trains by the step. Unless it ``breaks`` into several graphs, it has to stay fused if it was."""
         was_fused = step.fused
         for each in batches:
             self.losses.append(step(each).item())
@@ -103,7 +103,7 @@ class Run:
             self.manager.step()
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """The optimizer's state by parameter name; what eager never made is not there."""
+        """Returns the optimizer's state by parameter name, for parameters that have one."""
         named = dict(self.model.named_parameters())
         return {name: dict(self.optimizer.state[p]) for name, p in named.items() if p in self.optimizer.state}
 
@@ -112,7 +112,7 @@ class Run:
 
 
 def twice(model: nn.Module, make_optimizer: MakeOptimizer = active, **manager: Any) -> tuple[Run, Run]:
-    """Two runs that start alike, with a manager where its arguments are given."""
+    """Returns two runs that start alike, with a manager where its arguments are given."""
     runs = []
     for each in (model, copy.deepcopy(model)):
         run = Run(each, make_optimizer(each))
@@ -123,7 +123,7 @@ def twice(model: nn.Module, make_optimizer: MakeOptimizer = active, **manager: A
 
 
 def assert_equal_runs(actual: Run, expected: Run) -> None:
-    """Losses, parameters, topologies, optimizer states and histories, to 1e-12 of their largest entry."""
+    """Compares losses, parameters, topologies, optimizer states and histories, to 1e-12 of their largest entry."""
     assert expected.losses
     assert_close(actual.losses, expected.losses, "losses")
     assert_close(dict(actual.model.state_dict()), dict(expected.model.state_dict()), "model")
@@ -133,7 +133,7 @@ def assert_equal_runs(actual: Run, expected: Run) -> None:
 
 
 def assert_nothing_left(model: nn.Module) -> None:
-    """No gradient, no open sink."""
+    """Checks that there is no gradient and no open sink."""
     assert [name for name, p in model.named_parameters() if p.grad is not None] == []
     sinks = [getattr(m, "update_sink", None) for m in model.modules()]
     assert sinks and not any(sink is not None for sink in sinks)

@@ -1,4 +1,4 @@
-"""What a step cannot train is refused before anything is changed; what fails within leaves no trace."""
+"""A step refuses what it cannot train before anything is changed, and a failure within leaves no trace."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ BAD_LOSSES = [
 
 
 def check_that_it_changes_nothing(loss_fn: Any, error: type, message: str, num_steps_before: int) -> None:
-    """Nor does it end the fusion of later steps."""
+    """Checks that a bad loss changes nothing, and that later steps are still fused."""
     bad = False
     run, _ = twice(sparse(), grow="gradient", every=3)
     step = run.compiled(loss_fn=lambda model, batch: loss_fn(model, batch) if bad else model(**batch).loss)

@@ -1,4 +1,4 @@
-"""Whatever breaks a step, and wherever: no gradient is left, and the next step is that of a fresh TrainStep."""
+"""Wherever a step fails, no gradient is left, and the next step is that of a fresh TrainStep."""
 
 import copy
 import signal
@@ -37,7 +37,7 @@ class Fault(RuntimeError):
 
 
 class Breaks(torch.autograd.Function):
-    """The identity; its backward raises ``error`` once."""
+    """Is the identity, whose backward raises ``error`` once."""
 
     error: BaseException | None = None
 
@@ -54,7 +54,7 @@ class Breaks(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Three sites, of which the second is frozen. Its backward can break between the last site and the first."""
+    """Has three sites, the second frozen. Its backward can fail between the last site and the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 
 class BadBatch(Mapping[str, Any]):
-    """A batch whose tensors cannot be read."""
+    """Is a batch whose tensors cannot be read."""
 
     def __init__(self, batch: Batch, error: BaseException) -> None:
         self.batch, self.error = batch, error
@@ -155,7 +155,7 @@ def fresh_copy(run: Run, make_optimizer: MakeOptimizer) -> Run:
 
 
 def check_that_it_goes_on(run: Run, step: smet.TrainStep, make_optimizer: MakeOptimizer, num_calls: int) -> None:
-    """After a broken step: nothing is left of it, and training goes on as with a fresh step."""
+    """Checks that nothing is left of a failed step, and that training goes on as with a fresh step."""
     assert_nothing_left(run.model)
     frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
     assert frozen == ["frozen.bias", "frozen.parametrizations.weight.original"]
@@ -240,7 +240,7 @@ def test_gradients_from_before_the_step_are_dropped_too() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_an_argument_that_is_refused_breaks_no_step() -> None:
-    """It is refused before the step begins: what was accumulated stays."""
+    """It is refused before the step begins, so accumulated gradients stay."""
     run, other = run_of(active), run_of(active)
     step, whole = run.compiled(accumulate=2), other.compiled(accumulate=2)
     for each, own in ((run, step), (other, whole)):
@@ -254,7 +254,7 @@ def test_an_argument_that_is_refused_breaks_no_step() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_an_update_that_cannot_be_made_ready_leaves_no_state() -> None:
-    """The first weight's is ready, and has made a state, when the last one is found to be replaced."""
+    """The first weight's update is ready, and has made a state, when the last weight is found to be replaced."""
     run = run_of(active)
     step = run.compiled()
     last = find_sites(run.model)["last.weight"]
@@ -295,7 +295,7 @@ def test_growth_that_breaks(options: dict[str, Any], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("uncompiled")
 def test_an_interrupt_while_a_broken_step_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next call does the rest."""
+    """The next call finishes the cleaning up."""
     run = run_of(active)
     step = run.compiled()
     with monkeypatch.context() as patched, pytest.raises(Interrupt):

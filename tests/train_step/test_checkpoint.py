@@ -44,7 +44,7 @@ def test_continues_bit_for_bit(name: str, num_before: int, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("uncompiled")
 def test_what_was_skipped_before_is_no_reason_to_wait(tmp_path: Path) -> None:
-    """Loaded right before a step that an update is due after, where nobody has looked at counts yet."""
+    """A run is loaded right before a step with a topology update, where nobody has read counts yet."""
     first, resumed = (twice(sparse(Fault), every=3)[0] for _ in range(2))
     first.in_step(first.compiled(), [faulty(i, bad_weight=True) for i in range(2)])
     smet.save_checkpoint(tmp_path / "run", first.model, first.optimizer, first.manager)

@@ -56,7 +56,7 @@ def train(rank: int, port: int, folder: str) -> None:
 
 
 class Nested(nn.Module):
-    """A part of it is parallel, the rest is the same on all ranks since its gradient is."""
+    """Is parallel in a part. The rest is the same on all ranks, since its gradient is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Nested(nn.Module):
 
 
 def parallel(model: nn.Module, **options: Any) -> tuple[nn.Module, list[int]]:
-    """``model`` with its gradients reduced in several buckets, and the number of elements of each reduction."""
+    """Returns ``model`` with gradients reduced in several buckets, and a list of the elements of each reduction."""
     of = model.inner if isinstance(model, Nested) else model
     wrapped, sizes = DistributedDataParallel(of, bucket_cap_mb=0.0005, **options), []
 
@@ -86,7 +86,7 @@ def parallel(model: nn.Module, **options: Any) -> tuple[nn.Module, list[int]]:
 
 
 def check_accumulation(rank: int, make_model: Any, options: dict[str, Any]) -> None:
-    """Every gradient is reduced once in an optimizer step, which is that of the mean over calls and ranks."""
+    """Checks that every gradient is reduced once per optimizer step, which is that of the mean over calls and ranks."""
     torch.manual_seed(0)
     step_run, loop_run = twice(sparse(make_model))
     num_weights = sum(p.numel() for p in step_run.model.parameters())
@@ -107,7 +107,7 @@ def check_accumulation(rank: int, make_model: Any, options: dict[str, Any]) -> N
 
 
 def check_broken_accumulation(rank: int) -> None:
-    """Every rank breaks in the same call: the first ones reduce nothing, in the last some buckets are under way."""
+    """Breaks every rank in the same call: the first ones reduce nothing, in the last some buckets are under way."""
     torch.manual_seed(0)
     model = sparse()
     whole, sizes = parallel(model)

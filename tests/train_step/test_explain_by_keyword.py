@@ -1,4 +1,4 @@
-"""explain takes the batch of a step by place, or the dict of it by keyword; anything else is refused."""
+"""The function explain takes the batch of a step by place, or as a dict by keyword, and refuses anything else."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The step as users run it: real code, at each change of topology too."""
+"""Tests the step as users run it, with generated code and changes of topology."""
 
 from typing import Any
 

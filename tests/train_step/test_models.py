@@ -1,4 +1,4 @@
-"""How a model uses its weights: twice, in checkpointed regions, not at all, across graph breaks."""
+"""Tests models that use weights twice, in checkpointed regions, not at all, or across graph breaks."""
 
 import warnings
 from typing import Any
@@ -18,12 +18,12 @@ NUM_STEPS = 15
 
 
 def dampened(model: nn.Module) -> Optimizer:
-    """A first update unlike those that follow: torch's momentum buffer begins as the gradient."""
+    """Makes SGD whose first update is unlike those that follow: torch's momentum buffer begins as the gradient."""
     return SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
 
 
 class ReadsTwice(Net):
-    """One module that reads its weight twice, and one that is called twice."""
+    """Calls a module twice, which reads its weight twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Checkpointed(Net):
 
 
 class CheckpointedInAndOut(Checkpointed):
-    """The layer is read in the region and outside."""
+    """Reads a layer in the region and outside."""
 
     def hidden(self, x: Tensor) -> Tensor:
         return torch.tanh(self.between(super().hidden(x)))
@@ -72,7 +72,7 @@ class ReentrantBreak(Reentrant):
 
 
 class Branch(Net):
-    """The batch says in numbers whether the layer between is used: the graph breaks there."""
+    """Uses a layer where numbers of the batch say so, which breaks the graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Branch(Net):
 
 
 class Flag(Branch):
-    """The batch says so by a number of rows: one graph for each answer."""
+    """Uses the layer where the number of rows says so, with one graph for each answer."""
 
     def is_used(self, x: Tensor) -> bool:
         return x.shape[0] > 5
@@ -112,7 +112,7 @@ def test_in_one_graph(make_model: Any) -> None:
 
 @pytest.mark.parametrize("make_model", [Net, ReadsTwice, CheckpointedInAndOut, Reentrant])
 def test_without_the_compiler(make_model: Any) -> None:
-    """The step means the same in eager: there the checkpointed regions run again in backward."""
+    """The step does the same in eager mode, where checkpointed regions run again in backward."""
     assert both(make_model, stance="force_eager").fused
 
 

@@ -16,7 +16,7 @@ FP64 = torch.tensor(1e-2, dtype=torch.float64)
 
 
 class Layers(nn.Module):
-    """A layer for each of some parameter groups, and a norm."""
+    """Has a layer for each of some parameter groups, and a norm."""
 
     def __init__(self, num: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Layers(nn.Module):
 
 
 def in_groups(kind: Any, layers: list[dict[str, Any]], **common: Any) -> tuple[int, MakeOptimizer]:
-    """The number of layers, and an optimizer that trains each by its own options."""
+    """Returns the number of layers, and an optimizer that trains each by its own options."""
 
     def make(model: Any) -> Optimizer:
         groups = [{"params": [*x.parameters()], **y} for x, y in zip(model.layers, layers, strict=True)]

@@ -1,4 +1,4 @@
-"""What changes during a run: learning rates without a recompile, other options with one."""
+"""Learning rates change during a run without a recompile, other options with one."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def warm_up(optimizer: Any) -> Any:
-    """The first step's rate is 0."""
+    """Makes a schedule whose first rate is 0."""
     return LambdaLR(optimizer, lambda step: min(1.0, step / 10))
 
 

@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 class Wide(Net):
-    """One layer reads its weight twice."""
+    """Has a layer that reads its weight twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def test_equals_the_loop(name: str, grow: str, block_shape: Any) -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 def test_in_every_step_from_the_first(grow: str) -> None:
-    """There is no step before, in which to look at counts."""
+    """There is no earlier step in which counts could be read."""
     step_run, loop_run = twice(sparse(), every=1, grow=grow)
     step_run.in_step(step_run.compiled(), map(batch_of, range(4)))
     loop_run.in_loop(map(batch_of, range(4)))
@@ -64,7 +64,7 @@ def test_in_every_step_from_the_first(grow: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_postpones_the_update() -> None:
-    """In the fused weight, whose blocks are skipped, and in a bias; the same fault in other steps is no hindrance."""
+    """It may be that of the fused weight or of a bias; faults in other steps do not matter."""
     step_run, loop_run = twice(sparse(Fault), grow="gradient")
     batches = [faulty(i, i in (1, 3, 4, 9, 11), i == 5) for i in range(NUM_STEPS)]
     step_run.in_step(step_run.compiled(), batches)
@@ -115,7 +115,7 @@ def test_a_weight_that_no_step_reaches_keeps_its_topology() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_manager_of_a_part_of_the_model_waits_for_all_of_it() -> None:
-    """As in eager, where it looks at every gradient that the optimizer uses."""
+    """In eager mode it looks at every gradient that the optimizer uses, so here too."""
     step_run, loop_run = twice(sparse(Fault))
     for run in (step_run, loop_run):
         part = nn.ModuleDict({"last": run.model.last})
@@ -129,7 +129,7 @@ def test_a_manager_of_a_part_of_the_model_waits_for_all_of_it() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_manager_made_later_counts_from_there() -> None:
-    """What was skipped before is no reason to wait; what was trained before is not trained now."""
+    """Blocks skipped before are no reason to wait, and weights trained before do not count as trained now."""
     step_run, loop_run = twice(sparse(Fault))
     step = step_run.compiled()
     for first, every in ((0, 100), (3, 1)):

@@ -1,1 +1,1 @@
-"""What each study found, written from its records: a page of markdown and its figures."""
+"""Writes what each study found from its records: a page of markdown and its figures."""

@@ -1,4 +1,4 @@
-"""The pages of studies that change one setting at a time: differences from the default, seed by seed."""
+"""Writes the pages of studies that change one setting at a time, as differences from the default by seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ = (
 
 
 def difference(records: Records, pairs: list[tuple[Case, Case]]) -> Interval | None:
-    """Of the losses of (changed, compared) runs; None where there is none yet."""
+    """Returns the mean difference of losses over (changed, compared) runs; None where there is none yet."""
     keys = [(changed.key, default.key) for changed, default in pairs]
     found = [records[a]["loss"] - records[b]["loss"] for a, b in keys if a in records and b in records]
     return interval(found) if found else None

@@ -1,4 +1,4 @@
-"""The page of the study at equal memory."""
+"""Writes the page of the study at equal memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEADINGS = [
 
 
 def best(records: Records, cases: list[Case]) -> float | None:
-    """The lowest loss of the rates tried, once all were; one that diverged has none."""
+    """Returns the lowest loss of all rates, once all were tried; a run that diverged has none."""
     if any(case.key not in records for case in cases):
         return None
     losses = [records[case.key]["loss"] for case in cases]
@@ -33,7 +33,7 @@ def best(records: Records, cases: list[Case]) -> float | None:
 
 
 def over_seeds(records: Records, scale: Scale, budget: int) -> Interval | None:
-    """Of single weights at density .25, the loss after the same tokens less that of the dense model of the budget."""
+    """Returns the loss of single weights at density .25 less the dense model's, after the same tokens."""
     dense, sparse = (c for c in study.candidates(scale) if c.budget == budget and study.is_main(scale, c))
     pairs = [[best(records, study.same_tokens(scale, c, seed)) for c in (sparse, dense)] for seed in scale.seeds]
     found = [a - b for a, b in pairs if a is not None and b is not None]
@@ -88,7 +88,7 @@ def _row(rival: study.Candidate, cost: float, tokens: float | None, time: float 
 
 
 def _by_bytes(points: list[tuple[study.Candidate, float]], scale: Scale):
-    """The models of the depth that sets the budgets: loss after the same tokens over what their training stores."""
+    """Draws, for models of the budgets' depth, the loss after the same tokens over the bytes of training."""
     figure = new_figure(width=6.5, height=3.8)
     axes = figure.subplots()
     for block, density in [("1", 1.0), *itertools.product(study.BLOCKS, study.DENSITIES)]:

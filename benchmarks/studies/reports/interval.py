@@ -1,4 +1,4 @@
-"""Means with 95% confidence intervals, by Student's t."""
+"""Computes means with 95% confidence intervals, by Student's t."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of ``num`` numbers and the half-width of its interval, infinite where one number says nothing of it."""
+    """Holds a mean of ``num`` numbers and the half-width of its interval, which is infinite for a single number."""
 
     mean: float
     half: float
@@ -29,7 +29,7 @@ class Interval:
 
 
 def interval(numbers: Sequence[float]) -> Interval:
-    """Of independent numbers, or of differences of pairs."""
+    """Returns the interval of independent numbers, or of differences of pairs."""
     mean, num = statistics.fmean(numbers), len(numbers)
     if num < 2:
         return Interval(mean, math.inf, num)

@@ -1,4 +1,4 @@
-"""The page of the learning-rate study."""
+"""Writes the page of the learning-rate study."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DIVERGED = 9.0
 
 @dataclass(frozen=True)
 class Part:
-    """Runs with one rate of embeddings and norms: ``plain_rate``, or that of everything else for None."""
+    """Holds runs with one rate of embeddings and norms: ``plain_rate``, or that of everything else for None."""
 
     records: Records
     scale: Scale
@@ -30,7 +30,7 @@ class Part:
     kinds: tuple[tuple[float, str], ...]  # density, block
 
     def sparse(self, exponent: float, density: float, block: str) -> Losses:
-        """Held-out loss by base rate."""
+        """Returns held-out losses by base rate."""
         made = [study.sparse_case(self.scale, r, exponent, density, block, self.plain_rate) for r in study.RATES]
         return self._losses([case.key for case in made])
 
@@ -46,7 +46,7 @@ class Part:
         return {seed: _loss(self.records[key]) for seed, key in keys.items() if key in self.records}
 
     def regrets(self, exponent: float, rate: float) -> list[float]:
-        """By block and density, how far the loss lies above the lowest that any p and rate reached there."""
+        """Returns by block and density how far the loss lies above the lowest that any p and rate reached there."""
         found = []
         for density, block in self.kinds:
             by_exponent = {p: self.sparse(p, density, block) for p in study.EXPONENTS}
@@ -57,7 +57,7 @@ class Part:
 
 
 def parts(records: Records, scale: Scale) -> tuple[Part, Part]:
-    """Embeddings at a rate of their own, and at that of the linear layers."""
+    """Returns the runs with embeddings at a rate of their own, and those at the rate of the linear layers."""
     own = Part(records, scale, study.PLAIN_RATE, study.TUNED)
     return own, Part(records, scale, None, study.ONE_RATE)
 
@@ -67,7 +67,7 @@ def _loss(record: dict) -> float:
 
 
 def best_rate(losses: Losses) -> float:
-    """The lowest point of a parabola in log rate through the best rate and its neighbours."""
+    """Returns the lowest point of a parabola in log rate through the best rate and its neighbours."""
     rates = sorted(losses)
     best = min(range(len(rates)), key=lambda i: losses[rates[i]])
     if not 0 < best < len(rates) - 1:
@@ -89,7 +89,7 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
 
 
 def _write_again(page: Page, part: Part) -> None:
-    """Other block shapes, and other seeds."""
+    """Writes about other block shapes, and other seeds."""
     rate, exponents = study.OTHER_RATE, study.OTHER_EXPONENTS
     kinds = [(d, block) for block in ("1", *study.OTHER_BLOCKS, "64") for d in study.OTHER_DENSITIES]
     rows = []

@@ -1,4 +1,4 @@
-"""How a study's records were made: model, text, machine, what is still missing."""
+"""Describes how a study's records were made: model, text, machine, missing runs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks.studies.records import Records
 
 
 def parameters(case: Case) -> int:
-    """Of the model, dense."""
+    """Counts the parameters of the dense model."""
     from benchmarks.studies.trainer import build_model
 
     return sum(p.numel() for p in build_model(case, "meta").parameters())
 
 
 def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
-    """A paragraph for the page."""
+    """Writes the paragraph for the page."""
     done = [records[case.key] for case in dict.fromkeys(cases) if case.key in records]
     hours = sum(record["seconds"] for record in done) / 3600
     by_shape = {case.shape: case for case in cases}
@@ -33,7 +33,7 @@ def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
 
 
 def _models(cases: list[Case]) -> str:
-    """One of each shape."""
+    """Describes one model of each shape."""
     if len(cases) > 2:
         sizes = [parameters(case) for case in cases]
         return f"LLaMAs of {min(sizes) / 1e6:.1f}M to {max(sizes) / 1e6:.1f}M parameters"

@@ -1,4 +1,4 @@
-"""A page of results: markdown with tables and figures beside it."""
+"""Writes a page of results: markdown with tables, and figures beside it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Page:
 
 
 def new_figure(width: float = _WIDTH, height: float = _HEIGHT) -> Any:
-    """An empty figure that no window shows."""
+    """Makes an empty figure that no window shows."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def tidy(axes: Any, **settings: Any) -> None:
-    """Labels, no box, a light grid."""
+    """Sets labels, removes the box, and draws a light grid."""
     axes.set(**settings)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -1,4 +1,4 @@
-"""The page of the study of quality."""
+"""Writes the page of the study of quality."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ KINDS = {"1": "single weights", "1x16": "runs of 16", "16": "tiles of 16", "32":
 
 
 def excess(records: Records, scale: Scale, density: float, block: str, **options) -> Interval | None:
-    """Held-out loss above the dense model's of the same seed, over the seeds."""
+    """Returns the held-out loss above the dense model's of the same seed, over the seeds."""
     return difference(records, [(study.sparse_case(scale, density, block, seed, **options),
                                   study.dense_case(scale, seed)) for seed in scale.seeds])  # fmt: skip
 
 
 def long_excess(records: Records, scale: Scale, density: float, block: str) -> Interval | None:
-    """The same of the long runs."""
+    """Returns the same for the long runs."""
     return difference(records, [(study.long_case(scale, density, block, seed),
                                   study.long_case(scale, 1.0, "1", seed)) for seed in scale.seeds])  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The page of the study of loss spikes."""
+"""Writes the page of the study of loss spikes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = ("naive SET", "naive RigL", "rate scaling only", "age only", "SMET")
 
 @dataclass(frozen=True)
 class Seen:
-    """The windows of one method, of all its seeds, at updates and without one; its losses at the end."""
+    """Holds one method's windows at updates and without one, for all seeds, and its final losses."""
 
     updates: list[Window]
     nulls: list[Window]

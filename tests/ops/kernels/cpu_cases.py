@@ -1,4 +1,4 @@
-"""Compact weights for the kernels of the CPU, of any size. The dense side is written from the specification."""
+"""Provides compact weights of any size for the kernels of the CPU. The dense side follows the specification."""
 
 from __future__ import annotations
 

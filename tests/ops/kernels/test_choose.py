@@ -147,7 +147,7 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch, name: str, op: str, case: choos
         choose.kernel_of(op, case)
         assert not given
         for _ in range(2):
-            choose._reported(op, case)
+            choose._choose_and_warn(op, case)
     return [str(each.message) for each in given]
 
 

@@ -1,7 +1,7 @@
-"""The kernel named "cpu_adamw": the optimizer step of many parameters by the rule adamw, in one call of C++.
+"""Implements the kernel named "cpu_adamw": AdamW steps of many parameters in one call of C++.
 
-What a step needs of a parameter is written into a struct once for each ``Update`` object. From step to step only the
-address of its gradient and its rate change there.
+A parameter's addresses and numbers are written into a struct once for each ``Update`` object. From step to step only
+the address of its gradient and its rate change there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from smet_compile.format import WEIGHTS_OF_A_GROUP
 from smet_compile.ops.choose import UpdateCase
+from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE
 from smet_compile.ops.kernels.native.build import library
 from smet_compile.ops.updates import Update
 
 _RULES = ("adamw", "naive_adamw")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-_GENERATIONS_OF_A_BYTE = 256
 _PLAIN = (Tensor, nn.Parameter)
 _PREPARED, _BATCH = "cpu_adamw", "cpu_adamw, with others"
 
@@ -30,7 +30,7 @@ _OF_TOPOLOGY = ("bits", "positions", "group_starts")
 
 
 class Job(ctypes.Structure):
-    """Holds what the C++ needs of one parameter: ``Update`` in adamw.cpp, member by member."""
+    """Holds the arguments for one parameter. It has the members of ``Update`` in adamw.cpp, in their order."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("values", "grad", *_SLOTS, *_STATE, *_OF_TOPOLOGY)),
@@ -44,7 +44,7 @@ class Job(ctypes.Structure):
 
 
 class _Prepared(NamedTuple):
-    """Holds a parameter's struct without gradient and rate, and what its gradients must be like."""
+    """Holds a parameter's struct without gradient and rate, and the dtype and shape that gradients must have."""
 
     job: Job
     dtype: torch.dtype
@@ -52,10 +52,10 @@ class _Prepared(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Holds what several updates that are made together need; kept while the same ones come in the same order.
+    """Holds the structs of several updates that are made together; kept while these come again in the same order.
 
     Args:
-        prepared: those of the updates. array: copies of their structs. jobs: the elements of the array.
+        prepared: what each update keeps. array: copies of their structs. jobs: the elements of the array.
         changed: every tensor that the updates change.
     """
 
@@ -77,11 +77,7 @@ def refusal(case: UpdateCase) -> str | None:
 
 
 def update_all(updates: list[Update]) -> None:
-    """Makes every update. Gradients are plain tensors with the dtype, shape and device of their values.
-
-    Raises:
-        ValueError: a gradient of another dtype, shape or device, which C++ would read past its end.
-    """
+    """Makes every update. Raises ValueError for a gradient of another dtype, shape or device than the values."""
     if not updates:
         return
     batch = _find_batch(updates)
@@ -110,7 +106,7 @@ def update_all(updates: list[Update]) -> None:
 
 
 def _takes(update: Update, is_traced: bool) -> bool:
-    """Tells whether this kernel takes the tensors of an update. ``is_traced``: they only stand for tensors."""
+    """Tells whether this kernel takes the tensors of an update. ``is_traced``: they are fake."""
     values, slots, topology = update.values, update.slots, update.topology
     generation, births = update.generation, update.births
     of_topology = () if topology is None else (topology.bits, topology.lists)
@@ -132,13 +128,13 @@ def _takes(update: Update, is_traced: bool) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Tells whether a tensor lies in the CPU's memory, and is none that only stands for another."""
+    """Tells whether a tensor is an ordinary one in the CPU's memory, neither fake nor of a subclass."""
     return type(tensor) in _PLAIN and tensor.is_cpu
 
 
 def _has_table(generation: Tensor, births: Tensor) -> bool:
     if generation.dtype == torch.uint8:
-        return births.numel() >= _GENERATIONS_OF_A_BYTE  # as many are looked up at once
+        return births.numel() >= GENERATIONS_OF_A_BYTE  # as many are looked up at once
     return generation.dtype in (torch.int16, torch.int32)
 
 
@@ -177,7 +173,7 @@ def _prepare(update: Update) -> _Prepared:
 
 
 def _geometry(update: Update) -> dict[str, Any]:
-    """Returns where the blocks lie. Each entry of a plain parameter is a block."""
+    """Returns the numbers that say where the blocks lie. Each entry of a plain parameter is a block."""
     topology, num_entries = update.topology, update.values.numel()
     if topology is None:
         return {

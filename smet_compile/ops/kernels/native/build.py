@@ -186,7 +186,7 @@ def _temporary_folder() -> Path:
 
 
 def _processor() -> str:
-    """Returns what ``-march=native`` depends on."""
+    """Returns a text that changes with the processor, as the code that ``-march=native`` makes does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -218,10 +218,9 @@ def read_entry(entry: Path) -> bytes | None:
 
 
 def write_entry(entry: Path, code: bytes, workplace: Path) -> None:
-    """Keeps ``code`` as ``entry``, by way of ``workplace``, a folder in the same file system.
+    """Writes ``code`` to ``workplace``, a folder in the same file system, and then moves it to ``entry``.
 
-    Raises:
-        OSError: it cannot be kept; the entry is as it was.
+    Raises OSError where it cannot be kept; the entry is then as it was.
     """
     new = workplace / "whole"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # no group may write, whatever the umask
@@ -237,10 +236,10 @@ def write_entry(entry: Path, code: bytes, workplace: Path) -> None:
 @contextlib.contextmanager
 def new_workplace(folder: Path) -> Iterator[Path]:
     """Makes a folder in ``folder`` for this user alone, and removes it and those that killed processes left."""
-    for each in folder.glob(f"{_PREFIX}*"):
+    for old in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            if _is_abandoned(each.lstat()):
-                shutil.rmtree(each)
+            if _is_abandoned(old.lstat()):
+                shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_PREFIX, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
@@ -269,10 +268,8 @@ def trusted_folder(path: Path) -> Path:
 
     Every folder and link on the way must belong to root or this user. Nobody else may write to a folder, unless it is
     sticky as ``/tmp`` is: there others cannot replace the next component, which is checked in its turn. So nobody else
-    can put another folder there later.
-
-    Raises:
-        PermissionError: another user could. OSError: the folder is not there and cannot be made.
+    can put another folder there later. Raises PermissionError where another user can, and OSError where the folder is
+    missing and cannot be made.
     """
     _is_link(_ROOT)
     place, num_links = _ROOT, 0
@@ -299,12 +296,12 @@ def trusted_folder(path: Path) -> Path:
 
 
 def is_trusted(status: os.stat_result) -> bool:
-    """Returns whether only root and this user can change a file."""
+    """Tells whether only root and this user can change a file."""
     return status.st_uid in _owners() and not _others_write(status)
 
 
 def _is_link(path: Path) -> bool:
-    """Returns whether ``path`` is a link; raises OSError where it is neither a link nor a folder to be trusted."""
+    """Tells whether ``path`` is a link. Raises OSError where it is neither a link nor a folder to be trusted."""
     status = path.lstat()
     if status.st_uid not in _owners():
         raise PermissionError(f"{path} belongs to user {status.st_uid}, who can change what lies there")
@@ -330,7 +327,7 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def _is_private(group_id: int) -> bool:
-    """Returns whether a group has this user alone, as is common where the umask is 002 by default."""
+    """Tells whether this user is the only member of a group, as is common where the umask is 002 by default."""
     import grp
     import pwd
 
@@ -340,4 +337,4 @@ def _is_private(group_id: int) -> bool:
         return False
     if group_id == 0 or group.gr_name != user.pw_name or set(group.gr_mem) - {user.pw_name}:
         return False
-    return all(each.pw_uid == user.pw_uid for each in pwd.getpwall() if each.pw_gid == group_id)
+    return all(other.pw_uid == user.pw_uid for other in pwd.getpwall() if other.pw_gid == group_id)

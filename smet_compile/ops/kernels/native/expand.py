@@ -1,8 +1,8 @@
-"""The kernel named "cpu_expand": unpack and pack in C++, and products through a dense weight.
+"""Implements the kernel named "cpu_expand": unpack and pack in C++, and products through a dense weight.
 
-Each dense weight is written once, or read once. Products expand a few rows at a time, each a GEMM: those rows stay in
-the processor's cache, so that expanding costs little and the scratch is small. That is for single weights and runs,
-and for tiles where the processor multiplies dense matrices faster than it can skip blocks.
+Unpacking writes each dense entry once, packing reads it once. Products expand a few rows at a time and call a GEMM:
+those rows stay in the processor's cache, so that expanding costs little and the scratch is small. It serves single
+weights and runs, and tiles where the processor multiplies dense matrices faster than it can skip blocks.
 
 Shape suffixes: S stacked matrices, T tokens, R rows, C cols, I and O the inputs and outputs of a product.
 """
@@ -36,7 +36,7 @@ class _Move(ctypes.Structure):
 
 
 class _Piece(NamedTuple):
-    """Holds some whole block rows of a matrix that are expanded at once, and the move of them made ready."""
+    """Holds some whole block rows of a matrix that are expanded at once, and the prepared arguments for that."""
 
     rows: slice
     move: _Move
@@ -57,7 +57,7 @@ def unpack(values: Tensor, topology: Topology) -> Tensor:
 
 
 def pack(dense: Tensor, topology: Topology) -> Tensor:
-    """Returns the active blocks of ``dense``; what hangs over an edge is zero."""
+    """Returns the active blocks of ``dense``; entries that hang over an edge are zero."""
     values = dense.new_empty(topology.layout.values_shape(topology.num_active))
     _run("pack", _whole(topology, dense.dtype.itemsize), values, dense.contiguous())
     return values
@@ -73,8 +73,8 @@ def masked_matmul(
 ) -> Tensor:
     """Computes what ``ops.plain.masked_matmul`` does.
 
-    Where rows of the weight are summed over, low-precision dtypes expand all of them at once, so that sums are rounded
-    once.
+    Where it sums over rows of the weight, it expands all of them at once for low-precision dtypes, so that sums are
+    rounded once.
     """
     layout = topology.layout
     ends = None if offsets is None else offsets.tolist()
@@ -133,10 +133,10 @@ def _whole(topology: Topology, element_bytes: int) -> _Move:
 def _pieces(topology: Topology, element_bytes: int) -> list[list[_Piece]]:
     """Returns the pieces of each matrix; the topology keeps them."""
     key = ("cpu_expand", "pieces", element_bytes)
-    return topology.constant(key, lambda: _cut(topology, element_bytes))
+    return topology.constant(key, lambda: _make_pieces(topology, element_bytes))
 
 
-def _cut(topology: Topology, element_bytes: int) -> list[list[_Piece]]:
+def _make_pieces(topology: Topology, element_bytes: int) -> list[list[_Piece]]:
     layout = topology.layout
     bm, num_rows = layout.block_shape[0], layout.rows
     at_once = max(_MIN_ROWS, _BYTES_AT_ONCE // (layout.cols * element_bytes))

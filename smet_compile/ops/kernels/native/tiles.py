@@ -1,4 +1,4 @@
-"""The kernel named "cpu_tiles": products with tiles in C++; fp32, and bf16 where the processor multiplies it."""
+"""Implements the kernel named "cpu_tiles": products with tiles in C++, in fp32, and in bf16 where the CPU has it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smet_compile.ops.kernels.native.build import library
 from smet_compile.ops.plain import by_matrix
 
 _BYTES_OF_A_CHUNK = 2**19
-"""As much input as stays in a core's cache while all blocks pass by."""
+"""Bytes of input that stay in a core's cache while all blocks are multiplied with them."""
 _MIN_TOKENS = 56
 _TOKENS_OF_A_SUM = 256
 _DEPTH = {torch.float32: 1, torch.bfloat16: 2}
@@ -45,12 +45,12 @@ class _Sampled(ctypes.Structure):
 
 
 class _PreparedMasked(NamedTuple):
-    """Holds what ``masked_matmul`` needs that stays until the topology changes.
+    """Holds the arguments of ``masked_matmul`` that stay the same until the topology changes.
 
     Args:
-        job: has everything but what the tokens, the values and the bias decide.
+        job: the arguments except those that depend on the tokens, the values and the bias.
         starts: the address of the first line of each matrix.
-        num_outputs: of a token. scratch_size: entries that one matrix's repacked blocks take at most.
+        num_outputs: number of outputs of a token. scratch_size: most entries that a matrix's repacked blocks take.
     """
 
     job: _Masked
@@ -60,10 +60,10 @@ class _PreparedMasked(NamedTuple):
 
 
 class _PreparedSampled(NamedTuple):
-    """Holds what ``sampled_matmul`` needs that stays until the topology changes.
+    """Holds the arguments of ``sampled_matmul`` that stay the same until the topology changes.
 
     Args:
-        job: has everything but what the tokens decide.
+        job: the arguments except those that depend on the tokens.
         starts: the address of the first block row of each matrix.
         scratch_width: entries that one repacked token takes.
     """
@@ -199,7 +199,7 @@ def _starts(starts: Tensor, num_lines: int, num_matrices: int) -> list[int]:
 
 
 def _with_rows_in_order(tokens: Tensor) -> Tensor:
-    """Returns the tokens with each one's numbers side by side in memory; a copy where they are not."""
+    """Returns the tokens with the numbers of each side by side in memory; a copy where they are not."""
     return tokens if tokens.is_contiguous() or tokens.stride(-1) == 1 else tokens.contiguous()
 
 

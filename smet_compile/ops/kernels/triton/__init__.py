@@ -1,1 +1,1 @@
-"""This folder holds the kernels in Triton, for GPUs. Only ``supports`` can be imported where Triton is missing."""
+"""Holds the kernels in Triton, for GPUs. Only ``supports`` can be imported where Triton is missing."""

@@ -1,4 +1,4 @@
-"""The kernel named "triton_adamw" updates many parameters by AdamW at once: one launch for all of the same dtypes.
+"""Implements the kernel named "triton_adamw": AdamW steps of many parameters, one launch for all of the same dtypes.
 
 A small launch before it counts the steps and computes the rates. The device reads addresses and numbers from a table
 that is made, and copied there, when the parameters change. The addresses of gradients and the learning rates are in a
@@ -49,8 +49,8 @@ _MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
 _NUM_KINDS = 5
 _LEAST_EPS = torch.finfo(torch.float32).tiny
 _LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
-"""Keys of what is kept with an update: the launches of a step (with its first update), the number of the update by
-which that step's list is known again, and the tensors that the update changes."""
+"""Keys of ``Update.prepared``: the launches of a step (kept by its first update), a number by which an update is
+recognised in the next step, and the tensors that the update changes."""
 _numbers = itertools.count()
 
 
@@ -83,10 +83,10 @@ def update_all(updates: list[Update]) -> None:
 
 
 class Specialization(NamedTuple):
-    """Holds what parameters have in common that one launch updates: the kernel is compiled for it.
+    """Holds the properties that all parameters of one launch share, for which the kernel is compiled.
 
     Args:
-        dtypes: of values, gradient and moments. lists, generation: of the integers there.
+        dtypes: dtypes of values, gradient and moments. lists, generation: dtypes of these integers.
     """
 
     device: torch.device
@@ -117,10 +117,10 @@ class Specialization(NamedTuple):
 
 
 class Launch:
-    """Holds what one launch finds on the device, a row for each parameter. It keeps no tensor of a parameter alive.
+    """Holds the tables on the device for one launch, a row for each parameter. It keeps no tensor of a parameter alive.
 
     Args:
-        rows: without ``first_rate``, which is filled in here.
+        rows: the rows without ``first_rate``, which is filled in here.
     """
 
     def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
@@ -146,7 +146,7 @@ class Launch:
         self._step_numbers: list[int] = []
 
     def update(self, updates: Sequence[Update]) -> None:
-        """Makes the updates that the rows were made of, in their order."""
+        """Makes the updates that the rows describe, which come in the same order."""
         kept = self.begin(updates)
         if self.num_programs:
             kernel = on_device(update, self.device)
@@ -154,7 +154,7 @@ class Launch:
         del kept
 
     def begin(self, updates: Sequence[Update]) -> list[Tensor]:
-        """Counts a step of the updates, fills ``rates``, and lets the tensors count as changed.
+        """Counts a step of the updates, fills ``rates``, and marks the tensors as changed for autograd.
 
         Returns tensors that must live until the update is launched.
         """
@@ -234,16 +234,16 @@ def _group(updates: list[Update], dtypes: list[torch.dtype]) -> _Launches:
     return _Launches(numbers, dtypes, launches)
 
 
-# Fused updates come one by one, as many as sites, step after step, each with an Update of its own where a graph calls
-# the op: equal rows share a launch.
+# A compiled graph makes fused updates one by one, each time with a new Update object, so equal rows share a launch.
 _launch_of_one_row = functools.lru_cache(maxsize=4096)(Launch)
 
 
-class _Cut(NamedTuple):
-    """Says how a parameter is cut into what programs take at a time.
+class _Pieces(NamedTuple):
+    """Says how a parameter is cut into pieces, one for each program.
 
     Args:
-        grid: blocks there are, rows and columns of a matrix, of its grid of blocks, and of a block.
+        kind: the kind of piece (``ENTRIES`` and so on). grid: the number of blocks, then rows and columns of a matrix,
+            of its grid of blocks, and of a block.
     """
 
     kind: int
@@ -254,9 +254,9 @@ class _Cut(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool) -> _Cut:
+def _pieces(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool) -> _Pieces:
     if layout is None:
-        return _Cut(ENTRIES.value, 1, LANES.value, -(-numel // LANES.value), (1,) * 7)
+        return _Pieces(ENTRIES.value, 1, LANES.value, -(-numel // LANES.value), (1,) * 7)
     size = math.prod(layout.block_shape)
     if layout.single_weights:
         kind = GROUP_OF_WEIGHTS if is_coded or is_stochastic else ENTRIES
@@ -265,7 +265,7 @@ def _cut(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool)
     else:
         kind = BLOCK if is_coded or size > LANES.value // 2 else BLOCKS
     grid = layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape
-    return _Cut(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups, grid)
+    return _Pieces(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups, grid)
 
 
 def _num_programs(row: Row) -> int:
@@ -280,8 +280,8 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
     """Makes a parameter's row of the table, without the place of its rates."""
     topology = one.topology
     values, exp_avg, exp_avg_sq, generation = map(_address, (one.values, *one.slots, one.generation))
-    cut = _cut(None if topology is None else topology.layout, one.values.numel(), one.is_coded, is_stochastic)
-    num_blocks, rows, cols, block_rows, block_cols, block_height, block_width = cut.grid
+    pieces = _pieces(None if topology is None else topology.layout, one.values.numel(), one.is_coded, is_stochastic)
+    num_blocks, rows, cols, block_rows, block_cols, block_height, block_width = pieces.grid
     options = one.rule.named_options(one.options)
     return Row(
         values=values,
@@ -295,12 +295,12 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         topology=0 if topology is None else _address(topology.bits),
         positions=0 if topology is None else _address(topology.positions),
         group_starts=0 if topology is None else _address(topology.group_starts),
-        kind=cut.kind,
+        kind=pieces.kind,
         aligned=all(address % 16 == 0 for address in (values, exp_avg, exp_avg_sq, generation)),
         numel=one.values.numel(),
-        block_size=cut.block_size,
-        entries_at_once=cut.entries_at_once,
-        num_groups=cut.num_groups,
+        block_size=pieces.block_size,
+        entries_at_once=pieces.entries_at_once,
+        num_groups=pieces.num_groups,
         num_generations=1 if one.births is None else one.births.numel(),
         first_rate=0,
         num_blocks=num_blocks,
@@ -343,7 +343,7 @@ def _on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _work(num_programs: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns (programs, 2) int32: the parameter, and the number of its piece."""
+    """Returns (programs, 2) int32: each program's parameter, and the number of its piece."""
     counts = torch.tensor(num_programs)
     parameter = torch.arange(len(counts)).repeat_interleave(counts)
     piece = torch.arange(len(parameter)) - (counts.cumsum(0) - counts)[parameter]

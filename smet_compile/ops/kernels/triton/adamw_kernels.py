@@ -1,4 +1,4 @@
-"""Two kernels make AdamW's step for many parameters: ``prepare`` counts the step, ``update`` moves the weights.
+"""Defines the two kernels of "triton_adamw": ``prepare`` counts the step, ``update`` moves the weights.
 
 A program of ``update`` takes a piece of one parameter: one block, however large; up to LANES consecutive entries; or
 the active ones among LANES dense weights.
@@ -29,12 +29,12 @@ from smet_compile.ops.kernels.triton.adamw_step import (
 )
 
 _SCAN = tl.constexpr(4 * LANES.value)
-"""Lanes that look for a gradient that is not finite."""
+"""Entries that are checked at a time for a gradient that is not finite."""
 
 
 @triton.jit
 def _rates_of(age, bias_age, row, lr):
-    """Returns step size and bias corrections at an age, in fp32: SMET's rule but for the moments."""
+    """Returns step size and bias corrections at an age, in fp32."""
     warmup_steps = tl.load(row + at.WARMUP_STEPS)
     warm = tl.where(warmup_steps > 0, tl.minimum(age / tl.maximum(warmup_steps, 1).to(tl.float64), 1.0), 1.0)
     bias1 = 1.0 - tl.exp(bias_age * fp64(row, at.LOG_BETA1))
@@ -209,10 +209,7 @@ def _update_range(
     row, grad_address, rates, first, count, group, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
     STOCHASTIC: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Updates ``count`` consecutive entries, at most LANES, each in a lane of its own.
-
-    They are those of a plain parameter or single weights (SINGLE), or whole small blocks.
-    """
+    """Updates ``count`` ≤ LANES consecutive entries: of a plain parameter, single weights (SINGLE), or whole blocks."""
     if ALIGNED:
         count = count // 16 * 16
     lane = tl.arange(0, LANES)
@@ -265,7 +262,8 @@ def update(
     Args:
         table: a ``Row`` for each parameter. step_table: a ``StepRow``. rates: fp32, step sizes and bias corrections.
         work: (programs, 2) int32, the parameter and the number of the piece.
-        DTYPES: of values, gradients and moments. INDEX, GENERATION: of the lists. KINDS: of pieces that there are.
+        DTYPES: dtypes of values, gradients and moments. INDEX, GENERATION: dtypes of the lists. KINDS: whether there
+            are pieces of each kind.
     """
     program = tl.program_id(0).to(tl.int64)
     parameter = tl.load(work + 2 * program)

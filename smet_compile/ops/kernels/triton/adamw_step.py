@@ -1,10 +1,10 @@
 """Makes one AdamW step on the entries that a program holds, in the law's arithmetic and order of operations.
 
-First what a program reads of its parameter: one launch updates many parameters, and finds each in a row of a table.
-Then noise, roundings and 8-bit codes. Then the step itself.
+The file has three parts: reading the table, in which one launch finds its parameters; noise, rounding and 8-bit codes;
+and the step itself.
 
-Tensors have one element for each entry, in whatever shape; ``entry`` is its offset from the pointers, ``mask`` tells
-which there are, ``live`` which have a gradient to go by. Kernels that call this are compiled without fused
+Tensors have one element for each entry, in any shape; ``entry`` is its offset from the pointers, ``mask`` tells which
+entries exist, ``live`` which of them have a finite gradient. Kernels that call this are compiled without fused
 multiply-adds, so that they round as the law does.
 """
 
@@ -23,9 +23,9 @@ class Row(NamedTuple):
     """Holds a parameter's row of the table: addresses (0 for an absent tensor), integers, and the bits of fp64 numbers.
 
     Args:
-        kind: what a program updates, ``ENTRIES`` and so on. aligned: 16 bytes divide the addresses of what is as large
-            as the parameter. first_rate: where its rates begin.
-        num_blocks: in the dense weight; then the sizes of a matrix, of its grid of blocks, and of a block.
+        kind: what a program updates, ``ENTRIES`` and so on. aligned: whether the addresses of values, moments and
+            generation are multiples of 16. first_rate: the index of its first rate.
+        num_blocks: blocks in the dense weight; then follow the sizes of a matrix, of its grid of blocks, of a block.
     """
 
     values: int
@@ -81,7 +81,7 @@ DENSITY_RATE, LOG_BETA1, LOG_BETA2, REST1, BETA2, REST2, EPS, WEIGHT_DECAY = (ne
 
 
 class StepRow(NamedTuple):
-    """Holds what may change with every step: the gradient's address, and the learning rate's or the bits of it."""
+    """Holds the numbers that may change with every step: the gradient's address, and the rate's address or bits."""
 
     grad: int
     lr: int
@@ -92,14 +92,14 @@ NUM_STEP_COLUMNS = tl.constexpr(len(StepRow._fields))
 GRAD, LR, LR_IS_ADDRESS = map(tl.constexpr, range(NUM_STEP_COLUMNS.value))
 
 ENTRIES, BLOCK, BLOCKS, GROUP_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, range(5))
-"""What a program updates: consecutive entries of a plain parameter or of single weights; one block; several small
-blocks; a group of single weights or of runs, which share a scale or a piece of the bitmap."""
+"""Kinds of pieces: consecutive entries of a plain parameter or of single weights; one block; several small blocks; a
+group of single weights or of runs, which share a scale or a piece of the bitmap."""
 
 WEIGHT_STREAM, EXP_AVG_STREAM, EXP_AVG_SQ_STREAM = map(tl.constexpr, range(3))
 """Streams of noise."""
 EXP_AVG_OFFSET = tl.constexpr(889)
 EXP_AVG_SQ_OFFSET = tl.constexpr(761)
-"""What a code lacks of the exponent of an fp32 number: code 127, or 255, is 1."""
+"""Offsets of the codes of ``ops.law``, by which code 127, or 255, stands for 1."""
 LARGEST = tl.constexpr(3.4028234663852886e38)
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -319,8 +319,8 @@ def store_step(
 ):  # fmt: skip
     """Moves ``weight`` by the new moments, and stores all three.
 
-    What is not ``live`` is stored as it was, so that a mask without holes writes many bytes at once: rounding
-    leaves alone what has been rounded. That does not hold for codes; ``mask`` is without those that are to stay.
+    Entries that are not ``live`` are stored as they were, so that a mask without holes writes many bytes at once:
+    rounding does not change a rounded number. It may change a code, so ``mask`` leaves out codes that have to stay.
 
     ``rates``: step size and bias corrections; ``decay``: ε and λ; ``scales``: of the codes to be written.
     """

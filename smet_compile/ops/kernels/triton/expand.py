@@ -2,9 +2,9 @@
 
 Tiles: a program writes one block, of the dense weight or of ``values``.
 
-Single weights and runs: every dense element is written once, at its place. A program takes some groups of block
-positions, expands their bits, and finds by a prefix sum on top of ``group_starts`` which row of ``values`` each active
-one is. No pass only clears, and only active entries are read.
+Single weights and runs: a program takes some groups of block positions, expands their bits, and finds by a prefix sum
+on top of ``group_starts`` which row of ``values`` each active one has. Every dense element is written once, so nothing
+is cleared before, and only active entries are read.
 
 Shape suffixes: S stacked matrices, R rows, C cols, B block positions of a program, Y their bytes of bits, b bits of a
 byte, E entries of a block, m and n rows and columns of a block, K block columns.
@@ -24,7 +24,7 @@ from smet_compile.format import Topology
 from smet_compile.ops.kernels.triton import supports
 
 _ENTRIES = 4096
-"""Dense entries that a program takes, about: enough to hide that its bits come before all else."""
+"""Approximate number of dense entries of a program: enough to hide the time in which it waits for its bits."""
 _LANES_K = 256
 
 
@@ -36,11 +36,11 @@ class Span(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Holds what every launch for some blocks of one topology has in common.
+    """Holds the arguments that all launches for some blocks of one topology share.
 
     Args:
-        shape: of the tensor that is written. lists: bits and lists. sizes: what the kernel takes after them.
-        strides: of a contiguous dense side. is_matrix: the dense side has two dimensions.
+        shape: shape of the result. lists: bits and lists. sizes: the kernel's arguments after them.
+        strides: strides of a contiguous dense side. is_matrix: whether the dense side has two dimensions.
     """
 
     kernel: Any

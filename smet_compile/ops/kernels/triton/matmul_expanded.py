@@ -1,4 +1,4 @@
-"""Multiplies with any kind of block: the weight is expanded into a scratch, the vendor's GEMM does the rest.
+"""Multiplies with any kind of block: expands the weight into a scratch and calls the vendor's GEMM.
 
 The scratch comes from PyTorch's caching allocator and goes back to it at once, so all weights of a model share the
 memory of the largest, on any number of streams and in CUDA graphs. A sampled product is made a few rows at a time,
@@ -49,8 +49,8 @@ class _Piece(NamedTuple):
     """Describes some rows of a matrix, or some matrices, that are multiplied at once, and how they are packed.
 
     Args:
-        left: which of (S, R, T) or (R, T) it takes; None: all. right: which matrices; None: all.
-        shape: of its product, (R, C) for one matrix.
+        left: index into (S, R, T) or (R, T); None for all. right: index of its matrices; None for all.
+        shape: shape of its product, (R, C) for one matrix.
     """
 
     left: Any

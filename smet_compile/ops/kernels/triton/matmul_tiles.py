@@ -1,7 +1,7 @@
 """Computes masked_matmul for tiles: input W and input Wᵀ, of which only the active blocks are multiplied.
 
 A program makes the outputs of some tokens at one line of blocks (a block row for input Wᵀ, a block column for
-input W), or at a part of a wide line. What it sums over is one axis: the widths of the line's active blocks, one after
+input W), or at a part of a wide line. It sums over one axis: the widths of the line's active blocks, one after
 another, taken ``BLOCK_I`` at a time, be that a part of a block or several. So narrow blocks feed the tensor cores as
 wide ones do, and loads of one block are under way while another is multiplied.
 
@@ -49,10 +49,7 @@ def multiply_add(a, b, sum_, PRECISION: tl.constexpr):
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Returns ``PRECISION`` for factors of ``dtype``: torch's setting decides for fp32.
-
-    The interpreter has plain cores only.
-    """
+    """Returns ``PRECISION`` for factors of ``dtype``, by torch's setting for fp32; the interpreter has plain cores."""
     if _INTERPRETED:
         return "ieee"
     return "tf32" if dtype in _HALF or _fp32_precision() == "tf32" else "ieee"
@@ -238,12 +235,12 @@ def _masked_tiles(
 
 
 class _Launch(NamedTuple):
-    """Holds what every launch with one topology has in common.
+    """Holds the arguments that all launches with one topology share.
 
     Args:
-        lists: positions, order by column, starts of the lines. sizes: what the kernel takes after the number of tokens.
-        programs: of a block of tokens. tokens: of a program. more_blocks: of tokens, since each matrix begins with a
-            new one. num_inputs, num_outputs: of the product.
+        lists: positions, order by column, starts of the lines. sizes: the kernel's arguments after ``num_tokens``.
+        programs: programs for a block of tokens. tokens: tokens of a program. more_blocks: additional blocks of tokens,
+            since each matrix begins a new one. num_inputs, num_outputs: sizes of the product.
     """
 
     kernel: Any

@@ -32,7 +32,7 @@ _COST_OF_A_SPLIT = 1000
 """Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
 _PROGRAMS_PER_SM = 2
 _MOST_LENGTHS = 1024
-"""Numbers of tokens whose number of splits is kept."""
+"""How many numbers of tokens are remembered with their number of splits."""
 
 
 @triton.jit
@@ -208,12 +208,13 @@ def _add_splits(parts, out, numel, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr
 
 
 class ProductLaunch(NamedTuple):
-    """Holds what every launch of a sampled product with one topology has in common.
+    """Holds the arguments that all launches of a sampled product with one topology share.
 
     Args:
-        lists: positions, and starts of the block rows. sizes: what the kernel takes after the number of tokens.
-        num_programs: of one split. blocks_together: of one program. splits: by number of tokens, and whether they are
-            sorted by matrix. joined: constants of kernels that do more than the product, kept here by them.
+        lists: positions, and starts of the block rows. sizes: the kernel's arguments after the number of tokens.
+        num_programs: programs for one split. blocks_together: blocks of one program.
+        splits: (number of tokens, whether there are no offsets) → number of splits.
+        joined: constants of kernels that fuse the product with something else, which they keep here.
     """
 
     kernel: Any
@@ -229,7 +230,7 @@ class ProductLaunch(NamedTuple):
 
 
 def product_launch(left: Tensor, topology: Topology) -> ProductLaunch:
-    """Returns what products of such a ``left`` with this topology have in common."""
+    """Returns the arguments that all products of a ``left`` of this dtype with this topology share."""
     launches: dict[Any, ProductLaunch] = topology.constant("sampled_tiles", dict)
     dtype = left.dtype
     key = dtype, dot_precision(dtype)
@@ -308,7 +309,7 @@ def factor_strides(left: Tensor, right: Tensor) -> tuple[int, ...]:
 def tokens_and_splits(
     left: Tensor, topology: Topology, launch: ProductLaunch, offsets: Tensor | None
 ) -> tuple[int, int]:
-    """Returns the number of tokens, and ``num_splits`` for a matrix's own, or an even share of sorted ones."""
+    """Returns the number of tokens, and ``num_splits`` for those of one matrix (an even share of sorted ones)."""
     num_tokens = left.shape[-2]
     key = num_tokens, offsets is None
     splits = launch.splits.get(key)
@@ -323,12 +324,10 @@ def tokens_and_splits(
 
 
 def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
-    """Returns in how many parts to sum the ``tokens`` of a matrix: as many as take the least time.
+    """Returns in how many parts to sum the ``tokens`` of a matrix, so that the estimated time is the least.
 
-    Time is counted in multiply-adds of one output.
-
-    Programs of ``blocks_together`` blocks run in rounds of two to each of the ``sms`` multiprocessors, and each part of
-    a sum costs its writing and reading.
+    Time is counted in multiply-adds of one output. Programs of ``blocks_together`` blocks run in rounds of two on each
+    of the ``sms`` multiprocessors, and each part of a sum has to be written and read.
     """
     bm, bn = layout.block_shape
     lines = min(num_active, layout.num_matrices * layout.block_rows)

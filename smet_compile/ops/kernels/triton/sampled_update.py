@@ -44,7 +44,7 @@ from smet_compile.ops.kernels.triton.sampled_tiles import (
 from smet_compile.ops.updates import Update
 
 _ENTRIES_OF_A_THREAD = 4
-"""Updated at a time; many more would not fit beside the sums in registers."""
+"""Entries of a thread that are updated at a time; many more would not fit into registers beside the sums."""
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _update_blocks(
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Updates blocks from ``first_block`` on, LANES_N columns each, by their gradient; what hangs over in it is 0."""
+    """Updates blocks from ``first_block`` on, LANES_N columns each, by their gradient, which is 0 beyond an edge."""
     CODED: tl.constexpr = DTYPES[2] == tl.uint8
     NUM_M: tl.constexpr = grad_mn.shape[0]
     NUM_N: tl.constexpr = grad_mn.shape[1]
@@ -270,7 +270,7 @@ def num_parts(rows: int, columns: int, num_warps: int) -> int:
 
 
 def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: Update) -> None:
-    """Makes an update by the gradient pack(leftᵀ right) of tiles; another tensor stands for it in ``update``."""
+    """Makes an update by the gradient pack(leftᵀ right) of tiles. ``update.grad`` is only a placeholder for it."""
     topology = update.topology
     assert topology is not None, "tiles are compact"
     if not fuses(left, offsets, update):
@@ -307,7 +307,7 @@ def fuses(left: Tensor, offsets: Tensor | None, update: Update) -> bool:
     """Tells whether product and update are one kernel: a program holds whole blocks, and the product is not split.
 
     Args:
-        update: any tensor stands for the gradient in it.
+        update: the update, whose ``grad`` is only a placeholder.
     """
     topology = update.topology
     if topology is None or not topology.layout.tiles or max(topology.layout.block_shape) > supports.WIDEST:

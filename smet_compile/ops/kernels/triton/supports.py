@@ -1,10 +1,9 @@
 """Tells what Triton's kernels can do on a device, and with which sizes. Nothing here imports Triton.
 
-Sizes are those of what a program works on, warps and pipeline stages: by device, arithmetic and side of a tile. The
-numbers follow from shared memory (227 KiB of a multiprocessor on Hopper, 163 KiB on Ampere), from 255 registers a
-thread, and from reuse: a step of a product (a, k) by (k, c) reads k (a + c) numbers for k a c multiply-adds, so narrow
-tiles are taken with many tokens, or several at once. They depend on shapes and on the kind of device alone, never on a
-timing: a run can be repeated bit by bit.
+Sizes are those of a program's piece of work, its warps and its pipeline stages. They follow from shared memory (227 KiB
+of a multiprocessor on Hopper, 163 KiB on Ampere), from 255 registers per thread, and from reuse: a step of a product
+(a, k) by (k, c) reads k (a + c) numbers for k a c multiply-adds, so narrow tiles are taken with many tokens, or several
+at once. They depend on shapes and on the kind of device alone, never on a timing, so a run can be repeated bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _SMS_OF_INTERPRETER = 4
 WIDEST = 128
 """Wider blocks are taken in parts."""
 NARROWEST = 16
-"""What a product on tensor cores takes at least; narrower blocks are padded."""
+"""Least width of a product on tensor cores; narrower blocks are padded."""
 _FEWEST_LANES = 8
 
 
@@ -49,7 +48,7 @@ def _is_installed() -> bool:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Tells whether Triton's kernels run there at all: it has to be installed, and the device young enough."""
+    """Tells whether Triton is installed and its kernels run on the device, which must be of Ampere or newer."""
     if not _is_installed():
         return False
     if device.type == "cuda" and torch.version.hip is None:
@@ -97,12 +96,12 @@ class _OnDevice:
 
 
 def on_device(kernel: Any, device: torch.device) -> Any:
-    """Returns what launches ``kernel`` on ``device``: itself where no other can be current."""
+    """Returns ``kernel`` as one that is launched on ``device``: unchanged where no other device can be current."""
     return kernel if device.type == "cpu" or _has_one_gpu() else _OnDevice(kernel, device)
 
 
 class MaskedSizes(NamedTuple):
-    """Says that a step of masked_matmul takes ``tokens`` of them by ``inner`` weights of each output."""
+    """Holds the sizes of masked_matmul: a step multiplies ``tokens`` tokens by ``inner`` weights of each output."""
 
     tokens: int
     inner: int
@@ -111,10 +110,7 @@ class MaskedSizes(NamedTuple):
 
 
 class SampledSizes(NamedTuple):
-    """Says that a step of sampled_matmul takes ``tokens`` of them, for one block row by ``columns``.
-
-    The columns are those of several tiles if these are narrow.
-    """
+    """Holds the sizes of sampled_matmul: ``tokens`` of a step, for a block row by ``columns`` of one or more tiles."""
 
     columns: int
     tokens: int
