@@ -136,8 +136,8 @@ def _one_batch(example: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
 
 def _capture_step(step: TrainStep, batch: Any) -> tuple[list[Captured], list[str]]:
     updates = step.updates()
-    with step.gradients_in_sinks(updates), leave_no_trace(step.model):
-        captured = capture_graphs(lambda: step.forward(batch, updates))
+    with step.gradients_in_sinks(updates) as sinks, leave_no_trace(step.model):
+        captured = capture_graphs(lambda: step.forward(batch, sinks))
     step.forget_unused(updates)
     return captured
 

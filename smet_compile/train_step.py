@@ -21,12 +21,14 @@ from torch.optim import Optimizer
 
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import CompactWeight, Site, find_sites
 from smet_compile.ops.sinks import NO_GRADIENT, count_by
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]
+SinkToOpen = tuple[CompactWeight, Any, tuple[Any, ...]]
+"""A weight, the op that opens its sink, and the arguments of that op after the leaf."""
 _num_compiled = itertools.count()
 
 
@@ -125,16 +127,16 @@ class TrainStep:
         keeps_gradients = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
         return bool(self.sites) and not keeps_gradients and self._is_one_graph and self._update_of is not None
 
-    def forward(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
-        """Opens the sinks and computes the loss. This is the part that is compiled."""
-        for site, update in zip(self.sites, updates, strict=True):
-            compact = site.compact
-            if update is not None:
-                compact.update_sink = update.sink(self._leaf, site.values, *update.arguments)
+    def forward(self, batch: Any, sinks: list[SinkToOpen]) -> Tensor:
+        """Opens the sinks and computes the loss. This is the part that is compiled.
+
+        It looks nothing up: a compiler that traced how sites are found would take seconds longer, and guard all of it.
+        """
+        for compact, open_sink, inputs in sinks:
+            compact.update_sink = open_sink(self._leaf, *inputs)
         loss = self.loss_fn(self.model, batch)
-        for site, update in zip(self.sites, updates, strict=True):
-            if update is not None:
-                site.compact.update_sink = None
+        for compact, _, _ in sinks:
+            compact.update_sink = None
         return loss
 
     def __call__(self, batch: Any) -> Tensor:
@@ -193,8 +195,8 @@ class TrainStep:
         self._unfinished = None
 
     def _loss(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
-        with self.gradients_in_sinks(updates):
-            return _check_loss(self._compiled(batch, updates))
+        with self.gradients_in_sinks(updates) as sinks:
+            return _check_loss(self._compiled(batch, sinks))
 
     def _loss_in_parts(self, batch: Any, broken: Exception) -> Tensor:
         """Computes the loss with graph breaks, and from now on with gradients that are kept.
@@ -244,8 +246,10 @@ class TrainStep:
         return update
 
     @contextmanager
-    def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[None]:
+    def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[list[SinkToOpen]]:
         """Makes values need no gradient during a forward whose gradients go to sinks, since backward changes them.
+
+        Yields the sinks that the forward opens.
 
         In backward they need one again, since a checkpointed region outside the graph reads them anew there, and has to
         save the same tensors. With ``use_reentrant=True`` it then leaves a gradient, which ``optimizer.step()`` uses.
@@ -256,7 +260,11 @@ class TrainStep:
         try:
             for values, _ in updated:
                 values.requires_grad_(False)
-            yield
+            yield [
+                (site.compact, update.sink, (site.values, *update.arguments))
+                for site, update in zip(self.sites, updates, strict=True)
+                if update is not None
+            ]
         except BaseException:
             self.forget_unused(updates)
             raise

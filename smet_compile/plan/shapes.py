@@ -127,9 +127,9 @@ def _fake_copy(model: nn.Module, step: Step) -> nn.Module:
 def _capture_fused(model: nn.Module, step: Step, batch: Any) -> Captured:
     trained = TrainStep(model, ActiveAdamW(model), step.loss, accumulate=1, max_norm=None)
     updates = trained.updates()
-    with trained.gradients_in_sinks(updates):
+    with trained.gradients_in_sinks(updates) as sinks:
         try:
-            return _capture(lambda: trained.forward(batch, updates))
+            return _capture(lambda: trained.forward(batch, sinks))
         except SeveralGraphsError as error:  # raised once the step is put in order, which counts the updates of others
             broken = error
     raise broken
