@@ -122,8 +122,3 @@ def find_rule(name: str) -> Rule:
             f"rule {name!r}: expected one of {', '.join(_rules) or 'none'}; import the module that registers it"
         )
     return rule
-
-
-def known_rules() -> tuple[Rule, ...]:
-    """Returns every registered rule."""
-    return tuple(_rules.values())

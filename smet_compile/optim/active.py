@@ -229,7 +229,6 @@ class ActiveOptimizer(Optimizer):
             self.state[parameter] = new_state(parameter, self._state_kind(parameter, group))
         state = self.state[parameter]
         rule, compact = self.rule_of(parameter), known.site.compact if known.site else None
-        named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
         update = Update(
             rule=rule,
             values=parameter,
@@ -244,7 +243,7 @@ class ActiveOptimizer(Optimizer):
             topology=compact.active if compact else None,
             layout=known.layout,
             units_are_columns=known.units_are_columns,
-            options=tuple(float(named[option]) for option in rule.options),
+            options=_numbers_of(rule, group),
             density_rate=known.density ** -group["lr_density_exponent"],
             warmup_steps=group["warmup_steps"] if compact else 0,
             noise_seed=zlib.crc32(f"{self.seed} {known.name}".encode()) if self.stochastic_rounding else None,
@@ -292,8 +291,7 @@ class ActiveOptimizer(Optimizer):
         if "generation" not in state:
             return
         group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
-        named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
-        options = rule.named_options([float(named[option]) for option in rule.options])
+        options = rule.named_options(_numbers_of(rule, group))
         mature = max(group["warmup_steps"], rule.mature_age(options, compute_dtype(change.values.dtype)))
         state["generation"], state["births"] = add_generation(
             state["generation"], state["births"], ~change.survived, state["step"], mature
@@ -367,6 +365,12 @@ def _belongs_to_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
     if key in _GENERIC_STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
         return False
     return rows.data_ptr() != change.values.data_ptr()
+
+
+def _numbers_of(rule: Rule, group: dict[str, Any]) -> tuple[float, ...]:
+    """Returns the options of a parameter group that the rule needs, in its order."""
+    named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+    return tuple(float(named[option]) for option in rule.options)
 
 
 def _check_initialised(optimizer: str, model: nn.Module) -> None:
