@@ -144,6 +144,7 @@ class Begun:
         streams = range(len(self.stored)) if seed is not None and update.rounds_stochastically else ()
         self.noise_keys = [law.noise_key(seed or 0, step, stream) for stream in streams]
         self.squares: Tensor | None = None
+        self.norms: Tensor | None = None
 
     @property
     def needs_locations(self) -> bool:
@@ -165,11 +166,21 @@ class Begun:
         unit = location.units(layout, are_columns)
         if unit.shape != squares.shape:
             squares = squares.sum(1 if are_columns else 2, keepdim=True)
-        self.squares.index_put_((unit.reshape(-1),), squares.reshape(-1), accumulate=True)  # in a fixed order
+        unit, squares = unit.reshape(-1), squares.reshape(-1)
+        # Both ways add up in a fixed order; on a GPU ``bincount`` does not.
+        if squares.device.type == "cpu":
+            self.squares += torch.bincount(unit, squares, minlength=self.squares.numel())
+        else:
+            self.squares.index_put_((unit,), squares, accumulate=True)
 
     def move(self, rows: slice, location: Location | None) -> None:
         """Updates some rows in place, and counts the skipped blocks. ``location`` may be None unless it is needed."""
         block, finite, stores = self._read(rows, location)
+        layout = self.update.layout
+        if self.squares is not None and location is not None and layout is not None:
+            if self.norms is None:
+                self.norms = self.squares.sqrt().to(block.weight.dtype)
+            block = block._replace(unit_norm=self.norms[location.units(layout, self.update.units_are_columns)])
         new = self.update.rule.step(block, self.options)
         old = (block.weight, *block.slots)
         positions = location.positions if location and self.noise_keys else None
@@ -189,12 +200,8 @@ class Begun:
         weight, *slots = [store.read(dtype) for store in stores]
         born = None if generation is None else generation[rows]
         rate, *of_age = (law.per_block(table, born, weight) for table in (self.rates, *self.of_age))
-        norm = None
-        if self.squares is not None and location is not None and self.update.layout is not None:
-            units = location.units(self.update.layout, self.update.units_are_columns)
-            norm = self.squares[units].sqrt().to(dtype)
         finite = law.finite_blocks(grad, num_block_dims=0 if self.update.topology is None else grad.dim() - 1)
-        return Block(weight, grad.to(dtype), tuple(slots), rate, tuple(of_age), norm), finite, stores
+        return Block(weight, grad.to(dtype), tuple(slots), rate, tuple(of_age)), finite, stores
 
     def _stores(self, rows: slice, location: Location | None) -> list[Any]:
         values, *slots = (tensor[rows] for tensor in self.stored)
