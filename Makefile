@@ -11,6 +11,7 @@ help:
 	@echo "make demo    pre-train a small LLaMA model at density 0.3 into runs/demo (about five minutes)"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and tests: what must be green before a commit"
+	@echo "             TORCHES='PYTHON ...': Pythons with other releases of torch, in which private names are looked up"
 	@echo "make clean   remove the virtual environments and caches (not runs/)"
 	@echo "PYTHON=...   the Python to make environments with (3.11 or newer; now: $(PYTHON))"
 
@@ -26,6 +27,7 @@ check: .venv-dev/ready
 	$(DEV) -m ruff check .
 	$(DEV) -m mypy
 	$(DEV) -m pytest -n 2
+	@for python in $(TORCHES); do $$python -m tests.support.private_names --check || exit 1; done
 
 clean:
 	rm -rf .venv-demo .venv-dev build .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -17,6 +17,11 @@ def test_the_table_lists_what_the_package_uses() -> None:
     assert scan() == LISTED, "run `python -m tests.support.private_names > tests/private_names.json`"
 
 
+def test_each_room_has_one_file_for_them() -> None:
+    rooms = [file.split("/")[1] for file in LISTED]
+    assert len(rooms) == len(set(rooms)), "a new torch is to break one file a room"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_private_name_exists_in_the_installed_torch(name: str) -> None:
     resolve(name)

@@ -13,12 +13,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
-from smet_compile.ops.sites import compact_names, parametrizations
+from smet_compile.ops.sites import CONVOLUTIONS, compact_names, parametrizations
 
 ALREADY_COMPACT = "is already compact"
 _NOT_INITIALISED = "not initialised yet: run a forward first"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ATTENTION_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -58,7 +57,7 @@ class Weight:
     @property
     def flatten(self) -> bool:
         """Returns whether the weight is read as one matrix (out, in * kernel), as that of a convolution is."""
-        return isinstance(self.module, _CONVOLUTIONS)
+        return isinstance(self.module, CONVOLUTIONS)
 
 
 def find_weights(model: nn.Module) -> dict[str, Weight]:
@@ -163,7 +162,7 @@ def _kind_reason(module: nn.Module, tensor_name: str, tensor: Tensor) -> str | N
         return None
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "an embedding"
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         return "a convolution"
     return "not the weight of a linear layer"
 

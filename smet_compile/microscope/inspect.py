@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from smet_compile.format import Layout, arguments
 from smet_compile.microscope import elementwise_rules, movement_rules, product_rules
@@ -18,7 +17,7 @@ from smet_compile.microscope.reading import Reading, Rule, read_forward
 from smet_compile.microscope.recording import Recording, record_forward
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
-from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified
 from smet_compile.runtime import TopologyManager
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def _dense_layouts(model: nn.Module, compact: dict[str, str]) -> dict[str, Layou
     for prefix, module in model.named_modules():
         for tensor, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() > 1 and tensor not in compact:
-                layouts[tensor] = Layout.of(parameter.shape, (1, 1), flatten=isinstance(module, _ConvNd))
+                layouts[tensor] = Layout.of(parameter.shape, (1, 1), flatten=isinstance(module, CONVOLUTIONS))
     return layouts
 
 

@@ -8,11 +8,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from smet_compile.format import Layout
 from smet_compile.microscope.flow import Flow, Link, Units, Value, Weight, combine, pool, reshape_labels, single
-from smet_compile.microscope.recording import Call, Recording, Ref
+from smet_compile.microscope.recording import Call, Recording, Ref, tree_leaves
 
 Rule = Callable[["Reading", Call], Value | list[Value]]
 

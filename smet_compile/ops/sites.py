@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from smet_compile.format import Layout
 from smet_compile.ops.compact_weight import CompactWeight
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Modules whose weight is read as one matrix: its first dimension, and all others together."""
 _AT_DENSITY_ONE = "_smet_at_density_one"
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.conv import _ConvNd
 
 from smet_compile.format import Layout, arguments
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
+from smet_compile.ops.sites import CONVOLUTIONS
 from smet_compile.ops.updates import Update
 
 
@@ -76,7 +76,7 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
         if site is not None:
             layout: Layout | None = site.layout
         elif parameter.dim() > 1 and not nn.parameter.is_lazy(parameter):
-            layout = Layout.of(parameter.shape, (1, 1), flatten=isinstance(owner, _ConvNd))
+            layout = Layout.of(parameter.shape, (1, 1), flatten=isinstance(owner, CONVOLUTIONS))
         else:
             layout = None
         by_column = isinstance(owner, nn.Embedding) or type(owner).__name__.endswith("Conv1D")

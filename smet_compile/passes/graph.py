@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
 from smet_compile.format import Layout
 
 aten, prims, smet = torch.ops.aten, torch.ops.prims, torch.ops.smet
+OpOverload = type(aten.mm.default)
 UNPACK, PACK = smet.unpack.default, smet.pack.default
 MASKED, SAMPLED = smet.masked_matmul.default, smet.sampled_matmul.default
 MM, ADDMM, BMM, GROUPED_MM = aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default
@@ -66,9 +66,9 @@ def add(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     return node
 
 
-def _fake_mode(args: Any) -> FakeTensorMode:
+def _fake_mode(args: Any) -> Any:
     """Returns the mode of the first fake tensor among the arguments."""
-    found: list[FakeTensorMode] = []
+    found: list[Any] = []
 
     def look(node: fx.Node) -> fx.Node:
         if isinstance(val(node), torch.Tensor):

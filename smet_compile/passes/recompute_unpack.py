@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from smet_compile.passes.graph import UNPACK, PassReport, arguments, aten, calls, prims, val
+from smet_compile.passes.graph import UNPACK, OpOverload, PassReport, arguments, aten, calls, prims, val
 
 _AFTER_ALL_REGIONS = 2**40
 """A number above that of every checkpointed region: torch saves an output of one region that a later region reads."""
@@ -70,7 +70,7 @@ def _is_known(node: fx.Node, found: dict[fx.Node, bool]) -> bool:
 def _is_cheap(node: fx.Node) -> bool:
     """Tells whether computing a node takes about as long as reading its result."""
     op = node.target
-    if node.op != "call_function" or not isinstance(op, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(op, OpOverload):
         return op is operator.getitem
     tags = {tag.name for tag in op.tags}
     return op in _MOVES or op.is_view or bool(tags & _CHEAP_TAGS)

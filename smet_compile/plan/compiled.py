@@ -19,6 +19,7 @@ import smet_compile.ops  # noqa: F401  registers the ops
 from smet_compile.plan.timeline import Degrees, Term, Timeline
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
+OpOverload = type(_aten.mm.default)
 _FUSED: set[Any] = {
     _aten.clone, _aten._to_copy, _aten.constant_pad_nd, _aten.cat, _aten.embedding, _aten.index, _aten.gather,
     _aten.full, _aten.full_like, _aten.arange, _aten.empty, _aten.lift_fresh_copy, _aten.scalar_tensor, _aten.flip,
@@ -170,7 +171,7 @@ def _packet(node: fx.Node) -> Any:
 def _is_fused(node: fx.Node) -> bool:
     """Returns True where code generation merges ``node`` into its readers."""
     op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return False
     return torch.Tag.pointwise in op.tags or op.overloadpacket in _FUSED
 
@@ -189,7 +190,7 @@ def _wants_tensor(user: fx.Node) -> bool:
 def _base(node: fx.Node) -> fx.Node:
     """Returns the node that ``node`` is a view or a part of; itself where it is neither."""
     op = node.target
-    if isinstance(op, torch._ops.OpOverload) and (op.is_view or op.overloadpacket is _aten.reshape):
+    if isinstance(op, OpOverload) and (op.is_view or op.overloadpacket is _aten.reshape):
         return _base(node.all_input_nodes[0])
     if op is operator.getitem and isinstance(node.args[0], fx.Node) and _is_effect(node.args[0]):
         return node.args[0]

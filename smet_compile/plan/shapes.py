@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smet_compile.optim import ActiveAdamW
 from smet_compile.plan.compiled import compiled_timeline
-from smet_compile.plan.eager import EagerFollower
+from smet_compile.plan.eager import EagerFollower, FakeTensorMode
 from smet_compile.plan.timeline import Degrees, Timeline
 from smet_compile.tracing import Captured, SeveralGraphsError, capture_graphs
 from smet_compile.train_step import TrainStep

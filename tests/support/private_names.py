@@ -1,11 +1,13 @@
 """Lists the private names of torch that the package uses: they may change with any release of torch.
 
 ``python -m tests.support.private_names > tests/private_names.json`` renews the table, which
-``tests/test_private_names.py`` compares with the source.
+``tests/test_private_names.py`` compares with the source. With ``--check`` it looks the names up in the torch of the
+Python that runs it, which needs no more than torch.
 """
 
 import ast
 import json
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -80,5 +82,21 @@ def resolve(name: str) -> Any:
     return found
 
 
+def check() -> None:
+    """Prints which torch has all the names of the table; exits with the first that it lacks."""
+    import torch
+
+    names = {name for found in json.loads(TABLE.read_text()).values() for name in found}
+    for name in sorted(names):
+        try:
+            resolve(name)
+        except AttributeError as error:
+            sys.exit(f"torch {torch.__version__}: {error}")
+    print(f"torch {torch.__version__}: has all {len(names)} private names")
+
+
 if __name__ == "__main__":
-    print(json.dumps(scan(), indent=2))
+    if "--check" in sys.argv:
+        check()
+    else:
+        print(json.dumps(scan(), indent=2))

@@ -16,7 +16,6 @@ Shape suffixes: T tokens, I and O inputs and outputs of the product, k those of 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -27,11 +26,10 @@ from torch import Tensor
 
 from smet_compile.format import Topology
 from smet_compile.ops.kernels.triton import supports
+from smet_compile.ops.torch_insides import fp32_precision
 
 _INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 _HALF = (torch.bfloat16, torch.float16)
-_fp32_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
-"""Reads ``torch.backends.cuda.matmul.fp32_precision``, eight times as fast."""
 _TOKENS_TOGETHER = 2048
 """Tokens of a group: with 4096 inputs in bf16 they are 16 MB, of the 50 MB (Ampere: 40) of the L2 cache."""
 
@@ -52,7 +50,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     """Returns ``PRECISION`` for factors of ``dtype``, by torch's setting for fp32; the interpreter has plain cores."""
     if _INTERPRETED:
         return "ieee"
-    return "tf32" if dtype in _HALF or _fp32_precision() == "tf32" else "ieee"
+    return "tf32" if dtype in _HALF or fp32_precision() == "tf32" else "ieee"
 
 
 @triton.jit
