@@ -34,6 +34,7 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("sequence", "INTEGER", None, "Tokens in a sequence. Default: by preset."),
     ("dtype", None, "float32", "Weights: float32, bfloat16."),
     ("moment_dtype", None, "float32", "Moments: float32, bfloat16, int8."),
+    ("optimizer", None, "adamw", "Whose moments: adamw, lion, sgd, scale."),
     ("eager", None, False, "Without torch.compile."),
     ("kept_gradients", None, False, "Without updates in backward."),
     ("checkpointing", None, False, "Of activations."),

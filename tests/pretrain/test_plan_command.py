@@ -19,10 +19,16 @@ def test_plan_prints_a_table() -> None:
     assert "4·d·n_sparse + 4·n_dense" in out and "n_sparse = " in out
 
 
+def test_the_optimizer_decides_the_moments() -> None:
+    code, out, _ = call("nano", "--density", "0.25", "--eager", "--optimizer", "scale")
+    assert code == 0 and "optimizer scale" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["huge"], "error: model: expected one of nano"),
+        (["nano", "--optimizer", "adam"], "error: optimizer: expected one of adamw, lion, sgd, scale"),
         (["nano", "--block", "x"], "error: --block: expected a side such as 16"),
         (["nano", "--eager", "--fits", "1kB"], "error: fits: expected at least"),
     ],
