@@ -320,6 +320,7 @@ class ActiveOptimizer(Optimizer):
         for key, state in state_dict["state"].items():
             parameter = saved[key].parameter
             loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        self._drop_ready_updates()  # they would keep the old state alive
         super().load_state_dict(state_dict)
         self.state.update(loaded)
 
