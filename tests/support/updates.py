@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+import smet_compile.optim  # noqa: F401  registers the rules
 from smet_compile.ops import updates
 
 PLAIN = (None, None, "")
