@@ -55,7 +55,8 @@ def microseconds(call: Callable[[], Any], calls: int) -> tuple[float, float, flo
         found.append(clock() - start)
     overhead = statistics.median(empty)
     tenths = statistics.quantiles(found, n=10)
-    return tuple((each - overhead) / 1000 for each in (statistics.median(found), tenths[0], tenths[-1]))  # type: ignore[return-value]
+    median, low, high = ((each - overhead) / 1000 for each in (statistics.median(found), tenths[0], tenths[-1]))
+    return median, low, high
 
 
 def ops_of(site: Any) -> dict[str, Callable[[], Any]]:

@@ -18,7 +18,7 @@ from smet_compile.format.arguments import described, number, one_of, whole_numbe
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
 _MAX_GROWTH = 16
-"""By how much compact weights may exceed the memory of the dense ones before that is taken for a mistake."""
+"""Compact weights may exceed the memory of the dense ones by this factor before that is taken for a mistake."""
 _Density = TypeVar("_Density", float, None)
 
 

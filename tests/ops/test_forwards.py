@@ -187,7 +187,7 @@ def test_an_interrupt_at_any_depth_leaves_no_hooks(depth: int, error: type[BaseE
 
 
 def test_torch_names_the_function_that_calls_hooks_as_it_did() -> None:
-    """By it an interrupt is noticed at once; without it, the next forward would notice."""
+    """torch must keep that name, by which an interrupt is noticed at once and not in the next forward."""
     seen: list[Any] = []
     module = nn.Linear(2, 2)
     module.register_forward_pre_hook(lambda *_: seen.append(saved_weights._object_of_call(sys._getframe(1))))

@@ -1,4 +1,4 @@
-"""Where a weight is not used in a matrix product, it is unpacked, again in backward, never saved, and reported."""
+"""Tests that a weight outside matrix products is unpacked, again in backward, never saved, and reported."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
