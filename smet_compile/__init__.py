@@ -25,7 +25,16 @@ if TYPE_CHECKING:
         decay_groups,
     )
     from smet_compile.plan import Plan, plan
-    from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
+    from smet_compile.runtime import (
+        SiteEvent,
+        TopologyContext,
+        TopologyEvent,
+        TopologyManager,
+        load_checkpoint,
+        mix_growth,
+        needs_gradient,
+        save_checkpoint,
+    )
     from smet_compile.train_step import TrainStep, compile_train_step
 
     __version__: str
@@ -45,6 +54,7 @@ __all__ = [
     "Rule",
     "SiteEvent",
     "Slot",
+    "TopologyContext",
     "TopologyEvent",
     "TopologyManager",
     "TrainStep",
@@ -55,6 +65,8 @@ __all__ = [
     "inspect",
     "load_checkpoint",
     "materialize",
+    "mix_growth",
+    "needs_gradient",
     "plan",
     "register_kernel",
     "register_rule",
@@ -81,7 +93,16 @@ _NAMES_OF_MODULES = {
         "decay_groups",
     ),
     "plan": ("Plan", "plan"),
-    "runtime": ("SiteEvent", "TopologyEvent", "TopologyManager", "load_checkpoint", "save_checkpoint"),
+    "runtime": (
+        "SiteEvent",
+        "TopologyContext",
+        "TopologyEvent",
+        "TopologyManager",
+        "load_checkpoint",
+        "mix_growth",
+        "needs_gradient",
+        "save_checkpoint",
+    ),
     "train_step": ("TrainStep", "compile_train_step"),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES_OF_MODULES.items() for name in names}

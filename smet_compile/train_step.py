@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import CompactWeight, Site, find_sites
-from smet_compile.ops.sinks import NO_GRADIENT, count_by
+from smet_compile.ops.sinks import count_by
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 
@@ -189,8 +189,8 @@ class TrainStep:
             site.compact.update_sink = None
             if update is not None:
                 site.values.requires_grad_(True)
-            if site.compact.candidates is not None:
-                site.compact.candidates.fill_(NO_GRADIENT)
+            if site.compact.collected is not None:
+                site.compact.collected.forget()
         self.forget_unused(updates)
         self._unfinished = None
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from smet_compile.format import Layout, Topology, digest_bits, empty_lists, pack_bits, unpack_bits, write_lists
 from smet_compile.ops import gate, reads, saved_weights
+from smet_compile.ops.growth import Collected
 
-_FOR_ONE_STEP = dict.fromkeys(("update_sink", "candidates"))
+_FOR_ONE_STEP = dict.fromkeys(("update_sink", "collected"))
 _FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
 """Attributes that are None in a copy."""
 _IS_KNOWN = "is_known"
@@ -55,8 +56,8 @@ class CompactWeight(nn.Module):
     """The fingerprint of the topology that the rows of the values belong to; None before there is one."""
     update_sink: Tensor | None
     """The sink that gets the gradient of every read instead of the values, within a step whose update is fused."""
-    candidates: Tensor | None
-    """A buffer that backward fills with the inactive blocks of largest gradient; None unless they are asked for."""
+    collected: Collected | None
+    """Buffers in which backward collects the dense gradient; None unless a policy asks for it."""
     write_error: BaseException | None
     """An error from a change in place that could not be kept; the next use raises it."""
     _active: Topology | None
@@ -71,6 +72,7 @@ class CompactWeight(nn.Module):
         self.name = name
         self.parameter_order = []
         self.select, self.rescale = "random", False
+        self.pattern: str | None = None
         self.fingerprint = None
         self.__dict__.update(_FOR_ONE_STEP | _FOR_ONE_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
@@ -200,11 +202,11 @@ class CompactWeight(nn.Module):
         return dense
 
     def _growth_sink(self, values: Tensor) -> Tensor | None:
-        """Returns the sink for the dense gradient; None without a request for candidates, or without a gradient."""
+        """Returns the sink for the dense gradient; None where nobody asks for it, or there is no gradient."""
         leaf = values if self.update_sink is None else self.update_sink
-        if self.candidates is None or not leaf.requires_grad:
+        if self.collected is None or not leaf.requires_grad:
             return None
-        sink: Tensor = torch.ops.smet.growth_sink(leaf, self.candidates, self.topology, self.layout.text)
+        sink: Tensor = torch.ops.smet.growth_sink(leaf, *self.collected, self.topology, self.layout.text)
         return sink
 
     def right_inverse(self, dense: Tensor) -> Tensor:

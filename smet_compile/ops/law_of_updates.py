@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
+from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout, Topology, positions_of
 from smet_compile.format.blocks import dense_positions
 from smet_compile.ops import law
 from smet_compile.ops.law import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, Groups, decode, encode
@@ -213,6 +213,12 @@ class Begun:
         kinds = (SIGNED_CODES if slot.signed else UNSIGNED_CODES for slot in self.update.rule.slots)
         coded = (_Codes(codes, row, groups, kind) for codes, row, kind in zip(slots, scales, kinds, strict=True))
         return [_Numbers(values), *coded]
+
+
+def decode_slot(codes: Tensor, scales: Tensor, signed: bool, topology: Topology) -> Tensor:
+    """Converts the 8-bit codes of one slot of a compact weight to fp32; ``scales`` (num_groups,) are the slot's."""
+    groups = Location(positions_of(topology.mask()), topology.layout).groups
+    return decode(codes, groups.spread(scales[groups.numbers]), SIGNED_CODES if signed else UNSIGNED_CODES)
 
 
 def update_all(updates: list[Update]) -> None:

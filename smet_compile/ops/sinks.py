@@ -2,13 +2,13 @@
 
 A sink is an expanded zero, which takes no memory. ``unpack`` takes it as an input and returns a gradient for it. All
 reads of a weight share one sink, so autograd adds up their gradients before the sink's own backward runs. That backward
-makes the optimizer's update of the values (update sinks, opened once in a step), or chooses candidates for growth
-(growth sinks). Counts tell others what was done in backward. ``torch_optim_`` is the op for Adam and SGD of torch.
+makes the optimizer's update of the values (update sinks, opened once in a step), or collects the dense gradient (growth
+sinks, ``ops.growth``). Counts tell others what was done in backward. ``torch_optim_`` is the op for Adam and SGD of
+torch.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
-from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.format import Layout, all_block_means, unpack_bits
 from smet_compile.ops import updates
 from smet_compile.ops.library import library
 from smet_compile.ops.torch_insides import run_first_in_backward
@@ -130,34 +128,10 @@ def _sgd(update: _Update) -> None:
 
 
 _COUNTS = "_smet_update_counts"
-NO_GRADIENT = -1
-"""A buffer of candidates is filled with this number until a gradient has come."""
-
-library.define("growth_candidates(Tensor grad_dense, Tensor topology, str layout, int count) -> Tensor")
-
-
-def _growth_candidates(grad_dense: Tensor, bits: Tensor, layout_text: str, count: int) -> Tensor:
-    """Returns the inactive blocks of largest mean gradient (RigL, Evci et al. 2020), best first."""
-    layout = Layout.from_text(layout_text)
-    scores = all_block_means(grad_dense, layout)
-    scores.masked_fill_(unpack_bits(bits, layout.num_blocks), -1)
-    return scores.topk(count).indices
-
-
-library.impl("growth_candidates", _growth_candidates, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("smet::growth_candidates", lib=library)
-def _(grad_dense: Tensor, bits: Tensor, layout_text: str, count: int) -> Tensor:
-    return bits.new_empty(count, dtype=torch.int64)
 
 
 def _zeros_like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return values.new_zeros(()).expand(values.shape)
-
-
-def _zeros_like_dense(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
-    return leaf.new_zeros(()).expand(Layout.from_text(layout_text).shape)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,39 +154,23 @@ def _update_by(op: str, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _no_gradients(ctx)
 
 
-def _choose_candidates(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
-    candidates, bits, layout_text = ctx.inputs
-    with torch.no_grad():
-        found = torch.ops.smet.growth_candidates(grad_dense, bits, layout_text, candidates.shape[0])
-        candidates.copy_(found)
-    return _no_gradients(ctx)
-
-
-def _open(name: str, *inputs: Any) -> Tensor:
+def open_sink(name: str, *inputs: Any) -> Tensor:
+    """Opens a new sink, whose backward runs as soon as its gradient is complete."""
     sink: Tensor = getattr(torch.ops.smet, f"new_{name}")(*inputs)
     run_first_in_backward(sink)
     return sink
 
 
-def _open_growth_sink(leaf: Tensor, candidates: Tensor, bits: Tensor, layout_text: str) -> Tensor:
-    """Returns the sink that fills ``candidates``. All reads of a weight whose graphs are alive together share it."""
-    known = _growth_sinks.get(candidates)
-    sink = None if known is None else known()
-    if sink is None or not sink.requires_grad:
-        sink = _open("growth_sink", leaf, candidates, bits, layout_text)
-        _growth_sinks[candidates] = weakref.ref(sink)
-    return sink
-
-
-_growth_sinks = WeakIdKeyDictionary()
-
-
-def _define(
-    name: str, schema: str, open_sink: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any
+def define_sink(
+    name: str, schema: str, choose: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any
 ) -> None:
-    """Defines a sink as two ops: ``name`` is composite and chooses the sink, ``new_`` + name has the backward."""
+    """Defines a sink as two ops: ``name`` is composite and chooses the sink, ``new_`` + name has the backward.
+
+    Args:
+        choose: opens a sink, or returns one that is open already. make: makes the tensor.
+    """
     library.define(f"{name}(Tensor leaf, {schema}) -> Tensor")
-    library.impl(name, open_sink, "CompositeImplicitAutograd")
+    library.impl(name, choose, "CompositeImplicitAutograd")
     library.define(f"new_{name}(Tensor leaf, {schema}) -> Tensor")
     library.impl(f"new_{name}", make, "CompositeExplicitAutograd")
     torch.library.register_fake(f"smet::new_{name}", make, lib=library)
@@ -223,14 +181,7 @@ for _name, _op, _schema in (
     ("update_sink", "update_", updates.schema(between="", mutates=False)),
     ("torch_optim_sink", "torch_optim_", _TORCH_OPTIM_SINK),
 ):
-    _define(_name, _schema, partial(_open, _name), _zeros_like_values, partial(_update_by, _op))
-_define(
-    "growth_sink",
-    "Tensor candidates, Tensor topology, str layout",
-    _open_growth_sink,
-    _zeros_like_dense,
-    _choose_candidates,
-)
+    define_sink(_name, _schema, partial(open_sink, _name), _zeros_like_values, partial(_update_by, _op))
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from smet_compile.ops import find_sites
 from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
+from smet_compile.ops.law_of_updates import decode_slot
 from smet_compile.ops.loaded import Saved, check_groups
 from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
 from smet_compile.ops.reads import settle_live
@@ -308,6 +309,21 @@ class ActiveOptimizer(Optimizer):
         if "generation" not in state:
             return state["step"].expand(values.shape[0]).clone()
         return find_ages(state["generation"], state["births"], state["step"])
+
+    def read_slot(self, values: nn.Parameter, name: str) -> Tensor | None:
+        """Returns the state of a compact parameter by the name of a slot, decoded to fp32 if it is kept in 8 bits.
+
+        Returns None where the rule has no such slot, or before the first step.
+        """
+        state, slots = self.state.get(values), self.rule_of(values).slots
+        number = next((i for i, slot in enumerate(slots) if slot.name == name), None)
+        if not state or number is None:
+            return None
+        rows: Tensor = state[name]
+        site = self._parameters[values].site
+        if "scales" not in state or site is None:
+            return rows
+        return decode_slot(rows, state["scales"][number], slots[number].signed, site.compact.active)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.

@@ -11,6 +11,8 @@ import torch
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.presets import PRESETS, find_preset
+from smet_compile.runtime.policies import GrowName
+from smet_compile.runtime.schedules import ScheduleName
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
@@ -27,8 +29,8 @@ MOST_DIGITS = 80
 class Method:
     """Describes a training method: `grow` and `schedule` go to `TopologyManager`; `naive` picks `NaiveAdamW`."""
 
-    grow: str = "random"
-    schedule: str = "cosine"
+    grow: GrowName = "random"
+    schedule: ScheduleName = "cosine"
     naive: bool = False
 
 

@@ -17,6 +17,7 @@ import smet_compile as smet
 from smet_compile.format.arguments import described
 from smet_compile.pretrain.folder import write_atomically
 from smet_compile.pretrain.memory import BYTE_KINDS
+from smet_compile.runtime.history import FRACTIONS
 
 Record = dict[str, Any]
 Ranges = list[tuple[int, int]]
@@ -83,8 +84,14 @@ def of_kind(records: list[Record], kind: str) -> list[Record]:
 
 def event_values(event: smet.TopologyEvent) -> dict[str, Any]:
     """Returns the values under `event` of a topology record."""
-    totals = {"num_dropped": event.num_dropped, "churn_fraction": event.churn_fraction}
-    return event.to_dict() | totals
+    values = event.to_dict()
+    for name, site in event.sites.items():
+        values["sites"][name] |= _fractions(site)
+    return values | {"num_dropped": event.num_dropped} | _fractions(event.total)
+
+
+def _fractions(counts: smet.SiteEvent) -> dict[str, float | None]:
+    return {name: getattr(counts, name) for name in FRACTIONS}
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):

@@ -16,8 +16,10 @@ CAPTIONS = {
     "bytes.png": "Bytes by kind beside dense AdamW",
 }
 COLUMNS = (
-    "The last three columns are means over the layers: the share of the blocks grown by the previous update "
-    "that are still active; the age of active blocks in steps; the share of all blocks that were ever active."
+    "The last five columns are means over the layers: the share, in what was dropped, of newcomers that no earlier "
+    "update could have dropped; the share of the blocks grown two updates before that are still active; the age of "
+    "active blocks in steps; the share of all blocks that were ever active; the share of the active blocks that were "
+    "not active at the start."
 )
 ONLY_SPARSE = ("index", "ages")
 MAX_TABLE_ROWS = 24
@@ -155,7 +157,8 @@ def _topology(records: list[Record]) -> list[str]:
     every = -(-len(events) // MAX_TABLE_ROWS)
     shown = [events[i] for i in range(len(events)) if i % every == 0 or i == len(events) - 1]
     summary = f"{len(events)} updates" + (f", every {every}th shown." if every > 1 else ".")
-    head = ["step", "drop fraction", "blocks moved", "churn", "grown still alive", "mean age", "ever active"]
+    head = ["step", "drop fraction", "blocks moved", "churn", "newcomers", "still alive", "mean age", "ever active"]
+    head.append("moved since start")
     return [f"{summary} {COLUMNS}", _table(head, [_event_row(event) for event in shown])]
 
 
@@ -165,14 +168,17 @@ def _event_row(event: dict[str, Any]) -> list[str]:
         f"{event['drop_fraction']:.4f}",
         f"{event['num_dropped']:,}",
         f"{event['churn_fraction']:.4f}",
-        _mean(event, "grown_survival_fraction", ".3f"),
+        _mean(event, "newcomer_fraction", ".3f"),
+        _mean(event, "earlier_survival_fraction", ".3f"),
         _mean(event, "mean_age", ".1f"),
         _mean(event, "explored_fraction", ".3f"),
+        _mean(event, "moved_fraction", ".3f"),
     ]
 
 
 def _mean(event: dict[str, Any], key: str, form: str) -> str:
-    values = [site[key] for site in event["sites"].values() if site[key] is not None]
+    """Returns the mean over the weights that have the number; records of older versions lack some."""
+    values = [site[key] for site in event["sites"].values() if site.get(key) is not None]
     return format(sum(values) / len(values), form) if values else "-"
 
 

@@ -1,7 +1,17 @@
 """Decides when the topology changes: schedules, drop and grow, the manager between steps, checkpoints."""
 
 from smet_compile.runtime.checkpoint import load_checkpoint, save_checkpoint
+from smet_compile.runtime.history import SiteEvent, TopologyEvent
 from smet_compile.runtime.manager import TopologyManager
-from smet_compile.runtime.update import SiteEvent, TopologyEvent
+from smet_compile.runtime.policies import TopologyContext, mix_growth, needs_gradient
 
-__all__ = ["SiteEvent", "TopologyEvent", "TopologyManager", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "SiteEvent",
+    "TopologyContext",
+    "TopologyEvent",
+    "TopologyManager",
+    "load_checkpoint",
+    "mix_growth",
+    "needs_gradient",
+    "save_checkpoint",
+]

@@ -50,11 +50,24 @@ class ManagedOptimizers:
         """Returns the optimizers whose own step updates a parameter of the model."""
         return [each for each in self.found if each.steps]
 
-    def mean_age(self, values: nn.Parameter) -> float | None:
-        """Returns the mean age of the active blocks, from the optimizer that steps the weight; None if it has none."""
+    def ages(self, values: nn.Parameter) -> Tensor | None:
+        """Returns the ages (N,) of the active blocks, from the optimizer that steps the weight; None if it has none."""
         for each in self.stepping:
             if id(values) in each.steps and hasattr(each.optimizer, "block_ages"):
-                return float(each.optimizer.block_ages(values).double().mean())
+                ages: Tensor = each.optimizer.block_ages(values)
+                return ages
+        return None
+
+    def read_state(self, values: nn.Parameter, key: str) -> Tensor | None:
+        """Returns the state ``key`` of the optimizer that steps the weight, decoded from 8 bits; None without one."""
+        for each in self.stepping:
+            if id(values) not in each.steps:
+                continue
+            if hasattr(each.optimizer, "read_slot"):
+                slot: Tensor | None = each.optimizer.read_slot(values, key)
+                return slot
+            state = each.state_of(values).get(key)
+            return state if isinstance(state, Tensor) and state.shape == values.shape else None
         return None
 
     def check_weights(self) -> None:

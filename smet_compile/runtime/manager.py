@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,35 +13,51 @@ from torch import nn
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
-from smet_compile.format.arguments import number, one_of, seed_number, whole_number
+from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.ops import Site, canonical_name, find_sites
-from smet_compile.ops.loaded import check_integer, check_keys
+from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import outside_graphs
+from smet_compile.runtime.advice import (
+    check_feasible,
+    warn_of_idle_calls,
+    warn_of_newcomers,
+    warn_of_no_call,
+    warn_of_stillness,
+)
+from smet_compile.runtime.collecting import GradientCollection
+from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace, check_history
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
-from smet_compile.runtime.schedules import SCHEDULES, check_settings
-from smet_compile.runtime.update import (
-    GradientCandidates,
-    SiteEvent,
-    TopologyEvent,
-    Trace,
-    agree_on_positions,
-    agree_on_ready,
-    check_history,
-    drop_smallest,
-    grow_random,
-    move,
+from smet_compile.runtime.policies import (
+    DROP_POLICIES,
+    GROW_POLICIES,
+    DropName,
+    GrowName,
+    Policy,
+    find_policy,
+    name_of_policy,
 )
+from smet_compile.runtime.schedules import (
+    Schedule,
+    ScheduleName,
+    check_settings,
+    find_min_age,
+    make_schedule,
+    name_of_schedule,
+)
+from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, make_move
 
 _MAX_POSTPONED_STEPS = 10
-_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION = 10, 100
-"""Numbers of calls in a row without a step of the optimizer that bring a warning."""
+_ALMOST_ONE = 1 - 1e-9
 
 
 class TopologyManager:
-    """Drops the floor(ζ N) blocks of least mean \\|w\\| of each compact weight every ``every`` steps, grows as many.
+    """Drops a share ζ of the blocks of each compact weight every ``every`` steps, and grows as many elsewhere.
+
+    By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
+    Parts of a block are carried over to the next update.
 
     Call ``step()`` once per training step, after ``optimizer.step()``::
 
@@ -51,7 +66,7 @@ class TopologyManager:
     A step counts when the optimizer really stepped (a GradScaler skips some, accumulation too). An update whose
     step had a gradient that is not finite waits for the next step without; after ten it is left out, with a
     warning. Under ``torch.distributed`` every rank must hold the same model and call ``step()`` alike (data
-    parallelism): then all ranks change to one topology, gradient growth taking the candidates of rank 0.
+    parallelism): then all ranks change to one topology, by the mean of their gradients where a policy asks for it.
 
     The optimizer may be wrapped (Accelerate's, Lookahead, SAM, ZeroRedundancyOptimizer): the steps of the innermost
     optimizers count, and the state that any of them keeps for a weight follows the topology. Several optimizers may
@@ -65,15 +80,23 @@ class TopologyManager:
         every: steps between updates (ΔT).
         drop_fraction, final_drop_fraction: ζ at the start and at the end of the updates.
         stop_fraction: share of the run after which there is no update.
-        grow: "random" (SET) or "gradient" (RigL).
-        schedule: how ζ falls: "cosine", "linear", "constant" (``drop_fraction`` throughout), or "none" (static).
-        seed: seed of random growth.
+        drop: which blocks go, those of smallest "magnitude" (mean \\|w\\|), "relative_magnitude" (over the age of young
+            blocks), "saliency" (mean \\|w · gradient\\|), "momentum", or "random"; or a policy, a function
+            ``(site, context) → scores`` (see ``TopologyContext``).
+        grow: which come: "random" (SET), those of largest "gradient" (RigL) or gradient "momentum", or a policy.
+        schedule: how ζ falls: "cosine", "linear", "constant" (``drop_fraction`` throughout), "none" (static), or a
+            function step → ζ.
+        min_age: optimizer steps for which a newly grown block is not dropped; by default two updates (2 ΔT).
+        window: steps before an update over which gradients are added up, for policies that ask for them; by default
+            what the policy says: 1 for "gradient" and "saliency", 10 for "momentum" growth.
+        seed: seed of everything random.
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
             is neither shaped like the values nor a scalar, or of which it cannot be asked what a new weight starts
-            with; a drop fraction for which there are too few inactive blocks (the largest possible is named); an
-            argument out of range. In ``step()``: a compact weight that was replaced after the optimizer was made.
+            with; a drop fraction for which there are too few inactive blocks (the largest possible is named); a
+            ``min_age`` that leaves too few to drop; an argument out of range. In ``step()``: a compact weight that was
+            replaced after the optimizer was made; a policy that returns scores of another shape, or NaN.
     """
 
     def __init__(
@@ -86,8 +109,11 @@ class TopologyManager:
         drop_fraction: float = 0.2,
         final_drop_fraction: float = 0.005,
         stop_fraction: float = 0.75,
-        grow: str = "random",
-        schedule: str = "cosine",
+        drop: DropName | Policy = "magnitude",
+        grow: GrowName | Policy = "random",
+        schedule: ScheduleName | Callable[[int], float] = "cosine",
+        min_age: int | None = None,
+        window: int | None = None,
         seed: int = 0,
     ) -> None:
         arguments.module("model", model)
@@ -98,32 +124,41 @@ class TopologyManager:
         stop_fraction = number("stop_fraction", stop_fraction, above=0, at_most=1)
         drop_fraction = number("drop_fraction", drop_fraction, at_least=0, below=1)
         final_drop_fraction = number("final_drop_fraction", final_drop_fraction, at_least=0, below=1)
-        one_of("grow", grow, ("random", "gradient"))
-        one_of("schedule", schedule, tuple(SCHEDULES))
+        drop_policy, grow_policy = (
+            find_policy("drop", drop, DROP_POLICIES),
+            find_policy("grow", grow, GROW_POLICIES),
+        )
+        min_age = None if min_age is None else whole_number("min_age", min_age, at_least=0)
+        window = None if window is None else whole_number("window", window, at_least=1)
         seed = seed_number("seed", seed)
+        plain = Schedule(every, stop_fraction * total_steps, drop_fraction, final_drop_fraction)
+        self.schedule = make_schedule(schedule, plain)
         check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
-        stop_step = stop_fraction * total_steps
-        self.schedule = SCHEDULES[schedule if self.sites else "none"](
-            every, stop_step, drop_fraction, final_drop_fraction
-        )
-        self._max_drop_fraction = max(drop_fraction, final_drop_fraction)
-        if schedule != "none":
-            _check_feasible(self.sites, self._max_drop_fraction)
+        is_static = schedule == "none" or not self.sites
+        if is_static:
+            self.schedule = make_schedule("none", plain)
+        else:
+            check_feasible(self.sites, self.schedule.largest_fraction)
+        self.min_age = find_min_age(min_age, self.schedule)
+        self._rules = Rules(drop_policy, grow_policy, every, seed)
         self._settings = {
             "total_steps": total_steps,
             "every": every,
             "drop_fraction": drop_fraction,
             "final_drop_fraction": final_drop_fraction,
             "stop_fraction": stop_fraction,
-            "schedule": schedule,
+            "drop": name_of_policy(drop_policy, DROP_POLICIES),
+            "grow": name_of_policy(grow_policy, GROW_POLICIES),
+            "schedule": name_of_schedule(schedule),
+            "min_age": min_age,
+            "window": window,
+            "seed": seed,
         }
         self.model = model
         self.optimizer = optimizer
         self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
         self._listeners: dict[int, StepListener] = {}
-        self.grow = grow
-        self.seed = seed
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
         self._num_new_steps = 0
@@ -131,14 +166,23 @@ class TopologyManager:
         self._num_idle_calls = 0
         self._num_postponed = 0
         self._trained = TrainedParameters()
-        self._candidates: dict[str, GradientCandidates] = {}
-        self._trace = Trace(self.sites)
+        self._collection = GradientCollection(self.sites, self._rules, window, self.schedule.largest_fraction)
+        self._owed = dict.fromkeys(self.sites, 0.0)
+        self._was_called = self._warned_of_newcomers = False
+        self._trace = Trace(self.sites, self.min_age)
         self._listen()
+        if not is_static:
+            warn_of_stillness(self.sites, self.schedule, total_steps)
 
     @property
     def optimizers(self) -> list[Any]:
         """Returns the optimizers that were found in the given ones, wrappers before what they wrap."""
         return [found.optimizer for found in self._optimizers.found]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings by the names of their arguments; policies and schedules by their names."""
+        return dict(self._settings)
 
     @property
     def next_update(self) -> int | None:
@@ -151,9 +195,8 @@ class TopologyManager:
         return self.next_update is not None and self.next_update <= step
 
     def _listen(self) -> None:
-        """Listens to optimizers, without being kept alive by them, and to gradients where an update is next."""
+        """Listens to optimizers, without being kept alive by them, and collects gradients where an update is next."""
         self._listen_to_optimizers()
-        weakref.finalize(self, _stop_listening, self._candidates).atexit = False
         self._prepare_next_step()
 
     def _listen_to_optimizers(self) -> None:
@@ -173,48 +216,44 @@ class TopologyManager:
             self._trained.look_at_step(optimizer)
         if self._is_due(self.num_steps + num_new + 1):
             self._trained.read_counts()
+        if not self._was_called and self.next_update is not None:
+            warn_of_no_call(num_new, self.schedule.every)
 
     @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
     @torch.no_grad()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None."""
+        self._was_called = True
         self._optimizers.check_weights()
         if not self._num_new_steps:
             self._count_idle_call()
             return None
         self._num_idle_calls = 0
-        due = self._is_due(self.num_steps + self._num_new_steps)
+        step = self.num_steps + self._num_new_steps
+        due = self._is_due(step)
         if due or self.num_steps == 0:
             self._optimizers.find()
             self._listen_to_optimizers()
-        self.num_steps += self._num_new_steps
-        self._num_new_steps = 0
-        event = self._update() if due else None
+        event = self._update(step) if due else None
+        self.num_steps, self._num_new_steps = step, 0
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == _MAX_POSTPONED_STEPS:
             self._give_up()
         self._trained.forget()
-        self._watch_gradients()
+        self._collect_gradients(afresh=event is not None)
+        if event is not None and not self._warned_of_newcomers:
+            self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
         return event
 
     def _count_idle_call(self) -> None:
         """Warns once where no step of the optimizer is ever seen, later where gradients are being accumulated."""
         self._num_idle_calls += 1
-        if self._num_idle_calls not in (_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION):
-            return
         is_waiting = any(parameter.grad is not None for parameter in self.model.parameters())
-        if self._num_idle_calls == (_IDLE_CALLS_OF_ACCUMULATION if is_waiting else _IDLE_CALLS):
-            names = ", ".join(sorted({found.name for found in self._optimizers.stepping}))
-            warnings.warn(
-                f"TopologyManager: step() was called {self._num_idle_calls} times and no step of the optimizer "
-                f"({names}) was seen, so the topology does not change; pass the optimizer whose step() trains the "
-                "model, and call manager.step() after it. A GradScaler that skips every step looks the same",
-                stacklevel=6,
-            )
+        warn_of_idle_calls(self._num_idle_calls, is_waiting, {found.name for found in self._optimizers.stepping})
 
     def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""
-        self._watch_gradients()
+        self._collect_gradients(afresh=True)
         if self._is_due(self.num_steps + 1):
             self._trained.read_counts()
 
@@ -230,52 +269,58 @@ class TopologyManager:
             stacklevel=6,
         )
 
-    def _watch_gradients(self) -> None:
-        """Listens to dense gradients in the step before an update, and in no other."""
-        _stop_listening(self._candidates)
-        if self.grow != "gradient" or not self._is_due(self.num_steps + 1):
-            return
-        for name, site in self.sites.items():
-            self._candidates[name] = GradientCandidates(site, math.floor(self._max_drop_fraction * site.num_active))
-            self._candidates[name].attach()
+    def _collect_gradients(self, afresh: bool) -> None:
+        window = self._collection.window
+        self._collection.advance(window > 0 and self._is_due(self.num_steps + window), afresh)
 
-    def _update(self) -> TopologyEvent | None:
-        """Changes every weight that was trained in this step; None where there was none."""
+    def _update(self, step: int) -> TopologyEvent | None:
+        """Changes every weight that was trained in this step; None where there was none.
+
+        All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
+        """
         device = next(iter(self.sites.values())).values.device
-        ready = agree_on_ready([self._is_ready(site) for site in self.sites.values()], device)
-        if not any(ready):
+        is_ready = agree_on_ready([self._is_ready(site) for site in self.sites.values()], device)
+        ready = [site for site, go in zip(self.sites.values(), is_ready, strict=True) if go]
+        if not ready:
             return None
-        events = {name: self._change(site) for (name, site), go in zip(self.sites.items(), ready, strict=True) if go}
-        event = TopologyEvent(self.num_steps, self.schedule.drop_fraction(self.num_steps), events)
+        fraction = self.schedule.drop_fraction(step)
+        owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
+        counts = {name: math.floor(blocks + 1 - _ALMOST_ONE) for name, blocks in owed.items()}
+        moves = [
+            choose_move(
+                site,
+                self._rules,
+                step,
+                counts[site.name],
+                self._trace.protected(site.name, step),
+                self._optimizers,
+            )
+            for site in ready
+        ]
+        self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
+        event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
         self.history.append(event)
         return event
 
+    def _make(self, move: Move, step: int) -> SiteEvent:
+        ages = self._optimizers.ages(move.site.values)
+        mean_age = None if ages is None else float(ages.double().mean())
+        before = move.site.compact.topology.cpu().clone()
+        make_move(move, self._optimizers.state)
+        return self._trace.record(move.site.name, before, move.bits.cpu(), step, mean_age)
+
     def _is_ready(self, site: Site) -> bool:
         trained = not self._trained.not_finite and site.values in self._trained
-        if trained and self.grow == "gradient":
-            return site.name in self._candidates and self._candidates[site.name].take(1) is not None
-        return trained
-
-    def _change(self, site: Site) -> SiteEvent:
-        before = site.mask()
-        count = math.floor(self.schedule.drop_fraction(self.num_steps) * site.num_active)
-        if self.grow == "gradient":
-            grown = self._candidates[site.name].take(count)
-            assert grown is not None
-            dropped = drop_smallest(site, before, len(grown))
-        else:
-            dropped = drop_smallest(site, before, count)
-            grown = grow_random(site, before, dropped, self.seed, self.num_steps)
-        mean_age = self._optimizers.mean_age(site.values)
-        after = move(site, before, agree_on_positions(dropped), agree_on_positions(grown), self._optimizers.state)
-        return self._trace.record(site.name, before, after, mean_age)
+        return trained and self._collection.has_gradient(site)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns settings, steps counted, history, and which blocks were ever active, as a resumed run needs them."""
         return {
-            "settings": self._own_settings(),
+            "settings": self.settings,
             "num_steps": self.num_steps,
             "num_postponed": self._num_postponed,
+            "owed": dict(self._owed),
+            "collected": self._collection.state_dict(),
             "history": [event.to_dict() for event in self.history],
             "trace": self._trace.state_dict(),
         }
@@ -294,26 +339,30 @@ class TopologyManager:
         self.check_state_dict(state, override=override)
         self.num_steps = state["num_steps"]
         self._num_new_steps = 0
+        self._owed = {name: float(blocks) for name, blocks in state["owed"].items()}
         self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
         self._prepare_next_step()
+        self._collection.load_state_dict(state["collected"])
 
     def check_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
         """Raises ValueError where ``load_state_dict`` would."""
-        check_keys("manager", state, ("num_steps", "num_postponed", "history", "trace"), ("settings",))
-        check_settings(state.get("settings", {}), self._own_settings(), override)
+        parts = ("num_steps", "num_postponed", "owed", "collected", "history", "trace")
+        check_keys("manager", state, parts, ("settings",))
+        check_settings(state.get("settings", {}), self._settings, override)
         check_integer("num_steps", state["num_steps"])
         check_integer("num_postponed", state["num_postponed"], 0, _MAX_POSTPONED_STEPS - 1)
+        check_keys("owed", state["owed"], self.sites.keys())
+        for name, blocks in state["owed"].items():
+            check_number(f"owed[{name!r}]", blocks, 0, 1)
+        self._collection.check_state_dict(state["collected"])
         check_history(state["history"], state["num_steps"], self.sites)
-        self._trace.check_state_dict(state["trace"])
+        self._trace.check_state_dict(state["trace"], state["num_steps"])
 
     def parts_of_state(self) -> list[dict[str, Any]]:
         """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
-        return [self.__dict__, self._trace.__dict__, self._trained.__dict__, self._candidates]
-
-    def _own_settings(self) -> dict[str, Any]:
-        return self._settings | {"grow": self.grow, "seed": self.seed}
+        return [self.__dict__, self._trace.__dict__, self._trained.__dict__, *self._collection.parts_of_state()]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_listeners": {}}
@@ -323,22 +372,3 @@ class TopologyManager:
         self.__dict__.update(state)
         self._optimizers.find()
         self._listen()
-
-
-def _stop_listening(candidates: dict[str, GradientCandidates]) -> None:
-    for each in candidates.values():
-        each.detach()
-    candidates.clear()
-
-
-def _check_feasible(sites: dict[str, Site], drop_fraction: float) -> None:
-    """Raises ValueError where fewer than floor(ζ N) blocks are inactive: dropped ones must not grow back at once."""
-    for name, site in sites.items():
-        inactive = site.layout.num_blocks - site.num_active
-        if math.floor(drop_fraction * site.num_active) > inactive:
-            largest = min(s.layout.num_blocks / s.num_active - 1 for s in sites.values())
-            raise ValueError(
-                f"{name}: a drop fraction of {drop_fraction} needs {math.floor(drop_fraction * site.num_active)} "
-                f"inactive blocks, density {site.density:.3f} leaves {inactive}; the largest possible drop fraction "
-                f"for this model is {math.floor(largest * 1000) / 1000}"
-            )

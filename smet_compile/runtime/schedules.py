@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+from smet_compile.format.arguments import described, number
 from smet_compile.ops.loaded import kind_of, plain_number
+
+ScheduleName = Literal["cosine", "linear", "constant", "none"]
+_MOST_LOOKED_AT = 10_000
+"""Number of updates for which a schedule given as a function is asked in advance."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,19 @@ class Schedule:
         return upcoming if upcoming < self.stop_step else None
 
     def drop_fraction(self, step: int) -> float:
+        """Returns ζ of the update after ``step``."""
         progress = min(1.0, step / self.stop_step)
         return self.last + (self.first - self.last) * self.decay(progress)
+
+    @property
+    def largest_fraction(self) -> float:
+        """Returns the most that an update ever drops."""
+        return max(self.first, self.last)
+
+    @property
+    def num_updates(self) -> int:
+        """Counts the updates of the whole run."""
+        return max(0, math.ceil(self.stop_step / self.every) - 1)
 
     def decay(self, progress: float) -> float:
         """Returns 1 at a progress of 0, 0 at a progress of 1, and something between in between."""
@@ -63,6 +79,25 @@ class NoSchedule(ConstantSchedule):
     def next_after(self, step: int) -> int | None:
         return None
 
+    @property
+    def num_updates(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class FunctionSchedule(Schedule):
+    """Asks a function of the user, step → ζ."""
+
+    function: Callable[[int], float]
+
+    def drop_fraction(self, step: int) -> float:
+        return number(f"schedule({step})", self.function(step), at_least=0, below=1, advice="return a drop fraction")
+
+    @property
+    def largest_fraction(self) -> float:
+        upcoming = range(self.every, math.ceil(self.stop_step), self.every)[:_MOST_LOOKED_AT]
+        return max((self.drop_fraction(step) for step in upcoming), default=0.0)
+
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "cosine": CosineSchedule,
@@ -70,6 +105,24 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "constant": ConstantSchedule,
     "none": NoSchedule,
 }
+assert set(SCHEDULES) == set(get_args(ScheduleName))
+
+
+def make_schedule(schedule: str | Callable[[int], float], plain: Schedule) -> Schedule:
+    """Returns the schedule of a name, or of a function step → ζ; ``plain`` holds when updates come and how large.
+
+    Raises ValueError for an unknown name, and for a function that returns no fraction.
+    """
+    times = plain.every, plain.stop_step, plain.first, plain.last
+    if isinstance(schedule, str) and schedule in SCHEDULES:
+        return SCHEDULES[schedule](*times)
+    if not callable(schedule):
+        raise ValueError(
+            f"schedule: expected one of {', '.join(SCHEDULES)} or a function of the step, got {described(schedule)}; "
+            "pass one of these"
+        )
+    return FunctionSchedule(*times, schedule)
+
 
 SETTINGS = (
     "total_steps",
@@ -77,13 +130,14 @@ SETTINGS = (
     "drop_fraction",
     "final_drop_fraction",
     "stop_fraction",
+    "drop",
     "grow",
     "schedule",
+    "min_age",
+    "window",
     "seed",
 )
 """The settings of a manager that are saved with a run."""
-_FORMER_SETTINGS = {"drop": "magnitude"}
-"""Settings that only older versions saved, with the one value that they could have."""
 
 
 def check_override(override: Iterable[str]) -> frozenset[str]:
@@ -104,11 +158,8 @@ def check_settings(saved: Any, ours: dict[str, Any], override: Iterable[str]) ->
     if not isinstance(saved, dict):
         raise ValueError(f"settings: expected a dict, got {kind_of(saved)}")
     for name, value in saved.items():
-        if name in _FORMER_SETTINGS and _equal(plain_number(value), _FORMER_SETTINGS[name]):
-            continue
         if name not in SETTINGS:
-            got = f"{name!r} of {value!r:.80}" if name in _FORMER_SETTINGS else repr(name)
-            raise ValueError(f"settings: got {got}, which this version does not know; upgrade smet_compile")
+            raise ValueError(f"settings: got {name!r}, which this version does not know; upgrade smet_compile")
         if name not in may_differ and not _equal(plain_number(value), plain_number(ours[name])):
             raise ValueError(
                 f"{name}: expected {ours[name]!r} as in this manager, got {value!r:.80} in the saved run; make the "
@@ -117,4 +168,36 @@ def check_settings(saved: Any, ours: dict[str, Any], override: Iterable[str]) ->
 
 
 def _equal(value: Any, other: Any) -> bool:
+    if value is None or other is None:
+        return value is other
     return (type(value) is bool) == (type(other) is bool) and type(value) in (bool, int, float, str) and value == other
+
+
+def name_of_schedule(schedule: str | Callable[[int], float]) -> str:
+    """Returns the name of a schedule as checkpoints keep it: that of a function is its qualified name."""
+    if isinstance(schedule, str):
+        return schedule
+    kind = schedule if hasattr(schedule, "__qualname__") else type(schedule)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find_min_age(min_age: int | None, schedule: Schedule) -> int:
+    """Returns how many optimizer steps newly grown blocks are protected; by default 2 ΔT.
+
+    Each update that may not drop the newcomers of m updates before it needs (m + 1) ζ ≤ 1. The default is shorter where
+    2 ΔT would leave too few blocks.
+
+    Raises:
+        ValueError: a given age that leaves fewer unprotected blocks than an update drops.
+    """
+    fraction, every = schedule.largest_fraction, schedule.every
+    longest = every * math.floor(1 / fraction + 1e-9) if fraction else None
+    if min_age is None:
+        return 2 * every if longest is None else min(2 * every, longest)
+    if longest is not None and min_age > longest:
+        raise ValueError(
+            f"min_age: expected at most {longest} steps, got {min_age}: an update every {every} steps drops "
+            f"{fraction:g} of the blocks, so with the newcomers of {-(-min_age // every) - 1} updates protected too "
+            "few would be left to drop; lower min_age or drop_fraction"
+        )
+    return min_age

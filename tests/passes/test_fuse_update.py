@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
+from smet_compile.ops.growth import Collected
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, TORCH_OPTIM, UPDATE, fuse_update, updates
 from smet_compile.passes.graph import MASKED, PACK, SAMPLED, PassReport, calls
@@ -99,7 +100,7 @@ def test_gradient_that_is_no_product_is_updated_with_what_was_packed() -> None:
 def test_gradient_that_growth_reads_is_updated_with_what_was_packed() -> None:
     model = chain(1)
     for site in find_sites(model).values():
-        site.compact.candidates = torch.full((2,), -1)
+        site.compact.collected = Collected.empty(site.values, site.layout, num_kept=2, with_active=False)
     graph = capture_step(model, data())
     assert matched(graph, "fuse_update") == 0
     assert len(made(graph, UPDATE)) == 1

@@ -51,7 +51,7 @@ def test_smet_and_its_baselines_differ_only_as_they_say(tmp_path: Path) -> None:
         assert all(torch.equal(training.model.state_dict()[name], tensor) for name, tensor in first)
     assert built["smet"].optimizer.defaults["warmup_steps"] == 3
     assert built["set-naive"].optimizer.defaults["warmup_steps"] == 0
-    assert built["smet-rigl"].manager is not None and built["smet-rigl"].manager.grow == "gradient"
+    assert built["smet-rigl"].manager is not None and built["smet-rigl"].manager.settings["grow"] == "gradient"
 
 
 def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:

@@ -79,19 +79,19 @@ def test_compact_training_equals_the_dense_twin(block_shape: tuple[int, int], ru
         event = manager.step()
         assert abs(loss.item() - twin.step(inputs, target)) <= TOLERANCE
         if event is not None:
-            num_changed += follow(model, event, twin, grow)
+            num_changed += follow(model, event, twin, grow, manager.min_age)
         if step % 50 == 0 or event is not None:
             assert_equal_to_twin(model, optimizer, twin)
     assert_equal_to_twin(model, optimizer, twin)
     assert len(manager.history) == 4 and num_changed == 4 * len(SITES_OF_RAGGED_NET)
 
 
-def follow(model: nn.Module, event: smet.TopologyEvent, twin: DenseTwin, grow: str) -> int:
+def follow(model: nn.Module, event: smet.TopologyEvent, twin: DenseTwin, grow: str, min_age: int) -> int:
     """Takes the twin through the same update; returns how many sites changed."""
     num_changed = 0
     for name, site in find_sites(model).items():
         before = twin.sites[name].mask
-        twin.change_topology(name, event.drop_fraction, site.compact.mask(), grow)
+        twin.change_topology(name, event.drop_fraction, site.compact.mask(), grow, event.step, min_age)
         num_dropped = int((before & ~twin.sites[name].mask).sum())
         assert event.sites[name].num_dropped == num_dropped
         num_changed += num_dropped > 0

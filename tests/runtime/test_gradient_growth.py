@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
+from smet_compile.runtime import update
 from tests.ops.call_forms import ReadTwice
 from tests.support.masked import fill_masked, grids_of, masks_of
 from tests.support.small_models import two_layers
@@ -65,10 +66,18 @@ def test_grows_where_the_dense_gradient_is_largest(block_shape: Any) -> None:
     assert len(manager.history) == 3
 
 
-def test_the_last_micro_batch_decides() -> None:
+@pytest.fixture
+def all_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the gradients of all inactive blocks, not only of those that are among the best at each backward."""
+    monkeypatch.setattr(update, "_KEPT_PER_GROWN", 1000)
+
+
+@pytest.mark.usefixtures("all_are_kept")
+def test_micro_batches_add_up() -> None:
     sparse, plain, optimizer, manager = make(every=1)
     fill_masked(plain, sparse)
-    before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, 2))
+    loss = loss_on(plain, 0) + loss_on(plain, 1) + loss_on(plain, 2)
+    before, best = masks_of(sparse), best_inactive(sparse, plain, loss)
     for step in range(3):
         loss_on(sparse, step).backward()
     optimizer.step()
@@ -102,13 +111,14 @@ def test_a_postponed_update_uses_the_gradient_of_its_own_step() -> None:
     assert_grown(before, masks_of(sparse), best)
 
 
+@pytest.mark.usefixtures("all_are_kept")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_under_checkpointing(use_reentrant: bool) -> None:
     """Two micro-batches; each layer is run twice."""
     sparse, plain, optimizer, manager = make(every=1)
     fill_masked(plain, sparse)
     inputs = [torch.randn(3, 12, requires_grad=use_reentrant) for _ in range(2)]
-    before, best = masks_of(sparse), best_inactive(sparse, plain, (plain(inputs[-1]) ** 2).sum())
+    before, best = masks_of(sparse), best_inactive(sparse, plain, sum((plain(x) ** 2).sum() for x in inputs))
     for x in inputs:
         (checkpoint(sparse, x, use_reentrant=use_reentrant) ** 2).sum().backward()
     optimizer.step()
@@ -116,11 +126,13 @@ def test_under_checkpointing(use_reentrant: bool) -> None:
     assert_grown(before, masks_of(sparse), best)
 
 
+@pytest.mark.usefixtures("all_are_kept")
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_a_weight_read_twice_grows_by_the_whole_gradient(num_micro_batches: int) -> None:
     sparse, plain, optimizer, manager = make(every=1, model=nn.Sequential(ReadTwice(12, 7)))
     fill_masked(plain, sparse)
-    before, best = masks_of(sparse), best_inactive(sparse, plain, loss_on(plain, num_micro_batches - 1))
+    loss = sum(loss_on(plain, step) for step in range(num_micro_batches))
+    before, best = masks_of(sparse), best_inactive(sparse, plain, loss)
     for step in range(num_micro_batches):
         loss_on(sparse, step).backward()
     optimizer.step()
@@ -150,7 +162,7 @@ def test_one_dense_gradient_at_a_time() -> None:
 
 
 def test_no_dense_gradient_outlives_backward() -> None:
-    """Only as many candidates as will grow are kept."""
+    """The gradients of twice as many inactive blocks as may grow are kept, no more."""
 
     sparse, _, _, _ = make(every=1)
     kept: list[StorageWeakRef] = []

@@ -208,7 +208,7 @@ def test_a_manager_that_nobody_holds_is_gone(grow: str) -> None:
     del manager
     gc.collect()
     assert gone() is None
-    assert all(site.compact.candidates is None for site in find_sites(model).values())
+    assert all(site.compact.collected is None for site in find_sites(model).values())
     train(model, optimizer, first=2, steps=2)
     assert_same(masks_of(model), before)
 

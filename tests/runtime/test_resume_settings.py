@@ -21,8 +21,11 @@ SAVED: dict[str, Any] = {
     "drop_fraction": 0.2,
     "final_drop_fraction": 0.005,
     "stop_fraction": 0.75,
+    "drop": "magnitude",
     "grow": "random",
     "schedule": "cosine",
+    "min_age": None,
+    "window": None,
     "seed": 0,
 }
 OTHER: dict[str, Any] = {
@@ -31,8 +34,11 @@ OTHER: dict[str, Any] = {
     "drop_fraction": 0.1,
     "final_drop_fraction": 0.01,
     "stop_fraction": 0.5,
+    "drop": "saliency",
     "grow": "gradient",
     "schedule": "linear",
+    "min_age": 9,
+    "window": 2,
     "seed": 3,
 }
 
@@ -96,16 +102,10 @@ def test_a_setting_that_an_older_file_does_not_have_is_not_compared(path: Path) 
     make(every=7)[2].load_state_dict(state)
 
 
-def test_a_setting_that_only_older_files_have(path: Path) -> None:
-    """Older versions saved ``drop``, which had one value."""
-    saved = checkpoint_file.read(path)
-    saved["manager"]["settings"]["drop"] = "magnitude"
-    checkpoint_file.write(path, saved)
-    objects = make()
-    smet.load_checkpoint(path, *objects)
-    assert objects[2].num_steps == 4 and objects[2].state_dict()["settings"] == SAVED
-    saved["manager"]["settings"]["drop"] = "gradient"
-    with Unchanged(*objects), pytest.raises(ValueError, match=r"settings: got 'drop' of 'gradient'.*upgrade"):
+def test_a_setting_that_nobody_knows(path: Path) -> None:
+    objects, saved = make(), checkpoint_file.read(path)
+    saved["manager"]["settings"]["momentum"] = 3
+    with Unchanged(*objects), pytest.raises(ValueError, match=r"settings: got 'momentum'.*upgrade"):
         objects[2].load_state_dict(saved["manager"])
 
 
@@ -115,10 +115,11 @@ def test_numpy_numbers_are_the_numbers_they_are(path: Path) -> None:
     smet.load_checkpoint(path, *make(total_steps=np.int64(1000), stop_fraction=np.float32(0.75)))
 
 
-def test_the_attributes_count_not_what_they_were(path: Path) -> None:
-    objects = make()
-    objects[2].seed = 5
-    assert objects[2].state_dict()["settings"]["seed"] == 5
+def test_settings_cannot_be_changed_afterwards() -> None:
+    manager = make(grow="gradient")[2]
+    assert manager.settings["grow"] == "gradient"
+    manager.settings["grow"] = "random"
+    assert manager.settings["grow"] == "gradient"
 
 
 def with_event(**changes: Any) -> Callable[[Any], None]:
@@ -131,7 +132,10 @@ def with_site(**changes: Any) -> Callable[[Any], None]:
 
 def with_bits(part: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Any], None]:
     def alter(state: Any) -> None:
-        state["trace"][part]["0.weight"] = change(state["trace"][part]["0.weight"])
+        if part == "grown":
+            state["trace"][part]["0.weight"][0][1] = change(state["trace"][part]["0.weight"][0][1])
+        else:
+            state["trace"][part]["0.weight"] = change(state["trace"][part]["0.weight"])
 
     return alter
 
@@ -159,19 +163,23 @@ BAD: list[tuple[Callable[[Any], Any], str]] = [
     (with_event(drop_fraction=float("nan")), "drop_fraction"),
     (with_event(drop_fraction="0.2"), "drop_fraction"),
     (with_event(sites=[]), "sites"),
-    (with_event(sites={"0.weight": {"bad": 1}}), "num_active"),
+    (with_event(sites={"0.weight": {"bad": 1}}), "num_blocks"),
     (with_event(more=1), "more"),
     (lambda state: state["history"][0]["sites"].update(other={}), "other"),
     (with_site(num_active=1), "num_active"),
     (with_site(num_dropped=-1), "num_dropped"),
-    (with_site(churn_fraction=1.5), "churn_fraction"),
-    (with_site(grown_survival_fraction="x"), "grown_survival_fraction"),
+    (with_site(num_newcomers_dropped=100), "num_newcomers_dropped"),
+    (with_site(num_surviving="x"), "num_surviving"),
+    (with_site(num_blocks=3), "num_blocks"),
     (with_site(mean_age=-1.0), "mean_age"),
-    (with_site(explored_fraction=None), "explored_fraction"),
+    (with_site(num_explored=None), "num_explored"),
     (lambda state: state.update(trace=[]), "trace: expected a dict"),
     (lambda state: state["trace"].update(grown=3), "trace.grown: expected a dict"),
     (lambda state: state["trace"]["explored"].pop("0.weight"), "0.weight.*same weights"),
-    (lambda state: state["trace"]["grown"].update(other=torch.zeros(1)), "other.*same weights"),
+    (lambda state: state["trace"]["grown"].update(other=[]), "other.*same weights"),
+    (lambda state: state["trace"]["grown"].update({"0.weight": [[5, torch.zeros(30)]]}), "step of grown blocks"),
+    (lambda state: state["trace"]["grown"].update({"0.weight": [3]}), "pairs"),
+    (with_bits("initial", torch.zeros_like), "0 initial blocks"),
     (with_bits("grown", lambda bits: 3), "0.weight.*30.*bytes"),
     (with_bits("grown", lambda bits: bits[:-1]), "0.weight.*30.*bytes"),
     (with_bits("explored", lambda bits: bits.short()), "0.weight.*30.*bytes"),
@@ -200,6 +208,7 @@ def test_bits_behind_the_last_block(tmp_path: Path) -> None:
     for part in ("explored", "grown", "model"):
         saved, other = checkpoint_file.read(tmp_path / "a"), make(block_shape=(3, 3))
         bits = saved["model"][name] if part == "model" else saved["manager"]["trace"][part]["3.weight"]
+        bits = bits[0][1] if part == "grown" else bits
         place = int(bits.nonzero()[0])
         bits[place] &= bits[place] - 1  # one block less, so that the count stays
         bits[-1] |= 128

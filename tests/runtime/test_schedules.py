@@ -83,14 +83,44 @@ def test_step_returns_the_event_it_recorded() -> None:
     assert isinstance(event, smet.TopologyEvent) and manager.history == [event] and event.step == 2
 
 
-def test_each_drop_is_the_floor_of_fraction_times_active() -> None:
+def test_parts_of_a_block_are_carried_over() -> None:
     model, optimizer, manager = make(drop_fraction=0.17, every=4, total_steps=200)
     train(model, optimizer, manager, steps=150)
+    asked = dict.fromkeys(("0.weight", "3.weight"), 0.0)
+    dropped = dict.fromkeys(asked, 0)
     for event in manager.history:
         for name, num_active in (("0.weight", 120), ("3.weight", 70)):
             site = event.sites[name]
             assert site.num_active == num_active
-            assert site.num_dropped == int(event.drop_fraction * num_active)
+            asked[name] += event.drop_fraction * num_active
+            dropped[name] += site.num_dropped
+            assert dropped[name] == int(asked[name])
+
+
+def test_a_weight_too_small_for_one_block_an_update_moves_now_and_then() -> None:
+    with pytest.warns(UserWarning, match=r"3\.weight \(5 active blocks\).*less than one block an update"):
+        model, optimizer, manager = make(block_shape=4, drop_fraction=0.1, schedule="constant")
+    train(model, optimizer, manager, steps=36)
+    assert [event.sites["3.weight"].num_dropped for event in manager.history] == [0, 1] * 6
+
+
+def test_a_schedule_of_ones_own() -> None:
+    asked = []
+
+    def halves(step: int) -> float:
+        asked.append(step)
+        return 0.2 if step < 50 else 0.1
+
+    assert [e.drop_fraction for e in events_of(100, every=20, schedule=halves)] == [0.2, 0.2, 0.1]
+    assert set(asked) == {20, 40, 60}
+    with pytest.raises(ValueError, match=r"schedule\(3\): expected a number in \[0, 1\), got 1.5"):
+        make(schedule=lambda step: 1.5)
+
+
+@pytest.mark.parametrize("options", [{"every": 100}, {"every": 75}, {"every": 20, "stop_fraction": 0.2}], ids=str)
+def test_no_update_that_fits_brings_a_warning(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=rf"no topology update fits.*due after step {options['every']}"):
+        make(total_steps=100, **options)
 
 
 def test_an_empty_drop_set_is_a_no_op() -> None:

@@ -6,6 +6,7 @@ Where growth is random it is told the new mask and judges whether it was allowed
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +82,8 @@ class TwinSite:
     grid: Grid
     mask: Tensor
     mean_grad: Tensor | None = None
+    owed: Fraction = Fraction(0)
+    grown_at: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def active(self) -> Tensor:
@@ -128,10 +131,17 @@ class DenseTwin:
         weight = self.rule.update(self.weights[name], grad, self.states[name], site.density)
         self.weights[name] = torch.where(site.active, weight, torch.zeros_like(weight))
 
-    def change_topology(self, name: str, drop_fraction: float, new_mask: Tensor, grow: str) -> None:
+    def change_topology(
+        self, name: str, drop_fraction: float, new_mask: Tensor, grow: str, step: int, min_age: int
+    ) -> None:
+        """Drops drop_fraction of the blocks, and what earlier updates left of a block; grows as many."""
         site = self.sites[name]
-        num_drop = int(drop_fraction * int(site.mask.sum()))
-        kept = site.mask & ~self.least(name, num_drop)
+        site.owed += Fraction(drop_fraction) * int(site.mask.sum())
+        num_drop = int(site.owed + Fraction(1, 10**9))
+        site.owed -= num_drop
+        young = [mask for born, mask in site.grown_at.items() if step - born < min_age]
+        may_go = site.mask & ~torch.stack([torch.zeros_like(site.mask), *young]).any(0)
+        kept = site.mask & ~self.least(name, num_drop, may_go)
         if grow == "gradient":
             grown = self.steepest(name, num_drop)
             assert torch.equal(new_mask, kept | grown), f"{name}: grown set is not that of the largest gradients"
@@ -139,11 +149,12 @@ class DenseTwin:
             grown = new_mask & ~site.mask
             assert torch.equal(new_mask & site.mask, kept), f"{name}: the smallest weights were not dropped"
             assert int(grown.sum()) == num_drop, f"{name}: grew {int(grown.sum())}, dropped {num_drop}"
+        site.grown_at[step] = grown & ~site.mask
         self.renew(name, kept | grown, kept)
 
-    def least(self, name: str, count: int) -> Tensor:
+    def least(self, name: str, count: int, may_go: Tensor) -> Tensor:
         site = self.sites[name]
-        scores = site.grid.mean(self.weights[name].abs()).masked_fill(~site.mask, torch.inf)
+        scores = site.grid.mean(self.weights[name].abs()).masked_fill(~may_go, torch.inf)
         return marked(scores.topk(count, largest=False).indices, site.mask)
 
     def steepest(self, name: str, count: int) -> Tensor:

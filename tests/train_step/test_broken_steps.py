@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import smet_compile as smet
-from smet_compile.ops import find_sites, sinks
+from smet_compile.ops import find_sites, growth
 from tests.support.snapshots import assert_same
 from tests.train_step.setting import (
     Batch,
@@ -160,8 +160,8 @@ def check_that_it_goes_on(run: Run, step: smet.TrainStep, make_optimizer: MakeOp
     frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
     assert frozen == ["frozen.bias", "frozen.parametrizations.weight.original"]
     for site in find_sites(run.model).values():
-        candidates = site.compact.candidates
-        assert candidates is None or (candidates == sinks.NO_GRADIENT).all()
+        collected = site.compact.collected
+        assert collected is None or not collected.has_gradient()
     other = fresh_copy(run, make_optimizer)
     for each, own in (
         (run, step),
@@ -268,11 +268,11 @@ def test_an_update_that_cannot_be_made_ready_leaves_no_state() -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=str)
 def test_growth_that_breaks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The candidates of a broken step are forgotten, and the update of the topology takes those of the next."""
+    """The gradients of a broken step are forgotten, and the update of the topology takes those of the next."""
     run = run_of(active)
     manager = smet.TopologyManager(run.model, run.optimizer, total_steps=40, every=1, grow="gradient")
     step = run.compiled(**options)
-    means, calls = sinks.all_block_means, []
+    means, calls = growth.all_block_means, []
 
     def breaks(*args: Any) -> Tensor:
         calls.append(args)
@@ -281,11 +281,11 @@ def test_growth_that_breaks(options: dict[str, Any], monkeypatch: pytest.MonkeyP
         return means(*args)
 
     with monkeypatch.context() as patched, pytest.raises(Fault):
-        patched.setattr(sinks, "all_block_means", breaks)
+        patched.setattr(growth, "all_block_means", breaks)
         step(batch_of(0))
     assert len(calls) == 2 and manager.step() is None
-    candidates = {name: site.compact.candidates for name, site in manager.sites.items()}
-    assert all((each == sinks.NO_GRADIENT).all() for each in candidates.values())
+    collected = [site.compact.collected for site in manager.sites.values()]
+    assert all(each is not None and not each.has_gradient() for each in collected)
     assert_nothing_left(run.model)
     for call in range(step.accumulate):
         step(batch_of(call))

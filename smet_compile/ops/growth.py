@@ -1,0 +1,147 @@
+"""Collects dense gradients in backward for topology policies: of the best inactive blocks, and of the active ones.
+
+The dense gradient of one weight at a time exists, inside backward. What outlives it is a ``Collected``: the positions
+of the inactive blocks whose gradient is largest so far with the sum of their gradients, and, where a policy wants it,
+the sum of the active blocks' gradients. A block that is no longer among the largest loses its sum.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from smet_compile.format import Layout, all_block_means, block_means, blocks, unpack_bits
+from smet_compile.ops.law import compute_dtype
+from smet_compile.ops.library import library
+from smet_compile.ops.sinks import define_sink, open_sink
+
+NO_GRADIENT = -1
+"""The positions are filled with this number until a gradient has come."""
+_BUFFERS = "Tensor positions, Tensor sums, Tensor active_sums"
+
+
+class Collected(NamedTuple):
+    """Holds what backward collects of the dense gradients of one weight.
+
+    Args:
+        positions: (K,) int64, the inactive blocks of largest mean \\|sum of gradients\\|, best first.
+        sums: (K,) or (K, bm, bn), the sums of their gradients since each of them was among the K; at least fp32.
+        active_sums: (N,) or (N, bm, bn), the sum of the active blocks' gradients; empty where no policy wants it.
+    """
+
+    positions: Tensor
+    sums: Tensor
+    active_sums: Tensor
+
+    @classmethod
+    def empty(cls, values: Tensor, layout: Layout, num_kept: int, with_active: bool) -> Collected:
+        """Makes buffers for ``num_kept`` inactive blocks of the weight of ``values``, without any gradient yet."""
+        dtype, device = compute_dtype(values.dtype), values.device
+        sums = torch.zeros(layout.values_shape(num_kept), dtype=dtype, device=device)
+        active_sums = torch.zeros(values.shape if with_active else (0,), dtype=dtype, device=device)
+        return cls(torch.full((num_kept,), NO_GRADIENT, device=device), sums, active_sums)
+
+    def has_gradient(self) -> bool:
+        """Tells whether a gradient has come; waits for the device."""
+        return bool(self.positions[0] != NO_GRADIENT)
+
+    def forget(self) -> None:
+        """Forgets all gradients that have come."""
+        self.positions.fill_(NO_GRADIENT)
+        self.active_sums.zero_()
+
+    def scale_(self, factor: float) -> None:
+        """Multiplies all sums, so that gradients of later steps count for more."""
+        self.sums.mul_(factor)
+        self.active_sums.mul_(factor)
+
+
+library.define(
+    f"collect_gradient(Tensor grad_dense, {_BUFFERS}, Tensor topology, str layout) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _collect_gradient(
+    grad_dense: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, bits: Tensor, layout_text: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the new buffers: the gradient is added, and the best blocks are chosen again (RigL, Evci et al. 2020).
+
+    A gradient that is not finite everywhere counts as zero.
+    """
+    layout = Layout.from_text(layout_text)
+    active, finite = unpack_bits(bits, layout.num_blocks), grad_dense.isfinite().all()
+    scores = torch.where(finite, all_block_means(grad_dense, layout), 0)
+    is_known, known = positions != NO_GRADIENT, positions.clamp(min=0)
+    totals = torch.where(_like(is_known, sums), sums, 0) + _blocks_at(grad_dense, known, finite, layout)
+    row_of = torch.full((layout.num_blocks + 1,), NO_GRADIENT, dtype=torch.int32, device=bits.device)
+    rows = torch.arange(positions.numel(), dtype=torch.int32, device=bits.device)
+    row_of.index_put_((torch.where(is_known, positions, layout.num_blocks),), rows)
+    old_row = row_of[: layout.num_blocks]
+    scores = torch.where(
+        old_row >= 0, block_means(totals, known, layout)[old_row.clamp(min=0)].to(scores.dtype), scores
+    )
+    best = scores.masked_fill_(active, -1).topk(positions.numel()).indices
+    row = old_row[best]
+    fresh = _blocks_at(grad_dense, best, finite, layout).to(sums.dtype)
+    new_sums = torch.where(_like(row >= 0, sums), totals[row.clamp(min=0)], fresh)
+    if not active_sums.numel():
+        return best, new_sums, active_sums.clone()
+    packed = blocks.pack(grad_dense, active, layout)
+    return best, new_sums, active_sums + torch.where(finite, packed, 0)
+
+
+def _blocks_at(grad_dense: Tensor, positions: Tensor, finite: Tensor, layout: Layout) -> Tensor:
+    return torch.where(finite, blocks.pack(grad_dense, positions, layout), 0)
+
+
+def _like(flags: Tensor, rows: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (rows.dim() - 1))
+
+
+library.impl("collect_gradient", _collect_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("smet::collect_gradient", lib=library)
+def _(
+    grad_dense: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, bits: Tensor, layout_text: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(positions), torch.empty_like(sums), torch.empty_like(active_sums)
+
+
+def _zeros_like_dense(leaf: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, *rest: Any) -> Tensor:
+    _, layout_text = rest
+    return leaf.new_zeros(()).expand(Layout.from_text(layout_text).shape)
+
+
+def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
+    *buffers, bits, layout_text = ctx.inputs
+    with torch.no_grad():
+        found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text)
+        for buffer, new in zip(buffers, found, strict=True):
+            buffer.copy_(new)
+    return (None,) * 6
+
+
+def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+    """Returns the sink that fills the buffers. All reads of a weight whose graphs are alive together share it."""
+    known = _growth_sinks.get(positions)
+    sink = None if known is None else known()
+    if sink is None or not sink.requires_grad:
+        sink = open_sink("growth_sink", leaf, positions, *rest)
+        _growth_sinks[positions] = weakref.ref(sink)
+    return sink
+
+
+_growth_sinks = WeakIdKeyDictionary()
+
+define_sink(
+    "growth_sink",
+    f"{_BUFFERS}, Tensor topology, str layout",
+    _open_growth_sink,
+    _zeros_like_dense,
+    _collect_in_backward,
+)

@@ -1,0 +1,92 @@
+"""Checks whether a manager's updates are possible, and warns where they do nothing or nobody asks for them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from smet_compile.ops import Site
+from smet_compile.runtime.history import TopologyEvent
+from smet_compile.runtime.schedules import Schedule
+
+_NUM_NAMED = 3
+_FEWEST_TO_JUDGE = 16
+"""Number of dropped blocks from which the share of newcomers among them may bring a warning."""
+_IDLE_CALLS, _IDLE_CALLS_OF_ACCUMULATION = 10, 100
+"""Numbers of calls in a row without a step of the optimizer that bring a warning."""
+
+
+def check_feasible(sites: dict[str, Site], drop_fraction: float) -> None:
+    """Raises ValueError where fewer than floor(ζ N) blocks are inactive: dropped ones must not grow back at once."""
+    for name, site in sites.items():
+        inactive = site.layout.num_blocks - site.num_active
+        if math.floor(drop_fraction * site.num_active) > inactive:
+            largest = min(s.layout.num_blocks / s.num_active - 1 for s in sites.values())
+            raise ValueError(
+                f"{name}: a drop fraction of {drop_fraction} needs {math.floor(drop_fraction * site.num_active)} "
+                f"inactive blocks, density {site.density:.3f} leaves {inactive}; the largest possible drop fraction "
+                f"for this model is {math.floor(largest * 1000) / 1000}"
+            )
+
+
+def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: int) -> None:
+    """Warns where no update fits into the run, or where weights are too small to move in every update."""
+    if schedule.num_updates == 0:
+        warnings.warn(
+            f"TopologyManager: no topology update fits: the first would be due after step {schedule.every}, and none "
+            f"is made from step {schedule.stop_step:g} of {total_steps} on; lower every, raise total_steps, or say "
+            'schedule="none"',
+            stacklevel=3,
+        )
+        return
+    first = schedule.drop_fraction(schedule.every)
+    slow = [
+        f"{name} ({site.num_active:,} active blocks)" for name, site in sites.items() if first * site.num_active < 1
+    ]
+    if slow and first > 0:
+        more = f" and {len(slow) - _NUM_NAMED} more" if len(slow) > _NUM_NAMED else ""
+        warnings.warn(
+            f"TopologyManager: {', '.join(slow[:_NUM_NAMED])}{more}: a drop fraction of {first:.3g} is less than one "
+            "block an update, so these weights move only now and then; take smaller blocks, a larger drop_fraction, "
+            'or schedule="none"',
+            stacklevel=3,
+        )
+
+
+def warn_of_newcomers(event: TopologyEvent, min_age: int) -> bool:
+    """Warns where most of what was dropped had just been grown, so that the topology hardly moves; tells whether so.
+
+    ``min_age`` is the number of steps for which newcomers were protected.
+    """
+    total = event.total
+    if total.num_dropped < _FEWEST_TO_JUDGE or 2 * total.num_newcomers_dropped <= total.num_dropped:
+        return False
+    warnings.warn(
+        f"TopologyManager: of {total.num_dropped:,} blocks dropped after step {event.step}, "
+        f"{total.num_newcomers_dropped:,} were newcomers, dropped as soon as they could be: most of what grows does "
+        f'not stay; raise min_age (now {min_age} steps), lower drop_fraction, or say schedule="none", as suits tiles',
+        stacklevel=6,
+    )
+    return True
+
+
+def warn_of_no_call(num_steps: int, every: int) -> None:
+    """Warns once, after 1.5 ΔT steps of the optimizer, that ``manager.step()`` was never called."""
+    if num_steps == math.ceil(1.5 * every):
+        warnings.warn(
+            f"TopologyManager: the optimizer made {num_steps} steps and manager.step() was never called, so the "
+            "topology does not change; call it after each optimizer.step()",
+            stacklevel=3,
+        )
+
+
+def warn_of_idle_calls(num_calls: int, is_accumulating: bool, optimizers: set[str]) -> None:
+    """Warns, after so many calls of ``manager.step()`` in a row, that no step of the ``optimizers`` was seen."""
+    if num_calls == (_IDLE_CALLS_OF_ACCUMULATION if is_accumulating else _IDLE_CALLS):
+        warnings.warn(
+            f"TopologyManager: step() was called {num_calls} times and no step of the optimizer "
+            f"({', '.join(sorted(optimizers))}) was seen, so the topology does not change; pass the optimizer whose "
+            "step() trains the model, and call manager.step() after it. A GradScaler that skips every step looks the "
+            "same",
+            stacklevel=7,
+        )

@@ -1,0 +1,113 @@
+"""Has backward collect dense gradients in the steps before an update, for policies that ask for them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from smet_compile.ops import Site
+from smet_compile.ops.growth import NO_GRADIENT, Collected
+from smet_compile.ops.loaded import check_keys, check_tensor
+from smet_compile.runtime.update import Rules
+
+_PARTS = Collected._fields
+
+
+class GradientCollection:
+    """Gives weights their buffers in the window before an update, and takes them away afterwards.
+
+    Buffers that another manager gave are left alone. They are taken away when this object is gone.
+
+    Args:
+        rules: the policies, and so whether anything is collected at all.
+        window: number of steps up to the update; None for what the policies say.
+        largest_fraction: the most that an update ever drops, which fixes the size of the buffers.
+    """
+
+    def __init__(self, sites: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float) -> None:
+        asked = max((policy.window for policy in rules.asking), default=0)
+        self.window = window if asked and window is not None else asked
+        self._sites, self._rules, self._largest_fraction = sites, rules, largest_fraction
+        self._decay = min((policy.decay for policy in rules.asking), default=1.0)
+        self._given: dict[str, tuple[Site, Collected]] = {}
+        self._stop_when_gone()
+
+    def _stop_when_gone(self) -> None:
+        weakref.finalize(self, _take_away, self._given).atexit = False
+
+    def has_gradient(self, site: Site) -> bool:
+        """Tells whether a gradient of this weight has come; True where none is asked for."""
+        return not self.window or (site.name in self._given and self._given[site.name][1].has_gradient())
+
+    def advance(self, is_near: bool, afresh: bool) -> None:
+        """Prepares for the next step.
+
+        Args:
+            is_near: an update comes within the window.
+            afresh: what was collected so far is not for that update.
+        """
+        if afresh or not is_near:
+            _take_away(self._given)
+        if not is_near:
+            return
+        for name, site in self._sites.items():
+            if name not in self._given:
+                collected = self._rules.collect(site, self._largest_fraction)
+                self._given[name] = site, collected
+                site.compact.collected = collected
+            elif self.window == 1:
+                self._given[name][1].forget()
+            elif self._decay < 1:
+                self._given[name][1].scale_(self._decay)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns what was collected in earlier steps of the window, by weight."""
+        given = self._given.items() if self.window > 1 else ()
+        return {name: collected._asdict() for name, (_, collected) in given}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Fills the buffers that weights have now, as ``advance`` gave them."""
+        for name, parts in state.items():
+            if name in self._given:
+                for buffer, saved in zip(self._given[name][1], Collected(**parts), strict=True):
+                    buffer.copy_(saved)
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raises ValueError where ``state`` cannot be that of these weights under these policies."""
+        check_keys("collected", state, (), self._sites.keys())
+        for name, parts in state.items():
+            site = self._sites[name]
+            check_keys(f"collected[{name!r}]", parts, _PARTS)
+            ours = self._rules.collect(site, self._largest_fraction) if self.window else None
+            if ours is None:
+                raise ValueError(f"{name}: expected no collected gradients, since no policy asks for them, got some")
+            for part, expected in ours._asdict().items():
+                check_tensor(f"collected[{name!r}].{part}", parts[part], expected.dtype, tuple(expected.shape))
+            _check_positions(name, site, parts["positions"])
+
+    def parts_of_state(self) -> list[dict[str, Any]]:
+        """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
+        return [self.__dict__, self._given]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_given": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._stop_when_gone()
+
+
+def _check_positions(name: str, site: Site, positions: torch.Tensor) -> None:
+    known = positions[positions != NO_GRADIENT]
+    in_range = bool(((known >= 0) & (known < site.layout.num_blocks)).all())
+    if not in_range or known.unique().numel() != known.numel() or known.numel() not in (0, positions.numel()):
+        raise ValueError(f"{name}: expected positions of different blocks below {site.layout.num_blocks}, got others")
+
+
+def _take_away(given: dict[str, tuple[Site, Collected]]) -> None:
+    for site, collected in given.values():
+        if site.values_maybe is not None and site.compact.collected is collected:
+            site.compact.collected = None
+    given.clear()

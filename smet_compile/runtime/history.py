@@ -1,0 +1,277 @@
+"""Records what topology updates did: an event for each update, and which blocks were ever active or grown lately."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smet_compile.format import count_active, spare_bits, unpack_bits
+from smet_compile.ops import Site
+from smet_compile.ops.loaded import check_integer, check_keys, check_number, kind_of
+
+
+@dataclass(frozen=True)
+class SiteEvent:
+    """Describes one weight's part in an update. All numbers but the ages count blocks.
+
+    Args:
+        num_blocks, num_active: all, and active after the update; as many are grown as are dropped.
+        num_dropped: dropped in this update.
+        num_newcomers_dropped: of these, the ones that no earlier update could have dropped: those of the youngest
+            generation that ``min_age`` does not protect.
+        num_grown, num_surviving: grown at the update before, and still active; 0 at the first update.
+        num_grown_earlier, num_surviving_earlier: the same for the update before that.
+        num_explored: ever active. num_moved: active now and not at the start.
+        mean_age: optimizer steps since the active blocks were grown, on average, before the update; None where the
+            optimizer keeps no ages.
+    """
+
+    num_blocks: int
+    num_active: int
+    num_dropped: int
+    num_newcomers_dropped: int
+    num_grown: int
+    num_surviving: int
+    num_grown_earlier: int
+    num_surviving_earlier: int
+    num_explored: int
+    num_moved: int
+    mean_age: float | None
+
+    @property
+    def churn_fraction(self) -> float:
+        """Returns dropped over active."""
+        return self.num_dropped / self.num_active
+
+    @property
+    def newcomer_fraction(self) -> float | None:
+        """Returns the share of newcomers in what was dropped; None where nothing was."""
+        return _share(self.num_newcomers_dropped, self.num_dropped)
+
+    @property
+    def grown_survival_fraction(self) -> float | None:
+        """Returns the share of the blocks grown at the update before that are still active; None at the first."""
+        return _share(self.num_surviving, self.num_grown)
+
+    @property
+    def earlier_survival_fraction(self) -> float | None:
+        """Returns the share of the blocks grown two updates before that are still active; None without any."""
+        return _share(self.num_surviving_earlier, self.num_grown_earlier)
+
+    @property
+    def explored_fraction(self) -> float:
+        """Returns ever active over all (the in-time over-parameterization rate of Liu et al. 2021)."""
+        return self.num_explored / self.num_blocks
+
+    @property
+    def moved_fraction(self) -> float:
+        """Returns the share of the active blocks that were not active at the start."""
+        return self.num_moved / self.num_active
+
+
+FRACTIONS = (
+    "churn_fraction",
+    "newcomer_fraction",
+    "grown_survival_fraction",
+    "earlier_survival_fraction",
+    "explored_fraction",
+    "moved_fraction",
+)
+"""The fractions that an event has for each weight, and for all weights together."""
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+@dataclass(frozen=True)
+class TopologyEvent:
+    """Describes one topology update: the optimizer step before it, the fraction it asked for, each weight's part."""
+
+    step: int
+    drop_fraction: float
+    sites: dict[str, SiteEvent]
+
+    @property
+    def total(self) -> SiteEvent:
+        """Returns the counts of all weights together, and the mean age of all their active blocks."""
+        counts = {
+            item.name: sum(getattr(site, item.name) for site in self.sites.values())
+            for item in fields(SiteEvent)
+            if item.name != "mean_age"
+        }
+        ages = [(site.mean_age, site.num_active) for site in self.sites.values() if site.mean_age is not None]
+        num_with_age = sum(num_active for _, num_active in ages)
+        mean_age = sum(age * num_active for age, num_active in ages) / num_with_age if ages else None
+        return SiteEvent(**counts, mean_age=mean_age)
+
+    @property
+    def num_active(self) -> int:
+        return self.total.num_active
+
+    @property
+    def num_dropped(self) -> int:
+        return self.total.num_dropped
+
+    @property
+    def churn_fraction(self) -> float:
+        """Returns dropped over active blocks, of all weights together."""
+        return self.total.churn_fraction
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> TopologyEvent:
+        sites = {name: SiteEvent(**site) for name, site in saved["sites"].items()}
+        return cls(saved["step"], saved["drop_fraction"], sites)
+
+
+def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> None:
+    """Raises ValueError where ``history`` is not that of ``num_steps`` steps of these sites, as ``to_dict`` made it."""
+    if not isinstance(history, list):
+        raise ValueError(f"history: expected a list of events, got {type(history).__name__}")
+    earliest = 1
+    for i, event in enumerate(history):
+        where = f"history[{i}]"
+        check_keys(where, event, [field.name for field in fields(TopologyEvent)])
+        check_integer(f"{where}.step", event["step"], earliest, num_steps)
+        check_number(f"{where}.drop_fraction", event["drop_fraction"], 0, 1)
+        check_keys(f"{where}.sites", event["sites"], (), sites.keys())
+        for name, site in event["sites"].items():
+            _check_site_event(f"{where}.sites[{name!r}]", site, sites[name])
+        earliest = event["step"] + 1
+
+
+def _check_site_event(where: str, event: Any, site: Site) -> None:
+    check_keys(where, event, [field.name for field in fields(SiteEvent)])
+    num_blocks, num_active = site.layout.num_blocks, site.num_active
+    check_integer(f"{where}.num_blocks", event["num_blocks"], num_blocks, num_blocks)
+    check_integer(f"{where}.num_active", event["num_active"], num_active, num_active)
+    for part, whole in (
+        ("num_dropped", "num_active"),
+        ("num_newcomers_dropped", "num_dropped"),
+        ("num_grown", "num_active"),
+        ("num_surviving", "num_grown"),
+        ("num_grown_earlier", "num_active"),
+        ("num_surviving_earlier", "num_grown_earlier"),
+        ("num_explored", "num_blocks"),
+        ("num_moved", "num_active"),
+    ):
+        check_integer(f"{where}.{part}", event[part], 0, event[whole])
+    if event["mean_age"] is not None:
+        check_number(f"{where}.mean_age", event["mean_age"], 0)
+
+
+class Trace:
+    """Records, one bit a block on the CPU, the blocks of every site that were active at the start, or ever, or grown.
+
+    Of those grown it keeps the generations that are protected, and at least the last two.
+
+    Args:
+        min_age: optimizer steps for which a grown block is protected.
+    """
+
+    def __init__(self, sites: dict[str, Site], min_age: int) -> None:
+        self._sites = sites
+        self._min_age = min_age
+        self._initial = {name: site.compact.topology.cpu().clone() for name, site in sites.items()}
+        self._explored = {name: bits.clone() for name, bits in self._initial.items()}
+        self._grown: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in sites}
+
+    def protected(self, name: str, step: int) -> Tensor | None:
+        """Returns the mask (num_blocks,) of the blocks that an update after ``step`` may not drop; None for none."""
+        site = self._sites[name]
+        young = [bits for born, bits in self._grown[name] if step - born < self._min_age]
+        if not young:
+            return None
+        together = functools.reduce(torch.bitwise_or, young)
+        return unpack_bits(together, site.layout.num_blocks).to(site.values.device)
+
+    def record(
+        self, name: str, bits_before: Tensor, bits_after: Tensor, step: int, mean_age: float | None
+    ) -> SiteEvent:
+        """Records an update of the site after ``step`` from bits to other bits on the CPU; returns what happened."""
+        dropped, nothing = bits_before & ~bits_after, torch.zeros_like(bits_after)
+        newcomers = functools.reduce(torch.bitwise_or, self._judged_first(name, step), nothing)
+        earlier, last = ([nothing, nothing] + [bits for _, bits in self._grown[name]])[-2:]
+        self._explored[name] |= bits_after
+        grown = [*self._grown[name], (step, bits_after & ~bits_before)]
+        self._grown[name] = [g for g in grown[:-2] if step - g[0] < self._min_age] + grown[-2:]
+        return SiteEvent(
+            num_blocks=self._sites[name].layout.num_blocks,
+            num_active=count_active(bits_after),
+            num_dropped=count_active(dropped),
+            num_newcomers_dropped=count_active(dropped & newcomers),
+            num_grown=count_active(last),
+            num_surviving=count_active(last & bits_after),
+            num_grown_earlier=count_active(earlier),
+            num_surviving_earlier=count_active(earlier & bits_after),
+            num_explored=count_active(self._explored[name]),
+            num_moved=count_active(bits_after & ~self._initial[name]),
+            mean_age=mean_age,
+        )
+
+    def _judged_first(self, name: str, step: int) -> list[Tensor]:
+        """Returns the generations that an update after ``step`` may drop, and none before it could."""
+        grown = self._grown[name]
+        previous = grown[-1][0] if grown else 0
+        return [
+            bits
+            for born, bits in grown
+            if step - born >= self._min_age and (born == previous or previous - born < self._min_age)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "initial": dict(self._initial),
+            "explored": dict(self._explored),
+            "grown": {name: [list(generation) for generation in grown] for name, grown in self._grown.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._initial = {name: bits.cpu().clone() for name, bits in state["initial"].items()}
+        self._explored = {name: bits.cpu().clone() for name, bits in state["explored"].items()}
+        self._grown = {
+            name: [(born, bits.cpu().clone()) for born, bits in grown] for name, grown in state["grown"].items()
+        }
+
+    def check_state_dict(self, state: Any, num_steps: int) -> None:
+        """Raises ValueError where ``state`` is not that of these weights after ``num_steps`` steps."""
+        check_keys("trace", state, ("initial", "explored", "grown"))
+        for part in ("initial", "explored", "grown"):
+            if not isinstance(state[part], dict):
+                raise ValueError(f"trace.{part}: expected a dict by weight, got {kind_of(state[part])}")
+            for name in self._sites.keys() ^ state[part].keys():
+                raise ValueError(f"{name}: expected the topology history of the same weights, got that of other ones")
+        for name, site in self._sites.items():
+            self._check_bits(name, "initial", state["initial"][name], site.num_active, site.num_active)
+            self._check_bits(name, "explored", state["explored"][name], site.num_active, site.layout.num_blocks)
+            self._check_grown(name, state["grown"][name], num_steps)
+
+    def _check_grown(self, name: str, grown: Any, num_steps: int) -> None:
+        if not isinstance(grown, list) or not all(isinstance(each, list) and len(each) == 2 for each in grown):
+            raise ValueError(f"{name}: expected grown blocks as a list of pairs (step, bits), got {kind_of(grown)}")
+        earliest = 1
+        for born, bits in grown:
+            check_integer(f"{name}: step of grown blocks", born, earliest, num_steps)
+            self._check_bits(name, "grown", bits, 0, self._sites[name].num_active)
+            earliest = born + 1
+
+    def _check_bits(self, name: str, part: str, bits: Any, at_least: int, at_most: int) -> None:
+        expected, num_blocks = self._initial[name], self._sites[name].layout.num_blocks
+        if not isinstance(bits, Tensor) or bits.dtype != expected.dtype or bits.shape != expected.shape:
+            raise ValueError(
+                f"{name}: expected a topology history of {tuple(expected.shape)} bytes, got {kind_of(bits)}; sparsify "
+                "with the same block_shape"
+            )
+        if spare_bits(bits, num_blocks):
+            raise ValueError(f"{name}: expected zeros after the bits of {part} blocks, got others; use another file")
+        count = count_active(bits)
+        if not at_least <= count <= at_most:
+            raise ValueError(f"{name}: got {count} {part} blocks, expected from {at_least} to {at_most}")
