@@ -43,10 +43,18 @@ def sample_evenly(active: Tensor, taken: Tensor, layout: Layout, count: int, gen
         active: (num_blocks,) bool, the blocks that rows and columns hold already.
         taken: (num_blocks,) bool, the blocks that must not be drawn: the active ones, and possibly more.
     """
+    held, free = (blocks.view(-1, layout.block_cols).sum(1).cpu() for blocks in (active, ~taken))
+    return sample_rows(active, taken, layout, even_shares(held, free, count, generator), generator)
+
+
+def sample_rows(active: Tensor, taken: Tensor, layout: Layout, wanted: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws as many positions of each row of blocks as is ``wanted`` (S * M,), in the emptiest columns of blocks.
+
+    ``active`` and ``taken`` are as for ``sample_evenly``. No more may be wanted of a row than it has free.
+    """
     grid = (layout.num_matrices, layout.block_rows, layout.block_cols)
-    active_SMK, taken_SMK = active.cpu().view(grid), taken.cpu().view(grid)
-    wanted_SM = _even_shares(active_SMK.sum(-1).flatten(), (~taken_SMK).sum(-1).flatten(), count, generator)
-    wanted_SM, filled_SK = wanted_SM.view(grid[:2]), active_SMK.sum(1).double()
+    active_SMK, taken_SMK, wanted_SM = active.cpu().view(grid), taken.cpu().view(grid), wanted.cpu().view(grid[:2])
+    filled_SK = active_SMK.sum(1).double()
     drawn_SMK = torch.zeros(grid, dtype=torch.bool)
     for row in torch.randperm(grid[1], generator=generator).tolist():
         chance_SK = torch.rand(filled_SK.shape, dtype=torch.float64, generator=generator)
@@ -57,7 +65,7 @@ def sample_evenly(active: Tensor, taken: Tensor, layout: Layout, count: int, gen
     return positions_of(drawn_SMK.flatten()).to(active.device)
 
 
-def _even_shares(held: Tensor, free: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def even_shares(held: Tensor, free: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Shares ``count`` among the lines as water fills a vessel: the emptiest first, none more than is ``free``."""
     low, high = 0, int((held + free).max())
     while low < high:  # the highest level that count suffices for
