@@ -5,7 +5,7 @@ budgets differ by at most one (SRigL, arXiv 2305.02299); ``"N:M"`` has one per M
 active. All that these have in common is the number of blocks in a group, so one implementation serves them: blocks are
 dropped over the whole weight, and each group grows as many as it lost.
 
-Shape suffixes: N active blocks, G groups. Masks and scores without a suffix are (num_blocks,), row-major.
+Shape suffixes: N active blocks, P positions, G groups. Masks and scores without a suffix are (num_blocks,), row-major.
 """
 
 from __future__ import annotations
@@ -146,16 +146,13 @@ def drop_smallest(
     Args:
         scores_N, protected_N: in order of the positions of active blocks; protected_N is bool.
     """
-    positions, allowed = positions_of(mask), mask
-    scores = scores_N.new_zeros(mask.numel())
-    scores[positions] = scores_N
+    positions, scores = positions_of(mask), scores_N
     if protected_N is not None:
-        allowed = mask.clone()
-        allowed[positions] = ~protected_N
+        positions, scores = positions[~protected_N], scores[~protected_N]
     most_G = _per_group(~mask, group_size).clamp(max=count)
-    candidates = _first_in_groups(scores, allowed, most_G, group_size, largest=False)
-    count = min(count, candidates.numel())
-    return candidates[scores[candidates].topk(count, largest=False, sorted=False).indices]
+    candidates = _first_in_groups(scores, positions, most_G, group_size, largest=False)
+    least = scores[candidates].topk(min(count, candidates.numel()), largest=False, sorted=False).indices
+    return positions[candidates[least]]
 
 
 def grow_largest(scores: Tensor, mask: Tensor, dropped: Tensor, group_size: int) -> Tensor:
@@ -190,7 +187,8 @@ def grow_to_budgets(scores: Tensor, kept: Tensor, forbidden: Tensor, budgets_G: 
 
 def largest_in_groups(scores: Tensor, allowed: Tensor, counts_G: Tensor, group_size: int) -> Tensor:
     """Returns the positions of the ``counts_G`` best-scored allowed blocks of each group; fewer where fewer are."""
-    return _first_in_groups(scores, allowed, counts_G, group_size, largest=True)
+    positions = positions_of(allowed)
+    return positions[_first_in_groups(scores[positions], positions, counts_G, group_size, largest=True)]
 
 
 def ablate(
@@ -236,16 +234,17 @@ def _sample_in_groups(
     return largest_in_groups(chances, ~taken, counts_G.to(taken.device), taken.numel() // counts_G.numel())
 
 
-def _first_in_groups(scores: Tensor, allowed: Tensor, counts_G: Tensor, group_size: int, largest: bool) -> Tensor:
-    """Returns the positions of the ``counts_G`` largest, or smallest, allowed scores of each group."""
-    if group_size == allowed.numel():
-        positions = positions_of(allowed)
-        count = min(int(counts_G), positions.numel())
-        return positions[scores[positions].topk(count, largest=largest, sorted=False).indices]
+def _first_in_groups(scores_P: Tensor, positions: Tensor, counts_G: Tensor, group_size: int, largest: bool) -> Tensor:
+    """Returns which of P ``positions`` have the ``counts_G`` largest, or smallest, scores of their groups."""
+    if counts_G.numel() == 1:
+        return scores_P.topk(min(int(counts_G), positions.numel()), largest=largest, sorted=False).indices
+    scores = scores_P.new_zeros(counts_G.numel() * group_size)
+    allowed = torch.zeros_like(scores, dtype=torch.bool)
+    scores[positions], allowed[positions] = scores_P, True
     order = scores.view(-1, group_size).argsort(1, descending=largest)
     in_order = allowed.view(-1, group_size).gather(1, order)
     first = in_order & (in_order.cumsum(1, dtype=torch.int32) <= counts_G[:, None])
-    return positions_of(torch.zeros_like(first).scatter_(1, order, first).flatten())
+    return positions_of(torch.zeros_like(first).scatter_(1, order, first).flatten()[positions])
 
 
 def _per_group(mask: Tensor, group_size: int) -> Tensor:
