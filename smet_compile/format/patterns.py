@@ -15,6 +15,7 @@ import re
 import torch
 from torch import Tensor
 
+from smet_compile.format.arguments import described
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import even_shares, sample_evenly, sample_positions, sample_rows
 from smet_compile.format.topology import positions_of
@@ -25,12 +26,15 @@ _N_OF_M = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 def check_pattern(pattern: object) -> str | None:
     """Returns ``pattern``, which is None, "fan_in" or "N:M" with 0 < N < M. Raises ValueError for anything else."""
-    if pattern is None or pattern == FAN_IN:
-        return None if pattern is None else FAN_IN
+    if pattern is None:
+        return None
+    if isinstance(pattern, str) and pattern == FAN_IN:
+        return FAN_IN
     found = _N_OF_M.fullmatch(pattern) if isinstance(pattern, str) else None
     if found is None or not 0 < int(found[1]) < int(found[2]):
         raise ValueError(
-            f'pattern: expected None, "fan_in" or "N:M" with 0 < N < M, got {pattern!r:.60}; pass for example "2:4"'
+            f'pattern: expected None, "fan_in" or "N:M" with 0 < N < M, got {described(pattern)}; pass for example '
+            '"2:4"'
         )
     return f"{int(found[1])}:{int(found[2])}"
 
@@ -97,6 +101,8 @@ def sample(pattern: str | None, layout: Layout, num_active: int, generator: torc
 
 def select_largest(scores: Tensor, pattern: str | None, layout: Layout, num_active: int) -> Tensor:
     """Returns the positions (N,) of the best-scored blocks. Where budgets differ by one, the best scores decide."""
+    if pattern is None:
+        return scores.topk(num_active, sorted=False).indices
     _check_count(pattern, layout, num_active)
     size = group_size(pattern, layout)
     each, rest = divmod(num_active, layout.num_blocks // size)

@@ -264,6 +264,7 @@ class CompactWeight(nn.Module):
     @torch.no_grad()
     def resize(self, values: Tensor, mask: Tensor) -> None:
         """Makes the blocks of ``mask`` active, however many; sets the values to zero and their gradient to None."""
+        patterns.check_mask(self.name, mask, self.pattern, self.layout)
         num_active, bits = int(mask.sum()), pack_bits(mask)
         zeros = values.new_zeros(self.layout.values_shape(num_active))
         lists = empty_lists(self.layout, num_active, self.topology.device)

@@ -163,6 +163,17 @@ def test_on_the_meta_device(pattern: str) -> None:
     assert find_sites(later)["0.weight"].compact.pattern == pattern
 
 
+def test_a_resized_weight_keeps_to_it() -> None:
+    model = smet.sparsify(net(), 0.25, pattern="fan_in", include="0")
+    site, mask = find_sites(model)["0.weight"], torch.zeros(16, 24, dtype=torch.bool)
+    mask[:, :3] = True
+    site.compact.resize(site.values, mask.flatten())
+    assert site.num_active == 48 and torch.equal(site.mask(), mask.flatten())
+    mask[0, :9] = True
+    with Unchanged(model), pytest.raises(ValueError, match=r"0\.weight: expected rows whose active .* got 3 to 9"):
+        site.compact.resize(site.values, mask.flatten())
+
+
 def test_a_weight_that_is_given_numbers_everywhere_is_free() -> None:
     model = smet.sparsify(net(), pattern="2:4", include="0")
     with pytest.warns(UserWarning, match="keeps every block"):

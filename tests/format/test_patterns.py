@@ -142,6 +142,12 @@ def test_fan_in_of_tiles_fills_columns_evenly_too() -> None:
         assert counts.max() - counts.min() <= 1
 
 
+def test_tiles_grow_in_the_emptiest_columns_of_their_row() -> None:
+    layout, mask = Layout.of((8, 16), (4, 4)), torch.tensor([0, 1, 1, 0, 1, 0, 0, 0], dtype=torch.bool)
+    for seed in range(9):
+        assert patterns.grow_random(layout, mask, torch.tensor([4]), 4, generator(seed)).tolist() == [7]
+
+
 def test_random_growth_in_groups_is_uniform() -> None:
     """Each inactive weight of a group is drawn as often as any other, within five standard deviations."""
     layout, tries, mask = Layout.of((1, 8), (1, 1)), 2000, torch.tensor([1, 0, 0, 0, 1, 0, 0, 0], dtype=torch.bool)
