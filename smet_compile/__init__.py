@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smet_compile.api import sparsify
-    from smet_compile.convert import Report, export_dense, materialize, report
+    from smet_compile.convert import Report, export_dense, masks, materialize, report
     from smet_compile.explain import Explanation, explain
     from smet_compile.microscope import Inspection, inspect
     from smet_compile.ops import Kernel, register_kernel, unregister_kernel
@@ -64,6 +64,7 @@ __all__ = [
     "export_dense",
     "inspect",
     "load_checkpoint",
+    "masks",
     "materialize",
     "mix_growth",
     "needs_gradient",
@@ -78,7 +79,7 @@ __all__ = [
 
 _NAMES_OF_MODULES = {
     "api": ("sparsify",),
-    "convert": ("Report", "export_dense", "materialize", "report"),
+    "convert": ("Report", "export_dense", "masks", "materialize", "report"),
     "explain": ("Explanation", "explain"),
     "microscope": ("Inspection", "inspect"),
     "ops": ("Kernel", "register_kernel", "unregister_kernel"),

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from smet_compile.convert import (
     Choice,
     Globs,
     Report,
-    check_density,
     choose,
     describe_empty_rows,
     draw,
     make_compact,
     report,
 )
-from smet_compile.convert.active_blocks import NUM_NAMED, SELECTS, check_no_density_for_nonzero
+from smet_compile.convert.active_blocks import NUM_NAMED, SELECTS, Select, check_no_density_for_nonzero
+from smet_compile.convert.choose import Selection
+from smet_compile.convert.compact import Drawn
+from smet_compile.convert.distribution import Distribute, Distribution
+from smet_compile.convert.pruned import without_pruning
 from smet_compile.format import arguments
 
-_DENSITY = 0.3
 _MAX_DENSITY_RATIO = 1.5
 """Factor by which the density of the whole model may exceed the requested one without a warning."""
-_STACKLEVEL = 3  # warnings name the line that calls sparsify
+_STACKLEVEL = 4  # warnings name the line that calls sparsify
 
 
 def sparsify(
@@ -35,8 +39,10 @@ def sparsify(
     include: Globs = None,
     exclude: Globs = None,
     rules: Mapping[str, float] | None = None,
-    distribution: str = "uniform",
-    select: str = "random",
+    distribution: Distribution | Mapping[str, float] | Distribute = "uniform",
+    select: Select = "random",
+    pattern: str | None = None,
+    masks: Mapping[str, Tensor] | Literal["prune"] | None = None,
     rescale: bool | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -49,27 +55,37 @@ def sparsify(
 
     Args:
         model: any module; on the meta device only layouts are made.
-        density: fraction of blocks that are active, in (0, 1]. Default: 0.3; for "nonzero" it follows from the zeros.
-            At 1 the model stays dense and everything that follows works on it, as a baseline.
+        density: fraction of blocks that are active, in (0, 1]. Default: 0.3; N/M with an "N:M" pattern; for "nonzero"
+            it follows from the zeros. At 1 the model stays dense and everything that follows works on it, as a
+            baseline.
         block_shape: the unit of sparsity: 1 for single weights, B for (B, B) tiles, or (bm, bn).
         include: globs over qualified names of weights or their modules. If given, they are the whole selection, and
             a weight they match may be any parameter of two or more dimensions (convolutions, embeddings).
         exclude: globs of weights to leave dense.
         rules: glob → density for the chosen weights it matches, first match wins; 1 leaves a weight plain.
         distribution: "uniform", every weight at ``density``; "er" or "erk", Erdős-Rényi shares (see
-            ``convert.active_blocks.allocate``) with the total exact.
+            ``convert.distribution.allocate``) with the total exact; or a function of (layouts by name, density) that
+            returns for each name a density, or a number of blocks as an int. A dict means the same as ``rules``.
         select: "random" for a fresh model (tiles so that their rows and columns fill evenly); "magnitude", the blocks
             of largest mean \\|w\\|, for a trained one; or "nonzero" for a pruned one: of each weight the blocks that
             are not all zero, at least one, and a weight without a block of zeros stays dense.
-        rescale: multiplies the active weights by 1/√d, so that outputs keep their variance. Default: only for "random".
+        pattern: None; "fan_in", as many active blocks in every row of blocks, within one; or "N:M" such as "2:4", N
+            active in every M single weights along a row.
+        masks: says which weights are active, by the name of a weight or its module: dense bool tensors, as
+            ``smet_compile.masks`` returns, or "prune" for those of ``torch.nn.utils.prune`` in the model, whose
+            reparametrization ends. A block is active where any entry of its mask is true. Weights without a mask are
+            chosen as usual where a density is given, and stay dense where none is.
+        rescale: multiplies the active weights by 1/√d, so that outputs keep their variance. Default: only for "random",
+            and not where a mask is given.
         seed: the seed of the random selection.
 
     Returns: ``model``.
 
     Raises:
         ValueError: a density outside (0, 1], a block shape that is not positive or far larger than the matrices, a
-            glob or rule that matches nothing, a weight that is compact already, nothing to make sparse, or "nonzero"
-            with a density or without data. The model is then unchanged.
+            glob or rule that matches nothing, a weight that is compact already, nothing to make sparse, "nonzero"
+            with a density or without data, a pattern that a weight or another argument does not allow, or a mask of
+            another shape or name, all true or all false. The model is then unchanged.
 
     The model is unchanged too where a warning is made an error, where a module refuses its new weight, and where memory
     runs out: all checks come first, and the largest weight is packed first. Only after an interrupt (Ctrl-C) in
@@ -79,20 +95,39 @@ def sparsify(
     arguments.module("sparsify", model)
     arguments.one_of("select", select, SELECTS)
     if select == "nonzero":
-        check_no_density_for_nonzero(density, rules, distribution)
-    requested = _DENSITY if density is None else check_density("density", density)
-    rescale = select == "random" if rescale is None else arguments.flag("rescale", rescale)
+        check_no_density_for_nonzero(density, rules, distribution, masks)
+    rescale = None if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
-    selection = choose(model, requested, block_shape, include, exclude, rules, distribution, select)
-    _warn_if_larger(selection.choices)
-    drawn = [draw(choice, select, rescale, seed) for choice in selection.choices]
-    if select != "nonzero":
-        num_dropped = sum(each.num_dropped_weights for each in drawn)
-        _warn_if_dense(report(model), num_dropped, selection.dense_reasons, requested)
-        _warn_if_rows_are_empty(selection.choices)
-    _install_passes()
-    make_compact(model, drawn, selection.dense_reasons)
+    with _given(model, masks) as given:
+        selection = choose(
+            model, density, block_shape, include, exclude, rules, distribution, select, pattern, masks=given
+        )
+        drawn = [draw(each, select, _rescales(each, select, rescale), seed) for each in selection.choices]
+        _warn(model, selection, drawn)
+        _install_passes()
+        make_compact(model, drawn, selection.dense_reasons)
     return model
+
+
+def _given(model: nn.Module, masks: Any) -> Any:
+    """Returns a context that gives the masks, and in which the model is no longer pruned by torch."""
+    if isinstance(masks, str):
+        arguments.one_of("masks", masks, ("prune",))
+        return without_pruning(model)
+    return nullcontext(masks)
+
+
+def _rescales(choice: Choice, select: str, rescale: bool | None) -> bool:
+    return select == "random" and choice.mask is None if rescale is None else rescale
+
+
+def _warn(model: nn.Module, selection: Selection, drawn: Sequence[Drawn]) -> None:
+    """Warns where the result is not what the arguments let expect."""
+    _warn_if_larger(selection.choices)
+    if selection.density is not None:
+        num_dropped = sum(each.num_dropped_weights for each in drawn)
+        _warn_if_dense(report(model), num_dropped, selection.dense_reasons, selection.density)
+        _warn_if_rows_are_empty([choice for choice in selection.choices if choice.mask is None])
 
 
 def _install_passes() -> None:

@@ -127,6 +127,10 @@ def registered(run: Run, argument: str, value: Any) -> None:
     smet.unregister_kernel(kernel.name)
 
 
+def exported(run: Run, argument: str, value: Any) -> None:
+    smet.export_dense(**({"model": run.model} | {argument: value}))
+
+
 def inspected(run: Run, argument: str, value: Any) -> None:
     str(smet.inspect(value) if argument == "model" else smet.inspect(run.model, **{argument: value}))
 
@@ -168,7 +172,7 @@ WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distributio
 SWITCHES = ("compiled", "fused_update", "checkpointing")
 Call = Callable[[Run, str, Any], None]
 FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
-    "sparsify": (made_sparse, ("model", *WEIGHTS, "select", "rescale", "seed")),
+    "sparsify": (made_sparse, ("model", *WEIGHTS, "select", "pattern", "masks", "rescale", "seed")),
     "ActiveAdamW": (optimized(smet.ActiveAdamW), OF_OPTIMIZER),
     "NaiveAdamW": (optimized(smet.NaiveAdamW), OF_OPTIMIZER),
     "ActiveLion": (optimized(smet.ActiveLion), ("lr", "betas", "weight_decay", "warmup_steps")),
@@ -186,7 +190,8 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "materialize": (materialized, ("model", "seed", "device", "initialize")),
     "decay_groups": (decayed, ("model", "weight_decay")),
     "report": (lambda run, argument, value: str(smet.report(value)), ("model",)),  # type: ignore[arg-type, return-value]
-    "export_dense": (lambda run, argument, value: smet.export_dense(value), ("model",)),  # type: ignore[arg-type, return-value]
+    "export_dense": (exported, ("model", "layout")),
+    "masks": (lambda run, argument, value: str(smet.masks(value)), ("model",)),  # type: ignore[arg-type, return-value]
     "inspect": (inspected, ("model", "manager", "optimizer")),
     "explain": (explained, ("model", "strict")),
     "plan": (

@@ -1,9 +1,11 @@
 """Decides where a model becomes sparse: finds the weights, shares out the density, makes them compact, and exports."""
 
 from smet_compile.convert.active_blocks import describe_empty_rows
-from smet_compile.convert.choose import Choice, Globs, check_density, choose
+from smet_compile.convert.choose import Choice, Globs, choose
 from smet_compile.convert.compact import draw, make_compact
+from smet_compile.convert.distribution import check_density
 from smet_compile.convert.export import export_dense
+from smet_compile.convert.masks import masks
 from smet_compile.convert.materialize import materialize
 from smet_compile.convert.report import Report, report
 
@@ -17,6 +19,7 @@ __all__ = [
     "draw",
     "export_dense",
     "make_compact",
+    "masks",
     "materialize",
     "report",
 ]

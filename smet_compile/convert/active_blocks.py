@@ -1,95 +1,60 @@
-"""Decides how many blocks of each weight are active, and which ones start active."""
+"""Chooses which blocks of a weight start active."""
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, all_block_means, sample_evenly, sample_positions
+from smet_compile.format import Layout, all_block_means, patterns
+from smet_compile.format.arguments import described
 
-DISTRIBUTIONS = ("uniform", "er", "erk")
-SELECTS = ("random", "magnitude", "nonzero")
+Select = Literal["random", "magnitude", "nonzero"]
+SELECTS: tuple[str, ...] = get_args(Select)
+FROM_MASKS = "masks"
+"""Stands in the place of a way to select blocks where masks gave them."""
 NUM_NAMED = 3
 """How many weights a warning names."""
 
 
-def allocate(layouts: dict[str, Layout], density: float, distribution: str) -> dict[str, int]:
-    """Returns the number of active blocks of each weight.
-
-    uniform: every weight has ``density``, exactly (rounded half up, at least one block). er, erk: a layer's
-    density is in proportion to the sum of its dimensions over their product (Erdős-Rényi, Mocanu et al. 2018;
-    its kernel form counts the kernel's dimensions too, Evci et al. 2020); no layer above 1, the total exact.
-    """
-    if distribution == "uniform":
-        return {name: layout.num_active(density) for name, layout in layouts.items()}
-    total = math.floor(density * sum(layout.num_blocks for layout in layouts.values()) + 0.5)
-    shares = {name: _score(layout, distribution) * layout.num_blocks for name, layout in layouts.items()}
-    caps = {name: layout.num_blocks for name, layout in layouts.items()}
-    return share_out(max(total, len(layouts)), shares, caps)
-
-
-def _score(layout: Layout, distribution: str) -> float:
-    """Returns the sum over the product of a layer's dimensions: (out, in, kernel...) or (R, C)."""
-    convolution = layout.matrix != layout.shape[-2:]
-    dims = layout.shape if convolution else layout.matrix
-    if distribution == "er":
-        dims = dims[:2]
-    return sum(dims) / math.prod(dims)
-
-
-def share_out(total: int, shares: dict[str, float], caps: dict[str, int]) -> dict[str, int]:
-    """Splits ``total`` in proportion to ``shares``: each at least 1 and at most its cap, the sum exact.
-
-    The others get what a cap cuts off; the largest remainders get what rounding leaves over.
-    """
-    amounts = {name: float(caps[name]) for name in caps}
-    free = set(caps)
-    left = float(total)
-    while free:
-        scale = left / sum(shares[name] for name in free)
-        full = {name for name in free if scale * shares[name] >= caps[name]}
-        if not full:
-            amounts.update({name: max(1.0, scale * shares[name]) for name in free})
-            break
-        left -= sum(caps[name] for name in full)
-        free -= full
-    counts = {name: math.floor(amount) for name, amount in amounts.items()}
-    by_remainder = sorted(counts, key=lambda name: (counts[name] - amounts[name], name))
-    while (missing := total - sum(counts.values())) != 0:
-        unit = 1 if missing > 0 else -1
-        movable = [n for n in by_remainder if (counts[n] < caps[n] if unit > 0 else counts[n] > 1)]
-        for name in movable[:missing] if unit > 0 else movable[missing:]:
-            counts[name] += unit
-    return counts
-
-
-def select_blocks(name: str, dense: Tensor, layout: Layout, num_active: int, select: str, seed: int) -> Tensor:
-    """Returns the mask (num_blocks,) of the blocks of the weight ``name`` that start active; none on the meta device.
+@dataclass(frozen=True)
+class Start:
+    """Says how the first active blocks of the weight ``name`` are chosen.
 
     Each weight is drawn from a generator of its own, which follows from ``seed`` and the name.
     """
+
+    name: str
+    layout: Layout
+    num_active: int
+    select: str
+    pattern: str | None
+    seed: int
+
+
+def select_blocks(start: Start, dense: Tensor) -> Tensor:
+    """Returns the mask (num_blocks,) of the blocks of ``dense`` that start active; none on the meta device."""
+    layout = start.layout
     mask = torch.zeros(layout.num_blocks, dtype=torch.bool, device=dense.device)
     if dense.is_meta:
         return mask
-    if select == "nonzero":
-        return _nonzero_blocks(dense, layout)
-    if select == "magnitude":
-        positions = all_block_means(dense, layout).topk(num_active, sorted=False).indices
+    if start.select == "nonzero":
+        return nonzero_blocks(dense, layout)
+    if start.select == "magnitude":
+        means = all_block_means(dense, layout)
+        positions = patterns.select_largest(means, start.pattern, layout, start.num_active)
     else:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        if layout.tiles:
-            positions = sample_evenly(mask, mask, layout, num_active, generator)
-        else:
-            positions = sample_positions(mask, num_active, generator)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{start.seed} {start.name}".encode()))
+        positions = patterns.sample(start.pattern, layout, start.num_active, generator).to(dense.device)
     mask[positions] = True
     return mask
 
 
-def _nonzero_blocks(dense: Tensor, layout: Layout) -> Tensor:
+def nonzero_blocks(dense: Tensor, layout: Layout) -> Tensor:
     """Returns the mask of the blocks with an entry other than zero; of the first block where there is none."""
     mask = all_block_means(dense.detach() != 0, layout) > 0
     if not mask.any():
@@ -104,20 +69,21 @@ def count_nonzero_blocks(name: str, dense: Tensor, layout: Layout) -> int:
             f'{name}: expected a weight with data for select="nonzero", got one on the meta device; load the pruned '
             "weights first"
         )
-    return int(_nonzero_blocks(dense, layout).sum())
+    return int(nonzero_blocks(dense, layout).sum())
 
 
-def check_no_density_for_nonzero(density: float | None, rules: Mapping[str, float] | None, distribution: str) -> None:
+def check_no_density_for_nonzero(density: Any, rules: Any, distribution: Any, masks: Any) -> None:
     """Raises ValueError where an argument asks for a density beside ``select="nonzero"``."""
     for argument, got, default in (
         ("density", density, None),
         ("rules", rules, None),
         ("distribution", distribution, "uniform"),
+        ("masks", masks, None),
     ):
-        if got != default:
+        if got is not default and got != default:
             raise ValueError(
                 f'{argument}: expected none with select="nonzero", which takes the density of each weight from its '
-                f"zeros, got {got!r}; leave it out"
+                f"zeros, got {described(got)}; leave it out"
             )
 
 

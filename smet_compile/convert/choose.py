@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from smet_compile.convert.active_blocks import DISTRIBUTIONS, allocate, count_nonzero_blocks
+from smet_compile.convert.active_blocks import count_nonzero_blocks
+from smet_compile.convert.distribution import Distribute, allocate, check_density, split_rules
 from smet_compile.convert.find_weights import ALREADY_COMPACT, Weight, find_weights
-from smet_compile.format import Layout
-from smet_compile.format.arguments import described, number, one_of, whole_number
+from smet_compile.convert.masks import block_mask, read_masks
+from smet_compile.format import Layout, patterns
+from smet_compile.format.arguments import described, whole_number
 
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
+DEFAULT_DENSITY = 0.3
 _MAX_GROWTH = 16
 """Compact weights may exceed the memory of the dense ones by this factor before that is taken for a mistake."""
 _Density = TypeVar("_Density", float, None)
@@ -24,11 +27,13 @@ _Density = TypeVar("_Density", float, None)
 
 @dataclass(frozen=True)
 class Choice:
-    """Describes one weight to make compact."""
+    """Describes one weight to make compact; ``mask`` says which of its blocks are active, where they were given."""
 
     weight: Weight
     layout: Layout
     num_active: int
+    pattern: str | None = None
+    mask: Tensor | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -42,53 +47,122 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """Holds the weights to make compact, and why each other parameter of two or more dimensions stays dense."""
+    """Holds the weights to make compact, and why each other parameter of two or more dimensions stays dense.
+
+    ``density`` is that of the weights without mask and rule; None where there is none, since masks or zeros decide.
+    """
 
     choices: list[Choice]
     dense_reasons: dict[str, str]
+    density: float | None
 
 
 def choose(
     model: nn.Module,
-    density: float,
+    density: float | None,
     block_shape: int | Sequence[int],
     include: Globs,
     exclude: Globs,
     rules: Mapping[str, float] | None,
-    distribution: str,
+    distribution: str | Mapping[str, float] | Distribute,
     select: str = "random",
+    pattern: str | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Selection:
     """Chooses the weights that ``smet_compile.sparsify`` makes compact; arguments and errors are described there."""
-    one_of("distribution", distribution, DISTRIBUTIONS)
-    density = check_density("density", density)
+    shares, densities = split_rules(distribution, rules)
+    pattern = patterns.check_pattern(pattern)
+    default = default_density(density, pattern, masks)
     block = _check_block_shape(block_shape)
-    densities = _check_rules(rules)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
+    if default is None:
+        _check_masks_alone(included, densities, shares)
+        included = []
     weights = find_weights(model)
-    chosen = _sparse_weights(weights, included, excluded)
+    given = read_masks(model, masks, weights)
+    chosen = _sparse_weights(weights, included, excluded, given)
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
+    blocks = {name: block_mask(name, mask, layouts[name]) for name, mask in given.items()}
     if select == "nonzero":
         counts = {name: count_nonzero_blocks(name, w.tensor, layouts[name]) for name, w in chosen.items()}
     else:
-        counts = _counts(chosen, layouts, density, densities, distribution)
-    choices = [Choice(chosen[n], layouts[n], counts[n]) for n in chosen if counts[n] < layouts[n].num_blocks]
-    if not choices and select == "nonzero":
+        others = {name: weight for name, weight in chosen.items() if name not in given}
+        counts = {name: int(mask.sum()) for name, mask in blocks.items()}
+        counts |= _counts(others, layouts, default, densities, shares)
+    for name, count in counts.items():
+        _check_count(name, count, layouts[name], pattern)
+    sparse = [name for name in chosen if counts[name] < layouts[name].num_blocks]
+    choices = [Choice(chosen[n], layouts[n], counts[n], pattern, blocks.get(n)) for n in sparse]
+    if not choices:
+        _refuse_nothing(chosen, densities, default, block, select)
+    _check_bytes(choices, block)
+    reasons = _dense_reasons(weights, choices, chosen, excluded)
+    return Selection(choices, reasons, None if select == "nonzero" else default)
+
+
+def _check_masks_alone(include: list[str] | None, rules: dict[str, float], distribution: str | Distribute) -> None:
+    """Raises ValueError for arguments about weights without a mask, which stay dense where no density is given."""
+    if include is not None or rules or distribution != "uniform":
+        raise ValueError(
+            "density: expected one for the weights without a mask, got none; pass density=, or masks alone"
+        )
+
+
+def default_density(density: Any, pattern: str | None, masks: object) -> float | None:
+    """Returns the density of weights without mask and rule; None where masks are given alone, and others stay dense.
+
+    Raises ValueError for a density that is none, or another one than the pattern has.
+    """
+    ratio = patterns.n_of_m(pattern)
+    if density is None:
+        if masks is not None:
+            return None
+        return DEFAULT_DENSITY if ratio is None else ratio[0] / ratio[1]
+    density = check_density("density", density)
+    if ratio is not None and not math.isclose(density, ratio[0] / ratio[1], rel_tol=1e-6):
+        raise ValueError(
+            f'density: expected {ratio[0] / ratio[1]:g}, the density of pattern="{pattern}", got {density:g}; leave it '
+            "out, or take another pattern"
+        )
+    return density
+
+
+def _check_count(name: str, count: int, layout: Layout, pattern: str | None) -> None:
+    """Raises ValueError where a sparse weight cannot have this number of active blocks in the pattern."""
+    if count == layout.num_blocks:
+        return
+    fixed, rows = patterns.fixed_count(pattern, layout, name), layout.num_matrices * layout.block_rows
+    if fixed is not None and count != fixed:
+        raise ValueError(
+            f'{name}: expected {fixed:,} active weights for pattern="{pattern}", got {count:,}; leave out density, '
+            "rules and distribution for it, or keep it dense with a rule of density 1"
+        )
+    if pattern == patterns.FAN_IN and count < rows:
+        raise ValueError(
+            f'{name}: expected at least one active block in each of {rows:,} rows of blocks for pattern="fan_in", got '
+            f"{count:,} blocks; take a density of at least {math.ceil(1000 * rows / layout.num_blocks) / 1000}, or "
+            "smaller blocks"
+        )
+
+
+def _refuse_nothing(
+    chosen: dict[str, Weight],
+    densities: dict[str, float],
+    density: float | None,
+    block: tuple[int, int],
+    select: str,
+) -> None:
+    """Raises ValueError where no chosen weight can be sparse, unless that is what was asked for."""
+    if select == "nonzero":
         raise ValueError(
             f"sparsify: nothing to make sparse: none of the {len(chosen)} chosen weights has a block of {block} that "
             'is all zero; use smaller blocks, or select="magnitude" with a density'
         )
-    if not choices and any(_requested_density(weight, densities, density) < 1 for weight in chosen.values()):
+    if any(_requested_density(weight, densities, density or 1.0) < 1 for weight in chosen.values()):
         raise ValueError(
             f"sparsify: nothing to make sparse: all {len(chosen)} chosen weights keep every block at density "
             f"{density} and block shape {block}; lower the density or use smaller blocks"
         )
-    _check_bytes(choices, block)
-    return Selection(choices, _dense_reasons(weights, choices, chosen, excluded))
-
-
-def check_density(argument: str, density: float) -> float:
-    """Returns ``density`` as a float. Raises ValueError, which names ``argument``, for one outside (0, 1]."""
-    return number(argument, density, above=0, at_most=1, advice="it is the fraction that stays")
 
 
 def _check_block_shape(block_shape: int | Sequence[int]) -> tuple[int, int]:
@@ -120,17 +194,6 @@ def _globs(globs: Globs, argument: str) -> list[str] | None:
     return [str(glob) for glob in listed]
 
 
-def _check_rules(rules: Mapping[str, float] | None) -> dict[str, float]:
-    if rules is None:
-        return {}
-    if not isinstance(rules, Mapping) or not all(isinstance(glob, str) for glob in rules):
-        raise ValueError(
-            f"rules: expected a dict from globs to densities, got {described(rules)}; pass for example "
-            '{"*.o_proj": 0.5}'
-        )
-    return {glob: check_density(f"rules[{glob!r}]", density) for glob, density in rules.items()}
-
-
 def _matches(weight: Weight, glob: str) -> bool:
     return any(fnmatchcase(name, glob) for name in (weight.name, weight.module_name, weight.name_of_computed))
 
@@ -144,14 +207,22 @@ def _check_globs(argument: str, globs: Iterable[str], weights: Iterable[Weight],
             raise ValueError(f"{argument}: {glob!r} matches none of the {kind} ({some}, ...); see report(model)")
 
 
-def _sparse_weights(weights: dict[str, Weight], include: list[str] | None, exclude: list[str]) -> dict[str, Weight]:
-    """Returns the weights to make compact. Raises ValueError where the globs ask for what cannot be."""
+def _sparse_weights(
+    weights: dict[str, Weight], include: list[str] | None, exclude: list[str], given: Collection[str]
+) -> dict[str, Weight]:
+    """Returns the weights to make compact. Raises ValueError where the globs ask for what cannot be.
+
+    ``given`` are those that have a mask, which are made compact in any case.
+    """
     _check_globs("include", include or [], weights.values(), "parameters of two or more dimensions")
     _check_globs("exclude", exclude, weights.values(), "parameters of two or more dimensions")
+    left_out = {name for name, weight in weights.items() if any(_matches(weight, glob) for glob in exclude)}
+    for name in left_out.intersection(given):
+        raise ValueError(f"exclude: expected weights without a mask, got {name}; leave out its mask, or the glob")
     included = {
         name: weight
         for name, weight in weights.items()
-        if _is_included(weight, include) and not any(_matches(weight, glob) for glob in exclude)
+        if name in given or (_is_included(weight, include) and name not in left_out)
     }
     for name, weight in included.items():
         if weight.never_reason == ALREADY_COMPACT:
@@ -206,19 +277,22 @@ def _check_bytes(choices: list[Choice], block: tuple[int, int]) -> None:
 def _counts(
     chosen: dict[str, Weight],
     layouts: dict[str, Layout],
-    density: float,
+    density: float | None,
     rules: dict[str, float],
-    distribution: str,
+    distribution: str | Distribute,
 ) -> dict[str, int]:
-    """Returns the number of active blocks of each chosen weight, by the first rule that matches or the distribution."""
+    """Returns the number of active blocks of each chosen weight, by the first rule that matches or the distribution.
+
+    The density is None where there is no such weight.
+    """
     _check_globs("rules", rules, chosen.values(), "weights chosen to be sparse")
     counts = {}
     for name, weight in chosen.items():
         requested = _requested_density(weight, rules, None)
         if requested is not None:
             counts[name] = layouts[name].num_active(requested)
-    others = {name: layout for name, layout in layouts.items() if name not in counts}
-    return counts | allocate(others, density, distribution)
+    others = {name: layouts[name] for name in chosen if name not in counts}
+    return counts | (allocate(others, density, distribution) if others and density is not None else {})
 
 
 def _dense_reasons(

@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.convert.active_blocks import select_blocks
+from smet_compile.convert.active_blocks import FROM_MASKS, Start, select_blocks
 from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
+from smet_compile.format import patterns
 from smet_compile.ops import CompactWeight, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import outside_graphs
@@ -44,11 +45,15 @@ class Drawn:
 
 @torch.no_grad()
 def draw(choice: Choice, select: str, rescale: bool, seed: int) -> Drawn:
-    """Selects the active blocks of a weight, and packs it once for trial. Changes nothing."""
-    weight, layout = choice.weight, choice.layout
-    mask = select_blocks(weight.name, weight.tensor, layout, choice.num_active, select, seed)
+    """Selects the active blocks of a weight, unless a mask gives them, and packs it once for trial. Changes nothing."""
+    weight, layout, pattern = choice.weight, choice.layout, choice.pattern
+    start = Start(weight.name, layout, choice.num_active, select, pattern, seed)
+    mask = select_blocks(start, weight.tensor) if choice.mask is None else choice.mask
+    if not mask.is_meta:
+        patterns.check_mask(weight.name, mask, pattern, layout)
     compact = CompactWeight(layout, mask, choice.num_active, weight.name)
-    compact.select, compact.rescale = select, rescale
+    compact.select, compact.rescale = select if choice.mask is None else FROM_MASKS, rescale
+    compact.pattern = pattern
     compact.right_inverse(weight.tensor)
     return Drawn(choice, compact)
 

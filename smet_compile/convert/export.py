@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
 from smet_compile.convert.report import forget_reasons
 from smet_compile.format import arguments
 from smet_compile.ops import find_sites, reads, saved_weights
@@ -23,7 +24,7 @@ _ENDS = (*_PLAIN, type, types.ModuleType, types.FunctionType, types.BuiltinFunct
 
 
 @torch.no_grad()
-def export_dense(model: nn.Module) -> nn.Module:
+def export_dense(model: nn.Module, layout: ExportLayout | None = None) -> nn.Module:
     """Returns a plain copy of ``model``: dense weights, zero where inactive, no trace of this library.
 
     ``model`` itself stays compact and trainable. For a Hugging Face model, ``save_pretrained`` of the copy
@@ -32,22 +33,35 @@ def export_dense(model: nn.Module) -> nn.Module:
     The copy is of the module itself where ``model`` or a module in it is wrapped by ``torch.compile`` or by data
     parallelism. A tensor that a module keeps together with its graph (a loss, a recurrent state) is copied detached.
 
+    Args:
+        layout: None for dense weights; else the weights of ``nn.Linear`` that were compact become tensors that
+            ``F.linear`` takes, without gradients: "csr" or "bsr" (blocks as in the model) for torch's sparse tensors;
+            "2:4" on a GPU for those of ``torch.sparse.to_sparse_semi_structured``, in float16 or bfloat16. Elsewhere
+            "2:4" leaves them dense and checks that this function will take them: at most two nonzero weights in every
+            four along a row, and multiples of 32 rows and 64 columns. Other weights stay dense, with a warning.
+
     Raises:
-        ValueError: no model, or one that was never made sparse.
+        ValueError: no model, or one that was never made sparse; a weight that ``layout`` does not allow.
     """
     arguments.module("export_dense", model)
+    if layout is not None:
+        arguments.one_of("layout", layout, EXPORT_LAYOUTS)
     model = _unwrapped(model)
     check_sparsified("export_dense", model)
     reads.settle_live()
     dense = _plain_copy(model)
-    for site in find_sites(dense).values():
+    exported = []
+    for name, site in find_sites(dense).items():
         order = site.compact.parameter_order
+        exported.append(Exported(name, site.module, site.tensor_name, site.layout))
         _give_own_class(site.module)
         parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=True)
         _restore_order(site.module, order)
     for module in dense.modules():
         saved_weights.uninstall(module)
         forget_reasons(module)
+    if layout is not None:
+        convert(exported, layout)
     return dense
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from smet_compile.convert.active_blocks import select_blocks
+from smet_compile.convert.active_blocks import FROM_MASKS, Start, select_blocks
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
@@ -60,6 +60,8 @@ def materialize(
     for name, site in sites.items():
         if site.compact.has_data():
             raise ValueError(f"{name}: expected a weight without data, got one that has a topology; load a state dict")
+        if site.compact.select == FROM_MASKS:
+            raise ValueError(f"{name}: expected a topology to draw, got one that masks gave; load a state dict")
     if any(tensor.is_meta for tensor in _tensors(model)):
         model.to_empty(device=torch.get_default_device() if device is None else device)
     try:
@@ -167,8 +169,8 @@ def _dense_stand_ins(sites: list[Site]) -> Iterator[None]:
 def _pack(site: Site, dense: Tensor, seed: int) -> None:
     """Selects the active blocks of ``dense`` and writes them into the values of ``site``."""
     compact = site.compact
-    mask = select_blocks(compact.name, dense, site.layout, site.num_active, compact.select, seed)
-    compact.set_mask(mask)
+    start = Start(compact.name, site.layout, site.num_active, compact.select, compact.pattern, seed)
+    compact.set_mask(select_blocks(start, dense))
     values = torch.ops.smet.pack(dense, compact.topology, compact.lists, compact.layout.text, compact.num_active)
     if compact.rescale:
         values.mul_(math.sqrt(site.layout.num_blocks / site.num_active))

@@ -23,6 +23,7 @@ class SiteReport:
     Args:
         bytes: the size of its values.
         index_bytes: the size of its topology and of the lists derived from that.
+        pattern: "fan_in", "2:4" and the like; None where any blocks may be active.
     """
 
     name: str
@@ -33,6 +34,7 @@ class SiteReport:
     density: float
     bytes: int
     index_bytes: int
+    pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Report:
             (
                 site.name,
                 "x".join(map(str, site.shape)),
-                "x".join(map(str, site.block_shape)),
+                " ".join(("x".join(map(str, site.block_shape)), *([site.pattern] if site.pattern else []))),
                 f"{site.num_blocks:,}",
                 f"{site.num_active:,}",
                 f"{site.density:.4f}",
@@ -186,4 +188,5 @@ def _site_report(site: Site) -> SiteReport:
         num_active / layout.num_blocks,
         site.values.numel() * site.values.element_size(),
         index,
+        compact.pattern,
     )

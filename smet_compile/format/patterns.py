@@ -5,7 +5,7 @@ budgets differ by at most one (SRigL, arXiv 2305.02299); ``"N:M"`` has one per M
 active. All that these have in common is the number of blocks in a group, so one implementation serves them: blocks are
 dropped over the whole weight, and each group grows as many as it lost.
 
-Shape suffixes: N active blocks, G groups. Masks and scores without a suffix are (num_blocks,), row-major.
+Shape suffixes: N active blocks, P positions, G groups. Masks and scores without a suffix are (num_blocks,), row-major.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import torch
 from torch import Tensor
 
+from smet_compile.format.arguments import described
 from smet_compile.format.layout import Layout
 from smet_compile.format.sampling import even_shares, sample_evenly, sample_positions, sample_rows
 from smet_compile.format.topology import positions_of
@@ -25,12 +26,15 @@ _N_OF_M = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 def check_pattern(pattern: object) -> str | None:
     """Returns ``pattern``, which is None, "fan_in" or "N:M" with 0 < N < M. Raises ValueError for anything else."""
-    if pattern is None or pattern == FAN_IN:
-        return None if pattern is None else FAN_IN
+    if pattern is None:
+        return None
+    if isinstance(pattern, str) and pattern == FAN_IN:
+        return FAN_IN
     found = _N_OF_M.fullmatch(pattern) if isinstance(pattern, str) else None
     if found is None or not 0 < int(found[1]) < int(found[2]):
         raise ValueError(
-            f'pattern: expected None, "fan_in" or "N:M" with 0 < N < M, got {pattern!r:.60}; pass for example "2:4"'
+            f'pattern: expected None, "fan_in" or "N:M" with 0 < N < M, got {described(pattern)}; pass for example '
+            '"2:4"'
         )
     return f"{int(found[1])}:{int(found[2])}"
 
@@ -97,6 +101,8 @@ def sample(pattern: str | None, layout: Layout, num_active: int, generator: torc
 
 def select_largest(scores: Tensor, pattern: str | None, layout: Layout, num_active: int) -> Tensor:
     """Returns the positions (N,) of the best-scored blocks. Where budgets differ by one, the best scores decide."""
+    if pattern is None:
+        return scores.topk(num_active, sorted=False).indices
     _check_count(pattern, layout, num_active)
     size = group_size(pattern, layout)
     each, rest = divmod(num_active, layout.num_blocks // size)
@@ -114,22 +120,25 @@ def check_mask(name: str, mask: Tensor, pattern: str | None, layout: Layout) -> 
     With "fan_in" a row without any active block is legal, since neurons may be ablated; all others differ by at most
     one.
     """
+    if error := mask_error(mask, pattern, layout, name):
+        raise ValueError(f"{name}: {error}; pass a mask that keeps to the pattern, or pattern=None")
+
+
+def mask_error(mask: Tensor, pattern: str | None, layout: Layout, name: str = "pattern") -> str | None:
+    """Says how the active blocks break the pattern; None where they keep to it."""
     if pattern is None:
-        return
-    counts_G = _per_group(mask, group_size(pattern, layout, name))
-    ratio = n_of_m(pattern)
+        return None
+    counts_G, ratio = _per_group(mask, group_size(pattern, layout, name)), n_of_m(pattern)
     counts = counts_G[counts_G > 0] if ratio is None else counts_G
     least, most = int(counts.min()), int(counts.max())
     if ratio is None and most - least > 1:
-        raise ValueError(
-            f'{name}: expected rows whose numbers of active blocks differ by at most one for the pattern "{pattern}", '
-            f"got {least} to {most}; pass a mask that keeps to the pattern, or pattern=None"
+        return (
+            f'expected rows whose active blocks differ by at most one for the pattern "fan_in", got {least} to {most}'
         )
     if ratio is not None and (least, most) != (ratio[0], ratio[0]):
-        raise ValueError(
-            f'{name}: expected {ratio[0]} active weights in every {ratio[1]} along a row for the pattern "{pattern}", '
-            f"got {least} to {most}; pass a mask that keeps to the pattern, or pattern=None"
-        )
+        each = f"{ratio[0]} active weights in every {ratio[1]} along a row"
+        return f'expected {each} for the pattern "{pattern}", got {least} to {most}'
+    return None
 
 
 def drop_smallest(
@@ -143,16 +152,13 @@ def drop_smallest(
     Args:
         scores_N, protected_N: in order of the positions of active blocks; protected_N is bool.
     """
-    positions, allowed = positions_of(mask), mask
-    scores = scores_N.new_zeros(mask.numel())
-    scores[positions] = scores_N
+    positions, scores = positions_of(mask), scores_N
     if protected_N is not None:
-        allowed = mask.clone()
-        allowed[positions] = ~protected_N
+        positions, scores = positions[~protected_N], scores[~protected_N]
     most_G = _per_group(~mask, group_size).clamp(max=count)
-    candidates = _first_in_groups(scores, allowed, most_G, group_size, largest=False)
-    count = min(count, candidates.numel())
-    return candidates[scores[candidates].topk(count, largest=False, sorted=False).indices]
+    candidates = _first_in_groups(scores, positions, most_G, group_size, largest=False)
+    least = scores[candidates].topk(min(count, candidates.numel()), largest=False, sorted=False).indices
+    return positions[candidates[least]]
 
 
 def grow_largest(scores: Tensor, mask: Tensor, dropped: Tensor, group_size: int) -> Tensor:
@@ -187,7 +193,8 @@ def grow_to_budgets(scores: Tensor, kept: Tensor, forbidden: Tensor, budgets_G: 
 
 def largest_in_groups(scores: Tensor, allowed: Tensor, counts_G: Tensor, group_size: int) -> Tensor:
     """Returns the positions of the ``counts_G`` best-scored allowed blocks of each group; fewer where fewer are."""
-    return _first_in_groups(scores, allowed, counts_G, group_size, largest=True)
+    positions = positions_of(allowed)
+    return positions[_first_in_groups(scores[positions], positions, counts_G, group_size, largest=True)]
 
 
 def ablate(
@@ -233,16 +240,17 @@ def _sample_in_groups(
     return largest_in_groups(chances, ~taken, counts_G.to(taken.device), taken.numel() // counts_G.numel())
 
 
-def _first_in_groups(scores: Tensor, allowed: Tensor, counts_G: Tensor, group_size: int, largest: bool) -> Tensor:
-    """Returns the positions of the ``counts_G`` largest, or smallest, allowed scores of each group."""
-    if group_size == allowed.numel():
-        positions = positions_of(allowed)
-        count = min(int(counts_G), positions.numel())
-        return positions[scores[positions].topk(count, largest=largest, sorted=False).indices]
+def _first_in_groups(scores_P: Tensor, positions: Tensor, counts_G: Tensor, group_size: int, largest: bool) -> Tensor:
+    """Returns which of P ``positions`` have the ``counts_G`` largest, or smallest, scores of their groups."""
+    if counts_G.numel() == 1:
+        return scores_P.topk(min(int(counts_G), positions.numel()), largest=largest, sorted=False).indices
+    scores = scores_P.new_zeros(counts_G.numel() * group_size)
+    allowed = torch.zeros_like(scores, dtype=torch.bool)
+    scores[positions], allowed[positions] = scores_P, True
     order = scores.view(-1, group_size).argsort(1, descending=largest)
     in_order = allowed.view(-1, group_size).gather(1, order)
     first = in_order & (in_order.cumsum(1, dtype=torch.int32) <= counts_G[:, None])
-    return positions_of(torch.zeros_like(first).scatter_(1, order, first).flatten())
+    return positions_of(torch.zeros_like(first).scatter_(1, order, first).flatten()[positions])
 
 
 def _per_group(mask: Tensor, group_size: int) -> Tensor:

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout, Topology, digest_bits, empty_lists, pack_bits, unpack_bits, write_lists
+from smet_compile.format import (
+    Layout,
+    Topology,
+    digest_bits,
+    empty_lists,
+    pack_bits,
+    patterns,
+    unpack_bits,
+    write_lists,
+)
 from smet_compile.ops import gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
 
@@ -49,6 +58,8 @@ class CompactWeight(nn.Module):
     lists: Tensor
     parameter_order: list[str]
     """Names of the module's parameters, in the order they had when this one was dense."""
+    pattern: str | None = None
+    """Restricts which blocks may be active (``format.patterns``); None in what older versions pickled, too."""
     select: str
     rescale: bool
     """How ``sparsify`` chose the active blocks and whether it scaled them; ``materialize`` does the same."""
@@ -72,7 +83,6 @@ class CompactWeight(nn.Module):
         self.name = name
         self.parameter_order = []
         self.select, self.rescale = "random", False
-        self.pattern: str | None = None
         self.fingerprint = None
         self.__dict__.update(_FOR_ONE_STEP | _FOR_ONE_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
@@ -82,7 +92,7 @@ class CompactWeight(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; a topology that is assigned is checked, and becomes that of the values."""
         assigned = name == "topology" and isinstance(value, Tensor) and not gate.is_traced(value)
-        if assigned and (error := gate.topology_error(value, self.layout, self.num_active)):
+        if assigned and (error := self._topology_error(value)):
             raise ValueError(f"{self.name}: topology: {error}")
         super().__setattr__(name, value)
         if assigned:
@@ -127,10 +137,17 @@ class CompactWeight(nn.Module):
     def set_mask(self, mask: Tensor) -> None:
         """Changes the active blocks in place; their number and the storage stay the same."""
         bits = pack_bits(mask)
-        if error := gate.topology_error(bits, self.layout, self.num_active):
+        if error := self._topology_error(bits):
             raise ValueError(f"{self.name}: {error}")
         self.topology.copy_(bits)
         self._accept()
+
+    def _topology_error(self, bits: Tensor) -> str | None:
+        """Says why ``bits`` cannot be this weight's topology, by their form or by its pattern; None where they can."""
+        error = gate.topology_error(bits, self.layout, self.num_active)
+        if error is not None or self.pattern is None or bits.is_meta:
+            return error
+        return patterns.mask_error(unpack_bits(bits, self.layout.num_blocks), self.pattern, self.layout)
 
     def has_data(self) -> bool:
         """Tells whether there is a topology that the values belong to."""
@@ -241,13 +258,14 @@ class CompactWeight(nn.Module):
             stacklevel=4,
         )
         everything = torch.ones(self.layout.num_blocks, dtype=torch.bool, device=self.topology.device)
-        dense = dense.detach()
+        dense, self.pattern = dense.detach(), None
         self.resize(values, everything)
         values.copy_(self.right_inverse(dense))
 
     @torch.no_grad()
     def resize(self, values: Tensor, mask: Tensor) -> None:
         """Makes the blocks of ``mask`` active, however many; sets the values to zero and their gradient to None."""
+        patterns.check_mask(self.name, mask, self.pattern, self.layout)
         num_active, bits = int(mask.sum()), pack_bits(mask)
         zeros = values.new_zeros(self.layout.values_shape(num_active))
         lists = empty_lists(self.layout, num_active, self.topology.device)
@@ -285,8 +303,8 @@ class CompactWeight(nn.Module):
         """Says why ``bits`` cannot be this weight's topology; None where they can."""
         if bits is None or bits.is_meta:
             return None
-        error = gate.topology_error(bits, self.layout, self.num_active)
+        error = self._topology_error(bits)
         if error is None:
             return None
         name = prefix.replace(".parametrizations", "").removesuffix(".0.")
-        return f"{name}: topology: {error}; sparsify with the same block_shape and density"
+        return f"{name}: topology: {error}; sparsify with the same block_shape, density and pattern"

@@ -11,13 +11,14 @@ import inspect
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.ops import canonical_name, find_sites
+from smet_compile.ops import CompactWeight, canonical_name, find_sites
 from smet_compile.ops.loaded import Saved, check_alike, check_groups, check_integer, check_keys, kind_of
 from smet_compile.runtime.tree import set_versions, versions_of
 
@@ -42,10 +43,15 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
     return {canonical_name(model, name): dict(entries) for name, entries in metadata.items()}
 
 
-def layouts_of(model: nn.Module) -> dict[str, list[list[int]]]:
-    """Returns shape, matrix and block shape of each compact weight."""
-    layouts = {name: site.layout for name, site in find_sites(model).items()}
-    return {name: [list(x.shape), list(x.matrix), list(x.block_shape)] for name, x in layouts.items()}
+def layouts_of(model: nn.Module) -> dict[str, list[Any]]:
+    """Returns shape, matrix and block shape of each compact weight, and the pattern of one that has a pattern."""
+    return {name: _layout_of(site.compact) for name, site in find_sites(model).items()}
+
+
+def _layout_of(compact: CompactWeight) -> list[Any]:
+    layout = compact.layout
+    sizes = [list(sizes) for sizes in (layout.shape, layout.matrix, layout.block_shape)]
+    return sizes if compact.pattern is None else [*sizes, compact.pattern]
 
 
 def loadable(saved: dict[str, Any], metadata: dict[str, Any] | None, model: nn.Module) -> OrderedDict[str, Any]:
@@ -80,17 +86,18 @@ def check_model(saved: dict[str, Any], layouts: dict[str, Any], metadata: Any, m
     _check_metadata(metadata)
 
 
-def _check_layouts(layouts: Any, ours: dict[str, list[list[int]]]) -> None:
+def _check_layouts(layouts: Any, ours: dict[str, list[Any]]) -> None:
     for name, layout in layouts.items():
         if name not in ours:
             raise ValueError(f"{name} is compact in the checkpoint, not in this model; sparsify it alike")
-        if not isinstance(layout, list) or len(layout) != 3:
+        if not isinstance(layout, list) or len(layout) not in (3, 4):
             raise ValueError(f"{name}: expected a layout of shape, matrix and block shape, got {kind_of(layout)}")
-        for part, got, expected in zip(("shape", "matrix", "block shape"), layout, ours[name], strict=True):
+        parts = ("shape", "matrix", "block shape", "pattern")
+        for part, got, expected in zip_longest(parts, layout, ours[name]):
             if got != expected:
                 raise ValueError(
                     f"{name}: expected {part} {expected}, got {got!r:.80} in the checkpoint; sparsify the same model "
-                    "with the same block_shape"
+                    "with the same block_shape and pattern"
                 )
     for name in ours.keys() - layouts.keys():
         raise ValueError(f"{name} is compact in this model, not in the checkpoint; load it into a dense model")

@@ -1,6 +1,8 @@
 """Each layer gets its share of blocks: uniform is exact per site, er and erk meet the total exactly."""
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import smet_compile as smet
+from smet_compile.format import Layout
 from tests.support.blocks import round_half_up
+from tests.support.states import Unchanged
 
 
 def counts(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -89,3 +93,77 @@ def test_density_one_leaves_a_weight_plain() -> None:
     smet.sparsify(model, density=0.5, rules={"1.weight": 1.0})
     assert list(counts(model)) == ["0.weight"]
     assert isinstance(model[1].weight, nn.Parameter)
+
+
+def test_a_dict_means_the_same_as_rules() -> None:
+    densities = {"0*": 0.1, "*": 0.25}
+    by_rules, by_dict = stack_of([20, 20, 20]), stack_of([20, 20, 20])
+    smet.sparsify(by_rules, density=0.5, rules=densities)
+    smet.sparsify(by_dict, density=0.5, distribution=densities)
+    assert counts(by_rules) == counts(by_dict) == {"0.weight": (40, 400), "1.weight": (100, 400)}
+
+
+def test_a_function_says_densities_or_numbers_of_blocks() -> None:
+    asked: list[tuple[list[str], float]] = []
+
+    def distribute(layouts: Mapping[str, Layout], density: float) -> dict[str, int | float]:
+        asked.append((list(layouts), density))
+        return {name: 17 if layout.rows == 30 else density / 2 for name, layout in layouts.items()}
+
+    model = stack_of([20, 20, 30, 20])
+    smet.sparsify(model, density=0.5, distribution=distribute, rules={"2": 0.75})
+    assert asked == [(["0.weight", "1.weight"], 0.5)]
+    assert counts(model) == {"0.weight": (100, 400), "1.weight": (17, 600), "2.weight": (450, 600)}
+
+
+def test_a_function_is_not_asked_where_rules_say_everything() -> None:
+    model = stack_of([20, 20])
+    smet.sparsify(model, rules={"*": 0.5}, distribution=lambda layouts, density: {}["nothing"])
+    assert counts(model) == {"0.weight": (200, 400)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "distribution: expected a function that returns a dict from names to densities, got None"),
+        (
+            {},
+            r"distribution: expected exactly the 1 names .* got 0, not alike in '0\.weight'; return one number",
+        ),
+        ({"0.weight": 0.5, "x": 0.5}, r"distribution: expected exactly the 1 names .* got 2, not alike in 'x'"),
+        *[
+            (
+                {"0.weight": bad},
+                r"0\.weight: expected from distribution a density in \(0, 1\] or an int from 1 to 400 blo",
+            )
+            for bad in (0, 0.0, 401, 1.5, -1, float("nan"), True, "0.5", None)
+        ],
+    ],
+    ids=str,
+)
+def test_a_function_that_answers_badly(answer: Any, message: str) -> None:
+    model = stack_of([20, 20])
+    with Unchanged(model), pytest.raises(ValueError, match=message):
+        smet.sparsify(model, distribution=lambda layouts, density: answer)
+
+
+def test_a_function_that_raises() -> None:
+    model = stack_of([20, 20])
+    with Unchanged(model), pytest.raises(ZeroDivisionError):
+        smet.sparsify(model, distribution=lambda layouts, density: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+def test_rules_twice() -> None:
+    model = stack_of([20, 20])
+    with Unchanged(model), pytest.raises(ValueError, match="rules: expected none beside a dict as distribution"):
+        smet.sparsify(model, rules={"*": 0.5}, distribution={"*": 0.5})
+    with (
+        Unchanged(model),
+        pytest.raises(ValueError, match=r"distribution\['\*'\]: expected a number in \(0, 1\], got 2"),
+    ):
+        smet.sparsify(model, distribution={"*": 2})
+    with (
+        Unchanged(model),
+        pytest.raises(ValueError, match=r"'nowhere' matches none of the weights chosen to be sparse"),
+    ):
+        smet.sparsify(model, distribution={"nowhere": 0.2})
