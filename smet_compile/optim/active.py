@@ -21,7 +21,6 @@ from smet_compile.ops import find_sites
 from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
-from smet_compile.ops.law_of_updates import decode_slot
 from smet_compile.ops.loaded import Saved, check_groups
 from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
 from smet_compile.ops.reads import settle_live
@@ -30,7 +29,15 @@ from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
 from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options
 from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
-from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, moment_dtype, new_state
+from smet_compile.optim.state import (
+    StateKind,
+    add_generation,
+    check_state,
+    find_ages,
+    moment_dtype,
+    new_state,
+    read_slot,
+)
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -315,15 +322,8 @@ class ActiveOptimizer(Optimizer):
 
         Returns None where the rule has no such slot, or before the first step.
         """
-        state, slots = self.state.get(values), self.rule_of(values).slots
-        number = next((i for i, slot in enumerate(slots) if slot.name == name), None)
-        if not state or number is None:
-            return None
-        rows: Tensor = state[name]
         site = self._parameters[values].site
-        if "scales" not in state or site is None:
-            return rows
-        return decode_slot(rows, state["scales"][number], slots[number].signed, site.compact.active)
+        return read_slot(self.state.get(values, {}), self.rule_of(values).slots, name, site)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.

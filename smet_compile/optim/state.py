@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smet_compile.ops import Site
 from smet_compile.ops.law import num_scales
+from smet_compile.ops.law_of_updates import decode_slot
 from smet_compile.ops.rules import Slot
 from smet_compile.optim.options import MOST_STEPS
 
@@ -150,6 +151,16 @@ def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
     if kind.site is not None and kind.has_ages:
         state["generation"], state["births"] = first_generation(kind.site.num_active, device)
     return state
+
+
+def read_slot(state: dict[str, Tensor], slots: tuple[Slot, ...], name: str, site: Site | None) -> Tensor | None:
+    """Returns the slot called ``name``, decoded to fp32 if the state holds codes; None where it is not there."""
+    number = next((i for i, slot in enumerate(slots) if slot.name == name), None)
+    if number is None or name not in state:
+        return None
+    if "scales" not in state or site is None:
+        return state[name]
+    return decode_slot(state[name], state["scales"][number], slots[number].signed, site.compact.active)
 
 
 def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 
+from smet_compile.format.arguments import number
+from smet_compile.format.patterns import FAN_IN
 from smet_compile.ops import Site
 from smet_compile.runtime.history import TopologyEvent
 from smet_compile.runtime.schedules import Schedule
@@ -27,6 +29,17 @@ def check_feasible(sites: dict[str, Site], drop_fraction: float) -> None:
                 f"inactive blocks, density {site.density:.3f} leaves {inactive}; the largest possible drop fraction "
                 f"for this model is {math.floor(largest * 1000) / 1000}"
             )
+
+
+def check_ablation(threshold: float | None, sites: dict[str, Site]) -> float | None:
+    """Returns the threshold as a float. Raises ValueError for one out of range, and without the pattern "fan_in"."""
+    if threshold is None:
+        return None
+    if sites and not any(site.compact.pattern == FAN_IN for site in sites.values()):
+        raise ValueError(
+            'ablation_threshold: expected a weight with the pattern "fan_in", got none; sparsify with pattern="fan_in"'
+        )
+    return number("ablation_threshold", threshold, above=0, at_most=1)
 
 
 def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: int) -> None:

@@ -20,6 +20,7 @@ from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.runtime.advice import (
+    check_ablation,
     check_feasible,
     warn_of_idle_calls,
     warn_of_newcomers,
@@ -89,6 +90,8 @@ class TopologyManager:
         min_age: optimizer steps for which a newly grown block is not dropped; by default two updates (2 ΔT).
         window: steps before an update over which gradients are added up, for policies that ask for them; by default
             what the policy says: 1 for "gradient" and "saliency", 10 for "momentum" growth.
+        ablation_threshold: for the pattern "fan_in", rows of blocks of which fewer than this share are salient (not
+            dropped, or best to grow) go as a whole, and the others share their blocks (SRigL, arXiv 2305.02299).
         seed: seed of everything random.
 
     Raises:
@@ -114,6 +117,7 @@ class TopologyManager:
         schedule: ScheduleName | Callable[[int], float] = "cosine",
         min_age: int | None = None,
         window: int | None = None,
+        ablation_threshold: float | None = None,
         seed: int = 0,
     ) -> None:
         arguments.module("model", model)
@@ -141,7 +145,8 @@ class TopologyManager:
         else:
             check_feasible(self.sites, self.schedule.largest_fraction)
         self.min_age = find_min_age(min_age, self.schedule)
-        self._rules = Rules(drop_policy, grow_policy, every, seed)
+        ablation_threshold = check_ablation(ablation_threshold, self.sites)
+        self._rules = Rules(drop_policy, grow_policy, every, seed, ablation_threshold)
         self._settings = {
             "total_steps": total_steps,
             "every": every,
@@ -153,6 +158,7 @@ class TopologyManager:
             "schedule": name_of_schedule(schedule),
             "min_age": min_age,
             "window": window,
+            "ablation_threshold": ablation_threshold,
             "seed": seed,
         }
         self.model = model

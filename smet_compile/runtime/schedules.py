@@ -135,6 +135,7 @@ SETTINGS = (
     "schedule",
     "min_age",
     "window",
+    "ablation_threshold",
     "seed",
 )
 """The settings of a manager that are saved with a run."""

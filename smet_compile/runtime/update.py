@@ -26,12 +26,19 @@ _KEPT_PER_GROWN = 2
 
 @dataclass(frozen=True)
 class Rules:
-    """Holds what decides every update of a manager: the policies, the seed, and ΔT."""
+    """Holds what decides every update of a manager.
+
+    Args:
+        drop, grow: the policies. every: ΔT. seed: of everything random.
+        ablation_threshold: the share of salient blocks below which a row of blocks is dropped as a whole, for the
+            pattern "fan_in"; None to keep all rows.
+    """
 
     drop: Policy
     grow: Policy
     every: int
     seed: int
+    ablation_threshold: float | None = None
 
     @property
     def asking(self) -> list[GradientPolicy]:
@@ -82,17 +89,39 @@ def choose_move(
     scores_N = check_scores(rules.drop(site, context), context)
     protected_N = None if protected is None else protected[positions_of(before)]
     dropped = agree_on_positions(patterns.drop_smallest(scores_N, before, count, size, protected_N))
-    grown = agree_on_positions(_choose_grown(rules, context.for_growth(rules.seed, dropped.numel()), dropped, size))
-    before[dropped] = False
-    before[grown] = True
-    return Move(site, pack_bits(before))
+    context = context.for_growth(rules.seed, dropped.numel())
+    ablates = rules.ablation_threshold is not None and site.compact.pattern == patterns.FAN_IN
+    after = _after_ablation(rules, context, dropped, size) if ablates else _after(rules, context, dropped, size)
+    return Move(site, pack_bits(after))
 
 
-def _choose_grown(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
+def _after(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
+    """Returns the new mask, in which every group has grown as many blocks as it lost."""
     if rules.grow is policies.random:
-        return patterns.grow_random(context.site.layout, context.mask, dropped, group_size, context.generator)
-    scores = check_scores(rules.grow(context.site, context), context)
-    return patterns.grow_largest(scores, context.mask, dropped, group_size)
+        grown = patterns.grow_random(context.site.layout, context.mask, dropped, group_size, context.generator)
+    else:
+        scores = check_scores(rules.grow(context.site, context), context)
+        grown = patterns.grow_largest(scores, context.mask, dropped, group_size)
+    after = context.mask.index_fill(0, dropped, False)
+    return after.index_fill_(0, agree_on_positions(grown), True)
+
+
+def _after_ablation(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
+    """Returns the new mask, without the rows that have few salient blocks (SRigL, arXiv 2305.02299).
+
+    Salient are the active blocks that are not dropped, and as many inactive ones of largest score as are dropped. The
+    other rows share the blocks of a row that goes.
+    """
+    assert rules.ablation_threshold is not None
+    mask, scores = context.mask, check_scores(rules.grow(context.site, context), context)
+    kept = mask.index_fill(0, dropped, False)
+    best = scores.masked_fill(mask, -torch.inf).topk(dropped.numel()).indices
+    salient_G = kept.index_fill(0, best, True).view(-1, group_size).sum(1)
+    budgets_G = patterns.ablate(salient_G, mask, dropped, rules.ablation_threshold, group_size, context.generator)
+    is_gone = (budgets_G == 0).repeat_interleave(group_size)
+    kept &= ~is_gone
+    grown = patterns.grow_to_budgets(scores, kept, mask & ~kept, budgets_G, group_size)
+    return kept.index_fill_(0, agree_on_positions(grown), True)
 
 
 def average_over_ranks(collected: Collected, site: Site) -> Collected:

@@ -43,7 +43,9 @@ def follow(
             assert torch.equal(ages, twin.states["weight"]["age"].flatten()[twin.sites["weight"].mask]), step
         event = manager.step()
         if event is not None:
-            twin.change_topology("weight", event.drop_fraction, site.compact.mask(), "random", event.step, manager.min_age)
+            twin.change_topology(
+                "weight", event.drop_fraction, site.compact.mask(), "random", event.step, manager.min_age
+            )
             torch.testing.assert_close(model.weight.detach(), twin.weights["weight"], atol=1e-10, rtol=1e-10)
     assert len(manager.history) == num_updates
     return ages

@@ -26,6 +26,7 @@ SAVED: dict[str, Any] = {
     "schedule": "cosine",
     "min_age": None,
     "window": None,
+    "ablation_threshold": None,
     "seed": 0,
 }
 OTHER: dict[str, Any] = {
