@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,28 +45,31 @@ class Exported:
 
 def convert(weights: Sequence[Exported], layout: str) -> None:
     """Replaces the weights of linear layers, in place; warns of the others, which stay dense."""
-    others = [weight.name for weight in weights if not weight.is_linear]
     linear = [weight for weight in weights if weight.is_linear]
-    _check_any(linear, layout)
+    if weights and not linear:
+        raise ValueError(
+            f'export_dense: expected a compact weight in an nn.Linear for layout="{layout}", got none; leave layout out'
+        )
     for weight in linear:
         _CHECKS[layout](weight)
     for weight in linear:
         converted = _CONVERSIONS[layout](weight)
         weight.module.register_parameter(weight.tensor_name, nn.Parameter(converted, requires_grad=False))
+    for message in _warnings(weights, layout):
+        warnings.warn(f"export_dense: {message}", stacklevel=4)
+
+
+def _warnings(weights: Sequence[Exported], layout: str) -> Iterator[str]:
+    """Yields what somebody who asked for ``layout`` may not expect."""
+    others = [weight.name for weight in weights if not weight.is_linear]
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        warnings.warn(
-            f'export_dense: {", ".join(others[:3])}{more} stay dense with layout="{layout}", since others than '
-            "linear layers read them",
-            stacklevel=4,
-        )
-
-
-def _check_any(linear: Sequence[Exported], layout: str) -> None:
-    if not linear:
-        raise ValueError(
-            f'export_dense: expected a compact weight in an nn.Linear for layout="{layout}", got none; leave layout out'
-        )
+        yield f'{", ".join(others[:3])}{more} stay dense with layout="{layout}", since not only linear layers read them'
+    if not weights:
+        yield f'every weight stays dense with layout="{layout}", since none is compact in a model of density 1'
+    half = [w.name for w in weights if w.is_linear and w.dense.dtype in _HALF and not w.dense.is_cuda]
+    if half and layout != "2:4":
+        yield f"torch has no CPU product for {half[0]} in {layout} and 16 bits; move the copy to a GPU, or to float32"
 
 
 def _check_2_4(weight: Exported) -> None:

@@ -199,7 +199,7 @@ def _computed_weight(module: nn.Module, tensor_name: str) -> tuple[str, str] | N
             name = hook._tensor_name
             return name, (
                 f"pruned by torch.nn.utils.prune: call prune.remove(module, {name!r}) first, then sparsify(model, "
-                'select="nonzero") to keep its zeros, or select="magnitude" with a density'
+                'select="nonzero") to keep its zeros, or select="magnitude" with a density; masks="prune" does both'
             )
         if isinstance(hook, WeightNorm) and tensor_name in (f"{hook.name}_g", f"{hook.name}_v"):
             call = f"torch.nn.utils.remove_weight_norm(module, {hook.name!r})"

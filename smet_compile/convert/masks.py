@@ -62,7 +62,7 @@ def read_masks(model: nn.Module, given: Any, weights: Mapping[str, Weight]) -> d
 
 def _find(model: nn.Module, name: str, weights: Mapping[str, Weight]) -> Weight:
     """Returns the weight of this name, or the only one of the module of this name."""
-    by_name = [w for w in weights.values() if name in (w.name, canonical_name(model, w.name))]
+    by_name = [w for w in weights.values() if name in (w.name, canonical_name(model, w.name), w.name_of_computed)]
     in_module = [w for w in weights.values() if name in (w.module_name, canonical_name(model, w.module_name))]
     found = by_name or in_module
     if len(found) == 1:

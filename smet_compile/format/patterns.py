@@ -197,6 +197,18 @@ def largest_in_groups(scores: Tensor, allowed: Tensor, counts_G: Tensor, group_s
     return positions[_first_in_groups(scores[positions], positions, counts_G, group_size, largest=True)]
 
 
+def count_salient(scores: Tensor, mask: Tensor, dropped: Tensor, group_size: int) -> Tensor:
+    """Counts the salient blocks of each group (G,), for ``ablate``.
+
+    These are the active blocks that are kept, and as many of the best-scored inactive blocks of the whole weight as
+    are dropped.
+    """
+    inactive, salient = positions_of(~mask), _without(mask, dropped)
+    count = min(dropped.numel(), inactive.numel())
+    salient[inactive[scores[inactive].topk(count, sorted=False).indices]] = True
+    return _per_group(salient, group_size)
+
+
 def ablate(
     salient_G: Tensor, mask: Tensor, dropped: Tensor, gamma: float, group_size: int, generator: torch.Generator
 ) -> Tensor:
@@ -207,7 +219,7 @@ def ablate(
     the others cannot hold all blocks, the least salient rows alone are ablated. A row without active blocks stays so.
 
     Args:
-        salient_G: how many blocks of each row are among the best, active ones and candidates for growth together.
+        salient_G: how many blocks of each row are salient (``count_salient``).
         mask: the active blocks before the drop.
         dropped: positions of the blocks that are dropped in any case.
     """

@@ -61,7 +61,7 @@ def test_2_4_on_the_cpu_is_dense_and_legal() -> None:
 def test_2_4_on_a_gpu() -> None:
     model = twos_and_fours().to("cuda", torch.float16)
     sparse, dense = smet.export_dense(model, layout="2:4"), smet.export_dense(model)
-    assert isinstance(sparse[0].weight.data, SparseSemiStructuredTensor)  # type: ignore[index]
+    assert isinstance(sparse[0].weight, SparseSemiStructuredTensor)  # type: ignore[index]
     x = torch.randn(16, 64, device="cuda", dtype=torch.float16)
     torch.testing.assert_close(sparse[0](x), dense[0](x), rtol=1e-2, atol=1e-2)  # type: ignore[index]
     checked = smet.export_dense(twos_and_fours(), layout="2:4").to("cuda", torch.float16)
@@ -131,6 +131,15 @@ def test_what_no_linear_layer_reads_stays_dense() -> None:
     x, dense = torch.randn(3, 8), smet.export_dense(model)
     assert torch.equal(sparse["scaled"](x), dense["scaled"](x))  # type: ignore[index]
     torch.testing.assert_close(sparse["attention"](x, x, x)[0], dense["attention"](x, x, x)[0])  # type: ignore[index]
+
+
+def test_a_dense_baseline_and_16_bits_on_the_cpu_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r'export_dense: every weight stays dense with layout="csr", since none is'):
+        smet.export_dense(smet.sparsify(net(), 1.0), layout="csr")
+    with pytest.warns(UserWarning, match=r"export_dense: torch has no CPU product for 0\.weight in bsr and 16 bits"):
+        sparse = smet.export_dense(smet.sparsify(net(), 0.5, block_shape=16).bfloat16(), layout="bsr")
+    with pytest.raises(RuntimeError, match="BFloat16"):  # where this changes, the warning goes
+        sparse(torch.ones(3, 64, dtype=torch.bfloat16))
 
 
 def test_an_exported_copy_is_saved_and_loaded(tmp_path: Any) -> None:

@@ -297,6 +297,12 @@ def test_a_pruned_model_where_memory_runs_out(call: int, monkeypatch: pytest.Mon
         check_pruned_as_before(model, before, x, expected)
 
 
+def test_a_mask_for_a_weight_that_torch_prunes() -> None:
+    model = pruned_net()
+    with pytest.raises(ValueError, match=r"masks: 0\.weight_orig cannot be sparse: pruned .*; masks=.prune. does both"):
+        smet.sparsify(model, masks={"0.weight": some()})
+
+
 def test_nothing_is_pruned() -> None:
     with pytest.raises(ValueError, match=r"masks: expected weights pruned by torch\.nn\.utils\.prune .* found none"):
         smet.sparsify(net(), masks="prune")

@@ -218,6 +218,13 @@ def test_growth_to_budgets() -> None:
     assert sorted(grown.tolist()) == [3, 7]
 
 
+def test_salient_blocks_are_kept_or_would_grow() -> None:
+    mask = torch.tensor([1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    scores = torch.tensor([9.0, 9, 0, 3, 9, 9, 1, 2, 9, 9, 0, 5])
+    assert patterns.count_salient(scores, mask, torch.tensor([0, 1, 4]), 4).tolist() == [1, 2, 3]
+    assert patterns.count_salient(scores, mask, torch.tensor([], dtype=torch.int64), 4).tolist() == [2, 2, 2]
+
+
 def test_rows_of_few_salient_blocks_are_ablated() -> None:
     """Rows have 2 of 8; with gamma .75 those of fewer than 1.5 salient blocks go, and the others share their blocks."""
     mask = torch.zeros(4, 8, dtype=torch.bool)
