@@ -107,16 +107,11 @@ def _after(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: 
 
 
 def _after_ablation(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
-    """Returns the new mask, without the rows that have few salient blocks (SRigL, arXiv 2305.02299).
-
-    Salient are the active blocks that are not dropped, and as many inactive ones of largest score as are dropped. The
-    other rows share the blocks of a row that goes.
-    """
+    """Returns the new mask, without the rows that have few salient blocks; the other rows share their blocks."""
     assert rules.ablation_threshold is not None
     mask, scores = context.mask, check_scores(rules.grow(context.site, context), context)
     kept = mask.index_fill(0, dropped, False)
-    best = scores.masked_fill(mask, -torch.inf).topk(dropped.numel()).indices
-    salient_G = kept.index_fill(0, best, True).view(-1, group_size).sum(1)
+    salient_G = patterns.count_salient(scores, mask, dropped, group_size)
     budgets_G = patterns.ablate(salient_G, mask, dropped, rules.ablation_threshold, group_size, context.generator)
     is_gone = (budgets_G == 0).repeat_interleave(group_size)
     kept &= ~is_gone
