@@ -223,7 +223,9 @@ class CompactWeight(nn.Module):
         leaf = values if self.update_sink is None else self.update_sink
         if self.collected is None or not leaf.requires_grad:
             return None
-        sink: Tensor = torch.ops.smet.growth_sink(leaf, *self.collected, self.topology, self.layout.text)
+        sink: Tensor = torch.ops.smet.growth_sink(
+            leaf, *self.collected, self.topology, self.layout.text, patterns.group_size(self.pattern, self.layout)
+        )
         return sink
 
     def right_inverse(self, dense: Tensor) -> Tensor:

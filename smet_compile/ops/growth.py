@@ -28,7 +28,8 @@ class Collected(NamedTuple):
     """Holds what backward collects of the dense gradients of one weight.
 
     Args:
-        positions: (K,) int64, the inactive blocks of largest mean \\|sum of gradients\\|, best first.
+        positions: (K,) int64, the inactive blocks of largest mean \\|sum of gradients\\|: equally many of each group of
+            the weight's pattern, best first in each. A group with too few inactive blocks fills up with active ones.
         sums: (K,) or (K, bm, bn), the sums of their gradients since each of them was among the K; at least fp32.
         active_sums: (N,) or (N, bm, bn), the sum of the active blocks' gradients; empty where no policy wants it.
     """
@@ -61,12 +62,19 @@ class Collected(NamedTuple):
 
 
 library.define(
-    f"collect_gradient(Tensor grad_dense, {_BUFFERS}, Tensor topology, str layout) -> (Tensor, Tensor, Tensor)"
+    f"collect_gradient(Tensor grad_dense, {_BUFFERS}, Tensor topology, str layout, int group_size) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _collect_gradient(
-    grad_dense: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, bits: Tensor, layout_text: str
+    grad_dense: Tensor,
+    positions: Tensor,
+    sums: Tensor,
+    active_sums: Tensor,
+    bits: Tensor,
+    layout_text: str,
+    group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the new buffers: the gradient is added, and the best blocks are chosen again (RigL, Evci et al. 2020).
 
@@ -84,7 +92,7 @@ def _collect_gradient(
     scores = torch.where(
         old_row >= 0, block_means(totals, known, layout)[old_row.clamp(min=0)].to(scores.dtype), scores
     )
-    best = scores.masked_fill_(active, -1).topk(positions.numel()).indices
+    best = _best_of_groups(scores.masked_fill_(active, -1).view(-1, group_size), positions.numel())
     row = old_row[best]
     fresh = _blocks_at(grad_dense, best, finite, layout).to(sums.dtype)
     new_sums = torch.where(_like(row >= 0, sums), totals[row.clamp(min=0)], fresh)
@@ -92,6 +100,13 @@ def _collect_gradient(
         return best, new_sums, active_sums.clone()
     packed = blocks.pack(grad_dense, active, layout)
     return best, new_sums, active_sums + torch.where(finite, packed, 0)
+
+
+def _best_of_groups(scores_GB: Tensor, count: int) -> Tensor:
+    """Returns the positions of the best blocks, equally many of each group and ``count`` altogether."""
+    num_groups, size = scores_GB.shape
+    best_GK = scores_GB.topk(count // num_groups, dim=1).indices
+    return (best_GK + size * torch.arange(num_groups, device=best_GK.device)[:, None]).flatten()
 
 
 def _blocks_at(grad_dense: Tensor, positions: Tensor, finite: Tensor, layout: Layout) -> Tensor:
@@ -107,23 +122,29 @@ library.impl("collect_gradient", _collect_gradient, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("smet::collect_gradient", lib=library)
 def _(
-    grad_dense: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, bits: Tensor, layout_text: str
+    grad_dense: Tensor,
+    positions: Tensor,
+    sums: Tensor,
+    active_sums: Tensor,
+    bits: Tensor,
+    layout_text: str,
+    group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(positions), torch.empty_like(sums), torch.empty_like(active_sums)
 
 
 def _zeros_like_dense(leaf: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, *rest: Any) -> Tensor:
-    _, layout_text = rest
+    _, layout_text, _ = rest
     return leaf.new_zeros(()).expand(Layout.from_text(layout_text).shape)
 
 
 def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
-    *buffers, bits, layout_text = ctx.inputs
+    *buffers, bits, layout_text, group_size = ctx.inputs
     with torch.no_grad():
-        found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text)
+        found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text, group_size)
         for buffer, new in zip(buffers, found, strict=True):
             buffer.copy_(new)
-    return (None,) * 6
+    return (None,) * 7
 
 
 def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
@@ -140,7 +161,7 @@ _growth_sinks = WeakIdKeyDictionary()
 
 define_sink(
     "growth_sink",
-    f"{_BUFFERS}, Tensor topology, str layout",
+    f"{_BUFFERS}, Tensor topology, str layout, int group_size",
     _open_growth_sink,
     _zeros_like_dense,
     _collect_in_backward,

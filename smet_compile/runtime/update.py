@@ -47,10 +47,13 @@ class Rules:
 
     def collect(self, site: Site, largest_fraction: float) -> Collected:
         """Makes the buffers for what the policies ask for; ``largest_fraction`` is the most that is ever dropped."""
-        num_inactive = site.layout.num_blocks - site.num_active
+        size = patterns.group_size(site.compact.pattern, site.layout)
+        num_groups = site.layout.num_blocks // size
+        most_inactive = int((~site.mask()).view(-1, size).sum(1).max())
         num_kept = _KEPT_PER_GROWN * (math.floor(largest_fraction * site.num_active) + 1)
+        of_group = max(1, min(math.ceil(num_kept / num_groups), most_inactive))
         with_active = isinstance(self.drop, GradientPolicy)
-        return Collected.empty(site.values, site.layout, max(1, min(num_kept, num_inactive)), with_active)
+        return Collected.empty(site.values, site.layout, of_group * num_groups, with_active)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.ops import Site, find_sites
+from tests.support.blocks import Grid
 from tests.support.training import loss_on
 
 KINDS = [("fan_in", 1), ("fan_in", (1, 4)), ("fan_in", 4), ("2:4", 1), ("1:4", 1), ("3:4", 1)]
@@ -115,3 +116,31 @@ def test_ablation_needs_equal_fan_in() -> None:
     model = make_model("fan_in", 1, 0.5)
     with pytest.raises(ValueError, match="ablation_threshold: expected"):
         smet.TopologyManager(model, smet.ActiveAdamW(model), total_steps=1000, ablation_threshold=1.5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("pattern", "block_shape"), KINDS, ids=str)
+def test_each_group_grows_its_largest_gradients(pattern: str, block_shape: Any) -> None:
+    """A row whose gradients are all small grows the best of them all the same."""
+    model = make_model(pattern, block_shape, 0.4)
+    plain = smet.export_dense(model)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2)
+    manager = smet.TopologyManager(
+        model, optimizer, total_steps=100, every=1, grow="gradient", schedule="constant", drop="random"
+    )
+    loss_on(plain, 0).backward()
+    loss_on(model, 0).backward()
+    optimizer.step()
+    before = {name: site.mask() for name, site in manager.sites.items()}
+    assert manager.step()
+    for name, site in manager.sites.items():
+        layout, after = site.layout, site.mask()
+        grad = plain.get_parameter(name).grad
+        assert grad is not None
+        size = layout.block_cols if pattern == "fan_in" else int(pattern[2])
+        scores = Grid(layout.shape, layout.block_shape).mean(grad.abs()).masked_fill(before[name], -1.0)
+        grown = (after & ~before[name]).view(-1, size)
+        for group, chosen in zip(scores.view(-1, size), grown, strict=True):
+            num_grown = int(chosen.sum())
+            if num_grown == 1:  # of more, only as many are kept as a group loses on average
+                assert group[chosen] == group.max()
