@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smet_compile.format import Layout, pack_bits
 from smet_compile.ops import CompactWeight
+from smet_compile.ops.growth import Collected
 from smet_compile.ops.rules import find_rule
 from tests.support.updates import after_gradient, settings
 
@@ -76,3 +77,30 @@ def test_update_by_other_rules(name: str, rule: str) -> None:
     numbers = settings(options=tuple(0.5 for _ in known.options), rule=rule)
     rest = after_gradient(state, torch.tensor(0.1), (None, None), topology, numbers)
     torch.library.opcheck(torch.ops.smet.update_.default, (values, torch.randn_like(values), *rest))
+
+
+@pytest.mark.parametrize("with_active", [False, True])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_collected_gradients(name: str, with_active: bool) -> None:
+    compact, values, dense = site(name)
+    layout = compact.layout
+    collected = Collected.empty(values, layout, 3, with_active)
+    place = compact.topology, layout.text, layout.num_blocks
+    torch.library.opcheck(torch.ops.smet.collect_gradient.default, (dense, *collected, *place))
+    best = torch.ops.smet.collect_gradient(dense, *collected, *place)
+    torch.library.opcheck(torch.ops.smet.collect_gradient.default, (dense, *best, *place))
+    leaf = torch.zeros_like(values).requires_grad_()
+    sink = torch.ops.smet.growth_sink(leaf, *collected, *place)
+    sink.backward(dense)
+    assert leaf.grad is None and all(map(torch.equal, collected, best))
+
+
+def test_a_gradient_that_is_not_finite_is_not_collected() -> None:
+    compact, values, dense = site("tiles")
+    place = compact.topology, compact.layout.text, compact.layout.num_blocks
+    collected = Collected(
+        *torch.ops.smet.collect_gradient(dense, *Collected.empty(values, compact.layout, 3, True), *place)
+    )
+    dense[0, 0] = torch.inf
+    again = Collected(*torch.ops.smet.collect_gradient(dense, *collected, *place))
+    assert all(map(torch.equal, again, collected))

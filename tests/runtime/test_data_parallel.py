@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import smet_compile as smet
+from smet_compile.runtime import update
 from tests.support.snapshots import assert_same
 
 Loss = Callable[[nn.Module, int, int], Tensor]
@@ -44,6 +45,10 @@ def two_forwards(parallel: nn.Module, step: int, rank: int) -> Tensor:
     return one_forward(parallel, step, rank) + one_forward(parallel, step + 50, rank)
 
 
+def mean_of_ranks(parallel: nn.Module, step: int, rank: int) -> Tensor:
+    return one_forward(parallel, step, rank)
+
+
 def short_on_one_rank(parallel: nn.Module, step: int, rank: int) -> Tensor:
     """In the first step that an update is due after, rank 1 leaves a layer out."""
     return parallel(inputs(step, rank), short=step == 2 and rank == 1).square().mean()
@@ -51,6 +56,8 @@ def short_on_one_rank(parallel: nn.Module, step: int, rank: int) -> Tensor:
 
 def train(rank: int, port: int, make: Callable[[], nn.Module], loss: Loss, grow: str, folder: str) -> None:
     torch.set_num_threads(1)
+    if loss is mean_of_ranks:
+        update._KEPT_PER_GROWN = 1000
     store = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -63,6 +70,9 @@ def train(rank: int, port: int, make: Callable[[], nn.Module], loss: Loss, grow:
         optimizer.step()
         optimizer.zero_grad()
         manager.step()
+        if step == 2 and rank == 0:
+            bits = {name: bits for name, bits in model.state_dict().items() if name.endswith("topology")}
+            torch.save(bits, Path(folder) / "first.pt")
     history = [event.to_dict() for event in manager.history]
     torch.save({"model": model.state_dict(), "history": history}, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -92,3 +102,23 @@ def test_a_layer_that_one_rank_did_not_use_is_left_as_it_is(tmp_path: Path) -> N
     history = train_together(Branches, short_on_one_rank, "gradient", tmp_path)["history"]
     every = {"first.weight", "between.weight", "last.weight"}
     assert [set(event["sites"]) for event in history] == [every - {"between.weight"}, every, every]
+
+
+def test_blocks_grow_by_the_mean_gradient_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks grow what one process grows that sees the batches of both."""
+    together = train_together(plain_layers, mean_of_ranks, "gradient", tmp_path)["model"]
+    monkeypatch.setattr(update, "_KEPT_PER_GROWN", 1000)
+    torch.manual_seed(0)
+    model = smet.sparsify(plain_layers(), 0.3)
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    manager = smet.TopologyManager(model, optimizer, total_steps=40, every=3, grow="gradient")
+    for step in range(3):
+        (sum(one_forward(model, step, rank) for rank in range(2)) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        manager.step()
+    alone = {name: bits for name, bits in model.state_dict().items() if name.endswith("topology")}
+    assert len(manager.history) == 1 and len(alone) == 2
+    first = torch.load(tmp_path / "first.pt", weights_only=True)
+    assert_same(first, alone)
+    assert together.keys() == model.state_dict().keys()
