@@ -27,6 +27,10 @@ from tests.support.training import train
         ("warmup_steps", 1.5),
         ("warmup_steps", float("inf")),
         ("warmup_steps", True),
+        ("initial_warmup_steps", -1),
+        ("initial_warmup_steps", 0.5),
+        ("initial_warmup_steps", "x"),
+        ("initial_warmup_steps", 2**60),
         ("lr", float("inf")),
         ("lr", None),
         ("lr", "0.1"),
@@ -64,7 +68,9 @@ def test_options_out_of_range(option: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("lr", float("nan")), ("betas", (0.9,)), ("warmup_steps", 2.0), ("eps", True)], ids=str
+    ("option", "value"),
+    [("lr", float("nan")), ("betas", (0.9,)), ("initial_warmup_steps", 2.0), ("eps", True)],
+    ids=str,
 )
 def test_options_of_a_group_out_of_range(option: str, value: object) -> None:
     model = smet.sparsify(two_layers(), density=0.5)
