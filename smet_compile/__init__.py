@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         ActiveSGD,
         NaiveAdamW,
         decay_groups,
+        param_groups,
+        scale_initial_,
     )
     from smet_compile.plan import Plan, plan
     from smet_compile.runtime import SiteEvent, TopologyEvent, TopologyManager, load_checkpoint, save_checkpoint
@@ -55,11 +57,13 @@ __all__ = [
     "inspect",
     "load_checkpoint",
     "materialize",
+    "param_groups",
     "plan",
     "register_kernel",
     "register_rule",
     "report",
     "save_checkpoint",
+    "scale_initial_",
     "sparsify",
     "unregister_kernel",
 ]
@@ -79,6 +83,8 @@ _NAMES_OF_MODULES = {
         "ActiveScale",
         "NaiveAdamW",
         "decay_groups",
+        "param_groups",
+        "scale_initial_",
     ),
     "plan": ("Plan", "plan"),
     "runtime": ("SiteEvent", "TopologyEvent", "TopologyManager", "load_checkpoint", "save_checkpoint"),

@@ -60,11 +60,17 @@ class RunConfig:
     accumulate: int = _option("Micro-batches in a step. Default: by preset.", at_least=1)
     sequence: int = _option("Tokens in a sequence. Default: by preset.", at_least=2)
     lr: float = _option("Peak learning rate at density 1. Default: by preset.", above=0)
+    embedding_lr: float = _option(
+        "Peak learning rate of embeddings, output head, norms and biases. Default: --lr.", above=0
+    )
     lr_density_exponent: float = _option("p: a weight of density d trains at lr / d**p. Default: 1.")
     weight_decay: float = _option("Decoupled weight decay of matrices. Default: 0.", at_least=0)
     warmup: int = _option("Learning-rate warm-up in steps. Default: 5% of --steps.", at_least=0)
     every: int = _option("Steps between topology updates. Default: 100, less in runs under 1600 steps.", at_least=1)
-    block_warmup: int = _option("Warm-up of a new block in steps (smet, static). Default: --every.", at_least=0)
+    block_warmup: int = _option("Warm-up of a grown block in steps (smet). Default: --every.", at_least=0)
+    initial_block_warmup: int = _option(
+        "Warm-up of the blocks to start from, in steps (smet, static). Default: --block-warmup.", at_least=0
+    )
     drop_fraction: float = _option("Share of blocks moved by the first update. Default: 0.2.", at_least=0, below=1)
     final_drop_fraction: float = _option(
         "Share of blocks moved at the schedule's end. Default: 0.005.", at_least=0, below=1
@@ -188,8 +194,10 @@ def resolve(**given: Any) -> RunConfig:
     defaults = {
         "preset": "tiny", "method": "smet", "density": 0.3, "block": "1",
         "steps": steps, "batch": preset.batch, "accumulate": preset.accumulate, "sequence": preset.sequence,
-        "lr": preset.lr, "lr_density_exponent": 1.0, "weight_decay": 0.0, "warmup": steps // 20,
-        "every": every, "block_warmup": every, "drop_fraction": 0.2, "final_drop_fraction": 0.005,
+        "lr": preset.lr, "embedding_lr": given.get("lr", preset.lr), "lr_density_exponent": 1.0,
+        "weight_decay": 0.0, "warmup": steps // 20,
+        "every": every, "block_warmup": every, "initial_block_warmup": given.get("block_warmup", every),
+        "drop_fraction": 0.2, "final_drop_fraction": 0.005,
         "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
         "device": "cuda" if torch.cuda.is_available() else "cpu", "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
