@@ -216,7 +216,8 @@ class ActiveOptimizer(Optimizer):
                 f"{type(self).__name__}: {shown} got a gradient and are in no parameter group, so they are never "
                 "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
                 "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
-                "smet.decay_groups(model, weight_decay); freeze it with requires_grad_(False) to leave it as it is",
+                "smet.param_groups(model, lr) or smet.decay_groups(model, weight_decay); freeze it with "
+                "requires_grad_(False) to leave it as it is",
                 stacklevel=7,
             )
 

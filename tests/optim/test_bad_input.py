@@ -88,6 +88,20 @@ def test_decay_groups(weight_decay: Any) -> None:
         smet.decay_groups(3, 0.1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", ["warmup_steps", "initial_warmup_steps"])
+def test_a_warmup_where_blocks_have_no_age(option: str) -> None:
+    model = smet.sparsify(two_layers(), density=0.5)
+    optimizer = smet.ActiveSGD(model, warmup_steps=0)
+    train(model, optimizer, steps=1)
+    optimizer.param_groups[0][option] = 5
+    model(torch.randn(2, 12)).sum().backward()
+    with (
+        Unchanged(model, optimizer),
+        pytest.raises(ValueError, match="expected warmup_steps and initial_warmup_steps of 0"),
+    ):
+        optimizer.step()
+
+
 def test_param_groups_need_the_model() -> None:
     model = smet.sparsify(two_layers(), density=0.5)
     with pytest.raises(ValueError, match="model"):

@@ -250,7 +250,7 @@ def test_scale_keeps_nothing_for_compact_weights() -> None:
 
 @pytest.mark.parametrize("block_shape", SHAPES, ids=str)
 def test_scale_normalizes_columns_where_these_are_the_outputs(block_shape: tuple[int, int]) -> None:
-    """In an embedding the features are the output units, and in a ``Conv1D`` of transformers the columns."""
+    """In an embedding the features are the output units, in a ``Conv1D`` and in transposed experts the columns."""
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
@@ -265,3 +265,20 @@ def test_scale_normalizes_columns_where_these_are_the_outputs(block_shape: tuple
     for old, now, grad in zip(before, (model[1].weight, model[0].weight), grads, strict=True):
         expected = grad / grad.norm(dim=0).clamp(min=1e-300)
         torch.testing.assert_close(old - now.detach(), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_scale_normalizes_the_columns_of_transposed_experts() -> None:
+    class Experts(nn.Module):
+        is_transposed = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8, 12, dtype=torch.float64))
+
+    model = nn.Sequential(Experts(), nn.Linear(5, 5).double())
+    optimizer = smet.ActiveScale(model, lr=1.0)
+    weight = model[0].weight
+    before, grad = weight.detach().clone(), torch.randn_like(weight)
+    weight.grad = grad
+    optimizer.step()
+    torch.testing.assert_close(before - weight.detach(), grad / grad.norm(dim=1, keepdim=True), atol=1e-12, rtol=1e-12)
