@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         ActiveSGD,
         NaiveAdamW,
         decay_groups,
+        param_groups,
+        scale_initial_,
     )
     from smet_compile.plan import Plan, plan
     from smet_compile.runtime import (
@@ -68,11 +70,13 @@ __all__ = [
     "materialize",
     "mix_growth",
     "needs_gradient",
+    "param_groups",
     "plan",
     "register_kernel",
     "register_rule",
     "report",
     "save_checkpoint",
+    "scale_initial_",
     "sparsify",
     "unregister_kernel",
 ]
@@ -92,6 +96,8 @@ _NAMES_OF_MODULES = {
         "ActiveScale",
         "NaiveAdamW",
         "decay_groups",
+        "param_groups",
+        "scale_initial_",
     ),
     "plan": ("Plan", "plan"),
     "runtime": (

@@ -120,6 +120,16 @@ def decayed(run: Run, argument: str, value: Any) -> None:
     run.trained(smet.ActiveAdamW(groups, model=run.model))
 
 
+def sorted_by_rate(run: Run, argument: str, value: Any) -> None:
+    given = {"model": run.model, "lr": 1e-3, "embedding_lr": 1e-2, "base_width": 8} | {argument: value}
+    run.trained(smet.ActiveAdamW(smet.param_groups(**given), model=run.model))
+
+
+def scaled(run: Run, argument: str, value: Any) -> None:
+    smet.scale_initial_(**({"model": run.model, "std": 0.1, "base_width": 8} | {argument: value}))
+    run.trained()
+
+
 def registered(run: Run, argument: str, value: Any) -> None:
     given = {"kernel": smet.Kernel("odd", {"unpack": len}, lambda op, case: "is a test"), "before": None}
     kernel = (given | {argument: value})["kernel"]
@@ -165,7 +175,7 @@ def loaded(run: Run, argument: str, value: Any) -> None:
     smet.load_checkpoint(**(given | {argument: value}))
 
 
-OPTIONS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "lr_density_exponent")
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "initial_warmup_steps", "lr_density_exponent")
 OF_OPTIMIZER = ("params", "model", *OPTIONS, "moment_dtype", "stochastic_rounding", "seed")
 FRACTIONS = ("drop_fraction", "final_drop_fraction", "stop_fraction")
 WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distribution")
@@ -189,6 +199,8 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
     "materialize": (materialized, ("model", "seed", "device", "initialize")),
     "decay_groups": (decayed, ("model", "weight_decay")),
+    "param_groups": (sorted_by_rate, ("model", "lr", "embedding_lr", "weight_decay", "base_width")),
+    "scale_initial_": (scaled, ("model", "std", "base_width")),
     "report": (lambda run, argument, value: str(smet.report(value)), ("model",)),  # type: ignore[arg-type, return-value]
     "export_dense": (exported, ("model", "layout")),
     "masks": (lambda run, argument, value: str(smet.masks(value)), ("model",)),  # type: ignore[arg-type, return-value]

@@ -54,10 +54,18 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).bfloat16()
 
 
-def step_sizes(age: Tensor, lr: Tensor, density_rate: float, warmup_steps: int) -> Tensor:
-    """Returns lr · d^(-p) · min(1, age / W); ``density_rate`` is d^(-p)."""
-    warm = (age / warmup_steps).clamp(max=1.0) if warmup_steps else torch.ones_like(age)
-    return lr * density_rate * warm
+def warmup_of(births: Tensor | None, warmup_steps: int, initial_warmup_steps: int) -> Tensor | int:
+    """Returns W of each generation: that of the initial blocks for one born at step 0; a number where all are alike."""
+    if births is None or warmup_steps == initial_warmup_steps:
+        return initial_warmup_steps
+    return torch.where(births == 0, initial_warmup_steps, warmup_steps)
+
+
+def step_sizes(age: Tensor, lr: Tensor, density_rate: float, warmup_steps: Tensor | int) -> Tensor:
+    """Returns lr · d^(-p) · min(1, age / W), which is 1 for W = 0; ``density_rate`` is d^(-p)."""
+    if isinstance(warmup_steps, int) and not warmup_steps:
+        return lr * density_rate * torch.ones_like(age)
+    return lr * density_rate * (age / warmup_steps).clamp(max=1.0)
 
 
 def finite_blocks(grad: Tensor, num_block_dims: int) -> Tensor:

@@ -135,7 +135,8 @@ class Begun:
         age = (step if births is None else step - births).clamp(min=1).double()
         rule_age = step.double().expand_as(age) if update.rule.shared_step else age
         self.options = update.rule.named_options(update.options)
-        self.rates = law.step_sizes(age, update.lr.reshape(()), update.density_rate, update.warmup_steps)
+        warmup_steps = law.warmup_of(births, update.warmup_steps, update.initial_warmup_steps)
+        self.rates = law.step_sizes(age, update.lr.reshape(()), update.density_rate, warmup_steps)
         self.of_age = update.rule.of_age(rule_age, self.options)
         self.stored, self.grad = [update.values, *update.slots], update.grad
         if update.topology is None and all(t.is_contiguous() for t in self.stored):

@@ -38,7 +38,8 @@ class Block(NamedTuple):
 
     Args:
         weight, grad, slots: tensors of one shape; slots are in the order of ``Rule.slots``.
-        rate: step size of each entry, lr · d^(-p) · min(1, age / W), with density d and W steps of warm-up; broadcasts.
+        rate: step size of each entry, lr · d^(-p) · min(1, age / W), with density d and W steps of warm-up, which are
+            others for the initial blocks than for grown ones; broadcasts.
         of_age: the tensors that ``Rule.of_age`` returned, looked up at each entry's age; they broadcast.
         unit_norm: norm of the output unit that each entry belongs to, for a rule with ``normalized``; broadcasts.
     """

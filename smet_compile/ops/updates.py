@@ -41,7 +41,8 @@ class Update:
         layout: the topology's; for a plain parameter it tells what its rows are, or is None.
         units_are_columns: for a normalized rule, whether an output unit of the weight is a column.
         options: the rule's numbers, in the rule's order.
-        density_rate: d^(-p). warmup_steps: W; 0 for none.
+        density_rate: d^(-p). warmup_steps: W of blocks that were grown; 0 for none.
+        initial_warmup_steps: W of the blocks that were there from the start, which are those born at step 0.
         noise_seed: seed for rounding bf16 tensors and codes stochastically; None to round to nearest.
         prepared: whatever a kernel prepared for this update and may use again while its tensors stay the same.
     """
@@ -62,6 +63,7 @@ class Update:
     options: tuple[float, ...]
     density_rate: float
     warmup_steps: int
+    initial_warmup_steps: int
     noise_seed: int | None
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -96,6 +98,7 @@ class Settings(NamedTuple):
     options: tuple[float, ...]
     density_rate: float
     warmup_steps: int
+    initial_warmup_steps: int
     noise_seed: int | None
     units_are_columns: bool = False
     layout: str = ""
@@ -167,6 +170,7 @@ def flatten(update: Update) -> tuple[Any, ...]:
         update.options,
         update.density_rate,
         update.warmup_steps,
+        update.initial_warmup_steps,
         update.noise_seed,
         update.units_are_columns,
         "" if update.layout is None else update.layout.text,
@@ -221,6 +225,7 @@ def _make(settings: Settings, topology: Topology | None, tensors: dict[str, Any]
         options=settings.options,
         density_rate=settings.density_rate,
         warmup_steps=settings.warmup_steps,
+        initial_warmup_steps=settings.initial_warmup_steps,
         noise_seed=settings.noise_seed,
         **(tensors | {"slots": tuple(tensors["slots"])}),
     )
@@ -268,7 +273,8 @@ def check_names(table: str, names: Collection[str], rule: Rule, derived: Collect
     """
     slots, options = {slot.name for slot in rule.slots}, set(rule.options)
     unknown = set(names) - set(NAMES) - set(Settings._fields) - slots - options - set(derived)
-    needed = {"values", "grad", "scales", "num_skipped", "step", "generation", "births", "warmup_steps"} | slots
+    warmups = {"warmup_steps", "initial_warmup_steps"}
+    needed = {"values", "grad", "scales", "num_skipped", "step", "generation", "births"} | warmups | slots
     missing = needed - set(names)
     if unknown or missing:
         raise ValueError(f"{table}: unknown names {sorted(unknown)}, missing names {sorted(missing)}")

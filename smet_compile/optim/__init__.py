@@ -2,8 +2,8 @@
 
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.adamw import ActiveAdamW, NaiveAdamW
+from smet_compile.optim.groups import decay_groups, param_groups, scale_initial_
 from smet_compile.optim.lion import ActiveLion
-from smet_compile.optim.parameters import decay_groups
 from smet_compile.optim.scale import ActiveScale
 from smet_compile.optim.sgd import ActiveSGD
 
@@ -24,4 +24,6 @@ __all__ = [
     "ActiveScale",
     "NaiveAdamW",
     "decay_groups",
+    "param_groups",
+    "scale_initial_",
 ]

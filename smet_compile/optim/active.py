@@ -27,7 +27,7 @@ from smet_compile.ops.reads import settle_live
 from smet_compile.ops.rules import Rule
 from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
-from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options
+from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options, initial_warmup
 from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
 from smet_compile.optim.state import (
     StateKind,
@@ -46,10 +46,9 @@ _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameter
 class ActiveOptimizer(Optimizer):
     """Keeps state for active weights only, and gives each block its own age and warm-up (SMET, arXiv 2606.00888).
 
-    A subclass sets the rule, and the options of its groups besides ``lr``, ``warmup_steps`` and
-    ``lr_density_exponent``. A block whose gradient is not finite keeps weight and state, is counted in
-    ``num_skipped_blocks``, and grows older. Plain parameters are moved by the same rule (d = 1, no warm-up, their own
-    step count).
+    A subclass sets the rule, and the options of its groups besides ``lr``, both warm-ups and ``lr_density_exponent``. A
+    block whose gradient is not finite keeps weight and state, is counted in ``num_skipped_blocks``, and grows older.
+    Plain parameters are moved by the same rule (d = 1, no warm-up, their own step count).
 
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
@@ -93,6 +92,7 @@ class ActiveOptimizer(Optimizer):
             {
                 **options,
                 "warmup_steps": common.get("warmup_steps", self.warmup_steps),
+                "initial_warmup_steps": common.get("initial_warmup_steps"),
                 "lr_density_exponent": common.get("lr_density_exponent", self.lr_density_exponent),
             }
         )
@@ -119,7 +119,8 @@ class ActiveOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         checked = check_options(self.defaults | param_group)
-        super().add_param_group(param_group | {key: checked[key] for key in param_group if key in self.defaults})
+        known = {key: checked[key] for key in param_group if key in self.defaults}
+        super().add_param_group(param_group | known | initial_warmup(checked))
         self._parameters = describe_parameters(self._model) | self._parameters
         for parameter in self.param_groups[-1]["params"]:
             if parameter not in self._parameters:
@@ -223,7 +224,8 @@ class ActiveOptimizer(Optimizer):
                 f"{type(self).__name__}: {shown} got a gradient and are in no parameter group, so they are never "
                 "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
                 "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
-                "smet.decay_groups(model, weight_decay); freeze it with requires_grad_(False) to leave it as it is",
+                "smet.param_groups(model, lr) or smet.decay_groups(model, weight_decay); freeze it with "
+                "requires_grad_(False) to leave it as it is",
                 stacklevel=7,
             )
 
@@ -254,12 +256,14 @@ class ActiveOptimizer(Optimizer):
             options=_numbers_of(rule, group),
             density_rate=known.density ** -group["lr_density_exponent"],
             warmup_steps=group["warmup_steps"] if compact else 0,
+            initial_warmup_steps=group["initial_warmup_steps"] if compact else 0,
             noise_seed=zlib.crc32(f"{self.seed} {known.name}".encode()) if self.stochastic_rounding else None,
         )
-        if compact and update.warmup_steps and update.generation is None:
+        warmups = update.warmup_steps, update.initial_warmup_steps
+        if any(warmups) and update.generation is None:
             raise ValueError(
-                f"{known.name}: expected warmup_steps of 0 as when the optimizer made its state, got "
-                f"{update.warmup_steps}: blocks have no age; make the optimizer anew with warmup_steps="
+                f"{known.name}: expected warmup_steps and initial_warmup_steps of 0 as when the optimizer made its "
+                f"state, got {warmups}: blocks have no age; make the optimizer anew with warmup_steps="
             )
         check(known.name, update)
         if not is_traced(parameter):
@@ -268,7 +272,7 @@ class ActiveOptimizer(Optimizer):
 
     def _state_kind(self, parameter: nn.Parameter, group: dict[str, Any]) -> StateKind:
         rule, site = self.rule_of(parameter), self._parameters[parameter].site
-        has_ages = rule.needs_ages or group["warmup_steps"] > 0
+        has_ages = rule.needs_ages or group["warmup_steps"] > 0 or group["initial_warmup_steps"] > 0
         return StateKind(rule.slots, moment_dtype(parameter, self.moment_dtype), site, has_ages)
 
     def check_parameter(self, parameter: nn.Parameter) -> None:
@@ -300,9 +304,10 @@ class ActiveOptimizer(Optimizer):
             return
         group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
         options = rule.named_options(_numbers_of(rule, group))
-        mature = max(group["warmup_steps"], rule.mature_age(options, compute_dtype(change.values.dtype)))
+        mature_age = rule.mature_age(options, compute_dtype(change.values.dtype))
+        mature_age = max(mature_age, group["warmup_steps"], group["initial_warmup_steps"])
         state["generation"], state["births"] = add_generation(
-            state["generation"], state["births"], ~change.survived, state["step"], mature
+            state["generation"], state["births"], ~change.survived, state["step"], mature_age
         )
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
@@ -347,17 +352,18 @@ class ActiveOptimizer(Optimizer):
             ValueError: an option that the constructor would refuse; state of other parameters, or of another dtype or
                 shape; counts, ages or scales that no training makes. Moments may be anything: an overflow is kept.
         """
-        saved = check_groups(state_dict, self, self._options)
+        saved = check_groups(state_dict, self, self._options - {"initial_warmup_steps"})  # older files lack it
         for i, group in enumerate(state_dict["param_groups"]):
             try:
-                check_options({option: group[option] for option in self._options})
+                check_options({option: group[option] for option in self._options & group.keys()})
             except (ValueError, TypeError) as error:
                 raise ValueError(f"param_groups[{i}]: {error}") from error
         for key, state in state_dict["state"].items():
             if key not in saved:
                 raise ValueError("optimizer state: expected that of this model's parameters, got that of others")
             parameter, group = saved[key]
-            check_state(self._parameters[parameter].name, parameter, self._state_kind(parameter, group), state)
+            kind = self._state_kind(parameter, group | initial_warmup(group))
+            check_state(self._parameters[parameter].name, parameter, kind, state)
         return saved
 
     def __getstate__(self) -> dict[str, Any]:
@@ -365,6 +371,8 @@ class ActiveOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_is_first_step": True} | state)
+        for group in self.param_groups:
+            group.update(initial_warmup(group))
         self._drop_ready_updates()
         register(self)
 

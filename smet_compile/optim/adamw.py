@@ -64,10 +64,11 @@ class ActiveAdamW(ActiveOptimizer):
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
         lr: α, a number or a 0-d tensor. betas: β1, β2. eps: ε. weight_decay: λ.
-        common: ``warmup_steps`` (W, 100), ``lr_density_exponent`` (p, 1), ``moment_dtype``, ``stochastic_rounding``,
-            ``model`` and ``seed``; see ``CommonOptions``.
+        common: ``warmup_steps`` (W, 100), ``initial_warmup_steps`` (that of the blocks to start from, as W),
+            ``lr_density_exponent`` (p, 1), ``moment_dtype``, ``stochastic_rounding``, ``model`` and ``seed``; see
+            ``CommonOptions``.
 
-    All of lr, betas, eps, weight_decay, warmup_steps and lr_density_exponent may differ by group. ``ActiveOptimizer``
+    All of lr, betas, eps, weight_decay, both warm-ups and lr_density_exponent may differ by group. ``ActiveOptimizer``
     describes what happens to plain parameters and to gradients that are not finite, and the errors.
     """
 

@@ -24,6 +24,8 @@ class CommonOptions(TypedDict, total=False):
 
     Args:
         warmup_steps: W, the steps over which the step size of a grown block rises; 0 for none. May differ by group.
+        initial_warmup_steps: W of the blocks that are active from the start; None for that of grown ones. May differ by
+            group.
         lr_density_exponent: p; the rate of a weight of density d is multiplied by d^(-p). May differ by group.
         moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8" for one byte
             each and a scale for every tile or 1024 dense weights.
@@ -33,6 +35,7 @@ class CommonOptions(TypedDict, total=False):
     """
 
     warmup_steps: int
+    initial_warmup_steps: int | None
     lr_density_exponent: float
     moment_dtype: torch.dtype | Literal["int8"] | None
     stochastic_rounding: bool | None
@@ -43,6 +46,12 @@ class CommonOptions(TypedDict, total=False):
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
     """Returns ``options`` after checking those that are known. Raises ValueError for the first that is out of range."""
     return {name: _CHECKS[name](name, value) if name in _CHECKS else value for name, value in options.items()}
+
+
+def initial_warmup(group: dict[str, Any]) -> dict[str, int]:
+    """Returns the warm-up of the initial blocks of a group: its own, else that of grown blocks, as in older files."""
+    given = group.get("initial_warmup_steps")
+    return {"initial_warmup_steps": group["warmup_steps"] if given is None else given}
 
 
 def check_moment_dtype(moment_dtype: Any) -> Any:
@@ -92,6 +101,10 @@ def _steps(name: str, value: Any) -> int:
     return whole_number(name, value, at_least=0, at_most=MOST_STEPS)
 
 
+def _steps_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else _steps(name, value)
+
+
 def _exponent(name: str, value: Any) -> float:
     return number(name, value, at_least=-_MOST_EXPONENT, at_most=_MOST_EXPONENT)
 
@@ -104,5 +117,6 @@ _CHECKS = {
     "momentum": _below_one,
     "nesterov": flag,
     "warmup_steps": _steps,
+    "initial_warmup_steps": _steps_or_none,
     "lr_density_exponent": _exponent,
 }

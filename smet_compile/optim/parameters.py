@@ -1,4 +1,4 @@
-"""Describes the parameters of a model for an optimizer, caches their updates, and makes the usual parameter groups."""
+"""Describes the parameters of a model for an optimizer, and caches their updates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from smet_compile.format import Layout, arguments
+from smet_compile.format import Layout
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
 from smet_compile.ops.sites import CONVOLUTIONS
 from smet_compile.ops.updates import Update
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,10 @@ class Parameter:
     Args:
         name: its canonical name. site: None unless it is compact. shape: its shape when it was first seen.
         layout: the layout of a compact weight, or one that tells the rows of a dense matrix; None for a vector.
-        units_are_columns: whether an output unit is a column of the matrix, as in an embedding, and not a row.
-        is_head: whether it is the weight of the output layer.
+        units_are_columns: whether an output unit is a column of the matrix and not a row, as in an embedding, and in
+            experts that say ``is_transposed``.
+        is_head: whether it is the weight of the output layer. is_embedding: whether it is one of an embedding, tied to
+            the output layer or not.
     """
 
     name: str
@@ -32,10 +36,17 @@ class Parameter:
     layout: Layout | None = None
     units_are_columns: bool = False
     is_head: bool = False
+    is_embedding: bool = False
 
     @property
     def density(self) -> float:
         return self.site.density if self.site else 1.0
+
+    @property
+    def num_inputs(self) -> int:
+        """Counts the inputs that an output of a dense matrix reads: the fan-in of ``torch.nn.init``."""
+        assert self.layout is not None, "a vector reads none"
+        return self.layout.rows if self.units_are_columns else self.layout.cols
 
     def check(self, parameter: Tensor) -> None:
         """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
@@ -68,6 +79,7 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
             )
     head = find_output_head(model)
     owners = {id(p): module for module in model.modules() for p in module._parameters.values() if p is not None}
+    embeddings = {id(p) for each in model.modules() if isinstance(each, _EMBEDDINGS) for p in each.parameters()}
     found: dict[nn.Parameter, Parameter] = {}
     for name, parameter in model.named_parameters():
         site = by_values.get(id(parameter))
@@ -79,10 +91,16 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
             layout = Layout.of(parameter.shape, (1, 1), flatten=isinstance(owner, CONVOLUTIONS))
         else:
             layout = None
-        by_column = isinstance(owner, nn.Embedding) or type(owner).__name__.endswith("Conv1D")
+        by_column = not is_head and layout is not None and _units_are_columns(owner, layout)
         full_name = site.name if site else canonical_name(model, name)
-        found[parameter] = Parameter(full_name, site, parameter.shape, layout, by_column and not is_head, is_head)
+        is_embedding = id(parameter) in embeddings
+        found[parameter] = Parameter(full_name, site, parameter.shape, layout, by_column, is_head, is_embedding)
     return found
+
+
+def _units_are_columns(owner: nn.Module, layout: Layout) -> bool:
+    is_transposed_stack = len(layout.shape) == 3 and getattr(owner, "is_transposed", False) is True
+    return isinstance(owner, nn.Embedding) or type(owner).__name__.endswith("Conv1D") or is_transposed_stack
 
 
 def find_output_head(model: nn.Module) -> nn.Parameter | None:
@@ -112,25 +130,6 @@ def _is_sharded(parameter: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Makes the usual two parameter groups, for ``ActiveAdamW(groups, model=model)`` or any optimizer.
-
-    Matrices decay, biases and norms do not. A compact weight is a matrix, whatever the shape of its values.
-
-    Raises:
-        ValueError: ``model`` is no module, or the weight decay is no finite number of at least 0.
-    """
-    arguments.module("decay_groups", model)
-    weight_decay = arguments.number("weight_decay", weight_decay, at_least=0)
-    compact = {id(site.values) for site in find_sites(model).values()}
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        is_matrix = id(parameter) in compact or parameter.dim() >= 2
-        (decay if is_matrix else plain).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 class ReadyUpdate:

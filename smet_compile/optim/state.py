@@ -57,18 +57,18 @@ def find_ages(generation: Tensor, births: Tensor, step: Tensor) -> Tensor:
 
 
 def add_generation(
-    generation: Tensor, births: Tensor, born: Tensor, step: Tensor, mature: int
+    generation: Tensor, births: Tensor, born: Tensor, step: Tensor, mature_age: int
 ) -> tuple[Tensor, Tensor]:
     """Makes a new generation of the blocks in the mask ``born`` (N,), born at ``step``.
 
-    ``mature`` is the age from which a block's age no longer matters (``Rule.mature_age``, and the warm-up).
+    ``mature_age`` is the age from which a block's age no longer matters (``Rule.mature_age``, and both warm-ups).
 
     Returns generation and births: the same tensors, changed in place, unless the table had to grow.
     """
     if not (births == _FREE).any():
         _forget_empty(generation, births)
     if not (births == _FREE).any():
-        _merge_mature(generation, births, int(step) - mature)
+        _merge_mature(generation, births, int(step) - mature_age)
     if not (births == _FREE).any():
         generation, births = _grow(generation, births)
     slot = int((births == _FREE).nonzero()[0])

@@ -10,9 +10,10 @@ import torch
 
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
+from smet_compile.format.patterns import check_pattern, n_of_m
 from smet_compile.presets import PRESETS, find_preset
 from smet_compile.runtime.policies import GrowName
-from smet_compile.runtime.schedules import ScheduleName
+from smet_compile.runtime.schedules import Schedule, ScheduleName, find_min_age
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
@@ -62,15 +63,23 @@ class RunConfig:
     accumulate: int = _option("Micro-batches in a step. Default: by preset.", at_least=1)
     sequence: int = _option("Tokens in a sequence. Default: by preset.", at_least=2)
     lr: float = _option("Peak learning rate at density 1. Default: by preset.", above=0)
+    embedding_lr: float = _option(
+        "Peak learning rate of embeddings, output head, norms and biases. Default: --lr.", above=0
+    )
     lr_density_exponent: float = _option("p: a weight of density d trains at lr / d**p. Default: 1.")
     weight_decay: float = _option("Decoupled weight decay of matrices. Default: 0.", at_least=0)
     warmup: int = _option("Learning-rate warm-up in steps. Default: 5% of --steps.", at_least=0)
     every: int = _option("Steps between topology updates. Default: 100, less in runs under 1600 steps.", at_least=1)
-    block_warmup: int = _option("Warm-up of a new block in steps (smet, static). Default: --every.", at_least=0)
+    block_warmup: int = _option("Warm-up of a grown block in steps (smet). Default: --every.", at_least=0)
+    initial_block_warmup: int = _option(
+        "Warm-up of the blocks to start from, in steps (smet, static). Default: --block-warmup.", at_least=0
+    )
     drop_fraction: float = _option("Share of blocks moved by the first update. Default: 0.2.", at_least=0, below=1)
     final_drop_fraction: float = _option(
         "Share of blocks moved at the schedule's end. Default: 0.005.", at_least=0, below=1
     )
+    min_age: int = _option("Steps for which a grown block is not dropped. Default: 2 updates, if they fit.", at_least=0)
+    pattern: str = _option("Which blocks may be active: none, fan_in, or N:M such as 2:4. Default: none.")
     data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. Default: stdlib.")
     tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. Default: bytes.")
     dtype: str = _option(f"Weights: {', '.join(DTYPES)}. Default: float32.", known=DTYPES)
@@ -94,6 +103,9 @@ class RunConfig:
                 f"--lr-density-exponent: expected an exponent p for which lr / density**p = {self.lr:g} / "
                 f"{self.density:g}**p is a positive number, got {self.lr_density_exponent}; pass one closer to 0"
             )
+        find_min_age(self.min_age, self.plain_schedule)
+        if self.pattern != "none":
+            check_pattern(self.pattern)
         if not _is_device(self.device):
             raise ValueError(f"--device: expected a torch device such as cpu or cuda:0, got {described(self.device)}")
 
@@ -101,6 +113,11 @@ class RunConfig:
     def block_shape(self) -> tuple[int, int]:
         """Returns `block` as (rows, columns): "16" is (16, 16), "1x16" is (1, 16)."""
         return parse_block(self.block, "--block")
+
+    @property
+    def plain_schedule(self) -> Schedule:
+        """Returns how often and how much the topology changes, at most."""
+        return Schedule(self.every, self.steps, self.drop_fraction, self.final_drop_fraction)
 
     @property
     def step_tokens(self) -> int:
@@ -177,6 +194,17 @@ def _is_device(name: str) -> bool:
         return False
 
 
+def _default_density(given: dict[str, Any]) -> float:
+    pattern = given.get("pattern", "none")
+    ratio = None if pattern == "none" else n_of_m(check_pattern(pattern))
+    return ratio[0] / ratio[1] if ratio else 0.3
+
+
+def _default_min_age(every: int, given: dict[str, Any]) -> int:
+    fractions = given.get("drop_fraction", 0.2), given.get("final_drop_fraction", 0.005)
+    return find_min_age(None, Schedule(every, 0.0, *fractions))
+
+
 def resolve(**given: Any) -> RunConfig:
     """Returns a complete `RunConfig` of the options `given`; the others follow from preset and number of steps.
 
@@ -188,11 +216,13 @@ def resolve(**given: Any) -> RunConfig:
     every = given.get("every", max(1, min(100, steps // 16)))
     tenth = max(1, min(1000, steps // 10))
     defaults = {
-        "preset": "tiny", "method": "smet", "density": 0.3, "block": "1",
+        "preset": "tiny", "method": "smet", "density": _default_density(given), "block": "1",
         "steps": steps, "batch": preset.batch, "accumulate": preset.accumulate, "sequence": preset.sequence,
-        "lr": preset.lr, "lr_density_exponent": 1.0, "weight_decay": 0.0, "warmup": steps // 20,
-        "every": every, "block_warmup": every, "drop_fraction": 0.2, "final_drop_fraction": 0.005,
-        "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
+        "lr": preset.lr, "embedding_lr": given.get("lr", preset.lr), "lr_density_exponent": 1.0,
+        "weight_decay": 0.0, "warmup": steps // 20,
+        "every": every, "block_warmup": every, "initial_block_warmup": given.get("block_warmup", every),
+        "drop_fraction": 0.2, "final_drop_fraction": 0.005, "min_age": _default_min_age(every, given),
+        "pattern": "none", "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
         "device": "cuda" if torch.cuda.is_available() else "cpu", "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip

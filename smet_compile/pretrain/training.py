@@ -35,15 +35,20 @@ class GradientBytes:
 
 @dataclass
 class Training:
-    """Holds all that a step changes, and `step`, which takes a micro-batch. `manager` is None in dense training."""
+    """Holds all that a step changes, and `step`, which takes a micro-batch. `manager` is None in dense training.
+
+    `peak_rates` are those of the parameter groups; the first is `--lr`.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     manager: smet.TopologyManager | None
     step: Callable[[dict[str, Tensor]], Tensor]
     gradients: GradientBytes = field(init=False)
+    peak_rates: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.gradients = GradientBytes(self.optimizer)
 
 
@@ -60,7 +65,8 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
     if method is None:
         optimizer = dense_optimizer(config, model)
         return Training(model, optimizer, None, _step(config, model, optimizer))
-    smet.sparsify(model, config.density, block_shape=config.block_shape, seed=config.seed)
+    pattern = None if config.pattern == "none" else config.pattern
+    smet.sparsify(model, config.density, block_shape=config.block_shape, pattern=pattern, seed=config.seed)
     optimizer = _sparse_optimizer(config, method, model)
     manager = smet.TopologyManager(
         model,
@@ -71,6 +77,7 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
         final_drop_fraction=config.final_drop_fraction,
         grow=method.grow,
         schedule=method.schedule,
+        min_age=config.min_age,
         seed=config.seed,
     )
     return Training(model, optimizer, manager, _step(config, model, optimizer))
@@ -90,15 +97,22 @@ def expect_device(device: str) -> None:
 
 def dense_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Returns plain AdamW."""
-    return torch.optim.AdamW(smet.decay_groups(model, config.weight_decay), lr=config.lr)
+    return torch.optim.AdamW(_groups(config, model), lr=config.lr)
+
+
+def _groups(config: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Returns the parameter groups; where all rates are alike, they are those of runs of older versions."""
+    own_rate = None if config.embedding_lr == config.lr else config.embedding_lr
+    return smet.param_groups(model, config.lr, embedding_lr=own_rate, weight_decay=config.weight_decay)
 
 
 def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> torch.optim.Optimizer:
     make = smet.NaiveAdamW if method.naive else smet.ActiveAdamW
     return make(
-        smet.decay_groups(model, config.weight_decay),
+        _groups(config, model),
         lr=config.lr,
         warmup_steps=0 if method.naive else config.block_warmup,
+        initial_warmup_steps=0 if method.naive else config.initial_block_warmup,
         lr_density_exponent=config.lr_density_exponent,
         moment_dtype=MOMENT_DTYPES[config.moment_dtype],
         model=model,
@@ -159,9 +173,12 @@ Outcome = tuple[float, smet.TopologyEvent | None]
 
 
 def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
-    """Takes one step on (accumulate, batch, sequence) tokens; returns its mean loss and topology update, if any."""
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
+    """Takes one step on (accumulate, batch, sequence) tokens; returns its mean loss and topology update, if any.
+
+    `rate` is that of linear layers at density 1; the other groups follow in proportion.
+    """
+    for group, peak in zip(training.optimizer.param_groups, training.peak_rates, strict=True):
+        group["lr"] = rate * (peak / training.peak_rates[0])
     with _explaining_failed_compilation():
         losses = [training.step({"input_ids": micro_batch, "labels": micro_batch}) for micro_batch in batch]
     event = training.manager.step() if training.manager else None

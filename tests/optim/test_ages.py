@@ -14,9 +14,18 @@ from tests.support.slope import Slope, step_on
 
 
 def follow(
-    every: int, num_updates: int, size: int, drop: float, betas: tuple[float, float], check_ages: bool = True
-) -> Tensor:
-    """Weights (always) and ages (if asked) equal the oracle's at every update; returns the final ages."""
+    every: int,
+    num_updates: int,
+    size: int,
+    drop: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    initial_warmup: int | None = None,
+    check_ages: bool = True,
+) -> tuple[Tensor, int]:
+    """Weights (always) and ages (if asked) equal the oracle's at every update.
+
+    Returns the final ages, and the number of entries in the table of births.
+    """
     model = nn.Linear(size, size, bias=False).double()
     twin_model = copy.deepcopy(model)
     smet.sparsify(model, density=0.4)
@@ -24,9 +33,10 @@ def follow(
     with torch.no_grad():
         twin_model.weight.copy_(model.weight)
     grid = Grid((size, size), (1, 1))
-    rule = SmetAdamW(1e-2, betas=betas, warmup_steps=20)
+    warmups = {"warmup_steps": 20, "initial_warmup_steps": initial_warmup}
+    rule = SmetAdamW(1e-2, betas=betas, **warmups)
     twin = DenseTwin(twin_model, {"weight": TwinSite(grid, site.compact.mask().clone())}, rule)
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, betas=betas, warmup_steps=20)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2, betas=betas, **warmups)
     manager = smet.TopologyManager(
         model, optimizer, total_steps=10**6, every=every, drop_fraction=drop, schedule="constant"
     )
@@ -48,24 +58,27 @@ def follow(
             )
             torch.testing.assert_close(model.weight.detach(), twin.weights["weight"], atol=1e-10, rtol=1e-10)
     assert len(manager.history) == num_updates
-    return ages
+    return ages, len(optimizer.state[site.values]["births"])
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_more_updates_than_a_byte_counts(every: int) -> None:
-    ages = follow(every, 330, size=12, drop=0.1, betas=(0.9, 0.999))
+    ages, _ = follow(every, 330, size=12, drop=0.1)
     assert int(ages.max()) > 255
 
 
 def test_more_living_generations_than_a_byte_counts() -> None:
     """Few blocks die, so more than 256 birth steps are alive at once."""
-    ages = follow(1, 330, size=60, drop=0.003, betas=(0.9, 0.999))
+    ages, size = follow(1, 330, size=60, drop=0.003)
     assert len(ages.unique()) > 256
+    assert size == 512
 
 
-def test_generations_too_old_to_matter_may_merge() -> None:
-    """At beta2 = 0.9 a weight older than 200 steps has bias corrections of exactly 1."""
-    follow(1, 330, size=60, drop=0.003, betas=(0.8, 0.9), check_ages=False)
+@pytest.mark.parametrize(("initial_warmup", "merges"), [(None, True), (0, True), (200, True), (300, False)])
+def test_generations_too_old_to_matter_may_merge(initial_warmup: int | None, merges: bool) -> None:
+    """At beta2 = 0.8 a weight older than 168 steps has bias corrections of 1; both warm-ups must be over too."""
+    _, size = follow(1, 330, size=60, drop=0.003, betas=(0.8, 0.8), initial_warmup=initial_warmup, check_ages=False)
+    assert size == (256 if merges else 512)
 
 
 def test_a_saturating_counter_would_freeze_old_weights() -> None:

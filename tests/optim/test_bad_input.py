@@ -27,6 +27,10 @@ from tests.support.training import train
         ("warmup_steps", 1.5),
         ("warmup_steps", float("inf")),
         ("warmup_steps", True),
+        ("initial_warmup_steps", -1),
+        ("initial_warmup_steps", 0.5),
+        ("initial_warmup_steps", "x"),
+        ("initial_warmup_steps", 2**60),
         ("lr", float("inf")),
         ("lr", None),
         ("lr", "0.1"),
@@ -64,7 +68,9 @@ def test_options_out_of_range(option: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("lr", float("nan")), ("betas", (0.9,)), ("warmup_steps", 2.0), ("eps", True)], ids=str
+    ("option", "value"),
+    [("lr", float("nan")), ("betas", (0.9,)), ("initial_warmup_steps", 2.0), ("eps", True)],
+    ids=str,
 )
 def test_options_of_a_group_out_of_range(option: str, value: object) -> None:
     model = smet.sparsify(two_layers(), density=0.5)
@@ -80,6 +86,20 @@ def test_decay_groups(weight_decay: Any) -> None:
         smet.decay_groups(two_layers(), weight_decay)
     with pytest.raises(ValueError, match=r"decay_groups: expected a model \(torch.nn.Module\), got 3"):
         smet.decay_groups(3, 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["warmup_steps", "initial_warmup_steps"])
+def test_a_warmup_where_blocks_have_no_age(option: str) -> None:
+    model = smet.sparsify(two_layers(), density=0.5)
+    optimizer = smet.ActiveSGD(model, warmup_steps=0)
+    train(model, optimizer, steps=1)
+    optimizer.param_groups[0][option] = 5
+    model(torch.randn(2, 12)).sum().backward()
+    with (
+        Unchanged(model, optimizer),
+        pytest.raises(ValueError, match="expected warmup_steps and initial_warmup_steps of 0"),
+    ):
+        optimizer.step()
 
 
 def test_param_groups_need_the_model() -> None:

@@ -35,6 +35,19 @@ def grow_late(make, late: int = LATE, **options) -> tuple[Slope, torch.optim.Opt
     return model, optimizer, site.values, grown
 
 
+@pytest.mark.parametrize("initial_warmup", [0, 5, 1000])
+def test_initial_blocks_start_by_a_warmup_of_their_own(initial_warmup: int) -> None:
+    model = smet.sparsify(Slope(8, 8).double(), density=0.25)
+    options = {"warmup_steps": WARMUP, "initial_warmup_steps": initial_warmup, "lr_density_exponent": 0.0}
+    optimizer = smet.ActiveAdamW(model, lr=LR, **options)
+    values = find_sites(model)["weight"].values
+    for age in range(1, 9):
+        before = values.detach().clone()
+        step_on(model, optimizer)
+        expected = LR * min(1.0, age / max(1, initial_warmup))
+        torch.testing.assert_close(before - values.detach(), torch.full_like(before, expected), rtol=1e-5, atol=0)
+
+
 def adam_step(t: int, decay_time: int) -> float:
     """Returns |m_hat| / sqrt(v_hat) of a constant gradient seen t times, corrected for decay_time steps."""
     m_hat = (1 - 0.9**t) / (1 - 0.9**decay_time)

@@ -14,7 +14,7 @@ from tests.support.training import train
 
 OF_OPTIMIZER: list[dict[str, Any]] = [
     {"lr": np.float32(0.01), "eps": np.float32(1e-8), "weight_decay": np.float64(0.1)},
-    {"betas": (np.float32(0.9), np.float16(0.99)), "warmup_steps": np.int64(5)},
+    {"betas": (np.float32(0.9), np.float16(0.99)), "warmup_steps": np.int64(5), "initial_warmup_steps": np.int32(2)},
     {"betas": np.array([0.9, 0.99]), "lr_density_exponent": np.float32(0.5)},
     {"betas": torch.tensor([0.9, 0.99]), "eps": np.array(1e-6), "seed": np.uint64(3)},
     {"stochastic_rounding": np.bool_(False), "warmup_steps": torch.tensor(4)},

@@ -1,6 +1,8 @@
 """Tests every rule: like its dense twin, moved with the topology, resumed, in every dtype, in 8 bits, in backward."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,12 +49,23 @@ def train(model: nn.Module, optimizer: Any, manager: Any, first: int, steps: int
 @every_rule
 @every_block_shape
 def test_equals_its_dense_twin(block_shape: tuple[int, int], name: str) -> None:
-    row = ROWS[name]
-    model, optimizer, manager = make(row, block_shape)
+    follow_twin(ROWS[name], block_shape)
+
+
+@every_rule
+@pytest.mark.parametrize("warmups", [(0, 15), (14, 0), (14, 30), (30, 14)], ids=str)
+def test_equals_its_dense_twin_with_two_warmups(warmups: tuple[int, int], name: str) -> None:
+    """Grown blocks warm up over the first number of steps, those that are there from the start over the second."""
+    follow_twin(ROWS[name], warmup_steps=warmups[0], initial_warmup_steps=warmups[1])
+
+
+def follow_twin(row: Row, block_shape: tuple[int, int] = (1, 1), **warmups: int) -> None:
+    """Trains over two topology updates as the dense twin does."""
+    model, optimizer, manager = make(row, block_shape, **warmups)
     plain = RaggedNet().double()
     fill_masked(plain, model)
     masks, grids = masks_of(model), grids_of(model)
-    twin = DenseTwin(plain, {site: TwinSite(grids[site], masks[site]) for site in masks}, row.twin)
+    twin = DenseTwin(plain, {site: TwinSite(grids[site], masks[site]) for site in masks}, replace(row.twin, **warmups))
     for step in range(25):
         loss = train(model, optimizer, manager, step, 1).item()
         assert abs(loss - twin.step(*batch(step, 50, 41, torch.float64))) <= 1e-10
@@ -79,6 +92,13 @@ def test_has_the_state_of_its_slots_and_no_more(name: str) -> None:
         has_ages = is_compact and (optimizer.rule_of(parameter).needs_ages or row.warmup_steps > 0)
         ages = {"generation", "births"} if has_ages else set()
         assert set(state) == {"step", "num_skipped", *slots, *ages}
+
+
+@every_rule
+def test_warmup_of_the_initial_blocks_alone_needs_ages_too(name: str) -> None:
+    model, optimizer, manager = make(ROWS[name], warmup_steps=0, initial_warmup_steps=9)
+    train(model, optimizer, manager, 0, 1)
+    assert "births" in optimizer.state[find_sites(model)["first.weight"].values]
 
 
 @every_rule
@@ -147,11 +167,12 @@ def test_state_in_few_bits_trains_about_as_well(name: str, dtype: torch.dtype) -
 @every_rule
 @every_block_shape
 def test_the_law_and_its_chunks_agree(block_shape: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmups = {"warmup_steps": 4, "initial_warmup_steps": 20}
     results = []
     for kernel in ("reference", "torch"):
         monkeypatch.setenv("SMET_COMPILE_KERNEL", kernel)
         monkeypatch.setattr("smet_compile.ops.plain._WEIGHTS_IN_CACHE", 300)
-        model, optimizer, manager = make(ROWS[name], block_shape, torch.bfloat16, moment_dtype="int8")
+        model, optimizer, manager = make(ROWS[name], block_shape, torch.bfloat16, moment_dtype="int8", **warmups)
         train(model, optimizer, manager, 0, 12, torch.bfloat16)
         results.append(snapshot(model, optimizer))
     assert_same(*results)
@@ -176,7 +197,8 @@ def test_a_gradient_that_is_not_finite_is_skipped(name: str) -> None:
 @pytest.mark.parametrize("block_shape", [1, (1, 4), 4], ids=str)
 def test_the_compiled_step_equals_the_loop(name: str, block_shape: Any) -> None:
     row = ROWS[name]
-    step_run, loop_run = twice(sparse(block_shape=block_shape), row.make, drop_fraction=0.4)
+    make_optimizer = partial(row.make, initial_warmup_steps=30)
+    step_run, loop_run = twice(sparse(block_shape=block_shape), make_optimizer, drop_fraction=0.4)
     step = step_run.compiled()
     assert step.fused
     step_run.in_step(step, map(batch_of, range(12)))
@@ -188,12 +210,16 @@ def test_the_compiled_step_equals_the_loop(name: str, block_shape: Any) -> None:
 def test_options_differ_by_group_and_bad_ones_are_refused(name: str) -> None:
     row = ROWS[name]
     model = smet.sparsify(RaggedNet(), density=0.5)
-    for option in ("lr", "weight_decay", "warmup_steps", "lr_density_exponent"):
+    for option in ("lr", "weight_decay", "warmup_steps", "initial_warmup_steps", "lr_density_exponent"):
         with pytest.raises(ValueError, match=f"{option}: expected"):
             type(row.make(model))(model, **{option: "much"})
     groups = smet.decay_groups(model, 0.2)
     optimizer = type(row.make(model))(groups, model=model)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    groups = [groups[0] | {"warmup_steps": 3}, groups[1] | {"initial_warmup_steps": 0}]
+    optimizer = type(row.make(model))(groups, warmup_steps=7, model=model)
+    assert [group["warmup_steps"] for group in optimizer.param_groups] == [3, 7]
+    assert [group["initial_warmup_steps"] for group in optimizer.param_groups] == [3, 0]
     with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
         type(optimizer)(model, betta=1)
 
@@ -224,7 +250,7 @@ def test_scale_keeps_nothing_for_compact_weights() -> None:
 
 @pytest.mark.parametrize("block_shape", SHAPES, ids=str)
 def test_scale_normalizes_columns_where_these_are_the_outputs(block_shape: tuple[int, int]) -> None:
-    """In an embedding the features are the output units, and in a ``Conv1D`` of transformers the columns."""
+    """In an embedding the features are the output units, in a ``Conv1D`` and in transposed experts the columns."""
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
@@ -239,3 +265,20 @@ def test_scale_normalizes_columns_where_these_are_the_outputs(block_shape: tuple
     for old, now, grad in zip(before, (model[1].weight, model[0].weight), grads, strict=True):
         expected = grad / grad.norm(dim=0).clamp(min=1e-300)
         torch.testing.assert_close(old - now.detach(), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_scale_normalizes_the_columns_of_transposed_experts() -> None:
+    class Experts(nn.Module):
+        is_transposed = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8, 12, dtype=torch.float64))
+
+    model = nn.Sequential(Experts(), nn.Linear(5, 5).double())
+    optimizer = smet.ActiveScale(model, lr=1.0)
+    weight = model[0].weight
+    before, grad = weight.detach().clone(), torch.randn_like(weight)
+    weight.grad = grad
+    optimizer.step()
+    torch.testing.assert_close(before - weight.detach(), grad / grad.norm(dim=1, keepdim=True), atol=1e-12, rtol=1e-12)

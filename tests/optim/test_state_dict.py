@@ -76,3 +76,25 @@ def test_skipped_blocks_are_remembered() -> None:
     _other, other_optimizer = make(torch.float32, None)
     other_optimizer.load_state_dict(optimizer.state_dict())
     assert other_optimizer.num_skipped_blocks == 3
+
+
+def test_a_state_of_an_older_version_has_one_warmup() -> None:
+    model, optimizer = make(torch.float32, None)
+    train(model, optimizer, steps=2)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["initial_warmup_steps"]
+    other = smet.ActiveAdamW(model, lr=1e-2, initial_warmup_steps=7)
+    other.load_state_dict(state)
+    assert [group["initial_warmup_steps"] for group in other.param_groups] == [100]
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_both_warmups_are_saved() -> None:
+    model = smet.sparsify(two_layers(), density=0.5)
+    optimizer = smet.ActiveSGD(model, warmup_steps=0, initial_warmup_steps=7)
+    train(model, optimizer, steps=2)
+    other = smet.ActiveSGD(model, warmup_steps=3)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert [(group["warmup_steps"], group["initial_warmup_steps"]) for group in other.param_groups] == [(0, 7)]
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])

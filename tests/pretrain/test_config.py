@@ -25,6 +25,8 @@ from smet_compile.pretrain.training import learning_rate
         ("block", "0", "--block: expected .*, got '0'"),
         ("steps", 0, "--steps: expected a whole number of at least 1, got 0"),
         ("save_every", 0, "--save-every: expected a whole number of at least 1, got 0"),
+        ("embedding_lr", 0.0, "--embedding-lr: expected a finite number above 0, got 0.0"),
+        ("initial_block_warmup", -1, "--initial-block-warmup: expected a whole number of at least 0, got -1"),
         ("lr", -1.0, "--lr: expected a finite number above 0, got -1.0"),
         ("sequence", 1, "--sequence: expected a whole number of at least 2, got 1"),
         ("lr", math.inf, "--lr: expected a finite number above 0, got inf"),
@@ -58,7 +60,9 @@ def test_defaults_follow_from_preset_and_steps() -> None:
     demo, long = resolve(preset="tiny", steps=400), resolve(preset="130m")
     assert (demo.every, demo.block_warmup, demo.warmup) == (25, 25, 20)
     assert (long.every, long.block_warmup, long.steps, long.step_tokens) == (100, 100, 20_000, 131_072)
-    assert resolve(every=7).block_warmup == 7
+    assert resolve(every=7).block_warmup == resolve(every=7).initial_block_warmup == 7
+    assert resolve(block_warmup=9).initial_block_warmup == 9 and resolve().initial_block_warmup == resolve().every
+    assert resolve(lr=0.2).embedding_lr == 0.2 and resolve().embedding_lr == resolve().lr
 
 
 def test_dense_training_has_density_one() -> None:

@@ -54,6 +54,24 @@ def test_smet_and_its_baselines_differ_only_as_they_say(tmp_path: Path) -> None:
     assert built["smet-rigl"].manager is not None and built["smet-rigl"].manager.settings["grow"] == "gradient"
 
 
+@pytest.mark.parametrize("method", ["smet", "set-naive", "dense"])
+def test_embeddings_have_a_rate_of_their_own(method: str, tmp_path: Path) -> None:
+    config = small_config(tmp_path, method=method, lr=1e-3, embedding_lr=8e-3)
+    training = build_training(config, 256)
+    batch = open_data(config, ByteTokenizer()).train.batch(0)
+    before = training.model.model.embed_tokens.weight.detach().clone()
+    train_step(training, batch, 5e-4)
+    assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx([5e-4, 4e-3, 4e-3])
+    moved = (training.model.model.embed_tokens.weight.detach() - before).abs().max()
+    assert float(moved) == pytest.approx(4e-3, rel=0.01)
+
+
+def test_the_blocks_to_start_from_have_a_warmup_of_their_own(tmp_path: Path) -> None:
+    for options, expected in (({"initial_block_warmup": 7}, (3, 7)), ({}, (3, 3)), ({"method": "set-naive"}, (0, 0))):
+        (group, *_) = build_training(small_config(tmp_path, **options), 256).optimizer.param_groups
+        assert (group["warmup_steps"], group["initial_warmup_steps"]) == expected
+
+
 def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
     config = small_config(tmp_path, method="dense", batch=4)
     batch = open_data(config, ByteTokenizer()).train.batch(0)

@@ -155,6 +155,8 @@ COMMON: list[tuple[Callable[[Any], Any], str]] = [
 ACTIVE: list[tuple[Callable[[Any], Any], str]] = [
     (group(warmup_steps="x"), "warmup_steps"),
     (group(warmup_steps=-1), "warmup_steps"),
+    (group(initial_warmup_steps=-1), "initial_warmup_steps"),
+    (group(initial_warmup_steps=None), "initial_warmup_steps"),
     (group(lr_density_exponent=float("nan")), "lr_density_exponent"),
     (group(lr_density_exponent=1e300), r"param_groups\[0\]"),
     (entry("step", lambda t: t.int()), "step"),

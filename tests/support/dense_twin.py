@@ -4,6 +4,7 @@ It trains a dense model whose sites are `weight * mask`; optimizer states are de
 Where growth is random it is told the new mask and judges whether it was allowed; all else it computes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,16 +24,35 @@ class Rule(Protocol):
     def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor: ...
 
 
-def step_size(
-    weight: Tensor, age: Tensor, lr: float, density: float | None, warmup_steps: int, exponent: float
-) -> Tensor:
-    """Returns lr d^(-p) min(1, age / W); a plain parameter has no density and no warm-up."""
-    rate = torch.full_like(weight, lr)
-    if density is not None:
+def new_ages(weight: Tensor) -> State:
+    """Returns ages of 0; ``initial`` marks the weights that have been active since the start."""
+    return {"age": torch.zeros(weight.shape, dtype=torch.int64), "initial": torch.ones_like(weight, dtype=torch.bool)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmRule(ABC):
+    """Holds the two warm-ups of a rule: of grown weights, and of initial ones (None: the same)."""
+
+    warmup_steps: int = 100
+    initial_warmup_steps: int | None = None
+
+    @abstractmethod
+    def new_state(self, weight: Tensor) -> State: ...
+
+    @abstractmethod
+    def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor: ...
+
+    def step_size(self, weight: Tensor, state: State, lr: float, density: float | None, exponent: float) -> Tensor:
+        """Returns lr d^(-p) min(1, age / W); a plain parameter has no density and no warm-up."""
+        rate = torch.full_like(weight, lr)
+        if density is None:
+            return rate
         rate = rate * density**-exponent
-        if warmup_steps:
-            rate = rate * torch.clamp(age.double() / warmup_steps, max=1.0)
-    return rate
+        initial = self.warmup_steps if self.initial_warmup_steps is None else self.initial_warmup_steps
+        for steps, these in ((initial, state["initial"]), (self.warmup_steps, ~state["initial"])):
+            if steps:
+                rate = torch.where(these, rate * torch.clamp(state["age"].double() / steps, max=1.0), rate)
+        return rate
 
 
 @dataclass(frozen=True)
@@ -51,19 +71,17 @@ class SgdMomentum:
 
 
 @dataclass(frozen=True)
-class SmetAdamW:
+class SmetAdamW(WarmRule):
     """Implements SMET's rule with one age per weight; `density` None is a plain parameter: AdamW, no warm-up."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    warmup_steps: int = 100
     exponent: float = 1.0
 
     def new_state(self, weight: Tensor) -> State:
-        age = torch.zeros(weight.shape, dtype=torch.int64)
-        return {"m": torch.zeros_like(weight), "v": torch.zeros_like(weight), "age": age}
+        return {"m": torch.zeros_like(weight), "v": torch.zeros_like(weight), **new_ages(weight)}
 
     def update(self, weight: Tensor, grad: Tensor, state: State, density: float | None) -> Tensor:
         beta1, beta2 = self.betas
@@ -73,7 +91,7 @@ class SmetAdamW:
         age = state["age"].double()
         mean = state["m"] / (1 - beta1**age)
         square = state["v"] / (1 - beta2**age)
-        rate = step_size(weight, age, self.lr, density, self.warmup_steps, self.exponent)
+        rate = self.step_size(weight, state, self.lr, density, self.exponent)
         return weight - rate * (mean / (square.sqrt() + self.eps) + self.weight_decay * weight)
 
 

@@ -19,7 +19,7 @@ def settings(
     rule: str = "adamw",
 ) -> updates.Settings:
     """Returns the numbers of an update."""
-    return updates.Settings(rule, options, density_rate, warmup_steps, noise_seed)
+    return updates.Settings(rule, options, density_rate, warmup_steps, warmup_steps, noise_seed)
 
 
 def after_gradient(

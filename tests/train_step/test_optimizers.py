@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, tuple[int, MakeOptimizer]] = {
     "active_adamw": in_groups(
         smet.ActiveAdamW,
         [
-            {"warmup_steps": 5, "weight_decay": 0.1},
+            {"warmup_steps": 5, "initial_warmup_steps": 9, "weight_decay": 0.1},
             {"warmup_steps": 0, "lr_density_exponent": 0.5},
             {"betas": (0.8, 0.9), "eps": 1e-4},
             {"lr": FP32},

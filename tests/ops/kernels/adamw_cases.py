@@ -15,7 +15,9 @@ from smet_compile.ops.rules import Rule
 from smet_compile.ops.updates import Update
 from smet_compile.optim.adamw import ADAMW
 
-OPTIONS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "density_rate": 2.5, "warmup_steps": 100}
+OPTIONS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "density_rate": 2.5}
+WARMUPS = {"warmup_steps": 100, "initial_warmup_steps": 150}
+NO_WARMUP = {"warmup_steps": 0, "initial_warmup_steps": 0}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Case:
     """Describes one parameter of ``shape``, compact with blocks of ``block_shape``, or plain.
 
     Args:
-        options: those that differ from ``OPTIONS``. rule: ``ADAMW`` or ``NAIVE_ADAMW``.
+        options: those that differ from ``OPTIONS`` and ``WARMUPS``. rule: ``ADAMW`` or ``NAIVE_ADAMW``.
     """
 
     shape: tuple[int, ...]
@@ -81,7 +83,7 @@ def update_of(
         births = torch.full((256,), -1)
         births[:4] = torch.tensor([0, 7, 90, 100])
         generation = torch.randint(0, 4, (topology.num_active,), generator=generator).to(torch.uint8)
-    numbers = OPTIONS | case.options
+    numbers = OPTIONS | WARMUPS | case.options
     return Update(
         rule=case.rule,
         values=values,
@@ -98,7 +100,7 @@ def update_of(
         units_are_columns=False,
         options=tuple(numbers[name] for name in case.rule.options),
         density_rate=numbers["density_rate"],
-        warmup_steps=numbers["warmup_steps"],
+        **{name: numbers[name] for name in WARMUPS},
         noise_seed=noise_seed,
     )
 

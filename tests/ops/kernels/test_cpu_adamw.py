@@ -22,7 +22,7 @@ from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.native import adamw as native
 from smet_compile.ops.rules import find_rule
 from smet_compile.ops.updates import Update, check_names
-from tests.ops.kernels.adamw_cases import Case, copy_of, tensors_of, update_of
+from tests.ops.kernels.adamw_cases import NO_WARMUP, Case, copy_of, tensors_of, update_of
 from tests.ops.kernels.tolerances import relative_rms
 
 CPU = torch.device("cpu")
@@ -47,7 +47,8 @@ CASES = {
 KINDS: dict[str, dict[str, Any]] = {
     "": {},
     "shared": {"rule": find_rule("naive_adamw")},
-    "no_warmup": {"options": {"warmup_steps": 0, "weight_decay": 0.0}},
+    "no_warmup": {"options": {**NO_WARMUP, "weight_decay": 0.0}},
+    "no_initial_warmup": {"options": {"initial_warmup_steps": 0}},
     "eps0": {"options": {"eps": 0.0}},
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

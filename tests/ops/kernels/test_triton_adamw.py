@@ -14,7 +14,7 @@ from smet_compile.ops import law_of_updates
 from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.updates import Update, check_names
 from smet_compile.optim.adamw import ADAMW, NAIVE_ADAMW
-from tests.ops.kernels.adamw_cases import Case, copy_of, differences, update_of
+from tests.ops.kernels.adamw_cases import NO_WARMUP, Case, copy_of, differences, update_of
 from tests.ops.kernels.device import DEVICE, on_device
 
 pytest.importorskip("triton")
@@ -23,8 +23,8 @@ from smet_compile.ops.kernels.triton import adamw, adamw_step
 pytestmark = on_device
 
 CASES = {
-    "plain": Case((37, 29), options={"density_rate": 1.0, "warmup_steps": 0}),
-    "plain of many": Case((2048,), options={"density_rate": 1.0, "warmup_steps": 0}),
+    "plain": Case((37, 29), options={"density_rate": 1.0, **NO_WARMUP}),
+    "plain of many": Case((2048,), options={"density_rate": 1.0, **NO_WARMUP}),
     "weights": Case((45, 67), (1, 1)),
     "stacked weights": Case((3, 21, 33), (1, 1), density=0.1),
     "runs": Case((30, 70), (1, 16)),
@@ -35,7 +35,8 @@ CASES = {
     "stacked tiles": Case((2, 40, 30), (16, 16)),
     "wide tiles": Case((60, 130), (48, 64), density=0.7),
     "large tiles": Case((129, 128), (128, 128), density=0.7),
-    "without weight decay": Case((45, 67), (1, 1), options={"weight_decay": 0.0, "eps": 0.0, "warmup_steps": 0}),
+    "without weight decay": Case((45, 67), (1, 1), options={"weight_decay": 0.0, "eps": 0.0, **NO_WARMUP}),
+    "one warm-up": Case((45, 67), (1, 1), options={"initial_warmup_steps": 100}),
     "naive rule": Case((10, 50), (4, 8), options={"beta1": 0.0}, rule=NAIVE_ADAMW),
 }
 BF16, FP32 = torch.bfloat16, torch.float32

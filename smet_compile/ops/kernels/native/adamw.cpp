@@ -30,7 +30,7 @@ struct Update {
     const void* group_starts;   // of single weights and runs
     int64_t num_blocks, num_positions, num_births, generation_bytes, wide_index, num_groups, blocks_per_group;
     int64_t block_rows, block_cols, bm, bn, rows, cols;
-    int64_t weight_kind, moment_kind, warmup_steps, shared_step, rounds, seed;
+    int64_t weight_kind, moment_kind, warmup_steps, initial_warmup_steps, shared_step, rounds, seed;
     double rate, beta1, beta2, eps, weight_decay;
 };
 
@@ -88,7 +88,9 @@ struct Rule {
             }
             const double age = double(std::max<int64_t>(1, u.generation ? now - u.births[g] : now));
             const double bias_age = u.shared_step ? double(now) : age;
-            const double rate = u.rate * (u.warmup_steps ? std::min(1.0, age / double(u.warmup_steps)) : 1.0);
+            const bool initial = !u.generation || u.births[g] == 0;
+            const int64_t warmup_steps = initial ? u.initial_warmup_steps : u.warmup_steps;
+            const double rate = u.rate * (warmup_steps ? std::min(1.0, age / double(warmup_steps)) : 1.0);
             step.push_back(float(rate / (1 - std::pow(u.beta1, bias_age))));
             unbias.push_back(float(1 / (1 - std::pow(u.beta2, bias_age))));
             decay.push_back(float(rate * u.weight_decay));

@@ -37,8 +37,8 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_blocks", "num_positions", "num_births", "generation_bytes")),
         *((name, ctypes.c_int64) for name in ("wide_index", "num_groups", "blocks_per_group")),
         *((name, ctypes.c_int64) for name in ("block_rows", "block_cols", "bm", "bn", "rows", "cols")),
-        *((name, ctypes.c_int64) for name in ("weight_kind", "moment_kind", "warmup_steps", "shared_step")),
-        *((name, ctypes.c_int64) for name in ("rounds", "seed")),
+        *((name, ctypes.c_int64) for name in ("weight_kind", "moment_kind", "warmup_steps")),
+        *((name, ctypes.c_int64) for name in ("initial_warmup_steps", "shared_step", "rounds", "seed")),
         *((name, ctypes.c_double) for name in ("rate", *_OPTIONS)),
     ]
 
@@ -164,6 +164,7 @@ def _prepare(update: Update) -> _Prepared:
         weight_kind=_KINDS[values.dtype],
         moment_kind=_KINDS[update.slots[0].dtype],
         warmup_steps=update.warmup_steps,
+        initial_warmup_steps=update.initial_warmup_steps,
         shared_step=update.rule.shared_step,
         rounds=update.rounds_stochastically,
         seed=update.noise_seed or 0,

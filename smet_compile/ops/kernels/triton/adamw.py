@@ -311,6 +311,7 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         block_height=block_height,
         block_width=block_width,
         warmup_steps=one.warmup_steps,
+        initial_warmup_steps=one.initial_warmup_steps,
         shared_step=one.rule.shared_step,
         noise_seed=one.noise_seed or 0,
         density_rate=_bits(one.density_rate),

@@ -33,9 +33,9 @@ _SCAN = tl.constexpr(4 * LANES.value)
 
 
 @triton.jit
-def _rates_of(age, bias_age, row, lr):
-    """Returns step size and bias corrections at an age, in fp32."""
-    warmup_steps = tl.load(row + at.WARMUP_STEPS)
+def _rates_of(age, bias_age, born, row, lr):
+    """Returns step size and bias corrections at an age, in fp32. Blocks born at step 0 are the initial ones."""
+    warmup_steps = tl.where(born == 0, tl.load(row + at.INITIAL_WARMUP_STEPS), tl.load(row + at.WARMUP_STEPS))
     warm = tl.where(warmup_steps > 0, tl.minimum(age / tl.maximum(warmup_steps, 1).to(tl.float64), 1.0), 1.0)
     bias1 = 1.0 - tl.exp(bias_age * fp64(row, at.LOG_BETA1))
     bias2 = 1.0 - tl.exp(bias_age * fp64(row, at.LOG_BETA2))
@@ -63,7 +63,7 @@ def prepare(table, step_table, rates, GENERATIONS: tl.constexpr):
         here = number < num_generations
         born = tl.load(births + number, mask=here & has_births, other=0)
         age = tl.maximum(step - born, 1).to(tl.float64)
-        rate, bias1, bias2 = _rates_of(age, tl.where(shared_step, step.to(tl.float64), age), row, lr)
+        rate, bias1, bias2 = _rates_of(age, tl.where(shared_step, step.to(tl.float64), age), born, row, lr)
         tl.store(rates + number, rate, mask=here)
         tl.store(rates + num_generations + number, bias1, mask=here)
         tl.store(rates + 2 * num_generations + number, bias2, mask=here)

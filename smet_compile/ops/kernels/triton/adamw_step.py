@@ -55,6 +55,7 @@ class Row(NamedTuple):
     block_height: int
     block_width: int
     warmup_steps: int
+    initial_warmup_steps: int
     shared_step: int
     noise_seed: int
     density_rate: int
@@ -76,7 +77,7 @@ KIND, ALIGNED, NUMEL, BLOCK_SIZE, ENTRIES_AT_ONCE, NUM_GROUPS, NUM_GENERATIONS, 
     next(_columns) for _ in range(8)
 )
 NUM_BLOCKS, ROWS, COLS, BLOCK_ROWS, BLOCK_COLS, BLOCK_HEIGHT, BLOCK_WIDTH = (next(_columns) for _ in range(7))
-WARMUP_STEPS, SHARED_STEP, NOISE_SEED = (next(_columns) for _ in range(3))
+WARMUP_STEPS, INITIAL_WARMUP_STEPS, SHARED_STEP, NOISE_SEED = (next(_columns) for _ in range(4))
 DENSITY_RATE, LOG_BETA1, LOG_BETA2, REST1, BETA2, REST2, EPS, WEIGHT_DECAY = (next(_columns) for _ in range(8))
 
 
