@@ -14,14 +14,13 @@ from benchmarks.studies.replica_topology import Grid, Movement, Reading, Topolog
 from benchmarks.studies.replicas import Replicas, train_together
 from smet_compile.ops import find_sites
 
-SHAPE = Shape(hidden=32, intermediate=48, heads=2, layers=2, sequence=16, batch=4)
+SHAPE = Shape(hidden=32, intermediate=48, heads=2, layers=1, sequence=16, batch=4)
 RUN = Replica(shape=SHAPE, steps=60, rate=3e-3, plain_rate=6e-3, density=0.25, every=14, block_warmup=10)
 SINGLE = {
     "dense": {"density": 1.0},
     "random growth": {},
     "gradient growth": {"grow": "gradient"},
-    "tiles": {"block": "4", "drop_fraction": 0.3},
-    "naive": {"local_age": False, "block_warmup": 0},
+    "tiles, naive": {"block": "4", "drop_fraction": 0.3, "local_age": False, "block_warmup": 0},
     "static, one rate, not rescaled": {"every": 0, "plain_rate": None, "rescale": False, "seed": 1},
 }  # fmt: skip
 
@@ -44,6 +43,7 @@ def test_replicas_are_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     replicas = trained(cases)
     built: list[trainer.Trainee] = []
     build = trainer.build
+    monkeypatch.setattr(trainer, "NUM_CURVE_POINTS", 1)
     monkeypatch.setattr(trainer, "build", lambda case: built.append(build(case)) or built[-1])
     for case, loss, topologies in zip(cases, replicas.held_out(), replicas.topologies, strict=True):
         record = trainer.train(as_case(case), eager=True)
@@ -111,7 +111,7 @@ def test_parts_stay_dense_and_factors_count() -> None:
         Replicas([replace(RUN, every=0, **change)], eager=True)
         for change in ({}, {"sparse": "feed_forward"}, {"spread": 0.5})
     )
-    query, gate = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.gate_proj.weight"
+    query, gate = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"
     assert query in plain.topologies[0] and query not in attention.topologies[0]
     assert (attention.parts[query].weight != 0).all() and (attention.parts[gate].weight == 0).float().mean() == 0.75
     assert torch.equal(plain.parts[gate].weight, attention.parts[gate].weight)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.studies import topology
 from benchmarks.studies.records import Records
 from benchmarks.studies.replica import Replica
-from benchmarks.studies.replica_runner import batches, run_replicas
+from benchmarks.studies.replica_runner import _work, batches, run_replicas
 from benchmarks.studies.reports.topology import effects, movement, paired, write
 from benchmarks.studies.scale import SCALES
 from benchmarks.studies.trainer import build_model
@@ -108,9 +108,15 @@ def test_a_page_of_some_runs_names_what_was_cut(tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
-    records = Records(tmp_path / "some.jsonl")
-    run_replicas([TINY, TINY], records, workers=1, eager=True)
-    run_replicas([TINY, replace(TINY, seed=1)], records, workers=1, eager=True)
-    assert [json.loads(line)["case"]["seed"] for line in records.path.read_text().splitlines()] == [0, 1]
+    records = records_of(tmp_path, {TINY: 1.5})
+    run_replicas([TINY, replace(TINY, seed=1), TINY], records, workers=1, eager=True)
+    first, second = (json.loads(line) for line in records.path.read_text().splitlines())
+    assert first["loss"] == 1.5 and second["case"]["seed"] == 1 and 5 < second["loss"] < 6
     run_replicas([replace(TINY, seed=2)], records, workers=1, eager=True, minutes=0)
     assert len(records.path.read_text().splitlines()) == 2
+
+
+def test_an_error_in_a_batch_is_returned() -> None:
+    case = replace(TINY, shape=replace(TINY.shape, heads=5))
+    assert "ValueError" in str(_work(([case], float("inf"), True)))
+    assert _work(([case], 0.0, True)) == []
