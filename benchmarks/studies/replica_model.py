@@ -21,8 +21,8 @@ Losses = Callable[[list[Tensor], Tensor], Tensor]
 def initial_values(case: Case) -> tuple[dict[str, Tensor], list[str]]:
     """Returns the parameters that `build_model` draws for the case, and the names of linear layers' weights."""
     model = build_model(case)
-    modules = model.model.layers.named_modules()
-    linear = [f"model.layers.{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
+    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [f"{name}.weight" for name in modules if name.startswith("model.layers.")]
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, linear
 
 

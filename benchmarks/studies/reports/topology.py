@@ -22,7 +22,6 @@ _READ = (
     "start. An empty cell says nothing; a dash is a run that is still missing."
 )
 _MISSING = "—"
-_ABSENT = (False, 0, 0)  # age of a block, W of newcomers, W of the first blocks
 
 
 def losses(records: Records, case: Replica) -> dict[int, float]:
@@ -60,8 +59,10 @@ def effects(records: Records, scale: Scale) -> dict[str, Interval | None]:
 def _effect(records: Records, scale: Scale, place: int) -> Interval | None:
     by_seed: dict[int, list[float]] = {}
     for full in (each for each in study.COLD_STARTS if each[place]):
-        without = (*full[:place], _ABSENT[place], *full[place + 1 :])
-        ours, others = (losses(records, study.cold_start_run(scale.replicas, *each)) for each in (without, full))
+        parts: list[int] = list(full)
+        parts[place] = 0
+        without = study.cold_start_run(scale.replicas, bool(parts[0]), *parts[1:])
+        ours, others = losses(records, without), losses(records, study.cold_start_run(scale.replicas, *full))
         for seed in ours.keys() & others.keys():
             by_seed.setdefault(seed, []).append(ours[seed] - others[seed])
     whole = [sum(each) / 4 for each in by_seed.values() if len(each) == 4]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.studies import topology as study
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.learning_rate import best_rate
@@ -41,7 +43,7 @@ def add(page: Page, records: Records, scale: Scale) -> None:
         page.figure(_figure(records, scale, widths), "Loss by base rate, density and width", "_transfer")
 
 
-def _figure(records: Records, scale: Scale, widths: dict[int, int]):
+def _figure(records: Records, scale: Scale, widths: dict[int, int]) -> Any:
     figure = new_figure(height=3.4)
     for axes, (width, hidden) in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths.items(), strict=True):
         for density in study.TRANSFER_DENSITIES:
