@@ -22,6 +22,7 @@ from benchmarks.studies.trainer import FINAL_WINDOWS, schedule
 
 _WINDOWS_AT_ONCE = 32
 _NUM_MEANS = 50  # of the training loss, in a record
+_NUM_REPORTS = 10
 _MOMENTUM = 0.9
 
 
@@ -166,7 +167,7 @@ def train_together(cases: Sequence[Replica], eager: bool = False) -> list[dict]:
     """
     torch._dynamo.reset()
     began, replicas = time.perf_counter(), Replicas(cases, eager)
-    losses = torch.stack([replicas.advance(step) for step in range(cases[0].steps)]).T.tolist()
+    losses = torch.stack([_reported(replicas, step) for step in range(cases[0].steps)]).T.tolist()
     replicas.finish()
     held_out = replicas.held_out()
     seconds = (time.perf_counter() - began) / len(cases)
@@ -183,6 +184,16 @@ def train_together(cases: Sequence[Replica], eager: bool = False) -> list[dict]:
         }
         for index, case in enumerate(cases)
     ]
+
+
+def _reported(replicas: Replicas, step: int) -> Tensor:
+    """Makes a step; prints the number of steps and the processor's time now and then, since a batch takes minutes."""
+    losses = replicas.advance(step)
+    num_steps = replicas.cases[0].steps
+    if (step + 1) % max(1, num_steps // _NUM_REPORTS) == 0:
+        now, used = time.strftime("%H:%M:%S"), time.process_time()
+        print(f"{now} step {step + 1} of {num_steps}, {len(losses)} replicas, {used:.0f} s of processor", flush=True)
+    return losses
 
 
 def _means(losses: list[float], every: int) -> list[float]:

@@ -116,10 +116,12 @@ def cases(scale: Scale) -> list[Replica]:
     return list(dict.fromkeys(found)) + transfer(scale)
 
 
-def _protection_turn(every: int, drop_fraction: float, updates: int) -> int:
-    """Returns 0 for the settings around the default, 5 for those that differ from it in one thing, else 9."""
-    if every == EVERY and (drop_fraction == DROP_FRACTION or (drop_fraction == 0.5 and updates < 4)):
+def _protection_turn(density: float, every: int, drop_fraction: float, updates: int) -> int:
+    """Returns 0 for the default with and without protection, more for what says less."""
+    if every == EVERY and drop_fraction == DROP_FRACTION and updates < 4:
         return 0
+    if every == EVERY and (drop_fraction == DROP_FRACTION or (drop_fraction == 0.5 and updates < 4)):
+        return 1 if density == DENSITIES[0] else 5
     is_single_change = drop_fraction == DROP_FRACTION or every == EVERY
     return 5 if is_single_change and updates < 4 and drop_fraction != 0.1 else 9
 
@@ -136,7 +138,7 @@ def protection(shape: Shape) -> Question:
                     case = run_of(shape, density, change, {"min_age": updates * every})
                     label = f"d {density:g}, ΔT {every}, ζ {drop_fraction:g}, min_age {updates * every}"
                     references = (static, unprotected if updates else None)
-                    rows.append(Row(label, case, references, _protection_turn(every, drop_fraction, updates)))
+                    rows.append(Row(label, case, references, _protection_turn(density, every, drop_fraction, updates)))
     return Question(
         "How often, how much, and protected how long",
         "Single weights. A block may be dropped from the age `min_age` on; 0 and ΔT are then the same, since a block "
@@ -242,7 +244,7 @@ def tiles(shape: Shape) -> Question:
 
 
 _TILES: dict[str, Any] = {"block": "4"}
-_PATTERN_TURNS = (1, 1, 1, *6 * (4,), *4 * (7,))
+_PATTERN_TURNS = (4, 4, 4, *6 * (5,), *4 * (7,))
 
 
 def _patterns(shape: Shape) -> list[tuple[str, Replica]]:
