@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.studies import topology as study
 from benchmarks.studies.records import Records
@@ -20,6 +22,11 @@ _READ = (
     "was dropped that had been grown and was judged for the first time. *Survive*: the share of grown blocks that live "
     "through their first judgement. *New*: the share of the active blocks at the end that were not active at the "
     "start. An empty cell says nothing; a dash is a run that is still missing."
+)
+_POOLED = (
+    "The same difference in several settings, averaged for each seed: a seed counts once. Settings that not all seeds "
+    "have are left out. Protection: over densities, ΔT and ζ. Parts of the rule: over the settings of the two other "
+    "parts, at the first width."
 )
 _MISSING = "—"
 
@@ -50,23 +57,44 @@ def movement(records: Records, case: Replica) -> tuple[float, float, float] | No
     return first / dropped, 1 - first / judged, new / active
 
 
-def effects(records: Records, scale: Scale) -> dict[str, Interval | None]:
-    """Returns what leaving out each part of the rule costs, averaged over the four settings of the two others."""
-    names = ("age of a block", "W of newcomers", "W of the first blocks")
-    return {name: _effect(records, scale, place) for place, name in enumerate(names)}
+def pooled(records: Records, pairs: Sequence[tuple[Replica, Replica]]) -> tuple[Interval, int] | None:
+    """Returns the difference averaged over the pairs that all seeds have, and their number; None where there is none.
+
+    Each seed counts once, with its average, since pairs of one seed are not independent.
+    """
+    found = [(losses(records, case), losses(records, reference)) for case, reference in pairs]
+    whole = [(ours, others) for ours, others in found if len(ours) == len(others) == study.NUM_SEEDS]
+    if not whole:
+        return None
+    seeds = range(study.NUM_SEEDS)
+    return interval([fmean(ours[seed] - others[seed] for ours, others in whole) for seed in seeds]), len(whole)
 
 
-def _effect(records: Records, scale: Scale, place: int) -> Interval | None:
-    by_seed: dict[int, list[float]] = {}
+def protection_effects(records: Records, scale: Scale) -> dict[str, tuple[Interval, int] | None]:
+    """Returns what protection for two updates gains, over all densities, ΔT and ζ that ran."""
+    question = study.protection(scale.replicas)
+    pairs: dict[str, list[tuple[Replica, Replica]]] = {name: [] for name in question.compared_with}
+    for row in question.rows:
+        for name, reference in zip(question.compared_with, row.references, strict=True):
+            if reference and row.case.min_age == 2 * row.case.every:
+                pairs[name].append((row.case, reference))
+    return {f"min_age 2ΔT less {name}": pooled(records, each) for name, each in pairs.items()}
+
+
+def cold_start_effects(records: Records, scale: Scale) -> dict[str, tuple[Interval, int] | None]:
+    """Returns what leaving out each part of the rule costs, over the settings of the two others that ran."""
+    names = ("age", "W of newcomers", "W of the first blocks")
+    return {f"without {name}, less with it": _without(records, scale, place) for place, name in enumerate(names)}
+
+
+def _without(records: Records, scale: Scale, place: int) -> tuple[Interval, int] | None:
+    pairs = []
     for full in (each for each in study.COLD_STARTS if each[place]):
         parts: list[int] = list(full)
         parts[place] = 0
         without = study.cold_start_run(scale.replicas, bool(parts[0]), *parts[1:])
-        ours, others = losses(records, without), losses(records, study.cold_start_run(scale.replicas, *full))
-        for seed in ours.keys() & others.keys():
-            by_seed.setdefault(seed, []).append(ours[seed] - others[seed])
-    whole = [sum(each) / 4 for each in by_seed.values() if len(each) == 4]
-    return interval(whole) if whole else None
+        pairs.append((without, study.cold_start_run(scale.replicas, *full)))
+    return pooled(records, pairs)
 
 
 def write(records: Records, scale: Scale, folder: Path) -> None:
@@ -79,16 +107,19 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         cut = [row.label for row in question.rows if not _has_begun(records, row)]
         if cut:
             page.text(f"Cut, with no run yet: {'; '.join(cut)}.")
-        if question.title == study.cold_start(scale.replicas).title:
-            page.text("Leaving out one part, averaged over the four settings of the two others, at the first width:")
-            rows = [[name, _difference(value)] for name, value in effects(records, scale).items()]
-            page.table(["without", "loss less that with it"], rows)
+    page.text("## Taken together", _POOLED)
+    effects = protection_effects(records, scale) | cold_start_effects(records, scale)
+    page.table(["", "loss", "settings"], [_effect(name, *(value or ())) for name, value in effects.items()])
     transfer.add(page, records, scale)
     page.write()
 
 
 def _has_begun(records: Records, row: study.Row) -> bool:
     return any(case.key in records for case in study.of_seeds(row.case))
+
+
+def _effect(name: str, value: Interval | None = None, num_settings: int = 0) -> list[str]:
+    return [name, _difference(value), str(num_settings)]
 
 
 def _row(records: Records, row: study.Row) -> list[str]:

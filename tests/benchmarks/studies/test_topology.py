@@ -10,7 +10,7 @@ from benchmarks.studies import topology
 from benchmarks.studies.records import Records
 from benchmarks.studies.replica import Replica
 from benchmarks.studies.replica_runner import _work, batches, run_replicas
-from benchmarks.studies.reports.topology import effects, movement, paired, write
+from benchmarks.studies.reports.topology import cold_start_effects, movement, paired, protection_effects, write
 from benchmarks.studies.scale import SCALES
 from benchmarks.studies.trainer import build_model
 
@@ -92,8 +92,24 @@ def test_effects_of_the_parts(tmp_path: Path) -> None:
         for age, warmup, first in topology.COLD_STARTS:
             case = replace(topology.cold_start_run(SCALE.replicas, age, warmup, first), seed=seed)
             losses[case] = seed + 0.3 * (not age) + 0.02 * (warmup == 0) - 0.1 * (first == 0) * (warmup == 0)
-    found = [each.mean for each in effects(records_of(tmp_path, losses), SCALE).values() if each]
+    records = records_of(tmp_path, losses)
+    found = [each[0].mean for each in cold_start_effects(records, SCALE).values() if each]
     assert found == pytest.approx([0.3, 0.02 - 0.05, -0.05])
+    assert list(protection_effects(records, SCALE).values()) == [None, None]
+
+
+def test_protection_is_pooled_over_settings_that_all_seeds_have(tmp_path: Path) -> None:
+    shape, losses = SCALE.replicas, {}
+    for seed in range(topology.NUM_SEEDS):
+        for density, gain in ((0.25, 0.1), (0.1, 0.3)):
+            kinds = (topology.STATIC, topology.UNPROTECTED, topology.PROTECTED)
+            static, plain, protected = (replace(topology.run_of(shape, density, kind), seed=seed) for kind in kinds)
+            losses |= {static: 2.0 + seed, plain: 1.0 + seed, protected: 1.0 + seed - gain - 0.01 * seed}
+    del losses[replace(topology.run_of(shape, 0.1, topology.STATIC), seed=3)]
+    from_static, from_plain = protection_effects(records_of(tmp_path, losses), SCALE).values()
+    assert from_static and from_static[1] == 1 and from_static[0].mean == pytest.approx(-1.12)
+    assert from_plain and from_plain[1] == 2 and from_plain[0].mean == pytest.approx(-0.22)
+    assert from_plain[0].num == topology.NUM_SEEDS
 
 
 def test_a_page_of_some_runs_names_what_was_cut(tmp_path: Path) -> None:
