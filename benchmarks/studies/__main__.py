@@ -6,18 +6,21 @@ A study that was stopped goes on where it was: every finished run is a line of `
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.studies import equal_memory, learning_rate, moments, quality, sensitivity, spikes
+from benchmarks.studies import equal_memory, learning_rate, moments, quality, sensitivity, spikes, topology
 from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
+from benchmarks.studies.replica_runner import run_replicas
 from benchmarks.studies.reports import differences
 from benchmarks.studies.reports import equal_memory as equal_memory_page
 from benchmarks.studies.reports import learning_rate as learning_rate_page
 from benchmarks.studies.reports import quality as quality_page
 from benchmarks.studies.reports import spikes as spikes_page
+from benchmarks.studies.reports import topology as topology_page
 from benchmarks.studies.reports.page import PAGES
 from benchmarks.studies.runner import run
 from benchmarks.studies.scale import SCALES, Scale
@@ -25,11 +28,19 @@ from benchmarks.studies.scale import SCALES, Scale
 
 @dataclass(frozen=True)
 class Study:
-    """Its cases, in order of importance, and its page; ``prepare`` measures what the cases depend on."""
+    """Its cases, in order of importance, and its page.
 
-    cases: Callable[[Scale, Path], list[Case]]
+    Args:
+        prepare: measures what the cases depend on.
+        run: trains what is missing. workers, seeds: how many processes and seeds, unless the command line says.
+    """
+
+    cases: Callable[[Scale, Path], list[Any]]
     write: Callable[[Records, Scale, Path], None]
     prepare: Callable[[Scale, Path], None] = lambda scale, folder: None
+    run: Callable[[Sequence[Any], Records, int, float, bool], None] = run
+    workers: int = 2
+    seeds: int = 3
 
 
 def _plain(cases: Callable[[Scale], list[Case]], write: Callable[[Records, Scale, Path], None]) -> Study:
@@ -43,6 +54,13 @@ STUDIES = {
     equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare),
     sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
     moments.NAME: _plain(moments.cases, differences.write_moments),
+    topology.NAME: Study(
+        lambda scale, folder: topology.cases(scale),
+        topology_page.write,
+        run=run_replicas,
+        workers=1,
+        seeds=topology.NUM_SEEDS,
+    ),
 }
 
 
@@ -50,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--workers", type=int, help="processes at once, one thread each (2; topology: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new run after so long")
-    parser.add_argument("--seeds", type=int, default=3, help="only the first so many")
+    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology: 5)")
     parser.add_argument("--folder", type=Path, default=PAGES, help="of the pages; records are in its folder studies/")
     options = parser.parse_args()
     folder = options.folder / "studies"
@@ -60,8 +78,8 @@ def main() -> None:
         study, scale = STUDIES[name], SCALES[options.scale]
         records = Records(folder / f"{name}.jsonl")
         study.prepare(scale, folder)
-        cases = [case for case in study.cases(scale, folder) if case.seed < options.seeds]
-        run(cases, records, options.workers, options.minutes, scale.eager)
+        cases = [case for case in study.cases(scale, folder) if case.seed < (options.seeds or study.seeds)]
+        study.run(cases, records, options.workers or study.workers, options.minutes, scale.eager)
         study.write(records, scale, options.folder)
 
 

@@ -15,6 +15,7 @@ class Scale:
         small: for spikes. large: wide enough for tiles of 64.
         tiny: so few weights that ``long_steps`` read ten bytes or more for each: there the number of weights counts.
         *_steps: lengths of the runs; ``tiny_steps`` of those that change one setting.
+        replicas: of the models that train side by side, so small that many runs of 20 bytes for each weight are cheap.
         budgets, widest: widths of the dense models that set the budgets of `equal_memory`, and the largest it tries.
         eager: without compiler.
     """
@@ -30,6 +31,7 @@ class Scale:
     memory_steps: int
     budgets: tuple[int, ...]
     widest: int
+    replicas: Shape
     seeds: tuple[int, ...] = (0, 1, 2)
     eager: bool = False
 
@@ -52,6 +54,7 @@ SCALES = {
         memory_steps=1000,
         budgets=(64, 112),
         widest=1024,
+        replicas=replace(_SMALL, hidden=48, intermediate=96, heads=3, layers=2),
     ),
     "gpu": Scale(
         small=replace(_GPU, hidden=256, intermediate=688, heads=4, layers=4),
@@ -65,6 +68,7 @@ SCALES = {
         memory_steps=10_000,
         budgets=(256, 512),
         widest=4096,
+        replicas=replace(_GPU, hidden=192, intermediate=384, heads=6, layers=4),
     ),
     "quick": Scale(
         small=_QUICK,
@@ -78,6 +82,7 @@ SCALES = {
         memory_steps=4,
         budgets=(64,),
         widest=256,
+        replicas=replace(_QUICK, hidden=24, intermediate=48, heads=3),
         seeds=(0, 1),
         eager=True,
     ),

@@ -37,6 +37,8 @@ def made_up(case: Case, loss: float) -> dict:
     return {
         "key": case.key, "case": asdict(case), "loss": loss, "curve": [], "train": [], "density": case.density,
         "seconds": 1.0, "windows": windows if case.probe and case.every else [], "torch": "2.13.0",
+        "movement": {"dropped": 40, "grown": 40, "judged": 30, "dropped_at_first": 10, "newly_active": 20,
+                     "active": 100, "explored": 150, "blocks": 400},
     }  # fmt: skip
 
 
