@@ -222,7 +222,8 @@ def resolve(**given: Any) -> RunConfig:
         "weight_decay": 0.0, "warmup": steps // 20,
         "every": every, "block_warmup": every, "initial_block_warmup": given.get("block_warmup", every),
         "drop_fraction": 0.2, "final_drop_fraction": 0.005, "min_age": _default_min_age(every, given),
-        "pattern": "none", "data": "stdlib", "tokenizer": "bytes", "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
+        "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
+        "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
         "device": "cuda" if torch.cuda.is_available() else "cpu", "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
