@@ -95,7 +95,21 @@ def grouped(run: Run, argument: str, value: Any) -> None:
 def managed(run: Run, argument: str, value: Any) -> None:
     optimizer = run.optimizer
     given = {"model": run.model, "optimizer": optimizer, "total_steps": 20, "every": 1} | {argument: value}
-    run.trained(optimizer, smet.TopologyManager(**given))
+    manager = smet.TopologyManager(**given)
+    if argument not in ("drop", "grow") or not callable(value):  # what a policy does is the user's
+        run.trained(optimizer, manager)
+
+
+def marked(run: Run, argument: str, value: Any) -> None:
+    given = {"policy": lambda site, context: context.gradient_means(), "window": 2, "decay": 0.5} | {argument: value}
+    policy = given.pop("policy")
+    grow = smet.needs_gradient(policy, **given)
+    if argument != "policy":  # what it does is the user's
+        managed(run, "grow", grow)
+
+
+def mixed(run: Run, argument: str, value: Any) -> None:
+    managed(run, "grow", smet.mix_growth(value))
 
 
 def stepped(run: Run, argument: str, value: Any) -> None:
@@ -177,6 +191,7 @@ def loaded(run: Run, argument: str, value: Any) -> None:
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "initial_warmup_steps", "lr_density_exponent")
 OF_OPTIMIZER = ("params", "model", *OPTIONS, "moment_dtype", "stochastic_rounding", "seed")
+CHOICES = ("drop", "grow", "schedule", "min_age", "window", "ablation_threshold")
 FRACTIONS = ("drop_fraction", "final_drop_fraction", "stop_fraction")
 WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distribution")
 SWITCHES = ("compiled", "fused_update", "checkpointing")
@@ -194,8 +209,10 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ActiveAdamW, of a group": (grouped, ("params", *OPTIONS)),
     "TopologyManager": (
         managed,
-        ("model", "optimizer", "total_steps", "every", *FRACTIONS, "grow", "schedule", "seed"),
+        ("model", "optimizer", "total_steps", "every", *FRACTIONS, *CHOICES, "seed"),
     ),
+    "needs_gradient": (marked, ("policy", "window", "decay")),
+    "mix_growth": (mixed, ("shares",)),
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
     "materialize": (materialized, ("model", "seed", "device", "initialize")),
     "decay_groups": (decayed, ("model", "weight_decay")),
@@ -284,6 +301,7 @@ def all_cases() -> list[tuple[str, str, str]]:
 
 def test_every_public_function_has_its_cases() -> None:
     results = {"Explanation", "Inspection", "Plan", "Report", "SiteEvent", "TopologyEvent", "TrainStep"}
+    results |= {"TopologyContext"}
     results |= {"ActiveOptimizer", "Kernel", "Rule", "Slot"}  # parts that a user's own code is made of
     assert {name.partition(",")[0] for name in FUNCTIONS} == set(smet.__all__) - results
 
