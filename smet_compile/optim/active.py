@@ -30,7 +30,7 @@ from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
 from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options
 from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
-from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, moment_dtype, new_state
+from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, is_kept_by_wrapper, moment_dtype, new_state
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -281,21 +281,22 @@ class ActiveOptimizer(Optimizer):
         wrapper keeps in the same state (Lookahead's slow weights) move too.
         """
         state = self.state.get(change.values)
-        if not state or change.survived.all():
+        born = ~change.survived
+        if not state or not (change.resizes or born.any()):
             return
         self._ready.pop(change.values, None)
         rule = self.rule_of(change.values)
         ours = {slot.name for slot in rule.slots} | {"generation"}
         for key, rows in state.items():
-            if key in ours or _belongs_to_wrapper(key, rows, change):
+            if key in ours or is_kept_by_wrapper(key, rows, change):
                 change.remap_(rows)
-        if "generation" not in state:
+        if "generation" not in state or not born.any():
             return
         group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
         options = rule.named_options(_numbers_of(rule, group))
         mature = max(group["warmup_steps"], rule.mature_age(options, compute_dtype(change.values.dtype)))
         state["generation"], state["births"] = add_generation(
-            state["generation"], state["births"], ~change.survived, state["step"], mature
+            state["generation"], state["births"], born, state["step"], mature
         )
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
@@ -372,16 +373,6 @@ class ActiveOptimizer(Optimizer):
         """Drops the cached updates, which are then made anew from the state."""
         self._ready: dict[nn.Parameter, ReadyUpdate] = {}
         self._rates: dict[int, tuple[float, Tensor]] = {}
-
-
-_GENERIC_STATE = frozenset({"step", "num_skipped", "scales", "generation", "births"})
-
-
-def _belongs_to_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
-    """Tells whether a tensor in the state, not one of the rule's, has a row for each block and is not the values."""
-    if key in _GENERIC_STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
-        return False
-    return rows.data_ptr() != change.values.data_ptr()
 
 
 def _numbers_of(rule: Rule, group: dict[str, Any]) -> tuple[float, ...]:

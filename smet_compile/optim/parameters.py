@@ -20,7 +20,8 @@ class Parameter:
     """Holds what an optimizer knows of a parameter besides its values.
 
     Args:
-        name: its canonical name. site: None unless it is compact. shape: its shape when it was first seen.
+        name: its canonical name. site: None unless it is compact.
+        first_shape: its shape when it was first seen.
         layout: the layout of a compact weight, or one that tells the rows of a dense matrix; None for a vector.
         units_are_columns: whether an output unit is a column of the matrix, as in an embedding, and not a row.
         is_head: whether it is the weight of the output layer.
@@ -28,7 +29,7 @@ class Parameter:
 
     name: str
     site: Site | None
-    shape: torch.Size
+    first_shape: torch.Size
     layout: Layout | None = None
     units_are_columns: bool = False
     is_head: bool = False
@@ -36,6 +37,13 @@ class Parameter:
     @property
     def density(self) -> float:
         return self.site.density if self.site else 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape that it has to have: that of a compact weight changes with its number of blocks."""
+        if self.site is None:
+            return tuple(self.first_shape)
+        return self.site.layout.values_shape(self.site.compact.num_active)
 
     def check(self, parameter: Tensor) -> None:
         """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
@@ -50,9 +58,9 @@ class Parameter:
                 f"{self.name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
                 "the optimizer was made; make the optimizer anew"
             )
-        if parameter.shape != self.shape:
+        if tuple(parameter.shape) != self.shape:
             raise ValueError(
-                f"{self.name}: expected shape {tuple(self.shape)}, got {tuple(parameter.shape)}: sparsify was "
+                f"{self.name}: expected shape {self.shape}, got {tuple(parameter.shape)}: sparsify was "
                 "called after the optimizer was made; make the optimizer anew"
             )
 
@@ -143,6 +151,7 @@ class ReadyUpdate:
 
     def __init__(self, update: Update, known: Parameter, state: dict[str, Any], options: tuple[Any, ...]) -> None:
         self.update = update
+        self.shape = update.values.shape
         self.known = known
         self.compact = known.site.compact if known.site else None
         self.state = state
@@ -171,7 +180,7 @@ class ReadyUpdate:
         if (
             state is not self.state
             or len(state) != len(self.items)
-            or values.shape != known.shape
+            or values.shape != self.shape
             or grad.layout is not torch.strided
             or grad.numel() != values.numel()
             or options != self.options

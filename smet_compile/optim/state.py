@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.rules import Slot
@@ -106,6 +107,7 @@ def _dtype_for(size: int) -> torch.dtype:
 
 
 _COUNTS = ("step", "num_skipped")
+_GENERIC = frozenset({*_COUNTS, "scales", "generation", "births"})
 
 
 def moment_dtype(parameter: Tensor, wanted: torch.dtype | str | None) -> torch.dtype:
@@ -150,6 +152,11 @@ def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
     if kind.site is not None and kind.has_ages:
         state["generation"], state["births"] = first_generation(kind.site.num_active, device)
     return state
+
+
+def is_kept_by_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
+    """Tells whether a tensor in the state, not one of the rule's, has a row for each block and is not the values."""
+    return key not in _GENERIC and change.has_old_rows(rows) and rows.data_ptr() != change.values.data_ptr()
 
 
 def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any) -> None:

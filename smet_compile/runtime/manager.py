@@ -42,12 +42,14 @@ from smet_compile.runtime.policies import (
 from smet_compile.runtime.schedules import (
     Schedule,
     ScheduleName,
+    check_override,
     check_settings,
     find_min_age,
     make_schedule,
     name_of_schedule,
 )
-from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, make_move
+from smet_compile.runtime.stages import DensitySchedule, DensityStages, Stage, check_one_process
+from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, choose_resize, make_move
 
 _MAX_POSTPONED_STEPS = 10
 _ALMOST_ONE = 1 - 1e-9
@@ -90,12 +92,18 @@ class TopologyManager:
         window: steps before an update over which gradients are added up, for policies that ask for them; by default
             what the policy says: 1 for "gradient" and "saliency", 10 for "momentum" growth.
         seed: seed of everything random.
+        density_schedule: stages as (step, density) pairs in order, or ``cubic_density(...)``: after the optimizer step
+            ``step`` the model takes the density. Downwards the blocks of smallest ``drop`` score go, upwards ``grow``
+            says which come; survivors keep values and state bit for bit, the memory of the others is freed. A stage
+            takes the place of an update that is due with it, and does not wait: a weight whose gradient is not finite,
+            or did not come, goes by "magnitude" and "random".
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
             is neither shaped like the values nor a scalar, or of which it cannot be asked what a new weight starts
             with; a drop fraction for which there are too few inactive blocks (the largest possible is named); a
-            ``min_age`` that leaves too few to drop; an argument out of range. In ``step()``: a compact weight that was
+            ``min_age`` that leaves too few to drop; an argument out of range; a ``density_schedule`` out of order,
+            beyond the run, that changes nothing, or under data parallelism or an "N:M" pattern. In ``step()``: a compact weight that was
             replaced after the optimizer was made; a policy that returns scores of another shape, or NaN.
     """
 
@@ -115,6 +123,7 @@ class TopologyManager:
         min_age: int | None = None,
         window: int | None = None,
         seed: int = 0,
+        density_schedule: DensitySchedule | None = None,
     ) -> None:
         arguments.module("model", model)
         if not find_optimizers(optimizer, model.parameters()):
@@ -135,11 +144,14 @@ class TopologyManager:
         self.schedule = make_schedule(schedule, plain)
         check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
+        self._stages = DensityStages(density_schedule, self.sites, total_steps)
         is_static = schedule == "none" or not self.sites
         if is_static:
             self.schedule = make_schedule("none", plain)
-        else:
+        elif not self._stages:
             check_feasible(self.sites, self.schedule.largest_fraction)
+        if self._stages:
+            check_one_process(model)
         self.min_age = find_min_age(min_age, self.schedule)
         self._rules = Rules(drop_policy, grow_policy, every, seed)
         self._settings = {
@@ -154,6 +166,7 @@ class TopologyManager:
             "min_age": min_age,
             "window": window,
             "seed": seed,
+            "density_schedule": self._stages.setting,
         }
         self.model = model
         self.optimizer = optimizer
@@ -187,6 +200,11 @@ class TopologyManager:
     @property
     def next_update(self) -> int | None:
         """Returns the optimizer step after which the topology changes next; None where it never will again."""
+        upcoming = self._next_scheduled, self._stages.next_after(self.num_steps)
+        return min((step for step in upcoming if step is not None), default=None)
+
+    @property
+    def _next_scheduled(self) -> int | None:
         if self._num_postponed and self.num_steps + 1 < self.schedule.stop_step:
             return self.num_steps + 1
         return self.schedule.next_after(self.num_steps)
@@ -234,14 +252,18 @@ class TopologyManager:
         if due or self.num_steps == 0:
             self._optimizers.find()
             self._listen_to_optimizers()
-        event = self._update(step) if due else None
+        stage = self._stages.find_due(step)
+        if stage is not None:
+            event: TopologyEvent | None = self._enter(stage, step)
+        else:
+            event = self._update(step) if due else None
         self.num_steps, self._num_new_steps = step, 0
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == _MAX_POSTPONED_STEPS:
             self._give_up()
         self._trained.forget()
         self._collect_gradients(afresh=event is not None)
-        if event is not None and not self._warned_of_newcomers:
+        if event is not None and stage is None and not self._warned_of_newcomers:
             self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
         return event
 
@@ -271,6 +293,7 @@ class TopologyManager:
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window
+        self._collection.growth = self._stages.growth_after(self.num_steps)
         self._collection.advance(window > 0 and self._is_due(self.num_steps + window), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
@@ -299,6 +322,27 @@ class TopologyManager:
         ]
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
+        self.history.append(event)
+        return event
+
+    def _enter(self, stage: Stage, step: int) -> TopologyEvent:
+        """Gives every weight the number of blocks that it has in a stage."""
+        check_one_process(self.model)
+        moves = [
+            choose_resize(
+                site,
+                self._rules if self._is_ready(site) else self._rules.for_untrained,
+                step,
+                count,
+                self._trace.protected(name, step),
+                self._optimizers,
+            )
+            for name, count in self._stages.counts_of(stage).items()
+            if (site := self.sites[name]).num_active != count
+        ]
+        made = {move.site.name: self._make(move, step) for move in moves}
+        self._stages.enter(stage)
+        event = TopologyEvent(step, 0.0, made, stage.density)
         self.history.append(event)
         return event
 
@@ -343,6 +387,7 @@ class TopologyManager:
         self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
+        self._stages.resume(self.num_steps)
         self._prepare_next_step()
         self._collection.load_state_dict(state["collected"])
 
@@ -356,13 +401,17 @@ class TopologyManager:
         check_keys("owed", state["owed"], self.sites.keys())
         for name, blocks in state["owed"].items():
             check_number(f"owed[{name!r}]", blocks, 0, 1)
-        self._collection.check_state_dict(state["collected"])
-        check_history(state["history"], state["num_steps"], self.sites)
-        self._trace.check_state_dict(state["trace"], state["num_steps"])
+        num_steps = state["num_steps"]
+        self._collection.check_state_dict(state["collected"], self._stages.growth_after(num_steps))
+        first = check_history(state["history"], num_steps, self.sites)
+        if "density_schedule" not in check_override(override):
+            self._stages.check_state(first, num_steps)
+        self._trace.check_state_dict(state["trace"], num_steps, first)
 
     def parts_of_state(self) -> list[dict[str, Any]]:
         """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
-        return [self.__dict__, self._trace.__dict__, self._trained.__dict__, *self._collection.parts_of_state()]
+        parts = self._trace, self._trained, self._stages
+        return [self.__dict__, *(part.__dict__ for part in parts), *self._collection.parts_of_state()]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_listeners": {}}

@@ -136,6 +136,7 @@ SETTINGS = (
     "min_age",
     "window",
     "seed",
+    "density_schedule",
 )
 """The settings of a manager that are saved with a run."""
 
@@ -170,6 +171,8 @@ def check_settings(saved: Any, ours: dict[str, Any], override: Iterable[str]) ->
 def _equal(value: Any, other: Any) -> bool:
     if value is None or other is None:
         return value is other
+    if isinstance(value, list):
+        return isinstance(other, list) and len(value) == len(other) and all(map(_equal, value, other))
     return (type(value) is bool) == (type(other) is bool) and type(value) in (bool, int, float, str) and value == other
 
 
