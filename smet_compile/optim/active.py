@@ -29,8 +29,16 @@ from smet_compile.ops.rules import Rule
 from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
 from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options
-from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
-from smet_compile.optim.state import StateKind, add_generation, check_state, find_ages, is_kept_by_wrapper, moment_dtype, new_state
+from smet_compile.optim.parameters import ReadyUpdate, check_initialised, describe_parameters
+from smet_compile.optim.state import (
+    StateKind,
+    add_generation,
+    check_state,
+    find_ages,
+    is_kept_by_wrapper,
+    moment_dtype,
+    new_state,
+)
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -79,7 +87,7 @@ class ActiveOptimizer(Optimizer):
         rounding = common.get("stochastic_rounding")
         self.stochastic_rounding = rounding is None or flag("stochastic_rounding", rounding)
         self.seed = seed_number("seed", common.get("seed", 0))
-        _check_initialised(type(self).__name__, model)
+        check_initialised(type(self).__name__, model)
         self._model = model
         self._parameters = describe_parameters(model)
         defaults = check_options(
@@ -379,14 +387,6 @@ def _numbers_of(rule: Rule, group: dict[str, Any]) -> tuple[float, ...]:
     """Returns the options of a parameter group that the rule needs, in its order."""
     named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
     return tuple(float(named[option]) for option in rule.options)
-
-
-def _check_initialised(optimizer: str, model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ValueError(
-                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
-            )
 
 
 def _not_trained(name: str, parameter: Tensor) -> ValueError:

@@ -65,6 +65,15 @@ class Parameter:
             )
 
 
+def check_initialised(optimizer: str, model: nn.Module) -> None:
+    """Raises ValueError, which begins with ``optimizer``, where a lazy parameter has no shape yet."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
+            )
+
+
 def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
     """Describes every parameter of ``model``. Raises ValueError where a compact one is sharded."""
     by_values = {id(site.values): site for site in find_sites(model).values()}

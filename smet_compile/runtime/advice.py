@@ -90,3 +90,13 @@ def warn_of_idle_calls(num_calls: int, is_accumulating: bool, optimizers: set[st
             "same",
             stacklevel=7,
         )
+
+
+def warn_of_left_out(num_steps: int, not_finite: list[str], next_update: int | None) -> None:
+    """Warns that an update was left out after so many steps. ``not_finite`` are the parameters that caused it."""
+    reason = f"the gradient of {', '.join(not_finite[:3])} is not finite" if not_finite else "no gradient came"
+    warnings.warn(
+        f"TopologyManager: an update was postponed for {num_steps} steps since {reason}; it is left out, the next is "
+        f"due after step {next_update}",
+        stacklevel=7,
+    )

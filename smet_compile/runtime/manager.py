@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.runtime.advice import (
     check_feasible,
     warn_of_idle_calls,
+    warn_of_left_out,
     warn_of_newcomers,
     warn_of_no_call,
     warn_of_stillness,
@@ -103,8 +103,9 @@ class TopologyManager:
             is neither shaped like the values nor a scalar, or of which it cannot be asked what a new weight starts
             with; a drop fraction for which there are too few inactive blocks (the largest possible is named); a
             ``min_age`` that leaves too few to drop; an argument out of range; a ``density_schedule`` out of order,
-            beyond the run, that changes nothing, or under data parallelism or an "N:M" pattern. In ``step()``: a compact weight that was
-            replaced after the optimizer was made; a policy that returns scores of another shape, or NaN.
+            beyond the run, that changes nothing, or under data parallelism or an "N:M" pattern. In ``step()``: a
+            compact weight that was replaced after the optimizer was made; a policy that returns scores of another
+            shape, or NaN.
     """
 
     def __init__(
@@ -133,10 +134,8 @@ class TopologyManager:
         stop_fraction = number("stop_fraction", stop_fraction, above=0, at_most=1)
         drop_fraction = number("drop_fraction", drop_fraction, at_least=0, below=1)
         final_drop_fraction = number("final_drop_fraction", final_drop_fraction, at_least=0, below=1)
-        drop_policy, grow_policy = (
-            find_policy("drop", drop, DROP_POLICIES),
-            find_policy("grow", grow, GROW_POLICIES),
-        )
+        drop_policy = find_policy("drop", drop, DROP_POLICIES)
+        grow_policy = find_policy("grow", grow, GROW_POLICIES)
         min_age = None if min_age is None else whole_number("min_age", min_age, at_least=0)
         window = None if window is None else whole_number("window", window, at_least=1)
         seed = seed_number("seed", seed)
@@ -144,14 +143,12 @@ class TopologyManager:
         self.schedule = make_schedule(schedule, plain)
         check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
-        self._stages = DensityStages(density_schedule, self.sites, total_steps)
+        self._stages = DensityStages(density_schedule, model, total_steps)
         is_static = schedule == "none" or not self.sites
         if is_static:
             self.schedule = make_schedule("none", plain)
         elif not self._stages:
             check_feasible(self.sites, self.schedule.largest_fraction)
-        if self._stages:
-            check_one_process(model)
         self.min_age = find_min_age(min_age, self.schedule)
         self._rules = Rules(drop_policy, grow_policy, every, seed)
         self._settings = {
@@ -253,10 +250,7 @@ class TopologyManager:
             self._optimizers.find()
             self._listen_to_optimizers()
         stage = self._stages.find_due(step)
-        if stage is not None:
-            event: TopologyEvent | None = self._enter(stage, step)
-        else:
-            event = self._update(step) if due else None
+        event = self._enter(stage, step) if stage else self._update(step) if due else None
         self.num_steps, self._num_new_steps = step, 0
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == _MAX_POSTPONED_STEPS:
@@ -284,12 +278,7 @@ class TopologyManager:
         self._num_postponed = 0
         bad = {id(p) for p in self._trained.not_finite}
         names = [canonical_name(self.model, name) for name, p in self.model.named_parameters() if id(p) in bad]
-        reason = f"the gradient of {', '.join(names[:3])} is not finite" if bad else "no gradient came"
-        warnings.warn(
-            f"TopologyManager: an update was postponed for {_MAX_POSTPONED_STEPS} steps since {reason}; it is left "
-            f"out, the next is due after step {self.next_update}",
-            stacklevel=6,
-        )
+        warn_of_left_out(_MAX_POSTPONED_STEPS, names, self.next_update)
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window
@@ -309,17 +298,7 @@ class TopologyManager:
         fraction = self.schedule.drop_fraction(step)
         owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
         counts = {name: math.floor(blocks + 1 - _ALMOST_ONE) for name, blocks in owed.items()}
-        moves = [
-            choose_move(
-                site,
-                self._rules,
-                step,
-                counts[site.name],
-                self._trace.protected(site.name, step),
-                self._optimizers,
-            )
-            for site in ready
-        ]
+        moves = [self._choose(choose_move, site, self._rules, step, counts[site.name]) for site in ready]
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
         self.history.append(event)
@@ -328,23 +307,20 @@ class TopologyManager:
     def _enter(self, stage: Stage, step: int) -> TopologyEvent:
         """Gives every weight the number of blocks that it has in a stage."""
         check_one_process(self.model)
+        counts, plain = self._stages.counts_of(stage), self._rules.for_untrained
+        changing = [site for name, site in self.sites.items() if site.num_active != counts[name]]
         moves = [
-            choose_resize(
-                site,
-                self._rules if self._is_ready(site) else self._rules.for_untrained,
-                step,
-                count,
-                self._trace.protected(name, step),
-                self._optimizers,
-            )
-            for name, count in self._stages.counts_of(stage).items()
-            if (site := self.sites[name]).num_active != count
+            self._choose(choose_resize, site, self._rules if self._is_ready(site) else plain, step, counts[site.name])
+            for site in changing
         ]
         made = {move.site.name: self._make(move, step) for move in moves}
         self._stages.enter(stage)
         event = TopologyEvent(step, 0.0, made, stage.density)
         self.history.append(event)
         return event
+
+    def _choose(self, choose: Callable[..., Move], site: Site, rules: Rules, step: int, count: int) -> Move:
+        return choose(site, rules, step, count, self._trace.protected(site.name, step), self._optimizers)
 
     def _make(self, move: Move, step: int) -> SiteEvent:
         ages = self._optimizers.ages(move.site.values)

@@ -104,7 +104,9 @@ def choose_resize(
     return Move(site, pack_bits(torch.zeros_like(before).index_fill_(0, after, True)))
 
 
-def _shrunk(rules: Rules, context: TopologyContext, num_active: int, group_size: int, protected: Tensor | None) -> Tensor:
+def _shrunk(
+    rules: Rules, context: TopologyContext, num_active: int, group_size: int, protected: Tensor | None
+) -> Tensor:
     mask = context.mask
     positions = positions_of(mask)
     ranks_N = _ranks(check_scores(rules.drop(context.site, context), context)) + 1
