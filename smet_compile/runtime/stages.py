@@ -100,6 +100,19 @@ def counts_at(density: float, sizes: Sizes) -> dict[str, int]:
     return share_out(total, {name: count for name, (_, count) in sizes.items()}, caps)
 
 
+def counts_of_stages(stages: Sequence[Stage], sizes: Sizes) -> list[dict[str, int]]:
+    """Returns the numbers of active blocks before the first stage and in each. Raises ValueError where one is idle."""
+    counts = [{name: count for name, (_, count) in sizes.items()}]
+    for stage in stages:
+        counts.append(counts_at(stage.density, sizes))
+        if counts[-1] == counts[-2]:
+            raise ValueError(
+                f"density_schedule: expected stages that change the model, got a density of {stage.density:g} at step "
+                f"{stage.step}, which it has already; leave that stage out, or take fewer"
+            )
+    return counts
+
+
 def _have_one_density(sizes: Sizes) -> bool:
     """Tells whether one density, rounded for each weight, gives all counts."""
     low = max(0.0 if count == 1 else (count - 0.5) / layout.num_blocks for layout, count in sizes.values())
@@ -125,26 +138,10 @@ class DensityStages:
         if self.stages:
             check_one_process(model)
             _check_sites(sites)
-            self._counts = [{name: site.num_active for name, site in sites.items()}]
-        for stage in self.stages:
-            self._add(stage)
-
-    def _add(self, stage: Stage) -> None:
-        first = {name: (site.layout, self._counts[0][name]) for name, site in self._sites.items()}
-        counts = counts_at(stage.density, first)
-        if counts == self._counts[-1]:
-            raise ValueError(
-                f"density_schedule: expected stages that change the model, got a density of {stage.density:g} at step "
-                f"{stage.step}, which it has already; leave that stage out"
-            )
-        for name, site in self._sites.items():
-            rows = site.layout.num_matrices * site.layout.block_rows
-            if site.compact.pattern == patterns.FAN_IN and counts[name] < rows:
-                raise ValueError(
-                    f'{name}: expected at least one active block in each of {rows:,} rows of blocks for "fan_in", got '
-                    f"{counts[name]:,} blocks at density {stage.density:g}; end with a higher one"
-                )
-        self._counts.append(counts)
+            sizes = {name: (site.layout, site.num_active) for name, site in sites.items()}
+            self._counts = counts_of_stages(self.stages, sizes)
+        for stage, counts in zip(self.stages, self._counts[1:], strict=True):
+            _check_rows(sites, stage, counts)
 
     def __bool__(self) -> bool:
         return bool(self.stages)
@@ -216,6 +213,16 @@ def _check_sites(sites: dict[str, Site]) -> None:
             raise ValueError(
                 f'{name}: expected a pattern that leaves the density free, got "{site.compact.pattern}"; leave '
                 'density_schedule out, or take pattern=None or "fan_in"'
+            )
+
+
+def _check_rows(sites: dict[str, Site], stage: Stage, counts: Mapping[str, int]) -> None:
+    for name, site in sites.items():
+        rows = site.layout.num_matrices * site.layout.block_rows
+        if site.compact.pattern == patterns.FAN_IN and counts[name] < rows:
+            raise ValueError(
+                f'{name}: expected at least one active block in each of {rows:,} rows of blocks for "fan_in", got '
+                f"{counts[name]:,} blocks at density {stage.density:g}; end with a higher one"
             )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import smet_compile as smet
 from smet_compile.ops import find_sites
 from tests.runtime.setting import make
 from tests.support.dense_twin import DenseTwin, Rule, SgdMomentum, SmetAdamW, TwinSite
+from tests.support.living_bytes import living_bytes
 from tests.support.masked import dense_weight, fill_masked, grids_of, masks_of
 from tests.support.rows import rows_of
 from tests.support.small_models import RaggedNet, batch, two_layers
@@ -145,19 +145,6 @@ def test_the_run_is_that_of_a_masked_dense_model(rule: str, direction: str, bloc
         torch.testing.assert_close(dense_weight(model, name), weight, atol=1e-10, rtol=1e-10)
 
 
-def living_bytes() -> int:
-    """Returns the bytes of all storages that a living tensor has."""
-    gc.collect()
-    storages = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for thing in gc.get_objects():
-            if isinstance(thing, Tensor) and thing.layout == torch.strided and not thing.is_meta:
-                storage = thing.untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("name", ["active", "int8", "torch", "lookahead"])
 def test_the_memory_of_what_goes_is_freed(name: str) -> None:
     """At density 0.1, 0.9 of the bytes of values and their state are gone."""
@@ -171,6 +158,7 @@ def test_the_memory_of_what_goes_is_freed(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step == 2:
+            gc.collect()
             full = living_bytes()
             states = [optimizer.state, optimizer.base.state] if name == "lookahead" else [optimizer.state]
             rows = [t for state in states for e in state.values() for t in e.values() if isinstance(t, Tensor)]
@@ -222,7 +210,11 @@ def test_a_weight_read_before_the_stage_cannot_be_written_after_it() -> None:
 @pytest.mark.parametrize("direction", list(DIRECTIONS))
 @pytest.mark.parametrize(
     "policies",
-    [{"drop": "saliency", "grow": "gradient"}, {"drop": "momentum", "grow": "momentum"}, {"window": 3, "grow": "gradient"}],
+    [
+        {"drop": "saliency", "grow": "gradient"},
+        {"drop": "momentum", "grow": "momentum"},
+        {"window": 3, "grow": "gradient"},
+    ],
     ids=str,
 )
 def test_any_policy_chooses(policies: dict[str, Any], direction: str) -> None:

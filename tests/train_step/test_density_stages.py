@@ -1,5 +1,6 @@
-"""A compiled run compiles once for each density stage, with sizes that are numbers, and trains as the eager loop does."""
+"""A compiled run compiles once for each density stage, with fixed sizes, and trains as the eager loop does."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
+from tests.support.living_bytes import living_bytes
 from tests.train_step.setting import Net, batch_of
 
 STAGES = [(2, 0.3), (4, 0.7)]
@@ -99,3 +101,26 @@ def test_kept_gradients_and_accumulation() -> None:
         manager.step()
     assert [event.step for event in manager.history] == [2, 4]
     assert {round(site.density, 1) for site in find_sites(model).values()} == {0.7}
+
+
+@pytest.mark.parametrize("how", ["step", "loop"])
+def test_the_memory_of_what_goes_is_freed(how: str) -> None:
+    """What was compiled for the stage before holds nothing."""
+    model = smet.sparsify(nn.Sequential(nn.Linear(200, 150, bias=False)), 1.0, dense_as_compact=True)
+    optimizer, x = smet.ActiveAdamW(model), torch.randn(4, 200)
+    manager = smet.TopologyManager(model, optimizer, total_steps=9, schedule="none", density_schedule=[(2, 0.1)])
+    step = smet.compile_train_step(model, optimizer, lambda model, x: model(x).square().mean())
+    step.compile(backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager")
+    for i in range(4):
+        if how == "step":
+            step(x)
+        else:
+            compiled(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if i == 1:
+            gc.collect()
+            full = living_bytes()
+        manager.step()
+    assert full - living_bytes() >= 0.9 * 30_000 * 13
