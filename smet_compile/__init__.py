@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from smet_compile.api import sparsify
     from smet_compile.convert import Report, export_dense, masks, materialize, report
     from smet_compile.explain import Explanation, explain
+    from smet_compile.format.densities import cubic_density
     from smet_compile.microscope import Inspection, inspect
     from smet_compile.ops import Kernel, register_kernel, unregister_kernel
     from smet_compile.ops.rules import Rule, Slot, register_rule
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         TopologyContext,
         TopologyEvent,
         TopologyManager,
-        cubic_density,
         load_checkpoint,
         mix_growth,
         needs_gradient,
@@ -83,6 +83,7 @@ _NAMES_OF_MODULES = {
     "api": ("sparsify",),
     "convert": ("Report", "export_dense", "masks", "materialize", "report"),
     "explain": ("Explanation", "explain"),
+    "format.densities": ("cubic_density",),
     "microscope": ("Inspection", "inspect"),
     "ops": ("Kernel", "register_kernel", "unregister_kernel"),
     "ops.rules": ("Rule", "Slot", "register_rule"),
@@ -101,7 +102,6 @@ _NAMES_OF_MODULES = {
         "TopologyContext",
         "TopologyEvent",
         "TopologyManager",
-        "cubic_density",
         "load_checkpoint",
         "mix_growth",
         "needs_gradient",

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from smet_compile.convert.active_blocks import count_nonzero_blocks
-from smet_compile.convert.distribution import Distribute, allocate, check_density, split_rules
+from smet_compile.convert.distribution import Distribute, allocate, split_rules
 from smet_compile.convert.find_weights import ALREADY_COMPACT, Weight, find_weights
 from smet_compile.convert.masks import block_mask, read_masks
 from smet_compile.format import Layout, patterns
 from smet_compile.format.arguments import described, whole_number
+from smet_compile.format.densities import check_density
 
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"

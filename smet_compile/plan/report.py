@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
+from smet_compile.format.densities import Stage
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
 from smet_compile.plan.timeline import Amount, LayeredTimeline, Point
-from smet_compile.runtime.stages import Stage
 
 if TYPE_CHECKING:
     from sympy import Expr, Symbol

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from smet_compile.convert import Globs, check_density
+from smet_compile.convert import Globs
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
+from smet_compile.format.densities import DensitySchedule, check_density, check_density_schedule
 from smet_compile.ops import find_sites
 from smet_compile.plan.report import Plan, make_plan
 from smet_compile.plan.run import PlannedRun, Request
 from smet_compile.plan.shapes import Inputs, LossFn, Step, empty_copy, token_batch
 from smet_compile.plan.stored import OPTIMIZERS, bytes_text, parse_bytes
 from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
-from smet_compile.runtime.stages import DensitySchedule, check_density_schedule
 
 _DENSITY = 0.3
 _PARTS = 10_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from smet_compile.format.densities import Stage, counts_of_stages
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stored import Bytes, bytes_text, total_bytes
-from smet_compile.runtime.stages import Stage, counts_of_stages
 
 _COLUMNS = ("weights", "gradients", "moments", "ages", "index")
 

@@ -4,14 +4,12 @@ from smet_compile.runtime.checkpoint import load_checkpoint, save_checkpoint
 from smet_compile.runtime.history import SiteEvent, TopologyEvent
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.policies import TopologyContext, mix_growth, needs_gradient
-from smet_compile.runtime.stages import cubic_density
 
 __all__ = [
     "SiteEvent",
     "TopologyContext",
     "TopologyEvent",
     "TopologyManager",
-    "cubic_density",
     "load_checkpoint",
     "mix_growth",
     "needs_gradient",

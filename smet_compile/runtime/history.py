@@ -144,14 +144,14 @@ class TopologyEvent:
         return cls(saved["step"], saved["drop_fraction"], sites, saved["density"])
 
 
-def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> dict[str, int]:
-    """Returns how many blocks of each weight were active at the start.
+def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> dict[str, list[int]]:
+    """Returns how many blocks of each weight were active at the start, and after each of its events.
 
     Raises ValueError where ``history`` is not that of ``num_steps`` steps of these sites, as ``to_dict`` made it.
     """
     if not isinstance(history, list):
         raise ValueError(f"history: expected a list of events, got {type(history).__name__}")
-    earliest, counts, first = 1, dict[str, int](), dict[str, int]()
+    earliest, counts = 1, dict[str, list[int]]()
     for i, event in enumerate(history):
         where = f"history[{i}]"
         check_keys(where, event, [field.name for field in fields(TopologyEvent)])
@@ -163,17 +163,15 @@ def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> di
         for name, site in event["sites"].items():
             at = f"{where}.sites[{name!r}]"
             _check_site_event(at, site, sites[name].layout.num_blocks, event["density"] is not None)
-            before = counts.get(name, site["num_before"])
-            check_integer(f"{at}.num_before", site["num_before"], before, before)
-            first.setdefault(name, before)
-            counts[name] = site["num_active"]
+            so_far = counts.setdefault(name, [site["num_before"]])
+            check_integer(f"{at}.num_before", site["num_before"], so_far[-1], so_far[-1])
+            so_far.append(site["num_active"])
         earliest = event["step"] + 1
     for name, site in sites.items():
-        if counts.get(name, site.num_active) != site.num_active:
-            raise ValueError(
-                f"{name}: expected a history that ends with {site.num_active} active blocks, got {counts[name]}"
-            )
-    return {name: first.get(name, site.num_active) for name, site in sites.items()}
+        last = counts.setdefault(name, [site.num_active])[-1]
+        if last != site.num_active:
+            raise ValueError(f"{name}: expected a history that ends with {site.num_active} active blocks, got {last}")
+    return counts
 
 
 def _check_site_event(where: str, event: Any, num_blocks: int, resizes: bool) -> None:
@@ -274,10 +272,10 @@ class Trace:
             name: [(born, bits.cpu().clone()) for born, bits in grown] for name, grown in state["grown"].items()
         }
 
-    def check_state_dict(self, state: Any, num_steps: int, first: Mapping[str, int]) -> None:
+    def check_state_dict(self, state: Any, num_steps: int, counts: Mapping[str, list[int]]) -> None:
         """Raises ValueError where ``state`` is not that of these weights after ``num_steps`` steps.
 
-        ``first`` is the number of active blocks of each weight at the start.
+        ``counts`` are the numbers of active blocks of each weight, from the start on.
         """
         check_keys("trace", state, ("initial", "explored", "grown"))
         for part in ("initial", "explored", "grown"):
@@ -286,17 +284,17 @@ class Trace:
             for name in self._sites.keys() ^ state[part].keys():
                 raise ValueError(f"{name}: expected the topology history of the same weights, got that of other ones")
         for name, site in self._sites.items():
-            self._check_bits(name, "initial", state["initial"][name], first[name], first[name])
+            self._check_bits(name, "initial", state["initial"][name], counts[name][0], counts[name][0])
             self._check_bits(name, "explored", state["explored"][name], site.num_active, site.layout.num_blocks)
-            self._check_grown(name, state["grown"][name], num_steps)
+            self._check_grown(name, state["grown"][name], num_steps, max(counts[name]))
 
-    def _check_grown(self, name: str, grown: Any, num_steps: int) -> None:
+    def _check_grown(self, name: str, grown: Any, num_steps: int, most: int) -> None:
         if not isinstance(grown, list) or not all(isinstance(each, list) and len(each) == 2 for each in grown):
             raise ValueError(f"{name}: expected grown blocks as a list of pairs (step, bits), got {kind_of(grown)}")
         earliest = 1
         for born, bits in grown:
             check_integer(f"{name}: step of grown blocks", born, earliest, num_steps)
-            self._check_bits(name, "grown", bits, 0, self._sites[name].layout.num_blocks)
+            self._check_bits(name, "grown", bits, 0, most)
             earliest = born + 1
 
     def _check_bits(self, name: str, part: str, bits: Any, at_least: int, at_most: int) -> None:

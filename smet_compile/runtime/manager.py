@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, seed_number, whole_number
+from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.ops.optimizers import find_optimizers
@@ -48,7 +49,7 @@ from smet_compile.runtime.schedules import (
     make_schedule,
     name_of_schedule,
 )
-from smet_compile.runtime.stages import DensitySchedule, DensityStages, Stage, check_one_process
+from smet_compile.runtime.stages import DensityStages, check_one_process
 from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, choose_resize, make_move
 
 _MAX_POSTPONED_STEPS = 10
@@ -379,10 +380,10 @@ class TopologyManager:
             check_number(f"owed[{name!r}]", blocks, 0, 1)
         num_steps = state["num_steps"]
         self._collection.check_state_dict(state["collected"], self._stages.growth_after(num_steps))
-        first = check_history(state["history"], num_steps, self.sites)
+        counts = check_history(state["history"], num_steps, self.sites)
         if "density_schedule" not in check_override(override):
-            self._stages.check_state(first, num_steps)
-        self._trace.check_state_dict(state["trace"], num_steps, first)
+            self._stages.check_state({name: each[0] for name, each in counts.items()}, num_steps)
+        self._trace.check_state_dict(state["trace"], num_steps, counts)
 
     def parts_of_state(self) -> list[dict[str, Any]]:
         """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
