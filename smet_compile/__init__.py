@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from smet_compile.api import sparsify
     from smet_compile.convert import Report, export_dense, masks, materialize, report
     from smet_compile.explain import Explanation, explain
+    from smet_compile.format.densities import cubic_density
     from smet_compile.microscope import Inspection, inspect
     from smet_compile.ops import Kernel, register_kernel, unregister_kernel
     from smet_compile.ops.rules import Rule, Slot, register_rule
@@ -61,6 +62,7 @@ __all__ = [
     "TopologyManager",
     "TrainStep",
     "compile_train_step",
+    "cubic_density",
     "decay_groups",
     "explain",
     "export_dense",
@@ -85,6 +87,7 @@ _NAMES_OF_MODULES = {
     "api": ("sparsify",),
     "convert": ("Report", "export_dense", "masks", "materialize", "report"),
     "explain": ("Explanation", "explain"),
+    "format.densities": ("cubic_density",),
     "microscope": ("Inspection", "inspect"),
     "ops": ("Kernel", "register_kernel", "unregister_kernel"),
     "ops.rules": ("Rule", "Slot", "register_rule"),

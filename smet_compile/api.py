@@ -45,6 +45,7 @@ def sparsify(
     masks: Mapping[str, Tensor] | Literal["prune"] | None = None,
     rescale: bool | None = None,
     seed: int = 0,
+    dense_as_compact: bool = False,
 ) -> nn.Module:
     """Makes the linear weights of ``model`` compact, in place: stored and trained only where they are active.
 
@@ -57,7 +58,7 @@ def sparsify(
         model: any module; on the meta device only layouts are made.
         density: fraction of blocks that are active, in (0, 1]. Default: 0.3; N/M with an "N:M" pattern; for "nonzero"
             it follows from the zeros. At 1 the model stays dense and everything that follows works on it, as a
-            baseline.
+            baseline; see ``dense_as_compact``.
         block_shape: the unit of sparsity: 1 for single weights, B for (B, B) tiles, or (bm, bn).
         include: globs over qualified names of weights or their modules. If given, they are the whole selection, and
             a weight they match may be any parameter of two or more dimensions (convolutions, embeddings).
@@ -78,6 +79,9 @@ def sparsify(
         rescale: multiplies the active weights by 1/√d, so that outputs keep their variance. Default: only for "random",
             and not where a mask is given.
         seed: the seed of the random selection.
+        dense_as_compact: makes weights that keep every block compact too, instead of leaving them plain: a run that
+            begins dense, for a ``density_schedule`` of the manager, begins with ``sparsify(model, 1.0,
+            dense_as_compact=True)``.
 
     Returns: ``model``.
 
@@ -98,9 +102,20 @@ def sparsify(
         check_no_density_for_nonzero(density, rules, distribution, masks)
     rescale = None if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
+    dense_as_compact = arguments.flag("dense_as_compact", dense_as_compact)
     with _given(model, masks) as given:
         selection = choose(
-            model, density, block_shape, include, exclude, rules, distribution, select, pattern, masks=given
+            model,
+            density,
+            block_shape,
+            include,
+            exclude,
+            rules,
+            distribution,
+            select,
+            pattern,
+            masks=given,
+            dense_as_compact=dense_as_compact,
         )
         drawn = [draw(each, select, _rescales(each, select, rescale), seed) for each in selection.choices]
         _warn(model, selection, drawn)

@@ -107,7 +107,12 @@ class TrainStep:
     def compile(self, **options: Any) -> None:
         """Makes the next call compile the step anew, by ``torch.compile`` with these options."""
         self._options = options
+        self._compiled_shapes = self._shapes()
         self._compiled = self._compile(fullgraph=self.fused)
+
+    def _shapes(self) -> list[torch.Size | None]:
+        """Returns the shapes of the values, which a density stage changes."""
+        return [None if (values := site.values_maybe) is None else values.shape for site in self.sites]
 
     def _compile(self, fullgraph: bool) -> Callable[..., Tensor]:
         """Compiles ``forward`` with a code object and a name of its own.
@@ -146,6 +151,8 @@ class TrainStep:
                 "loss_fn=lambda model, batch: ..."
             )
         self._abandon()  # if the cleaning up after an earlier step was interrupted
+        if self._shapes() != self._compiled_shapes:
+            self.compile(**self._options)  # a recompile of the old one would make sizes of the state symbols
         self._unfinished = updates = self.updates()
         try:
             loss = self._step(batch, updates)

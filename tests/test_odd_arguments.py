@@ -112,6 +112,11 @@ def mixed(run: Run, argument: str, value: Any) -> None:
     managed(run, "grow", smet.mix_growth(value))
 
 
+def scheduled(run: Run, argument: str, value: Any) -> None:
+    stages = smet.cubic_density(**({"first": 1.0, "last": 0.2, "end": 90} | {argument: value}))
+    assert all(0 < density <= 1 for _, density in stages)
+
+
 def stepped(run: Run, argument: str, value: Any) -> None:
     given = {"model": run.model, "optimizer": run.optimizer, "loss_fn": loss_of} | {argument: value}
     step = smet.compile_train_step(**given)
@@ -197,7 +202,7 @@ WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distributio
 SWITCHES = ("compiled", "fused_update", "checkpointing")
 Call = Callable[[Run, str, Any], None]
 FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
-    "sparsify": (made_sparse, ("model", *WEIGHTS, "select", "pattern", "masks", "rescale", "seed")),
+    "sparsify": (made_sparse, ("model", *WEIGHTS, "select", "pattern", "masks", "rescale", "seed", "dense_as_compact")),
     "ActiveAdamW": (optimized(smet.ActiveAdamW), OF_OPTIMIZER),
     "NaiveAdamW": (optimized(smet.NaiveAdamW), OF_OPTIMIZER),
     "ActiveLion": (optimized(smet.ActiveLion), ("lr", "betas", "weight_decay", "warmup_steps")),
@@ -209,8 +214,9 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "ActiveAdamW, of a group": (grouped, ("params", *OPTIONS)),
     "TopologyManager": (
         managed,
-        ("model", "optimizer", "total_steps", "every", *FRACTIONS, *CHOICES, "seed"),
+        ("model", "optimizer", "total_steps", "every", *FRACTIONS, *CHOICES, "seed", "density_schedule"),
     ),
+    "cubic_density": (scheduled, ("first", "last", "begin", "end", "num_stages")),
     "needs_gradient": (marked, ("policy", "window", "decay")),
     "mix_growth": (mixed, ("shares",)),
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
@@ -238,6 +244,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "inputs",
             "loss_fn",
             "vocabulary",
+            "density_schedule",
         ),
     ),
     "save_checkpoint": (saved, ("path", "model", "optimizer", "manager", "extra")),

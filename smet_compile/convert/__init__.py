@@ -3,7 +3,6 @@
 from smet_compile.convert.active_blocks import describe_empty_rows
 from smet_compile.convert.choose import Choice, Globs, choose
 from smet_compile.convert.compact import draw, make_compact
-from smet_compile.convert.distribution import check_density
 from smet_compile.convert.export import export_dense
 from smet_compile.convert.masks import masks
 from smet_compile.convert.materialize import materialize
@@ -13,7 +12,6 @@ __all__ = [
     "Choice",
     "Globs",
     "Report",
-    "check_density",
     "choose",
     "describe_empty_rows",
     "draw",

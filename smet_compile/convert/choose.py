@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from smet_compile.convert.active_blocks import count_nonzero_blocks
-from smet_compile.convert.distribution import Distribute, allocate, check_density, split_rules
+from smet_compile.convert.distribution import Distribute, allocate, split_rules
 from smet_compile.convert.find_weights import ALREADY_COMPACT, Weight, find_weights
 from smet_compile.convert.masks import block_mask, read_masks
 from smet_compile.format import Layout, patterns
 from smet_compile.format.arguments import described, whole_number
+from smet_compile.format.densities import check_density
 
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
@@ -68,6 +69,7 @@ def choose(
     select: str = "random",
     pattern: str | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    dense_as_compact: bool = False,
 ) -> Selection:
     """Chooses the weights that ``smet_compile.sparsify`` makes compact; arguments and errors are described there."""
     shares, densities = split_rules(distribution, rules)
@@ -90,8 +92,9 @@ def choose(
         counts = {name: int(mask.sum()) for name, mask in blocks.items()}
         counts |= _counts(others, layouts, default, densities, shares)
     for name, count in counts.items():
-        _check_count(name, count, layouts[name], pattern)
-    sparse = [name for name in chosen if counts[name] < layouts[name].num_blocks]
+        if dense_as_compact or count < layouts[name].num_blocks:
+            _check_count(name, count, layouts[name], pattern)
+    sparse = [name for name in chosen if dense_as_compact or counts[name] < layouts[name].num_blocks]
     choices = [Choice(chosen[n], layouts[n], counts[n], pattern, blocks.get(n)) for n in sparse]
     if not choices:
         _refuse_nothing(chosen, densities, default, block, select)
@@ -128,9 +131,7 @@ def default_density(density: Any, pattern: str | None, masks: object) -> float |
 
 
 def _check_count(name: str, count: int, layout: Layout, pattern: str | None) -> None:
-    """Raises ValueError where a sparse weight cannot have this number of active blocks in the pattern."""
-    if count == layout.num_blocks:
-        return
+    """Raises ValueError where a compact weight cannot have this number of active blocks in the pattern."""
     fixed, rows = patterns.fixed_count(pattern, layout, name), layout.num_matrices * layout.block_rows
     if fixed is not None and count != fixed:
         raise ValueError(

@@ -223,7 +223,7 @@ def check_moments(optimizer: Optimizer, *_: Any) -> None:
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         dense_shape = _dense_shapes.get(parameter)
-        if dense_shape is None:
+        if dense_shape is None or parameter.shape == dense_shape:
             continue
         for key, state in optimizer.state.get(parameter, {}).items():
             if isinstance(state, Tensor) and state.shape == dense_shape:

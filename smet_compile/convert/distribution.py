@@ -7,17 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from smet_compile.format import Layout
-from smet_compile.format.arguments import described, number, one_of, whole_number
+from smet_compile.format.arguments import described, one_of, whole_number
+from smet_compile.format.densities import check_density, share_out
 
 Distribution = Literal["uniform", "er", "erk"]
 Distribute = Callable[[Mapping[str, Layout], float], Mapping[str, int | float]]
 """A function of (layouts by name, density) that returns for each name a density, or a number of blocks as an int."""
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
-
-
-def check_density(argument: str, density: Any) -> float:
-    """Returns ``density`` as a float. Raises ValueError, which names ``argument``, for one outside (0, 1]."""
-    return number(argument, density, above=0, at_most=1, advice="it is the fraction that stays")
 
 
 def split_rules(distribution: Any, rules: Any) -> tuple[str | Distribute, dict[str, float]]:
@@ -106,29 +102,3 @@ def _score(layout: Layout, distribution: str) -> float:
     if distribution == "er":
         dims = dims[:2]
     return sum(dims) / math.prod(dims)
-
-
-def share_out(total: int, shares: dict[str, float], caps: dict[str, int]) -> dict[str, int]:
-    """Splits ``total`` in proportion to ``shares``: each at least 1 and at most its cap, the sum exact.
-
-    The others get what a cap cuts off; the largest remainders get what rounding leaves over.
-    """
-    amounts = {name: float(caps[name]) for name in caps}
-    free = set(caps)
-    left = float(total)
-    while free:
-        scale = left / sum(shares[name] for name in free)
-        full = {name for name in free if scale * shares[name] >= caps[name]}
-        if not full:
-            amounts.update({name: max(1.0, scale * shares[name]) for name in free})
-            break
-        left -= sum(caps[name] for name in full)
-        free -= full
-    counts = {name: math.floor(amount) for name, amount in amounts.items()}
-    by_remainder = sorted(counts, key=lambda name: (counts[name] - amounts[name], name))
-    while (missing := total - sum(counts.values())) != 0:
-        unit = 1 if missing > 0 else -1
-        movable = [n for n in by_remainder if (counts[n] < caps[n] if unit > 0 else counts[n] > 1)]
-        for name in movable[:missing] if unit > 0 else movable[missing:]:
-            counts[name] += unit
-    return counts

@@ -253,12 +253,14 @@ def _starts(line_N: Tensor, num_lines: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TopologyChange:
-    """Describes what a topology update did to one weight, for whoever stores something per block. N stays the same.
+    """Describes what a topology change did to one weight, for whoever stores something per block.
+
+    An update keeps the number of active blocks; a density stage takes it from N to N'.
 
     Args:
         values: the compact parameter, which holds the new values already.
         survives: (N,) bool over the old rows: the block is still active.
-        survived: (N,) bool over the new rows: the block was active before; False for a newly grown one.
+        survived: (N',) bool over the new rows: the block was active before; False for a newly grown one.
     """
 
     values: torch.nn.Parameter
@@ -271,8 +273,31 @@ class TopologyChange:
         survives = after.index_select(0, positions_of(before))
         return cls(values, survives, before.index_select(0, positions_of(after)))
 
+    @property
+    def resizes(self) -> bool:
+        """Tells whether the number of active blocks changes."""
+        return self.survives.numel() != self.survived.numel()
+
+    def has_old_rows(self, rows: Any) -> bool:
+        """Tells whether ``rows`` is a tensor of the shape that the values had before the change."""
+        return isinstance(rows, Tensor) and rows.shape == (self.survives.numel(), *self.values.shape[1:])
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """Returns new rows (N', ...) from ``rows`` (N, ...): survivors bit for bit, newcomers zero."""
+        old_rows, new_rows = self._kept_rows
+        kept = rows.index_select(0, old_rows)
+        if new_rows.numel() == self.survived.numel():
+            return kept
+        return rows.new_zeros(self.survived.numel(), *rows.shape[1:]).index_copy_(0, new_rows, kept)
+
     def remap_(self, rows: Tensor) -> Tensor:
-        """Moves ``rows`` (N, ...) to the new order in place: survivors bit for bit, newcomers zero."""
+        """Moves ``rows`` (N, ...) to the new order: survivors bit for bit, newcomers zero.
+
+        It stays the same tensor object. Where the number of blocks changes, its memory is replaced, else written to.
+        """
+        if self.resizes:
+            rows.data = self.moved(rows)
+            return rows
         old_rows, new_rows = self._kept_rows
         kept = rows.index_select(0, old_rows)
         return rows.zero_().index_copy_(0, new_rows, kept)

@@ -117,7 +117,8 @@ def history_of(site: Site, optimizer: Any, events: Sequence[TopologyEvent], step
     """
     own = [(event.step, event.sites[site.name]) for event in events if site.name in event.sites]
     ages = _age_counts(site, optimizer)
-    grown = {0: site.num_active} | {at: event.num_dropped for at, event in own}
+    num_first = own[0][1].num_before if own else site.num_active
+    grown = {0: num_first} | {at: event.num_added for at, event in own}
     alive = {step - age: count for age, count in ages.items()}
     return SiteHistory(
         age_counts=ages,

@@ -24,6 +24,7 @@ from smet_compile.format import (
 )
 from smet_compile.ops import gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
+from smet_compile.ops.torch_insides import replace_data
 
 _FOR_ONE_STEP = dict.fromkeys(("update_sink", "collected"))
 _FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
@@ -265,14 +266,18 @@ class CompactWeight(nn.Module):
         values.copy_(self.right_inverse(dense))
 
     @torch.no_grad()
-    def resize(self, values: Tensor, mask: Tensor) -> None:
-        """Makes the blocks of ``mask`` active, however many; sets the values to zero and their gradient to None."""
+    def resize(self, values: Tensor, mask: Tensor, rows: Tensor | None = None) -> None:
+        """Makes the blocks of ``mask`` active, however many, with ``rows`` as values; sets their gradient to None.
+
+        The values are zero where ``rows`` is None.
+        """
         patterns.check_mask(self.name, mask, self.pattern, self.layout)
         num_active, bits = int(mask.sum()), pack_bits(mask)
-        zeros = values.new_zeros(self.layout.values_shape(num_active))
+        rows = values.new_zeros(self.layout.values_shape(num_active)) if rows is None else rows
         lists = empty_lists(self.layout, num_active, self.topology.device)
         values.grad = None
-        values.data, self.num_active, self.lists = zeros, num_active, lists
+        replace_data(values, rows)
+        self.num_active, self.lists = num_active, lists
         self.topology.copy_(bits)
         self._accept()
 

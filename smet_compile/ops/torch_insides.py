@@ -84,6 +84,20 @@ def run_first_in_backward(tensor: Tensor) -> None:
         tensor.grad_fn._set_sequence_nr(2**62)  # type: ignore[attr-defined]
 
 
+def replace_data(parameter: Tensor, data: Tensor) -> None:
+    """Gives a parameter data of another shape, which backward then expects of its gradient.
+
+    ``parameter.data = data`` alone keeps the node that accumulates the gradient as long as an old graph is alive, and
+    that node expects the old shape. torch makes a new node only for another dtype, so there is one in between. The
+    version is raised, for those who compare it.
+    """
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = data
+    if not parameter.is_inference():
+        torch.autograd.graph.increment_version(parameter)
+
+
 def multiplies_bf16_in_tiles() -> bool:
     """Tells whether the processor has AMX."""
     return bool(torch.cpu._is_amx_tile_supported())

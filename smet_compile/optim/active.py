@@ -28,12 +28,13 @@ from smet_compile.ops.rules import Rule
 from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
 from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options, initial_warmup
-from smet_compile.optim.parameters import ReadyUpdate, describe_parameters
+from smet_compile.optim.parameters import ReadyUpdate, check_initialised, describe_parameters
 from smet_compile.optim.state import (
     StateKind,
     add_generation,
     check_state,
     find_ages,
+    is_kept_by_wrapper,
     moment_dtype,
     new_state,
     read_slot,
@@ -85,7 +86,7 @@ class ActiveOptimizer(Optimizer):
         rounding = common.get("stochastic_rounding")
         self.stochastic_rounding = rounding is None or flag("stochastic_rounding", rounding)
         self.seed = seed_number("seed", common.get("seed", 0))
-        _check_initialised(type(self).__name__, model)
+        check_initialised(type(self).__name__, model)
         self._model = model
         self._parameters = describe_parameters(model)
         defaults = check_options(
@@ -292,22 +293,23 @@ class ActiveOptimizer(Optimizer):
         wrapper keeps in the same state (Lookahead's slow weights) move too.
         """
         state = self.state.get(change.values)
-        if not state or change.survived.all():
+        born = ~change.survived
+        if not state or not (change.resizes or born.any()):
             return
         self._ready.pop(change.values, None)
         rule = self.rule_of(change.values)
         ours = {slot.name for slot in rule.slots} | {"generation"}
         for key, rows in state.items():
-            if key in ours or _belongs_to_wrapper(key, rows, change):
+            if key in ours or is_kept_by_wrapper(key, rows, change):
                 change.remap_(rows)
-        if "generation" not in state:
+        if "generation" not in state or not born.any():
             return
         group = next(g for g in self.param_groups if any(p is change.values for p in g["params"]))
         options = rule.named_options(_numbers_of(rule, group))
         mature_age = rule.mature_age(options, compute_dtype(change.values.dtype))
         mature_age = max(mature_age, group["warmup_steps"], group["initial_warmup_steps"])
         state["generation"], state["births"] = add_generation(
-            state["generation"], state["births"], ~change.survived, state["step"], mature_age
+            state["generation"], state["births"], born, state["step"], mature_age
         )
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
@@ -382,28 +384,10 @@ class ActiveOptimizer(Optimizer):
         self._rates: dict[int, tuple[float, Tensor]] = {}
 
 
-_GENERIC_STATE = frozenset({"step", "num_skipped", "scales", "generation", "births"})
-
-
-def _belongs_to_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
-    """Tells whether a tensor in the state, not one of the rule's, has a row for each block and is not the values."""
-    if key in _GENERIC_STATE or not isinstance(rows, Tensor) or rows.shape != change.values.shape:
-        return False
-    return rows.data_ptr() != change.values.data_ptr()
-
-
 def _numbers_of(rule: Rule, group: dict[str, Any]) -> tuple[float, ...]:
     """Returns the options of a parameter group that the rule needs, in its order."""
     named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
     return tuple(float(named[option]) for option in rule.options)
-
-
-def _check_initialised(optimizer: str, model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ValueError(
-                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
-            )
 
 
 def _not_trained(name: str, parameter: Tensor) -> ValueError:

@@ -22,7 +22,8 @@ class Parameter:
     """Holds what an optimizer knows of a parameter besides its values.
 
     Args:
-        name: its canonical name. site: None unless it is compact. shape: its shape when it was first seen.
+        name: its canonical name. site: None unless it is compact.
+        first_shape: its shape when it was first seen.
         layout: the layout of a compact weight, or one that tells the rows of a dense matrix; None for a vector.
         units_are_columns: whether an output unit is a column of the matrix and not a row, as in an embedding, and in
             experts that say ``is_transposed``.
@@ -32,7 +33,7 @@ class Parameter:
 
     name: str
     site: Site | None
-    shape: torch.Size
+    first_shape: torch.Size
     layout: Layout | None = None
     units_are_columns: bool = False
     is_head: bool = False
@@ -48,6 +49,13 @@ class Parameter:
         assert self.layout is not None, "a vector reads none"
         return self.layout.rows if self.units_are_columns else self.layout.cols
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape that it has to have: that of a compact weight changes with its number of blocks."""
+        if self.site is None:
+            return tuple(self.first_shape)
+        return self.site.layout.values_shape(self.site.compact.num_active)
+
     def check(self, parameter: Tensor) -> None:
         """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
         values = parameter if self.site is None else self.site.values_maybe
@@ -61,10 +69,19 @@ class Parameter:
                 f"{self.name}: the model's weight was replaced (load_state_dict(assign=True), to_empty, ...) after "
                 "the optimizer was made; make the optimizer anew"
             )
-        if parameter.shape != self.shape:
+        if tuple(parameter.shape) != self.shape:
             raise ValueError(
-                f"{self.name}: expected shape {tuple(self.shape)}, got {tuple(parameter.shape)}: sparsify was "
+                f"{self.name}: expected shape {self.shape}, got {tuple(parameter.shape)}: sparsify was "
                 "called after the optimizer was made; make the optimizer anew"
+            )
+
+
+def check_initialised(optimizer: str, model: nn.Module) -> None:
+    """Raises ValueError, which begins with ``optimizer``, where a lazy parameter has no shape yet."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"{optimizer}: {name} is not initialised yet; run a forward first, then make the optimizer"
             )
 
 
@@ -142,6 +159,7 @@ class ReadyUpdate:
 
     def __init__(self, update: Update, known: Parameter, state: dict[str, Any], options: tuple[Any, ...]) -> None:
         self.update = update
+        self.shape = update.values.shape
         self.known = known
         self.compact = known.site.compact if known.site else None
         self.state = state
@@ -170,7 +188,7 @@ class ReadyUpdate:
         if (
             state is not self.state
             or len(state) != len(self.items)
-            or values.shape != known.shape
+            or values.shape != self.shape
             or grad.layout is not torch.strided
             or grad.numel() != values.numel()
             or options != self.options

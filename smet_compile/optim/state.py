@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.law_of_updates import decode_slot
@@ -107,6 +108,7 @@ def _dtype_for(size: int) -> torch.dtype:
 
 
 _COUNTS = ("step", "num_skipped")
+_GENERIC = frozenset({*_COUNTS, "scales", "generation", "births"})
 
 
 def moment_dtype(parameter: Tensor, wanted: torch.dtype | str | None) -> torch.dtype:
@@ -161,6 +163,11 @@ def read_slot(state: dict[str, Tensor], slots: tuple[Slot, ...], name: str, site
     if "scales" not in state or site is None:
         return state[name]
     return decode_slot(state[name], state["scales"][number], slots[number].signed, site.compact.active)
+
+
+def is_kept_by_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
+    """Tells whether a tensor in the state, not one of the rule's, has a row for each block and is not the values."""
+    return key not in _GENERIC and change.has_old_rows(rows) and rows.data_ptr() != change.values.data_ptr()
 
 
 def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
+from smet_compile.format.densities import Stage
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
 from smet_compile.plan.run import PlannedRun, peak_of
+from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
 from smet_compile.plan.timeline import Amount, LayeredTimeline, Point
 
@@ -70,6 +72,8 @@ class Plan:
         symbols: the numbers that the counts stand for.
         warnings: where a choice costs more than dense training, a number is a rougher estimate, or rows of
             blocks must stay empty.
+        stages: the cost of each density stage, that before the first included; empty without a density schedule.
+            All other numbers are those of the first.
     """
 
     title: str
@@ -82,6 +86,7 @@ class Plan:
     symbols: dict[Symbol, float] = field(default_factory=dict)
     rounding_bytes: float = 0.0
     warnings: tuple[str, ...] = ()
+    stages: tuple[StagePlan, ...] = ()
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
@@ -107,6 +112,10 @@ class Plan:
         values |= {str(symbol): f"{value:,.0f}" for symbol, value in sorted(self.symbols.items(), key=str)}
         return ", ".join(f"{name} = {value}" for name, value in values.items())
 
+    def stage_table(self) -> str:
+        """Returns the bytes of each density stage in a line, and the stage with the highest peak."""
+        return table_of(self.stages)
+
     def __str__(self) -> str:
         table = [("", "formula", "sparse", "dense", "ratio"), *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
@@ -118,6 +127,7 @@ class Plan:
             ]
             lines.append("  ".join(cells).rstrip())
         lines += ["", self.legend()]
+        lines += ["", self.stage_table()] if self.stages else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -130,8 +140,8 @@ def _formula_text(formula: Expr | None) -> str:
     return raised.replace("*", "·")
 
 
-def make_plan(run: PlannedRun, batch: int) -> Plan:
-    """Makes the plan of a run at this batch."""
+def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan:
+    """Makes the plan of a run at this batch, with these density stages."""
     timeline, point, stored = run.timeline, run.point(batch), run.stored()
     sparse = _cost(total_bytes(stored, run.recipe, run.buffers), timeline, point, run.operations())
     by_torch = Recipe(fused_update=False, by_torch=True)
@@ -149,6 +159,7 @@ def make_plan(run: PlannedRun, batch: int) -> Plan:
         symbols=symbols,
         rounding_bytes=rounding_bytes(stored, run.recipe),
         warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense)]),
+        stages=tuple(plan_stages(run, stages, batch)),
     )
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from smet_compile.convert import Globs, check_density
+from smet_compile.convert import Globs
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
+from smet_compile.format.densities import DensitySchedule, check_density, check_density_schedule
 from smet_compile.ops import find_sites
 from smet_compile.plan.report import Plan, make_plan
 from smet_compile.plan.run import PlannedRun, Request
@@ -47,6 +48,7 @@ def plan(
     inputs: Inputs | None = None,
     loss_fn: LossFn | None = None,
     vocabulary: int = VOCABULARY,
+    density_schedule: DensitySchedule | None = None,
 ) -> Plan:
     """Plans a training step: bytes by kind, peak memory and operations, as formulas and numbers beside dense training.
 
@@ -74,6 +76,8 @@ def plan(
         inputs: (batch, sequence) → what the model is called with. Default: ``input_ids`` and ``labels``.
         loss_fn: (model, inputs) → loss. Default: ``model(**inputs).loss``.
         vocabulary: of a preset.
+        density_schedule: as ``TopologyManager`` takes it: ``plan.stages`` holds the bytes of each stage. ``density`` is
+            that of the beginning, and may be 1.
 
     Raises:
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
@@ -90,6 +94,9 @@ def plan(
     if loss_fn is not None:
         arguments.function("loss_fn", loss_fn, "(model, inputs) → loss")
     limit = None if fits is None else parse_bytes("fits", fits)
+    stages = [] if density_schedule is None else check_density_schedule(density_schedule)
+    if stages and limit is not None:
+        raise ValueError("density_schedule: expected none beside fits, got both; plan the schedule and read its peaks")
     if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
         raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
     on_meta, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
@@ -112,11 +119,12 @@ def plan(
         optimizer=optimizer,
         compiled=compiled,
         fused_update=compiled if fused_update is None else fused_update,
-        selection={"include": include, "exclude": exclude, "rules": rules, "distribution": distribution},
+        selection={"include": include, "exclude": exclude, "rules": rules, "distribution": distribution}
+        | {"dense_as_compact": bool(stages)},
     )
     chosen = None if is_compact else _DENSITY if density is None else density
     if limit is None:
-        return make_plan(PlannedRun(request, chosen), batch or default_batch)
+        return make_plan(PlannedRun(request, chosen), batch or default_batch, stages)
     if (density is not None or is_compact) and batch is None:
         return _plan_largest_batch(PlannedRun(request, chosen), limit)
     if density is not None or is_compact:

@@ -181,9 +181,11 @@ class PlannedRun:
 
     def point(self, batch: int, density: float | None = None) -> Point:
         """Returns the point at which the timeline is evaluated; at another ``density`` than the run's if given."""
-        ratio = 1.0
-        if density is not None:
-            ratio = values_bytes(self.stored(density), self.sites) / values_bytes(self.stored(), self.sites)
+        return self.point_with(self.stored(density), batch)
+
+    def point_with(self, stored: list[Stored], batch: int) -> Point:
+        """Returns the point at which the timeline is evaluated where the parameters are ``stored``."""
+        ratio = values_bytes(stored, self.sites) / values_bytes(self.stored(), self.sites) if self.sites else 1.0
         return Point(batch, self.request.sequence or 1, ratio)
 
     def peak(self, batch: int, density: float | None = None) -> float:

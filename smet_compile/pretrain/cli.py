@@ -41,6 +41,7 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("fits", None, None, "24GB, 22.5GiB: the largest density that fits; with --density, the largest batch."),
     ("distribution", None, "uniform", "uniform, er, erk."),
     ("vocabulary", "INTEGER", str(VOCABULARY), "Words of the tokenizer."),
+    ("density_schedule", None, None, "1000:0.5,2000:0.25: density stages, each STEP:DENSITY."),
 )
 PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary": int}
 
@@ -158,6 +159,7 @@ def _plan(preset: str, **options: Any) -> None:
             preset,
             block_shape=parse_block(options.pop("block"), "--block"),
             moment_dtype=options.pop("moment_dtype"),
+            density_schedule=_stages(options.pop("density_schedule")),
             compiled=compiled,
             fused_update=compiled and not kept_gradients,
             **options,
@@ -165,6 +167,18 @@ def _plan(preset: str, **options: Any) -> None:
         _print_plan(plan)
     except (ValueError, OverflowError, MissingExtraError) as error:
         end_with_error(error)
+
+
+def _stages(text: str | None) -> list[tuple[int, float]] | None:
+    """Reads density stages from a text such as "1000:0.5,2000:0.25"."""
+    if text is None:
+        return None
+    option = option_name("density_schedule")
+    pairs = [pair.partition(":") for pair in check_text(option, text).split(",")]
+    return [
+        (int(check_number(option, from_text(step, int), int)), check_number(option, from_text(density, float), float))
+        for step, _, density in pairs
+    ]
 
 
 def _print_plan(plan: smet.Plan) -> None:
@@ -181,6 +195,8 @@ def _print_plan(plan: smet.Plan) -> None:
     console = require("rich.console").Console()
     console.print(table)
     print_plainly(console, plan.legend())
+    if plan.stages:
+        print_plainly(console, plan.stage_table())
     for warning in plan.warnings:
         console.print(as_cell("warning: ", "yellow"), end="")
         print_plainly(console, warning)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-from smet_compile.format.arguments import number
 from smet_compile.format.patterns import FAN_IN
 from smet_compile.ops import Site
 from smet_compile.runtime.history import TopologyEvent
@@ -31,15 +30,12 @@ def check_feasible(sites: dict[str, Site], drop_fraction: float) -> None:
             )
 
 
-def check_ablation(threshold: float | None, sites: dict[str, Site]) -> float | None:
-    """Returns the threshold as a float. Raises ValueError for one out of range, and without the pattern "fan_in"."""
-    if threshold is None:
-        return None
-    if sites and not any(site.compact.pattern == FAN_IN for site in sites.values()):
+def check_ablation(threshold: float | None, sites: dict[str, Site]) -> None:
+    """Raises ValueError for a threshold without a weight of the pattern "fan_in"."""
+    if threshold is not None and sites and not any(site.compact.pattern == FAN_IN for site in sites.values()):
         raise ValueError(
             'ablation_threshold: expected a weight with the pattern "fan_in", got none; sparsify with pattern="fan_in"'
         )
-    return number("ablation_threshold", threshold, above=0, at_most=1)
 
 
 def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: int) -> None:
@@ -103,3 +99,13 @@ def warn_of_idle_calls(num_calls: int, is_accumulating: bool, optimizers: set[st
             "same",
             stacklevel=7,
         )
+
+
+def warn_of_left_out(num_steps: int, not_finite: list[str], next_update: int | None) -> None:
+    """Warns that an update was left out after so many steps. ``not_finite`` are the parameters that caused it."""
+    reason = f"the gradient of {', '.join(not_finite[:3])} is not finite" if not_finite else "no gradient came"
+    warnings.warn(
+        f"TopologyManager: an update was postponed for {num_steps} steps since {reason}; it is left out, the next is "
+        f"due after step {next_update}",
+        stacklevel=7,
+    )

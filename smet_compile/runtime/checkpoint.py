@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from smet_compile.format import arguments
 from smet_compile.ops import canonical_name, find_sites
 from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
+from smet_compile.ops.torch_insides import replace_data
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
+from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 from smet_compile.runtime.saved_state import (
     check_model,
     check_optimizer,
@@ -29,7 +31,7 @@ from smet_compile.runtime.saved_state import (
     model_metadata,
     optimizer_entry,
 )
-from smet_compile.runtime.schedules import check_override
+from smet_compile.runtime.settings import check_override
 from smet_compile.runtime.tree import as_bytes
 
 _WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -85,7 +87,8 @@ def load_checkpoint(
 ) -> Any:
     """Loads what ``save_checkpoint`` wrote into a model made sparse in the same way; returns ``extra``.
 
-    Parameters keep their storage, so an optimizer or a compiled model that holds them goes on. With an optimizer
+    Parameters keep their storage, so an optimizer or a compiled model that holds them goes on. A manager with a
+    ``density_schedule`` first brings weights to the number of blocks that they have in the file. With an optimizer
     given, torch's random states are restored as well, and the run continues as if never stopped.
 
     Args:
@@ -101,26 +104,30 @@ def load_checkpoint(
         raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
     holders = [] if optimizer is None else state_holders(optimizer, model.parameters())
-    try:
-        _check_parts(saved, model)
-        if holders:
-            _check_optimizers(saved, model, holders, type(optimizer).__name__)
-        if manager is not None:
-            if saved["manager"] is None:
-                raise ValueError("expected a checkpoint with a manager, got one saved without; leave it out")
-            manager.check_state_dict(saved["manager"], override=override)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        with all_or_nothing(model, holders, manager):
-            model.load_state_dict(loadable(saved["model"], saved.get("model_metadata"), model))
+    with ExitStack() as stack:
+        try:
+            _read_names(saved, model)
+            if manager is not None and manager.settings["density_schedule"] is not None:
+                stack.enter_context(_in_saved_stage(saved["model"], model, holders, manager))
+            check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
             if holders:
-                load_optimizers(holders, [entry["state"] for entry in _optimizer_entries(saved)])
-                restore_random_states(saved["random"])
+                _check_optimizers(saved, model, holders, type(optimizer).__name__)
             if manager is not None:
-                manager.load_state_dict(saved["manager"], override=override)
-    except Exception as error:
-        raise ValueError(f"{path}: could not be loaded ({error}); everything is as it was before") from error
+                if saved["manager"] is None:
+                    raise ValueError("expected a checkpoint with a manager, got one saved without; leave it out")
+                manager.check_state_dict(saved["manager"], override=override)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        try:
+            with all_or_nothing(model, holders, manager):
+                model.load_state_dict(loadable(saved["model"], saved.get("model_metadata"), model))
+                if holders:
+                    load_optimizers(holders, [entry["state"] for entry in _optimizer_entries(saved)])
+                    restore_random_states(saved["random"])
+                if manager is not None:
+                    manager.load_state_dict(saved["manager"], override=override)
+        except Exception as error:
+            raise ValueError(f"{path}: could not be loaded ({error}); everything is as it was before") from error
     return saved["extra"]
 
 
@@ -137,8 +144,8 @@ def _check_arguments(function: str, path: Any, model: Any, optimizer: Any, manag
         )
 
 
-def _check_parts(saved: dict[str, Any], model: nn.Module) -> None:
-    """Checks the parts of a checkpoint and the model in it, and renames what an older version named otherwise."""
+def _read_names(saved: dict[str, Any], model: nn.Module) -> None:
+    """Checks which parts a checkpoint has, and renames what an older version named otherwise."""
     required = ("layouts", "model", "optimizer", "manager", "random", "extra")
     check_keys("checkpoint", saved, required, ("model_metadata", "other_optimizers"))
     if not isinstance(saved.get("other_optimizers", []), list):
@@ -147,7 +154,6 @@ def _check_parts(saved: dict[str, Any], model: nn.Module) -> None:
         if not isinstance(saved[part], dict):
             raise ValueError(f"{part}: expected a dict, got {kind_of(saved[part])}")
     _rename(saved, _renaming(saved["model"], model))
-    check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
 
 
 def _check_optimizers(saved: dict[str, Any], model: nn.Module, optimizers: list[Any], wrapper: str) -> None:
@@ -221,13 +227,25 @@ def _renamed(entries: Any, rename: Callable[[str], str]) -> Any:
 
 
 @contextmanager
+def _in_saved_stage(
+    saved: dict[str, Any], model: nn.Module, optimizers: list[Any], manager: TopologyManager
+) -> Iterator[None]:
+    """Brings model and optimizers to the density stage of a checkpoint; back, if the block raises."""
+    resized = find_resized(saved, model)
+    with all_or_nothing(model, optimizers, manager) if resized else nullcontext():
+        resize_as_saved(resized, optimizers)
+        yield
+
+
+@contextmanager
 def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyManager | None) -> Iterator[None]:
     """Puts everything that the block changed back, in the same tensors, if the block raises.
 
     The model's tensors are copied to the CPU meanwhile, since loading writes into them. References are enough for the
-    optimizers, since loading replaces what they hold.
+    optimizers and for gradients, since loading replaces what they hold.
     """
     tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _tensors_of(model)]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in model.modules() if _has_extra(module)]
     of_optimizers = (entries for optimizer in optimizers for entries in _optimizer_dicts(optimizer))
     of_manager = [] if manager is None else manager.parts_of_state()
@@ -241,6 +259,8 @@ def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyMan
             entries.clear()
             entries.update(content)
         _restore(tensors)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for module, state in extra:
             module.set_extra_state(state)
         restore_random_states(random)
@@ -251,7 +271,9 @@ def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyMan
 def _restore(tensors: list[tuple[Tensor, Tensor]]) -> None:
     """Writes only where something changed: not every buffer can be written to."""
     for tensor, before in tensors:
-        if as_bytes(tensor.detach().cpu().contiguous()) != as_bytes(before.contiguous()):
+        if tensor.shape != before.shape:
+            replace_data(tensor, before.to(tensor.device))
+        elif as_bytes(tensor.detach().cpu().contiguous()) != as_bytes(before.contiguous()):
             tensor.copy_(before)
 
 

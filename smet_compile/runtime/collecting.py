@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class GradientCollection:
         rules: the policies, and so whether anything is collected at all.
         window: number of steps up to the update; None for what the policies say.
         largest_fraction: the most that an update ever drops, which fixes the size of the buffers.
+
+    Attributes:
+        growth: how many blocks of each weight the next density stage grows, for which buffers have to suffice.
     """
 
     def __init__(self, sites: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float) -> None:
@@ -32,6 +36,7 @@ class GradientCollection:
         self._sites, self._rules, self._largest_fraction = sites, rules, largest_fraction
         self._decay = min((policy.decay for policy in rules.asking), default=1.0)
         self._given: dict[str, tuple[Site, Collected]] = {}
+        self.growth: Mapping[str, int] = {}
         self._stop_when_gone()
 
     def _stop_when_gone(self) -> None:
@@ -54,7 +59,7 @@ class GradientCollection:
             return
         for name, site in self._sites.items():
             if name not in self._given:
-                collected = self._rules.collect(site, self._largest_fraction)
+                collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
                 self._given[name] = site, collected
                 site.compact.collected = collected
             elif self.window == 1:
@@ -74,13 +79,13 @@ class GradientCollection:
                 for buffer, saved in zip(self._given[name][1], Collected(**parts), strict=True):
                     buffer.copy_(saved)
 
-    def check_state_dict(self, state: Any) -> None:
-        """Raises ValueError where ``state`` cannot be that of these weights under these policies."""
+    def check_state_dict(self, state: Any, growth: Mapping[str, int]) -> None:
+        """Raises ValueError where ``state`` cannot be that of these weights under these policies, with this growth."""
         check_keys("collected", state, (), self._sites.keys())
         for name, parts in state.items():
             site = self._sites[name]
             check_keys(f"collected[{name!r}]", parts, _PARTS)
-            ours = self._rules.collect(site, self._largest_fraction) if self.window else None
+            ours = self._rules.collect(site, self._largest_fraction, growth.get(name, 0)) if self.window else None
             if ours is None:
                 raise ValueError(f"{name}: expected no collected gradients, since no policy asks for them, got some")
             for part, expected in ours._asdict().items():

@@ -17,10 +17,10 @@ from smet_compile.ops.loaded import check_integer, check_keys, check_number, kin
 
 @dataclass(frozen=True)
 class SiteEvent:
-    """Describes one weight's part in an update. All numbers but the ages count blocks.
+    """Describes one weight's part in an update or a density stage. All numbers but the ages count blocks.
 
     Args:
-        num_blocks, num_active: all, and active after the update; as many are grown as are dropped.
+        num_blocks: all. num_before, num_active: active before and after; equal in an update.
         num_dropped: dropped in this update.
         num_newcomers_dropped: of these, the ones that no earlier update could have dropped: those of the youngest
             generation that ``min_age`` does not protect.
@@ -32,6 +32,7 @@ class SiteEvent:
     """
 
     num_blocks: int
+    num_before: int
     num_active: int
     num_dropped: int
     num_newcomers_dropped: int
@@ -45,8 +46,13 @@ class SiteEvent:
 
     @property
     def churn_fraction(self) -> float:
-        """Returns dropped over active."""
-        return self.num_dropped / self.num_active
+        """Returns dropped over active before."""
+        return self.num_dropped / self.num_before
+
+    @property
+    def num_added(self) -> int:
+        """Returns how many blocks were grown in this update."""
+        return self.num_active - self.num_before + self.num_dropped
 
     @property
     def newcomer_fraction(self) -> float | None:
@@ -91,11 +97,17 @@ def _share(part: int, whole: int) -> float | None:
 
 @dataclass(frozen=True)
 class TopologyEvent:
-    """Describes one topology update: the optimizer step before it, the fraction it asked for, each weight's part."""
+    """Describes one topology update or density stage.
+
+    Args:
+        step: the optimizer step before it. drop_fraction: what an update asked for; 0 for a stage.
+        sites: each weight's part. density: that of a stage; None for an update.
+    """
 
     step: int
     drop_fraction: float
     sites: dict[str, SiteEvent]
+    density: float | None = None
 
     @property
     def total(self) -> SiteEvent:
@@ -129,36 +141,52 @@ class TopologyEvent:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> TopologyEvent:
         sites = {name: SiteEvent(**site) for name, site in saved["sites"].items()}
-        return cls(saved["step"], saved["drop_fraction"], sites)
+        return cls(saved["step"], saved["drop_fraction"], sites, saved["density"])
 
 
-def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> None:
-    """Raises ValueError where ``history`` is not that of ``num_steps`` steps of these sites, as ``to_dict`` made it."""
+def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> dict[str, list[int]]:
+    """Returns how many blocks of each weight were active at the start, and after each of its events.
+
+    Raises ValueError where ``history`` is not that of ``num_steps`` steps of these sites, as ``to_dict`` made it.
+    """
     if not isinstance(history, list):
         raise ValueError(f"history: expected a list of events, got {type(history).__name__}")
-    earliest = 1
+    earliest, counts = 1, dict[str, list[int]]()
     for i, event in enumerate(history):
         where = f"history[{i}]"
         check_keys(where, event, [field.name for field in fields(TopologyEvent)])
         check_integer(f"{where}.step", event["step"], earliest, num_steps)
         check_number(f"{where}.drop_fraction", event["drop_fraction"], 0, 1)
+        if event["density"] is not None:
+            check_number(f"{where}.density", event["density"], 0, 1)
         check_keys(f"{where}.sites", event["sites"], (), sites.keys())
         for name, site in event["sites"].items():
-            _check_site_event(f"{where}.sites[{name!r}]", site, sites[name])
+            at = f"{where}.sites[{name!r}]"
+            _check_site_event(at, site, sites[name].layout.num_blocks, event["density"] is not None)
+            so_far = counts.setdefault(name, [site["num_before"]])
+            check_integer(f"{at}.num_before", site["num_before"], so_far[-1], so_far[-1])
+            so_far.append(site["num_active"])
         earliest = event["step"] + 1
+    for name, site in sites.items():
+        last = counts.setdefault(name, [site.num_active])[-1]
+        if last != site.num_active:
+            raise ValueError(f"{name}: expected a history that ends with {site.num_active} active blocks, got {last}")
+    return counts
 
 
-def _check_site_event(where: str, event: Any, site: Site) -> None:
+def _check_site_event(where: str, event: Any, num_blocks: int, resizes: bool) -> None:
     check_keys(where, event, [field.name for field in fields(SiteEvent)])
-    num_blocks, num_active = site.layout.num_blocks, site.num_active
     check_integer(f"{where}.num_blocks", event["num_blocks"], num_blocks, num_blocks)
-    check_integer(f"{where}.num_active", event["num_active"], num_active, num_active)
+    check_integer(f"{where}.num_before", event["num_before"], 1, num_blocks)
+    fewest, most = (1, num_blocks) if resizes else (event["num_before"], event["num_before"])
+    check_integer(f"{where}.num_active", event["num_active"], fewest, most)
+    fewest = max(0, event["num_before"] - event["num_active"])
+    check_integer(f"{where}.num_dropped", event["num_dropped"], fewest, event["num_before"])
     for part, whole in (
-        ("num_dropped", "num_active"),
         ("num_newcomers_dropped", "num_dropped"),
-        ("num_grown", "num_active"),
+        ("num_grown", "num_blocks"),
         ("num_surviving", "num_grown"),
-        ("num_grown_earlier", "num_active"),
+        ("num_grown_earlier", "num_blocks"),
         ("num_surviving_earlier", "num_grown_earlier"),
         ("num_explored", "num_blocks"),
         ("num_moved", "num_active"),
@@ -201,11 +229,14 @@ class Trace:
         newcomers = functools.reduce(torch.bitwise_or, self._judged_first(name, step), nothing)
         earlier, last = ([nothing, nothing] + [bits for _, bits in self._grown[name]])[-2:]
         self._explored[name] |= bits_after
-        grown = [*self._grown[name], (step, bits_after & ~bits_before)]
-        self._grown[name] = [g for g in grown[:-2] if step - g[0] < self._min_age] + grown[-2:]
+        num_before, num_active = count_active(bits_before), count_active(bits_after)
+        if num_active >= num_before:
+            grown = [*self._grown[name], (step, bits_after & ~bits_before)]
+            self._grown[name] = [g for g in grown[:-2] if step - g[0] < self._min_age] + grown[-2:]
         return SiteEvent(
             num_blocks=self._sites[name].layout.num_blocks,
-            num_active=count_active(bits_after),
+            num_before=num_before,
+            num_active=num_active,
             num_dropped=count_active(dropped),
             num_newcomers_dropped=count_active(dropped & newcomers),
             num_grown=count_active(last),
@@ -241,8 +272,11 @@ class Trace:
             name: [(born, bits.cpu().clone()) for born, bits in grown] for name, grown in state["grown"].items()
         }
 
-    def check_state_dict(self, state: Any, num_steps: int) -> None:
-        """Raises ValueError where ``state`` is not that of these weights after ``num_steps`` steps."""
+    def check_state_dict(self, state: Any, num_steps: int, counts: Mapping[str, list[int]]) -> None:
+        """Raises ValueError where ``state`` is not that of these weights after ``num_steps`` steps.
+
+        ``counts`` are the numbers of active blocks of each weight, from the start on.
+        """
         check_keys("trace", state, ("initial", "explored", "grown"))
         for part in ("initial", "explored", "grown"):
             if not isinstance(state[part], dict):
@@ -250,17 +284,17 @@ class Trace:
             for name in self._sites.keys() ^ state[part].keys():
                 raise ValueError(f"{name}: expected the topology history of the same weights, got that of other ones")
         for name, site in self._sites.items():
-            self._check_bits(name, "initial", state["initial"][name], site.num_active, site.num_active)
+            self._check_bits(name, "initial", state["initial"][name], counts[name][0], counts[name][0])
             self._check_bits(name, "explored", state["explored"][name], site.num_active, site.layout.num_blocks)
-            self._check_grown(name, state["grown"][name], num_steps)
+            self._check_grown(name, state["grown"][name], num_steps, max(counts[name]))
 
-    def _check_grown(self, name: str, grown: Any, num_steps: int) -> None:
+    def _check_grown(self, name: str, grown: Any, num_steps: int, most: int) -> None:
         if not isinstance(grown, list) or not all(isinstance(each, list) and len(each) == 2 for each in grown):
             raise ValueError(f"{name}: expected grown blocks as a list of pairs (step, bits), got {kind_of(grown)}")
         earliest = 1
         for born, bits in grown:
             check_integer(f"{name}: step of grown blocks", born, earliest, num_steps)
-            self._check_bits(name, "grown", bits, 0, self._sites[name].num_active)
+            self._check_bits(name, "grown", bits, 0, most)
             earliest = born + 1
 
     def _check_bits(self, name: str, part: str, bits: Any, at_least: int, at_most: int) -> None:

@@ -111,12 +111,20 @@ class WeightState(NamedTuple):
 
 
 class StateToMove(NamedTuple):
-    """Holds what follows a topology change: the state of each weight, and the optimizers that move their own."""
+    """Holds what follows a topology change.
+
+    Args:
+        states: the state of each weight. topology_aware: the optimizers that move their own.
+        aliases: the tensors in the state of each weight that share its memory.
+    """
 
     states: dict[str, list[WeightState]]
     topology_aware: list[Any]
+    aliases: dict[str, list[Tensor]]
 
     def follow(self, site: Site, change: TopologyChange) -> None:
+        for alias in self.aliases[site.name] if change.resizes else ():
+            alias.data = change.values.data
         for optimizer in self.topology_aware:
             optimizer.on_topology_change(change)
         for state in self.states[site.name]:
@@ -140,7 +148,14 @@ def _state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> 
     known = {_memory(tensor) for tensors in kept for tensor in tensors if isinstance(tensor, Tensor)}
     for each in others:
         _check_attributes(each, sites, known)
-    return StateToMove(states, topology_aware)
+    aliases = {name: _aliases(optimizers, site.values) for name, site in sites.items()}
+    return StateToMove(states, topology_aware, aliases)
+
+
+def _aliases(optimizers: list[FoundOptimizer], values: nn.Parameter) -> list[Tensor]:
+    """Returns the tensors that optimizers keep for a weight and that are its memory, as SAM's copy may become."""
+    kept = (tensor for each in optimizers for tensor in each.state_of(values).values())
+    return [tensor for tensor in kept if isinstance(tensor, Tensor) and _memory(tensor) == _memory(values)]
 
 
 def _is_topology_aware(optimizer: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, seed_number, whole_number
+from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.ops.optimizers import find_optimizers
@@ -23,6 +23,7 @@ from smet_compile.runtime.advice import (
     check_ablation,
     check_feasible,
     warn_of_idle_calls,
+    warn_of_left_out,
     warn_of_newcomers,
     warn_of_no_call,
     warn_of_stillness,
@@ -31,24 +32,17 @@ from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace, check_history
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
-from smet_compile.runtime.policies import (
-    DROP_POLICIES,
-    GROW_POLICIES,
-    DropName,
-    GrowName,
-    Policy,
-    find_policy,
-    name_of_policy,
-)
+from smet_compile.runtime.policies import DropName, GrowName, Policy
 from smet_compile.runtime.schedules import (
     Schedule,
     ScheduleName,
-    check_settings,
     find_min_age,
     make_schedule,
     name_of_schedule,
 )
-from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, make_move
+from smet_compile.runtime.settings import check_override, check_settings
+from smet_compile.runtime.stages import DensityStages, check_one_process
+from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, choose_resize, make_move
 
 _MAX_POSTPONED_STEPS = 10
 _ALMOST_ONE = 1 - 1e-9
@@ -93,13 +87,20 @@ class TopologyManager:
         ablation_threshold: for the pattern "fan_in", rows of blocks of which fewer than this share are salient (not
             dropped, or best to grow) go as a whole, and the others share their blocks (SRigL, arXiv 2305.02299).
         seed: seed of everything random.
+        density_schedule: stages as (step, density) pairs in order, or ``cubic_density(...)``: after the optimizer step
+            ``step`` the model takes the density. Downwards the blocks of smallest ``drop`` score go, upwards ``grow``
+            says which come; survivors keep values and state bit for bit, the memory of the others is freed. A stage
+            takes the place of an update that is due with it, and does not wait: a weight whose gradient is not finite,
+            or did not come, goes by "magnitude" and "random".
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
             is neither shaped like the values nor a scalar, or of which it cannot be asked what a new weight starts
             with; a drop fraction for which there are too few inactive blocks (the largest possible is named); a
-            ``min_age`` that leaves too few to drop; an argument out of range. In ``step()``: a compact weight that was
-            replaced after the optimizer was made; a policy that returns scores of another shape, or NaN.
+            ``min_age`` that leaves too few to drop; an argument out of range; a ``density_schedule`` out of order,
+            beyond the run, that changes nothing, or under data parallelism or an "N:M" pattern. In ``step()``: a
+            compact weight that was replaced after the optimizer was made; a policy that returns scores of another
+            shape, or NaN.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class TopologyManager:
         window: int | None = None,
         ablation_threshold: float | None = None,
         seed: int = 0,
+        density_schedule: DensitySchedule | None = None,
     ) -> None:
         arguments.module("model", model)
         if not find_optimizers(optimizer, model.parameters()):
@@ -128,38 +130,30 @@ class TopologyManager:
         stop_fraction = number("stop_fraction", stop_fraction, above=0, at_most=1)
         drop_fraction = number("drop_fraction", drop_fraction, at_least=0, below=1)
         final_drop_fraction = number("final_drop_fraction", final_drop_fraction, at_least=0, below=1)
-        drop_policy, grow_policy = (
-            find_policy("drop", drop, DROP_POLICIES),
-            find_policy("grow", grow, GROW_POLICIES),
-        )
         min_age = None if min_age is None else whole_number("min_age", min_age, at_least=0)
         window = None if window is None else whole_number("window", window, at_least=1)
-        seed = seed_number("seed", seed)
+        self._rules = Rules.of(drop, grow, every, seed_number("seed", seed), ablation_threshold)
         plain = Schedule(every, stop_fraction * total_steps, drop_fraction, final_drop_fraction)
         self.schedule = make_schedule(schedule, plain)
         check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
+        self._stages = DensityStages(density_schedule, model, total_steps)
         is_static = schedule == "none" or not self.sites
         if is_static:
             self.schedule = make_schedule("none", plain)
-        else:
+        elif not self._stages:
             check_feasible(self.sites, self.schedule.largest_fraction)
         self.min_age = find_min_age(min_age, self.schedule)
-        ablation_threshold = check_ablation(ablation_threshold, self.sites)
-        self._rules = Rules(drop_policy, grow_policy, every, seed, ablation_threshold)
-        self._settings = {
+        check_ablation(ablation_threshold, self.sites)
+        self._settings = self._rules.settings | {
             "total_steps": total_steps,
-            "every": every,
             "drop_fraction": drop_fraction,
             "final_drop_fraction": final_drop_fraction,
             "stop_fraction": stop_fraction,
-            "drop": name_of_policy(drop_policy, DROP_POLICIES),
-            "grow": name_of_policy(grow_policy, GROW_POLICIES),
             "schedule": name_of_schedule(schedule),
             "min_age": min_age,
             "window": window,
-            "ablation_threshold": ablation_threshold,
-            "seed": seed,
+            "density_schedule": self._stages.setting,
         }
         self.model = model
         self.optimizer = optimizer
@@ -193,6 +187,11 @@ class TopologyManager:
     @property
     def next_update(self) -> int | None:
         """Returns the optimizer step after which the topology changes next; None where it never will again."""
+        upcoming = self._next_scheduled, self._stages.next_after(self.num_steps)
+        return min((step for step in upcoming if step is not None), default=None)
+
+    @property
+    def _next_scheduled(self) -> int | None:
         if self._num_postponed and self.num_steps + 1 < self.schedule.stop_step:
             return self.num_steps + 1
         return self.schedule.next_after(self.num_steps)
@@ -240,14 +239,15 @@ class TopologyManager:
         if due or self.num_steps == 0:
             self._optimizers.find()
             self._listen_to_optimizers()
-        event = self._update(step) if due else None
+        stage = self._stages.find_due(step)
+        event = self._enter(stage, step) if stage else self._update(step) if due else None
         self.num_steps, self._num_new_steps = step, 0
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == _MAX_POSTPONED_STEPS:
             self._give_up()
         self._trained.forget()
         self._collect_gradients(afresh=event is not None)
-        if event is not None and not self._warned_of_newcomers:
+        if event is not None and stage is None and not self._warned_of_newcomers:
             self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
         return event
 
@@ -268,15 +268,11 @@ class TopologyManager:
         self._num_postponed = 0
         bad = {id(p) for p in self._trained.not_finite}
         names = [canonical_name(self.model, name) for name, p in self.model.named_parameters() if id(p) in bad]
-        reason = f"the gradient of {', '.join(names[:3])} is not finite" if bad else "no gradient came"
-        warnings.warn(
-            f"TopologyManager: an update was postponed for {_MAX_POSTPONED_STEPS} steps since {reason}; it is left "
-            f"out, the next is due after step {self.next_update}",
-            stacklevel=6,
-        )
+        warn_of_left_out(_MAX_POSTPONED_STEPS, names, self.next_update)
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window
+        self._collection.growth = self._stages.growth_after(self.num_steps)
         self._collection.advance(window > 0 and self._is_due(self.num_steps + window), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
@@ -292,21 +288,29 @@ class TopologyManager:
         fraction = self.schedule.drop_fraction(step)
         owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
         counts = {name: math.floor(blocks + 1 - _ALMOST_ONE) for name, blocks in owed.items()}
-        moves = [
-            choose_move(
-                site,
-                self._rules,
-                step,
-                counts[site.name],
-                self._trace.protected(site.name, step),
-                self._optimizers,
-            )
-            for site in ready
-        ]
+        moves = [self._choose(choose_move, site, self._rules, step, counts[site.name]) for site in ready]
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
         self.history.append(event)
         return event
+
+    def _enter(self, stage: Stage, step: int) -> TopologyEvent:
+        """Gives every weight the number of blocks that it has in a stage."""
+        check_one_process(self.model)
+        counts, plain = self._stages.counts_of(stage), self._rules.for_untrained
+        changing = [site for name, site in self.sites.items() if site.num_active != counts[name]]
+        moves = [
+            self._choose(choose_resize, site, self._rules if self._is_ready(site) else plain, step, counts[site.name])
+            for site in changing
+        ]
+        made = {move.site.name: self._make(move, step) for move in moves}
+        self._stages.enter(stage)
+        event = TopologyEvent(step, 0.0, made, stage.density)
+        self.history.append(event)
+        return event
+
+    def _choose(self, choose: Callable[..., Move], site: Site, rules: Rules, step: int, count: int) -> Move:
+        return choose(site, rules, step, count, self._trace.protected(site.name, step), self._optimizers)
 
     def _make(self, move: Move, step: int) -> SiteEvent:
         ages = self._optimizers.ages(move.site.values)
@@ -349,6 +353,7 @@ class TopologyManager:
         self._num_postponed = state["num_postponed"]
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
+        self._stages.resume(self.num_steps)
         self._prepare_next_step()
         self._collection.load_state_dict(state["collected"])
 
@@ -362,13 +367,17 @@ class TopologyManager:
         check_keys("owed", state["owed"], self.sites.keys())
         for name, blocks in state["owed"].items():
             check_number(f"owed[{name!r}]", blocks, 0, 1)
-        self._collection.check_state_dict(state["collected"])
-        check_history(state["history"], state["num_steps"], self.sites)
-        self._trace.check_state_dict(state["trace"], state["num_steps"])
+        num_steps = state["num_steps"]
+        self._collection.check_state_dict(state["collected"], self._stages.growth_after(num_steps))
+        counts = check_history(state["history"], num_steps, self.sites)
+        if "density_schedule" not in check_override(override):
+            self._stages.check_state({name: each[0] for name, each in counts.items()}, num_steps)
+        self._trace.check_state_dict(state["trace"], num_steps, counts)
 
     def parts_of_state(self) -> list[dict[str, Any]]:
         """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
-        return [self.__dict__, self._trace.__dict__, self._trained.__dict__, *self._collection.parts_of_state()]
+        parts = self._trace, self._trained, self._stages
+        return [self.__dict__, *(part.__dict__ for part in parts), *self._collection.parts_of_state()]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_listeners": {}}

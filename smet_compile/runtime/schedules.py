@@ -1,14 +1,13 @@
-"""Says when a topology changes and by what fraction, and compares these settings when a run goes on."""
+"""Says when a topology changes and by what fraction, and for how long newcomers are protected."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from smet_compile.format.arguments import described, number
-from smet_compile.ops.loaded import kind_of, plain_number
 
 ScheduleName = Literal["cosine", "linear", "constant", "none"]
 _MOST_LOOKED_AT = 10_000
@@ -122,56 +121,6 @@ def make_schedule(schedule: str | Callable[[int], float], plain: Schedule) -> Sc
             "pass one of these"
         )
     return FunctionSchedule(*times, schedule)
-
-
-SETTINGS = (
-    "total_steps",
-    "every",
-    "drop_fraction",
-    "final_drop_fraction",
-    "stop_fraction",
-    "drop",
-    "grow",
-    "schedule",
-    "min_age",
-    "window",
-    "ablation_threshold",
-    "seed",
-)
-"""The settings of a manager that are saved with a run."""
-
-
-def check_override(override: Iterable[str]) -> frozenset[str]:
-    """Returns the names of the settings that may differ. Raises ValueError for one that is none."""
-    names = [override] if isinstance(override, str) else list(override)
-    for name in names:
-        if name not in SETTINGS:
-            raise ValueError(f"override: expected names of settings ({', '.join(SETTINGS)}), got {name!r}")
-    return frozenset(names)
-
-
-def check_settings(saved: Any, ours: dict[str, Any], override: Iterable[str]) -> None:
-    """Raises ValueError where ``saved`` differs from ``ours`` in a setting that is not in ``override``.
-
-    A setting that was not saved is not compared: an older version wrote the file.
-    """
-    may_differ = check_override(override)
-    if not isinstance(saved, dict):
-        raise ValueError(f"settings: expected a dict, got {kind_of(saved)}")
-    for name, value in saved.items():
-        if name not in SETTINGS:
-            raise ValueError(f"settings: got {name!r}, which this version does not know; upgrade smet_compile")
-        if name not in may_differ and not _equal(plain_number(value), plain_number(ours[name])):
-            raise ValueError(
-                f"{name}: expected {ours[name]!r} as in this manager, got {value!r:.80} in the saved run; make the "
-                f'manager with that, or pass override=("{name}",) to go on with {ours[name]!r}'
-            )
-
-
-def _equal(value: Any, other: Any) -> bool:
-    if value is None or other is None:
-        return value is other
-    return (type(value) is bool) == (type(other) is bool) and type(value) in (bool, int, float, str) and value == other
 
 
 def name_of_schedule(schedule: str | Callable[[int], float]) -> str:

@@ -1,4 +1,4 @@
-"""One topology update of a weight: chooses the blocks to drop and to grow by the policies, and moves them.
+"""One topology change of a weight: chooses the blocks to drop and to grow by the policies, and moves them.
 
 Data-parallel ranks must hold one topology, so they average what they collected and agree on the chosen blocks before
 they change it. Every rank makes the same calls in the same order; without ``torch.distributed`` they return what they
@@ -7,13 +7,16 @@ are given.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from smet_compile.format import TopologyChange, block_means, pack_bits, patterns, positions_of, unpack_bits
+from smet_compile.format.arguments import number
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
 from smet_compile.runtime import policies
@@ -40,17 +43,47 @@ class Rules:
     seed: int
     ablation_threshold: float | None = None
 
+    @classmethod
+    def of(
+        cls, drop: str | Policy, grow: str | Policy, every: int, seed: int, ablation_threshold: float | None
+    ) -> Rules:
+        """Makes the rules of policies, which may be named. Raises ValueError for an unknown one."""
+        drop = policies.find_policy("drop", drop, policies.DROP_POLICIES)
+        grow = policies.find_policy("grow", grow, policies.GROW_POLICIES)
+        if ablation_threshold is not None:
+            ablation_threshold = number("ablation_threshold", ablation_threshold, above=0, at_most=1)
+        return cls(drop, grow, every, seed, ablation_threshold)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings of a manager that are decided here, policies by their names."""
+        return {
+            "drop": policies.name_of_policy(self.drop, policies.DROP_POLICIES),
+            "grow": policies.name_of_policy(self.grow, policies.GROW_POLICIES),
+            "every": self.every,
+            "seed": self.seed,
+            "ablation_threshold": self.ablation_threshold,
+        }
+
     @property
     def asking(self) -> list[GradientPolicy]:
         """Returns the policies that ask for the gradient."""
         return [policy for policy in (self.drop, self.grow) if isinstance(policy, GradientPolicy)]
 
-    def collect(self, site: Site, largest_fraction: float) -> Collected:
-        """Makes the buffers for what the policies ask for; ``largest_fraction`` is the most that is ever dropped."""
+    @property
+    def for_untrained(self) -> Rules:
+        """Returns the rules for a weight that a density stage finds without gradient: "magnitude" and "random"."""
+        return dataclasses.replace(self, drop=policies.magnitude, grow=policies.random)
+
+    def collect(self, site: Site, largest_fraction: float, num_grown: int = 0) -> Collected:
+        """Makes the buffers for what the policies ask for.
+
+        ``largest_fraction`` is the most that an update ever drops, ``num_grown`` what the next density stage grows.
+        """
         size = patterns.group_size(site.compact.pattern, site.layout)
         num_groups = site.layout.num_blocks // size
         most_inactive = int((~site.mask()).view(-1, size).sum(1).max())
-        num_kept = _KEPT_PER_GROWN * (math.floor(largest_fraction * site.num_active) + 1)
+        num_kept = _KEPT_PER_GROWN * max(math.floor(largest_fraction * site.num_active) + 1, num_grown)
         of_group = max(1, min(math.ceil(num_kept / num_groups), most_inactive))
         with_active = isinstance(self.drop, GradientPolicy)
         return Collected.empty(site.values, site.layout, of_group * num_groups, with_active)
@@ -76,19 +109,7 @@ def choose_move(
         ValueError: a policy returns scores of another shape, or NaN.
     """
     before, size = site.mask(), patterns.group_size(site.compact.pattern, site.layout)
-    collected = site.compact.collected
-    context = TopologyContext(
-        site=site,
-        half="drop",
-        step=step,
-        every=rules.every,
-        count=count,
-        mask=before,
-        ages=optimizers.ages(site.values),
-        generator=random_numbers(rules.seed, step, site.name, "drop"),
-        _read_state=lambda key: optimizers.read_state(site.values, key),
-        _collected=average_over_ranks(collected, site) if collected is not None and rules.asking else None,
-    )
+    context = _context(site, rules, step, count, optimizers)
     scores_N = check_scores(rules.drop(site, context), context)
     protected_N = None if protected is None else protected[positions_of(before)]
     dropped = agree_on_positions(patterns.drop_smallest(scores_N, before, count, size, protected_N))
@@ -96,6 +117,68 @@ def choose_move(
     ablates = rules.ablation_threshold is not None and site.compact.pattern == patterns.FAN_IN
     after = _after_ablation(rules, context, dropped, size) if ablates else _after(rules, context, dropped, size)
     return Move(site, pack_bits(after))
+
+
+def choose_resize(
+    site: Site, rules: Rules, step: int, num_active: int, protected: Tensor | None, optimizers: ManagedOptimizers
+) -> Move:
+    """Chooses the blocks of a density stage, ``num_active`` of them. Changes nothing.
+
+    To drop, those of largest score stay, the ``protected`` ones (num_blocks,) before all others. To grow, all stay.
+
+    Raises:
+        ValueError: a policy returns scores of another shape, or NaN.
+    """
+    before, size = site.mask(), patterns.group_size(site.compact.pattern, site.layout)
+    context = _context(site, rules, step, abs(num_active - site.num_active), optimizers)
+    if num_active < site.num_active:
+        after = _shrunk(rules, context, num_active, size, protected)
+    else:
+        after = _extended(rules, context.for_growth(rules.seed, context.count), num_active, size)
+    return Move(site, pack_bits(torch.zeros_like(before).index_fill_(0, after, True)))
+
+
+def _shrunk(
+    rules: Rules, context: TopologyContext, num_active: int, group_size: int, protected: Tensor | None
+) -> Tensor:
+    mask = context.mask
+    positions = positions_of(mask)
+    ranks_N = _ranks(check_scores(rules.drop(context.site, context), context)) + 1
+    if protected is not None:
+        ranks_N += positions.numel() * protected[positions]
+    ranks = ranks_N.new_zeros(mask.numel()).index_copy_(0, positions, ranks_N)
+    return patterns.select_resized(ranks, mask, num_active, group_size)
+
+
+def _extended(rules: Rules, context: TopologyContext, num_active: int, group_size: int) -> Tensor:
+    site, mask = context.site, context.mask
+    if rules.grow is policies.random:
+        more = patterns.grow_more_random(site.layout, mask, context.count, group_size, context.generator)
+        return torch.cat((positions_of(mask), more))
+    ranks = _ranks(check_scores(rules.grow(site, context), context))
+    return patterns.select_resized(ranks + mask.numel() * mask, mask, num_active, group_size)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Returns the place of each score in ascending order, so that no score is too large to be exceeded."""
+    order = scores.argsort(stable=True)
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def _context(site: Site, rules: Rules, step: int, count: int, optimizers: ManagedOptimizers) -> TopologyContext:
+    collected = site.compact.collected
+    return TopologyContext(
+        site=site,
+        half="drop",
+        step=step,
+        every=rules.every,
+        count=count,
+        mask=site.mask(),
+        ages=optimizers.ages(site.values),
+        generator=random_numbers(rules.seed, step, site.name, "drop"),
+        _read_state=lambda key: optimizers.read_state(site.values, key),
+        _collected=average_over_ranks(collected, site) if collected is not None and rules.asking else None,
+    )
 
 
 def _after(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
@@ -167,12 +250,16 @@ def _is_alone() -> bool:
 def make_move(move: Move, state: StateToMove) -> None:
     """Drops and grows the blocks of a move.
 
-    Values, gradient, topology and optimizer state change in place. ``state`` is the optimizer state that follows.
+    Values, gradient, topology and optimizer state change in place. Where the number of blocks changes, the weight and
+    its state get new memory, and the gradient is dropped. ``state`` is the optimizer state that follows.
     """
     site, after = move.site, unpack_bits(move.bits, move.site.layout.num_blocks)
     change = TopologyChange.between(site.values, site.mask(), after)
-    change.remap_(site.values)
-    if site.values.grad is not None:
-        change.remap_(site.values.grad)
-    site.compact.set_mask(after)
+    if change.resizes:
+        site.compact.resize(site.values, after, change.moved(site.values.detach()))
+    else:
+        change.remap_(site.values)
+        if site.values.grad is not None:
+            change.remap_(site.values.grad)
+        site.compact.set_mask(after)
     state.follow(site, change)

@@ -25,12 +25,14 @@ class Case:
     dtype: torch.dtype = torch.float32
     block_shape: Any = 1
     options: dict[str, Any] = field(default_factory=dict)
+    density: float = 0.5
+    num_events: int = 5
 
     def make(self) -> "Run":
         """Makes a fresh run, the same in every process."""
         torch.manual_seed(0)
         model = two_layers(dropout=0.2).to(self.dtype)
-        smet.sparsify(model, density=0.5, block_shape=self.block_shape)
+        smet.sparsify(model, self.density, block_shape=self.block_shape, dense_as_compact=True)
         optimizer = self.optimizer(model)
         manager = smet.TopologyManager(
             model, optimizer, total_steps=40, every=4, drop_fraction=0.3, grow=self.grow, **self.options
@@ -85,7 +87,23 @@ CASES = {
     "sgd_momentum": Case(torch_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)),
     "rmsprop": Case(torch_optimizer(torch.optim.RMSprop, lr=1e-3)),
     "adagrad": Case(torch_optimizer(torch.optim.Adagrad, lr=1e-2)),
-    "static": Case(active, options={"schedule": "none"}),
+    "static": Case(active, options={"schedule": "none"}, num_events=0),
+    "sparser": Case(active, density=1.0, num_events=7, options={"density_schedule": [(6, 0.5), (14, 0.3)]}),
+    "denser_int8": Case(
+        lambda model: active(model, moment_dtype="int8"),
+        grow="momentum",
+        block_shape=(4, 4),
+        density=0.2,
+        num_events=7,
+        options={"density_schedule": [(6, 0.4), (14, 0.9)], "drop": "saliency"},
+    ),
+    "sparser_torch": Case(
+        torch_optimizer(torch.optim.AdamW, lr=1e-2),
+        block_shape=(1, 4),
+        density=1.0,
+        num_events=2,
+        options={"density_schedule": [(6, 0.5), (11, 0.3)], "schedule": "none"},
+    ),
 }
 
 
