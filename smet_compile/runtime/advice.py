@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
+
+from torch import nn
 
 from smet_compile.format.patterns import FAN_IN
-from smet_compile.ops import Site
+from smet_compile.ops import Site, canonical_name
 from smet_compile.runtime.history import TopologyEvent
 from smet_compile.runtime.schedules import Schedule
 
@@ -89,21 +92,40 @@ def warn_of_no_call(num_steps: int, every: int) -> None:
         )
 
 
-def warn_of_idle_calls(num_calls: int, is_accumulating: bool, optimizers: set[str]) -> None:
-    """Warns, after so many calls of ``manager.step()`` in a row, that no step of the ``optimizers`` was seen."""
-    if num_calls == (_IDLE_CALLS_OF_ACCUMULATION if is_accumulating else _IDLE_CALLS):
-        warnings.warn(
-            f"TopologyManager: step() was called {num_calls} times and no step of the optimizer "
-            f"({', '.join(sorted(optimizers))}) was seen, so the topology does not change; pass the optimizer whose "
-            "step() trains the model, and call manager.step() after it. A GradScaler that skips every step looks the "
-            "same",
-            stacklevel=7,
-        )
+class IdleCalls:
+    """Counts the calls of ``manager.step()`` in a row that saw no step of an optimizer.
+
+    It warns soon, or later where gradients of ``model`` are being accumulated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.count = 0
+
+    def add(self, optimizers: Iterable[str]) -> None:
+        """Counts one more call; ``optimizers`` are the names of those whose steps would be seen."""
+        self.count += 1
+        is_accumulating = any(parameter.grad is not None for parameter in self._model.parameters())
+        if self.count == (_IDLE_CALLS_OF_ACCUMULATION if is_accumulating else _IDLE_CALLS):
+            warnings.warn(
+                f"TopologyManager: step() was called {self.count} times and no step of the optimizer "
+                f"({', '.join(sorted(set(optimizers)))}) was seen, so the topology does not change; pass the optimizer "
+                "whose step() trains the model, and call manager.step() after it. A GradScaler that skips every step "
+                "looks the same",
+                stacklevel=6,
+            )
 
 
-def warn_of_left_out(num_steps: int, not_finite: list[str], next_update: int | None) -> None:
-    """Warns that an update was left out after so many steps. ``not_finite`` are the parameters that caused it."""
-    reason = f"the gradient of {', '.join(not_finite[:3])} is not finite" if not_finite else "no gradient came"
+def warn_of_left_out(
+    num_steps: int, model: nn.Module, not_finite: Iterable[nn.Parameter], next_update: int | None
+) -> None:
+    """Warns that an update was left out after so many steps.
+
+    ``not_finite`` are the parameters of ``model`` whose gradients were the cause, if any.
+    """
+    bad = {id(parameter) for parameter in not_finite}
+    names = [canonical_name(model, name) for name, parameter in model.named_parameters() if id(parameter) in bad]
+    reason = f"the gradient of {', '.join(names[:_NUM_NAMED])} is not finite" if bad else "no gradient came"
     warnings.warn(
         f"TopologyManager: an update was postponed for {num_steps} steps since {reason}; it is left out, the next is "
         f"due after step {next_update}",

@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.format.densities import DensitySchedule, Stage
-from smet_compile.ops import Site, canonical_name, find_sites
+from smet_compile.ops import Site, find_sites
 from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.runtime.advice import (
+    IdleCalls,
     check_ablation,
     check_feasible,
-    warn_of_idle_calls,
     warn_of_left_out,
     warn_of_newcomers,
     warn_of_no_call,
@@ -33,6 +33,7 @@ from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace, check_
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.policies import DropName, GrowName, Policy
+from smet_compile.runtime.resizing import choose_resize
 from smet_compile.runtime.schedules import (
     Schedule,
     ScheduleName,
@@ -42,7 +43,7 @@ from smet_compile.runtime.schedules import (
 )
 from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages, check_one_process
-from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, choose_resize, make_move
+from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, make_move
 
 _MAX_POSTPONED_STEPS = 10
 _ALMOST_ONE = 1 - 1e-9
@@ -163,7 +164,7 @@ class TopologyManager:
         self.history: list[TopologyEvent] = []
         self._num_new_steps = 0
         self._new_steps_of: Counter[int] = Counter()
-        self._num_idle_calls = 0
+        self._idle_calls = IdleCalls(model)
         self._num_postponed = 0
         self._trained = TrainedParameters()
         self._collection = GradientCollection(self.sites, self._rules, window, self.schedule.largest_fraction)
@@ -231,9 +232,9 @@ class TopologyManager:
         self._was_called = True
         self._optimizers.check_weights()
         if not self._num_new_steps:
-            self._count_idle_call()
+            self._idle_calls.add(found.name for found in self._optimizers.stepping)
             return None
-        self._num_idle_calls = 0
+        self._idle_calls.count = 0
         step = self.num_steps + self._num_new_steps
         due = self._is_due(step)
         if due or self.num_steps == 0:
@@ -251,12 +252,6 @@ class TopologyManager:
             self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
         return event
 
-    def _count_idle_call(self) -> None:
-        """Warns once where no step of the optimizer is ever seen, later where gradients are being accumulated."""
-        self._num_idle_calls += 1
-        is_waiting = any(parameter.grad is not None for parameter in self.model.parameters())
-        warn_of_idle_calls(self._num_idle_calls, is_waiting, {found.name for found in self._optimizers.stepping})
-
     def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""
         self._collect_gradients(afresh=True)
@@ -266,9 +261,7 @@ class TopologyManager:
     def _give_up(self) -> None:
         """Leaves out an update that was postponed too often, with a warning."""
         self._num_postponed = 0
-        bad = {id(p) for p in self._trained.not_finite}
-        names = [canonical_name(self.model, name) for name, p in self.model.named_parameters() if id(p) in bad]
-        warn_of_left_out(_MAX_POSTPONED_STEPS, names, self.next_update)
+        warn_of_left_out(_MAX_POSTPONED_STEPS, self.model, self._trained.not_finite, self.next_update)
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window

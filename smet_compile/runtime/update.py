@@ -109,7 +109,7 @@ def choose_move(
         ValueError: a policy returns scores of another shape, or NaN.
     """
     before, size = site.mask(), patterns.group_size(site.compact.pattern, site.layout)
-    context = _context(site, rules, step, count, optimizers)
+    context = make_context(site, rules, step, count, optimizers)
     scores_N = check_scores(rules.drop(site, context), context)
     protected_N = None if protected is None else protected[positions_of(before)]
     dropped = agree_on_positions(patterns.drop_smallest(scores_N, before, count, size, protected_N))
@@ -119,53 +119,8 @@ def choose_move(
     return Move(site, pack_bits(after))
 
 
-def choose_resize(
-    site: Site, rules: Rules, step: int, num_active: int, protected: Tensor | None, optimizers: ManagedOptimizers
-) -> Move:
-    """Chooses the blocks of a density stage, ``num_active`` of them. Changes nothing.
-
-    To drop, those of largest score stay, the ``protected`` ones (num_blocks,) before all others. To grow, all stay.
-
-    Raises:
-        ValueError: a policy returns scores of another shape, or NaN.
-    """
-    before, size = site.mask(), patterns.group_size(site.compact.pattern, site.layout)
-    context = _context(site, rules, step, abs(num_active - site.num_active), optimizers)
-    if num_active < site.num_active:
-        after = _shrunk(rules, context, num_active, size, protected)
-    else:
-        after = _extended(rules, context.for_growth(rules.seed, context.count), num_active, size)
-    return Move(site, pack_bits(torch.zeros_like(before).index_fill_(0, after, True)))
-
-
-def _shrunk(
-    rules: Rules, context: TopologyContext, num_active: int, group_size: int, protected: Tensor | None
-) -> Tensor:
-    mask = context.mask
-    positions = positions_of(mask)
-    ranks_N = _ranks(check_scores(rules.drop(context.site, context), context)) + 1
-    if protected is not None:
-        ranks_N += positions.numel() * protected[positions]
-    ranks = ranks_N.new_zeros(mask.numel()).index_copy_(0, positions, ranks_N)
-    return patterns.select_resized(ranks, mask, num_active, group_size)
-
-
-def _extended(rules: Rules, context: TopologyContext, num_active: int, group_size: int) -> Tensor:
-    site, mask = context.site, context.mask
-    if rules.grow is policies.random:
-        more = patterns.grow_more_random(site.layout, mask, context.count, group_size, context.generator)
-        return torch.cat((positions_of(mask), more))
-    ranks = _ranks(check_scores(rules.grow(site, context), context))
-    return patterns.select_resized(ranks + mask.numel() * mask, mask, num_active, group_size)
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Returns the place of each score in ascending order, so that no score is too large to be exceeded."""
-    order = scores.argsort(stable=True)
-    return torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
-
-
-def _context(site: Site, rules: Rules, step: int, count: int, optimizers: ManagedOptimizers) -> TopologyContext:
+def make_context(site: Site, rules: Rules, step: int, count: int, optimizers: ManagedOptimizers) -> TopologyContext:
+    """Returns what the drop policy may look at, where ``count`` blocks are to be dropped."""
     collected = site.compact.collected
     return TopologyContext(
         site=site,
