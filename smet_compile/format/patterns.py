@@ -181,18 +181,23 @@ def grow_random(layout: Layout, mask: Tensor, dropped: Tensor, group_size: int, 
     return _sample_in_groups(kept, mask, layout, _lost(mask, dropped, group_size), generator)
 
 
+def has_room(mask: Tensor, num_active: int, group_size: int) -> bool:
+    """Tells whether the groups that have an active block can hold ``num_active`` blocks together."""
+    return num_active <= int((_per_group(mask, group_size) > 0).sum()) * group_size
+
+
 def select_resized(ranks: Tensor, mask: Tensor, num_active: int, group_size: int) -> Tensor:
     """Returns the positions of the ``num_active`` blocks of highest rank, where groups differ by at most one block.
 
-    Groups without an active block stay so, unless the others cannot hold all blocks.
+    Groups without an active block stay so. Where the others have no room for all blocks, all groups get some.
 
     Args:
         ranks: those of active blocks are above all others, so that a smaller number of blocks only drops, and a larger
-            one only grows.
+            one for which there is room only grows.
         mask: the active blocks before, as many in each group, within one.
     """
     live_G = _per_group(mask, group_size) > 0
-    if num_active > int(live_G.sum()) * group_size:
+    if not has_room(mask, num_active, group_size):
         live_G.fill_(True)
     each, rest = divmod(num_active, int(live_G.sum()))
     allowed = torch.ones_like(mask)
@@ -203,17 +208,15 @@ def select_resized(ranks: Tensor, mask: Tensor, num_active: int, group_size: int
 
 
 def grow_more_random(layout: Layout, mask: Tensor, count: int, group_size: int, generator: torch.Generator) -> Tensor:
-    """Returns the positions of ``count`` random inactive blocks, shared out so that groups fill evenly.
+    """Returns the positions of ``count`` random inactive blocks, for which there is room, so that groups fill evenly.
 
     They are uniform, or for tiles in the emptiest columns of tiles, and with one group in the emptiest rows too.
     """
     if group_size == mask.numel():
         return _sample_anywhere(mask, mask, layout, count, generator)
     held_G = _per_group(mask, group_size).cpu()
-    room_G = torch.where(held_G > 0, group_size - held_G, 0)
-    if count > int(room_G.sum()):
-        room_G = group_size - held_G
-    return _sample_in_groups(mask, mask, layout, even_shares(held_G, room_G, count, generator), generator)
+    free_G = torch.where(held_G > 0, group_size - held_G, 0)
+    return _sample_in_groups(mask, mask, layout, even_shares(held_G, free_G, count, generator), generator)
 
 
 def grow_to_budgets(scores: Tensor, kept: Tensor, forbidden: Tensor, budgets_G: Tensor, group_size: int) -> Tensor:

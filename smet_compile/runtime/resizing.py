@@ -49,7 +49,7 @@ def _shrunk(
 
 def _extended(rules: Rules, context: TopologyContext, num_active: int, group_size: int) -> Tensor:
     site, mask = context.site, context.mask
-    if rules.grow is policies.random:
+    if rules.grow is policies.random and patterns.has_room(mask, num_active, group_size):
         more = patterns.grow_more_random(site.layout, mask, context.count, group_size, context.generator)
         return torch.cat((positions_of(mask), more))
     ranks = _ranks(check_scores(rules.grow(site, context), context))

@@ -51,6 +51,35 @@ def score_lists(size: int) -> st.SearchStrategy[list[float]]:
 
 
 @given(first_masks(), st.data())
+def test_another_number_of_blocks_keeps_the_pattern(
+    first: tuple[str | None, Layout, Tensor], data: st.DataObject
+) -> None:
+    """Fewer blocks are a part of those before. More contain them, where the rows that have any can hold them all."""
+    pattern, layout, mask = first
+    if patterns.n_of_m(pattern) is not None:
+        return
+    size, num_active = patterns.group_size(pattern, layout), data.draw(st.integers(1, layout.num_blocks))
+    order = torch.randperm(layout.num_blocks, generator=generator(data.draw(st.integers(0, 99))))
+    ranks = order + layout.num_blocks * mask
+    resized = [mask_of(patterns.select_resized(ranks, mask, num_active, size), layout)]
+    has_room = patterns.has_room(mask, num_active, size)
+    if num_active >= int(mask.sum()) and has_room:
+        count = num_active - int(mask.sum())
+        more = patterns.grow_more_random(layout, mask, count, size, generator(1))
+        assert not bool(mask[more].any())
+        resized.append(mask | mask_of(more, layout))
+    for after in resized:
+        assert int(after.sum()) == num_active
+        assert patterns.mask_error(after, pattern, layout) is None
+        if num_active <= int(mask.sum()):
+            assert not bool((after & ~mask).any())
+        elif has_room:
+            assert bool(after[mask].all())
+    if pattern is None and num_active < layout.num_blocks:
+        assert ranks[resized[0]].min() > ranks[~resized[0]].max()
+
+
+@given(first_masks(), st.data())
 def test_budgets_hold_after_any_updates(first: tuple[str | None, Layout, Tensor], data: st.DataObject) -> None:
     pattern, layout, mask = first
     size, num_active = patterns.group_size(pattern, layout), int(mask.sum())

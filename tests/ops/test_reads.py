@@ -229,6 +229,17 @@ def test_data_that_no_active_blocks_hold_makes_every_block_active(block: Any) ->
     train(model, smet.ActiveAdamW(model, lr=1e-2), steps=2)
 
 
+def test_more_active_blocks_while_an_old_graph_is_alive() -> None:
+    """The loss holds the node that accumulates the gradient, and that expects the shape from before."""
+    model = sparse()
+    loss = model(torch.ones(2, 12)).sum()
+    loss.backward()
+    with pytest.warns(UserWarning, match="keeps every block"):
+        model[0].weight.data = torch.randn(20, 12)
+    model(torch.ones(2, 12)).sum().backward()
+    assert loss.isfinite() and find_sites(model)["0.weight"].values.grad.shape == (240,)
+
+
 @blocks
 def test_a_parameter_is_assigned_as_a_tensor_is(block: Any) -> None:
     model = sparse(block)

@@ -260,6 +260,23 @@ def test_fan_in_stays_even() -> None:
             assert len(manager.history) == 4
 
 
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_rows_without_blocks_come_back_only_where_the_others_are_full(grow: str) -> None:
+    mask = torch.zeros(20, 12, dtype=torch.bool)
+    mask[:10, :6] = True
+    model = smet.sparsify(two_layers(), masks={"0.weight": mask}, pattern="fan_in")
+    optimizer = smet.ActiveAdamW(model)
+    manager = smet.TopologyManager(
+        model, optimizer, total_steps=9, schedule="none", grow=grow, density_schedule=[(1, 0.4), (2, 0.7)]
+    )
+    train(model, optimizer, manager, steps=1)
+    rows = find_sites(model)["0.weight"].mask().view(20, 12).sum(1)
+    assert set(rows[:10].tolist()) <= {9, 10} and not bool(rows[10:].any())
+    train(model, optimizer, manager, first=1)
+    rows = find_sites(model)["0.weight"].mask().view(20, 12).sum(1)
+    assert set(rows.tolist()) == {8, 9} and int(rows.sum()) == 168
+
+
 def test_weights_of_different_densities_keep_their_shares() -> None:
     model = smet.sparsify(two_layers(), 0.4, rules={"0.weight": 0.2})
     first = {name: site.num_active for name, site in find_sites(model).items()}
