@@ -103,7 +103,6 @@ def test_2_4_on_a_gpu() -> None:
             r'export_dense: expected a compact weight in an nn\.Linear for layout="csr", got none',
         ),
     ],
-    ids=str,
 )
 def test_refused(model: Any, layout: Any, message: str) -> None:
     sparse = model()
