@@ -142,7 +142,7 @@ def mask_error(mask: Tensor, pattern: str | None, layout: Layout, name: str = "p
 
 
 def drop_smallest(
-    scores_N: Tensor, mask: Tensor, count: int, group_size: int, protected_N: Tensor | None = None
+    scores_N: Tensor, mask: Tensor, count: int, group_size: int, protected: Tensor | None = None
 ) -> Tensor:
     """Returns the positions of the ``count`` active blocks of least score, over the whole weight.
 
@@ -150,15 +150,29 @@ def drop_smallest(
     block is dropped. Where that leaves fewer than ``count``, fewer are returned.
 
     Args:
-        scores_N, protected_N: in order of the positions of active blocks; protected_N is bool.
+        scores_N: in order of the positions of active blocks. protected: a mask (num_blocks,).
     """
     positions, scores = positions_of(mask), scores_N
-    if protected_N is not None:
-        positions, scores = positions[~protected_N], scores[~protected_N]
+    if group_size == mask.numel():
+        num_protected = 0
+        if protected is not None:
+            scores, num_protected = _protected_last(scores, protected.index_select(0, positions))
+        num_inactive, num_allowed = mask.numel() - positions.numel(), positions.numel() - num_protected
+        return positions[scores.topk(min(count, num_inactive, num_allowed), largest=False, sorted=False).indices]
+    if protected is not None:
+        allowed = positions_of(~protected.index_select(0, positions))
+        positions, scores = positions[allowed], scores[allowed]
     most_G = _per_group(~mask, group_size).clamp(max=count)
     candidates = _first_in_groups(scores, positions, most_G, group_size, largest=False)
     least = scores[candidates].topk(min(count, candidates.numel()), largest=False, sorted=False).indices
     return positions[candidates[least]]
+
+
+def _protected_last(scores_N: Tensor, protected_N: Tensor) -> tuple[Tensor, int]:
+    """Returns scores above which those of protected blocks lie, which are infinite, and the number of these."""
+    scores = scores_N if scores_N.is_floating_point() else scores_N.double()
+    finite = scores.clamp(max=torch.finfo(scores.dtype).max)
+    return finite.masked_fill_(protected_N, torch.inf), int(protected_N.sum())
 
 
 def grow_largest(scores: Tensor, mask: Tensor, dropped: Tensor, group_size: int) -> Tensor:

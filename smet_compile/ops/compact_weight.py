@@ -137,7 +137,10 @@ class CompactWeight(nn.Module):
 
     def set_mask(self, mask: Tensor) -> None:
         """Changes the active blocks in place; their number and the storage stay the same."""
-        bits = pack_bits(mask)
+        self.set_bits(pack_bits(mask))
+
+    def set_bits(self, bits: Tensor) -> None:
+        """Changes the active blocks in place, to those of bits (ceil(num_blocks / 8),) uint8."""
         if error := self._topology_error(bits):
             raise ValueError(f"{self.name}: {error}")
         self.topology.copy_(bits)

@@ -37,7 +37,6 @@ class TopologyContext:
         step: number of optimizer steps so far. every: steps between updates (ΔT).
         count: number of blocks to drop, or to grow.
         mask: (num_blocks,) bool, the active blocks before the update.
-        ages: (N,) int64, optimizer steps since each active block was grown; None where the optimizer keeps no ages.
         generator: random numbers that follow from seed, step, weight and policy, the same in a resumed run.
         half: "drop" or "grow", the half of the update that scores are wanted for.
     """
@@ -48,8 +47,8 @@ class TopologyContext:
     every: int
     count: int
     mask: Tensor = field(repr=False)
-    ages: Tensor | None = field(repr=False)
     generator: torch.Generator = field(repr=False)
+    _read_ages: Callable[[], Tensor | None] = field(repr=False)
     _read_state: Callable[[str], Tensor | None] = field(repr=False)
     _collected: Collected | None = field(repr=False)
 
@@ -57,6 +56,11 @@ class TopologyContext:
         """Returns the context of the second half of the update, which grows ``count`` blocks."""
         generator = random_numbers(seed, self.step, self.site.name)
         return dataclasses.replace(self, half="grow", count=count, generator=generator)
+
+    @property
+    def ages(self) -> Tensor | None:
+        """Returns the optimizer steps since each active block was grown, (N,) int64; None where nobody keeps ages."""
+        return self._read_ages()
 
     @property
     def scores_shape(self) -> tuple[int]:
@@ -71,6 +75,8 @@ class TopologyContext:
         layout, shape = self.site.layout, tuple(tensor.shape)
         like_values, like_dense = shape == tuple(self.site.values.shape), shape == layout.shape
         if like_values and (self.half == "drop" or not like_dense):
+            if layout.single_weights:
+                return all_block_means(tensor.detach(), layout)
             return block_means(tensor.detach(), positions_of(self.mask), layout)
         if like_dense:
             return all_block_means(tensor.detach(), layout)

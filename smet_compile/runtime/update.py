@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from smet_compile.format import TopologyChange, block_means, pack_bits, patterns, positions_of, unpack_bits
+from smet_compile.format import TopologyChange, block_means, pack_bits, patterns, unpack_bits
 from smet_compile.format.arguments import number
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
@@ -108,11 +108,10 @@ def choose_move(
     Raises:
         ValueError: a policy returns scores of another shape, or NaN.
     """
-    before, size = site.mask(), patterns.group_size(site.compact.pattern, site.layout)
+    size = patterns.group_size(site.compact.pattern, site.layout)
     context = make_context(site, rules, step, count, optimizers)
     scores_N = check_scores(rules.drop(site, context), context)
-    protected_N = None if protected is None else protected[positions_of(before)]
-    dropped = agree_on_positions(patterns.drop_smallest(scores_N, before, count, size, protected_N))
+    dropped = agree_on_positions(patterns.drop_smallest(scores_N, context.mask, count, size, protected))
     context = context.for_growth(rules.seed, dropped.numel())
     ablates = rules.ablation_threshold is not None and site.compact.pattern == patterns.FAN_IN
     after = _after_ablation(rules, context, dropped, size) if ablates else _after(rules, context, dropped, size)
@@ -129,8 +128,8 @@ def make_context(site: Site, rules: Rules, step: int, count: int, optimizers: Ma
         every=rules.every,
         count=count,
         mask=site.mask(),
-        ages=optimizers.ages(site.values),
         generator=random_numbers(rules.seed, step, site.name, "drop"),
+        _read_ages=lambda: optimizers.ages(site.values),
         _read_state=lambda key: optimizers.read_state(site.values, key),
         _collected=average_over_ranks(collected, site) if collected is not None and rules.asking else None,
     )
@@ -216,5 +215,5 @@ def make_move(move: Move, state: StateToMove) -> None:
         change.remap_(site.values)
         if site.values.grad is not None:
             change.remap_(site.values.grad)
-        site.compact.set_mask(after)
+        site.compact.set_bits(move.bits)
     state.follow(site, change)

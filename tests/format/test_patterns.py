@@ -88,7 +88,8 @@ def test_budgets_hold_after_any_updates(first: tuple[str | None, Layout, Tensor]
         scores_N = torch.tensor(data.draw(score_lists(num_active)))
         protected_N = torch.tensor(data.draw(st.lists(st.booleans(), min_size=num_active, max_size=num_active)))
         count = data.draw(st.integers(0, num_active))
-        dropped = patterns.drop_smallest(scores_N, mask, count, size, protected_N)
+        protected = torch.zeros_like(mask).index_fill_(0, positions_of(mask)[protected_N], True)
+        dropped = patterns.drop_smallest(scores_N, mask, count, size, protected)
         if data.draw(st.booleans()):
             grown = patterns.grow_random(layout, mask, dropped, size, generator(round))
         else:
