@@ -296,10 +296,11 @@ class TopologyManager:
             self._choose(choose_resize, site, self._rules if self._is_ready(site) else plain, step, counts[site.name])
             for site in changing
         ]
-        made = {move.site.name: self._make(move, step) for move in moves}
+        event = TopologyEvent(step, 0.0, {}, stage.density)
+        self.history.append(event)  # what an interrupt leaves out is made at the next step, as an event of its own
+        for move in moves:
+            event.sites[move.site.name] = self._make(move, step)
         self._stages.enter(stage)
-        event = TopologyEvent(step, 0.0, made, stage.density)
-        self.history.append(event)
         return event
 
     def _choose(self, choose: Callable[..., Move], site: Site, rules: Rules, step: int, count: int) -> Move:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
+from smet_compile.runtime import manager as manager_module
 from tests.runtime.setting import make
 from tests.support.dense_twin import DenseTwin, Rule, SgdMomentum, SmetAdamW, TwinSite
 from tests.support.living_bytes import living_bytes
@@ -18,7 +20,7 @@ from tests.support.rows import rows_of
 from tests.support.small_models import RaggedNet, batch, two_layers
 from tests.support.snapshots import same_bits
 from tests.support.training import loss_on, train
-from tests.support.wrappers import SAM, Lookahead, step_in_two
+from tests.support.wrappers import SAM, Lookahead, LookaheadInside, step_in_two
 
 BLOCKS = (1, (1, 4), (4, 4))
 DOWN, UP = [(2, 0.5), (4, 0.2)], [(2, 0.5), (4, 1.0)]
@@ -31,6 +33,7 @@ OPTIMIZERS = {
     "scale": lambda model: smet.ActiveScale(model, lr=1e-2),
     "torch": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=True),
     "rprop": lambda model: torch.optim.Rprop(model.parameters()),
+    "inside": lambda model: LookaheadInside(smet.ActiveAdamW(model, lr=1e-2), k=1),
     "lookahead": lambda model: Lookahead(smet.ActiveAdamW(model, lr=1e-2), k=2),
 }
 
@@ -51,7 +54,8 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor]]:
             if isinstance(state, Tensor) and state.shape == site.values.shape:
                 rows[key] = state.clone()
         if rows.pop("generation", None) is not None:
-            rows["age"] = optimizer.block_ages(site.values).clone()
+            inner = getattr(optimizer, "_base_optimizer", optimizer)
+            rows["age"] = inner.block_ages(site.values).clone()
         seen[name] = rows
     return seen
 
@@ -324,6 +328,27 @@ def test_an_error_of_a_policy_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"scores of shape"):
         manager.step()
     assert [site.density for site in find_sites(model).values()] == [1.0, 1.0] and manager.num_steps == 1
+
+
+def test_a_stage_that_is_interrupted_goes_on_at_the_next_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, optimizer, manager = staged(1.0, [(1, 0.5)])
+    make_move, calls = manager_module.make_move, iter(range(9))
+
+    def breaking(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        make_move(*arguments)
+
+    monkeypatch.setattr(manager_module, "make_move", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, manager, steps=1)
+    assert [site.density for site in find_sites(model).values()] == [0.5, 1.0]
+    monkeypatch.undo()
+    train(model, optimizer, manager, first=1)
+    assert [site.density for site in find_sites(model).values()] == [0.5, 0.5]
+    assert [(event.step, list(event.sites)) for event in manager.history] == [(1, ["0.weight"]), (2, ["3.weight"])]
+    smet.save_checkpoint(tmp_path / "a", model, optimizer, manager)
+    smet.load_checkpoint(tmp_path / "a", *staged(1.0, [(1, 0.5)]))
 
 
 def test_without_a_schedule_nothing_is_resized() -> None:
