@@ -1,0 +1,123 @@
+"""Times optimizer steps against a copy, and one kernel for product and update against two."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.profiler import profile, supported_activities
+
+import smet_compile as smet
+from benchmarks import chosen
+from benchmarks.gpu_check.cases import DTYPE, Case, Layer
+from benchmarks.gpu_check.records import Check
+from benchmarks.ratios import Clock, in_turns
+from benchmarks.sections.optimizer import Kind, aged_optimizer
+
+NUM_TENSORS, SIDE = 200, 1408
+TINY_NUM_TENSORS, TINY_SIDE = 2, 32
+COPIED_BYTES, TINY_COPIED_BYTES = 2**30, 2**20
+REPEATS = 7
+TILES = {128: (2048, 16384), 64: (2048, 16384), 32: (2048, 16384)}
+
+
+def run(check: Check) -> None:
+    for kind in kinds(check):
+        with check.attempt("step", case=kind.name):
+            _measure_step(check, kind)
+    for block, counts in check.size(TILES, {16: (16,)}).items():
+        for tokens in counts:
+            with check.attempt("fused", block=block, tokens=tokens):
+                _measure_fused(check, block, tokens)
+
+
+def kinds(check: Check) -> list[Kind]:
+    """Returns kinds of weights and state, with the bytes that a step moves for each weight."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    tile = check.size(64, 16)
+    found = [
+        Kind("tiles, fp32", tile, fp32, None, 28, True),
+        Kind("single weights, fp32", 1, fp32, None, 29, True),
+        Kind("tiles, bf16", tile, bf16, bf16, 14, True),
+        Kind("single weights, bf16", 1, bf16, bf16, 15, True),
+        Kind("tiles, bf16, 8-bit moments", tile, bf16, "int8", 10, True),
+        Kind("single weights, bf16, 8-bit moments", 1, bf16, "int8", 11, True),
+    ]
+    return found[2:4] if check.dry else found
+
+
+def _measure_step(check: Check, kind: Kind) -> None:
+    settings = check.settings(REPEATS)
+    sizes = check.size((SIDE, NUM_TENSORS), (TINY_SIDE, TINY_NUM_TENSORS))
+    optimizer = aged_optimizer(kind, sizes[0], settings, sizes[1])
+    active = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    source = torch.zeros(check.size(COPIED_BYTES, TINY_COPIED_BYTES), dtype=torch.uint8, device=check.device)
+    copy = torch.empty_like(source)
+    clock = Clock(check.device)
+    (pairs,) = in_turns(lambda: copy.copy_(source), [optimizer.step], settings.repeats, clock)
+    check.record(
+        "step",
+        case=kind.name,
+        kernel=chosen.of_update(optimizer),
+        weights=active,
+        seconds=pairs.medians[1],
+        copy_bytes_a_second=2 * source.nbytes / pairs.medians[0],
+        over_copy=[round(active * kind.bytes_per_weight / (2 * source.nbytes) * each, 4) for each in pairs.speedups],
+        host_seconds=_host_seconds(check, optimizer),
+        launches=_num_launches(check, optimizer),
+    )
+
+
+def _host_seconds(check: Check, optimizer: smet.ActiveAdamW) -> float:
+    check.synchronize()
+    start = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def _num_launches(check: Check, optimizer: smet.ActiveAdamW) -> int:
+    """Returns how many kernels and copies one step starts; 0 without a GPU."""
+    if check.dry:
+        return 0
+    with profile(activities=supported_activities()) as profiler:
+        optimizer.step()
+        check.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda and not event.is_user_annotation for event in profiler.events())
+
+
+def _measure_fused(check: Check, block: int, tokens: int) -> None:
+    """Times a weight gradient and its update: two kernels, and one."""
+    layer, update = fused_case(check, block, tokens)
+    from smet_compile.ops.kernels.triton import adamw, sampled_tiles, sampled_update
+
+    def two() -> None:
+        update.grad = sampled_tiles.sampled_matmul(layer.grad, layer.input, layer.topology)
+        adamw.update_all([update])
+        update.grad = update.values
+
+    def one() -> None:
+        sampled_update.sampled_update(layer.grad, layer.input, None, update)
+
+    settings = check.settings(REPEATS)
+    fuses = sampled_update.fuses(layer.grad, None, update)
+    (pairs,) = in_turns(two, [one], settings.repeats, Clock(check.device))
+    seconds = {"two_seconds": pairs.medians[0], "one_seconds": pairs.medians[1]}
+    check.record("fused", block=block, tokens=tokens, fuses=fuses, **seconds, ratios=pairs.costs)
+
+
+def fused_case(check: Check, block: int, tokens: int) -> tuple[Layer, Any]:
+    """Returns a layer and the update of its weight, in bf16 with bf16 moments, with no gradient kept."""
+    side = check.size(4096, 32)
+    layer = Layer(Case(side, side, block, tokens), check.device)
+    linear = torch.nn.Linear(side, side, bias=False, dtype=DTYPE, device=check.device)
+    smet.sparsify(linear, 0.25, block_shape=block)
+    optimizer = smet.ActiveAdamW(linear, moment_dtype=DTYPE)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    update = optimizer.update_of(parameter, optimizer.param_groups[0])
+    layer.topology = update.topology
+    update.grad = update.values
+    return layer, update
