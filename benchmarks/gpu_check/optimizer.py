@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import time
-from typing import Any
 
 import torch
 from torch.profiler import profile, supported_activities
@@ -12,8 +12,11 @@ import smet_compile as smet
 from benchmarks import chosen
 from benchmarks.gpu_check.cases import DTYPE, Case, Layer
 from benchmarks.gpu_check.records import Check
-from benchmarks.ratios import Clock, in_turns
+from benchmarks.layer import DENSITY
+from benchmarks.ratios import Clock, Work, in_turns
 from benchmarks.sections.optimizer import Kind, aged_optimizer
+from smet_compile.ops.choose import TRITON
+from smet_compile.ops.updates import Update
 
 NUM_TENSORS, SIDE = 200, 1408
 TINY_NUM_TENSORS, TINY_SIDE = 2, 32
@@ -89,8 +92,19 @@ def _num_launches(check: Check, optimizer: smet.ActiveAdamW) -> int:
 
 def _measure_fused(check: Check, block: int, tokens: int) -> None:
     """Times a weight gradient and its update: two kernels, and one."""
-    layer, update = fused_case(check, block, tokens)
-    from smet_compile.ops.kernels.triton import adamw, sampled_tiles, sampled_update
+    two, one, can_be_one = fused_calls(check, block, tokens)
+    (pairs,) = in_turns(two, [one], check.settings(REPEATS).repeats, Clock(check.device))
+    seconds = {"two_seconds": pairs.medians[0], "one_seconds": pairs.medians[1]}
+    ratios = [round(cost, 4) for cost in pairs.costs]
+    check.record("fused", block=block, tokens=tokens, is_one=can_be_one, **seconds, ratios=ratios)
+
+
+def fused_calls(check: Check, block: int, tokens: int) -> tuple[Work, Work, bool]:
+    """Returns product and update in two kernels, the same in one, and whether that is one indeed."""
+    adamw, sampled_tiles, sampled_update = (
+        importlib.import_module(f"{TRITON}.{name}") for name in ("adamw", "sampled_tiles", "sampled_update")
+    )
+    layer, update = _layer_and_update(check, block, tokens)
 
     def two() -> None:
         update.grad = sampled_tiles.sampled_matmul(layer.grad, layer.input, layer.topology)
@@ -100,24 +114,21 @@ def _measure_fused(check: Check, block: int, tokens: int) -> None:
     def one() -> None:
         sampled_update.sampled_update(layer.grad, layer.input, None, update)
 
-    settings = check.settings(REPEATS)
-    fuses = sampled_update.fuses(layer.grad, None, update)
-    (pairs,) = in_turns(two, [one], settings.repeats, Clock(check.device))
-    seconds = {"two_seconds": pairs.medians[0], "one_seconds": pairs.medians[1]}
-    check.record("fused", block=block, tokens=tokens, fuses=fuses, **seconds, ratios=pairs.costs)
+    return two, one, sampled_update.fuses(layer.grad, None, update)
 
 
-def fused_case(check: Check, block: int, tokens: int) -> tuple[Layer, Any]:
+def _layer_and_update(check: Check, block: int, tokens: int) -> tuple[Layer, Update]:
     """Returns a layer and the update of its weight, in bf16 with bf16 moments, with no gradient kept."""
     side = check.size(4096, 32)
     layer = Layer(Case(side, side, block, tokens), check.device)
     linear = torch.nn.Linear(side, side, bias=False, dtype=DTYPE, device=check.device)
-    smet.sparsify(linear, 0.25, block_shape=block)
+    smet.sparsify(linear, DENSITY, block_shape=block)
     optimizer = smet.ActiveAdamW(linear, moment_dtype=DTYPE)
     (parameter,) = optimizer.param_groups[0]["params"]
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     update = optimizer.update_of(parameter, optimizer.param_groups[0])
+    assert update.topology is not None
     layer.topology = update.topology
     update.grad = update.values
     return layer, update

@@ -50,13 +50,18 @@ class Check:
     """Holds what a stage is given.
 
     Args:
-        record: writes a result. dry: tiny sizes on the CPU. folder: of the results. seconds: the stage's time limit.
+        record: writes a result. dry: tiny sizes on the CPU. folder: of the results. deadline: when the stage is ended,
+            by ``time.monotonic``.
     """
 
     record: Record
     dry: bool
     folder: Path
-    seconds: float
+    deadline: float
+
+    def left(self) -> float:
+        """Returns the seconds until the stage is ended."""
+        return self.deadline - time.monotonic()
 
     @property
     def device(self) -> torch.device:

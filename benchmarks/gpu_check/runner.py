@@ -9,12 +9,13 @@ import signal
 import sys
 import time
 import traceback
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu_check.records import Check, Record
-from benchmarks.gpu_check.stages import Plan, Stage, total_seconds
+from benchmarks.gpu_check.stages import Plan, Stage
 
 _GRACE_SECONDS = 2
 _ERROR_LINES = 15
@@ -26,13 +27,13 @@ def run(plan: Plan, out: Path) -> list[str]:
     """Runs the plan, and returns the names of the stages that failed or took too long."""
     groups = plan.groups()
     record = Record(out, "plan")
-    limits = {stage.name: stage.seconds for group in groups for stage in group}
-    record("limits", part=plan.part, dry=plan.dry, seconds=limits, total_seconds=total_seconds(groups))
+    limits = {stage.name: plan.limit(stage) for group in groups for stage in group}
+    record("limits", part=plan.part, dry=plan.dry, seconds=limits, total_seconds=plan.total_seconds())
     for module in ("smet_compile", "benchmarks.sections.optimizer", *_BESIDE.get(plan.part, ())):
         importlib.import_module(module)
-    start = time.perf_counter()
+    start = time.monotonic()
     failed = [name for group in groups for name in _run_group(group, plan, out)]
-    record("end", seconds=time.perf_counter() - start, failed=failed)
+    record("end", seconds=time.monotonic() - start, failed=failed)
     return failed
 
 
@@ -41,12 +42,29 @@ class _Running(NamedTuple):
     process: BaseProcess
     log: Path
     started: float
+    deadline: float
+
+    def is_over(self) -> bool:
+        return self.process.exitcode is not None or time.monotonic() >= self.deadline
 
 
 def _run_group(group: list[Stage], plan: Plan, out: Path) -> list[str]:
-    """Runs the stages of a group at the same time."""
+    """Runs the stages of a group at the same time; each is finished when it ends, or when its time is over."""
     running = [_start(stage, plan, out) for stage in group]
-    return [each.stage.name for each in running if not _finish(each, out)]
+    failed = []
+    while running:
+        _wait(running)
+        for each in [each for each in running if each.is_over()]:
+            running.remove(each)
+            if not _finish(each, out):
+                failed.append(each.stage.name)
+    return failed
+
+
+def _wait(running: list[_Running]) -> None:
+    """Waits until one of the stages ends, or until the first has to."""
+    first = min(each.deadline for each in running)
+    connection.wait([each.process.sentinel for each in running], max(0.0, first - time.monotonic()))
 
 
 def _start(stage: Stage, plan: Plan, out: Path) -> _Running:
@@ -54,19 +72,19 @@ def _start(stage: Stage, plan: Plan, out: Path) -> _Running:
     log.parent.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_in_process, args=(stage, plan, out, log))
     process.start()
-    return _Running(stage, process, log, time.perf_counter())
+    started = time.monotonic()
+    return _Running(stage, process, log, started, started + plan.limit(stage))
 
 
 def _finish(running: _Running, out: Path) -> bool:
-    """Waits for a stage, ends it when its time is over, and records how it ended. Tells whether all went well."""
+    """Ends a stage that is over, and records how it ended. Tells whether all went well."""
     stage, process = running.stage, running.process
-    process.join(max(0.0, running.started + stage.seconds - time.perf_counter()))
-    code = process.exitcode
-    seconds = time.perf_counter() - running.started
+    code, seconds = process.exitcode, time.monotonic() - running.started
     _end(process)
     status = "timed out" if code is None else "ok" if code == 0 else "failed"
     more = {} if code == 0 else {"code": code, "log": _tail(running.log)}
-    Record(out, stage.name)("end", status=status, seconds=seconds, limit=stage.seconds, **more)
+    limit = running.deadline - running.started
+    Record(out, stage.name)("end", status=status, seconds=seconds, limit=limit, **more)
     return code == 0
 
 
@@ -93,7 +111,7 @@ def _in_process(stage: Stage, plan: Plan, out: Path, log: Path) -> None:
     if not stage.interpreted:
         os.environ.pop("TRITON_INTERPRET", None)
     try:
-        stage.run(Check(Record(out, stage.name), plan.dry, out.parent, stage.seconds))
+        stage.run(Check(Record(out, stage.name), plan.dry, out.parent, time.monotonic() + plan.limit(stage)))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
