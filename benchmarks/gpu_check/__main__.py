@@ -37,6 +37,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a card is asked without starting CUDA
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

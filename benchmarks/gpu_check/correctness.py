@@ -16,9 +16,10 @@ import smet_compile as smet
 from benchmarks import chosen
 from benchmarks.gpu_check import large_stack
 from benchmarks.gpu_check.cases import SIDES, TINY_TOKENS, TOKENS, Case, Layer, error_of, largest_error, same_bits
+from benchmarks.gpu_check.optimizer import aged
 from benchmarks.gpu_check.records import Check
 from benchmarks.layer import PRODUCTS
-from benchmarks.sections.optimizer import Kind, aged_optimizer
+from benchmarks.sections.optimizer import Kind
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (2736, 1024), (5461, 2048))
 TINY_SHAPES = ((48, 40),)
@@ -52,8 +53,9 @@ def cases(check: Check) -> list[Case]:
     tokens = check.size(TOKENS, TINY_TOKENS)
     sides = check.size(SIDES, (16, 1))
     found = [Case(*shape, side, tokens) for shape in check.size(SHAPES, TINY_SHAPES) for side in sides]
-    experts = check.size((2736, 1024), (32, 16))
-    return found + [Case(*experts, side, tokens, EXPERTS, grouped=True) for side in check.size((128, 64), (16,))]
+    expert, count = check.size(((2736, 1024), EXPERTS), ((32, 16), 3))
+    sides = check.size((128, 64), (16,))
+    return found + [Case(*expert, side, tokens, count, grouped=True) for side in sides]
 
 
 def kinds(check: Check) -> list[Kind]:
@@ -103,7 +105,7 @@ def _check_update(check: Check, kind: Kind) -> None:
     for forced in ("", "torch"):
         os.environ[_VARIABLE] = forced
         torch.manual_seed(0)
-        optimizer = aged_optimizer(kind, side, check.settings(1), num_matrices=2)
+        optimizer = aged(check, kind, side, num_matrices=2)
         optimizer.step()
         names.append(chosen.of_update(optimizer))
         states.append(_tensors_of(optimizer))

@@ -25,7 +25,6 @@ from benchmarks.gpu_check.cases import Case, calls_of
 from benchmarks.gpu_check.records import Check
 from benchmarks.gpu_check.tools import tool
 from benchmarks.measuring import processor
-from benchmarks.sections.optimizer import aged_optimizer
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pytest", "pytest-xdist", "hypothesis", "datasets")
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi", "ptxas")
@@ -78,10 +77,14 @@ def _card(check: Check) -> dict[str, Any]:
 
 
 def tree_bytes(root: Path) -> int:
-    """Returns the bytes of what travels to another machine: files that git tracks or does not ignore."""
+    """Returns the bytes of the files that git tracks or does not ignore; without git, of all below ``root``."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=root, capture_output=True, check=False).stdout.decode().split("\0")
-    return sum((root / name).lstat().st_size for name in names if name and (root / name).exists())
+    try:
+        names = subprocess.run(listed, cwd=root, capture_output=True, check=True).stdout.decode().split("\0")
+        files = [root / name for name in names if name]
+    except (OSError, subprocess.CalledProcessError):
+        files = list(root.rglob("*"))
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def tasks(check: Check) -> list[Task]:
@@ -91,7 +94,7 @@ def tasks(check: Check) -> list[Task]:
         found.append((str(case), functools.partial(_products, case, check)))
     for kind in (*correctness.kinds(check), *optimizer.kinds(check)):
         side = kind.block if kind.block > 1 else 32
-        make = functools.partial(aged_optimizer, kind, 2 * side, check.settings(1), 2)
+        make = functools.partial(optimizer.aged, check, kind, 2 * side, 2)
         found.append((kind.name, functools.partial(_step, make)))
     for size in check.size(products.SIZES, ()):
         for block in products.SIDES:

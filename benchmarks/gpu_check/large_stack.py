@@ -1,4 +1,4 @@
-"""Checks a stack of more than 2^31 weights, active ones alone: its first and last matrix are compared with dense fp32."""
+"""Checks a stack of more than 2^31 active weights: its first and last matrix are compared with dense fp32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Launches kernels for tools that watch a process: every one at tiny size, or three at real size.
 
-    compute-sanitizer python -m benchmarks.gpu_check.launches tiny
-    ncu python -m benchmarks.gpu_check.launches large
+compute-sanitizer python -m benchmarks.gpu_check.launches tiny
+ncu python -m benchmarks.gpu_check.launches large
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from benchmarks.gpu_check import correctness, optimizer
 from benchmarks.gpu_check.cases import Case, Layer
 from benchmarks.gpu_check.records import Check, Record
 from benchmarks.layer import FORWARD, PRODUCTS, WEIGHT_GRADIENT
-from benchmarks.sections.optimizer import aged_optimizer
 from smet_compile.ops import choose
 
 TINY = (
@@ -38,8 +37,8 @@ def tiny(check: Check, cases: tuple[Case, ...] = TINY) -> int:
             layer.product(part)
         count += 2 + len(PRODUCTS)
     kinds = correctness.kinds(check)
-    for kind in kinds[:2] if check.dry else kinds:
-        aged_optimizer(kind, 32, check.settings(1), num_matrices=1).step()
+    for kind in kinds[:1] if check.dry else kinds:
+        optimizer.aged(check, kind, 32, num_matrices=1).step()
         count += 1
     two, one, _ = optimizer.fused_calls(check, check.size(32, 16), 64)
     two()
@@ -55,7 +54,7 @@ def large(check: Check) -> None:
     layer.product(FORWARD)
     layer.product(WEIGHT_GRADIENT)
     kind = next(kind for kind in optimizer.kinds(check) if kind.name == "tiles, bf16")
-    aged_optimizer(kind, check.size(optimizer.SIDE, 32), check.settings(1), check.size(50, 1)).step()
+    optimizer.aged(check, kind, check.size(optimizer.SIDE, 32), check.size(50, 1)).step()
     check.synchronize()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from typing import Any
 
 import torch
 from torch.profiler import profile, supported_activities
@@ -14,7 +15,7 @@ from benchmarks.gpu_check.cases import DTYPE, Case, Layer
 from benchmarks.gpu_check.records import Check
 from benchmarks.layer import DENSITY
 from benchmarks.ratios import Clock, Work, in_turns
-from benchmarks.sections.optimizer import Kind, aged_optimizer
+from benchmarks.sections.optimizer import NUM_UPDATES, Kind, aged_optimizer
 from smet_compile.ops.choose import TRITON
 from smet_compile.ops.updates import Update
 
@@ -22,6 +23,16 @@ NUM_TENSORS, SIDE = 200, 1408
 TINY_NUM_TENSORS, TINY_SIDE = 2, 32
 COPIED_BYTES, TINY_COPIED_BYTES = 2**30, 2**20
 REPEATS = 7
+_BF16, _FP32 = torch.bfloat16, torch.float32
+STATES: dict[str, tuple[torch.dtype, Any, int]] = {
+    "tiles, fp32": (_FP32, None, 28),
+    "single weights, fp32": (_FP32, None, 29),
+    "tiles, bf16": (_BF16, _BF16, 14),
+    "single weights, bf16": (_BF16, _BF16, 15),
+    "tiles, bf16, 8-bit moments": (_BF16, "int8", 10),
+    "single weights, bf16, 8-bit moments": (_BF16, "int8", 11),
+}
+"""Dtypes of weights and moments, and the bytes that a step moves for each weight. Tiles are of 64."""
 TILES = {128: (2048, 16384), 64: (2048, 16384), 32: (2048, 16384)}
 
 
@@ -37,28 +48,25 @@ def run(check: Check) -> None:
 
 def kinds(check: Check) -> list[Kind]:
     """Returns kinds of weights and state, with the bytes that a step moves for each weight."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    tile = check.size(64, 16)
     found = [
-        Kind("tiles, fp32", tile, fp32, None, 28, True),
-        Kind("single weights, fp32", 1, fp32, None, 29, True),
-        Kind("tiles, bf16", tile, bf16, bf16, 14, True),
-        Kind("single weights, bf16", 1, bf16, bf16, 15, True),
-        Kind("tiles, bf16, 8-bit moments", tile, bf16, "int8", 10, True),
-        Kind("single weights, bf16, 8-bit moments", 1, bf16, "int8", 11, True),
+        Kind(name, 1 if name.startswith("single") else check.size(64, 16), dtype, moments, num_bytes, True)
+        for name, (dtype, moments, num_bytes) in STATES.items()
     ]
     return found[2:4] if check.dry else found
 
 
+def aged(check: Check, kind: Kind, side: int, num_matrices: int) -> smet.ActiveAdamW:
+    """Makes an optimizer after some topology updates, with a gradient in every parameter."""
+    return aged_optimizer(kind, side, check.settings(1), num_matrices, check.size(NUM_UPDATES, 1))
+
+
 def _measure_step(check: Check, kind: Kind) -> None:
-    settings = check.settings(REPEATS)
-    sizes = check.size((SIDE, NUM_TENSORS), (TINY_SIDE, TINY_NUM_TENSORS))
-    optimizer = aged_optimizer(kind, sizes[0], settings, sizes[1])
+    optimizer = aged(check, kind, *check.size((SIDE, NUM_TENSORS), (TINY_SIDE, TINY_NUM_TENSORS)))
     active = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     source = torch.zeros(check.size(COPIED_BYTES, TINY_COPIED_BYTES), dtype=torch.uint8, device=check.device)
     copy = torch.empty_like(source)
     clock = Clock(check.device)
-    (pairs,) = in_turns(lambda: copy.copy_(source), [optimizer.step], settings.repeats, clock)
+    (pairs,) = in_turns(lambda: copy.copy_(source), [optimizer.step], check.settings(REPEATS).repeats, clock)
     check.record(
         "step",
         case=kind.name,

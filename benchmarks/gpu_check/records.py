@@ -50,8 +50,8 @@ class Check:
     """Holds what a stage is given.
 
     Args:
-        record: writes a result. dry: tiny sizes on the CPU. folder: of the results. deadline: when the stage is ended,
-            by ``time.monotonic``.
+        record: writes a result. dry: tiny sizes on the CPU. folder: for what nobody keeps.
+        deadline: when the stage is ended, by ``time.monotonic``.
     """
 
     record: Record

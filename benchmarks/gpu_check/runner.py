@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from multiprocessing import connection
@@ -19,6 +21,7 @@ from benchmarks.gpu_check.stages import Plan, Stage
 
 _GRACE_SECONDS = 2
 _ERROR_LINES = 15
+_LARGEST_LOG = 200_000
 _BESIDE = {"models": ("transformers", "transformers.models.llama.modeling_llama")}
 """Modules that are imported before the processes of a part are forked, so that it is done once. None starts CUDA."""
 
@@ -28,13 +31,26 @@ def run(plan: Plan, out: Path) -> list[str]:
     groups = plan.groups()
     record = Record(out, "plan")
     limits = {stage.name: plan.limit(stage) for group in groups for stage in group}
-    record("limits", part=plan.part, dry=plan.dry, seconds=limits, total_seconds=plan.total_seconds())
+    today = datetime.date.today().isoformat()
+    record("limits", part=plan.part, date=today, dry=plan.dry, seconds=limits, total_seconds=plan.total_seconds())
     for module in ("smet_compile", "benchmarks.sections.optimizer", *_BESIDE.get(plan.part, ())):
         importlib.import_module(module)
     start = time.monotonic()
-    failed = [name for group in groups for name in _run_group(group, plan, out)]
+    with tempfile.TemporaryDirectory() as folder:
+        failed = [name for group in groups for name in _run_group(group, plan, Places(out, Path(folder)))]
     record("end", seconds=time.monotonic() - start, failed=failed)
     return failed
+
+
+class Places(NamedTuple):
+    """Says where results go, and where a stage may write what nobody keeps."""
+
+    out: Path
+    scratch: Path
+
+    @property
+    def log(self) -> Path:
+        return self.out.with_suffix(".log")
 
 
 class _Running(NamedTuple):
@@ -48,15 +64,15 @@ class _Running(NamedTuple):
         return self.process.exitcode is not None or time.monotonic() >= self.deadline
 
 
-def _run_group(group: list[Stage], plan: Plan, out: Path) -> list[str]:
+def _run_group(group: list[Stage], plan: Plan, places: Places) -> list[str]:
     """Runs the stages of a group at the same time; each is finished when it ends, or when its time is over."""
-    running = [_start(stage, plan, out) for stage in group]
+    running = [_start(stage, plan, places) for stage in group]
     failed = []
     while running:
         _wait(running)
         for each in [each for each in running if each.is_over()]:
             running.remove(each)
-            if not _finish(each, out):
+            if not _finish(each, places):
                 failed.append(each.stage.name)
     return failed
 
@@ -67,24 +83,27 @@ def _wait(running: list[_Running]) -> None:
     connection.wait([each.process.sentinel for each in running], max(0.0, first - time.monotonic()))
 
 
-def _start(stage: Stage, plan: Plan, out: Path) -> _Running:
-    log = out.parent / f"{out.stem}_logs" / f"{stage.name.replace(' ', '_')}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_in_process, args=(stage, plan, out, log))
+def _start(stage: Stage, plan: Plan, places: Places) -> _Running:
+    log = places.scratch / f"{stage.name}.log"
+    log.touch()
+    process = multiprocessing.get_context("fork").Process(target=_in_process, args=(stage, plan, places, log))
     process.start()
     started = time.monotonic()
     return _Running(stage, process, log, started, started + plan.limit(stage))
 
 
-def _finish(running: _Running, out: Path) -> bool:
-    """Ends a stage that is over, and records how it ended. Tells whether all went well."""
+def _finish(running: _Running, places: Places) -> bool:
+    """Ends a stage that is over, keeps its log, and records how it ended. Tells whether all went well."""
     stage, process = running.stage, running.process
     code, seconds = process.exitcode, time.monotonic() - running.started
     _end(process)
     status = "timed out" if code is None else "ok" if code == 0 else "failed"
-    more = {} if code == 0 else {"code": code, "log": _tail(running.log)}
+    log = running.log.read_text(errors="replace")
+    with places.log.open("a") as file:
+        file.write(f"== {stage.name}: {status}\n{log[-_LARGEST_LOG:]}\n")
+    more = {} if code == 0 else {"code": code, "log": log.splitlines()[-_ERROR_LINES:]}
     limit = running.deadline - running.started
-    Record(out, stage.name)("end", status=status, seconds=seconds, limit=limit, **more)
+    Record(places.out, stage.name)("end", status=status, seconds=seconds, limit=limit, **more)
     return code == 0
 
 
@@ -99,11 +118,7 @@ def _end(process: BaseProcess) -> None:
         process.join(_GRACE_SECONDS)
 
 
-def _tail(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines()[-_ERROR_LINES:]
-
-
-def _in_process(stage: Stage, plan: Plan, out: Path, log: Path) -> None:
+def _in_process(stage: Stage, plan: Plan, places: Places, log: Path) -> None:
     """Runs a stage in the process that was started for it; its errors and warnings go to ``log``."""
     os.setpgid(0, 0)
     errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -111,7 +126,8 @@ def _in_process(stage: Stage, plan: Plan, out: Path, log: Path) -> None:
     if not stage.interpreted:
         os.environ.pop("TRITON_INTERPRET", None)
     try:
-        stage.run(Check(Record(out, stage.name), plan.dry, out.parent, time.monotonic() + plan.limit(stage)))
+        deadline = time.monotonic() + plan.limit(stage)
+        stage.run(Check(Record(places.out, stage.name), plan.dry, places.scratch, deadline))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
