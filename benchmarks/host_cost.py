@@ -74,12 +74,12 @@ def ops_of(site: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def step_of_many(count: int = NUM_PARAMETERS) -> Callable[[], Any]:
+def step_of_many(count: int = NUM_PARAMETERS, device: str | torch.device = "cpu") -> Callable[[], Any]:
     """Returns an optimizer step of ``count`` small parameters: compact weights, biases and norms."""
     import smet_compile as smet
 
     layers = [m for _ in range(count // 4) for m in (nn.Linear(32, 32), nn.LayerNorm(32))]
-    model = smet.sparsify(nn.Sequential(*layers), 0.5, block_shape=16)
+    model = smet.sparsify(nn.Sequential(*layers).to(device), 0.5, block_shape=16)
     optimizer = smet.ActiveAdamW(model, lr=1e-3)
     parameters = list(model.parameters())
     assert len(parameters) == count

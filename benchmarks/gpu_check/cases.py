@@ -135,7 +135,7 @@ def largest_error(check: Check) -> float:
 def error_of(actual: Tensor, expected: Tensor) -> float:
     """Returns the root mean square of the difference by that of what is expected; NaN where something is missing."""
     difference = torch.linalg.vector_norm(actual.float() - expected.float())
-    return float(difference / torch.linalg.vector_norm(expected.float()))
+    return float(difference / torch.linalg.vector_norm(expected.float())) if difference else 0.0
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

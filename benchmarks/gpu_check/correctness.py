@@ -53,7 +53,7 @@ def cases(check: Check) -> list[Case]:
     tokens = check.size(TOKENS, TINY_TOKENS)
     sides = check.size(SIDES, (16, 1))
     found = [Case(*shape, side, tokens) for shape in check.size(SHAPES, TINY_SHAPES) for side in sides]
-    expert, count = check.size(((2736, 1024), EXPERTS), ((32, 16), 3))
+    expert, count = check.size(((2736, 1024), EXPERTS), ((48, 32), 3))
     sides = check.size((128, 64), (16,))
     return found + [Case(*expert, side, tokens, count, grouped=True) for side in sides]
 

@@ -22,20 +22,26 @@ LAYERS = 8
 
 
 def run(check: Check) -> None:
-    with torch.no_grad(), torch.device(check.device):
+    with torch.no_grad():
         for block in check.size((16, 1), (16,)):
-            layer = smet.sparsify(nn.Linear(64, 64, bias=False), 0.5, block_shape=block)
-            (site,) = find_sites(layer).values()
-            for name, call in ops_of(site).items():
-                with check.attempt("call", case=name, block=block):
-                    check.record("call", case=name, block=block, seconds=host_seconds(check, call, CALLS))
-    with check.attempt("call", case="optimizer step"), torch.device(check.device):
-        step = step_of_many(check.size(NUM_PARAMETERS, 4))
+            _measure_ops(check, block)
+    with check.attempt("call", case="optimizer step"):
+        step = step_of_many(check.size(NUM_PARAMETERS, 4), check.device)
         seconds = host_seconds(check, step, CALLS_OF_STEP)
         check.record("call", case="optimizer step", parameters=check.size(NUM_PARAMETERS, 4), seconds=seconds)
     for block in check.size((64, 1), (16,)):
         with check.attempt("graph", block=block):
             _check_graph(check, block)
+
+
+def _measure_ops(check: Check, block: int) -> None:
+    layer = smet.sparsify(nn.Linear(64, 64, bias=False, device=check.device), 0.5, block_shape=block)
+    (site,) = find_sites(layer).values()
+    with torch.device(check.device):
+        calls = ops_of(site)
+    for name, call in calls.items():
+        with check.attempt("call", case=name, block=block):
+            check.record("call", case=name, block=block, seconds=host_seconds(check, call, CALLS))
 
 
 def host_seconds(check: Check, call: Work, calls: int) -> float:

@@ -25,7 +25,7 @@ SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis"
 STATUSES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 _WITH_XDIST = re.compile(rf"\[gw\d+\] \[ *\d+%\] (?P<status>{'|'.join(STATUSES)}) (?P<name>.*::.*)$")
 _ALONE = re.compile(rf"(?P<name>\S+::.*) (?P<status>{'|'.join(STATUSES)})\s+.*\[ *\d+%\]$")
-_SUMMARY = re.compile(r"(?:FAILED|ERROR) (?P<name>.*?::.*?) - (?P<message>.*)$")
+_SUMMARY = re.compile(r"(?:FAILED|ERROR) (?P<name>\S+?::[^\s\[]*(?:\[.*?\])?) - (?P<message>.*)$")
 _SPARE_SECONDS = 3
 _LINES = 12
 
@@ -114,22 +114,18 @@ def counters(lines: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
 def _run(
     check: Check, command: Sequence[str], environment: dict[str, str], lines: int | None = _LINES
 ) -> tuple[int | None, list[str]]:
-    """Runs a command until shortly before the stage's end; returns its exit code and its last lines."""
-    limit = check.left() - _SPARE_SECONDS
-    try:
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).parents[2],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(1.0, limit),
+    """Runs a command until shortly before the stage's end; returns its exit code, or None, and its last lines."""
+    path = check.folder / "output.txt"  # a pipe would stay open as long as what the command has started
+    with path.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
         )
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        return None, _last(output if isinstance(output, str) else output.decode(errors="replace"), lines)
-    return done.returncode, _last(done.stdout, lines)
+        try:
+            code: int | None = process.wait(max(1.0, check.left() - _SPARE_SECONDS))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+    return code, _last(path.read_text(errors="replace"), lines)
 
 
 def _last(output: str, lines: int | None) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.cases import Case, Layer, error_of
 from benchmarks.gpu_check.records import Check, Record
 from benchmarks.gpu_check.report_tables import l2_bound
 from benchmarks.gpu_check.results import Results
-from benchmarks.gpu_check.stages import KERNELS, PARTS, Plan, Stage
+from benchmarks.gpu_check.stages import KERNELS, MODELS, PARTS, Plan, Stage
 from benchmarks.layer import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from benchmarks.tables import AWAITS_GPU
 from tests.support.fresh_process import ROOT, run_python
