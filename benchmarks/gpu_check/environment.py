@@ -29,6 +29,8 @@ from benchmarks.measuring import processor
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pytest", "pytest-xdist", "hypothesis", "datasets")
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi", "ptxas")
 WORKERS, DRY_WORKERS = 14, 1
+_SPARE_SECONDS = 5
+"""No task is begun so shortly before the end."""
 LARGEST_TREE = 64 * 2**20
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current"
 _HOPPER = ("cuda", 90, 32)
@@ -41,11 +43,14 @@ def run(check: Check) -> None:
     with check.attempt("tree"):
         size = tree_bytes(Path(__file__).parents[2])
         check.record("tree", bytes=size, passed=size <= LARGEST_TREE)
-    workers = _start_workers(check)
+    taken = multiprocessing.get_context("fork").Value("i", 0)
+    workers = _start_workers(check, taken)
     with check.attempt("card"):
         check.record("card", **_card(check))
     for worker in workers:
         worker.join()
+    number = len(tasks(check))
+    check.record("all compiled", tasks=number, taken=min(number, taken.value - len(workers)))
 
 
 def _versions() -> dict[str, str | None]:
@@ -134,10 +139,9 @@ def _candidate(check: Check, block: int, part: str, sizes: products.Sizes) -> No
         layer.product(part)
 
 
-def _start_workers(check: Check) -> list[multiprocessing.process.BaseProcess]:
+def _start_workers(check: Check, taken: Any) -> list[multiprocessing.process.BaseProcess]:
     """Starts processes that take one task after another. They are forked before this one has started CUDA."""
     context = multiprocessing.get_context("fork")
-    taken = context.Value("i", 0)
     count = check.size(WORKERS, DRY_WORKERS)
     workers = [context.Process(target=_work, args=(check, taken)) for _ in range(count)]
     for worker in workers:
@@ -151,7 +155,7 @@ def _work(check: Check, taken: Any) -> None:
         while True:
             with taken.get_lock():
                 number, taken.value = taken.value, taken.value + 1
-            if number >= len(all_tasks):
+            if number >= len(all_tasks) or check.left() < _SPARE_SECONDS:
                 return
             name, call = all_tasks[number]
             with check.attempt("compiled", case=name):
