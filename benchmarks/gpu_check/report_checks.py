@@ -37,6 +37,7 @@ def _check_rows(results: Results) -> list[str]:
     compiled = results.latest("environment", "compiled", lambda line: line["case"])
     return [
         _row("kernels compiled without spills", list(map(_with_spills, compiled)), _most_registers(compiled)),
+        _row("new memory holds NaN", results.all("correctness", "new memory")[-1:], ""),
         _row("products against dense fp32, twice", products, _largest_error(products)),
         _row("AdamW against plain torch, bit for bit", updates, ""),
         _row("a stack of more than 2^31 weights", stack, _largest_error(stack)),

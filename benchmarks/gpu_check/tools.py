@@ -16,8 +16,16 @@ from pathlib import Path
 from benchmarks.gpu_check import launches
 from benchmarks.gpu_check.records import Check
 
-CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/nsight-compute")
-TESTS, DRY_TESTS = "tests/ops/kernels", "tests/ops/kernels/test_triton_supports.py::test_older_gpus_do_not"
+CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+NSIGHT = Path("/opt/nvidia/nsight-compute")
+_KERNELS = "tests/ops/kernels"
+TESTS = (
+    *(f"{_KERNELS}/test_triton_{name}.py" for name in ("matmul", "unpack", "supports", "fusion")),
+    *(f"{_KERNELS}/test_triton_adamw{name}.py" for name in ("", "_rounding", "_sampled")),
+    "tests/convert/test_export_layouts.py",
+)
+"""Those that compute on a GPU where there is one. What compiles, or is for CPUs, needs no card."""
+DRY_TESTS = (f"{_KERNELS}/test_triton_supports.py::test_older_gpus_do_not",)
 WORKERS = 14
 LAUNCHES = "benchmarks.gpu_check.launches"
 KERNELS_WATCHED = "regex:^(_masked_tiles|_sampled_tiles|update)$"
@@ -37,7 +45,7 @@ def run_tests(check: Check) -> None:
         return
     has_xdist = importlib.util.find_spec("xdist") is not None and not check.dry
     options = ["-v", "-rfE", "--color=no", "-p", "no:cacheprovider", *(["-n", str(WORKERS)] if has_xdist else [])]
-    command = [sys.executable, "-m", "pytest", check.size(TESTS, DRY_TESTS), *options]
+    command = [sys.executable, "-m", "pytest", *check.size(TESTS, DRY_TESTS), *options]
     code, output = _run(check, command, {}, lines=None)
     statuses, messages = outcomes(output)
     counts = {status.lower(): sum(each == status for each in statuses.values()) for status in STATUSES}
@@ -86,7 +94,21 @@ def run_counters(check: Check) -> None:
         check.record("counters", skipped="ncu is not installed")
         return
     sections = [option for name in SECTIONS for option in ("--section", name)]
-    command = [path, "--csv", "-k", KERNELS_WATCHED, "-c", "3", *sections, sys.executable, "-m", LAUNCHES, "large"]
+    command = [
+        path,
+        "--csv",
+        "--clock-control",
+        "none",
+        "-k",
+        KERNELS_WATCHED,
+        "-c",
+        "3",
+        *sections,
+        sys.executable,
+        "-m",
+        LAUNCHES,
+        "large",
+    ]
     code, output = _run(check, command, {}, lines=None)
     kernels = counters(output)
     for number, (name, values) in enumerate(kernels):
@@ -97,7 +119,9 @@ def run_counters(check: Check) -> None:
 
 def tool(name: str) -> str | None:
     """Returns the path of a tool of CUDA; None where it is not installed."""
-    return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), *CUDA_FOLDERS)))
+    return shutil.which(
+        name, path=os.pathsep.join((os.environ.get("PATH", ""), *CUDA_FOLDERS, *map(str, NSIGHT.glob("*"))))
+    )
 
 
 def counters(lines: Sequence[str]) -> list[tuple[str, dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -168,8 +169,19 @@ def test_a_check_that_is_wrong_is_recorded(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Layer, "product", lambda self, part: product(self, part) * 1.01)
     correctness.run(check)
     lines = lines_of(tmp_path / "lines.jsonl")
-    assert [line["passed"] for line in lines] == [False] * 3
+    assert [line["passed"] for line in lines if line["what"] == "product"] == [False] * 3
+    assert lines[0]["what"] == "new memory" and lines[0]["passed"]
     assert "correctness, product: 16 tiles, 32→40, 24 tokens, forward" in report.text(Results(lines))
+
+
+def test_the_tests_exist_and_ask_for_the_gpu() -> None:
+    for name in tools.TESTS:
+        assert (ROOT / name).exists()
+    folder = ROOT / "tests" / "ops" / "kernels"
+    on_device = {
+        path.name for path in folder.glob("test_*.py") if re.search("pytestmark = .*on_device", path.read_text())
+    }
+    assert len(on_device) >= 5 and on_device <= {Path(name).name for name in tools.TESTS}
 
 
 def test_outcomes_of_pytest() -> None:
