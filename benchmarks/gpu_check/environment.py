@@ -25,6 +25,7 @@ from benchmarks.gpu_check.cases import Case, calls_of
 from benchmarks.gpu_check.records import Check
 from benchmarks.gpu_check.tools import tool
 from benchmarks.measuring import processor
+from smet_compile.ops.kernels.triton import supports
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pytest", "pytest-xdist", "hypothesis", "datasets")
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi", "ptxas")
@@ -217,8 +218,6 @@ def _as_on_a_card(check: Check) -> Iterator[None]:
         yield
         return
     from triton.runtime import driver
-
-    from smet_compile.ops.kernels.triton import supports
 
     driver.set_active(_NoCard())
     with (

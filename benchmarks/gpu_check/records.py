@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ class Record:
             os.write(file, f"{line}\n".encode())
         finally:
             os.close(file)
-        print(line, flush=True)
+        sys.stdout.write(f"{line}\n")  # in one piece, as others write there too
+        sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:
