@@ -12,8 +12,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -140,7 +141,7 @@ def _candidate(check: Check, block: int, part: str, sizes: products.Sizes) -> No
         layer.product(part)
 
 
-def _start_workers(check: Check, taken: Any) -> list[multiprocessing.process.BaseProcess]:
+def _start_workers(check: Check, taken: Any) -> Sequence[BaseProcess]:
     """Starts processes that take one task after another. They are forked before this one has started CUDA."""
     context = multiprocessing.get_context("fork")
     count = check.size(WORKERS, DRY_WORKERS)

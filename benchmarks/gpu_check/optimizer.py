@@ -40,8 +40,9 @@ def run(check: Check) -> None:
     for kind in kinds(check):
         with check.attempt("step", case=kind.name):
             _measure_step(check, kind)
-    for block, counts in check.size(TILES, {16: (16,)}).items():
-        for tokens in counts:
+    tiles = check.size(TILES, {16: (16, 16)})
+    for block, counts in tiles.items():
+        for tokens in dict.fromkeys(counts):
             with check.attempt("fused", block=block, tokens=tokens):
                 _measure_fused(check, block, tokens)
 

@@ -43,14 +43,15 @@ def _step_rows(results: Results) -> list[Row]:
     dense = results.last(DENSE_STAGE, "steps")
     rows = [row("dense", dense, lambda line: Row("dense", more=_step_columns(line)))]
     for stage, target in STEP_TARGETS.items():
-        line = None if dense is None else results.last(stage, "steps")
-        read = functools.partial(_step_row, stage.removeprefix("350m "), dense, target)
-        rows.append(row(stage.removeprefix("350m "), line, read, target))
+        name, line = stage.removeprefix("350m "), results.last(stage, "steps")
+        if line is not None and dense is not None:
+            line = line | {"dense_seconds": dense["seconds"]}
+        rows.append(row(name, line if dense else None, functools.partial(_step_row, name, target), target))
     return rows
 
 
-def _step_row(what: str, dense: Line, target: Target | None, line: Line) -> Row:
-    ratios = [dense["seconds"] / seconds for seconds in line["all_seconds"]]
+def _step_row(what: str, target: Target | None, line: Line) -> Row:
+    ratios = [line["dense_seconds"] / seconds for seconds in line["all_seconds"]]
     return Row(what, line["kernels"], ratios, target, _step_columns(line))
 
 

@@ -68,10 +68,13 @@ def _ceiling_rows(results: Results) -> list[Row]:
     }
     rows = []
     for what, (field, unit) in units.items():
-        line = results.last("ceilings", what)
-        more = {} if line is None or field not in line else {"value": f"{line[field] / 1e12:.3g} {unit}"}
-        rows.append(row(what, line, lambda _, what=what, more=more: Row(what, more=more)))
+        read = functools.partial(_ceiling_row, what, field, unit)
+        rows.append(row(what, results.last("ceilings", what), read))
     return rows
+
+
+def _ceiling_row(what: str, field: str, unit: str, line: Line) -> Row:
+    return Row(what, more={"value": f"{line[field] / 1e12:.3g} {unit}"})
 
 
 def _product_line(results: Results, size: Size, block: int, part: str) -> Line | None:
@@ -107,16 +110,17 @@ def l2_bound(block: int, bandwidth: float) -> float:
 
 
 def _single_rows(results: Results) -> list[Row]:
-    return [
-        row(
-            f"{part}, {size}",
-            _product_line(results, size, 1, part),
-            lambda line, what=f"{part}, {size}": Row(what, line["kernels"], line["ratios"], SINGLE_WEIGHTS),
-            SINGLE_WEIGHTS,
-        )
-        for size in products.SIZES
-        for part in PRODUCTS
-    ]
+    rows = []
+    for size in products.SIZES:
+        for part in PRODUCTS:
+            what = f"{part}, {size}"
+            read = functools.partial(_single_row, what)
+            rows.append(row(what, _product_line(results, size, 1, part), read, SINGLE_WEIGHTS))
+    return rows
+
+
+def _single_row(what: str, line: Line) -> Row:
+    return Row(what, line["kernels"], line["ratios"], SINGLE_WEIGHTS)
 
 
 def _size_rows(results: Results) -> list[Row]:
