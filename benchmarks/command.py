@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import parts
 from benchmarks.measuring import processor
 from benchmarks.settings import Settings
 from benchmarks.tables import Table
@@ -43,14 +44,13 @@ def run(title: str, command: str, sections: Mapping[str, Section], args: argpars
     failed = []
     for name in args.only or sections:
         start = time.perf_counter()
-        parts, error = _measured(name, sections[name], settings)
+        tables, error = _measured(name, sections[name], settings)
         failed += [name] if error else []
-        record += parts
-        print("\n".join(parts), flush=True)
+        record += tables
+        print("\n".join(tables), flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("\n".join(record))
+            parts.replace_cpu_part(args.out, "\n".join(record))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -74,15 +74,15 @@ def ops_of(site: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def step_of_many() -> Callable[[], Any]:
-    """Returns an optimizer step of ``NUM_PARAMETERS`` small parameters: compact weights, biases and norms."""
+def step_of_many(count: int = NUM_PARAMETERS, device: str | torch.device = "cpu") -> Callable[[], Any]:
+    """Returns an optimizer step of ``count`` small parameters: compact weights, biases and norms."""
     import smet_compile as smet
 
-    layers = [m for _ in range(NUM_PARAMETERS // 4) for m in (nn.Linear(32, 32), nn.LayerNorm(32))]
-    model = smet.sparsify(nn.Sequential(*layers), 0.5, block_shape=16)
+    layers = [m for _ in range(count // 4) for m in (nn.Linear(32, 32), nn.LayerNorm(32))]
+    model = smet.sparsify(nn.Sequential(*layers).to(device), 0.5, block_shape=16)
     optimizer = smet.ActiveAdamW(model, lr=1e-3)
     parameters = list(model.parameters())
-    assert len(parameters) == NUM_PARAMETERS
+    assert len(parameters) == count
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

@@ -2,17 +2,16 @@
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.kernels [--only linear] [--repeats 9] [--out docs/results/kernels.md]
 
-On the CPU; where there is a GPU, on that as well, and where there is none its rows say so. ``python -m benchmarks.gpu``
-runs the GPU's sections alone. ``SMET_COMPILE_KERNEL`` forces a kernel (``smet_compile.ops.choose``).
+On the CPU. ``python -m benchmarks.gpu_check`` measures on a GPU, and its part of the file stays as it is.
+``SMET_COMPILE_KERNEL`` forces a kernel (``smet_compile.ops.choose``).
 """
 
 from __future__ import annotations
 
 from benchmarks import command
-from benchmarks.gpu import SECTIONS as GPU_SECTIONS
 from benchmarks.sections import linear, never_slower, optimizer, step, topology
 
-CPU_SECTIONS = {
+SECTIONS = {
     "linear": linear.tables,
     "single": never_slower.single,
     "bf16": never_slower.bf16,
@@ -23,9 +22,8 @@ CPU_SECTIONS = {
 
 
 def main() -> None:
-    sections = CPU_SECTIONS | GPU_SECTIONS
-    args = command.options(__doc__, sections)
-    command.run("Kernels", "python -m benchmarks.kernels", sections, args, "cpu")
+    args = command.options(__doc__, SECTIONS)
+    command.run("Kernels", "python -m benchmarks.kernels", SECTIONS, args, "cpu")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -25,9 +25,3 @@ class Settings:
 
     def size(self, full: Size, quick: Size) -> Size:
         return quick if self.quick else full
-
-    def on_gpu(self) -> Settings | None:
-        """Returns the same settings for the GPU; None where there is none, except with ``quick``."""
-        if torch.cuda.is_available():
-            return replace(self, device=torch.device("cuda"))
-        return self if self.quick else None

@@ -87,7 +87,9 @@ def dense_step(weight: Tensor) -> Callable[[], object]:
     return torch.optim.AdamW([parameter], fused=True).step
 
 
-def aged_optimizer(kind: Kind, side: int, settings: Settings, num_matrices: int = MATRICES) -> smet.ActiveAdamW:
+def aged_optimizer(
+    kind: Kind, side: int, settings: Settings, num_matrices: int = MATRICES, num_updates: int = NUM_UPDATES
+) -> smet.ActiveAdamW:
     """Makes ``ActiveAdamW`` after some topology updates, with a gradient in every parameter."""
     with settings.device:
         matrices = [nn.Linear(side, side, bias=False, dtype=kind.dtype) for _ in range(num_matrices)]
@@ -96,7 +98,7 @@ def aged_optimizer(kind: Kind, side: int, settings: Settings, num_matrices: int 
     manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=1)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    for _ in range(NUM_UPDATES):
+    for _ in range(num_updates):
         optimizer.step()
         assert manager.step() is not None
     return optimizer

@@ -6,6 +6,7 @@ By default the first kernel of the list is taken that can compute the case and i
 ``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``, or one
 that was registered; ``cpu`` and ``triton`` stand for any whose name begins so. Where a forced kernel implements the op
 but cannot compute the case, the default is taken, and a warning names the case and the kernel that is used.
+``triton_fused`` joins a weight gradient and its update in one kernel where both are Triton's, and forces nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from smet_compile.ops.updates import Update
 
 _VARIABLE = "SMET_COMPILE_KERNEL"
 _FAMILIES = ("cpu", "triton")
+_FUSED = "triton_fused"
 OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
 """The ops that a kernel may compute. ``sampled_update`` joins two of them in one kernel."""
 
@@ -154,7 +156,7 @@ def unregister_kernel(name: str) -> None:
 
 def names() -> tuple[str, ...]:
     """Returns the values that ``SMET_COMPILE_KERNEL`` may have."""
-    return (*(kernel.name for kernel in _kernels), *_FAMILIES)
+    return (*(kernel.name for kernel in _kernels), *_FAMILIES, _FUSED)
 
 
 def _environment() -> object:
@@ -229,9 +231,11 @@ def update_all(updates: list[Update]) -> None:
 def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callable[..., None] | None:
     """Returns the function that computes a gradient and makes the update in one kernel; None where it takes two.
 
-    ``left`` is the left factor of the gradient.
+    Two are the default: no measurement shows yet that one wins. ``left`` is the left factor of the gradient.
     """
     assert update.topology is not None
+    if forced_kernel() != _FUSED:
+        return None
     product = _choose_and_warn("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
     if (product, update_kernel_of(update).name) != ("triton_tiles", "triton_adamw"):
         return None

@@ -9,18 +9,16 @@ import pytest
 import torch
 
 from benchmarks import command
-from benchmarks.gpu import SECTIONS as GPU_SECTIONS
-from benchmarks.kernels import CPU_SECTIONS
+from benchmarks.gpu_check.models import SMALLER
+from benchmarks.kernels import SECTIONS
 from benchmarks.ratios import Pairs
-from benchmarks.sections import gpu_linear, gpu_step, linear
+from benchmarks.sections import linear
 from benchmarks.settings import Settings
-from benchmarks.tables import AWAITS_GPU, Table
+from benchmarks.tables import Table
 from benchmarks.training import training
 from tests.support.fresh_process import run_python
 
 REPEATS = 2
-NUM_TABLES = {"gpu-linear": 2, "gpu-step": 2}
-SECTIONS = CPU_SECTIONS | GPU_SECTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:UserWarning")
 
@@ -41,7 +39,7 @@ def measured(name: str) -> list[Table]:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_section(name: str, not_compiled: None) -> None:
     tables = measured(name)
-    assert len(tables) == NUM_TABLES.get(name, 1)
+    assert len(tables) == 1
     for row in (row for table in tables for row in table.rows):
         assert not row.unmeasured
         assert row.kernel
@@ -61,24 +59,11 @@ def test_the_kernel_named_is_the_one_that_is_forced(monkeypatch: pytest.MonkeyPa
     assert {row.kernel for table in measured("linear") for row in table.rows} == {"torch"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
-@pytest.mark.parametrize("name", GPU_SECTIONS)
-def test_without_a_gpu_its_rows_await_one(name: str) -> None:
-    tables = SECTIONS[name](Settings(REPEATS, quick=False, device=torch.device("cpu")))
-    assert {row.verdict for table in tables for row in table.rows} == {AWAITS_GPU}
-    assert all(table.rows for table in tables)
-
-
 def test_bound_of_a_step() -> None:
-    """24 layers of 12.6M weights, a head of 32.8M, 24 · 256 · 1024 products of attention for each token."""
-    weights, rest = 24 * (4 * 1024**2 + 3 * 1024 * 2736), 1024 * 32000 + 24 * 256 * 1024
-    assert gpu_step.SHAPE.bound == pytest.approx((weights + rest) / (weights / 4 + rest))
-    assert gpu_step.SHAPE.bound == pytest.approx(2.98, abs=0.01)
-
-
-def test_bound_of_l2() -> None:
-    """A step over k of 256 by 64 outputs reads 320 k numbers of two bytes for 2 · 256 · 64 k operations."""
-    assert gpu_linear.l2_bound(64, bandwidth=640.0) == pytest.approx(2 * 256 * 64)
+    """8 layers of 12.6M weights, a head of 32.8M, 8 · 256 · 1024 products of attention for each token."""
+    weights, rest = 8 * (4 * 1024**2 + 3 * 1024 * 2736), 1024 * 32000 + 8 * 256 * 1024
+    assert SMALLER.bound == pytest.approx((weights + rest) / (weights / 4 + rest))
+    assert SMALLER.bound == pytest.approx(2.26, abs=0.01)
 
 
 def test_command(tmp_path: Path) -> None:
