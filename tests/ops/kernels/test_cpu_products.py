@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smet_compile.format import Topology
 from smet_compile.ops import choose, law
-from smet_compile.ops.kernels.native import expand, tiles
+from smet_compile.ops.kernels.native import expand, single, tiles
 from smet_compile.ops.kernels.native.build import library
 from tests.ops.kernels.cpu_cases import Weight, weight
 from tests.ops.kernels.tolerances import assert_close
@@ -38,6 +38,15 @@ TILES = [  # sizes that are not multiples of anything; widths of part of a vecto
     ((2, 90, 70), (64, 32)),
 ]
 OTHERS = [((37, 29), (1, 1)), ((3, 70, 50), (1, 1)), ((64, 1030), (1, 1)), ((64, 48), (1, 16)), ((37, 29), (16, 1))]
+SINGLE = [  # rows that begin within a byte; several chunks, pieces and groups; runs over an edge, and wider than a piece
+    ((37, 29), (1, 1)),
+    ((3, 70, 50), (1, 1)),
+    ((200, 1030), (1, 1)),
+    ((400, 19), (1, 1)),
+    ((64, 48), (1, 16)),
+    ((3, 37, 29), (1, 8)),
+    ((30, 450), (1, 200)),
+]
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def new_memory_is_nan() -> Iterator[None]:
 
 def kernel(name: str, op: str, dtype: torch.dtype, each: Weight, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function of the kernel ``name``; skips where the processor has none for ``dtype``."""
-    module = {"cpu_tiles": tiles, "cpu_expand": expand}[name]
+    module = {"cpu_tiles": tiles, "cpu_single": single, "cpu_expand": expand}[name]
     case = choose.Case(torch.device("cpu"), dtype, each.layout, each.topology.num_active, grouped)
     if (reason := module.refusal(case)) is not None:
         pytest.skip(f"{name} {reason}")
@@ -76,7 +85,9 @@ def check_sampled(name: str, each: Weight, left: Tensor, right: Tensor, ends: Te
 
 every_kernel = pytest.mark.parametrize(
     ("name", "size", "block_shape"),
-    [("cpu_tiles", *each) for each in TILES] + [("cpu_expand", *each) for each in TILES + OTHERS],
+    [("cpu_tiles", *each) for each in TILES]
+    + [("cpu_single", *each) for each in SINGLE]
+    + [("cpu_expand", *each) for each in TILES + OTHERS],
     ids=str,
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
