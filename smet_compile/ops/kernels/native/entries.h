@@ -79,6 +79,8 @@ class Entries {
         fill(values);
     }
 
+    static constexpr int64_t AHEAD = 8;     // entries that may be read after the last
+
     int64_t num_pieces() const { return num_pieces_; }
     int64_t num_chunks() const { return num_chunks_; }
     int64_t slot(int64_t chunk, int64_t piece, int64_t line) const {
@@ -122,7 +124,8 @@ class Entries {
     }
 
     void fill(const float* values) {
-        entries_.reset(new Entry[starts_.back()]);
+        entries_.reset(new Entry[starts_.back() + AHEAD]);
+        std::fill_n(entries_.get() + starts_.back(), AHEAD, Entry{});
         first_values_.resize(starts_.size());
         std::vector<int64_t> next(starts_);
         visit([&](int64_t slot, int64_t place, int64_t n) {

@@ -1,6 +1,6 @@
 // Multiplies with single weights, and with runs along a row. No dense weight is made: tokens lie along the vectors, and an
 // active weight multiplies some vectors of tokens at a time, read from a transposed block of the input that stays in a
-// core's cache. The columns of active weights are read from the bits once, for all tokens.
+// core's cache (L2). The columns of active weights are read from the bits once, for all tokens.
 //
 // Shape suffixes: T tokens, I inputs, O outputs, R rows, C columns.
 #if defined(__AVX__)
@@ -18,6 +18,7 @@ constexpr int64_t BYTES_OF_BLOCKS = 1 << 22;
 constexpr int64_t MAX_BLOCKS = 16;
 constexpr int64_t WEIGHTS_AT_ONCE = 1 << 20;
 constexpr int64_t MAX_LINES = 64;           // of a chunk
+constexpr int64_t PLACES = 768;             // of a piece: their tokens fit in L2
 constexpr int64_t STRIP = 64;               // columns that are transposed as one task
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,7 +29,7 @@ struct Masked {
     const float* bias;          // (O,) or null
     float* out;                 // (T, O)
     Active weight;
-    int64_t num_tokens, input_stride, out_stride, transposed, across_of_piece, num_threads;
+    int64_t num_tokens, input_stride, out_stride, transposed, num_threads;
 };
 
 struct Sampled {
@@ -36,7 +37,7 @@ struct Sampled {
     const float* right;         // (T, C)
     float* out;                 // (N,) or (N, 1, bn)
     Active weight;
-    int64_t num_tokens, left_stride, right_stride, across_of_piece, num_threads;
+    int64_t num_tokens, left_stride, right_stride, num_threads;
 };
 
 inline void transpose_8x8(const float* from, int64_t stride, float* to, int64_t to_stride) {
@@ -124,6 +125,14 @@ inline const Vector* at(const float* tokens, const Entry& entry) {
     return (const Vector*)((const char*)tokens + entry.offset);
 }
 
+// Asks for the tokens of an entry that follows soon: they come from L2.
+template <int SIZE>
+inline void prefetch(const float* tokens, const Entry* entry) {
+    const char* x = (const char*)at(tokens, entry[Entries::AHEAD]);
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < SIZE * int64_t(sizeof(Vector)); byte += 64) __builtin_prefetch(x + byte);
+}
+
 // Adds the products of a line's entries with SIZE vectors of tokens to `sums`; where `first`, to `start` instead.
 template <int SIZE>
 void add_line(const Entry* entry, const Entry* end, const float* tokens, bool first, float start, float* sums) {
@@ -131,6 +140,7 @@ void add_line(const Entry* entry, const Entry* end, const float* tokens, bool fi
 #pragma GCC unroll 8
     for (int v = 0; v < SIZE; v++) sum[v] = first ? Vector{} + start : *(const Vector*)(sums + v * LANES);
     for (; entry < end; entry++) {
+        prefetch<SIZE>(tokens, entry);
         const Vector* x = at(tokens, *entry);
         const float weight = entry->weight;
 #pragma GCC unroll 8
@@ -178,7 +188,7 @@ void masked(const Masked& m) {
     const Active& weight = m.weight;
     const int64_t inputs = m.transposed ? weight.cols : weight.rows, outputs = m.transposed ? weight.rows : weight.cols;
     const int64_t size = lines_of_chunk(outputs, m.num_threads), at_once = lines_at_once(weight, outputs, size);
-    const Cut cut = {bool(m.transposed), size, m.across_of_piece, BYTES_OF_TOKENS};
+    const Cut cut = {bool(m.transposed), size, PLACES, BYTES_OF_TOKENS};
     const int64_t blocks_at_once = Blocks::at_once(inputs, m.num_tokens);
     Blocks blocks(m.input, m.input_stride, m.num_tokens, inputs);
     blocks.hold(blocks_at_once);
@@ -233,19 +243,31 @@ void dot_line(const Entry* entry, int64_t count, const float* grad, const float*
     Vector g[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) g[v] = *(const Vector*)(grad + v * LANES);
-    for (int64_t done = 0; done < count; done += 4, entry += 4, out += 4) {
-        Vector sums[4] = {};
-        const int64_t some = std::min<int64_t>(4, count - done);
+    const Entry* end = entry + count;
+    for (; entry + 4 <= end; entry += 4, out += 4) {
+        const Vector *x0 = at(tokens, entry[0]), *x1 = at(tokens, entry[1]);
+        const Vector *x2 = at(tokens, entry[2]), *x3 = at(tokens, entry[3]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const Vector* x = at(tokens, entry[i < some ? i : 0]);
+        for (int i = 0; i < 4; i++) prefetch<VECTORS>(tokens, entry + i);
+        Vector sums[4] = {g[0] * x0[0], g[0] * x1[0], g[0] * x2[0], g[0] * x3[0]};
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) sums[i] += g[v] * x[v];
+        for (int v = 1; v < VECTORS; v++) {
+            sums[0] += g[v] * x0[v];
+            sums[1] += g[v] * x1[v];
+            sums[2] += g[v] * x2[v];
+            sums[3] += g[v] * x3[v];
         }
         const Four total = add_lanes(sums);
-        if (some == 4) *(Four*)out = adds ? *(Four*)out + total : total;
-        else
-            for (int64_t i = 0; i < some; i++) out[i] = adds ? out[i] + total[i] : total[i];
+        *(Four*)out = adds ? *(Four*)out + total : total;
+    }
+    for (; entry < end; entry++, out++) {
+        const Vector* x = at(tokens, *entry);
+        Vector sums[4] = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) sums[v % 2] += g[v] * x[v];
+        sums[0] += sums[1];
+        const float total = add_lanes(sums)[0];
+        *out = adds ? *out + total : total;
     }
 }
 
@@ -267,7 +289,7 @@ void sampled(const Sampled& m) {
         return;
     }
     const int64_t size = lines_of_chunk(weight.rows, m.num_threads), at_once = lines_at_once(weight, weight.rows, size);
-    const Cut cut = {true, size, m.across_of_piece, BYTES_OF_TOKENS};
+    const Cut cut = {true, size, PLACES, BYTES_OF_TOKENS};
     const int64_t blocks_at_once = Blocks::at_once(weight.cols + std::min(at_once, weight.rows), m.num_tokens);
     Blocks rights(m.right, m.right_stride, m.num_tokens, weight.cols);
     rights.hold(blocks_at_once);

@@ -18,10 +18,6 @@ from smet_compile.ops.plain import by_matrix
 
 _MOST_PLACES = 2**24
 """Rows or columns of a matrix: an entry counts the bytes to its tokens in 32 bits."""
-_NARROW_PIECE, _WIDE_PIECE = 96, 384
-"""Numbers of a transposed token that are multiplied together: the first fit the nearest cache."""
-_DENSE_ENOUGH = 0.1
-"""Density from which a narrow piece has enough active weights to outweigh reading and writing its sums."""
 _WEIGHT = (
     *((name, ctypes.c_void_p) for name in ("bits", "group_starts")),
     ("group_starts_are_wide", ctypes.c_int64),
@@ -36,8 +32,7 @@ class _Masked(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "values", "bias", "out")),
         *_WEIGHT,
-        *((name, ctypes.c_int64) for name in ("num_tokens", "input_stride", "out_stride", "transposed")),
-        *((name, ctypes.c_int64) for name in ("across_of_piece", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "input_stride", "out_stride", "transposed", "num_threads")),
     ]
 
 
@@ -47,8 +42,7 @@ class _Sampled(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("left", "right", "out")),
         *_WEIGHT,
-        *((name, ctypes.c_int64) for name in ("num_tokens", "left_stride", "right_stride")),
-        *((name, ctypes.c_int64) for name in ("across_of_piece", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "left_stride", "right_stride", "num_threads")),
     ]
 
 
@@ -138,7 +132,6 @@ def _prepare(topology: Topology) -> dict[str, Any]:
         "rows": layout.rows,
         "cols": layout.cols,
         "bn": layout.block_shape[1],
-        "across_of_piece": _NARROW_PIECE if topology.density >= _DENSE_ENOUGH else _WIDE_PIECE,
     }
 
 
