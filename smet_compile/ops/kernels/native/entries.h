@@ -26,14 +26,30 @@ struct Active {
     template <class Use>
     void visit(int64_t row, int64_t begin, int64_t end, Use use) const {
         if (positions.numbers) return visit_runs(row, begin, end, use);
+        int64_t n = count_before(bits, group_starts, (first_row + row) * cols + begin);
+        words(row, begin, end, [&](int64_t column, uint64_t word) {
+            for (; word; word &= word - 1) use(column + __builtin_ctzll(word), n++);
+        });
+    }
+
+    // Counts the active weights of a row whose column is in [begin, end).
+    int64_t count(int64_t row, int64_t begin, int64_t end) const {
+        int64_t found = 0;
+        if (positions.numbers) visit_runs(row, begin, end, [&](int64_t, int64_t) { found++; });
+        else words(row, begin, end, [&](int64_t, uint64_t word) { found += __builtin_popcountll(word); });
+        return found;
+    }
+
+  private:
+    // Calls use(first column, bits) for each word of a row.
+    template <class Use>
+    void words(int64_t row, int64_t begin, int64_t end, Use use) const {
         int64_t position = (first_row + row) * cols + begin;
-        const int64_t last = position + end - begin, before = position - begin;
-        int64_t n = count_before(bits, group_starts, position);
-        while (position < last) {
-            const int64_t skip = position % 8, count = std::min<int64_t>(64 - skip, last - position);
-            uint64_t word = bits_at(bits, position - skip, count + skip) >> skip;
-            for (; word; word &= word - 1) use(position - before + __builtin_ctzll(word), n++);
+        for (int64_t column = begin; column < end;) {
+            const int64_t skip = position % 8, count = std::min<int64_t>(64 - skip, end - column);
+            use(column, bits_at(bits, position - skip, count + skip) >> skip);
             position += count;
+            column += count;
         }
     }
 
@@ -68,15 +84,16 @@ class Entries {
         : active_(active), cut_(cut), first_(first), last_(last), num_threads_(num_threads) {
         const int64_t across = cut.by_row ? active.cols : active.rows;
         num_pieces_ = (across + cut.across_of_piece - 1) / cut.across_of_piece;
-        const int64_t per_chunk = num_pieces_ * cut.lines_of_chunk;
         num_chunks_ = (last - first + cut.lines_of_chunk - 1) / cut.lines_of_chunk;
-        for (int64_t line = 0; line < last - first; line++)
-            slot_of_line_.push_back(line / cut.lines_of_chunk * per_chunk + line % cut.lines_of_chunk);
-        for (int64_t place = 0; place < across; place++)
-            slot_of_place_.push_back(place / cut.across_of_piece * cut.lines_of_chunk);
-        starts_.assign(num_chunks_ * per_chunk + 1, 0);
-        count();
-        fill(values);
+        const int64_t num_slots = num_chunks_ * num_pieces_ * cut.lines_of_chunk;
+        starts_.assign(num_slots + 1, 0);
+        if (cut.by_row) count_rows();
+        else count_columns();
+        for (int64_t slot = 0; slot < num_slots; slot++) starts_[slot + 1] += starts_[slot];
+        entries_.reset(new Entry[starts_.back() + AHEAD]);
+        std::fill_n(entries_.get() + starts_.back(), AHEAD, Entry{});
+        if (cut.by_row) fill_rows(values);
+        else fill_columns(values);
     }
 
     static constexpr int64_t AHEAD = 8;     // entries that may be read after the last
@@ -92,46 +109,65 @@ class Entries {
     int64_t first_value(int64_t slot) const { return first_values_[slot]; }
 
   private:
-    // Calls use(slot, place across, number in `values`) for all active weights; threads share the lines.
+    // Calls use(slot, row, first column, column after the last) for each row and piece; threads share the rows.
     template <class Use>
-    void visit(Use use) const {
+    void for_rows(Use use) const {
+#pragma omp parallel for schedule(static) num_threads(num_threads_)
+        for (int64_t row = first_; row < last_; row++)
+            for (int64_t piece = 0; piece < num_pieces_; piece++) {
+                const int64_t begin = piece * cut_.across_of_piece;
+                use(slot_of(row, piece), row, begin, std::min(begin + cut_.across_of_piece, active_.cols));
+            }
+    }
+
+    // Calls use(slot, row, number in `values`) for each active weight; threads share the columns.
+    template <class Use>
+    void for_columns(Use use) const {
         // A row is searched for each range of columns: wide ones are fewer, narrow ones are shared more evenly.
         const int64_t at_once = std::min<int64_t>(256, ((last_ - first_) / (4 * num_threads_) + 64) / 64 * 64);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads_)
         for (int64_t begin = first_; begin < last_; begin += at_once) {
             const int64_t end = std::min(begin + at_once, last_);
-            if (cut_.by_row) {
-                for (int64_t row = begin; row < end; row++) {
-                    const int64_t of_line = slot_of_line_[row - first_];
-                    active_.visit(row, 0, active_.cols, [&](int64_t column, int64_t n) {
-                        use(of_line + slot_of_place_[column], column, n);
-                    });
-                }
-            } else {
-                for (int64_t row = 0; row < active_.rows; row++) {
-                    const int64_t of_place = slot_of_place_[row];
-                    active_.visit(row, begin, end, [&](int64_t column, int64_t n) {
-                        use(slot_of_line_[column - first_] + of_place, row, n);
-                    });
-                }
+            std::vector<int64_t> slots;
+            for (int64_t piece = 0; piece < num_pieces_; piece++) {
+                slots.clear();
+                for (int64_t column = begin; column < end; column++) slots.push_back(slot_of(column, piece));
+                const int64_t last_row = std::min((piece + 1) * cut_.across_of_piece, active_.rows);
+                for (int64_t row = piece * cut_.across_of_piece; row < last_row; row++)
+                    active_.visit(row, begin, end, [&](int64_t column, int64_t n) { use(slots[column - begin], row, n); });
             }
         }
     }
 
-    void count() {
-        visit([this](int64_t slot, int64_t, int64_t) { starts_[slot + 1]++; });
-        for (size_t slot = 1; slot < starts_.size(); slot++) starts_[slot] += starts_[slot - 1];
+    int64_t slot_of(int64_t line, int64_t piece) const {
+        return slot((line - first_) / cut_.lines_of_chunk, piece, (line - first_) % cut_.lines_of_chunk);
     }
 
-    void fill(const float* values) {
-        entries_.reset(new Entry[starts_.back() + AHEAD]);
-        std::fill_n(entries_.get() + starts_.back(), AHEAD, Entry{});
+    void count_rows() {
+        for_rows([this](int64_t slot, int64_t row, int64_t begin, int64_t end) {
+            starts_[slot + 1] = active_.count(row, begin, end);
+        });
+    }
+
+    void count_columns() {
+        for_columns([this](int64_t slot, int64_t, int64_t) { starts_[slot + 1]++; });
+    }
+
+    void fill_rows(const float* values) {
         first_values_.resize(starts_.size());
+        for_rows([&](int64_t slot, int64_t row, int64_t begin, int64_t end) {
+            Entry *const first = entries_.get() + starts_[slot], *entry = first;
+            active_.visit(row, begin, end, [&](int64_t column, int64_t n) {
+                if (entry == first) first_values_[slot] = n;
+                *entry++ = {uint32_t(column * cut_.bytes_of_tokens), values ? values[n] : 0.0f};
+            });
+        });
+    }
+
+    void fill_columns(const float* values) {
         std::vector<int64_t> next(starts_);
-        visit([&](int64_t slot, int64_t place, int64_t n) {
-            const int64_t i = next[slot]++;
-            if (i == starts_[slot]) first_values_[slot] = n;
-            entries_[i] = {uint32_t(place * cut_.bytes_of_tokens), values ? values[n] : 0.0f};
+        for_columns([&](int64_t slot, int64_t row, int64_t n) {
+            entries_[next[slot]++] = {uint32_t(row * cut_.bytes_of_tokens), values[n]};
         });
     }
 
@@ -140,6 +176,6 @@ class Entries {
     const int64_t first_, last_;
     const int num_threads_;
     int64_t num_pieces_, num_chunks_;
-    std::vector<int64_t> slot_of_line_, slot_of_place_, starts_, first_values_;
+    std::vector<int64_t> starts_, first_values_;
     std::unique_ptr<Entry[]> entries_;      // not set to zero before they are filled
 };

@@ -239,19 +239,20 @@ inline Four add_lanes(const Vector* sums) {
 }
 
 // Adds the products of a row's gradient with the tokens of its entries to `out`, or writes them there.
+template <int SIZE>
 void dot_line(const Entry* entry, int64_t count, const float* grad, const float* tokens, bool adds, float* out) {
-    Vector g[VECTORS];
+    Vector g[SIZE];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) g[v] = *(const Vector*)(grad + v * LANES);
+    for (int v = 0; v < SIZE; v++) g[v] = *(const Vector*)(grad + v * LANES);
     const Entry* end = entry + count;
     for (; entry + 4 <= end; entry += 4, out += 4) {
         const Vector *x0 = at(tokens, entry[0]), *x1 = at(tokens, entry[1]);
         const Vector *x2 = at(tokens, entry[2]), *x3 = at(tokens, entry[3]);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) prefetch<VECTORS>(tokens, entry + i);
+        for (int i = 0; i < 4; i++) prefetch<SIZE>(tokens, entry + i);
         Vector sums[4] = {g[0] * x0[0], g[0] * x1[0], g[0] * x2[0], g[0] * x3[0]};
 #pragma GCC unroll 8
-        for (int v = 1; v < VECTORS; v++) {
+        for (int v = 1; v < SIZE; v++) {
             sums[0] += g[v] * x0[v];
             sums[1] += g[v] * x1[v];
             sums[2] += g[v] * x2[v];
@@ -264,11 +265,18 @@ void dot_line(const Entry* entry, int64_t count, const float* grad, const float*
         const Vector* x = at(tokens, *entry);
         Vector sums[4] = {};
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) sums[v % 2] += g[v] * x[v];
+        for (int v = 0; v < SIZE; v++) sums[v % 2] += g[v] * x[v];
         sums[0] += sums[1];
         const float total = add_lanes(sums)[0];
         *out = adds ? *out + total : total;
     }
+}
+
+using DotLine = void (*)(const Entry*, int64_t, const float*, const float*, bool, float*);
+template <int SIZE>
+DotLine dot_line_of(int64_t vectors) {
+    if constexpr (SIZE > 1) return vectors < SIZE ? dot_line_of<SIZE - 1>(vectors) : dot_line<SIZE>;
+    else return dot_line<1>;
 }
 
 // Sets what hangs over the edge to zero, also where left or right are not finite.
@@ -280,6 +288,19 @@ void clear_edges(const Sampled& m) {
     for (int64_t n = weight.first_of_row(0) / weight.bn; n < last; n++)
         if (weight.positions[n] % across == across - 1)
             std::fill(m.out + n * weight.bn + inside, m.out + (n + 1) * weight.bn, 0.0f);
+}
+
+// Adds to the gradients of a chunk of rows what one block of tokens gives.
+void differentiate(const Sampled& m, const Entries& entries, const float* grads, const float* block, int64_t token,
+                   int64_t chunk, int64_t rows) {
+    const DotLine dot = dot_line_of<VECTORS>(ceil_div(std::min(TOKENS, m.num_tokens - token), LANES));
+    for (int64_t piece = 0; piece < entries.num_pieces(); piece++)
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t slot = entries.slot(chunk, piece, i), count = entries.end(slot) - entries.begin(slot);
+            if (count == 0) continue;
+            float* out = m.out + entries.first_value(slot);
+            dot(entries.begin(slot), count, grads + i * TOKENS, block, token > 0, out);
+        }
 }
 
 void sampled(const Sampled& m) {
@@ -306,18 +327,10 @@ void sampled(const Sampled& m) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
             for (int64_t chunk = 0; chunk < entries.num_chunks(); chunk++)
-                for (int64_t task = 0; task < num_blocks * entries.num_pieces(); task++) {
-                    const int64_t block = task / entries.num_pieces(), piece = task % entries.num_pieces();
-                    for (int64_t i = 0; i < std::min(size, last - line - chunk * size); i++) {
-                        const int64_t slot = entries.slot(chunk, piece, i);
-                        const Entry* begin = entries.begin(slot);
-                        const int64_t count = entries.end(slot) - begin;
-                        if (count == 0) continue;
-                        dot_line(
-                            begin, count, lefts.block(block) + (chunk * size + i) * TOKENS, rights.block(block),
-                            first > 0 || block > 0, m.out + entries.first_value(slot)
-                        );
-                    }
+                for (int64_t number = 0; number < num_blocks; number++) {
+                    const int64_t token = first + number * TOKENS, row = chunk * size;
+                    const float* grads = lefts.block(number) + row * TOKENS;
+                    differentiate(m, entries, grads, rights.block(number), token, chunk, std::min(size, last - line - row));
                 }
         }
     }
