@@ -6,7 +6,6 @@ Only active weights are multiplied. It is faster than expanding dense rows where
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,17 @@ from smet_compile.ops.plain import by_matrix
 
 _MOST_PLACES = 2**24
 """Rows or columns of a matrix: an entry counts the bytes to its tokens in 32 bits."""
-_WEIGHT = (
-    *((name, ctypes.c_void_p) for name in ("bits", "group_starts")),
-    ("group_starts_are_wide", ctypes.c_int64),
-    ("positions", ctypes.c_void_p),
-    *((name, ctypes.c_int64) for name in ("positions_are_wide", "num_active", "first_row", "rows", "cols", "bn")),
-)
+
+
+class _Active(ctypes.Structure):
+    """Holds the active weights of a matrix, as ``Active`` in entries.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("bits", "group_starts")),
+        ("group_starts_are_wide", ctypes.c_int64),
+        ("positions", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("positions_are_wide", "num_active", "first_row", "rows", "cols", "bn")),
+    ]
 
 
 class _Masked(ctypes.Structure):
@@ -31,7 +35,7 @@ class _Masked(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input", "values", "bias", "out")),
-        *_WEIGHT,
+        ("weight", _Active),
         *((name, ctypes.c_int64) for name in ("num_tokens", "input_stride", "out_stride", "transposed", "num_threads")),
     ]
 
@@ -41,7 +45,7 @@ class _Sampled(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("left", "right", "out")),
-        *_WEIGHT,
+        ("weight", _Active),
         *((name, ctypes.c_int64) for name in ("num_tokens", "left_stride", "right_stride", "num_threads")),
     ]
 
@@ -75,13 +79,14 @@ def masked_matmul(
         values=values.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         out_stride=num_outputs,
+        weight=_active(topology),
         transposed=transposed,
-        **_constants(topology),
+        num_threads=torch.get_num_threads(),
     )
     ends = None if offsets is None else offsets.tolist()
     parts = zip(by_matrix(tokens, ends), by_matrix(out, ends), strict=True)
     for matrix, (part, out_part) in enumerate(parts):
-        job.input, job.out, job.first_row = part.data_ptr(), out_part.data_ptr(), matrix * layout.rows
+        job.input, job.out, job.weight.first_row = part.data_ptr(), out_part.data_ptr(), matrix * layout.rows
         job.num_tokens, job.input_stride = part.shape[0], part.stride(0)
         if part.shape[0]:  # else weights would be listed for nothing
             _call("masked", job)
@@ -96,12 +101,12 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
     layout = topology.layout
     left, right = _with_rows_in_order(left), _with_rows_in_order(right)
     out = left.new_empty(layout.values_shape(topology.num_active))
-    job = _Sampled(out=out.data_ptr(), **_constants(topology))
+    job = _Sampled(out=out.data_ptr(), weight=_active(topology), num_threads=torch.get_num_threads())
     ends = None if offsets is None else offsets.tolist()
     parts = zip(by_matrix(left, ends), by_matrix(right, ends), strict=True)
     for matrix, (left_part, right_part) in enumerate(parts):
-        job.left, job.right, job.first_row = left_part.data_ptr(), right_part.data_ptr(), matrix * layout.rows
-        job.num_tokens, job.left_stride, job.right_stride = left_part.shape[0], left_part.stride(0), right_part.stride(0)
+        job.left, job.right, job.weight.first_row = left_part.data_ptr(), right_part.data_ptr(), matrix * layout.rows
+        job.num_tokens, job.left_stride, job.right_stride = len(left_part), left_part.stride(0), right_part.stride(0)
         _call("sampled", job)
     return out
 
@@ -112,27 +117,27 @@ def _call(name: str, job: ctypes.Structure) -> None:
     getattr(lib, f"{name}_fp32")(ctypes.byref(job))
 
 
-def _constants(topology: Topology) -> dict[str, Any]:
-    """Returns the arguments that stay the same until the topology changes, and the number of threads."""
-    prepared: dict[str, Any] = topology.constant("cpu_single", lambda: _prepare(topology))
-    return prepared | {"num_threads": torch.get_num_threads()}
+def _active(topology: Topology) -> _Active:
+    """Returns the active weights, beginning with the first matrix; the topology keeps them, a call copies them."""
+    active: _Active = topology.constant("cpu_single", lambda: _prepare(topology))
+    return active
 
 
-def _prepare(topology: Topology) -> dict[str, Any]:
+def _prepare(topology: Topology) -> _Active:
     layout, positions, group_starts = topology.layout, topology.positions, topology.group_starts
     assert group_starts is not None
     is_wide = group_starts.dtype == torch.int64
-    return {
-        "bits": topology.bits.data_ptr(),
-        "group_starts": group_starts.data_ptr(),
-        "group_starts_are_wide": is_wide,
-        "positions": None if positions is None else positions.data_ptr(),
-        "positions_are_wide": is_wide,
-        "num_active": topology.num_active,
-        "rows": layout.rows,
-        "cols": layout.cols,
-        "bn": layout.block_shape[1],
-    }
+    return _Active(
+        bits=topology.bits.data_ptr(),
+        group_starts=group_starts.data_ptr(),
+        group_starts_are_wide=is_wide,
+        positions=None if positions is None else positions.data_ptr(),
+        positions_are_wide=is_wide,
+        num_active=topology.num_active,
+        rows=layout.rows,
+        cols=layout.cols,
+        bn=layout.block_shape[1],
+    )
 
 
 def _with_rows_in_order(tokens: Tensor) -> Tensor:
