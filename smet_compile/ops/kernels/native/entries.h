@@ -1,6 +1,6 @@
 // Lists the active weights of some lines of a matrix in the order in which products read them. A line is a row of the
-// weight, or a column. Lines are taken some at a time (a chunk), and across them some numbers at a time (a piece), whose
-// tokens stay in the nearest cache: entries are ordered by chunk, piece, line, and place across.
+// weight, or a column. Lines are taken some at a time (a chunk), and so are the numbers across them (a piece), whose
+// tokens stay in a core's cache: entries are ordered by chunk, piece, line, and place across.
 #pragma once
 #include <memory>
 #include <vector>
@@ -79,7 +79,7 @@ struct Cut {
 
 class Entries {
   public:
-    // Lists lines [first, last). Without values, weights are not filled in. Both times it runs on all threads.
+    // Lists lines [first, last), with all threads. Without values, the entries of rows have no weights.
     Entries(const Active& active, const float* values, const Cut& cut, int64_t first, int64_t last, int num_threads)
         : active_(active), cut_(cut), first_(first), last_(last), num_threads_(num_threads) {
         const int64_t across = cut.by_row ? active.cols : active.rows;
@@ -134,7 +134,9 @@ class Entries {
                 for (int64_t column = begin; column < end; column++) slots.push_back(slot_of(column, piece));
                 const int64_t last_row = std::min((piece + 1) * cut_.across_of_piece, active_.rows);
                 for (int64_t row = piece * cut_.across_of_piece; row < last_row; row++)
-                    active_.visit(row, begin, end, [&](int64_t column, int64_t n) { use(slots[column - begin], row, n); });
+                    active_.visit(row, begin, end, [&](int64_t column, int64_t n) {
+                        use(slots[column - begin], row, n);
+                    });
             }
         }
     }

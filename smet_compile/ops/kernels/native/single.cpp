@@ -1,6 +1,6 @@
-// Multiplies with single weights, and with runs along a row. No dense weight is made: tokens lie along the vectors, and an
-// active weight multiplies some vectors of tokens at a time, read from a transposed block of the input that stays in a
-// core's cache (L2). The columns of active weights are read from the bits once, for all tokens.
+// Multiplies with single weights, and with runs along a row. No dense weight is made: tokens lie along the vectors, and
+// an active weight multiplies some vectors of tokens at a time, read from a transposed block of the input that stays in
+// a core's cache (L2). The columns of active weights are read from the bits once, for all tokens.
 //
 // Shape suffixes: T tokens, I inputs, O outputs, R rows, C columns.
 #if defined(__AVX__)
@@ -79,7 +79,8 @@ void transpose(const float* from, int64_t stride, int64_t rows, int64_t cols, fl
                         continue;
                     }
                     for (int64_t k = i; k < std::min(i + 8, rows); k++)
-                        for (int64_t l = j; l < std::min(j + 8, cols); l++) to[l * to_stride + k] = from[k * stride + l];
+                        for (int64_t l = j; l < std::min(j + 8, cols); l++)
+                            to[l * to_stride + k] = from[k * stride + l];
                 }
 }
 
@@ -164,7 +165,8 @@ int64_t lines_of_chunk(int64_t lines, int64_t num_threads) {
 
 // Returns how many lines are listed at once, so that their entries take some megabytes.
 int64_t lines_at_once(const Active& weight, int64_t lines, int64_t size) {
-    const double in_matrix = weight.first_of_row(weight.rows) - weight.first_of_row(0), per_line = in_matrix / lines + 1;
+    const double in_matrix = weight.first_of_row(weight.rows) - weight.first_of_row(0);
+    const double per_line = in_matrix / lines + 1;
     return std::max<int64_t>(1, int64_t(WEIGHTS_AT_ONCE / per_line) / size) * size;
 }
 
@@ -330,7 +332,8 @@ void sampled(const Sampled& m) {
                 for (int64_t number = 0; number < num_blocks; number++) {
                     const int64_t token = first + number * TOKENS, row = chunk * size;
                     const float* grads = lefts.block(number) + row * TOKENS;
-                    differentiate(m, entries, grads, rights.block(number), token, chunk, std::min(size, last - line - row));
+                    const int64_t rows = std::min(size, last - line - row);
+                    differentiate(m, entries, grads, rights.block(number), token, chunk, rows);
                 }
         }
     }
