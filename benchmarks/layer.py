@@ -65,11 +65,11 @@ class Dense:
 class Compact:
     """Is a compact layer of a dense one's size, with the same inputs and gradients."""
 
-    def __init__(self, dense: Dense, block: Block) -> None:
+    def __init__(self, dense: Dense, block: Block, density: float) -> None:
         self._dense = dense
         rows, cols = dense.weight_RC.shape
         self._layer = nn.Linear(cols, rows, bias=False, dtype=dense.weight_RC.dtype, device=dense.weight_RC.device)
-        smet.sparsify(self._layer, DENSITY, block_shape=block)
+        smet.sparsify(self._layer, density, block_shape=block)
         self._site = next(iter(find_sites(self._layer).values()))
 
     @property
@@ -110,11 +110,16 @@ class Measured:
 
 
 def measure(
-    size: Size, blocks: Iterable[Block], dtype: torch.dtype, settings: Settings, parts: tuple[str, ...] = PRODUCTS
+    size: Size,
+    blocks: Iterable[Block],
+    dtype: torch.dtype,
+    settings: Settings,
+    parts: tuple[str, ...] = PRODUCTS,
+    density: float = DENSITY,
 ) -> list[Measured]:
     """Measures layers of each kind of block in turns with the dense one, part by part of a step."""
     dense = Dense(size, dtype, settings.device)
-    layers, clock = [Compact(dense, block) for block in blocks], Clock(settings.device)
+    layers, clock = [Compact(dense, block, density) for block in blocks], Clock(settings.device)
     by_part = [
         in_turns(dense.part(name), [layer.part(name) for layer in layers], settings.repeats, clock) for name in parts
     ]

@@ -15,7 +15,7 @@ TARGETS = {128: 0.8 / DENSITY, 64: 0.65 / DENSITY, 32: 0.4 / DENSITY}
 SIZES = tuple(Size(t, c, r) for t in (2048, 4096) for c, r in ((768, 2048), (2048, 2048), (2048, 5461)))
 QUICK_SIZES = (Size(96, 128, 512),)
 NOTE = (
-    f"Dense `x @ w.T`, `gy @ w`, `gy.T @ x` beside the ops that replace them, density {DENSITY}, {{dtype}}. GFLOP/s "
+    "Dense `x @ w.T`, `gy @ w`, `gy.T @ x` beside the ops that replace them, density {density}, {dtype}. GFLOP/s "
     "count useful operations: those of active blocks alone. Where dense / sparse exceeds 1/d, the dense library "
     "is the slower one per operation."
 )
@@ -23,7 +23,7 @@ NOTE = (
 
 def tables(settings: Settings) -> list[Table]:
     rows = [row for size in settings.size(SIZES, QUICK_SIZES) for row in _rows(size, settings)]
-    return [Table("Linear layers of tiles", "dense / sparse", NOTE.format(dtype="fp32"), rows)]
+    return [Table("Linear layers of tiles", "dense / sparse", NOTE.format(dtype="fp32", density=DENSITY), rows)]
 
 
 def _rows(size: Size, settings: Settings) -> list[Row]:

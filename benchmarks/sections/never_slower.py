@@ -1,4 +1,4 @@
-"""Measures that sparse products take hardly longer than dense ones where there is nothing to skip."""
+"""Measures products with single weights and runs beside dense ones, and products in bf16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from benchmarks.layer import PRODUCTS, UPDATE, Block, Measured, Size, measure
+from benchmarks.layer import DENSITY, PRODUCTS, UPDATE, Block, Measured, Size, measure
 from benchmarks.ratios import Pairs
 from benchmarks.sections.linear import NOTE, QUICK_SIZES, SIZES, rates
 from benchmarks.settings import Settings
@@ -20,7 +20,12 @@ NAMES: dict[Block, str] = {
     64: "64 tiles",
     32: "32 tiles",
 }
-FP32 = {SINGLE: at_most(1.1), RUNS: at_most(1.1)}
+FP32 = {
+    0.5: {SINGLE: at_most(1.0)},
+    DENSITY: {SINGLE: at_most(0.5), RUNS: at_most(0.4)},
+    0.1: {SINGLE: at_most(0.25)},
+    0.05: {SINGLE: at_most(0.15)},
+}
 BF16 = {128: at_most(1.1), 64: at_most(1.1), 32: at_most(1.1), SINGLE: at_most(1.5)}
 _WITH_UPDATE = (
     " `with the update` adds the optimizer's step: `ActiveAdamW` beside fused `torch.optim.AdamW`, moments of the "
@@ -29,22 +34,30 @@ _WITH_UPDATE = (
 
 
 def single(settings: Settings) -> list[Table]:
-    return [_table("Single weights and runs", "fp32", torch.float32, FP32, settings)]
+    return [_table("Single weights and runs", torch.float32, FP32, settings)]
 
 
 def bf16(settings: Settings) -> list[Table]:
-    return [_table("bf16", "bf16", torch.bfloat16, BF16, settings)]
+    return [_table("bf16", torch.bfloat16, {DENSITY: BF16}, settings)]
 
 
-def _table(title: str, name: str, dtype: torch.dtype, targets: dict[Block, Target], settings: Settings) -> Table:
-    rows = [row for size in settings.size(SIZES, QUICK_SIZES) for row in _rows(size, dtype, targets, settings)]
-    return Table(title, "sparse / dense", NOTE.format(dtype=name) + _WITH_UPDATE, rows)
+def _table(title: str, dtype: torch.dtype, targets: dict[float, dict[Block, Target]], settings: Settings) -> Table:
+    rows = [
+        row
+        for size in settings.size(SIZES, QUICK_SIZES)
+        for density, by_block in targets.items()
+        for row in _rows(size, density, dtype, by_block, settings)
+    ]
+    note = NOTE.format(dtype="fp32" if dtype == torch.float32 else "bf16", density=" and ".join(map(str, targets)))
+    return Table(title, "sparse / dense", note + _WITH_UPDATE, rows)
 
 
-def _rows(size: Size, dtype: torch.dtype, targets: dict[Block, Target], settings: Settings) -> list[Row]:
-    layers = measure(size, targets, dtype, settings, (*PRODUCTS, UPDATE))
+def _rows(
+    size: Size, density: float, dtype: torch.dtype, targets: dict[Block, Target], settings: Settings
+) -> list[Row]:
+    layers = measure(size, targets, dtype, settings, (*PRODUCTS, UPDATE), density)
     return [
-        _row(f"{NAMES[block]}, {size}", size, target, layer)
+        _row(f"{NAMES[block]}, density {density}, {size}", size, target, layer)
         for (block, target), layer in zip(targets.items(), layers, strict=True)
     ]
 

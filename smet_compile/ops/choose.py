@@ -3,10 +3,11 @@
 By default the first kernel of the list is taken that can compute the case and is profitable there.
 
 ``SMET_COMPILE_KERNEL`` forces one wherever it can be used: ``reference`` (``ops.law``), ``torch`` (``ops.plain``),
-``cpu_tiles``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and ``triton_adamw``, or one
-that was registered; ``cpu`` and ``triton`` stand for any whose name begins so. Where a forced kernel implements the op
-but cannot compute the case, the default is taken, and a warning names the case and the kernel that is used.
-``triton_fused`` joins a weight gradient and its update in one kernel where both are Triton's, and forces nothing else.
+``cpu_tiles``, ``cpu_single``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and
+``triton_adamw``, or one that was registered; ``cpu`` and ``triton`` stand for any whose name begins so. Where a forced
+kernel implements the op but cannot compute the case, the default is taken, and a warning names the case and the kernel
+that is used. ``triton_fused`` joins a weight gradient and its update in one kernel where both are Triton's, and forces
+nothing else.
 """
 
 from __future__ import annotations
@@ -287,6 +288,10 @@ _NARROWEST_TILE = 16
 _AMX_OVER_AVX512 = 4
 """How many times faster a processor with AMX multiplies dense bf16 matrices than ``cpu_tiles`` multiplies tiles."""
 _LANES = 16
+_MOST_SINGLE_WEIGHTS = 0.5
+"""Density up to which ``cpu_single`` is faster than ``cpu_expand``: measured with AVX2, where they meet at 0.58."""
+_MOST_WITH_AVX512 = 0.4
+"""A guess: vectors there are twice as long and loads bound ``cpu_single``, so dense products gain more."""
 
 
 def _functions(module: str, *ops: str) -> dict[str, Callable[..., Any] | str]:
@@ -342,6 +347,12 @@ def _cpu_tiles_are_profitable(case: Case) -> bool:
     return case.density * slower < filled
 
 
+def _cpu_single_is_profitable(case: Case) -> bool:
+    """Tells whether few enough weights are active to be faster than a dense product of all."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return case.density <= (_MOST_WITH_AVX512 if has_avx512 else _MOST_SINGLE_WEIGHTS)
+
+
 _PRODUCTS, _MOVES = ("masked_matmul", "sampled_matmul"), ("unpack", "pack")
 for _kernel in reversed(
     [
@@ -365,6 +376,12 @@ for _kernel in reversed(
             _functions(f"{NATIVE}.tiles", *_PRODUCTS),
             _refusal_of(f"{NATIVE}.tiles"),
             _cpu_tiles_are_profitable,
+        ),
+        Kernel(
+            "cpu_single",
+            _functions(f"{NATIVE}.single", *_PRODUCTS),
+            _refusal_of(f"{NATIVE}.single"),
+            _cpu_single_is_profitable,
         ),
         Kernel("cpu_expand", _functions(f"{NATIVE}.expand", *_PRODUCTS, *_MOVES), _refusal_of(f"{NATIVE}.expand")),
         Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),

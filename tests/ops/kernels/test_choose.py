@@ -31,12 +31,29 @@ def chosen(op: str, dtype: torch.dtype, block_shape: tuple[int, int], density: f
 def test_by_dtype_block_shape_and_density() -> None:
     assert chosen("masked_matmul", torch.float32, (64, 64), 0.25) == "cpu_tiles"
     assert chosen("sampled_matmul", torch.float32, (64, 64), 0.25) == "cpu_tiles"
-    assert chosen("masked_matmul", torch.float32, (1, 1), 0.25) == "cpu_expand"
-    assert chosen("masked_matmul", torch.float32, (1, 16), 0.25) == "cpu_expand"
+    assert chosen("masked_matmul", torch.float32, (1, 1), 0.25) == "cpu_single"
+    assert chosen("sampled_matmul", torch.float32, (1, 16), 0.25) == "cpu_single"
+    assert chosen("masked_matmul", torch.bfloat16, (1, 1), 0.25) == "cpu_expand"
+    assert chosen("masked_matmul", torch.float32, (16, 1), 0.25) == "cpu_expand"
     assert chosen("masked_matmul", torch.float32, (4, 4), 0.2) == "cpu_tiles"
     assert chosen("masked_matmul", torch.float32, (4, 4), 0.3) == "cpu_expand"  # a quarter of a vector is filled
     assert chosen("masked_matmul", torch.float64, (64, 64), 0.25) == "cpu_expand"
     assert chosen("unpack", torch.float16, (1, 1), 0.25) == "cpu_expand"
+
+
+@compiles
+@pytest.mark.parametrize(("capability", "most"), [("AVX2", 0.5), ("AVX512", 0.4)])
+def test_single_weights_by_density_and_length_of_vectors(
+    monkeypatch: pytest.MonkeyPatch, capability: str, most: float
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    choose._chosen.cache_clear()
+    try:
+        for op in ("masked_matmul", "sampled_matmul"):
+            assert chosen(op, torch.float32, (1, 1), most - 0.01) == "cpu_single"
+            assert chosen(op, torch.float32, (1, 1), most + 0.01) == "cpu_expand"
+    finally:
+        choose._chosen.cache_clear()
 
 
 @compiles
@@ -49,13 +66,14 @@ def test_with_amx_dense_matrices_are_multiplied_faster(monkeypatch: pytest.Monke
 
 
 def test_without_a_compiler_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smet_compile.ops.kernels.native import adamw, expand, tiles
+    from smet_compile.ops.kernels.native import adamw, expand, single, tiles
 
-    for module in (adamw, expand, tiles):
+    for module in (adamw, expand, single, tiles):
         monkeypatch.setattr(module, "library", lambda name: None)
     choose._chosen.cache_clear()
     try:
-        assert {chosen(op, torch.float32, (64, 64), 0.25) for op in ("masked_matmul", "unpack")} == {"torch"}
+        for block_shape in ((64, 64), (1, 1)):
+            assert {chosen(op, torch.float32, block_shape, 0.25) for op in ("masked_matmul", "unpack")} == {"torch"}
         update = update_of(Parameter((8, 8), (4, 4)), torch.float32, torch.float32)
         assert choose.update_kernel_of(update).name == "torch"
     finally:
@@ -73,8 +91,8 @@ def all_products(topology: Any, *tensors: torch.Tensor) -> dict[str, torch.Tenso
     }
 
 
-@pytest.mark.filterwarnings("ignore:SMET_COMPILE_KERNEL=cpu_tiles")
-@pytest.mark.parametrize("name", ["reference", "torch", "cpu_tiles", "cpu_expand", "cpu"])
+@pytest.mark.filterwarnings("ignore:SMET_COMPILE_KERNEL=cpu_tiles", "ignore:SMET_COMPILE_KERNEL=cpu_single")
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu_tiles", "cpu_single", "cpu_expand", "cpu"])
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 8), (16, 8)], ids=str)
 @pytest.mark.parametrize("size", [(37, 29), (3, 21, 29)], ids=["ragged", "stack"])
 def test_a_forced_kernel_gives_the_same(
@@ -158,7 +176,10 @@ MISSED = [
     ("cpu_tiles", "sampled_matmul", torch.float32, (1, 8), "float32 runs on cpu, since cpu_tiles multiplies tiles"),
     ("cpu_tiles", "masked_matmul", torch.float64, (8, 8), "cpu_tiles does not multiply torch.float64 here"),
     ("triton_tiles", "masked_matmul", torch.float32, (8, 8), f"cpu_tiles computes .* since triton_tiles {ONLY_GPU}"),
-    ("triton_tiles", "masked_matmul", torch.float32, (1, 1), "cpu_expand computes .* since triton_tiles multiplies"),
+    ("triton_tiles", "masked_matmul", torch.float32, (1, 1), "cpu_single computes .* since triton_tiles multiplies"),
+    ("cpu_single", "masked_matmul", torch.float32, (8, 8), "cpu_single multiplies single weights and runs along a"),
+    ("cpu_single", "sampled_matmul", torch.float32, (8, 1), "cpu_single multiplies single weights and runs along a"),
+    ("cpu_single", "masked_matmul", torch.bfloat16, (1, 1), "since cpu_single does not multiply torch.bfloat16"),
     ("triton_expand", "sampled_matmul", torch.float32, (1, 1), f"since triton_expand {ONLY_GPU}"),
     ("triton_expand", "unpack", torch.float32, (8, 8), "cpu_expand computes unpack of torch.float32 tiles on cpu"),
     ("triton", "pack", torch.bfloat16, (8, 8), "cpu_expand computes pack of torch.bfloat16 tiles on cpu"),
@@ -169,6 +190,7 @@ NOT_MISSED = [
     ("cpu", "masked_matmul", torch.float64, (8, 8)),
     ("cpu_tiles", "masked_matmul", torch.float32, (8, 8)),
     ("cpu_tiles", "unpack", torch.float32, (1, 1)),
+    ("cpu_single", "masked_matmul", torch.float32, (1, 8)),
     ("cpu_tiles", "pack", torch.float64, (8, 8)),
     ("triton_tiles", "unpack", torch.float32, (8, 8)),
     ("cpu_adamw", "unpack", torch.float32, (8, 8)),
@@ -212,7 +234,7 @@ def test_another_device_and_sorted_tokens_are_reported(monkeypatch: pytest.Monke
     (message,) = warnings_of(monkeypatch, name, "masked_matmul", case)
     assert "torch.float32 tiles, with tokens sorted by matrix, on meta, since " in message
     reason = {"triton_expand": "does not take tokens sorted by matrix"}.get(name, "runs on the CPU only")
-    assert message.count(reason) == (2 if name == "cpu" else 1)
+    assert message.count(reason) == (3 if name == "cpu" else 1)
 
 
 @pytest.mark.usefixtures("nothing_warned_yet")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smet_compile.format import Topology
 from smet_compile.ops import choose, law
-from smet_compile.ops.kernels.native import expand, tiles
+from smet_compile.ops.kernels.native import expand, single, tiles
 from smet_compile.ops.kernels.native.build import library
 from tests.ops.kernels.cpu_cases import Weight, weight
 from tests.ops.kernels.tolerances import assert_close
@@ -38,6 +38,15 @@ TILES = [  # sizes that are not multiples of anything; widths of part of a vecto
     ((2, 90, 70), (64, 32)),
 ]
 OTHERS = [((37, 29), (1, 1)), ((3, 70, 50), (1, 1)), ((64, 1030), (1, 1)), ((64, 48), (1, 16)), ((37, 29), (16, 1))]
+SINGLE = [  # rows that begin within a byte; several chunks and pieces; runs over an edge, and in two pieces
+    ((37, 29), (1, 1)),
+    ((3, 70, 50), (1, 1)),
+    ((200, 1030), (1, 1)),
+    ((400, 19), (1, 1)),
+    ((64, 48), (1, 16)),
+    ((3, 37, 29), (1, 8)),
+    ((30, 850), (1, 40)),
+]
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def new_memory_is_nan() -> Iterator[None]:
 
 def kernel(name: str, op: str, dtype: torch.dtype, each: Weight, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function of the kernel ``name``; skips where the processor has none for ``dtype``."""
-    module = {"cpu_tiles": tiles, "cpu_expand": expand}[name]
+    module = {"cpu_tiles": tiles, "cpu_single": single, "cpu_expand": expand}[name]
     case = choose.Case(torch.device("cpu"), dtype, each.layout, each.topology.num_active, grouped)
     if (reason := module.refusal(case)) is not None:
         pytest.skip(f"{name} {reason}")
@@ -76,7 +85,9 @@ def check_sampled(name: str, each: Weight, left: Tensor, right: Tensor, ends: Te
 
 every_kernel = pytest.mark.parametrize(
     ("name", "size", "block_shape"),
-    [("cpu_tiles", *each) for each in TILES] + [("cpu_expand", *each) for each in TILES + OTHERS],
+    [("cpu_tiles", *each) for each in TILES]
+    + [("cpu_single", *each) for each in SINGLE]
+    + [("cpu_expand", *each) for each in TILES + OTHERS],
     ids=str,
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -98,13 +109,11 @@ def test_products(
     check_sampled(name, each, gy, x, None)
 
 
-@pytest.mark.parametrize("block_shape", [(8, 16), (16, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize("block_shape", [(8, 16), (16, 8), (1, 1), (1, 8)], ids=str)
 @pytest.mark.parametrize("ends", [[6, 13, 20], [0, 20, 20], [4, 4, 11], [0, 0, 0]], ids=str)
 @every_dtype
-@pytest.mark.parametrize("name", ["cpu_tiles", "cpu_expand"])
+@pytest.mark.parametrize("name", ["cpu_tiles", "cpu_single", "cpu_expand"])
 def test_grouped_tokens(name: str, dtype: torch.dtype, ends: list[int], block_shape: tuple[int, int]) -> None:
-    if name == "cpu_tiles" and block_shape == (1, 1):
-        pytest.skip("single weights are no tiles")
     each = weight((3, 21, 29), block_shape)
     x, gy, ends_S = torch.randn(20, 29).to(dtype), torch.randn(20, 21).to(dtype), torch.tensor(ends, dtype=torch.int32)
     check_masked(name, each, x, True, torch.randn(21).to(dtype), ends_S)
@@ -139,6 +148,22 @@ def test_many_tokens(dtype: torch.dtype, size: tuple[int, int]) -> None:
     check_sampled("cpu_tiles", each, gy, x, None)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(("size", "num_tokens"), [((40, 50), 2100), ((1100, 2000), 3)], ids=str)
+def test_single_weights_in_several_parts(size: tuple[int, int], num_tokens: int, num_threads: int) -> None:
+    """2100 tokens are three groups of blocks, two million weights are listed in three goes."""
+    each = weight(size, (1, 1), "all")
+    x, gy = each.tokens(num_tokens, size[1], torch.float32), each.tokens(num_tokens, size[0], torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        check_masked("cpu_single", each, x, True, torch.randn(size[0]), None)
+        check_masked("cpu_single", each, gy, False, None, None)
+        check_sampled("cpu_single", each, gy, x, None)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("size", "block_shape"), TILES + OTHERS, ids=str)
@@ -153,9 +178,11 @@ def test_moves_are_exact(size: tuple[int, ...], block_shape: tuple[int, int], ma
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["cpu_tiles", "cpu_expand"])
-def test_what_hangs_over_an_edge_is_zero(name: str, number: float) -> None:
-    each = weight((37, 29), (16, 16), "all")
+@pytest.mark.parametrize(
+    ("name", "block_shape"), [("cpu_tiles", (16, 16)), ("cpu_expand", (16, 16)), ("cpu_single", (1, 16))], ids=str
+)
+def test_what_hangs_over_an_edge_is_zero(name: str, block_shape: tuple[int, int], number: float) -> None:
+    each = weight((37, 29), block_shape, "all")
     left, right = torch.full((5, 37), number), torch.full((5, 29), number)
     out = kernel(name, "sampled_matmul", torch.float32, each)(left, right, each.topology)
     inside = each.gather(torch.ones(37, 29)) == 1
@@ -177,7 +204,7 @@ def every_function(each: Weight, x: Tensor, gy: Tensor, values: Tensor) -> list[
     """Returns what each function of the kernels that take fp32 makes."""
     topology, dense = each.topology, each.dense.float().reshape(each.grid.shape)
     results = [expand.unpack(values, topology), expand.pack(dense, topology)]
-    for module in (expand, tiles) if each.layout.tiles else (expand,):
+    for module in (expand, tiles if each.layout.tiles else single):
         results += [module.masked_matmul(x, values, topology, True), module.masked_matmul(gy, values, topology, False)]
         results.append(module.sampled_matmul(gy, x, topology))
     return results

@@ -78,7 +78,7 @@ def _warn_of_plain_torch(message: str) -> None:
 
 def _entry_of(name: str, cxx: list[str]) -> Path | None:
     """Returns the path of the entry, whose name depends on all that the code is made from; None where none is kept."""
-    sources = [_HERE / "vectors.h", _HERE / f"{name}.cpp"]
+    sources = [*sorted(_HERE.glob("*.h")), _HERE / f"{name}.cpp"]
     program = Path(cxx[0]).resolve().stat()
     version = program.st_size, program.st_mtime_ns
     key = hashlib.sha256(repr((cxx, version, platform.libc_ver(), _flags(name), _processor())).encode())

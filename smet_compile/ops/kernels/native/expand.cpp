@@ -1,8 +1,6 @@
 // Writes the dense weight of compact values, and reads it back. Single weights are moved 1024 dense positions (a group)
 // at a time, runs and tiles row by row. Unpacking writes every dense weight once; packing reads only active entries.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include "bits.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VBMI2__)
 #include <immintrin.h>
@@ -10,8 +8,6 @@
 #endif
 
 namespace {
-
-constexpr int64_t GROUP = 1024;
 
 struct Weights {
     const uint8_t* bits;
@@ -22,23 +18,7 @@ struct Weights {
     int64_t num_active, block_rows, block_cols, bm, bn, rows, cols, element_bytes, wide_index, num_threads;
 };
 
-inline int64_t at(const Weights& w, int64_t i) {
-    return w.wide_index ? ((const int64_t*)w.index)[i] : ((const int32_t*)w.index)[i];
-}
-
-inline uint64_t bits_at(const Weights& w, int64_t position, int64_t count) {  // position is a multiple of 8
-    uint64_t bits = 0;
-    std::memcpy(&bits, w.bits + position / 8, (count + 7) / 8);
-    return count < 64 ? bits & ((uint64_t(1) << count) - 1) : bits;
-}
-
-// Counts the active weights before a dense position.
-int64_t before(const Weights& w, int64_t position) {
-    int64_t count = at(w, position / GROUP), from = position / GROUP * GROUP;
-    for (; from < position; from += 64)
-        count += __builtin_popcountll(bits_at(w, from, std::min<int64_t>(64, position - from)));
-    return count;
-}
+inline List index_of(const Weights& w) { return {w.index, w.wide_index}; }
 
 // Writes up to 64 dense positions, of which those in `bits` are active.
 template <class Number>
@@ -104,10 +84,10 @@ void single(const Weights& w) {
     for (int64_t group = first_group; group < last_group; group++) {
         const int64_t end = std::min((group + 1) * GROUP, w.last);
         int64_t position = std::max(group * GROUP, w.first);
-        int64_t n = before(w, position);
+        int64_t n = count_before(w.bits, index_of(w), position);
         while (position < end) {
             const int64_t skip = position % 8, count = std::min<int64_t>(64 - skip, end - position);
-            const uint64_t bits = bits_at(w, position - skip, count + skip) >> skip;
+            const uint64_t bits = bits_at(w.bits, position - skip, count + skip) >> skip;
             if (PACK) compress_word(bits, dense + position, values + n, count);
             else expand_word(bits, values + n, dense + position, count);
             n += __builtin_popcountll(bits);
@@ -116,30 +96,20 @@ void single(const Weights& w) {
     }
 }
 
-// Returns the first of the sorted positions that is not below `position`.
-int64_t lower_bound(const Weights& w, int64_t position) {
-    int64_t low = 0, high = w.num_active;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (at(w, middle) < position) low = middle + 1;
-        else high = middle;
-    }
-    return low;
-}
-
 template <bool PACK>
 void by_rows(const Weights& w) {
     const int64_t size = w.element_bytes, block = w.bm * w.bn * size;
     auto* values = (char*)w.values;
     auto* dense = (char*)w.dense - w.first * w.cols * size;
+    const List positions = index_of(w);
 #pragma omp parallel for schedule(static) num_threads(w.num_threads)
     for (int64_t row = w.first; row < w.last; row++) {
         const int64_t in_matrix = row % w.rows;
         const int64_t line = row / w.rows * w.block_rows + in_matrix / w.bm;
         char* to = dense + row * w.cols * size;
         int64_t done = 0;
-        for (int64_t n = lower_bound(w, line * w.block_cols); n < w.num_active; n++) {
-            const int64_t col = at(w, n) - line * w.block_cols;
+        for (int64_t n = lower_bound(positions, w.num_active, line * w.block_cols); n < w.num_active; n++) {
+            const int64_t col = positions[n] - line * w.block_cols;
             if (col >= w.block_cols) break;
             const int64_t width = std::min(w.bn, w.cols - col * w.bn);
             char* entry = values + n * block + in_matrix % w.bm * w.bn * size;

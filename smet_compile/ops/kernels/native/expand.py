@@ -2,7 +2,8 @@
 
 Unpacking writes each dense entry once, packing reads it once. Products expand a few rows at a time and call a GEMM:
 those rows stay in the processor's cache, so that expanding costs little and the scratch is small. It serves single
-weights and runs, and tiles where the processor multiplies dense matrices faster than it can skip blocks.
+weights and runs that ``cpu_single`` does not multiply faster, and tiles where the processor multiplies dense matrices
+faster than it can skip blocks.
 
 Shape suffixes: S stacked matrices, T tokens, R rows, C cols, I and O the inputs and outputs of a product.
 """

@@ -1,0 +1,348 @@
+// Multiplies with single weights, and with runs along a row. No dense weight is made: tokens lie along the vectors, and
+// an active weight multiplies some vectors of tokens at a time, read from a transposed block of the input that stays in
+// a core's cache (L2). The columns of active weights are read from the bits once, for all tokens.
+//
+// Shape suffixes: T tokens, I inputs, O outputs, R rows, C columns.
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+#include "entries.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t TOKENS = 64;              // of a block: as many sums of one line as registers hold
+constexpr int VECTORS = TOKENS / LANES;
+constexpr int64_t BYTES_OF_TOKENS = TOKENS * sizeof(float);
+constexpr int64_t BYTES_OF_BLOCKS = 1 << 22;
+constexpr int64_t MAX_BLOCKS = 16;
+constexpr int64_t WEIGHTS_AT_ONCE = 1 << 20;
+constexpr int64_t MAX_LINES = 64;           // of a chunk
+constexpr int64_t PLACES = 768;             // of a piece: their tokens fit in L2
+constexpr int64_t STRIP = 64;               // columns that are transposed as one task
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Masked {
+    const float* input;         // (T, I)
+    const float* values;        // (N,) or (N, 1, bn)
+    const float* bias;          // (O,) or null
+    float* out;                 // (T, O)
+    Active weight;
+    int64_t num_tokens, input_stride, out_stride, transposed, num_threads;
+};
+
+struct Sampled {
+    const float* left;          // (T, R)
+    const float* right;         // (T, C)
+    float* out;                 // (N,) or (N, 1, bn)
+    Active weight;
+    int64_t num_tokens, left_stride, right_stride, num_threads;
+};
+
+inline void transpose_8x8(const float* from, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__AVX__)
+    __m256 a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * stride);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xEE);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+#else
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * stride + j];
+#endif
+}
+
+// Writes to[column][row] for each from[row][column], 16 x 16 numbers at a time: they are whole cache lines of both.
+void transpose(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
+    for (int64_t row = 0; row < rows; row += 16)
+        for (int64_t col = 0; col < cols; col += 16)
+            for (int64_t i = row; i < std::min(row + 16, rows); i += 8)
+                for (int64_t j = col; j < std::min(col + 16, cols); j += 8) {
+                    if (i + 8 <= rows && j + 8 <= cols) {
+                        transpose_8x8(from + i * stride + j, stride, to + j * to_stride + i, to_stride);
+                        continue;
+                    }
+                    for (int64_t k = i; k < std::min(i + 8, rows); k++)
+                        for (int64_t l = j; l < std::min(j + 8, cols); l++)
+                            to[l * to_stride + k] = from[k * stride + l];
+                }
+}
+
+// Holds some blocks of tokens, transposed: [block][column][token], zeros after the last token.
+class Blocks {
+  public:
+    Blocks(const float* tokens, int64_t stride, int64_t num_tokens, int64_t cols)
+        : tokens_(tokens), stride_(stride), num_tokens_(num_tokens), cols_(cols) {}
+
+    static int64_t at_once(int64_t cols, int64_t num_tokens) {
+        const int64_t fitting = BYTES_OF_BLOCKS / (cols * BYTES_OF_TOKENS);
+        return std::max<int64_t>(1, std::min({fitting, MAX_BLOCKS, ceil_div(num_tokens, TOKENS)}));
+    }
+
+    void hold(int64_t num_blocks) {
+        bytes_.reset(new char[num_blocks * cols_ * BYTES_OF_TOKENS + 64]);
+        held_ = (float*)(((uintptr_t)bytes_.get() + 63) / 64 * 64);
+    }
+
+    const float* block(int64_t number) const { return held_ + number * cols_ * TOKENS; }
+
+    // Transposes the blocks whose tokens begin at first_token. All threads of a parallel region call it.
+    void fill(int64_t first_token, int64_t num_blocks) {
+        const int64_t strips = ceil_div(cols_, STRIP);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < num_blocks * strips; task++) {
+            const int64_t col = task % strips * STRIP, token = first_token + task / strips * TOKENS;
+            const int64_t width = std::min(STRIP, cols_ - col), height = std::min(TOKENS, num_tokens_ - token);
+            float* to = held_ + (task / strips * cols_ + col) * TOKENS;
+            if (height < TOKENS) std::memset(to, 0, width * BYTES_OF_TOKENS);
+            transpose(tokens_ + token * stride_ + col, stride_, height, width, to, TOKENS);
+        }
+    }
+
+  private:
+    const float* const tokens_;
+    const int64_t stride_, num_tokens_, cols_;
+    std::unique_ptr<char[]> bytes_;
+    float* held_ = nullptr;
+};
+
+inline const Vector* at(const float* tokens, const Entry& entry) {
+    return (const Vector*)((const char*)tokens + entry.offset);
+}
+
+// Asks for the tokens of an entry that follows soon: they come from L2.
+template <int SIZE>
+inline void prefetch(const float* tokens, const Entry* entry) {
+    const char* x = (const char*)at(tokens, entry[Entries::AHEAD]);
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < SIZE * int64_t(sizeof(Vector)); byte += 64) __builtin_prefetch(x + byte);
+}
+
+// Adds the products of a line's entries with SIZE vectors of tokens to `sums`; where `first`, to `start` instead.
+template <int SIZE>
+void add_line(const Entry* entry, const Entry* end, const float* tokens, bool first, float start, float* sums) {
+    Vector sum[SIZE];
+#pragma GCC unroll 8
+    for (int v = 0; v < SIZE; v++) sum[v] = first ? Vector{} + start : *(const Vector*)(sums + v * LANES);
+    for (; entry < end; entry++) {
+        prefetch<SIZE>(tokens, entry);
+        const Vector* x = at(tokens, *entry);
+        const float weight = entry->weight;
+#pragma GCC unroll 8
+        for (int v = 0; v < SIZE; v++) sum[v] += weight * x[v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < SIZE; v++) *(Vector*)(sums + v * LANES) = sum[v];
+}
+
+using AddLine = void (*)(const Entry*, const Entry*, const float*, bool, float, float*);
+template <int SIZE>
+AddLine add_line_of(int64_t vectors) {
+    if constexpr (SIZE > 1) return vectors < SIZE ? add_line_of<SIZE - 1>(vectors) : add_line<SIZE>;
+    else return add_line<1>;
+}
+
+// Returns how many lines make a chunk: as many as leave each thread something to do.
+int64_t lines_of_chunk(int64_t lines, int64_t num_threads) {
+    return std::max<int64_t>(16, std::min(MAX_LINES, ceil_div(lines, 32 * num_threads) * 16));
+}
+
+// Returns how many lines are listed at once, so that their entries take some megabytes.
+int64_t lines_at_once(const Active& weight, int64_t lines, int64_t size) {
+    const double in_matrix = weight.first_of_row(weight.rows) - weight.first_of_row(0);
+    const double per_line = in_matrix / lines + 1;
+    return std::max<int64_t>(1, int64_t(WEIGHTS_AT_ONCE / per_line) / size) * size;
+}
+
+// Multiplies one block of tokens with a chunk of lines, whose number of the first is `line`.
+void multiply(const Masked& m, const Entries& entries, const float* block, int64_t token, int64_t chunk, int64_t line,
+              int64_t lines) {
+    alignas(64) float sums[MAX_LINES * TOKENS];
+    const int64_t tokens = std::min(TOKENS, m.num_tokens - token);
+    const AddLine add = add_line_of<VECTORS>(ceil_div(tokens, LANES));
+    for (int64_t piece = 0; piece < entries.num_pieces(); piece++)
+        for (int64_t i = 0; i < lines; i++) {
+            const int64_t slot = entries.slot(chunk, piece, i);
+            const Entry *begin = entries.begin(slot), *end = entries.end(slot);
+            if (piece && begin == end) continue;
+            add(begin, end, block, piece == 0, m.bias ? m.bias[line + i] : 0.0f, sums + i * TOKENS);
+        }
+    transpose(sums, TOKENS, lines, tokens, m.out + token * m.out_stride + line, m.out_stride);
+}
+
+void masked(const Masked& m) {
+    const Active& weight = m.weight;
+    const int64_t inputs = m.transposed ? weight.cols : weight.rows, outputs = m.transposed ? weight.rows : weight.cols;
+    const int64_t size = lines_of_chunk(outputs, m.num_threads), at_once = lines_at_once(weight, outputs, size);
+    const Cut cut = {bool(m.transposed), size, PLACES, BYTES_OF_TOKENS};
+    const int64_t blocks_at_once = Blocks::at_once(inputs, m.num_tokens);
+    Blocks blocks(m.input, m.input_stride, m.num_tokens, inputs);
+    blocks.hold(blocks_at_once);
+    for (int64_t line = 0; line < outputs; line += at_once) {
+        const int64_t last = std::min(line + at_once, outputs);
+        const Entries entries(weight, m.values, cut, line, last, int(m.num_threads));
+        const int64_t chunks = entries.num_chunks();
+#pragma omp parallel num_threads(m.num_threads)
+        for (int64_t first = 0; first < m.num_tokens; first += blocks_at_once * TOKENS) {
+            const int64_t num_blocks = std::min(blocks_at_once, ceil_div(m.num_tokens - first, TOKENS));
+            blocks.fill(first, num_blocks);
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < num_blocks * chunks; task++) {
+                const int64_t number = task / chunks, chunk = task % chunks, begin = line + chunk * size;
+                const int64_t lines = std::min(size, last - begin);
+                multiply(m, entries, blocks.block(number), first + number * TOKENS, chunk, begin, lines);
+            }
+        }
+    }
+}
+
+// Adds up the lanes of four vectors.
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+inline Four add_lanes(const Vector* sums) {
+#if defined(__AVX__)
+    __m256 half[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+        const __m512 all = (__m512)sums[i];
+        half[i] = _mm256_add_ps(
+            _mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+#else
+        half[i] = (__m256)sums[i];
+#endif
+    }
+    const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(half[0], half[1]), _mm256_unpackhi_ps(half[0], half[1]));
+    const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(half[2], half[3]), _mm256_unpackhi_ps(half[2], half[3]));
+    const __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xEE));
+    return (Four)_mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+#else
+    Four total = {};
+    for (int i = 0; i < 4; i++)
+        for (int lane = 0; lane < LANES; lane++) total[i] += sums[i][lane];
+    return total;
+#endif
+}
+
+// Adds the products of a row's gradient with the tokens of its entries to `out`, or writes them there.
+template <int SIZE>
+void dot_line(const Entry* entry, int64_t count, const float* grad, const float* tokens, bool adds, float* out) {
+    Vector g[SIZE];
+#pragma GCC unroll 8
+    for (int v = 0; v < SIZE; v++) g[v] = *(const Vector*)(grad + v * LANES);
+    const Entry* end = entry + count;
+    for (; entry + 4 <= end; entry += 4, out += 4) {
+        const Vector *x0 = at(tokens, entry[0]), *x1 = at(tokens, entry[1]);
+        const Vector *x2 = at(tokens, entry[2]), *x3 = at(tokens, entry[3]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) prefetch<SIZE>(tokens, entry + i);
+        Vector sums[4] = {g[0] * x0[0], g[0] * x1[0], g[0] * x2[0], g[0] * x3[0]};
+#pragma GCC unroll 8
+        for (int v = 1; v < SIZE; v++) {
+            sums[0] += g[v] * x0[v];
+            sums[1] += g[v] * x1[v];
+            sums[2] += g[v] * x2[v];
+            sums[3] += g[v] * x3[v];
+        }
+        const Four total = add_lanes(sums);
+        *(Four*)out = adds ? *(Four*)out + total : total;
+    }
+    for (; entry < end; entry++, out++) {
+        const Vector* x = at(tokens, *entry);
+        Vector sums[4] = {};
+#pragma GCC unroll 8
+        for (int v = 0; v < SIZE; v++) sums[v % 2] += g[v] * x[v];
+        sums[0] += sums[1];
+        const float total = add_lanes(sums)[0];
+        *out = adds ? *out + total : total;
+    }
+}
+
+using DotLine = void (*)(const Entry*, int64_t, const float*, const float*, bool, float*);
+template <int SIZE>
+DotLine dot_line_of(int64_t vectors) {
+    if constexpr (SIZE > 1) return vectors < SIZE ? dot_line_of<SIZE - 1>(vectors) : dot_line<SIZE>;
+    else return dot_line<1>;
+}
+
+// Sets what hangs over the edge to zero, also where left or right are not finite.
+void clear_edges(const Sampled& m) {
+    const Active& weight = m.weight;
+    const int64_t across = weight.blocks_of_row(), inside = weight.cols - (across - 1) * weight.bn;
+    if (inside == weight.bn) return;
+    const int64_t last = weight.first_of_row(weight.rows) / weight.bn;
+    for (int64_t n = weight.first_of_row(0) / weight.bn; n < last; n++)
+        if (weight.positions[n] % across == across - 1)
+            std::fill(m.out + n * weight.bn + inside, m.out + (n + 1) * weight.bn, 0.0f);
+}
+
+// Adds to the gradients of a chunk of rows what one block of tokens gives.
+void differentiate(const Sampled& m, const Entries& entries, const float* grads, const float* block, int64_t token,
+                   int64_t chunk, int64_t rows) {
+    const DotLine dot = dot_line_of<VECTORS>(ceil_div(std::min(TOKENS, m.num_tokens - token), LANES));
+    for (int64_t piece = 0; piece < entries.num_pieces(); piece++)
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t slot = entries.slot(chunk, piece, i), count = entries.end(slot) - entries.begin(slot);
+            if (count == 0) continue;
+            float* out = m.out + entries.first_value(slot);
+            dot(entries.begin(slot), count, grads + i * TOKENS, block, token > 0, out);
+        }
+}
+
+void sampled(const Sampled& m) {
+    const Active& weight = m.weight;
+    if (m.num_tokens == 0) {
+        std::fill(m.out + weight.first_of_row(0), m.out + weight.first_of_row(weight.rows), 0.0f);
+        return;
+    }
+    const int64_t size = lines_of_chunk(weight.rows, m.num_threads), at_once = lines_at_once(weight, weight.rows, size);
+    const Cut cut = {true, size, PLACES, BYTES_OF_TOKENS};
+    const int64_t blocks_at_once = Blocks::at_once(weight.cols + std::min(at_once, weight.rows), m.num_tokens);
+    Blocks rights(m.right, m.right_stride, m.num_tokens, weight.cols);
+    rights.hold(blocks_at_once);
+    for (int64_t line = 0; line < weight.rows; line += at_once) {
+        const int64_t last = std::min(line + at_once, weight.rows);
+        const Entries entries(weight, nullptr, cut, line, last, int(m.num_threads));
+        Blocks lefts(m.left + line, m.left_stride, m.num_tokens, last - line);
+        lefts.hold(blocks_at_once);
+#pragma omp parallel num_threads(m.num_threads)
+        for (int64_t first = 0; first < m.num_tokens; first += blocks_at_once * TOKENS) {
+            const int64_t num_blocks = std::min(blocks_at_once, ceil_div(m.num_tokens - first, TOKENS));
+            lefts.fill(first, num_blocks);
+            rights.fill(first, num_blocks);
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+            for (int64_t chunk = 0; chunk < entries.num_chunks(); chunk++)
+                for (int64_t number = 0; number < num_blocks; number++) {
+                    const int64_t token = first + number * TOKENS, row = chunk * size;
+                    const float* grads = lefts.block(number) + row * TOKENS;
+                    const int64_t rows = std::min(size, last - line - row);
+                    differentiate(m, entries, grads, rights.block(number), token, chunk, rows);
+                }
+        }
+    }
+    clear_edges(m);
+}
+
+}  // namespace
+
+extern "C" {
+void masked_fp32(const Masked* m) { masked(*m); }
+void sampled_fp32(const Sampled* m) { sampled(*m); }
+}
