@@ -16,6 +16,7 @@ from smet_compile.ops import find_sites
 
 SHAPE = Shape(hidden=32, intermediate=48, heads=2, layers=1, sequence=16, batch=4)
 RUN = Replica(shape=SHAPE, steps=60, rate=3e-3, plain_rate=6e-3, density=0.25, every=14, block_warmup=10)
+RUN = replace(RUN, accumulate_counts=True)  # as the manager does
 SINGLE = {
     "dense": {"density": 1.0},
     "random growth": {},
@@ -47,7 +48,7 @@ def test_replicas_are_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "build", lambda case: built.append(build(case)) or built[-1])
     for case, loss, topologies in zip(cases, replicas.held_out(), replicas.topologies, strict=True):
         record = trainer.train(as_case(case), eager=True)
-        assert record["key"] == case.key
+        assert record["key"] == replace(case, accumulate_counts=False).key
         assert loss == pytest.approx(record["loss"], abs=1e-4)
         manager = built[-1].manager
         assert (manager is not None and len(manager.history) == 3) == (case.density < 1 and case.every > 0)
@@ -66,7 +67,7 @@ def test_compiled_replicas_are_eager_ones() -> None:
 
 
 def test_records_of_replicas() -> None:
-    static, moving = train_together([replace(RUN, every=0), replace(RUN, accumulate_counts=True)], eager=True)
+    static, moving = train_together([replace(RUN, every=0), RUN], eager=True)
     assert Replica.from_dict(moving["case"]).accumulate_counts
     assert static["movement"]["dropped"] == 0 == static["movement"]["newly_active"]
     moved = moving["movement"]
