@@ -31,7 +31,7 @@ REPEATS, STEPS = 9, 20
 BLOCK_OF_LARGEST = 64
 INIT_STD = 0.02
 COMPILE_THREADS = 2
-"""Of each stage: they compile at the same time, on 16 cores."""
+"""Threads of each stage: all stages compile at the same time, on 16 cores."""
 
 
 def dense(check: Check) -> None:

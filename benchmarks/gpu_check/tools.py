@@ -24,7 +24,7 @@ TESTS = (
     *(f"{_KERNELS}/test_triton_adamw{name}.py" for name in ("", "_rounding", "_sampled")),
     "tests/convert/test_export_layouts.py",
 )
-"""Those that compute on a GPU where there is one. What compiles, or is for CPUs, needs no card."""
+"""Tests that compute on a GPU where there is one. Tests of what compiles, and of CPUs, need no card."""
 DRY_TESTS = (f"{_KERNELS}/test_triton_supports.py::test_older_gpus_do_not",)
 WORKERS = 14
 LAUNCHES = "benchmarks.gpu_check.launches"

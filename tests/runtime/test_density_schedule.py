@@ -21,7 +21,7 @@ STAGES = [(3, 0.5), (6, 0.2), (9, 0.8)]
 
 
 def test_cubic_by_hand() -> None:
-    """Of 1 to 0.2 in two stages, the first leaves an eighth of the way."""
+    """The first of two stages from 1 to 0.2 leaves an eighth of the way."""
     assert smet.cubic_density(1.0, 0.2, end=100, num_stages=2) == [(50, pytest.approx(0.3)), (100, 0.2)]
     upwards = smet.cubic_density(0.25, 1.0, begin=10, end=40, num_stages=3)
     assert [step for step, _ in upwards] == [20, 30, 40]

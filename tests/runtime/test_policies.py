@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,6 +70,10 @@ def test_drops_the_least_scores(drop: str, block_shape: Any) -> None:
         assert scores[name][dropped].max() <= scores[name][before[name] & after].min() + 1e-7
 
 
+def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 def test_young_blocks_may_be_small() -> None:
     scores: list[Tensor] = []
 
@@ -81,11 +86,10 @@ def test_young_blocks_may_be_small() -> None:
     model, optimizer, manager = make(drop=watch)
     train(model, optimizer, manager, steps=9)
     assert len(scores) == 6
-    sgd = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # noqa: E731
-    model, optimizer, manager = make(drop="relative_magnitude", optimizer=sgd)
+    model, optimizer, manager = make(drop="relative_magnitude", optimizer=plain_sgd)
     with pytest.raises(ValueError, match=r"0\.weight: expected an optimizer that keeps ages"):
         train(model, optimizer, manager, steps=3)
-    model, optimizer, manager = make(drop="momentum", optimizer=sgd)
+    model, optimizer, manager = make(drop="momentum", optimizer=plain_sgd)
     with pytest.raises(ValueError, match=r"0\.weight: expected an optimizer that keeps exp_avg or momentum_buffer"):
         train(model, optimizer, manager, steps=3)
 
@@ -100,7 +104,7 @@ def test_momentum_in_eight_bits_is_decoded() -> None:
     exact = {}
     for moment_dtype in (torch.float32, "int8"):
         torch.manual_seed(0)
-        optimizer = lambda m, d=moment_dtype: smet.ActiveAdamW(m, lr=1e-2, moment_dtype=d)  # noqa: E731
+        optimizer = partial(smet.ActiveAdamW, lr=1e-2, moment_dtype=moment_dtype)
         model, made, manager = make(block_shape=4, every=1, drop=watch, optimizer=optimizer)
         train(model, made, manager, steps=1)
         exact[moment_dtype] = dict(kept)

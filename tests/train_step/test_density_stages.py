@@ -105,7 +105,7 @@ def test_kept_gradients_and_accumulation() -> None:
 
 @pytest.mark.parametrize("how", ["step", "loop"])
 def test_the_memory_of_what_goes_is_freed(how: str) -> None:
-    """What was compiled for the stage before holds nothing."""
+    """The code compiled for the stage before holds no memory."""
     model = smet.sparsify(nn.Sequential(nn.Linear(200, 150, bias=False)), 1.0, dense_as_compact=True)
     optimizer, x = smet.ActiveAdamW(model), torch.randn(4, 200)
     manager = smet.TopologyManager(model, optimizer, total_steps=9, schedule="none", density_schedule=[(2, 0.1)])
