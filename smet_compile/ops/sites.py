@@ -50,6 +50,14 @@ class Site:
         values: nn.Parameter = parametrizations(self.module)[self.tensor_name].original
         return values
 
+    def mark_resized(self) -> None:
+        """Takes the parameter out of its module and puts it back, after its shape has changed.
+
+        Compiled code of torch 2.11 looks at the shape of a parameter again only where a dict of modules has changed.
+        """
+        chain = parametrizations(self.module)[self.tensor_name]
+        chain._parameters["original"] = chain._parameters.pop("original")
+
     @property
     def layout(self) -> Layout:
         return self.compact.layout

@@ -40,5 +40,6 @@ def resize_as_saved(resized: Iterable[tuple[Site, Tensor]], optimizers: Iterable
     """Gives weights the masks of a checkpoint, with values of zero, and makes optimizers forget their state."""
     for site, mask in resized:
         site.compact.resize(site.values, mask)
+        site.mark_resized()
         for optimizer in optimizers:
             optimizer.state.pop(site.values, None)

@@ -211,6 +211,7 @@ def make_move(move: Move, state: StateToMove) -> None:
     change = TopologyChange.between(site.values, site.mask(), after)
     if change.resizes:
         site.compact.resize(site.values, after, change.moved(site.values.detach()))
+        site.mark_resized()
     else:
         change.remap_(site.values)
         if site.values.grad is not None:
