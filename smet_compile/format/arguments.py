@@ -120,6 +120,12 @@ def function(name: str, value: _Called, signature: str) -> _Called:
     return value
 
 
+def qualified_name(function: Callable[..., Any]) -> str:
+    """Returns the name by which a checkpoint keeps a function that a user passed, or the class of a callable object."""
+    kind: Any = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def described(value: object) -> str:
     """Returns a short text for an error message. Never raises."""
     try:

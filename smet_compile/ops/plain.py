@@ -115,6 +115,11 @@ def by_matrix(tokens: Tensor, ends: list[int] | None) -> list[Tensor]:
     return [tokens] if tokens.dim() == 2 else list(tokens.unbind())
 
 
+def with_rows_in_order(tokens: Tensor) -> Tensor:
+    """Returns the tokens with the numbers of each side by side in memory; a copy where they are not."""
+    return tokens if tokens.is_contiguous() or tokens.stride(-1) == 1 else tokens.contiguous()
+
+
 class _Line(NamedTuple):
     """Holds a block row, or a block column, that has active blocks: the ``number``-th of its matrix."""
 

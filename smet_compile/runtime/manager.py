@@ -46,7 +46,8 @@ from smet_compile.runtime.stages import DensityStages, check_one_process
 from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, make_move
 
 _MAX_POSTPONED_STEPS = 10
-_ALMOST_ONE = 1 - 1e-9
+_ROUNDING = 1e-9
+"""By so much of a block a sum of shares may miss a whole number."""
 
 
 class TopologyManager:
@@ -280,7 +281,7 @@ class TopologyManager:
             return None
         fraction = self.schedule.drop_fraction(step)
         owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
-        counts = {name: math.floor(blocks + 1 - _ALMOST_ONE) for name, blocks in owed.items()}
+        counts = {name: math.floor(blocks + _ROUNDING) for name, blocks in owed.items()}
         moves = [self._choose(choose_move, site, self._rules, step, counts[site.name]) for site in ready]
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import all_block_means, block_means, blocks, positions_of
-from smet_compile.format.arguments import described, function, number, whole_number
+from smet_compile.format.arguments import described, function, number, qualified_name, whole_number
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.law import compute_dtype
@@ -240,8 +240,7 @@ def name_of_policy(policy: Policy, known: Mapping[str, Policy]) -> str:
     for name, shipped in known.items():
         if policy is shipped:
             return name
-    kind = policy if hasattr(policy, "__qualname__") else type(policy)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return qualified_name(policy)
 
 
 def mix_growth(shares: Mapping[GrowName | Policy, float]) -> Policy:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from smet_compile.format.arguments import described, number
+from smet_compile.format.arguments import described, number, qualified_name
 
 ScheduleName = Literal["cosine", "linear", "constant", "none"]
 _MOST_LOOKED_AT = 10_000
@@ -125,10 +125,7 @@ def make_schedule(schedule: str | Callable[[int], float], plain: Schedule) -> Sc
 
 def name_of_schedule(schedule: str | Callable[[int], float]) -> str:
     """Returns the name of a schedule as checkpoints keep it: that of a function is its qualified name."""
-    if isinstance(schedule, str):
-        return schedule
-    kind = schedule if hasattr(schedule, "__qualname__") else type(schedule)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return schedule if isinstance(schedule, str) else qualified_name(schedule)
 
 
 def find_min_age(min_age: int | None, schedule: Schedule) -> int:

@@ -61,12 +61,12 @@ def test_2_4_on_the_cpu_is_dense_and_legal() -> None:
 def test_2_4_on_a_gpu() -> None:
     model = twos_and_fours().to("cuda", torch.float16)
     sparse, dense = smet.export_dense(model, layout="2:4"), smet.export_dense(model)
-    assert isinstance(sparse[0].weight, SparseSemiStructuredTensor)  # type: ignore[index]
+    assert isinstance(sparse[0].weight, SparseSemiStructuredTensor)
     x = torch.randn(16, 64, device="cuda", dtype=torch.float16)
-    torch.testing.assert_close(sparse[0](x), dense[0](x), rtol=1e-2, atol=1e-2)  # type: ignore[index]
+    torch.testing.assert_close(sparse[0](x), dense[0](x), rtol=1e-2, atol=1e-2)
     checked = smet.export_dense(twos_and_fours(), layout="2:4").to("cuda", torch.float16)
     for index in (0, 2):
-        to_sparse_semi_structured(checked[index].weight.detach())  # type: ignore[index]
+        to_sparse_semi_structured(checked[index].weight.detach())
     with pytest.raises(ValueError, match=r"0\.weight: expected float16 or bfloat16"):
         smet.export_dense(twos_and_fours().cuda(), layout="2:4")
 
@@ -128,8 +128,8 @@ def test_what_no_linear_layer_reads_stays_dense() -> None:
     layouts = {name: p.layout for name, p in sparse.named_parameters() if p.dim() > 1}
     assert [name for name, layout in layouts.items() if layout == torch.sparse_csr] == ["linear.weight"]
     x, dense = torch.randn(3, 8), smet.export_dense(model)
-    assert torch.equal(sparse["scaled"](x), dense["scaled"](x))  # type: ignore[index]
-    torch.testing.assert_close(sparse["attention"](x, x, x)[0], dense["attention"](x, x, x)[0])  # type: ignore[index]
+    assert torch.equal(sparse["scaled"](x), dense["scaled"](x))
+    torch.testing.assert_close(sparse["attention"](x, x, x)[0], dense["attention"](x, x, x)[0])
 
 
 def test_a_dense_baseline_and_16_bits_on_the_cpu_are_warned_of() -> None:

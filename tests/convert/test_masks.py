@@ -246,7 +246,7 @@ def test_torch_prune_and_a_density_for_the_others() -> None:
 def check_pruned_as_before(model: nn.Module, before: list[Any], x: Tensor, expected: Tensor) -> None:
     assert_same([structure(model), dict(model.state_dict())], before)
     assert_same(model(x).detach(), expected)
-    prune.remove(model[0], "weight")  # type: ignore[index]
+    prune.remove(model[0], "weight")
     assert_same(model(x).detach(), expected)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
-from smet_compile.ops.plain import by_matrix
+from smet_compile.ops.plain import by_matrix, with_rows_in_order
 
 _MOST_PLACES = 2**24
 """Rows or columns of a matrix: an entry counts the bytes to its tokens in 32 bits."""
@@ -71,7 +71,7 @@ def masked_matmul(
 ) -> Tensor:
     """Computes what ``ops.plain.masked_matmul`` does, for single weights and runs along a row."""
     layout = topology.layout
-    tokens, values = _with_rows_in_order(input), values.contiguous()
+    tokens, values = with_rows_in_order(input), values.contiguous()
     bias = None if bias is None else bias.contiguous()
     num_outputs = layout.rows if transposed else layout.cols
     out = tokens.new_empty(*tokens.shape[:-1], num_outputs)
@@ -99,7 +99,7 @@ def masked_matmul(
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
     """Computes what ``ops.plain.sampled_matmul`` does, for single weights and runs along a row."""
     layout = topology.layout
-    left, right = _with_rows_in_order(left), _with_rows_in_order(right)
+    left, right = with_rows_in_order(left), with_rows_in_order(right)
     out = left.new_empty(layout.values_shape(topology.num_active))
     job = _Sampled(out=out.data_ptr(), weight=_active(topology), num_threads=torch.get_num_threads())
     ends = None if offsets is None else offsets.tolist()
@@ -138,8 +138,3 @@ def _prepare(topology: Topology) -> _Active:
         cols=layout.cols,
         bn=layout.block_shape[1],
     )
-
-
-def _with_rows_in_order(tokens: Tensor) -> Tensor:
-    """Returns the tokens with the numbers of each side by side in memory; a copy where they are not."""
-    return tokens if tokens.is_contiguous() or tokens.stride(-1) == 1 else tokens.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
-from smet_compile.ops.plain import by_matrix
+from smet_compile.ops.plain import by_matrix, with_rows_in_order
 
 _BYTES_OF_A_CHUNK = 2**19
 """Bytes of input that stay in a core's cache while all blocks are multiplied with them."""
@@ -96,7 +96,7 @@ def masked_matmul(
     dtype = values.dtype
     key = ("cpu_tiles", transposed, dtype)
     prepared: _PreparedMasked = topology.constant(key, lambda: _prepare_masked(topology, transposed, dtype))
-    tokens, values = _with_rows_in_order(input), values.contiguous()
+    tokens, values = with_rows_in_order(input), values.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = tokens.new_empty(*tokens.shape[:-1], prepared.num_outputs)
     scratch = values.new_empty(prepared.scratch_size)
@@ -120,7 +120,7 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
     """Computes what ``ops.plain.sampled_matmul`` does, for tiles."""
     dtype = left.dtype
     prepared: _PreparedSampled = topology.constant(("cpu_tiles", dtype), lambda: _prepare_sampled(topology, dtype))
-    left, right = _with_rows_in_order(left), _with_rows_in_order(right)
+    left, right = with_rows_in_order(left), with_rows_in_order(right)
     out = left.new_empty(topology.layout.values_shape(topology.num_active), dtype=torch.float32)
     tokens_at_once = min(_TOKENS_OF_A_SUM, max(1, left.shape[-2]))
     padded_tokens = -(-tokens_at_once // _DEPTH[dtype]) * _DEPTH[dtype]
@@ -196,11 +196,6 @@ def _geometry(topology: Topology) -> dict[str, Any]:
 def _starts(starts: Tensor, num_lines: int, num_matrices: int) -> list[int]:
     """Returns the address of each matrix's first line in the list of all matrices."""
     return [starts.data_ptr() + starts.element_size() * num_lines * matrix for matrix in range(num_matrices)]
-
-
-def _with_rows_in_order(tokens: Tensor) -> Tensor:
-    """Returns the tokens with the numbers of each side by side in memory; a copy where they are not."""
-    return tokens if tokens.is_contiguous() or tokens.stride(-1) == 1 else tokens.contiguous()
 
 
 def _padded(width: int) -> int:
