@@ -9,7 +9,7 @@ On the CPU. ``python -m benchmarks.gpu_check`` measures on a GPU, and its part o
 from __future__ import annotations
 
 from benchmarks import command
-from benchmarks.sections import linear, never_slower, optimizer, step, topology
+from benchmarks.sections import linear, never_slower, optimizer, peers, step, topology
 
 SECTIONS = {
     "linear": linear.tables,
@@ -18,6 +18,7 @@ SECTIONS = {
     "optimizer": optimizer.tables,
     "step": step.tables,
     "topology": topology.tables,
+    "peers": peers.tables,
 }
 
 

@@ -21,6 +21,14 @@ DENSITY = 0.25
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", "weight gradient", "update"
 PRODUCTS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
 Block = int | tuple[int, int]
+SINGLE, RUNS = (1, 1), (1, 16)
+
+
+def name_of(block: Block) -> str:
+    """Returns a block shape in words: "64 tiles", "single weights", "runs of 16"."""
+    if isinstance(block, int):
+        return f"{block} tiles"
+    return "single weights" if block == SINGLE else f"runs of {block[1]}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from benchmarks import chosen
-from benchmarks.layer import DENSITY
+from benchmarks.layer import DENSITY, Block
 from benchmarks.measuring import llama
 from smet_compile.ops import find_sites
 from smet_compile.pretrain.data import stdlib_paths
@@ -64,7 +64,7 @@ class Recipe:
 
     method: str
     shape: Shape
-    block: int
+    block: Block
     dtype: torch.dtype
     device: torch.device
 

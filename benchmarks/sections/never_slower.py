@@ -6,20 +6,12 @@ import statistics
 
 import torch
 
-from benchmarks.layer import DENSITY, PRODUCTS, UPDATE, Block, Measured, Size, measure
+from benchmarks.layer import DENSITY, PRODUCTS, RUNS, SINGLE, UPDATE, Block, Measured, Size, measure, name_of
 from benchmarks.ratios import Pairs
 from benchmarks.sections.linear import NOTE, QUICK_SIZES, SIZES, rates
 from benchmarks.settings import Settings
 from benchmarks.tables import Row, Table, Target, at_most
 
-SINGLE, RUNS = (1, 1), (1, 16)
-NAMES: dict[Block, str] = {
-    SINGLE: "single weights",
-    RUNS: "runs of 16",
-    128: "128 tiles",
-    64: "64 tiles",
-    32: "32 tiles",
-}
 FP32 = {
     0.5: {SINGLE: at_most(1.0)},
     DENSITY: {SINGLE: at_most(0.5), RUNS: at_most(0.4)},
@@ -57,7 +49,7 @@ def _rows(
 ) -> list[Row]:
     layers = measure(size, targets, dtype, settings, (*PRODUCTS, UPDATE), density)
     return [
-        _row(f"{NAMES[block]}, density {density}, {size}", size, target, layer)
+        _row(f"{name_of(block)}, density {density}, {size}", size, target, layer)
         for (block, target), layer in zip(targets.items(), layers, strict=True)
     ]
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import command
 from benchmarks.gpu_check.models import SMALLER
 from benchmarks.kernels import SECTIONS
 from benchmarks.ratios import Pairs
-from benchmarks.sections import linear
+from benchmarks.sections import linear, peers
 from benchmarks.settings import Settings
 from benchmarks.tables import Table
 from benchmarks.training import training
@@ -36,7 +37,7 @@ def measured(name: str) -> list[Table]:
     return SECTIONS[name](Settings(REPEATS, quick=True, device=torch.device("cpu")))
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name != "peers"])
 def test_section(name: str, not_compiled: None) -> None:
     tables = measured(name)
     assert len(tables) == 1
@@ -45,6 +46,21 @@ def test_section(name: str, not_compiled: None) -> None:
         assert row.kernel
         assert len(row.ratios) in (1, REPEATS)
         assert all(0 < ratio < 1e4 for ratio in row.ratios) or name == "topology"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*some outputs or inputs have no weight:UserWarning")
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_peers(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense layer stands for the peer's, so that the comparison runs where the peer is not installed."""
+    monkeypatch.setattr(peers, "has_peer", lambda: is_installed)
+    monkeypatch.setattr(peers, "_peer_layer", lambda cols, rows, density: nn.Linear(cols, rows, bias=False))
+    layers, steps, blocks = measured("peers")
+    for row in (*layers.rows, *steps.rows):
+        assert row.kernel in ("cpu_single", "cpu_expand")
+        assert len(row.ratios) == (REPEATS if is_installed else 0)
+        assert row.verdict.startswith(("yes", "no")) if is_installed else row.verdict == peers.MISSING
+    assert all(len(row.ratios) == REPEATS for row in blocks.rows)
 
 
 def test_operations_a_second_count_those_of_active_blocks() -> None:
