@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smet_compile.format import Layout, Topology
 from smet_compile.format.arguments import described
-from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, warn_once
+from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, multiplies_on_cpu, warn_once
 from smet_compile.ops.updates import Update
 
 _VARIABLE = "SMET_COMPILE_KERNEL"
@@ -349,7 +349,9 @@ def _cpu_tiles_are_profitable(case: Case) -> bool:
 def _cpu_single_is_profitable(case: Case) -> bool:
     """Tells whether few enough weights are active to be faster than a dense product of all."""
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return case.density <= (_MOST_WITH_AVX512 if has_avx512 else _MOST_SINGLE_WEIGHTS)
+    is_fast = case.dtype.itemsize == 2 and multiplies_on_cpu(case.dtype)  # twice, with AMX eight times: a guess
+    slower = (2 * _AMX_OVER_AVX512 if multiplies_bf16_in_tiles() else 2) if is_fast else 1
+    return case.density * slower <= (_MOST_WITH_AVX512 if has_avx512 else _MOST_SINGLE_WEIGHTS)
 
 
 _PRODUCTS, _MOVES = ("masked_matmul", "sampled_matmul"), ("unpack", "pack")
@@ -384,10 +386,7 @@ for _kernel in reversed(
         ),
         Kernel("cpu_expand", _functions(f"{NATIVE}.expand", *_PRODUCTS, *_MOVES), _refusal_of(f"{NATIVE}.expand")),
         Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),
-        Kernel(
-            "torch",
-            _functions(f"{_PLAIN}.plain", *OPS),
-        ),
+        Kernel("torch", _functions(f"{_PLAIN}.plain", *OPS)),
         Kernel(
             "reference",
             {

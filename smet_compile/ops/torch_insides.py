@@ -103,6 +103,17 @@ def multiplies_bf16_in_tiles() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+@functools.cache
+def multiplies_on_cpu(dtype: torch.dtype) -> bool:
+    """Tells whether the CPU multiplies matrices of a 16-bit dtype by instructions for it, which torch then calls.
+
+    Otherwise torch's product of such matrices takes several times as long as one of fp32, up to fifty.
+    """
+    of_library = torch.ops.mkldnn
+    asks = {torch.bfloat16: of_library._is_mkldnn_bf16_supported, torch.float16: of_library._is_mkldnn_fp16_supported}
+    return bool(asks[dtype]())
+
+
 def address_of_storage(tensor: Tensor) -> int:
     """Returns a number that no other living storage has."""
     return tensor.untyped_storage()._cdata

@@ -33,7 +33,6 @@ def test_by_dtype_block_shape_and_density() -> None:
     assert chosen("sampled_matmul", torch.float32, (64, 64), 0.25) == "cpu_tiles"
     assert chosen("masked_matmul", torch.float32, (1, 1), 0.25) == "cpu_single"
     assert chosen("sampled_matmul", torch.float32, (1, 16), 0.25) == "cpu_single"
-    assert chosen("masked_matmul", torch.bfloat16, (1, 1), 0.25) == "cpu_expand"
     assert chosen("masked_matmul", torch.float32, (16, 1), 0.25) == "cpu_expand"
     assert chosen("masked_matmul", torch.float32, (4, 4), 0.2) == "cpu_tiles"
     assert chosen("masked_matmul", torch.float32, (4, 4), 0.3) == "cpu_expand"  # a quarter of a vector is filled
@@ -52,6 +51,25 @@ def test_single_weights_by_density_and_length_of_vectors(
         for op in ("masked_matmul", "sampled_matmul"):
             assert chosen(op, torch.float32, (1, 1), most - 0.01) == "cpu_single"
             assert chosen(op, torch.float32, (1, 1), most + 0.01) == "cpu_expand"
+    finally:
+        choose._chosen.cache_clear()
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("multiplies", "amx", "most"), [(False, False, 0.5), (True, False, 0.25), (True, True, 0.0625)]
+)
+def test_single_weights_of_16_bits_by_the_speed_of_dense_products(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool, amx: bool, most: float
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(choose, "multiplies_on_cpu", lambda dtype: multiplies)
+    choose._chosen.cache_clear()
+    try:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert chosen("masked_matmul", dtype, (1, 1), most - 0.01) == "cpu_single"
+            assert chosen("masked_matmul", dtype, (1, 1), most + 0.01) == "cpu_expand"
     finally:
         choose._chosen.cache_clear()
 
@@ -179,7 +197,7 @@ MISSED = [
     ("triton_tiles", "masked_matmul", torch.float32, (1, 1), "cpu_single computes .* since triton_tiles multiplies"),
     ("cpu_single", "masked_matmul", torch.float32, (8, 8), "cpu_single multiplies single weights and runs along a"),
     ("cpu_single", "sampled_matmul", torch.float32, (8, 1), "cpu_single multiplies single weights and runs along a"),
-    ("cpu_single", "masked_matmul", torch.bfloat16, (1, 1), "since cpu_single does not multiply torch.bfloat16"),
+    ("cpu_single", "masked_matmul", torch.float64, (1, 1), "since cpu_single does not multiply torch.float64"),
     ("triton_expand", "sampled_matmul", torch.float32, (1, 1), f"since triton_expand {ONLY_GPU}"),
     ("triton_expand", "unpack", torch.float32, (8, 8), "cpu_expand computes unpack of torch.float32 tiles on cpu"),
     ("triton", "pack", torch.bfloat16, (8, 8), "cpu_expand computes pack of torch.bfloat16 tiles on cpu"),

@@ -109,6 +109,22 @@ def test_products(
     check_sampled(name, each, gy, x, None)
 
 
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bits_are_multiplied_in_fp32_where_the_processor_does_not(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, multiplies: bool
+) -> None:
+    monkeypatch.setattr(expand, "multiplies_on_cpu", lambda dtype: multiplies)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out, mm=torch.mm: (seen.append(a.dtype), mm(a, b, out=out))[1])
+    each = weight((37, 29), (1, 1))
+    x, gy = each.tokens(19, 29, dtype), each.tokens(19, 37, dtype)
+    check_masked("cpu_expand", each, x, True, torch.randn(37).to(dtype), None)
+    check_masked("cpu_expand", each, gy, False, None, None)
+    check_sampled("cpu_expand", each, gy, x, None)
+    assert set(seen) == {dtype if multiplies else torch.float32}
+
+
 @pytest.mark.parametrize("block_shape", [(8, 16), (16, 8), (1, 1), (1, 8)], ids=str)
 @pytest.mark.parametrize("ends", [[6, 13, 20], [0, 20, 20], [4, 4, 11], [0, 0, 0]], ids=str)
 @every_dtype

@@ -11,6 +11,7 @@ Shape suffixes: S stacked matrices, T tokens, R rows, C cols, I and O the inputs
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from smet_compile.format import Topology
 from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
 from smet_compile.ops.plain import by_matrix, multiply_stack, zeros_or_bias
+from smet_compile.ops.torch_insides import multiplies_on_cpu
 
+HALF = (torch.bfloat16, torch.float16)
 _SIZES = (2, 4, 8)
 _BYTES_AT_ONCE = 2**23
 _MIN_ROWS = 256
@@ -75,8 +78,10 @@ def masked_matmul(
     """Computes what ``ops.plain.masked_matmul`` does.
 
     Where it sums over rows of the weight, it expands all of them at once for low-precision dtypes, so that sums are
-    rounded once.
+    rounded once. A processor without instructions for the dtype multiplies in fp32.
     """
+    if input.dtype in HALF and not multiplies_on_cpu(input.dtype):
+        return masked_in_fp32(masked_matmul, input, values, topology, transposed, bias, offsets)
     layout = topology.layout
     ends = None if offsets is None else offsets.tolist()
     if not transposed and input.dtype.itemsize < 4:
@@ -103,6 +108,8 @@ def masked_matmul(
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
     """Computes what ``ops.plain.sampled_matmul`` does; the dense product is never whole."""
+    if left.dtype in HALF and not multiplies_on_cpu(left.dtype):
+        return sampled_matmul(left.float(), right.float(), topology, offsets).to(left.dtype)
     values = left.new_empty(topology.layout.values_shape(topology.num_active))
     ends = None if offsets is None else offsets.tolist()
     pieces_S = _pieces(topology, values.dtype.itemsize)
@@ -113,6 +120,20 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
             torch.mm(_columns(left_TR, rows).mT, right_TC, out=product_RC)
             _run("pack", move, values, product_RC)
     return values
+
+
+def masked_in_fp32(
+    multiply: Callable[..., Tensor],
+    input: Tensor,
+    values: Tensor,
+    topology: Topology,
+    transposed: bool,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """Calls a masked product with everything in fp32, and rounds the result to the input's dtype."""
+    bias = None if bias is None else bias.float()
+    return multiply(input.float(), values.float(), topology, transposed, bias, offsets).to(input.dtype)
 
 
 def _run(name: str, prepared: _Move, values: Tensor, dense: Tensor) -> None:

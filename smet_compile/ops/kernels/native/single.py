@@ -1,6 +1,7 @@
 """Implements the kernel named "cpu_single": products with single weights, and runs along a row, in C++ and fp32.
 
-Only active weights are multiplied. It is faster than expanding dense rows where few enough are active.
+Only active weights are multiplied. It is faster than expanding dense rows where few enough are active. Tensors of 16
+bits are converted to fp32 and results rounded once, as converting costs little beside the product.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops.choose import Case
 from smet_compile.ops.kernels.native.build import library
+from smet_compile.ops.kernels.native.expand import HALF, masked_in_fp32
 from smet_compile.ops.plain import by_matrix, with_rows_in_order
 
 _MOST_PLACES = 2**24
@@ -54,7 +56,7 @@ def refusal(case: Case) -> str | None:
     """Says why products of the case cannot be computed by these functions; None where they can."""
     if case.layout.block_shape[0] > 1:
         return "multiplies single weights and runs along a row only"
-    if case.dtype != torch.float32:
+    if case.dtype not in (torch.float32, *HALF):
         return f"does not multiply {case.dtype}"
     if max(case.layout.matrix) >= _MOST_PLACES:
         return f"multiplies matrices of less than {_MOST_PLACES} rows and columns"
@@ -70,6 +72,8 @@ def masked_matmul(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """Computes what ``ops.plain.masked_matmul`` does, for single weights and runs along a row."""
+    if input.dtype in HALF:
+        return masked_in_fp32(masked_matmul, input, values, topology, transposed, bias, offsets)
     layout = topology.layout
     tokens, values = with_rows_in_order(input), values.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -98,6 +102,8 @@ def masked_matmul(
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
     """Computes what ``ops.plain.sampled_matmul`` does, for single weights and runs along a row."""
+    if left.dtype in HALF:
+        return sampled_matmul(left.float(), right.float(), topology, offsets).to(left.dtype)
     layout = topology.layout
     left, right = with_rows_in_order(left), with_rows_in_order(right)
     out = left.new_empty(layout.values_shape(topology.num_active))
