@@ -106,12 +106,21 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         page.table([*headings, "new"], [_row(records, row) for row in question.rows if _has_begun(records, row)])
         cut = [row.label for row in question.rows if not _has_begun(records, row)]
         if cut:
-            page.text(f"Cut, with no run yet: {'; '.join(cut)}.")
+            page.text(f"Cut, with no run yet: {'; '.join(_grouped(cut))}.")
     page.text("## Taken together", _POOLED)
     effects = protection_effects(records, scale) | cold_start_effects(records, scale)
     page.table(["", "loss", "settings"], [_effect(name, *(value or ())) for name, value in effects.items()])
     transfer.add(page, records, scale)
     page.write()
+
+
+def _grouped(labels: list[str]) -> list[str]:
+    """Joins labels that differ behind their last comma alone: "d 0.1, min_age 0 | min_age 200"."""
+    ends: dict[str, list[str]] = {}
+    for label in labels:
+        start, comma, end = label.rpartition(", ")
+        ends.setdefault(start + comma, []).append(end)
+    return [start + " | ".join(each) for start, each in ends.items()]
 
 
 def _has_begun(records: Records, row: study.Row) -> bool:

@@ -119,7 +119,7 @@ def test_a_page_of_some_runs_names_what_was_cut(tmp_path: Path) -> None:
     write(records, SCALE, tmp_path)
     page = (tmp_path / "topology.md").read_text()
     assert f"| {row.label} | 1.2500 (1 of 5 seeds) (1 diverged) | +0.0000 | — | 0.20 | 0.75 | 0.10 |" in page
-    assert "Cut, with no run yet: width 64, dense, N weights; " in page
+    assert "Cut, with no run yet: width 64, dense, N weights | 2N weights | 4N weights; " in page
     assert "81,920 weights in linear layers, 1.64 MB in 3,200 steps, 20 bytes for each weight" in page
 
 
