@@ -73,7 +73,10 @@ def torch_optim_(*arguments: Any) -> None:
     update.num_skipped.add_(~update.grad.isfinite().all())
 
 
-library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_STATE.format(*(f'({x}!)' for x in 'bcdefg'))}) -> ()")
+library.define(
+    f"torch_optim_(Tensor(a!) values, Tensor grad, {_STATE.format(*(f'({x}!)' for x in 'bcdefg'))}) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),  # torch's own steps read rate and step count on the host, unless capturable
+)
 library.impl("torch_optim_", torch_optim_, "CompositeExplicitAutograd")
 
 
