@@ -44,6 +44,12 @@ def refuse_in_capture(device: torch.device, what: str) -> None:
         )
 
 
+def refuse_to_wait(device: torch.device, what: str, advice: str) -> None:
+    """Raises RuntimeError during a capture, where the host reads numbers of the device each time."""
+    if is_capturing(device):
+        raise RuntimeError(f"CUDA graph: expected a step that reads nothing on the host, got {what}; {advice}")
+
+
 def note(weights: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:
     """Notes that a captured graph updates ``weights``; the tensors ``read`` live as long as the first of these."""
     for number, weight in enumerate(weights):
@@ -59,7 +65,7 @@ def warn_of_new_memory(weights: Iterable[Tensor]) -> None:
         graphs.are_current = False
     if left_behind:
         warnings.warn(
-            f"a captured CUDA graph updates {len(left_behind)} weights that get new memory, for themselves or for their "
-            "optimizer state (density stage, loaded state); do not replay it again, but capture a new one",
+            f"a captured CUDA graph updates {len(left_behind)} weights that get new memory, for themselves or for "
+            "their optimizer state (density stage, loaded state); do not replay it again, but capture a new one",
             stacklevel=3,
         )

@@ -370,7 +370,9 @@ for _kernel in reversed(
             {**_functions(f"{TRITON}.matmul_expanded", *_PRODUCTS), **_functions(f"{TRITON}.expand", *_MOVES)},
             _refusal_of_triton(grouped=False),
         ),
-        Kernel("triton_adamw", _functions(f"{TRITON}.adamw", "update_all", "prepare_update"), _refusal_of_triton_updates),
+        Kernel(
+            "triton_adamw", _functions(f"{TRITON}.adamw", "update_all", "prepare_update"), _refusal_of_triton_updates
+        ),
         Kernel(
             "cpu_tiles",
             _functions(f"{NATIVE}.tiles", *_PRODUCTS),

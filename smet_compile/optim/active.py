@@ -302,9 +302,10 @@ class ActiveOptimizer(Optimizer):
         options = rule.named_options(_numbers_of(rule, group))
         mature_age = rule.mature_age(options, compute_dtype(change.values.dtype))
         mature_age = max(mature_age, group["warmup_steps"], group["initial_warmup_steps"])
-        state["generation"], state["births"] = add_generation(
-            state["generation"], state["births"], born, state["step"], mature_age
-        )
+        generation, births = add_generation(state["generation"], state["births"], born, state["step"], mature_age)
+        if births is not state["births"]:
+            captures.warn_of_new_memory([change.values])
+        state["generation"], state["births"] = generation, births
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
         """Returns the age (N,) int64 of each block of a compact parameter: optimizer steps since it was grown.
@@ -337,6 +338,7 @@ class ActiveOptimizer(Optimizer):
         for key, state in state_dict["state"].items():
             parameter = saved[key].parameter
             loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        captures.warn_of_new_memory([parameter for parameter in loaded if self.state.get(parameter)])
         self._drop_ready_updates()  # they would keep the old state alive
         super().load_state_dict(state_dict)
         self.state.update(loaded)

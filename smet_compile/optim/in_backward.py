@@ -73,13 +73,13 @@ def _is_plain(optimizer: Optimizer) -> bool:
 
 
 class _Addresses:
-    """Remembers where the tensors of each parameter's update lie, which they keep until a state is loaded or resized."""
+    """Remembers where the tensors of each parameter's update lie, until a state is loaded or resized."""
 
     def __init__(self) -> None:
         self._known: dict[nn.Parameter, Any] = {}
 
     def are_new(self, values: nn.Parameter, tensors: Iterable[Tensor], settings: str = "") -> bool:
-        """Tells whether a tensor has moved, or the settings are others; if so, marks the tensors as staying in place."""
+        """Tells whether a tensor has moved, or the settings are others. If so, marks the tensors as static."""
         if is_traced(values):
             return False
         tensors = list(tensors)

@@ -1,4 +1,4 @@
-"""Holds the learning rate of each parameter group as a tensor on the device, so that a step reads no number of the host.
+"""Holds the learning rate of each parameter group as a tensor on the device, so that a step copies none there.
 
 A scheduler's new rate is written into the same tensor: it needs no new graph, and a CUDA graph reads it at each replay.
 A number that is given while a graph is captured becomes part of the graph, as in the optimizers of torch.
