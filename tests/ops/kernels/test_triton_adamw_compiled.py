@@ -87,7 +87,14 @@ def test_update(stored: str, case: str) -> None:
     ],
 )
 def test_sampled(architecture: str, side: int, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smet_compile.ops.kernels.triton import adamw, matmul_tiles, sampled_tiles, sampled_update, supports
+    from smet_compile.ops.kernels.triton import (
+        adamw,
+        adamw_tables,
+        matmul_tiles,
+        sampled_tiles,
+        sampled_update,
+        supports,
+    )
 
     monkeypatch.setattr(supports, "architecture", lambda _: architecture)
     assert matmul_tiles.dot_precision(BF16) == "tf32"
@@ -97,7 +104,23 @@ def test_sampled(architecture: str, side: int, stored: str, monkeypatch: pytest.
     one = update_of(case, *STORED[stored], broken=False)
     one.grad = one.values
     left, right = (torch.empty(512, size, dtype=one.values.dtype) for size in case.shape)
-    with caught(adamw, "prepare"), caught(sampled_update, "_sampled_update") as fused:
+    with (
+        caught(adamw_tables, "_write_addresses"),
+        caught(adamw, "prepare"),
+        caught(sampled_update, "_sampled_update") as fused,
+    ):
         sampled_update.sampled_update(left, right, None, one)
     ptx = check(fused, architecture)
     assert ("wgmma.mma_async" if architecture == "hopper" else "mma.sync") in ptx
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_addresses(architecture: str) -> None:
+    """Gradients and rates are arguments of the launch, of which a CUDA graph keeps the addresses."""
+    from smet_compile.ops.kernels.triton import adamw_tables
+
+    rate, grads = torch.zeros(1, dtype=torch.float64), [torch.zeros(64, dtype=BF16), torch.zeros(65)[1:]]
+    with caught(adamw_tables, "_write_addresses") as write:
+        adamw_tables.write_step_table(grads, [rate, rate], torch.device("cpu"))
+    ptx = compile_for(write, architecture).ptx
+    assert ptx.count("_param_") > 2 * len(grads) and ptx.count("st.global") >= 2 * len(grads)
