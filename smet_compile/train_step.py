@@ -24,6 +24,7 @@ from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import CompactWeight, Site, captures, find_sites
 from smet_compile.ops.sinks import count_by
 from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.torch_insides import keep_address
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -303,7 +304,9 @@ class TrainStep:
 
 def _new_leaf(device: torch.device) -> Tensor:
     """Makes the tensor that sinks depend on, since autograd runs the backward only of what needs a gradient."""
-    return torch.zeros((), device=device, requires_grad=True)
+    leaf = torch.zeros((), device=device, requires_grad=True)
+    keep_address(leaf)
+    return leaf
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:

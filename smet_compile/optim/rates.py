@@ -25,16 +25,17 @@ class Rates:
         self._tensors: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, float | None]] = {}
 
     def rate(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Returns the rate of a group. Raises RuntimeError where a graph is captured and the rate is a CPU tensor."""
+        """Returns the rate of a group. Raises RuntimeError where a graph is captured and the rate is on the host."""
         lr, key = group["lr"], (id(group["params"]), device, dtype)
         tensor, written = self._tensors.get(key, (None, None))
         if tensor is None:
             tensor = torch.empty(1, dtype=dtype, device=device)
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        if isinstance(lr, Tensor) and lr.device.type != device.type:
+            for each in (device, lr.device):
+                captures.refuse_to_wait(each, f"lr on {lr.device}", f"pass a number, or a tensor on {device}")
+        if isinstance(lr, Tensor) and (device.type == "cpu" or lr.device.type != "cpu"):
             self._tensors[key] = tensor.copy_(lr.detach()), None
             return tensor
-        if isinstance(lr, Tensor):
-            captures.refuse_in_capture(device, "lr as a tensor on the device, which is read at each replay,")
         number = float(lr)
         if captures.is_capturing(device):
             return torch.full((1,), number, dtype=dtype, device=device)

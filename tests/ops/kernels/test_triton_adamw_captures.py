@@ -132,7 +132,7 @@ def test_a_rate_on_the_host_cannot_be_captured(capture: pytest.MonkeyPatch) -> N
     for each in updates:
         each.lr = torch.tensor(0.01)
     begin(capture)
-    with pytest.raises(RuntimeError, match="expected learning rates on the device before the capture"):
+    with pytest.raises(RuntimeError, match="got lr on the CPU; pass a tensor on"):
         adamw.update_all(updates)
 
 

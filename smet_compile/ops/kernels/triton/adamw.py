@@ -197,7 +197,7 @@ class Launch:
     def _exact(self, lrs: Sequence[Tensor]) -> list[Tensor]:
         """Returns the learning rates in fp64 on the device; those that are one tensor stay one."""
         if any(not lr.is_cuda for lr in lrs):
-            captures.refuse_in_capture(self.device, "learning rates on the device")
+            captures.refuse_to_wait(self.device, "lr on the CPU", f"pass a tensor on {self.device}")
         exact = {id(lr): lr.to(self.device, torch.float64) for lr in lrs}
         return [exact[id(lr)] for lr in lrs]
 
