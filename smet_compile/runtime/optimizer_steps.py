@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smet_compile.ops import captures
 from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
 from smet_compile.ops.sinks import UpdateCounts, counts_of
-from smet_compile.ops.torch_insides import outside_graphs, prepare
+from smet_compile.ops.torch_insides import outside_graphs, prepare, warn_once
 
 _ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
+_CAPTURED = (
+    "TopologyManager: optimizer.step() was captured in a CUDA graph, whose replays run no hooks, so the manager does "
+    "not count them and changes no topology; leave optimizer.step() outside of the graph, or compile the step by "
+    'compile_train_step and step.compile(mode="reduce-overhead")'
+)
 
 
 class StepListener:
@@ -55,11 +61,20 @@ def _after_step(listener: StepListener, optimizer: Any, *_: Any) -> None:
     if callback is None or not listener._has_begun:
         return
     listener._has_begun = False
+    if _is_captured(optimizer):
+        warn_once(_CAPTURED)
+        return
     skipped = getattr(optimizer, "found_inf", None)
     if isinstance(skipped, Tensor) and bool(skipped):
         return
     if listener._had_state or not changes_nothing(optimizer):
         callback(optimizer)
+
+
+def _is_captured(optimizer: Any) -> bool:
+    """Tells whether the step went into a CUDA graph, and was not made."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return any(captures.is_capturing(device) for device in {p.device for p in parameters})
 
 
 class TrainedParameters:

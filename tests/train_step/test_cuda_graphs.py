@@ -14,7 +14,7 @@ from torch._inductor.utils import get_first_incompatible_cudagraph_node, is_cuda
 from torch.optim import SGD, Optimizer
 
 import smet_compile as smet
-from smet_compile.ops import captures, find_sites
+from smet_compile.ops import captures, find_sites, torch_insides
 from tests.train_step.setting import Batch, Net, active, batch_of, sparse
 
 NUM_STEPS, EVERY = 6, 4
@@ -114,10 +114,9 @@ def test_updates_of_torch_optimizers_stay_outside_of_graphs() -> None:
 
 
 def test_ops_of_the_library_may_be_captured() -> None:
-    packets = {name: getattr(torch.ops.smet, name) for name in dir(torch.ops.smet)}
-    ops = {name: packet.default for name, packet in packets.items() if hasattr(packet, "default")}
-    unsafe = {name for name, op in ops.items() if torch.Tag.cudagraph_unsafe in op.tags}
-    assert {"update_", "sampled_update_", "masked_matmul"} <= set(ops) and unsafe == {"torch_optim_"}
+    names = ("unpack", "pack", "masked_matmul", "sampled_matmul", "update_", "sampled_update_", "collect_gradient")
+    ops = {name: getattr(torch.ops.smet, name).default for name in (*names, "torch_optim_")}
+    assert {name for name, op in ops.items() if torch.Tag.cudagraph_unsafe in op.tags} == {"torch_optim_"}
 
 
 @pytest.mark.filterwarnings("ignore:TopologyManager")
@@ -195,6 +194,18 @@ class TestPretendedCapture:
         step(single(1))
         with pytest.warns(UserWarning, match="updates 2 weights"):
             captures.warn_of_new_memory(site.values for site in step.sites)
+
+    @pytest.mark.usefixtures("uncompiled")
+    def test_a_manager_does_not_count_it(self, begin: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch_insides, "_warned", set())
+        step, manager = make(1, "random")
+        step(single(0))
+        manager.step()
+        begin()
+        with pytest.warns(UserWarning, match="replays run no hooks"):
+            step(single(1))
+        manager.step()
+        assert manager.num_steps == 1
 
     def test_a_number_that_is_given_in_it_becomes_part_of_it(self, begin: Callable[[], None]) -> None:
         """Later steps outside of the graph read the tensor that was there before."""

@@ -202,11 +202,16 @@ class Launch:
         return [exact[id(lr)] for lr in lrs]
 
     def _find_step_table(self, grads: list[Tensor], lrs: list[Tensor]) -> Tensor:
-        """Returns the table of the addresses of this step, that of the step before where they are the same."""
+        """Returns the table of the addresses of this step, that of the step before where they are the same.
+
+        The first is written by the kernel that a capture needs, since none may be loaded in a capture.
+        """
         if len(grads) == 1 or captures.is_capturing(self.device):
             return write_step_table(grads, lrs, self.device)
         numbers = step_numbers(grads, lrs)
-        if self._step_table is None or numbers != self._step_numbers:
+        if self._step_table is None:
+            self._step_numbers, self._step_table = numbers, write_step_table(grads, lrs, self.device)
+        elif numbers != self._step_numbers:
             self._step_numbers, self._step_table = numbers, copy_step_table(numbers, self.device)
         return self._step_table
 
