@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from smet_compile.ops import captures, law_of_updates
+import smet_compile as smet
+from smet_compile.ops import captures, choose, law_of_updates
 from smet_compile.ops.updates import Update
 from tests.ops.kernels.adamw_cases import Case, copy_of, differences, update_of
 from tests.ops.kernels.device import DEVICE, INTERPRETED, on_device
+from tests.support.host_syncs import host_syncs
 
 pytest.importorskip("triton")
 from smet_compile.ops.kernels.triton import adamw, adamw_tables, sampled_update
@@ -183,3 +185,21 @@ def test_the_tables_of_a_graph_live_as_long_as_its_first_weight(capture: pytest.
     del weight
     gc.collect()
     assert len(captures._graphs) == before - 1
+
+
+def test_nothing_waits_for_the_device(capture: pytest.MonkeyPatch) -> None:
+    """The launches of products and of the optimizer read no number of the device, and copy none from it."""
+    capture.setenv("SMET_COMPILE_KERNEL", "triton")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32)).to(DEVICE)
+    smet.sparsify(model, 0.5, block_shape=1, include=["0.weight"])
+    smet.sparsify(model, 0.5, block_shape=16, include=["2.weight"])
+    optimizer = smet.ActiveAdamW(model, lr=1e-2)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        optimizer.zero_grad()
+        model(torch.randn(8, 32, device=DEVICE)).square().mean().backward()
+        with host_syncs() as found:
+            optimizer.step()
+        assert step == 0 or found == []
+    assert choose.update_kernel_of(next(iter(optimizer._ready.values())).update).name == "triton_adamw"

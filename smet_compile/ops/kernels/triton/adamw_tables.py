@@ -9,6 +9,7 @@ arguments writes their addresses.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,14 +43,19 @@ def copy_tables(rows: Sequence[Row], device: torch.device) -> Tables:
     """Copies the rows to the device, and lists the pieces of work. Raises RuntimeError where a graph is captured."""
     captures.refuse_in_capture(device, "tables of the parameters' addresses on the device")
     numbers = [number for row in rows for number in row]
-    return Tables(_on_host(numbers, device).to(device, non_blocking=True), _work(rows).to(device))
+    counts = tuple(num_programs(row) for row in rows)
+    work = _work_of_one(counts, device) if len(rows) == 1 else _work(counts, device)
+    return Tables(_on_host(numbers, device).to(device, non_blocking=True), work)
 
 
-def _work(rows: Sequence[Row]) -> Tensor:
-    counts = torch.tensor([num_programs(row) for row in rows])
+def _work(num_pieces: tuple[int, ...], device: torch.device) -> Tensor:
+    counts = torch.tensor(num_pieces)
     parameter = torch.arange(len(counts)).repeat_interleave(counts)
     piece = torch.arange(len(parameter)) - (counts.cumsum(0) - counts)[parameter]
-    return torch.stack((parameter, piece), 1).int()
+    return torch.stack((parameter, piece), 1).int().to(device)
+
+
+_work_of_one = functools.lru_cache(maxsize=1024)(_work)
 
 
 def step_numbers(grads: Sequence[Tensor], rates: Sequence[Tensor]) -> list[int]:
