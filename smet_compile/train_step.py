@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
-from smet_compile.ops import CompactWeight, Site, find_sites
+from smet_compile.ops import CompactWeight, Site, captures, find_sites
 from smet_compile.ops.sinks import count_by
 from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.torch_insides import keep_address
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -100,7 +101,7 @@ class TrainStep:
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._num_accumulated = 0
         self._unfinished: list[BackwardUpdate | None] | None = None
-        self._leaf = torch.zeros((), requires_grad=True)
+        self._leaf = _new_leaf(torch.device("cpu"))
         self._is_one_graph = True
         self.compile()
 
@@ -154,6 +155,7 @@ class TrainStep:
         if self._shapes() != self._compiled_shapes:
             self.compile(**self._options)  # a recompile of the old one would make sizes of the state symbols
         self._unfinished = updates = self.updates()
+        self._follow_device()
         try:
             loss = self._step(batch, updates)
         except BaseException:
@@ -161,6 +163,16 @@ class TrainStep:
             raise
         self._unfinished = None
         return loss
+
+    def _follow_device(self) -> None:
+        """Keeps the leaf on the device of the weights: a graph with an input on the CPU becomes no CUDA graph."""
+        if not self.sites:
+            return
+        device = self.sites[0].values.device
+        if self._leaf.device != device:
+            self._leaf = _new_leaf(device)
+        if captures.is_capturing(device):
+            captures.note(site.values for site in self.sites)
 
     def _step(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
         is_last = self._num_accumulated + 1 == self.accumulate
@@ -181,7 +193,7 @@ class TrainStep:
         if is_last:
             self._finish()
             self._num_accumulated = 0
-        return loss.detach()
+        return loss.detach().clone()  # a CUDA graph computes the next loss in the same memory
 
     def _abandon(self) -> None:
         """Cleans up after a step that failed, except for updates that it made. Does nothing if none is unfinished."""
@@ -288,6 +300,13 @@ class TrainStep:
             if int(update.num_updates) == 0:
                 assert self._update_of is not None
                 self._update_of.forget(site.values)
+
+
+def _new_leaf(device: torch.device) -> Tensor:
+    """Makes the tensor that sinks depend on, since autograd runs the backward only of what needs a gradient."""
+    leaf = torch.zeros((), device=device, requires_grad=True)
+    keep_address(leaf)
+    return leaf
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:

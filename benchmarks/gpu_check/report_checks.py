@@ -8,6 +8,7 @@ from benchmarks.gpu_check.results import Line, Results
 from benchmarks.gpu_check.stages import KERNELS, MODELS
 from benchmarks.tables import AWAITS_GPU
 
+OF_GRAPHS = ("graph", "reduce-overhead", "first step", "streams")
 _MOST_FAILURES = 30
 _SHORT = 160
 
@@ -43,8 +44,14 @@ def _check_rows(results: Results) -> list[str]:
         _row("a stack of more than 2^31 weights", stack, _largest_error(stack)),
         _row("tests of the kernels", results.all("tests", "tests")[-1:], _counts(results)),
         _row("compute-sanitizer", results.latest("sanitizer", "sanitizer", lambda line: line.get("tool")), ""),
-        _row("CUDA graphs", results.latest("host", "graph", lambda line: line["block"]), ""),
+        _row("CUDA graphs", graph_lines(results), ""),
     ]
+
+
+def graph_lines(results: Results) -> list[Line]:
+    """Returns the lines on CUDA graphs and streams."""
+    latest = (results.latest("graphs", what, lambda line: line.get("block")) for what in OF_GRAPHS)
+    return [line for lines in latest for line in lines]
 
 
 def _with_spills(line: Line) -> Line:
@@ -91,7 +98,8 @@ def _failures(results: Results) -> list[str]:
     products, updates, stack = checked(results)
     found = [_described(line) for line in (*products, *updates, *stack) if not line.get("passed")]
     found += [f"test {line['test']}: {line['message'][:_SHORT]}" for line in results.all("tests", "failure")]
-    for stage, what in (("sanitizer", "sanitizer"), ("host", "graph"), ("counters", "counters"), ("host", "call")):
+    of_graphs = [("graphs", what) for what in OF_GRAPHS]
+    for stage, what in (("sanitizer", "sanitizer"), *of_graphs, ("counters", "counters"), ("host", "call")):
         found += [_described(line) for line in results.all(stage, what) if line.get("failed") or _not_passed(line)]
     return found
 

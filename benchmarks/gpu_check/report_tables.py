@@ -54,7 +54,12 @@ def tables(results: Results) -> list[Table]:
         Table("Optimizer step on a GPU", "bandwidth / that of a copy", STEP_NOTE, _step_rows(results)),
         Table("Gradient and update in one kernel", "one / two", FUSED_NOTE, _fused_rows(results)),
         Table("Host time of a call", "seconds", "Launches that are not waited for.", _host_rows(results)),
-        Table("A step in a CUDA graph", "replayed / called", "Products and update.", _graph_rows(results)),
+        Table(
+            "A step in a CUDA graph",
+            "replayed / called",
+            "Products and update; forward, backward and update.",
+            _graph_rows(results),
+        ),
         Table("Counters of the hardware", "—", "Three launches under Nsight Compute.", _counter_rows(results)),
         *model_tables(results),
     ]
@@ -201,9 +206,10 @@ def _graph_rows(results: Results) -> list[Row]:
     rows = []
     for block in (64, 1):
         what = "single weights" if block == 1 else f"{block} tiles"
-        line = results.last("host", "graph", block=block)
+        line = results.last("graphs", "graph", block=block)
         rows.append(row(what, line, functools.partial(_graph_row, what), NO_LONGER))
-    return rows
+    what, line = "64 tiles, compiled training step", results.last("graphs", "reduce-overhead", block=64)
+    return [*rows, row(what, line, functools.partial(_graph_row, what), NO_LONGER)]
 
 
 def _graph_row(what: str, line: Line) -> Row:

@@ -34,14 +34,15 @@ class Stage(NamedTuple):
 
 KERNELS = (
     Stage("environment", "environment:run", 40, interpreted=False),
-    Stage("correctness", "correctness:run", 80),
-    Stage("tests", "tools:run_tests", 90),
+    Stage("graphs", "graphs:run", 45),
+    Stage("correctness", "correctness:run", 70),
+    Stage("tests", "tools:run_tests", 85),
     Stage("sanitizer", "tools:run_sanitizer", 35),
     Stage("ceilings", "ceilings:run", 10),
-    Stage("products", "products:run", 90),
-    Stage("optimizer", "optimizer:run", 45),
-    Stage("host", "host:run", 15),
-    Stage("counters", "tools:run_counters", 25),
+    Stage("products", "products:run", 75),
+    Stage("optimizer", "optimizer:run", 40),
+    Stage("host", "host:run", 10),
+    Stage("counters", "tools:run_counters", 20),
 )
 MODELS = (
     Stage("350m dense", "models:dense", 200, "models", interpreted=False),

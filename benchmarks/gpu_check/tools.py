@@ -21,7 +21,8 @@ NSIGHT = Path("/opt/nvidia/nsight-compute")
 _KERNELS = "tests/ops/kernels"
 TESTS = (
     *(f"{_KERNELS}/test_triton_{name}.py" for name in ("matmul", "unpack", "supports", "fusion")),
-    *(f"{_KERNELS}/test_triton_adamw{name}.py" for name in ("", "_rounding", "_sampled")),
+    *(f"{_KERNELS}/test_triton_adamw{name}.py" for name in ("", "_captures", "_rounding", "_sampled")),
+    f"{_KERNELS}/test_graphs_on_a_gpu.py",
     "tests/convert/test_export_layouts.py",
 )
 """Tests that compute on a GPU where there is one. Tests of what compiles, and of CPUs, need no card."""

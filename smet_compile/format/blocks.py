@@ -38,7 +38,7 @@ def _grid_coordinates(active: Tensor, layout: Layout) -> tuple[Tensor, Tensor, T
 def pack(dense: Tensor, active: Tensor, layout: Layout) -> Tensor:
     """Returns the active blocks of ``dense``, in row-major order of position: (N,) or (N, bm, bn).
 
-    ``active`` is their mask (num_blocks,) bool or, for blocks of several weights, their positions (N,) int64.
+    ``active`` is their mask (num_blocks,) bool, or their positions (N,) int64.
     """
     if layout.single_weights:
         return dense.reshape(-1)[active]
@@ -46,7 +46,10 @@ def pack(dense: Tensor, active: Tensor, layout: Layout) -> Tensor:
 
 
 def unpack(values: Tensor, active: Tensor, layout: Layout) -> Tensor:
-    """Returns the dense weight of ``values``: zero where inactive. ``active`` is as for ``pack``."""
+    """Returns the dense weight of ``values``: zero where inactive.
+
+    ``active`` is the mask (num_blocks,) bool or, for blocks of several weights, their positions (N,) int64.
+    """
     if layout.single_weights:
         return values.new_zeros(layout.num_weights).masked_scatter_(active, values).view(layout.shape)
     bm, bn = layout.block_shape

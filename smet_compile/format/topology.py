@@ -92,9 +92,15 @@ def _ones(words: Tensor) -> Tensor:
     return words * 0x0101010101010101 >> 56 & 0xFF
 
 
-def positions_of(mask: Tensor) -> Tensor:
-    """Returns the positions (N,) int64 of the active blocks, row-major."""
-    return mask.nonzero().squeeze(1)
+def positions_of(mask: Tensor, count: int | None = None) -> Tensor:
+    """Returns the positions (N,) int64 of the active blocks, row-major. Given their ``count`` it waits for no GPU."""
+    if count is None or not _is_asynchronous(mask.device):
+        return mask.nonzero().squeeze(1)
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
+def _is_asynchronous(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 _Constant = TypeVar("_Constant")

@@ -87,7 +87,8 @@ class Kernel(NamedTuple):
     Args:
         name: its name in ``SMET_COMPILE_KERNEL`` and ``explain``.
         functions: op → the function, or "module:function" to import it when it is first chosen. It has the signature of
-            the function of that name in ``ops.plain``.
+            the function of that name in ``ops.plain``. Beside ``update_all`` there may be ``prepare_update``, of one
+            update: it makes what the kernel keeps on the device, before a graph would make it in its own memory.
         refusal: (op, case) → why it cannot compute a case; None where it can. The case is a ``Case``, or an
             ``UpdateCase`` for ``update_all``.
         is_profitable: (case) → whether it is faster there than the kernels after it.
@@ -131,7 +132,7 @@ def register_kernel(kernel: Kernel, before: str | None = None) -> None:
         raise ValueError(f"kernel: expected a name, got {described(kernel.name)}; pass a str")
     if any(kernel.name == other.name for other in _kernels):
         raise ValueError(f"kernel {kernel.name!r}: expected a name of its own, got one that is registered; rename it")
-    unknown = kernel.functions.keys() - set(OPS)
+    unknown = kernel.functions.keys() - {*OPS, "prepare_update"}
     if unknown or not kernel.functions:
         raise ValueError(f"kernel {kernel.name!r}: expected functions for {', '.join(OPS)}, got {sorted(unknown)}")
     names = [other.name for other in _kernels]
@@ -371,7 +372,9 @@ for _kernel in reversed(
             {**_functions(f"{TRITON}.matmul_expanded", *_PRODUCTS), **_functions(f"{TRITON}.expand", *_MOVES)},
             _refusal_of_triton(grouped=False),
         ),
-        Kernel("triton_adamw", _functions(f"{TRITON}.adamw", "update_all"), _refusal_of_triton_updates),
+        Kernel(
+            "triton_adamw", _functions(f"{TRITON}.adamw", "update_all", "prepare_update"), _refusal_of_triton_updates
+        ),
         Kernel(
             "cpu_tiles",
             _functions(f"{NATIVE}.tiles", *_PRODUCTS),

@@ -22,7 +22,7 @@ from smet_compile.format import (
     unpack_bits,
     write_lists,
 )
-from smet_compile.ops import gate, reads, saved_weights
+from smet_compile.ops import captures, gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import replace_data
 
@@ -279,6 +279,7 @@ class CompactWeight(nn.Module):
         rows = values.new_zeros(self.layout.values_shape(num_active)) if rows is None else rows
         lists = empty_lists(self.layout, num_active, self.topology.device)
         values.grad = None
+        captures.warn_of_new_memory([values])
         replace_data(values, rows)
         self.num_active, self.lists = num_active, lists
         self.topology.copy_(bits)

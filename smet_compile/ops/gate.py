@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from smet_compile.format import Layout, Topology, count_active, empty_lists, spare_bits, write_lists
+from smet_compile.ops import captures
 
 GENERATIONS_OF_A_BYTE = 256
 _GENERATION_DTYPES = (torch.uint8, torch.int16, torch.int32)
@@ -55,6 +56,7 @@ def find(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) -> Topo
     topology = _admitted(bits, lists, layout_text, num_active)
     if topology is not None:
         return topology
+    captures.refuse_in_capture(bits.device, "a topology that was checked")
     owner = _owners.get(bits)
     check_again = None if owner is None else owner()
     if check_again is not None:
@@ -152,6 +154,7 @@ def check_ages(name: str, generation: Tensor | None, births: Tensor | None, num_
     state = _state(generation)
     if known is not None and known.generation() is generation and known[1:] == (state, births.numel()):
         return
+    captures.refuse_in_capture(generation.device, "ages that were checked")
     if num_active and not (int(generation.min()) >= 0 and int(generation.max()) < births.numel()):
         raise ValueError(
             f"{name}: expected generations from 0 to {births.numel() - 1}, the entries of births, got "

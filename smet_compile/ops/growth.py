@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.format import Layout, all_block_means, block_means, blocks, unpack_bits
+from smet_compile.format import Layout, all_block_means, block_means, blocks, positions_of, unpack_bits
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
 from smet_compile.ops.sinks import define_sink, open_sink
@@ -98,7 +98,7 @@ def _collect_gradient(
     new_sums = torch.where(_like(row >= 0, sums), totals[row.clamp(min=0)], fresh)
     if not active_sums.numel():
         return best, new_sums, active_sums.clone()
-    packed = blocks.pack(grad_dense, active, layout)
+    packed = blocks.pack(grad_dense, positions_of(active, active_sums.shape[0]), layout)
     return best, new_sums, active_sums + torch.where(finite, packed, 0)
 
 

@@ -11,6 +11,7 @@ weights, (N, bm, bn) for larger blocks.
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +152,8 @@ class CodeFormat(NamedTuple):
     @property
     def smallest(self) -> float:
         """Returns the smallest number above zero that a code stands for, relative to the scale."""
-        return torch.tensor((1 + self.offset) << _DISCARDED, dtype=torch.int32).view(torch.float32).item()
+        bits = struct.pack("<i", (1 + self.offset) << _DISCARDED)
+        return float(struct.unpack("<f", bits)[0])
 
 
 SIGNED_CODES = CodeFormat(889, 127, signed=True)

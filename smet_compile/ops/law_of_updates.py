@@ -29,10 +29,12 @@ class Location(NamedTuple):
     Args:
         blocks: positions (n,) of their blocks; for a plain parameter those of its entries, in the shape of the rows.
         layout: the layout of a compact weight; None for a plain parameter.
+        group_range: the groups of codes that the rows belong to, where the host knows them; None to ask the device.
     """
 
     blocks: Tensor
     layout: Layout | None
+    group_range: range | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -44,11 +46,18 @@ class Location(NamedTuple):
     @property
     def groups(self) -> Groups:
         if self.layout is None:
-            return _consecutive(self.blocks // WEIGHTS_OF_A_GROUP)
+            return self._consecutive(self.blocks // WEIGHTS_OF_A_GROUP)
         if self.layout.tiles:
             return Groups(self.blocks, torch.arange(len(self.blocks), device=self.blocks.device).view(-1, 1, 1))
         group = self.blocks // self.layout.blocks_per_group
-        return _consecutive(group if self.layout.single_weights else group.view(-1, 1, 1))
+        return self._consecutive(group if self.layout.single_weights else group.view(-1, 1, 1))
+
+    def _consecutive(self, group: Tensor) -> Groups:
+        """Returns the groups of blocks, given each block's group number in ascending order."""
+        known = self.group_range
+        if known is None:
+            known = range(int(group.view(-1)[0]), int(group.view(-1)[-1]) + 1)
+        return Groups(torch.arange(known.start, known.stop, device=group.device), group - known.start)
 
     def units(self, layout: Layout, are_columns: bool) -> Tensor:
         """Returns the index of the output unit that each entry belongs to; broadcasts over the entries.
@@ -68,12 +77,6 @@ class Location(NamedTuple):
         first = line % layout.block_rows * bm
         inside = (first[:, None] + torch.arange(bm, device=device)).clamp(max=layout.rows - 1)
         return (matrix[:, None] * layout.rows + inside)[:, :, None]
-
-
-def _consecutive(group: Tensor) -> Groups:
-    """Returns the groups of blocks, given each block's group number in ascending order."""
-    first, last = int(group.view(-1)[0]), int(group.view(-1)[-1])
-    return Groups(torch.arange(first, last + 1, device=group.device), group - first)
 
 
 class _Numbers(NamedTuple):

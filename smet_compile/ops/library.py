@@ -21,7 +21,6 @@ CHANGED = (
     "TopologyManager.step()"
 )
 _TOPOLOGY = "Tensor topology, Tensor lists, str layout"
-_MUTATES_BY_HOST_TABLES = (torch.Tag.cudagraph_unsafe,)  # kernels read tables that the host rewrites between launches
 library = torch.library.Library("smet", "DEF")
 library.define(f"unpack(Tensor values, {_TOPOLOGY}, Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor")
 library.define(f"pack(Tensor dense, {_TOPOLOGY}, int num_active) -> Tensor")
@@ -32,11 +31,8 @@ library.define(
 library.define(
     f"sampled_matmul(Tensor left, Tensor right, {_TOPOLOGY}, int num_active, Tensor? offsets=None) -> Tensor"
 )
-library.define(f"update_({updates.schema()}) -> ()", tags=_MUTATES_BY_HOST_TABLES)
-library.define(
-    f"sampled_update_({updates.schema('Tensor left, Tensor right, Tensor? offsets')}) -> ()",
-    tags=_MUTATES_BY_HOST_TABLES,
-)
+library.define(f"update_({updates.schema()}) -> ()")
+library.define(f"sampled_update_({updates.schema('Tensor left, Tensor right, Tensor? offsets')}) -> ()")
 
 
 def on_unseen_graph() -> None:

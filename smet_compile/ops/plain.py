@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Topology, blocks, positions_of, unpack_bits
+from smet_compile.ops import captures
 from smet_compile.ops.law_of_updates import Begun, Location
 from smet_compile.ops.updates import Update
 
@@ -31,7 +32,10 @@ def unpack(values: Tensor, topology: Topology) -> Tensor:
 
 def pack(dense: Tensor, topology: Topology) -> Tensor:
     """Returns the active blocks of ``dense``, in row-major order of position."""
-    return blocks.pack(dense, topology.active_blocks(), topology.layout)
+    active = topology.active_blocks()
+    if active.dtype == torch.bool:
+        active = positions_of(active, topology.num_active)
+    return blocks.pack(dense, active, topology.layout)
 
 
 def masked_matmul(
@@ -54,7 +58,7 @@ def masked_matmul(
     Returns:
         (T, O) or (S, T, O), new and contiguous.
     """
-    ends = None if offsets is None else offsets.tolist()
+    ends = _ends(offsets)
     if topology.layout.tiles:
         return _masked_by_tiles(input, values, topology, transposed, bias, ends)
     dense_SRC = unpack(values, topology).view(-1, *topology.layout.matrix)
@@ -72,7 +76,7 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
         (N,) or (N, bm, bn), in the dtype of ``left``; entries that hang over an edge are zero.
     """
     layout = topology.layout
-    ends = None if offsets is None else offsets.tolist()
+    ends = _ends(offsets)
     if layout.tiles:
         return _sampled_by_tiles(left, right, topology, ends)
     if ends is None:
@@ -83,6 +87,16 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
         for product_RC, (left_TR, right_TC) in zip(dense, pairs, strict=True):
             product_RC.copy_(left_TR.mT @ right_TC)
     return pack(dense.view(layout.shape), topology)
+
+
+def _ends(offsets: Tensor | None) -> list[int] | None:
+    """Copies offsets to the host, which waits for a GPU."""
+    if offsets is None:
+        return None
+    advice = "take tiles, which Triton multiplies on the device, or compile without CUDA graphs"
+    captures.refuse_to_wait(offsets.device, "plain torch that multiplies tokens sorted by matrix", advice)
+    ends: list[int] = offsets.tolist()
+    return ends
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,6 +147,8 @@ class _Line(NamedTuple):
 
 def _lines(topology: Topology, by_column: bool) -> Iterator[_Line]:
     """Yields the block rows or block columns that have blocks, matrix by matrix; copies their sizes to the host."""
+    advice = "train in a dtype that Triton multiplies (fp32, bf16, fp16), or without CUDA graphs"
+    captures.refuse_to_wait(topology.bits.device, "plain torch that multiplies tiles line by line", advice)
     layout, positions_N = topology.layout, topology.active_blocks()
     row, col = positions_N // layout.block_cols, positions_N % layout.block_cols
     line, across, lines_of_matrix = row, col, layout.block_rows
@@ -237,8 +253,9 @@ def _chunks_of_plain(shape: torch.Size, device: torch.device, at_once: int) -> I
     row_size = math.prod(shape[1:])
     rows_of_whole_groups = WEIGHTS_OF_A_GROUP // math.gcd(WEIGHTS_OF_A_GROUP, row_size)
     for rows in _rows(shape[0], max(1, at_once // rows_of_whole_groups) * rows_of_whole_groups):
-        entries = torch.arange(rows.start * row_size, rows.stop * row_size, device=device)
-        yield rows, Location(entries.view(-1, *shape[1:]), None)
+        first, last = rows.start * row_size, rows.stop * row_size
+        groups = range(first // WEIGHTS_OF_A_GROUP, -(-last // WEIGHTS_OF_A_GROUP))
+        yield rows, Location(torch.arange(first, last, device=device).view(-1, *shape[1:]), None, groups)
 
 
 def _chunks_of_compact(topology: Topology, at_once: int) -> Iterator[Chunk]:
@@ -248,12 +265,25 @@ def _chunks_of_compact(topology: Topology, at_once: int) -> Iterator[Chunk]:
         for rows in _rows(topology.num_active, at_once):
             yield rows, Location(positions[rows].long(), layout)
         return
+    for groups, rows in _groups_and_rows(topology, at_once):
+        if rows.start < rows.stop:
+            active = _active(topology, groups, rows) if positions is None else positions[rows].long()
+            yield rows, Location(active, layout, groups)
+
+
+def _groups_and_rows(topology: Topology, at_once: int) -> Iterator[tuple[range, slice]]:
+    """Yields the groups of each chunk, and its rows.
+
+    A CUDA graph takes all rows at once, since groups have other rows after a topology update. Else the starts of all
+    groups are copied to the host, once for each topology.
+    """
+    assert topology.group_starts is not None
+    if captures.is_capturing(topology.bits.device):
+        yield range(topology.layout.num_groups), slice(0, topology.num_active)
+        return
     starts = topology.constant("group_starts on the host", topology.group_starts.tolist)
     for first, last in _group_ranges(starts, at_once):
-        rows = slice(starts[first], starts[last])
-        if rows.start < rows.stop:
-            active = _active(topology, first, last) if positions is None else positions[rows].long()
-            yield rows, Location(active, layout)
+        yield range(first, last), slice(starts[first], starts[last])
 
 
 def _group_ranges(starts: list[int], at_once: int) -> Iterator[tuple[int, int]]:
@@ -265,9 +295,10 @@ def _group_ranges(starts: list[int], at_once: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _active(topology: Topology, first: int, last: int) -> Tensor:
+def _active(topology: Topology, groups: range, rows: slice) -> Tensor:
     """Returns the positions of the active single weights in some groups, by reading only the bits of these."""
     in_group = topology.layout.blocks_per_group
-    weights = slice(first * in_group, min(last * in_group, topology.layout.num_blocks))
+    weights = slice(groups.start * in_group, min(groups.stop * in_group, topology.layout.num_blocks))
     bits = topology.bits[weights.start // 8 : -(-weights.stop // 8)]
-    return positions_of(unpack_bits(bits, weights.stop - weights.start)) + weights.start
+    mask = unpack_bits(bits, weights.stop - weights.start)
+    return positions_of(mask, rows.stop - rows.start) + weights.start

@@ -73,7 +73,10 @@ def torch_optim_(*arguments: Any) -> None:
     update.num_skipped.add_(~update.grad.isfinite().all())
 
 
-library.define(f"torch_optim_(Tensor(a!) values, Tensor grad, {_STATE.format(*(f'({x}!)' for x in 'bcdefg'))}) -> ()")
+library.define(
+    f"torch_optim_(Tensor(a!) values, Tensor grad, {_STATE.format(*(f'({x}!)' for x in 'bcdefg'))}) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),  # torch's own steps read rate and step count on the host, unless capturable
+)
 library.impl("torch_optim_", torch_optim_, "CompositeExplicitAutograd")
 
 
@@ -107,9 +110,20 @@ def _adam(update: _Update) -> None:
 
 def _sgd(update: _Update) -> None:
     """Updates by SGD. torch has no buffer before the first update, where ours is zero; with dampening that differs."""
+    if update.first is None or not update.options[SGD_OPTIONS.index("dampening")]:
+        _make_sgd_step(update, [update.first])
+        return
+    new_buffer: list[Tensor | None] = [None]
+    first_step = update._replace(values=update.values.clone())
+    _make_sgd_step(first_step, new_buffer)
+    _make_sgd_step(update, [update.first])
+    assert new_buffer[0] is not None
+    for tensor, if_first in ((update.values, first_step.values), (update.first, new_buffer[0])):
+        tensor.copy_(torch.where(update.num_updates == 0, if_first, tensor))
+
+
+def _make_sgd_step(update: _Update, buffers: list[Tensor | None]) -> None:
     momentum, dampening, weight_decay, nesterov, maximize, fused = update.options
-    is_new = update.first is not None and dampening != 0 and int(update.num_updates) == 0
-    buffers = [None if is_new else update.first]
     sgd(
         [update.values],
         [update.grad],
@@ -123,8 +137,6 @@ def _sgd(update: _Update) -> None:
         nesterov=bool(nesterov),
         maximize=bool(maximize),
     )
-    if is_new and update.first is not None and buffers[0] is not None:
-        update.first.copy_(buffers[0])
 
 
 _COUNTS = "_smet_update_counts"
@@ -199,12 +211,8 @@ class UpdateCounts:
     first_updates: Tensor
     first_skipped: Tensor
 
-    def now(self) -> tuple[int, int]:
-        """Returns both counts; waits for the device."""
-        return int(self.num_updates), int(self.num_skipped)
-
     def at_first(self) -> tuple[int, int]:
-        """Returns both counts as they were before the first step."""
+        """Returns both counts as they were before the first step; waits for the device."""
         return int(self.first_updates), int(self.first_skipped)
 
 

@@ -98,6 +98,16 @@ def replace_data(parameter: Tensor, data: Tensor) -> None:
         torch.autograd.graph.increment_version(parameter)
 
 
+def keep_address(tensor: Tensor) -> None:
+    """Tells the compiler that a tensor stays where it is, so that a CUDA graph uses it in place and not a copy.
+
+    A graph would change the copy alone. Where a tensor has moved after all, inductor records a new graph.
+    """
+    from torch._dynamo import mark_static_address
+
+    mark_static_address(tensor, guard=False)
+
+
 def multiplies_bf16_in_tiles() -> bool:
     """Tells whether the processor has AMX."""
     return bool(torch.cpu._is_amx_tile_supported())

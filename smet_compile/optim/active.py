@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange, arguments
 from smet_compile.format.arguments import described, flag, seed_number
-from smet_compile.ops import find_sites
+from smet_compile.ops import captures, find_sites
 from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
@@ -29,6 +29,7 @@ from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
 from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options, initial_warmup
 from smet_compile.optim.parameters import ReadyUpdate, check_initialised, describe_parameters
+from smet_compile.optim.rates import Rates
 from smet_compile.optim.state import (
     StateKind,
     add_generation,
@@ -148,6 +149,7 @@ class ActiveOptimizer(Optimizer):
         settle_live()
         ready, missing = self._look_up()
         if missing:
+            captures.refuse_in_capture(missing[0][1].device, "a step of the same parameters")
             self._check_all()
             only_makes_state = not has_state(self) and changes_nothing(self)
             for index, parameter, group in missing:
@@ -157,6 +159,8 @@ class ActiveOptimizer(Optimizer):
         if self._is_first_step:
             self._is_first_step = False
             self._warn_of_untrained()
+        if any(captures.is_capturing(update.values.device) for update in ready[:1]):
+            captures.note(update.values for update in ready)
         update_all(ready)
         return loss
 
@@ -165,13 +169,15 @@ class ActiveOptimizer(Optimizer):
         ready: list[Update | None] = []
         missing = []
         for group in self.param_groups:
-            options, rate = self._options_of(group), self._rate_of(group)
+            options, device = self._options_of(group), None
             for parameter in group["params"]:
                 grad = parameter.grad
                 if grad is None:
                     if parameter.requires_grad:
                         self._parameters[parameter].check(parameter)
                     continue
+                if grad.device != device:
+                    device, rate = grad.device, self._rates.rate(group, grad.device)
                 known = self._ready.get(parameter)
                 update = None if known is None else known.with_gradient(grad, self.state[parameter], options, rate)
                 if update is None:
@@ -182,18 +188,6 @@ class ActiveOptimizer(Optimizer):
     def _options_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Returns the options of a group except its rate."""
         return tuple(group[name] for name in self._names_but_rate)
-
-    def _rate_of(self, group: dict[str, Any]) -> Tensor:
-        """Returns the rate in fp64, one tensor for all of a group: on the host, or where the user's own tensor is."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            return lr.detach().to(torch.float64)
-        written, tensor = self._rates.get(id(group["params"]), (None, None))
-        if tensor is None:
-            tensor = torch.empty((), dtype=torch.float64, device="cpu")
-        if written != lr:
-            self._rates[id(group["params"])] = lr, tensor.fill_(lr)
-        return tensor
 
     def _check_all(self) -> None:
         """Raises for a parameter or gradient that cannot be trained, before any state is made."""
@@ -248,7 +242,7 @@ class ActiveOptimizer(Optimizer):
             scales=state.get("scales"),
             num_skipped=state["num_skipped"],
             step=state["step"],
-            lr=self._rate_of(group),
+            lr=self._rates.rate(group, parameter.device),
             generation=state.get("generation"),
             births=state.get("births"),
             topology=compact.active if compact else None,
@@ -308,9 +302,10 @@ class ActiveOptimizer(Optimizer):
         options = rule.named_options(_numbers_of(rule, group))
         mature_age = rule.mature_age(options, compute_dtype(change.values.dtype))
         mature_age = max(mature_age, group["warmup_steps"], group["initial_warmup_steps"])
-        state["generation"], state["births"] = add_generation(
-            state["generation"], state["births"], born, state["step"], mature_age
-        )
+        generation, births = add_generation(state["generation"], state["births"], born, state["step"], mature_age)
+        if births is not state["births"]:
+            captures.warn_of_new_memory([change.values])
+        state["generation"], state["births"] = generation, births
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
         """Returns the age (N,) int64 of each block of a compact parameter: optimizer steps since it was grown.
@@ -343,6 +338,7 @@ class ActiveOptimizer(Optimizer):
         for key, state in state_dict["state"].items():
             parameter = saved[key].parameter
             loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+        captures.warn_of_new_memory([parameter for parameter in loaded if self.state.get(parameter)])
         self._drop_ready_updates()  # they would keep the old state alive
         super().load_state_dict(state_dict)
         self.state.update(loaded)
@@ -381,7 +377,7 @@ class ActiveOptimizer(Optimizer):
     def _drop_ready_updates(self) -> None:
         """Drops the cached updates, which are then made anew from the state."""
         self._ready: dict[nn.Parameter, ReadyUpdate] = {}
-        self._rates: dict[int, tuple[float, Tensor]] = {}
+        self._rates = Rates()
 
 
 def _numbers_of(rule: Rule, group: dict[str, Any]) -> tuple[float, ...]:

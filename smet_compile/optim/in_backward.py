@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from smet_compile.ops import captures
+from smet_compile.ops.choose import update_kernel_of
+from smet_compile.ops.gate import is_traced
 from smet_compile.ops.optimizers import inner_optimizers
 from smet_compile.ops.sinks import ADAM_OPTIONS, SGD_OPTIONS
-from smet_compile.ops.updates import flatten
+from smet_compile.ops.torch_insides import keep_address
+from smet_compile.ops.updates import Update, flatten
 from smet_compile.optim.active import ActiveOptimizer
+from smet_compile.optim.rates import Rates
 
 
 class BackwardUpdate(NamedTuple):
@@ -67,27 +72,31 @@ def _is_plain(optimizer: Optimizer) -> bool:
     return not any(group.get("differentiable") or group.get("capturable") for group in optimizer.param_groups)
 
 
-class _Rates:
-    """Holds the rate of each parameter group as a tensor, so that a scheduler's change needs no new graph.
-
-    The shape is (1,), since Dynamo would specialise on the value of a 0-d float64 tensor first, and then compile again.
-    A rate that the user gave as a tensor keeps its dtype, since that decides how results are rounded.
-    """
+class _Addresses:
+    """Remembers where the tensors of each parameter's update lie, until a state is loaded or resized."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[int, torch.device], tuple[Tensor, float | None]] = {}
+        self._known: dict[nn.Parameter, Any] = {}
 
-    def rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
-        lr, key = group["lr"], (id(group["params"]), device)
-        dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64
-        tensor, written = self._tensors.get(key, (None, None))
-        if tensor is None or tensor.dtype != dtype:
-            tensor, written = torch.empty(1, dtype=dtype, device=device), None
-        if isinstance(lr, Tensor) and lr.is_cuda:
-            self._tensors[key] = tensor.copy_(lr.detach()), None
-        elif float(lr) != written:  # written once for all parameters, since copying to a GPU takes a synchronisation
-            self._tensors[key] = tensor.fill_(float(lr)), float(lr)
-        return tensor
+    def are_new(self, values: nn.Parameter, tensors: Iterable[Tensor], settings: str = "") -> bool:
+        """Tells whether a tensor has moved, or the settings are others. If so, marks the tensors as static."""
+        if is_traced(values):
+            return False
+        tensors = list(tensors)
+        found = [tensor.data_ptr() for tensor in tensors], settings
+        if self._known.get(values) == found:
+            return False
+        self._known[values] = found
+        for tensor in tensors:
+            keep_address(tensor)
+        return True
+
+
+def _prepare(update: Update) -> None:
+    """Makes what the kernel of an update keeps on the device, which must not lie in the memory of a graph."""
+    kernel = update_kernel_of(update)
+    if "prepare_update" in kernel.functions:
+        kernel.function("prepare_update")(update)
 
 
 class _Active:
@@ -95,15 +104,18 @@ class _Active:
 
     def __init__(self, optimizer: ActiveOptimizer) -> None:
         self._optimizer = optimizer
-        self._rates = _Rates()
+        self._rates = Rates()
+        self._addresses = _Addresses()
 
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
         self._optimizer.check_parameter(values)
         made_state = not self._optimizer.state.get(values)
         update = self._optimizer.update_of(values, group)
         update = dataclasses.replace(update, lr=self._rates.rate(group, values.device), prepared={})
-        counts = update.step, update.num_skipped
-        return BackwardUpdate(torch.ops.smet.update_sink, flatten(update), *counts, made_state)
+        arguments, counts = flatten(update), (update.step, update.num_skipped)
+        if self._addresses.are_new(values, [update.lr, *update.tensors()], arguments[-1]):
+            _prepare(update)
+        return BackwardUpdate(torch.ops.smet.update_sink, arguments, *counts, made_state)
 
     def forget(self, values: nn.Parameter) -> None:
         del self._optimizer.state[values]
@@ -117,19 +129,24 @@ class _TorchOptim:
     rule: str
     new_state: Callable[[nn.Parameter, dict[str, Any]], dict[str, Tensor]]
     describe: Callable[[dict[str, Any], dict[str, Any]], Any]
-    rates: _Rates = field(default_factory=_Rates)
+    rates: Rates = field(default_factory=Rates)
+    addresses: _Addresses = field(default_factory=_Addresses)
     counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
         new_state = {} if self.optimizer.state.get(values) else self.new_state(values, group)
         if new_state:
+            captures.refuse_in_capture(values.device, "the optimizer's state")
             self.optimizer.state[values] = new_state
         if new_state or values not in self.counts:
             zero = torch.zeros((), dtype=torch.int64, device=values.device)
             self.counts[values] = zero + (not new_state), zero
         counts = self.counts[values]
         tensors, options = self.describe(self.optimizer.state.get(values, {}), group)
-        rate = self.rates.rate(group, torch.device("cpu"))
+        lr = group["lr"]
+        dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64  # it decides how results are rounded
+        rate = self.rates.rate(group, torch.device("cpu"), dtype)
+        self.addresses.are_new(values, [tensor for tensor in (*tensors, *counts) if tensor is not None])
         arguments = (*tensors, *counts, rate, self.rule, [float(option) for option in options])
         return BackwardUpdate(torch.ops.smet.torch_optim_sink, arguments, *counts, bool(new_state))
 

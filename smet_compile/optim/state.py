@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.format import TopologyChange
-from smet_compile.ops import Site
+from smet_compile.ops import Site, captures
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.law_of_updates import decode_slot
 from smet_compile.ops.rules import Slot
@@ -142,8 +142,12 @@ class StateKind:
 
 
 def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
-    """Makes the state before the first step: slots and counts of zero, and all blocks in the first generation."""
+    """Makes the state before the first step: slots and counts of zero, and all blocks in the first generation.
+
+    Raises RuntimeError while a CUDA graph is captured, whose replays would make it zero again.
+    """
     device = parameter.device
+    captures.refuse_in_capture(device, "the optimizer's state")
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     for slot in kind.slots:
         state[slot.name] = torch.zeros_like(parameter, dtype=kind.dtype, memory_format=torch.preserve_format)

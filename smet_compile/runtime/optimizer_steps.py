@@ -7,13 +7,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from smet_compile.ops import captures
 from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
 from smet_compile.ops.sinks import UpdateCounts, counts_of
-from smet_compile.ops.torch_insides import outside_graphs, prepare
+from smet_compile.ops.torch_insides import outside_graphs, prepare, warn_once
 
 _ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
+_CAPTURED = (
+    "TopologyManager: optimizer.step() was captured in a CUDA graph, whose replays run no hooks, so the manager does "
+    "not count them and changes no topology; leave optimizer.step() outside of the graph, or compile the step by "
+    'compile_train_step and step.compile(mode="reduce-overhead")'
+)
 
 
 class StepListener:
@@ -54,11 +61,20 @@ def _after_step(listener: StepListener, optimizer: Any, *_: Any) -> None:
     if callback is None or not listener._has_begun:
         return
     listener._has_begun = False
+    if _is_captured(optimizer):
+        warn_once(_CAPTURED)
+        return
     skipped = getattr(optimizer, "found_inf", None)
     if isinstance(skipped, Tensor) and bool(skipped):
         return
     if listener._had_state or not changes_nothing(optimizer):
         callback(optimizer)
+
+
+def _is_captured(optimizer: Any) -> bool:
+    """Tells whether the step went into a CUDA graph, and was not made."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return any(captures.is_capturing(device) for device in {p.device for p in parameters})
 
 
 class TrainedParameters:
@@ -89,16 +105,19 @@ class TrainedParameters:
 
     def read_counts(self) -> None:
         """Reads the counts; called before a step that will be looked at."""
-        self._before = {p: (counts, counts.now()) for p, counts in self._counts().items()}
+        counts = self._counts()
+        self._before = {p: (counts[p], now) for p, now in _read_counts(counts).items()}
 
     def look_at_step(self, optimizer: Any) -> None:
         """Finds out what ``optimizer`` trained; called after its step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         counts = self._counts()
-        changes = {p: self._changes(p, counts[p]) for p in parameters if p in counts}
+        now = _read_counts({p: counts[p] for p in parameters if p in counts})
+        changes = {p: self._changes(p, counts[p], now[p]) for p in now}
         trained = [p for p in parameters if p.grad is not None or (p in changes and changes[p][0])]
         self._trained[id(optimizer)] = {id(p) for p in trained}
-        self._not_finite[id(optimizer)] = [p for p in trained if (p in changes and changes[p][1]) or not _is_finite(p)]
+        broken = _with_broken_gradient(trained)
+        self._not_finite[id(optimizer)] = [p for p in trained if (p in changes and changes[p][1]) or id(p) in broken]
 
     def forget(self) -> None:
         """Forgets the step; called before the next one."""
@@ -108,14 +127,31 @@ class TrainedParameters:
     def _counts(self) -> dict[nn.Parameter, UpdateCounts]:
         return {p: counts for optimizer in self._optimizers for p, counts in counts_of(optimizer).items()}
 
-    def _changes(self, parameter: nn.Parameter, counts: UpdateCounts) -> tuple[bool, bool]:
+    def _changes(self, parameter: nn.Parameter, counts: UpdateCounts, now: tuple[int, int]) -> tuple[bool, bool]:
         """Returns whether the parameter was updated in the step, and whether blocks were skipped."""
         known, before = self._before.get(parameter, (None, (0, 0)))
         if known is not counts:
             before = counts.at_first()
-        now = counts.now()
         return now[0] > before[0], now[1] > before[1]
 
 
-def _is_finite(parameter: nn.Parameter) -> bool:
-    return parameter.grad is None or bool(parameter.grad.isfinite().all())
+def _with_broken_gradient(parameters: list[nn.Parameter]) -> set[int]:
+    """Returns the ids of the parameters whose gradient is not finite."""
+    grads = {id(p): p.grad for p in parameters if p.grad is not None}
+    are_finite = _read([grad.isfinite().all() for grad in grads.values()])
+    return {key for key, is_finite in zip(grads, are_finite, strict=True) if not is_finite}
+
+
+def _read_counts(counts: dict[nn.Parameter, UpdateCounts]) -> dict[nn.Parameter, tuple[int, int]]:
+    """Returns the number of updates and of skipped blocks of each parameter."""
+    updates = _read([each.num_updates for each in counts.values()])
+    skipped = _read([each.num_skipped for each in counts.values()])
+    return dict(zip(counts, zip(updates, skipped, strict=True), strict=True))
+
+
+def _read(scalars: list[Tensor]) -> list[Any]:
+    """Copies scalars of one dtype to the host, and waits for each device once."""
+    devices = [scalar.device for scalar in scalars]
+    of_device = {device: [s for s in scalars if s.device == device] for device in set(devices)}
+    numbers = {device: iter(torch.stack(some).tolist()) for device, some in of_device.items()}
+    return [next(numbers[device]) for device in devices]

@@ -50,7 +50,8 @@ def other_lines() -> list[Line]:
     found += [line("ceilings", "product", operations_a_second=6.5e14)]
     found += [line("host", "call", case="unpack", block=1, seconds=3e-5)]
     graph = {"eager_seconds": 0.002, "replay_seconds": 0.001, "passed": True}
-    found += [line("host", "graph", block=block, **graph) for block in (64, 1)]
+    found += [line("graphs", "graph", block=block, **graph) for block in (64, 1)]
+    found += [line("graphs", "reduce-overhead", block=64, **graph), line("graphs", "streams", passed=True)]
     found += [line("counters", "counters", launch=0, kernel="_masked_tiles", values={"Duration": "8 us"})]
     return found
 
@@ -105,11 +106,11 @@ def test_without_lines_every_row_awaits_a_gpu() -> None:
 
 
 def test_what_failed_says_so() -> None:
-    lines = [line("ceilings", "copy", failed="RuntimeError: x"), line("host", "graph", block=64, failed="y")]
+    lines = [line("ceilings", "copy", failed="RuntimeError: x"), line("graphs", "graph", block=64, failed="y")]
     found = all_tables(lines)
     assert found["Ceilings of the card"].rows[0].verdict == "failed"
     assert found["A step in a CUDA graph"].rows[0].verdict == "failed"
-    assert "- host, graph: 64 y" in report.text(Results(lines))
+    assert "- graphs, graph: 64 y" in report.text(Results(lines))
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch.optim import SGD, AdamW
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.ops.sinks import UpdateCounts, counts_of
+from smet_compile.ops.sinks import counts_of
+from smet_compile.runtime import optimizer_steps
 from tests.ops.call_forms import ReadTwice
 from tests.train_step.setting import Fault, Net, active, assert_equal_runs, batch_of, faulty, sparse, twice
 
@@ -147,8 +148,10 @@ def test_counts_are_read_in_steps_that_matter_and_in_no_other(monkeypatch: pytes
     """Reading waits for the device."""
     step_run, _ = twice(sparse(), every=10)
     reads = []
-    now = UpdateCounts.now
-    monkeypatch.setattr(UpdateCounts, "now", lambda counts: reads.append(len(step_run.losses)) or now(counts))
+    read = optimizer_steps._read_counts
+    monkeypatch.setattr(
+        optimizer_steps, "_read_counts", lambda counts: reads.append(len(step_run.losses)) or read(counts)
+    )
     step_run.in_step(step_run.compiled(), map(batch_of, range(NUM_STEPS)))
     assert set(reads) == {8, 9, 18, 19} and len(step_run.history()) == 2
 

@@ -26,6 +26,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
+_ALIGNED = [["tt.divisibility", 16]]
 
 
 @dataclass
@@ -65,18 +66,22 @@ class Compiled:
 
 def compile_for(launch: Launch, architecture: str) -> Compiled:
     """Specialises the kernel as a launch does: on integers that are 1 or multiples of 16, and on aligned pointers."""
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for number, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
+        if isinstance(value, tuple):
+            signature[name] = tuple(_POINTERS[each.dtype] for each in value)
+            attributes |= {(number, i): _ALIGNED for i, each in enumerate(value) if each.data_ptr() % 16 == 0}
+            continue
         is_tensor = isinstance(value, torch.Tensor)
         signature[name] = _POINTERS[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
         if (value.data_ptr() if is_tensor else value) % 16 == 0:
-            attributes[(number,)] = [["tt.divisibility", 16]]
+            attributes[(number,)] = _ALIGNED
     source = compiler.ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = backend.GPUTarget("cuda", ARCHITECTURES[architecture], 32)
     options = {name: launch.arguments[name] for name in ("num_warps", "num_stages") if name in launch.arguments}

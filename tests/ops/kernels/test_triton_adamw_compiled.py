@@ -58,11 +58,15 @@ def check(launch: compiling.Launch, architecture: str) -> str:
 @pytest.mark.parametrize("stored", STORED)
 def test_update(stored: str, case: str) -> None:
     """Plain parameters and blocks of one kind share a launch; each architecture sees every kind and all dtypes."""
-    from smet_compile.ops.kernels.triton import adamw
+    from smet_compile.ops.kernels.triton import adamw, adamw_tables
 
     number = list(STORED).index(stored) + list(CASES).index(case)
     updates = [update_of(each, *STORED[stored]) for each in (CASES[case], PLAIN)]
-    with caught(adamw, "prepare") as prepare, caught(adamw, "update") as update:
+    with (
+        caught(adamw_tables, "_write_addresses"),
+        caught(adamw, "prepare") as prepare,
+        caught(adamw, "update") as update,
+    ):
         adamw.update_all(updates)
     ptx = check(update, list(ARCHITECTURES)[number % 2])
     entries_of_a_thread = 1024 // (32 * update.option("num_warps"))
@@ -87,7 +91,14 @@ def test_update(stored: str, case: str) -> None:
     ],
 )
 def test_sampled(architecture: str, side: int, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smet_compile.ops.kernels.triton import adamw, matmul_tiles, sampled_tiles, sampled_update, supports
+    from smet_compile.ops.kernels.triton import (
+        adamw,
+        adamw_tables,
+        matmul_tiles,
+        sampled_tiles,
+        sampled_update,
+        supports,
+    )
 
     monkeypatch.setattr(supports, "architecture", lambda _: architecture)
     assert matmul_tiles.dot_precision(BF16) == "tf32"
@@ -97,7 +108,23 @@ def test_sampled(architecture: str, side: int, stored: str, monkeypatch: pytest.
     one = update_of(case, *STORED[stored], broken=False)
     one.grad = one.values
     left, right = (torch.empty(512, size, dtype=one.values.dtype) for size in case.shape)
-    with caught(adamw, "prepare"), caught(sampled_update, "_sampled_update") as fused:
+    with (
+        caught(adamw_tables, "_write_addresses"),
+        caught(adamw, "prepare"),
+        caught(sampled_update, "_sampled_update") as fused,
+    ):
         sampled_update.sampled_update(left, right, None, one)
     ptx = check(fused, architecture)
     assert ("wgmma.mma_async" if architecture == "hopper" else "mma.sync") in ptx
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_addresses(architecture: str) -> None:
+    """Gradients and rates are arguments of the launch, of which a CUDA graph keeps the addresses."""
+    from smet_compile.ops.kernels.triton import adamw_tables
+
+    rate, grads = torch.zeros(1, dtype=torch.float64), [torch.zeros(64, dtype=BF16), torch.zeros(65)[1:]]
+    with caught(adamw_tables, "_write_addresses") as write:
+        adamw_tables.write_step_table(grads, [rate, rate], torch.device("cpu"))
+    ptx = compile_for(write, architecture).ptx
+    assert ptx.count("_param_") > 2 * len(grads) and ptx.count("st.global") >= 2 * len(grads)

@@ -1,17 +1,13 @@
 """Implements the kernel named "triton_adamw": AdamW steps of many parameters, one launch for all of the same dtypes.
 
-A small launch before it counts the steps and computes the rates. The device reads addresses and numbers from a table
-that is made, and copied there, when the parameters change. The addresses of gradients and the learning rates are in a
-table of their own, which is copied when they differ from those of the step before.
+A small launch before it counts the steps and computes the rates. The device reads addresses and numbers from tables
+(``adamw_tables``). A CUDA graph can capture a step once the same parameters have made one before.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
-import struct
-from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,17 +15,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from smet_compile.format import Layout
+from smet_compile.ops import captures
 from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.triton.adamw_kernels import prepare, update
-from smet_compile.ops.kernels.triton.adamw_step import (
-    BLOCK,
-    BLOCKS,
-    ENTRIES,
-    GROUP_OF_RUNS,
-    GROUP_OF_WEIGHTS,
-    LANES,
-    Row,
+from smet_compile.ops.kernels.triton.adamw_rows import num_programs, row_of
+from smet_compile.ops.kernels.triton.adamw_step import BLOCKS, Row
+from smet_compile.ops.kernels.triton.adamw_tables import (
+    Tables,
+    copy_step_table,
+    copy_tables,
+    step_numbers,
+    write_step_table,
 )
 from smet_compile.ops.kernels.triton.supports import on_device
 from smet_compile.ops.updates import Update
@@ -47,7 +43,6 @@ _FEW_THREADS = {"num_warps": 4}
 _MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
 """Options of a program that would spill registers otherwise: one with codes, or with several blocks."""
 _NUM_KINDS = 5
-_LEAST_EPS = torch.finfo(torch.float32).tiny
 _LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
 """Keys of ``Update.prepared``: the launches of a step (kept by its first update), a number by which an update is
 recognised in the next step, and the tensors that the update changes."""
@@ -80,6 +75,11 @@ def update_all(updates: list[Update]) -> None:
         return
     for launch, members in _launches_of(updates):
         launch.update(members)
+
+
+def prepare_update(one: Update) -> None:
+    """Makes the tables of an update that is made alone, outside a graph in whose memory they must not lie."""
+    launch_of_one(one).make_tables()
 
 
 class Specialization(NamedTuple):
@@ -116,22 +116,30 @@ class Specialization(NamedTuple):
         }
 
 
+class Step(NamedTuple):
+    """Holds what a begun step gives to the kernel, and must live until that is launched.
+
+    Args:
+        rates: fp32, step sizes and bias corrections. kept: gradients and learning rates that were copied.
+    """
+
+    tables: Tables
+    step_table: Tensor
+    rates: Tensor
+    kept: list[Tensor]
+
+
 class Launch:
-    """Holds the tables on the device for one launch, a row for each parameter. It keeps no tensor of a parameter alive.
+    """Makes the updates of some parameters by one launch. It keeps no tensor of a parameter alive.
 
     Args:
         rows: the rows without ``first_rate``, which is filled in here.
     """
 
     def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
-        device = specialization.device
-        *first_rates, num_rates = itertools.accumulate((3 * row.num_generations for row in rows), initial=0)
-        rows = [row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True)]
-        self.table = _on_host([*itertools.chain(*rows)], device).to(device, non_blocking=True)
-        self.step_table = torch.empty(len(rows), 3, dtype=torch.int64, device=device)
-        self.rates = torch.empty(num_rates, dtype=torch.float32, device=device)
-        self.work = _work(tuple(map(_num_programs, rows)), device)
-        self.num_programs = len(self.work)
+        *first_rates, self._num_rates = itertools.accumulate((3 * row.num_generations for row in rows), initial=0)
+        self._rows = tuple(row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True))
+        self.num_programs = sum(map(num_programs, rows))
         kinds = {row.kind for row in rows}
         has_many_threads = specialization.is_coded or BLOCKS.value in kinds
         self.constants = {
@@ -142,50 +150,77 @@ class Launch:
         }
         self.specialization = specialization
         self.is_aligned = all(a % 16 == 0 for row in rows for a in (row.values, row.exp_avg, row.exp_avg_sq))
-        self.device = device
+        self.device = specialization.device
+        self._tables: Tables | None = None
         self._step_numbers: list[int] = []
+        self._step_table: Tensor | None = None
 
     def update(self, updates: Sequence[Update]) -> None:
         """Makes the updates that the rows describe, which come in the same order."""
-        kept = self.begin(updates)
+        step = self.begin(updates)
         if self.num_programs:
             kernel = on_device(update, self.device)
-            kernel[(self.num_programs,)](self.table, self.step_table, self.rates, self.work, **self.constants)
-        del kept
+            tables = step.tables
+            kernel[(self.num_programs,)](tables.rows, step.step_table, step.rates, tables.work, **self.constants)
+        del step
 
-    def begin(self, updates: Sequence[Update]) -> list[Tensor]:
-        """Counts a step of the updates, fills ``rates``, and marks the tensors as changed for autograd.
+    def make_tables(self) -> Tables:
+        """Returns the tables that all steps read. The first call copies them from the host."""
+        if self._tables is None:
+            make = _tables_of_one_row if len(self._rows) == 1 else copy_tables
+            self._tables = make(self._rows, self.device)
+        return self._tables
 
-        Returns tensors that must live until the update is launched.
-        """
-        numbers: list[int] = []
-        kept: list[Tensor] = []
-        changed: list[Tensor] = []
-        lr, bits, is_address = None, 0, False
-        for one in updates:
-            grad = one.grad
+    def begin(self, updates: Sequence[Update]) -> Step:
+        """Counts a step of the updates, computes its rates, and marks the tensors as changed for autograd."""
+        tables, kept = self.make_tables(), []
+        grads, lrs = [one.grad for one in updates], [one.lr for one in updates]
+        for place, grad in enumerate(grads):
             if not grad.is_contiguous():
-                grad = grad.contiguous()
-                kept.append(grad)
-            if one.lr is not lr:
-                lr = one.lr
-                is_address = lr.is_cuda
-                if is_address:
-                    exact = lr.to(self.device, torch.float64)
-                    kept.append(exact)
-                    bits = exact.data_ptr()
-                else:
-                    bits = _bits(lr.item())
-            numbers += (grad.data_ptr(), bits, is_address)
-            changed += one.prepared[_CHANGED]
-        if numbers != self._step_numbers:
-            self.step_table.view(-1).copy_(_on_host(numbers, self.device), non_blocking=True)
-            self._step_numbers = numbers
-        torch.autograd.graph.increment_version(changed)
+                grads[place] = grad.contiguous()
+                kept.append(grads[place])
+        if any(lr.dtype != torch.float64 or lr.device != self.device for lr in lrs):
+            lrs = self._exact(lrs)
+            kept += lrs
+        step_table = self._find_step_table(grads, lrs)
+        if captures.is_capturing(self.device):
+            captures.note([one.values for one in updates], tables)
+        else:
+            self._use_on_this_stream(*tables, step_table)
+        rates = torch.empty(self._num_rates, dtype=torch.float32, device=self.device)
+        torch.autograd.graph.increment_version(list(itertools.chain(*(one.prepared[_CHANGED] for one in updates))))
         on_device(prepare, self.device)[(len(updates),)](
-            self.table, self.step_table, self.rates, GENERATIONS=256, num_warps=1, enable_fp_fusion=False
+            tables.rows, step_table, rates, GENERATIONS=256, num_warps=1, enable_fp_fusion=False
         )
-        return kept
+        return Step(tables, step_table, rates, kept)
+
+    def _exact(self, lrs: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the learning rates in fp64 on the device; those that are one tensor stay one."""
+        if any(not lr.is_cuda for lr in lrs):
+            captures.refuse_to_wait(self.device, "lr on the CPU", f"pass a tensor on {self.device}")
+        exact = {id(lr): lr.to(self.device, torch.float64) for lr in lrs}
+        return [exact[id(lr)] for lr in lrs]
+
+    def _find_step_table(self, grads: list[Tensor], lrs: list[Tensor]) -> Tensor:
+        """Returns the table of the addresses of this step, that of the step before where they are the same.
+
+        The first is written by the kernel that a capture needs, since none may be loaded in a capture.
+        """
+        if len(grads) == 1 or captures.is_capturing(self.device):
+            return write_step_table(grads, lrs, self.device)
+        numbers = step_numbers(grads, lrs)
+        if self._step_table is None:
+            self._step_numbers, self._step_table = numbers, write_step_table(grads, lrs, self.device)
+        elif numbers != self._step_numbers:
+            self._step_numbers, self._step_table = numbers, copy_step_table(numbers, self.device)
+        return self._step_table
+
+    def _use_on_this_stream(self, *tables: Tensor) -> None:
+        """Keeps the memory of tables that another stream made from being used again before this stream is done."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for table in tables:
+                table.record_stream(stream)
 
 
 def launch_of_one(one: Update) -> Launch:
@@ -236,116 +271,4 @@ def _group(updates: list[Update], dtypes: list[torch.dtype]) -> _Launches:
 
 # A compiled graph makes fused updates one by one, each time with a new Update object, so equal rows share a launch.
 _launch_of_one_row = functools.lru_cache(maxsize=4096)(Launch)
-
-
-class _Pieces(NamedTuple):
-    """Says how a parameter is cut into pieces, one for each program.
-
-    Args:
-        kind: the kind of piece (``ENTRIES`` and so on). grid: the number of blocks, then rows and columns of a matrix,
-            of its grid of blocks, and of a block.
-    """
-
-    kind: int
-    block_size: int
-    entries_at_once: int
-    num_groups: int
-    grid: tuple[int, ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def _pieces(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool) -> _Pieces:
-    if layout is None:
-        return _Pieces(ENTRIES.value, 1, LANES.value, -(-numel // LANES.value), (1,) * 7)
-    size = math.prod(layout.block_shape)
-    if layout.single_weights:
-        kind = GROUP_OF_WEIGHTS if is_coded or is_stochastic else ENTRIES
-    elif is_coded and layout.blocks_per_group > 1:
-        kind = GROUP_OF_RUNS
-    else:
-        kind = BLOCK if is_coded or size > LANES.value // 2 else BLOCKS
-    grid = layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape
-    return _Pieces(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups, grid)
-
-
-def _num_programs(row: Row) -> int:
-    if row.kind == BLOCK.value:
-        return row.numel // row.block_size
-    if row.kind in (ENTRIES.value, BLOCKS.value):
-        return -(-row.numel // row.entries_at_once)
-    return row.num_groups
-
-
-def row_of(one: Update, is_stochastic: bool) -> Row:
-    """Makes a parameter's row of the table, without the place of its rates."""
-    topology = one.topology
-    values, exp_avg, exp_avg_sq, generation = map(_address, (one.values, *one.slots, one.generation))
-    pieces = _pieces(None if topology is None else topology.layout, one.values.numel(), one.is_coded, is_stochastic)
-    num_blocks, rows, cols, block_rows, block_cols, block_height, block_width = pieces.grid
-    options = one.rule.named_options(one.options)
-    return Row(
-        values=values,
-        exp_avg=exp_avg,
-        exp_avg_sq=exp_avg_sq,
-        scales=_address(one.scales),
-        num_skipped=_address(one.num_skipped),
-        step=_address(one.step),
-        generation=generation,
-        births=_address(one.births),
-        topology=0 if topology is None else _address(topology.bits),
-        positions=0 if topology is None else _address(topology.positions),
-        group_starts=0 if topology is None else _address(topology.group_starts),
-        kind=pieces.kind,
-        aligned=all(address % 16 == 0 for address in (values, exp_avg, exp_avg_sq, generation)),
-        numel=one.values.numel(),
-        block_size=pieces.block_size,
-        entries_at_once=pieces.entries_at_once,
-        num_groups=pieces.num_groups,
-        num_generations=1 if one.births is None else one.births.numel(),
-        first_rate=0,
-        num_blocks=num_blocks,
-        rows=rows,
-        cols=cols,
-        block_rows=block_rows,
-        block_cols=block_cols,
-        block_height=block_height,
-        block_width=block_width,
-        warmup_steps=one.warmup_steps,
-        initial_warmup_steps=one.initial_warmup_steps,
-        shared_step=one.rule.shared_step,
-        noise_seed=one.noise_seed or 0,
-        density_rate=_bits(one.density_rate),
-        log_beta1=_bits(math.log(options.beta1) if options.beta1 > 0 else -math.inf),
-        log_beta2=_bits(math.log(options.beta2) if options.beta2 > 0 else -math.inf),
-        rest1=_bits(1 - options.beta1),
-        beta2=_bits(options.beta2),
-        rest2=_bits(1 - options.beta2),
-        eps=_bits(max(options.eps, _LEAST_EPS)),
-        weight_decay=_bits(options.weight_decay),
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-@functools.lru_cache(maxsize=256)
-def _bits(number: float) -> int:
-    """Returns the bits of an fp64 number as an integer."""
-    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
-    return bits
-
-
-def _on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Makes an int64 tensor that can be copied to ``device`` while the host goes on."""
-    host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
-    return host.pin_memory() if device.type == "cuda" else host
-
-
-@functools.lru_cache(maxsize=1024)
-def _work(num_programs: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns (programs, 2) int32: each program's parameter, and the number of its piece."""
-    counts = torch.tensor(num_programs)
-    parameter = torch.arange(len(counts)).repeat_interleave(counts)
-    piece = torch.arange(len(parameter)) - (counts.cumsum(0) - counts)[parameter]
-    return torch.stack((parameter, piece), 1).int().to(device)
+_tables_of_one_row = functools.lru_cache(maxsize=4096)(copy_tables)

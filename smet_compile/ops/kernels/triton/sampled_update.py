@@ -287,10 +287,10 @@ def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: 
     constants = product.joined.get(key)
     if constants is None:
         constants = product.joined[key] = _constants(product, launch)
-    lr_on_device = launch.begin([update])
+    step = launch.begin([update])
     supports.on_device(_sampled_update, left.device)[(product.num_programs,)](
-        launch.table,
-        launch.rates,
+        step.tables.rows,
+        step.rates,
         left,
         right,
         *product.lists,
@@ -300,7 +300,7 @@ def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: 
         *factor_strides(left, right),
         **constants,
     )
-    del lr_on_device
+    del step
 
 
 def fuses(left: Tensor, offsets: Tensor | None, update: Update) -> bool:
