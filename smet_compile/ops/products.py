@@ -18,7 +18,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops import choose, gate
 from smet_compile.ops.library import CHANGED
-from smet_compile.ops.torch_insides import a_mode_sees_ops, is_ordinary
+from smet_compile.ops.torch_insides import a_mode_sees_ops, is_ordinary, reshape_new
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """The gradients of the input, the values and the bias; None where one is not needed."""
@@ -109,8 +109,7 @@ def _forward(input: Tensor, values: Tensor, bias: Tensor | None, factor: Factor)
     topology, values = factor.topology, _converted(values, factor.dtype)
     compute = choose.compute("masked_matmul", values, topology)
     out: Tensor = compute(_rows(input), values, topology, factor.transposed, bias)
-    # No view, since autograd treats views that a function returns in its own way.
-    return out if input.dim() == 2 else torch.ops.aten._unsafe_view(out, (*input.shape[:-1], out.shape[-1]))
+    return _shaped(out, input)
 
 
 def _gradients(
@@ -154,7 +153,7 @@ def _by_ops(input: Tensor, dense: Tensor, bias: Tensor | None, factor: Factor) -
         return F.linear(input, dense, bias)
     rows = _rows(input)
     out = rows @ dense if bias is None else torch.addmm(bias, rows, dense)
-    return out if input.dim() == 2 else torch.ops.aten._unsafe_view(out, (*input.shape[:-1], out.shape[-1]))
+    return _shaped(out, input)
 
 
 def _unpacked(values: Tensor, factor: Factor) -> Tensor:
@@ -169,6 +168,11 @@ def _unpacked(values: Tensor, factor: Factor) -> Tensor:
 def _left_and_right(grad_TO: Tensor, input_TI: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
     """Returns the two matrices whose product, the left one transposed, is the gradient of the weight."""
     return (grad_TO, input_TI) if factor.transposed else (input_TI, grad_TO)
+
+
+def _shaped(out_TO: Tensor, input: Tensor) -> Tensor:
+    """Returns the new tensor ``out_TO`` in the shape for ``input``, and no view of it: autograd treats views apart."""
+    return out_TO if input.dim() == 2 else reshape_new(out_TO, (*input.shape[:-1], out_TO.shape[-1]))
 
 
 def _rows(tokens: Tensor) -> Tensor:

@@ -82,6 +82,12 @@ def is_ordinary(tensor: Tensor) -> bool:
     return known
 
 
+def reshape_new(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns a tensor that nobody else holds in another shape, which autograd does not take for a view."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
+    return reshaped
+
+
 def a_mode_sees_ops() -> bool:
     """Tells whether a ``TorchDispatchMode`` is in force."""
     return bool(torch._C._len_torch_dispatch_stack())
