@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smet_compile.ops import choose, gate, plain, saved_weights
+from smet_compile.ops import choose, plain, saved_weights
 from smet_compile.ops.compact_weight import CompactWeight
 from smet_compile.ops.environment import Variable
-from smet_compile.ops.products import Factor, multiply
+from smet_compile.ops.products import Factor, are_shown_as_ops, multiply
 from smet_compile.ops.torch_insides import is_ordinary, is_traced_or_transformed
 
 _UNPACK = "unpack"
@@ -118,7 +118,7 @@ def _product(module: nn.Module, input: Tensor, transposed: bool) -> Tensor | Non
         return None
     compact, values = found
     bias: Any = module.bias
-    if not (is_ordinary(input) and is_ordinary(values) and (bias is None or is_ordinary(bias))):
+    if not all(map(_can_be_read, (input, values) if bias is None else (input, values, bias))):
         return None
     input, bias = _as_in_autocast(input), None if bias is None else _as_in_autocast(bias)
     factor = Factor(compact.active, transposed, _dtype_in_autocast(values))
@@ -136,8 +136,13 @@ def _compact_of(module: nn.Module) -> tuple[CompactWeight, Tensor] | None:
     compact, values = chain._modules.get("0"), chain._parameters.get("original")
     if not isinstance(compact, CompactWeight) or values is None or _has_hooks(chain) or _has_hooks(compact):
         return None
-    is_simple = compact.stand_in is None and compact.collected is None and not gate.is_traced(compact.topology)
+    is_simple = compact.stand_in is None and compact.collected is None and _can_be_read(compact.topology)
     return (compact, values) if is_simple else None
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Tells whether a product takes ``tensor``: its memory is read, or the op is shown to somebody who knows it."""
+    return is_ordinary(tensor) or (are_shown_as_ops() and isinstance(tensor, Tensor) and not tensor.is_meta)
 
 
 def _has_hooks(module: nn.Module) -> bool:

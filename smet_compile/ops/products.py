@@ -2,13 +2,14 @@
 
 Forward and both gradients call the kernels that passes put into compiled graphs. What autograd keeps is the input; the
 values are kept by reference and their version is checked, as ``unpack`` does. Where a kernel cannot be called the same
-gradients are computed from the unpacked weight: for a gradient of a gradient, for gradients in batches, and where a
-``TorchDispatchMode`` is to see every op.
+is computed from the unpacked weight: for a gradient of a gradient, for gradients in batches, and where a
+``TorchDispatchMode`` is to see every op. One that knows this library's ops sees these instead (``shown_as_ops``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,24 @@ class Factor(NamedTuple):
         return layout.rows if self.transposed else layout.cols
 
 
+_num_shown = 0
+
+
+@contextmanager
+def shown_as_ops() -> Iterator[None]:
+    """Makes a product within one op of ``torch.ops.smet``, which a ``TorchDispatchMode`` sees; of fake tensors too."""
+    global _num_shown
+    _num_shown += 1
+    try:
+        yield
+    finally:
+        _num_shown -= 1
+
+
+def are_shown_as_ops() -> bool:
+    return _num_shown > 0
+
+
 def multiply(input: Tensor, values: Tensor, update_sink: Tensor | None, bias: Tensor | None, factor: Factor) -> Tensor:
     """Returns input W + bias, or input Wᵀ + bias. The gradient of the values goes to the sink where there is one."""
     product: Tensor
@@ -82,8 +101,7 @@ class _Product(torch.autograd.Function):
         needs_input, needs_values, needs_sink, needs_bias, _ = ctx.needs_input_grad
         needed = needs_input, needs_values or needs_sink, needs_bias
         factor = _checked(ctx.factor)
-        is_direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or a_mode_sees_ops())
-        compute = _gradients if is_direct and is_ordinary(grad) else _differentiable_gradients
+        compute = _gradients if _can_call_kernels(grad) else _differentiable_gradients
         to_input, to_values, to_bias = _without_autocast(compute, grad, input, ctx.values, factor, needed)
         to_input = None if to_input is None else to_input.reshape(ctx.input_shape)
         if ctx.has_update_sink:
@@ -95,6 +113,12 @@ RUN_IN_EAGER = (_Product.forward, _Product.backward)
 """Functions that Dynamo must not compile by themselves after a graph break."""
 
 
+def _can_call_kernels(grad: Tensor) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return are_shown_as_ops() or (is_ordinary(grad) and not a_mode_sees_ops())
+
+
 def _checked(factor: Factor) -> Factor:
     """Checks the topology again where its buffers were written since the forward, be it with what they held."""
     known = factor.topology
@@ -104,12 +128,11 @@ def _checked(factor: Factor) -> Factor:
 
 
 def _forward(input: Tensor, values: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
-    if a_mode_sees_ops():
+    if a_mode_sees_ops() and not are_shown_as_ops():
         return _by_ops(input, _unpacked(values, factor), bias, factor)
-    topology, values = factor.topology, _converted(values, factor.dtype)
-    compute = choose.compute("masked_matmul", values, topology)
-    out: Tensor = compute(_rows(input), values, topology, factor.transposed, bias)
-    return _shaped(out, input)
+    return _shaped(
+        _masked(_rows(input), _converted(values, factor.dtype), factor.topology, factor.transposed, bias), input
+    )
 
 
 def _gradients(
@@ -120,11 +143,10 @@ def _gradients(
     topology, grad_TO = factor.topology, _rows(grad)
     to_input = to_values = None
     if needs_input:
-        compute = choose.compute("masked_matmul", grad_TO, topology)
-        to_input = compute(grad_TO, _converted(values, factor.dtype), topology, not factor.transposed)
+        to_input = _masked(grad_TO, _converted(values, factor.dtype), topology, not factor.transposed)
     if input is not None:
         left, right = _left_and_right(grad_TO, _rows(input), factor)
-        to_values = choose.compute("sampled_matmul", left, topology)(left, right, topology).to(values.dtype)
+        to_values = _sampled(left, right, topology).to(values.dtype)
     return to_input, to_values, grad_TO.sum(0) if needs_bias else None
 
 
@@ -145,6 +167,27 @@ def _differentiable_gradients(
         )
         to_values = packed.to(values.dtype)
     return to_input, to_values, grad_TO.sum(0) if needs_bias else None
+
+
+def _masked(tokens: Tensor, values: Tensor, topology: Topology, transposed: bool, bias: Tensor | None = None) -> Tensor:
+    compute = _masked_op if are_shown_as_ops() else choose.compute("masked_matmul", tokens, topology)
+    out: Tensor = compute(tokens, values, topology, transposed, bias)
+    return out
+
+
+def _masked_op(tokens: Tensor, values: Tensor, topology: Topology, *rest: Any) -> Any:
+    return torch.ops.smet.masked_matmul(tokens, values, topology.bits, topology.lists, topology.layout.text, *rest)
+
+
+def _sampled(left: Tensor, right: Tensor, topology: Topology) -> Tensor:
+    compute = _sampled_op if are_shown_as_ops() else choose.compute("sampled_matmul", left, topology)
+    values: Tensor = compute(left, right, topology)
+    return values
+
+
+def _sampled_op(left: Tensor, right: Tensor, topology: Topology) -> Any:
+    where = topology.bits, topology.lists, topology.layout.text
+    return torch.ops.smet.sampled_matmul(left, right, *where, topology.num_active)
 
 
 def _by_ops(input: Tensor, dense: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
