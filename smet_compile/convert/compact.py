@@ -20,7 +20,7 @@ from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
 from smet_compile.format import patterns
-from smet_compile.ops import CompactWeight, reads, saved_weights
+from smet_compile.ops import CompactWeight, direct, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import outside_graphs
 
@@ -76,7 +76,8 @@ def make_compact(model: nn.Module, drawn: Sequence[Drawn], reasons: Mapping[str,
             reads.accept_parameters(weight.module, parametrizations)
             each.compact.train(weight.module.training)
         for each in drawn:
-            saved_weights.install(each.choice.weight.module, owner=True)
+            if each.choice.weight.tensor_name != "weight" or not direct.install(each.choice.weight.module):
+                saved_weights.install(each.choice.weight.module, owner=True)
         saved_weights.install(model)
         remember_reasons(model, dict(reasons))
         for each in sorted(drawn, key=lambda each: each.choice.values_bytes, reverse=True):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,10 +21,11 @@ from torch import Tensor
 
 from smet_compile.format import Layout, Topology
 from smet_compile.format.arguments import described
+from smet_compile.ops.environment import Variable
 from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, multiplies_on_cpu, warn_once
 from smet_compile.ops.updates import Update
 
-_VARIABLE = "SMET_COMPILE_KERNEL"
+_VARIABLE = Variable("SMET_COMPILE_KERNEL")
 _FAMILIES = ("cpu", "triton")
 _FUSED = "triton_fused"
 OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
@@ -160,21 +160,12 @@ def names() -> tuple[str, ...]:
     return (*(kernel.name for kernel in _kernels), *_FAMILIES, _FUSED)
 
 
-def _environment() -> object:
-    """Returns the raw value of the variable, only to be compared: every op asks, and ``os.environ`` is slow."""
-    return _raw_environment.get(_raw_variable)
-
-
-_raw_environment: Any = getattr(os.environ, "_data", os.environ)
-_raw_variable: Any = os.environ.encodekey(_VARIABLE) if hasattr(os.environ, "_data") else _VARIABLE
-
-
 def forced_kernel() -> str | None:
     """Returns the name in ``SMET_COMPILE_KERNEL``, None where it is not set. Raises ValueError for an unknown name."""
-    name = os.environ.get(_VARIABLE) or None
+    name = _VARIABLE.text()
     if name is not None and name not in names():
         raise ValueError(
-            f"{_VARIABLE}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen"
+            f"{_VARIABLE.name}: expected one of {', '.join(names())}, got {name!r}; unset it to have one chosen"
         )
     return name
 
@@ -186,7 +177,7 @@ def kernel_of(op: str, case: Case) -> str:
 
 def compute(op: str, tensor: Tensor, topology: Topology, grouped: bool = False) -> Callable[..., Any]:
     """Returns the function that computes ``op`` on ``tensor``, and caches it in the topology."""
-    key = (op, tensor.dtype, grouped, _environment(), _registry.version)
+    key = (op, tensor.dtype, grouped, _VARIABLE.raw(), _registry.version)
     return topology.constant(key, lambda: _choose_and_warn(op, case_of(tensor, topology, grouped)).function(op))
 
 
@@ -209,7 +200,7 @@ def update_all(updates: list[Update]) -> None:
 
     An update caches the choice, which holds while its gradient is a plain tensor of the values' dtype and device.
     """
-    token = (_registry.version, _environment())
+    token = (_registry.version, _VARIABLE.raw())
     by_kernel: dict[str, tuple[Kernel, list[Update]]] = {}
     for update in updates:
         grad, values = update.grad, update.values
@@ -274,8 +265,8 @@ def _choose(op: str, case: Any, name: str | None) -> tuple[Kernel, str | None]:
     reasons = " and ".join(f"{refusing.name} {refusing.refusal(op, case)}" for refusing in named)
     task = "the optimizer step" if op == "update_all" else op
     return kernel, (
-        f"{_VARIABLE}={name}: {kernel.name} computes {task} of {case.kind}, since {reasons}; name a kernel that can, "
-        "or unset the variable"
+        f"{_VARIABLE.name}={name}: {kernel.name} computes {task} of {case.kind}, since {reasons}; name a kernel that "
+        "can, or unset the variable"
     )
 
 

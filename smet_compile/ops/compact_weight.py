@@ -113,6 +113,8 @@ class CompactWeight(nn.Module):
     def active(self) -> Topology:
         """Returns the checked topology, with the lists that kernels read."""
         self.check()
+        if self._active is not None and self.is_still(self._active):
+            return self._active
         return gate.find(self.topology, self.lists, self.layout.text, self.num_active)
 
     def _is_checked(self) -> bool:

@@ -326,6 +326,15 @@ def _begin(module: nn.Module, caller: FrameType) -> None:
     _forwards.enter(module, caller, _new_hooks())
 
 
+def run(forward: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
+    """Runs one forward of ``module`` under the hooks, in eager mode."""
+    _begin(module, sys._getframe())
+    try:
+        return forward(module, *args)
+    finally:
+        _forwards.exit(module)
+
+
 _OF_MODEL, _OF_OWNER = (_enter, _exit), (_enter_owner, _exit_owner)
 
 

@@ -56,6 +56,66 @@ def register_autograd(
     library.impl(name, call, "Autograd", with_keyset=True)
 
 
+_ORDINARY_KEYS = {
+    *("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA"),
+    "ADInplaceOrView",
+}
+_are_ordinary: dict[int, bool] = {}
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Tells whether ``tensor`` is plain memory of a CPU or a CUDA GPU, which a kernel can read at its address.
+
+    False for subclasses, fake and meta tensors, sparse ones, lazy negations, those inside of ``torch.func``.
+    """
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    try:
+        keys = torch._C._dispatch_keys(tensor)
+        raw = keys.raw_repr()
+    except AttributeError:
+        return False
+    known = _are_ordinary.get(raw)
+    if known is None:
+        names = repr(keys).partition("(")[2].rstrip(")").split(", ")
+        known = _are_ordinary[raw] = _ORDINARY_KEYS.issuperset(names)
+    return known
+
+
+def reshape_new(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns a tensor that nobody else holds in another shape, which autograd does not take for a view."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view(tensor, shape)
+    return reshaped
+
+
+def a_mode_sees_ops() -> bool:
+    """Tells whether a ``TorchDispatchMode`` is in force."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def is_traced_or_transformed() -> bool:
+    """Tells whether somebody has to see the calls of torch functions as they are written.
+
+    That is so under ``torch.jit.trace``, a ``torch.func`` transform, forward-mode AD, a ``TorchFunctionMode`` other
+    than that of a default device, and while parametrizations are cached.
+    """
+    try:
+        return bool(
+            torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd.forward_ad._current_level >= 0
+            or torch.nn.utils.parametrize._cache_enabled
+            or (torch._C._len_torch_function_stack() and _a_mode_sees_functions())
+        )
+    except AttributeError:
+        return True
+
+
+def _a_mode_sees_functions() -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)
+
+
 def saved_tensor_hooks_in_force() -> PackAndUnpack | None:
     """Returns the innermost saved-tensor hooks of this thread; None where there are none."""
     autograd: Any = torch._C._autograd

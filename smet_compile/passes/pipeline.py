@@ -14,7 +14,7 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from smet_compile.ops import CompactWeight, library, saved_weights
+from smet_compile.ops import CompactWeight, direct, library, products, saved_weights
 from smet_compile.ops.torch_insides import warn_once
 from smet_compile.passes import is_enabled
 from smet_compile.passes.canonicalize import canonicalize
@@ -81,10 +81,13 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+_RUN_IN_EAGER = (*saved_weights.RUN_IN_EAGER, *direct.RUN_IN_EAGER, *products.RUN_IN_EAGER)
+
+
 def install() -> None:
     """Sets ``torch._inductor.config.joint_custom_pre_pass``, keeping the user's. A second call has no effect."""
     library.on_unseen_graph = _warn_unseen
-    for function in (CompactWeight.forward, *saved_weights.RUN_IN_EAGER):
+    for function in (CompactWeight.forward, *_RUN_IN_EAGER):
         _never_by_itself(function)
     current = inductor.joint_custom_pre_pass
     if not _holds_ours(current):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from smet_compile.format import Layout
 from smet_compile.plan.timeline import Degrees, Term, Timeline
 
 _aten = torch.ops.aten
+_COMPACT_PRODUCTS: dict[Any, Callable[[Any], int]] = {
+    torch.ops.smet.masked_matmul: lambda args: int(args[1].shape[0]),
+    torch.ops.smet.sampled_matmul: lambda args: int(args[5]),
+}
+"""The ops that multiply directly, with their number of active blocks as a function of the arguments."""
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -49,8 +55,10 @@ class EagerFollower(TorchDispatchMode):
         is_pack = packet is torch.ops.smet.pack
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and _key(tensor) not in read:
-                self._record(tensor, is_pack)
-        if packet is torch.ops.smet.unpack:
+                self._record(tensor, is_pack or packet is torch.ops.smet.sampled_matmul)
+        if packet in _COMPACT_PRODUCTS:
+            self._count_compact(args[0], Layout.from_text(args[4]), _COMPACT_PRODUCTS[packet](args))
+        elif packet is torch.ops.smet.unpack:
             self._unpacked_densities[_key(out)] = args[0].shape[0] / Layout.from_text(args[3]).num_blocks
         elif is_pack:
             self._count_packed(read[0], args[4] / Layout.from_text(args[3]).num_blocks)
@@ -93,6 +101,12 @@ class EagerFollower(TorchDispatchMode):
             _add(self.operations, term, coefficient)
             if isinstance(out, Tensor):
                 self._products[_key(out)] = coefficient, term
+
+    def _count_compact(self, tokens: Tensor, layout: Layout, num_active: int) -> None:
+        """Counts the active share of a product with a compact weight, or of its weight gradient."""
+        coefficient, term = self.degrees.of_product(2 * tokens.shape[0] * layout.num_weights)
+        _add(self.dense_operations, term, coefficient)
+        _add(self.operations, term._replace(compact=True), coefficient * num_active / layout.num_blocks)
 
     def _count_packed(self, gradient: int, density: float) -> None:
         """Counts only the active share of a product that is packed: it was the gradient of a compact weight."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from smet_compile.ops.products import shown_as_ops
 from smet_compile.optim import ActiveAdamW
 from smet_compile.plan.compiled import compiled_timeline
 from smet_compile.plan.eager import EagerFollower, FakeTensorMode
@@ -91,7 +92,7 @@ def run_eager(model: nn.Module, step: Step, degrees: Degrees) -> EagerRun:
     with FakeTensorMode():
         fake = _fake_copy(model, step)
         batch = step.batch(degrees)
-        with EagerFollower(degrees) as followed:
+        with EagerFollower(degrees) as followed, shown_as_ops():
             loss = step.loss(fake, batch)
             followed.begin_backward()
             loss.backward()
