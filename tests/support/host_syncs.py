@@ -1,7 +1,8 @@
 """Records where Python waits for a tensor's content, which on a GPU waits for the device.
 
 On a CPU nothing waits, but the same calls are made. Copies between host and device cannot be told there from tensors
-that stay where they are, so every call of ``cpu``, ``tolist``, ``numpy`` and ``to(device)`` counts as one.
+that stay where they are, so every call of ``cpu``, ``tolist``, ``numpy`` and ``to(device)`` counts as one, unless it is
+asked not to block.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def host_syncs() -> Iterator[list[str]]:
 
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             is_copy = name != "to" or any(isinstance(x, torch.device | str) for x in (*args, kwargs.get("device")))
-            if is_copy and sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
+            if is_copy and not kwargs.get("non_blocking") and sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
                 mode.note(name)
             return original(tensor, *args, **kwargs)
 
