@@ -1,6 +1,10 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+from smet_compile.ops import direct
 
 settings.register_profile("suite", deadline=None, max_examples=50)
 settings.load_profile("suite")
@@ -13,3 +17,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unpacked() -> Iterator[None]:
+    """Makes eager linear layers read their weights, so that they compute the numbers of a dense model bit for bit."""
+    with direct.unpacked():
+        yield

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.ops import direct, find_sites
+from smet_compile.ops import find_sites
 from tests.support.masked import dense_weight, fill_masked, grids_of, masked_gradients, masks_of, parameter_of
 from tests.support.slope import Slope, step_on
 from tests.support.small_models import RaggedNet, two_layers
@@ -234,14 +234,14 @@ def test_loading_rebuilds_what_is_derived_from_the_topology() -> None:
         assert same_bits(p.grad, q.grad)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_the_allocator_reuses_addresses_within_a_forward() -> None:
     sparse = nn.Sequential(*[nn.Linear(40, 40) for _ in range(12)])
     plain = copy.deepcopy(sparse)
     smet.sparsify(sparse, density=0.5)
     fill_masked(plain, sparse)
     x = torch.randn(3, 40)
-    with direct.unpacked():
-        sparse(x).sum().backward()
+    sparse(x).sum().backward()
     plain(x).sum().backward()
     for name, expected in masked_gradients(plain, sparse).items():
         assert same_bits(parameter_of(sparse, name).grad, expected), name

@@ -63,6 +63,7 @@ def shown_as_ops() -> Iterator[None]:
 
 
 def are_shown_as_ops() -> bool:
+    """Tells whether products are ops for a mode that knows them."""
     return _num_shown > 0
 
 
@@ -98,9 +99,8 @@ class _Product(torch.autograd.Function):
         if ctx.values._version != ctx.version:
             raise RuntimeError(CHANGED)
         (input,) = ctx.saved_tensors
-        needs_input, needs_values, needs_sink, needs_bias, _ = ctx.needs_input_grad
-        needed = needs_input, needs_values or needs_sink, needs_bias
-        factor = _checked(ctx.factor)
+        needs_input, _, _, needs_bias, _ = ctx.needs_input_grad
+        needed, factor = (needs_input, needs_bias), _checked(ctx.factor)
         compute = _gradients if _can_call_kernels(grad) else _differentiable_gradients
         to_input, to_values, to_bias = _without_autocast(compute, grad, input, ctx.values, factor, needed)
         to_input = None if to_input is None else to_input.reshape(ctx.input_shape)
@@ -136,10 +136,10 @@ def _forward(input: Tensor, values: Tensor, bias: Tensor | None, factor: Factor)
 
 
 def _gradients(
-    grad: Tensor, input: Tensor | None, values: Tensor, factor: Factor, needed: tuple[bool, bool, bool]
+    grad: Tensor, input: Tensor | None, values: Tensor, factor: Factor, needed: tuple[bool, bool]
 ) -> Gradients:
-    """Computes the gradients that are needed by the kernels."""
-    needs_input, _, needs_bias = needed
+    """Computes the gradients by kernels: of the values where there is an ``input``, of the others where needed."""
+    needs_input, needs_bias = needed
     topology, grad_TO = factor.topology, _rows(grad)
     to_input = to_values = None
     if needs_input:
@@ -151,10 +151,10 @@ def _gradients(
 
 
 def _differentiable_gradients(
-    grad: Tensor, input: Tensor | None, values: Tensor, factor: Factor, needed: tuple[bool, bool, bool]
+    grad: Tensor, input: Tensor | None, values: Tensor, factor: Factor, needed: tuple[bool, bool]
 ) -> Gradients:
-    """Computes the gradients that are needed by ops that have gradients themselves."""
-    needs_input, _, needs_bias = needed
+    """Computes the same by ops that have gradients themselves."""
+    needs_input, needs_bias = needed
     topology, grad_TO = factor.topology, _rows(grad)
     to_input = to_values = None
     if needs_input:

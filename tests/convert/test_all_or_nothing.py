@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 import smet_compile as smet
 from smet_compile import api
 from smet_compile.convert import compact as compact_module
-from smet_compile.ops import CompactWeight, find_sites, saved_weights
+from smet_compile.ops import CompactWeight, direct, find_sites, saved_weights
 from tests.support.small_models import ToyExperts
 from tests.support.snapshots import assert_same
 from tests.support.states import structure
@@ -44,6 +44,9 @@ TOKENS = torch.arange(10).view(2, 5)
 WEIGHTS = {"own", "experts.up_proj", "experts.down_proj", "attention.out_proj.weight", "last.weight"} | {
     f"attention.{name}_proj_weight" for name in "qkv"
 }
+
+NUM_LINEAR = 2
+"""The number of layers that multiply with their values: attention.out_proj and last."""
 
 
 def mixed() -> nn.Module:
@@ -107,7 +110,8 @@ PLACES = [
     (parametrize, "_inject_new_class", 3),
     (parametrize, "_inject_property", len(WEIGHTS)),
     (saved_weights, "install", 2),
-    (saved_weights, "install", len(WEIGHTS) + 1),
+    (saved_weights, "install", len(WEIGHTS) - NUM_LINEAR + 1),
+    (direct, "install", NUM_LINEAR),
     (compact_module, "remember_reasons", 1),
     (compact_module, "note_dense_shape", 1),
     (parametrize, "_maybe_set", len(WEIGHTS) + 1),  # the largest weight takes its values

@@ -15,6 +15,7 @@ from tests.support.training import train
 
 
 @pytest.mark.parametrize("block_shape", [1, (1, 16), (16, 16)], ids=str)
+@pytest.mark.usefixtures("unpacked")
 def test_same_keys_shapes_and_outputs_as_a_model_never_sparsified(block_shape: int | tuple[int, int]) -> None:
     torch.manual_seed(1)
     plain = RaggedNet()
@@ -81,6 +82,7 @@ def test_frozen_and_mode_are_kept() -> None:
     assert not dense[0].weight.requires_grad and dense[3].weight.requires_grad and not dense.training
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_exported_model_can_be_made_sparse_again() -> None:
     sparse = smet.sparsify(two_layers(), density=0.4)
     again = smet.sparsify(smet.export_dense(sparse), density=0.4, select="magnitude")

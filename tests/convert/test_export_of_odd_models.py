@@ -62,6 +62,7 @@ KEPT: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("kind", list(KEPT))
+@pytest.mark.usefixtures("unpacked")
 def test_what_a_module_keeps_is_copied_without_its_graph(kind: str) -> None:
     model = smet.sparsify(nn.Sequential(Keeps(KEPT[kind]), nn.Tanh(), nn.Linear(20, 7)), density=0.4)
     x = torch.randn(5, 12)
@@ -106,6 +107,7 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("first", ["wrapped", "sparsified"])
 @pytest.mark.parametrize("kind", list(WRAPPED))
+@pytest.mark.usefixtures("unpacked")
 def test_a_wrapped_model_is_exported_as_the_plain_one(kind: str, first: str) -> None:
     plain = two_layers()
     x = torch.randn(5, 12)

@@ -43,6 +43,7 @@ def pruned(model: nn.Module, block_shape: tuple[int, int]) -> dict[str, int]:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("block_shape", [(1, 1), (1, 4), (4, 4)], ids=str)
 @pytest.mark.parametrize("make", [net, RaggedNet])
+@pytest.mark.usefixtures("unpacked")
 def test_weights_and_outputs_are_what_they_were(make: Any, block_shape: tuple[int, int]) -> None:
     model = make()
     counts = pruned(model, block_shape)
@@ -170,6 +171,7 @@ def test_a_model_under_torch_prune_whose_report_is_long() -> None:
         smet.sparsify(model)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_after_prune_remove() -> None:
     model = net()
     prune_by_torch(model)

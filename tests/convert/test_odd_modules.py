@@ -109,6 +109,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.usefixtures("unpacked")
 def test_beside_a_linear_layer(name: str) -> None:
     make, num_sites, dense = CASES[name]
     model = nn.Sequential(make(), nn.Linear(12, 7))

@@ -159,6 +159,39 @@ def test_forward_mode() -> None:
     torch.testing.assert_close(found, F.linear(tangent, model[0].weight))
 
 
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(23, 29), nn.Linear(29, 23)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("what", ["forward", "step", "backward"])
+def test_a_compiled_call_that_breaks_into_several_graphs(what: str) -> None:
+    torch._dynamo.reset()
+    model, x = compact(Breaks()), tokens().requires_grad_()
+    forward = torch.compiler.disable(model) if what == "backward" else model
+
+    def step(x: Tensor) -> None:
+        forward(x).square().sum().backward()
+
+    leaves = [x, *model.parameters()]
+    step(x)
+    expected = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    if what == "forward":
+        torch.compile(model, backend="aot_eager")(x).square().sum().backward()
+    else:
+        torch.compile(step, backend="aot_eager")(x)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
 def test_a_traced_module_contains_the_unpacked_product() -> None:
     model, x = compact(), tokens()
     traced = torch.jit.trace(model, x)

@@ -1,7 +1,7 @@
 """No dense weight of a site is kept for backward: while the loss is alive, every one of them is gone."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,19 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import smet_compile as smet
-from smet_compile.ops import direct
 from tests.ops.call_forms import ReadTwice
 from tests.support.masked import fill_masked, masked_gradients, parameter_of
 from tests.support.small_models import chain
 from tests.support.snapshots import same_bits
 from tests.support.weight_watch import WeightSized, dense_sizes
 
-
-@pytest.fixture(autouse=True)
-def every_weight_is_read() -> Iterator[None]:
-    """Makes linear layers read their weights too, instead of multiplying with the values (``test_direct``)."""
-    with direct.unpacked():
-        yield
+pytestmark = pytest.mark.usefixtures("unpacked")
 
 
 class Twice(nn.Module):

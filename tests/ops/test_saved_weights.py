@@ -1,25 +1,19 @@
 """Keeping values instead of dense weights changes nothing else: checks, errors, contexts, gradients."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
-from smet_compile.ops import direct, find_sites
+from smet_compile.ops import find_sites
 from tests.support.masked import fill_masked, masked_gradients, parameter_of
 from tests.support.small_models import chain
 from tests.support.snapshots import same_bits
 from tests.support.weight_watch import WeightSized, dense_sizes
 
-
-@pytest.fixture(autouse=True)
-def every_weight_is_read() -> Iterator[None]:
-    """Makes linear layers read their weights too, instead of multiplying with the values (``test_direct``)."""
-    with direct.unpacked():
-        yield
+pytestmark = pytest.mark.usefixtures("unpacked")
 
 
 def test_a_frozen_site_keeps_nothing_and_passes_the_gradient_on() -> None:

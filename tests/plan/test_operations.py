@@ -1,8 +1,11 @@
 """The ratio of dense to sparse operations follows the bounds that are known for the presets at sequence 256."""
 
+from typing import Any
+
 import pytest
 
 import smet_compile as smet
+from smet_compile.ops import direct
 from smet_compile.plan.formulas import symbols
 
 BOUNDS = {"130m": (1.61, 2.32, 3.16), "7b": (1.95, 3.72, 8.18)}
@@ -31,3 +34,13 @@ def test_operations_are_those_counted_by_hand() -> None:
     rest = (plan.formulas["operations"] - expected).expand()
     assert rest.coeff(d) == rest.coeff(s, 2) == 0
     assert abs(rest.subs({b: 2, s: 32})) < 1e-3 * plan.sparse.operations, "rotary angles"
+
+
+def test_an_eager_step_multiplies_directly() -> None:
+    """So it takes as many operations as one that unpacks its weights, and less memory."""
+    options: dict[str, Any] = {"block_shape": 8, "batch": 1, "sequence": 4, "compiled": False, "vocabulary": 64}
+    plan = smet.plan("nano", 0.25, **options).sparse
+    with direct.unpacked():
+        unpacked = smet.plan("nano", 0.25, **options).sparse
+    assert plan.operations == unpacked.operations
+    assert plan.peak < unpacked.peak
