@@ -17,9 +17,10 @@ from torch import Tensor
 
 from smet_compile.ops import captures
 from smet_compile.ops.choose import UpdateCase
-from smet_compile.ops.kernels.triton.adamw_kernels import prepare, update
+from smet_compile.ops.kernels.triton.adamw_kernels import update
+from smet_compile.ops.kernels.triton.adamw_prepare import prepare
 from smet_compile.ops.kernels.triton.adamw_rows import num_programs, row_of
-from smet_compile.ops.kernels.triton.adamw_step import BLOCKS, Row
+from smet_compile.ops.kernels.triton.adamw_step import RATES, Row
 from smet_compile.ops.kernels.triton.adamw_tables import (
     Tables,
     copy_step_table,
@@ -27,6 +28,7 @@ from smet_compile.ops.kernels.triton.adamw_tables import (
     step_numbers,
     write_step_table,
 )
+from smet_compile.ops.kernels.triton.places import list_places, with_first_places
 from smet_compile.ops.kernels.triton.supports import on_device
 from smet_compile.ops.updates import Update
 
@@ -39,10 +41,9 @@ TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_FEW_THREADS = {"num_warps": 4}
-_MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
-"""Options of a program that would spill registers otherwise: one with codes, or with several blocks."""
-_NUM_KINDS = 5
+_THREADS = {"num_warps": 8, "maxnreg": 128}
+"""Options of a program: four entries of each thread are loaded at once, and two programs share a multiprocessor."""
+_NUM_KINDS = 6
 _LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
 """Keys of ``Update.prepared``: the launches of a step (kept by its first update), a number by which an update is
 recognised in the next step, and the tensors that the update changes."""
@@ -102,10 +103,6 @@ class Specialization(NamedTuple):
         dtypes = one.values.dtype, one.grad.dtype, one.slots[0].dtype
         return cls(one.values.device, dtypes, one.rounds_stochastically, lists, generation)
 
-    @property
-    def is_coded(self) -> bool:
-        return self.dtypes[2] == torch.uint8
-
     def constants(self) -> dict[str, Any]:
         """Returns the constants that all kernels here share."""
         return {
@@ -137,15 +134,16 @@ class Launch:
     """
 
     def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
-        *first_rates, self._num_rates = itertools.accumulate((3 * row.num_generations for row in rows), initial=0)
+        sizes = (RATES.value * row.num_generations for row in rows)
+        *first_rates, self._num_rates = itertools.accumulate(sizes, initial=0)
+        rows, self._num_places = with_first_places(rows)
         self._rows = tuple(row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True))
         self.num_programs = sum(map(num_programs, rows))
         kinds = {row.kind for row in rows}
-        has_many_threads = specialization.is_coded or BLOCKS.value in kinds
         self.constants = {
             **specialization.constants(),
             "KINDS": tuple(kind in kinds for kind in range(_NUM_KINDS)),
-            **(_MANY_THREADS if has_many_threads else _FEW_THREADS),
+            **_THREADS,
             "enable_fp_fusion": False,
         }
         self.specialization = specialization
@@ -160,8 +158,11 @@ class Launch:
         step = self.begin(updates)
         if self.num_programs:
             kernel = on_device(update, self.device)
-            tables = step.tables
-            kernel[(self.num_programs,)](tables.rows, step.step_table, step.rates, tables.work, **self.constants)
+            tables, index = step.tables, self.constants["INDEX"]
+            listed = list_places(tables.rows, tables.groups, self._num_places, self.device, index)
+            kernel[(self.num_programs,)](
+                tables.rows, step.step_table, step.rates, *listed, tables.work, **self.constants
+            )
         del step
 
     def make_tables(self) -> Tables:

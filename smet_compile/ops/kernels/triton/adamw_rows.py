@@ -15,9 +15,12 @@ from smet_compile.ops.kernels.triton.adamw_step import (
     BLOCK,
     BLOCKS,
     ENTRIES,
+    ENTRIES_OF_A_PIECE,
     GROUP_OF_RUNS,
-    GROUP_OF_WEIGHTS,
+    GROUPS,
+    GROUPS_OF_WEIGHTS,
     LANES,
+    WEIGHTS,
     Row,
 )
 from smet_compile.ops.updates import Update
@@ -29,47 +32,52 @@ class _Pieces(NamedTuple):
     """Says how a parameter is cut into pieces, one for each program.
 
     Args:
-        kind: the kind of piece (``ENTRIES`` and so on). grid: the number of blocks, then rows and columns of a matrix,
-            of its grid of blocks, and of a block.
+        kind: the kind of piece (``ENTRIES`` and so on).
     """
 
     kind: int
     block_size: int
     entries_at_once: int
     num_groups: int
-    grid: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
 def _pieces(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool) -> _Pieces:
     if layout is None:
-        return _Pieces(ENTRIES.value, 1, LANES.value, -(-numel // LANES.value), (1,) * 7)
+        return _Pieces(ENTRIES.value, 1, ENTRIES_OF_A_PIECE.value, -(-numel // LANES.value))
     size = math.prod(layout.block_shape)
     if layout.single_weights:
-        kind = GROUP_OF_WEIGHTS if is_coded or is_stochastic else ENTRIES
-    elif is_coded and layout.blocks_per_group > 1:
+        kind = GROUPS_OF_WEIGHTS if is_coded else WEIGHTS if is_stochastic else ENTRIES
+        return _Pieces(kind.value, 1, ENTRIES_OF_A_PIECE.value, layout.num_groups)
+    if is_coded and layout.blocks_per_group > 1:
         kind = GROUP_OF_RUNS
     else:
         kind = BLOCK if is_coded or size > LANES.value // 2 else BLOCKS
-    grid = layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape
-    return _Pieces(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups, grid)
+    return _Pieces(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups)
 
 
 def num_programs(row: Row) -> int:
     """Returns into how many pieces the parameter of a row is cut."""
     if row.kind == BLOCK.value:
         return row.numel // row.block_size
-    if row.kind in (ENTRIES.value, BLOCKS.value):
+    if row.kind in (ENTRIES.value, WEIGHTS.value, BLOCKS.value):
         return -(-row.numel // row.entries_at_once)
-    return row.num_groups
+    return -(-row.num_groups // GROUPS.value) if row.kind == GROUPS_OF_WEIGHTS.value else row.num_groups
+
+
+def num_listed_groups(row: Row) -> int:
+    """Returns the number of groups of single weights whose positions a step with noise lists."""
+    return row.num_groups if row.topology else 0
 
 
 def row_of(one: Update, is_stochastic: bool) -> Row:
-    """Makes a parameter's row of the table, without the place of its rates."""
+    """Makes a parameter's row of the table, without where its rates and places begin."""
     topology = one.topology
     values, exp_avg, exp_avg_sq, generation = map(_address, (one.values, *one.slots, one.generation))
     pieces = _pieces(None if topology is None else topology.layout, one.values.numel(), one.is_coded, is_stochastic)
-    num_blocks, rows, cols, block_rows, block_cols, block_height, block_width = pieces.grid
+    bits, num_blocks = None, 0
+    if is_stochastic and topology is not None and topology.layout.single_weights:
+        bits, num_blocks = topology.bits, topology.layout.num_blocks
     options = one.rule.named_options(one.options)
     return Row(
         values=values,
@@ -80,9 +88,10 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         step=_address(one.step),
         generation=generation,
         births=_address(one.births),
-        topology=0 if topology is None else _address(topology.bits),
         positions=0 if topology is None else _address(topology.positions),
         group_starts=0 if topology is None else _address(topology.group_starts),
+        topology=_address(bits),
+        num_blocks=num_blocks,
         kind=pieces.kind,
         aligned=all(address % 16 == 0 for address in (values, exp_avg, exp_avg_sq, generation)),
         numel=one.values.numel(),
@@ -91,13 +100,8 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         num_groups=pieces.num_groups,
         num_generations=1 if one.births is None else one.births.numel(),
         first_rate=0,
-        num_blocks=num_blocks,
-        rows=rows,
-        cols=cols,
-        block_rows=block_rows,
-        block_cols=block_cols,
-        block_height=block_height,
-        block_width=block_width,
+        first_place=0,
+        first_span=0,
         warmup_steps=one.warmup_steps,
         initial_warmup_steps=one.initial_warmup_steps,
         shared_step=one.rule.shared_step,

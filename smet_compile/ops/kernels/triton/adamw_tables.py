@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smet_compile.ops import captures
-from smet_compile.ops.kernels.triton.adamw_rows import num_programs
+from smet_compile.ops.kernels.triton.adamw_rows import num_listed_groups, num_programs
 from smet_compile.ops.kernels.triton.adamw_step import GRAD, LR, LR_IS_ADDRESS, NUM_STEP_COLUMNS, Row, StepRow
 from smet_compile.ops.kernels.triton.supports import on_device
 
@@ -33,19 +33,21 @@ class Tables(NamedTuple):
 
     Args:
         rows: (P, columns of ``Row``) int64. work: (programs, 2) int32, each program's parameter and piece.
+        groups: the same for the groups of single weights whose positions are listed.
     """
 
     rows: Tensor
     work: Tensor
+    groups: Tensor
 
 
 def copy_tables(rows: Sequence[Row], device: torch.device) -> Tables:
     """Copies the rows to the device, and lists the pieces of work. Raises RuntimeError where a graph is captured."""
     captures.refuse_in_capture(device, "tables of the parameters' addresses on the device")
     numbers = [number for row in rows for number in row]
-    counts = tuple(num_programs(row) for row in rows)
-    work = _work_of_one(counts, device) if len(rows) == 1 else _work(counts, device)
-    return Tables(_on_host(numbers, device).to(device, non_blocking=True), work)
+    make = _work_of_one if len(rows) == 1 else _work
+    work, groups = (make(tuple(map(count, rows)), device) for count in (num_programs, num_listed_groups))
+    return Tables(_on_host(numbers, device).to(device, non_blocking=True), work, groups)
 
 
 def _work(num_pieces: tuple[int, ...], device: torch.device) -> Tensor:
