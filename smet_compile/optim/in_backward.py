@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -73,22 +74,26 @@ def _is_plain(optimizer: Optimizer) -> bool:
 
 
 class _Addresses:
-    """Remembers where the tensors of each parameter's update lie, until a state is loaded or resized."""
+    """Remembers the tensors of each parameter's update and where they lie, until a state is loaded or resized."""
 
     def __init__(self) -> None:
-        self._known: dict[nn.Parameter, Any] = {}
+        self._known: dict[nn.Parameter, tuple[str, list[tuple[weakref.ref[Tensor], int]]]] = {}
 
     def are_new(self, values: nn.Parameter, tensors: Iterable[Tensor], settings: str = "") -> bool:
-        """Tells whether a tensor has moved, or the settings are others. If so, marks the tensors as static."""
+        """Tells whether a tensor is another or has moved, or the settings are others; if so, marks the tensors.
+
+        A graph would change a copy of a tensor that is not marked, and lose the change.
+        """
         if is_traced(values):
             return False
-        tensors = list(tensors)
-        found = [tensor.data_ptr() for tensor in tensors], settings
-        if self._known.get(values) == found:
-            return False
-        self._known[values] = found
+        tensors, (known_settings, known) = list(tensors), self._known.get(values, ("", []))
+        if settings == known_settings and len(tensors) == len(known):
+            pairs = zip(tensors, known, strict=True)
+            if all(tensor is which() and tensor.data_ptr() == address for tensor, (which, address) in pairs):
+                return False
         for tensor in tensors:
             keep_address(tensor)
+        self._known[values] = settings, [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
         return True
 
 

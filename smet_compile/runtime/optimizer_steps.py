@@ -150,8 +150,10 @@ def _read_counts(counts: dict[nn.Parameter, UpdateCounts]) -> dict[nn.Parameter,
 
 
 def _read(scalars: list[Tensor]) -> list[Any]:
-    """Copies scalars of one dtype to the host, and waits for each device once."""
-    devices = [scalar.device for scalar in scalars]
-    of_device = {device: [s for s in scalars if s.device == device] for device in set(devices)}
-    numbers = {device: iter(torch.stack(some).tolist()) for device, some in of_device.items()}
-    return [next(numbers[device]) for device in devices]
+    """Copies scalars of one dtype to the host, and waits for each device once, unless they are subclasses."""
+    plain: dict[torch.device, list[Tensor]] = {}
+    for scalar in scalars:
+        if type(scalar) is Tensor:
+            plain.setdefault(scalar.device, []).append(scalar)
+    numbers = {device: iter(torch.stack(some).tolist()) for device, some in plain.items()}
+    return [next(numbers[each.device]) if type(each) is Tensor else each.item() for each in scalars]

@@ -185,6 +185,6 @@ def test_reduce_overhead_equals_the_default(rule: type) -> None:
     runs = [Run(rule=rule) for _ in range(2)]
     losses = [compiled(run, mode) for run, mode in zip(runs, (None, "reduce-overhead"), strict=True)]
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert 0 < counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 2
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] > 0, "no graph was recorded"
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert_same(*runs)
