@@ -43,7 +43,6 @@ CASES = {
     "wide_tile": Case((4, 1500), (2, 1100)),
     "one_block": Case((5, 5), (8, 8), 1.0),
     "plain": Case((50, 41)),
-    "plain_of_several_spans": Case((70_000,)),
     "scalar": Case(()),
 }
 KINDS: dict[str, dict[str, Any]] = {
@@ -185,6 +184,11 @@ def test_nothing_to_update() -> None:
     given = update_of(Case((0, 3)), torch.float32, torch.float32, broken=False)
     native.update_all([given])
     assert int(given.step) == 101 and int(given.num_skipped) == 3
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.uint8], ids=str)
+def test_noise_of_plain_parameters_of_several_spans(moments: torch.dtype) -> None:
+    check_step(update_of(Case((70_000,)), torch.float32, moments))
 
 
 def test_noise_of_blocks_far_away() -> None:
