@@ -25,8 +25,8 @@ NOTE = (
     "moment once read, and all but the gradient once written. In fp32 both wait for memory: ours reads one byte of "
     "age more (29 bytes for 28), and the rest moves with where pages lie, from run to run by a tenth. Pieces of 128 "
     "to 1,024 entries, prefetching, ages looked up in registers and one team of threads for all parameters were "
-    "tried, and kept where they helped. bf16 and 8-bit moments are bound by arithmetic: two or three 32-bit hashes of "
-    "each entry."
+    "tried, and kept where they helped. bf16 and 8-bit moments are bound by arithmetic: one or two 32-bit hashes of "
+    "each entry, conversions, and where single weights lie."
 )
 
 

@@ -1,7 +1,8 @@
 """Defines the law: the reference of each op, in plain torch with fp32 or fp64 arithmetic. Kernels must equal it.
 
-It also defines the noise of stochastic rounding, a pure function of seed, step and dense position, and 8-bit codes. A
-code is an 8-bit float relative to ``scale``, the largest magnitude of its group: a magnitude c > 0 stands for ``scale``
+It also defines the noise of stochastic rounding and 8-bit codes. Noise is a pure function of seed, step, the position
+of a block in the dense weight, an entry's place within the block, and a stream: weight and slots have one each. A code
+is an 8-bit float relative to ``scale``, the largest magnitude of its group: a magnitude c > 0 stands for ``scale``
 times the fp32 number whose upper bits are c + offset (3 bits of mantissa, the exponent above). The code 0 is zero, and
 the largest c is ``scale`` itself.
 
@@ -19,6 +20,11 @@ from torch import Tensor
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout, Topology, blocks
 
 _LOW_32_BITS = 0xFFFFFFFF
+_WORD = 0x9E3779B9
+"""A multiple of it, modulo 2^32, tells the hashes of an entry apart: its bits have no pattern (2^32 over the golden
+ratio), and it is far larger than any place, so that two of a block's hashes are never of one number."""
+SPAN = 1 << 16
+"""Number of consecutive weights whose noise has one key, where they are alone in their blocks."""
 
 
 def compute_dtype(storage: torch.dtype) -> torch.dtype:
@@ -35,22 +41,31 @@ def hash32(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def noise_key(seed: int, step: Tensor, stream: int) -> Tensor:
-    """Returns the key of the noise of one tensor in one step. Weight and slots of a parameter have other streams."""
-    key: Tensor = hash32(hash32(hash32(seed & _LOW_32_BITS) ^ (step & _LOW_32_BITS)) ^ stream)
+def noise_key(seed: int, step: Tensor) -> Tensor:
+    """Returns the key of the noise of one parameter in one step."""
+    key: Tensor = hash32(hash32(seed & _LOW_32_BITS) ^ (step & _LOW_32_BITS))
     return key
 
 
-def noise_bits(key: Tensor, positions: Tensor) -> Tensor:
-    """Returns 32 pseudorandom bits for each dense position (int64), a pure function of key and position."""
-    bits: Tensor = hash32(hash32((positions & _LOW_32_BITS) ^ key) ^ (positions >> 32))
-    return bits
+def block_keys(key: Tensor, blocks: Tensor) -> Tensor:
+    """Returns the key of each block's noise; ``blocks`` are positions (int64) in the dense weight."""
+    keys: Tensor = hash32(hash32((blocks & _LOW_32_BITS) ^ key) ^ (blocks >> 32))
+    return keys
 
 
-def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
-    """Rounds fp32 to bf16, away from zero with the probability of the discarded fraction, by the low 16 ``bits``."""
-    as_int = x.float().view(torch.int32)
-    rounded = ((as_int + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+def noise_bits(block_keys: Tensor, places: Tensor, stream: int) -> Tensor:
+    """Returns 16 pseudorandom bits for each place (int64, below 2^32) within its block; both tensors broadcast.
+
+    The weight's stream is 0; slot k has the stream k + 1. One hash serves two slots, its halves being independent.
+    """
+    word, half = (stream + 1) // 2, (stream + 1) % 2
+    bits: Tensor = hash32(places ^ block_keys ^ (word * _WORD & _LOW_32_BITS))
+    return bits >> 16 * half & 0xFFFF
+
+
+def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
+    """Rounds fp32 to bf16, away from zero with the probability of the discarded fraction, by 16 bits of ``noise``."""
+    rounded = ((x.float().view(torch.int32) + noise.int()) & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
 
 
@@ -137,8 +152,11 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
 
 _DISCARDED = 20
 """Number of low bits of an fp32 number that its code drops."""
-_FRACTION = (1 << _DISCARDED) - 1
 _HALF = 1 << (_DISCARDED - 1)
+_NUM_NOISES = 1 << 16
+_BELOW_NOISE = 4
+"""Number of low bits of the discarded fraction to which noise of 16 bits does not reach. Half of their unit is added
+instead, so that a number within it of a code becomes that code, whatever the noise."""
 
 
 class CodeFormat(NamedTuple):
@@ -173,31 +191,37 @@ def decode(codes: Tensor, scales: Tensor, kind: CodeFormat) -> Tensor:
     return torch.where(codes > kind.largest, -size, size) if kind.signed else size
 
 
-def encode(moment: Tensor, scales: Tensor, kind: CodeFormat, noise: Tensor | None) -> Tensor:
-    """Converts fp32 to uint8 codes; ``scales`` is the largest magnitude in each entry's group, 0 where all are zero.
+def scales_of(largest: Tensor) -> Tensor:
+    """Returns the scales of groups with these largest magnitudes: the same, but at least the least normal number or 0.
 
-    Rounds up with the probability of the discarded fraction, by the low 20 bits of ``noise``; to nearest where that is
-    None. A signed moment below the smallest code is rounded to it or to zero in the same way. An unsigned one (a mean
-    of squares, whose root is a divisor) is rounded up to it, so that only zero itself becomes 0.
+    The inverse of any other scale is finite, so that encoding multiplies by it.
     """
-    fraction = None if noise is None else (noise & _FRACTION).int()
-    ratio = torch.where(scales > 0, moment.abs() / scales, 0.0)
+    return torch.where(largest > 0, largest.clamp(min=torch.finfo(largest.dtype).tiny), 0.0)
+
+
+def encode(moment: Tensor, scales: Tensor, kind: CodeFormat, noise: Tensor | None) -> Tensor:
+    """Converts fp32 to uint8 codes; ``scales`` are those of the entries' groups, from ``scales_of``.
+
+    Rounds up with the probability of the discarded fraction, to the nearest multiple of 2^-16, by 16 bits of ``noise``;
+    to nearest where that is None. A signed moment below the smallest code is rounded to it or to zero in the same way.
+    An unsigned one (a mean of squares, whose root is a divisor) is rounded up to it, so that only zero becomes 0.
+    """
+    fraction = _HALF if noise is None else (noise.int() << _BELOW_NOISE) + (1 << _BELOW_NOISE - 1)
+    ratio = moment.abs() * torch.where(scales > 0, 1 / scales, 0.0)
     bits = ratio.view(torch.int32)
-    magnitude = ((bits + (_HALF if fraction is None else fraction)) >> _DISCARDED) - kind.offset
-    magnitude = magnitude.clamp(max=kind.largest)
+    magnitude = (((bits + fraction) >> _DISCARDED) - kind.offset).clamp(max=kind.largest)
     if not kind.signed:
         return torch.maximum(magnitude, (moment > 0).int()).to(torch.uint8)
     below = bits < (1 + kind.offset) << _DISCARDED
-    magnitude = torch.where(below, _one_or_zero(ratio, kind.smallest, fraction), magnitude)
+    magnitude = torch.where(below, _one_or_zero(ratio, kind.smallest, noise), magnitude)
     return torch.where(moment < 0, magnitude + kind.largest + 1, magnitude).to(torch.uint8)
 
 
-def _one_or_zero(ratio: Tensor, smallest: float, fraction: Tensor | None) -> Tensor:
+def _one_or_zero(ratio: Tensor, smallest: float, noise: Tensor | None) -> Tensor:
     """Returns 1 with the probability ratio / smallest, else 0; without noise 1 from a half on."""
-    if fraction is None:
+    if noise is None:
         return (ratio >= smallest / 2).int()
-    divisor = ratio.new_full((1,), smallest)  # for a number, a GPU would multiply by its inverse, which rounds twice
-    return (fraction < ratio / divisor * (_FRACTION + 1)).int()
+    return (noise < (ratio * (_NUM_NOISES / smallest)).round()).int()
 
 
 class Groups(NamedTuple):

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout, Topology, positions_of
-from smet_compile.format.blocks import dense_positions
 from smet_compile.ops import law
 from smet_compile.ops.law import SIGNED_CODES, UNSIGNED_CODES, CodeFormat, Groups, decode, encode
 from smet_compile.ops.rules import Block
 from smet_compile.ops.updates import Update
 
-WEIGHT_STREAM = 0
-"""The stream of the weight's rounding noise (``law.noise_key``); slot k has the stream k + 1."""
+
+class Noise(NamedTuple):
+    """Holds the keys of blocks, and the places of entries within them, in shapes that broadcast to the rows."""
+
+    keys: Tensor
+    places: Tensor
+
+    def bits(self, stream: int) -> Tensor:
+        return law.noise_bits(self.keys, self.places, stream)
 
 
 class Location(NamedTuple):
@@ -34,12 +40,13 @@ class Location(NamedTuple):
     blocks: Tensor
     layout: Layout | None
 
-    @property
-    def positions(self) -> Tensor:
-        """Returns the position of every entry in the flat dense weight, in the shape of the rows."""
+    def noise(self, key: Tensor) -> Noise:
+        """Returns the keys and places of the entries' noise, given the key of the step."""
         if self.layout is None or self.layout.single_weights:
-            return self.blocks
-        return dense_positions(self.blocks, self.layout)
+            return Noise(law.block_keys(key, self.blocks // law.SPAN), self.blocks % law.SPAN)
+        bm, bn = self.layout.block_shape
+        places = torch.arange(bm * bn, device=self.blocks.device).view(bm, bn)
+        return Noise(law.block_keys(key, self.blocks).view(-1, 1, 1), places)
 
     @property
     def groups(self) -> Groups:
@@ -115,7 +122,8 @@ class _Codes(NamedTuple):
         if not self.kind.signed:
             moment = moment.clamp(max=torch.finfo(moment.dtype).max)
         changed = self.groups.largest(finite.to(moment.dtype)) > 0
-        scales = torch.where(changed, self.groups.largest(moment.abs()), self.scales[self.groups.numbers])
+        new_scales = law.scales_of(self.groups.largest(moment.abs()))
+        scales = torch.where(changed, new_scales, self.scales[self.groups.numbers])
         codes = encode(moment, self.groups.spread(scales), self.kind, noise)
         self.codes.copy_(torch.where(self.groups.spread(changed), codes, self.codes))
         self.scales[self.groups.numbers] = scales
@@ -142,15 +150,15 @@ class Begun:
         if update.topology is None and all(t.is_contiguous() for t in self.stored):
             self.stored, self.grad = [t.view(-1) for t in self.stored], update.grad.reshape(-1)
         seed = update.noise_seed
-        streams = range(len(self.stored)) if seed is not None and update.rounds_stochastically else ()
-        self.noise_keys = [law.noise_key(seed or 0, step, stream) for stream in streams]
+        draws = seed is not None and update.rounds_stochastically
+        self.noise_key = law.noise_key(seed or 0, step) if draws else None
         self.squares: Tensor | None = None
         self.norms: Tensor | None = None
 
     @property
     def needs_locations(self) -> bool:
         """Tells whether noise, codes or norms depend on where the rows lie in the dense weight."""
-        return bool(self.noise_keys) or self.update.is_coded or self.update.rule.normalized is not None
+        return self.noise_key is not None or self.update.is_coded or self.update.rule.normalized is not None
 
     def measure_units(self, rows: slice, location: Location) -> None:
         """Adds the squares of these rows to their output units' sums. A normalized rule needs all before ``move``."""
@@ -184,12 +192,9 @@ class Begun:
             block = block._replace(unit_norm=self.norms[location.units(layout, self.update.units_are_columns)])
         new = self.update.rule.step(block, self.options)
         old = (block.weight, *block.slots)
-        positions = location.positions if location and self.noise_keys else None
+        noise = location.noise(self.noise_key) if location and self.noise_key is not None else None
         for stream, (store, before, after) in enumerate(zip(stores, old, new, strict=True)):
-            noise = None
-            if positions is not None and store.takes_noise:
-                noise = law.noise_bits(self.noise_keys[stream], positions)
-            store.write(before, after, finite, noise)
+            store.write(before, after, finite, noise.bits(stream) if noise and store.takes_noise else None)
         self.update.num_skipped.add_(finite.numel() - finite.sum())
 
     def _read(self, rows: slice, location: Location | None) -> tuple[Block, Tensor, list[_Numbers | _Codes]]:

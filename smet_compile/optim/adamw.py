@@ -18,23 +18,26 @@ from smet_compile.optim.options import CommonOptions
 def adamw(block: Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Makes one AdamW step (Loshchilov and Hutter 2019), with step size and bias corrections by entry.
 
-    θ ← θ - rate (m̂ / (√v̂ + ε) + λ θ), m̂ = m / bias1, v̂ = v / bias2. Where ε = 0 and a gradient was always 0, the step
-    is 0, not 0 / 0, so that entries over an edge stay zero. Returns the new weight and moments.
+    θ ← θ - (step m / (√v̂ + ε) + decay θ), v̂ = v · unbias2, step = rate · unbias1, decay = rate · λ. Where ε = 0 and a
+    gradient was always 0, the step is 0, not 0 / 0, so that entries over an edge stay zero. Returns the new weight and
+    moments.
     """
-    weight, grad, (exp_avg, exp_avg_sq), (bias1, bias2) = block.weight, block.grad, block.slots, block.of_age
+    weight, grad, (exp_avg, exp_avg_sq), (unbias1, unbias2) = block.weight, block.grad, block.slots, block.of_age
     eps = max(options.eps, torch.finfo(weight.dtype).tiny)
     exp_avg = exp_avg + (1 - options.beta1) * (grad - exp_avg)
     exp_avg_sq = options.beta2 * exp_avg_sq + (1 - options.beta2) * grad * grad
-    direction = (exp_avg / bias1) / ((exp_avg_sq / bias2).sqrt() + eps)
-    return weight - block.rate * (direction + options.weight_decay * weight), exp_avg, exp_avg_sq
+    step, decay = block.rate * unbias1, block.rate * options.weight_decay
+    move = step * exp_avg / ((exp_avg_sq * unbias2).sqrt() + eps) + decay * weight
+    return weight - move, exp_avg, exp_avg_sq
 
 
 def _bias_corrections(age: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    return 1 - options.beta1**age, 1 - options.beta2**age
+    """Returns the factors 1 / (1 - β^t), so that no entry is divided."""
+    return 1 / (1 - options.beta1**age), 1 / (1 - options.beta2**age)
 
 
 def _mature_age(options: Options, dtype: torch.dtype) -> int:
-    """Returns the age from which 1 - β^t rounds to 1 in ``dtype`` for both β."""
+    """Returns the age from which 1 / (1 - β^t) rounds to 1 in ``dtype`` for both β."""
     half_ulp = math.log(torch.finfo(dtype).eps / 4)
     return max(math.ceil(half_ulp / math.log(beta)) if beta > 0 else 1 for beta in (options.beta1, options.beta2))
 

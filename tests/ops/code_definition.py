@@ -15,7 +15,7 @@ from smet_compile.ops import law
 from smet_compile.ops.rules import Block
 from smet_compile.optim.adamw import ADAMW
 
-LARGEST = 3.4028234663852886e38
+LARGEST, LEAST = 3.4028234663852886e38, 2.0**-126
 OFFSETS = (889, 761)
 
 
@@ -38,15 +38,16 @@ def decode(code: int, scale: float, offset: int) -> float:
 
 
 def encode(x: float, scale: float, offset: int, noise: int | None) -> int:
-    ratio = fp32(abs(x) / scale) if scale else 0.0
+    inverse = fp32(1 / scale) if scale else 0.0
+    ratio = fp32(abs(x) * inverse)
     bits = bits_of(ratio)
-    fraction = 0x80000 if noise is None else noise & 0xFFFFF
+    fraction = 0x80000 if noise is None else 16 * noise + 8
     magnitude = ((bits + fraction) >> 20) - offset
     if offset == 761:
         return min(255, max(magnitude, int(x > 0)))
     if bits < 890 << 20:
         smallest = float_of(890 << 20)
-        up = ratio >= smallest / 2 if noise is None else fraction < fp32(ratio / smallest) * 2**20
+        up = ratio >= smallest / 2 if noise is None else noise < round(fp32(ratio * fp32(2**16 / smallest)))
         magnitude = int(up)
     return min(127, magnitude) + (128 if x < 0 else 0)
 
@@ -59,33 +60,36 @@ def mixed(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def noise_at(seed: int, step: int, stream: int, position: int) -> int:
-    key = mixed(mixed(mixed(seed % 2**32) ^ step % 2**32) ^ stream)
-    return mixed(mixed(position % 2**32 ^ key) ^ (position >> 32))
+def noise_at(seed: int, step: int, stream: int, block: int, place: int) -> int:
+    """Returns 16 bits: the upper half of the first hash for the weight, both halves of the second for its moments."""
+    key = mixed(mixed(seed % 2**32) ^ step % 2**32)
+    block_key = mixed(mixed(block % 2**32 ^ key) ^ (block >> 32))
+    word, shift = ((0, 16), (1, 0), (1, 16))[stream]
+    return mixed(place ^ block_key ^ word * 0x9E3779B9) >> shift & 0xFFFF
 
 
 @dataclass
 class Coded:
-    """Holds one flat parameter, with ``position``, ``group`` and ``block`` of each entry."""
+    """Holds one flat parameter, with ``group``, ``block`` and ``place`` (block and place of noise) of each entry."""
 
     values: Tensor
     codes: list[Tensor]
     scales: Tensor
-    position: list[int]
+    place: list[tuple[int, int]]
     group: list[int]
     block: list[int]
 
     def step(self, grad: Tensor, ages: Tensor, step: int, seed: int | None, options: dict[str, Any]) -> int:
         """Changes it as one update would; returns the number of skipped blocks. ``ages`` by entry."""
-        every = range(len(self.position))
+        every = range(len(self.place))
         old = [
             torch.tensor([decode(int(c[i]), float(self.scales[m, self.group[i]]), OFFSETS[m]) for i in every])
             for m, c in enumerate(self.codes)
         ]
         tables = (
             law.step_sizes(ages.double(), options["lr"], options["density_rate"], options["warmup_steps"]),
-            1 - options["beta1"] ** ages.double(),
-            1 - options["beta2"] ** ages.double(),
+            1 / (1 - options["beta1"] ** ages.double()),
+            1 / (1 - options["beta2"] ** ages.double()),
         )
         rate, *of_age = (table.float() for table in tables)
         block = Block(self.values, grad, tuple(old), rate, tuple(of_age))
@@ -107,7 +111,8 @@ class Coded:
         for group in changed:
             here = members[group]
             scale = max(min(LARGEST, abs(moment[i])) for i in here)
+            scale = max(scale, LEAST) if scale else 0.0
             self.scales[m, group] = scale
             for i in here:
-                noise = None if seed is None else noise_at(seed, step, m + 1, self.position[i])
+                noise = None if seed is None else noise_at(seed, step, m + 1, *self.place[i])
                 self.codes[m][i] = encode(min(LARGEST, moment[i]), scale, OFFSETS[m], noise)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout
-from smet_compile.format.blocks import dense_positions
 from smet_compile.ops import CompactWeight, plain
 from smet_compile.ops.updates import unflatten
 from tests.ops.code_definition import Coded
@@ -85,7 +84,9 @@ def compact(layout: Layout) -> Case:
     values = weight.right_inverse(torch.randn(layout.shape))
     blocks = mask.nonzero().squeeze(1)
     size = values[0].numel()
-    position = blocks if layout.single_weights else dense_positions(blocks, layout).reshape(-1)
+    place = [(block, place) for block in blocks.tolist() for place in range(size)]
+    if layout.single_weights:
+        place = [divmod(block, 2**16) for block in blocks.tolist()]
     generation = torch.arange(len(values)) % 2
     return Case(
         values,
@@ -97,7 +98,7 @@ def compact(layout: Layout) -> Case:
             values.reshape(-1).clone(),
             [torch.zeros(values.numel(), dtype=torch.uint8) for _ in range(2)],
             torch.full((2, layout.num_groups), 0.25),
-            position.tolist(),
+            place,
             (blocks // layout.blocks_per_group).repeat_interleave(size).tolist(),
             blocks.repeat_interleave(size).tolist(),
         ),
@@ -118,7 +119,7 @@ def plain_parameter(shape: tuple[int, ...], transposed: bool) -> Case:
             values.reshape(-1).clone(),
             [torch.zeros(values.numel(), dtype=torch.uint8) for _ in range(2)],
             torch.zeros(2, groups),
-            entries,
+            [divmod(i, 2**16) for i in entries],
             [i // 1024 for i in entries],
             entries,
         ),

@@ -20,7 +20,8 @@ def numbers(kind: CodeFormat) -> Tensor:
 
 
 def noise(num: int, seed: int = 0) -> Tensor:
-    return law.noise_bits(law.noise_key(seed, torch.tensor(3), 1), torch.arange(num))
+    key = law.block_keys(law.noise_key(seed, torch.tensor(3)), torch.tensor(5))
+    return law.noise_bits(key, torch.arange(num), 1)
 
 
 @every_format
@@ -39,10 +40,11 @@ def test_the_root_of_a_square_has_the_range_of_the_moment() -> None:
 @pytest.mark.parametrize("scale", SCALES)
 @every_format
 def test_every_code_comes_back(kind: CodeFormat, scale: float) -> None:
-    """It does so to nearest, and with noise, up to a chance of 2^-20 where scale times number had to be rounded.
-    The one with a sign and no magnitude comes back as zero."""
+    """It does so to nearest, and with any noise, though scale times number had to be rounded (to 24 bits, or to fewer
+    where the product is below the least normal number). The one with a sign and no magnitude comes back as zero."""
     once = torch.where(ALL == 128, 0, ALL) if kind.signed else ALL
-    for bits in (None, torch.zeros(256, dtype=torch.int64) + 2**19):
+    extremes = (0, 2**16 - 1) if scale * kind.smallest > torch.finfo(torch.float32).tiny else ()
+    for bits in (None, *(torch.full((256,), number) for number in (2**15, *extremes))):
         assert torch.equal(encode(decode(ALL, torch.tensor(scale), kind), torch.tensor(scale), kind, bits), once)
 
 
@@ -50,7 +52,7 @@ def test_every_code_comes_back(kind: CodeFormat, scale: float) -> None:
 @every_format
 def test_larger_numbers_get_no_smaller_codes(kind: CodeFormat, with_noise: bool) -> None:
     x = torch.cat([torch.zeros(1), torch.logspace(-45, 0, 20_001, dtype=torch.float64).float()])
-    bits = torch.full((len(x),), 0x9ABCD) if with_noise else None
+    bits = torch.full((len(x),), 0x9ABC) if with_noise else None
     codes = encode(x, torch.tensor(1.0), kind, bits).int()
     assert bool((codes.diff() >= 0).all()) and codes[0] == 0 and codes[-1] == kind.largest
     assert bool((codes.unique() == torch.arange(kind.largest + 1)).all())

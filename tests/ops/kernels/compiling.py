@@ -18,7 +18,9 @@ backend = pytest.importorskip("triton.backends.compiler")
 compiler = pytest.importorskip("triton.compiler")
 
 ARCHITECTURES = {"hopper": 90, "ampere": 80}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_BYTES = {"hopper": 227 * 1024, "ampere": 163 * 1024}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -59,6 +61,7 @@ class Compiled:
     """Holds what the compiler says of a kernel. ``spilled_bytes``: None where nothing tells."""
 
     ptx: str
+    cubin: bytes
     shared_bytes: int
     spilled_bytes: int | None
 
@@ -79,19 +82,18 @@ def compile_for(launch: Launch, architecture: str) -> Compiled:
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = backend.GPUTarget("cuda", ARCHITECTURES[architecture], 32)
-    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages") if name in launch.arguments}
+    options = {name: launch.arguments[name] for name in _OPTIONS if name in launch.arguments}
     built = triton.compile(source, target=target, options=options)
-    return Compiled(built.asm["ptx"], built.metadata.shared, _stack_bytes(built.asm["cubin"]))
+    return Compiled(built.asm["ptx"], built.asm["cubin"], built.metadata.shared, _stack_bytes(built.asm["cubin"]))
 
 
 def _stack_bytes(cubin: bytes) -> int | None:
     """Returns the memory of a thread beside its registers: spilled registers, since no kernel here has arrays."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
+    if not CUOBJDUMP.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"STACK:(\d+)", usage)
     return int(found[1]) if found else None

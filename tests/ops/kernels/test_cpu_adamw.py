@@ -30,6 +30,7 @@ CASES = {
     "single": Case((37, 61), (1, 1)),
     "single_stack": Case((3, 70, 50), (1, 1)),
     "single_sparse": Case((300, 300), (1, 1), 0.02),
+    "single_of_several_spans": Case((3, 300, 300), (1, 1), 0.03),
     "runs": Case((40, 97), (1, 16)),
     "long_runs": Case((9, 1900), (1, 700)),
     "runs_of_a_quarter_group": Case((5, 1100), (1, 256)),
@@ -185,8 +186,13 @@ def test_nothing_to_update() -> None:
     assert int(given.step) == 101 and int(given.num_skipped) == 3
 
 
-def test_positions_beyond_32_bits_make_other_noise() -> None:
-    """A plain parameter of that size is too large for a test, so the weight is a stack of which little is active."""
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.uint8], ids=str)
+def test_noise_of_plain_parameters_of_several_spans(moments: torch.dtype) -> None:
+    check_step(update_of(Case((70_000,)), torch.float32, moments))
+
+
+def test_noise_of_blocks_far_away() -> None:
+    """The weight has more than 2^32 numbers, so it is a stack of which little is active."""
     shape, block_shape = (5, 2**16, 2**14), (2**13, 1)
     layout = Case(shape, block_shape).layout
     assert layout is not None and layout.num_weights > 2**32
@@ -262,7 +268,7 @@ def test_the_struct_is_that_of_cpp_and_names_what_an_update_has() -> None:
     fields = [(types[kind.__name__], name) for name, kind in native.Job._fields_]
     assert fields == members_of(source, "Update")
     of_topology = {"bits", "positions", "group_starts", "wide_index", "num_positions", "num_groups", "blocks_per_group"}
-    of_layout = {"block_rows", "block_cols", "bm", "bn", "rows", "cols", "num_blocks"}
+    of_layout = {"block_size", "num_blocks"}
     of_tensors = {"num_births", "generation_bytes", "weight_kind", "moment_kind"}
     derived = of_topology | of_layout | of_tensors | {"shared_step", "rounds", "seed", "rate"}
     for rule in ("adamw", "naive_adamw"):

@@ -27,6 +27,8 @@ CASES = {
     "plain of many": Case((2048,), options={"density_rate": 1.0, **NO_WARMUP}),
     "weights": Case((45, 67), (1, 1)),
     "stacked weights": Case((3, 21, 33), (1, 1), density=0.1),
+    "weights of several spans": Case((3, 300, 300), (1, 1), density=0.03),
+    "few weights of several spans": Case((3, 300, 300), (1, 1), density=0.002),
     "runs": Case((30, 70), (1, 16)),
     "column runs": Case((70, 9), (6, 1)),
     "long runs": Case((2, 2500), (1, 1200)),
@@ -259,8 +261,7 @@ def test_columns_have_the_names_of_an_update() -> None:
     """The tables' columns are found under their names, and hold fields of an update, or what is derived from them."""
     names = (*adamw_step.Row._fields, *adamw_step.StepRow._fields)
     derived = {"lr_is_address", "positions", "group_starts", "kind", "aligned", "numel", "block_size"}
-    derived |= {"entries_at_once", "num_groups", "num_generations", "first_rate", "num_blocks", "rows", "cols"}
-    derived |= {"block_rows", "block_cols", "block_height", "block_width", "shared_step"}
+    derived |= {"entries_at_once", "num_groups", "num_generations", "first_rate", "shared_step", "places", "spans"}
     derived |= {"log_beta1", "log_beta2", "rest1", "rest2"}
     check_names("the table of Triton's AdamW", names, ADAMW, derived)
     for table in (adamw_step.Row, adamw_step.StepRow):

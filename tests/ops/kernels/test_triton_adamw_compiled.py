@@ -1,8 +1,5 @@
 """The optimizer's kernels compile for Hopper and Ampere, on any machine: in registers, and within shared memory."""
 
-from typing import Any
-from unittest import mock
-
 import pytest
 import torch
 
@@ -41,14 +38,7 @@ def tables_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(launch: compiling.Launch, architecture: str) -> str:
     """Returns the PTX of a kernel that fits, built with all options that it is launched with."""
     assert launch.arguments["enable_fp_fusion"] is False, "it must round as the law does"
-    build = compiling.triton.compile
-    more = {name: launch.arguments[name] for name in ("enable_fp_fusion", "maxnreg") if name in launch.arguments}
-
-    def as_launched(source: Any, target: Any, options: dict[str, Any]) -> Any:
-        return build(source, target=target, options=options | more)
-
-    with mock.patch.object(compiling.triton, "compile", as_launched):
-        compiled = compile_for(launch, architecture)
+    compiled = compile_for(launch, architecture)
     assert compiled.shared_bytes <= SHARED_BYTES[architecture]
     assert not compiled.spilled_bytes, f"{compiled.spilled_bytes} bytes of registers are spilled"
     return compiled.ptx

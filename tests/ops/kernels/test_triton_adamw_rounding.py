@@ -13,17 +13,32 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from smet_compile.ops.kernels.triton.adamw_step import decode, encode, noise_bits, noise_key, rounded_to
+from smet_compile.ops.kernels.triton.adamw_step import (
+    block_key,
+    decode,
+    encode,
+    inverse_of,
+    noise_key,
+    noise_of_moments,
+    noise_of_weight,
+    rounded_to,
+    scale_of,
+)
 
 pytestmark = on_device
 COUNT = 4096
 
 
 @triton.jit
-def _noise(seed, step, positions, out, STREAM: tl.constexpr, COUNT: tl.constexpr):
+def _noise(seed, step, blocks, places, out, STREAM: tl.constexpr, COUNT: tl.constexpr):
     lane = tl.arange(0, COUNT)
-    key = noise_key(tl.load(seed), tl.load(step), STREAM)
-    tl.store(out + lane, noise_bits(key, tl.load(positions + lane)).to(tl.int64))
+    key = block_key(noise_key(tl.load(seed), tl.load(step)), tl.load(blocks + lane))
+    place = tl.load(places + lane).to(tl.uint32)
+    if STREAM == 0:
+        noise = noise_of_weight(key, place)
+    else:
+        noise = noise_of_moments(key, place)[STREAM - 1]
+    tl.store(out + lane, noise.to(tl.int64))
 
 
 @triton.jit
@@ -37,7 +52,8 @@ def _round(x, noise, out, STOCHASTIC: tl.constexpr, COUNT: tl.constexpr):
 def _encode(x, scale, noise, out, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr, COUNT: tl.constexpr):
     lane = tl.arange(0, COUNT)
     bits = tl.load(noise + lane).to(tl.uint32)
-    tl.store(out + lane, encode(tl.load(x + lane), tl.load(scale), bits, OFFSET, STOCHASTIC))
+    inverse = inverse_of(scale_of(tl.load(scale)))
+    tl.store(out + lane, encode(tl.load(x + lane), inverse, bits, OFFSET, STOCHASTIC))
 
 
 @triton.jit
@@ -71,14 +87,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("stream", range(3))
 @pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**32 - 1, 2**31 + 3), (123456789, 2**40 + 5)])
 def test_noise(seed: int, step: int, stream: int) -> None:
-    positions = torch.cat((torch.arange(COUNT // 2), any_bits(COUNT // 2, 1) * 999))
-    noise = run(_noise, torch.tensor(seed), torch.tensor(step), positions, dtype=torch.int64, STREAM=stream)
-    assert torch.equal(noise, law.noise_bits(law.noise_key(seed, torch.tensor(step), stream), positions))
+    blocks = torch.cat((torch.arange(COUNT // 2), any_bits(COUNT // 2, 1) * 999))
+    places = any_bits(COUNT, 7) % 2**20
+    noise = run(_noise, torch.tensor(seed), torch.tensor(step), blocks, places, dtype=torch.int64, STREAM=stream)
+    keys = law.block_keys(law.noise_key(seed, torch.tensor(step)), blocks)
+    assert torch.equal(noise, law.noise_bits(keys, places, stream))
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_bfloat16(stochastic: bool) -> None:
-    x, noise = as_float(any_bits(COUNT, 2)), any_bits(COUNT, 3)
+    x, noise = as_float(any_bits(COUNT, 2)), any_bits(COUNT, 3) % 2**16
     x[:5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")])
     x[5:1000] = x[5:1000].bfloat16().float() * (1 + 2**-8)  # halves
     rounded = run(_round, x, noise, dtype=torch.bfloat16, STOCHASTIC=stochastic)
@@ -89,7 +107,7 @@ def test_bfloat16(stochastic: bool) -> None:
 @pytest.mark.parametrize("kind", [law.SIGNED_CODES, law.UNSIGNED_CODES], ids=["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 0.3, 3.4028234663852886e38, 1e-40])
 def test_codes(scale: float, kind: law.CodeFormat, stochastic: bool) -> None:
-    noise, scales = any_bits(COUNT, 4), torch.tensor(scale)
+    noise, scales = any_bits(COUNT, 4) % 2**16, law.scales_of(torch.tensor(scale))
     x = scales * torch.exp2(-40 * torch.rand(COUNT, generator=torch.Generator().manual_seed(5)))
     x[: COUNT // 4] = scales * (torch.arange(COUNT // 4) / (COUNT // 4))
     x[-1] = scales

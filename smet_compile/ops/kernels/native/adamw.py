@@ -7,6 +7,7 @@ the address of its gradient and its rate change there.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +35,8 @@ class Job(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("values", "grad", *_SLOTS, *_STATE, *_OF_TOPOLOGY)),
-        *((name, ctypes.c_int64) for name in ("num_blocks", "num_positions", "num_births", "generation_bytes")),
-        *((name, ctypes.c_int64) for name in ("wide_index", "num_groups", "blocks_per_group")),
-        *((name, ctypes.c_int64) for name in ("block_rows", "block_cols", "bm", "bn", "rows", "cols")),
+        *((name, ctypes.c_int64) for name in ("num_blocks", "num_positions", "block_size", "num_births")),
+        *((name, ctypes.c_int64) for name in ("generation_bytes", "wide_index", "num_groups", "blocks_per_group")),
         *((name, ctypes.c_int64) for name in ("weight_kind", "moment_kind", "warmup_steps")),
         *((name, ctypes.c_int64) for name in ("initial_warmup_steps", "shared_step", "rounds", "seed")),
         *((name, ctypes.c_double) for name in ("rate", *_OPTIONS)),
@@ -182,8 +182,7 @@ def _geometry(update: Update) -> dict[str, Any]:
             "num_positions": num_entries,
             "num_groups": -(-num_entries // WEIGHTS_OF_A_GROUP),
             "blocks_per_group": WEIGHTS_OF_A_GROUP,
-            "bm": 1,
-            "bn": 1,
+            "block_size": 1,
         }
     layout = topology.layout
     return {
@@ -192,10 +191,5 @@ def _geometry(update: Update) -> dict[str, Any]:
         "num_positions": layout.num_blocks,
         "num_groups": layout.num_groups,
         "blocks_per_group": layout.blocks_per_group,
-        "block_rows": layout.block_rows,
-        "block_cols": layout.block_cols,
-        "bm": layout.block_shape[0],
-        "bn": layout.block_shape[1],
-        "rows": layout.rows,
-        "cols": layout.cols,
+        "block_size": math.prod(layout.block_shape),
     }

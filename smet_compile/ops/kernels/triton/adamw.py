@@ -21,16 +21,22 @@ from torch import Tensor
 
 from smet_compile.format import Layout
 from smet_compile.ops.choose import UpdateCase
-from smet_compile.ops.kernels.triton.adamw_kernels import prepare, update
+from smet_compile.ops.kernels.triton.adamw_kernels import update
+from smet_compile.ops.kernels.triton.adamw_prepare import prepare
 from smet_compile.ops.kernels.triton.adamw_step import (
     BLOCK,
     BLOCKS,
     ENTRIES,
+    ENTRIES_OF_A_PIECE,
     GROUP_OF_RUNS,
-    GROUP_OF_WEIGHTS,
+    GROUPS,
+    GROUPS_OF_WEIGHTS,
     LANES,
+    RATES,
+    WEIGHTS,
     Row,
 )
+from smet_compile.ops.kernels.triton.places import places_of
 from smet_compile.ops.kernels.triton.supports import on_device
 from smet_compile.ops.updates import Update
 
@@ -43,10 +49,9 @@ TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_FEW_THREADS = {"num_warps": 4}
-_MANY_THREADS = {"num_warps": 8, "maxnreg": 128}
-"""Options of a program that would spill registers otherwise: one with codes, or with several blocks."""
-_NUM_KINDS = 5
+_THREADS = {"num_warps": 8, "maxnreg": 128}
+"""Options of a program: four entries of each thread are loaded at once, and two programs share a multiprocessor."""
+_NUM_KINDS = 6
 _LEAST_EPS = torch.finfo(torch.float32).tiny
 _LAUNCHES, _NUMBER, _CHANGED = "triton_adamw launches", "triton_adamw number", "triton_adamw changed"
 """Keys of ``Update.prepared``: the launches of a step (kept by its first update), a number by which an update is
@@ -102,10 +107,6 @@ class Specialization(NamedTuple):
         dtypes = one.values.dtype, one.grad.dtype, one.slots[0].dtype
         return cls(one.values.device, dtypes, one.rounds_stochastically, lists, generation)
 
-    @property
-    def is_coded(self) -> bool:
-        return self.dtypes[2] == torch.uint8
-
     def constants(self) -> dict[str, Any]:
         """Returns the constants that all kernels here share."""
         return {
@@ -125,7 +126,7 @@ class Launch:
 
     def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
         device = specialization.device
-        *first_rates, num_rates = itertools.accumulate((3 * row.num_generations for row in rows), initial=0)
+        *first_rates, num_rates = itertools.accumulate((RATES.value * row.num_generations for row in rows), initial=0)
         rows = [row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True)]
         self.table = _on_host([*itertools.chain(*rows)], device).to(device, non_blocking=True)
         self.step_table = torch.empty(len(rows), 3, dtype=torch.int64, device=device)
@@ -133,11 +134,10 @@ class Launch:
         self.work = _work(tuple(map(_num_programs, rows)), device)
         self.num_programs = len(self.work)
         kinds = {row.kind for row in rows}
-        has_many_threads = specialization.is_coded or BLOCKS.value in kinds
         self.constants = {
             **specialization.constants(),
             "KINDS": tuple(kind in kinds for kind in range(_NUM_KINDS)),
-            **(_MANY_THREADS if has_many_threads else _FEW_THREADS),
+            **_THREADS,
             "enable_fp_fusion": False,
         }
         self.specialization = specialization
@@ -242,38 +242,36 @@ class _Pieces(NamedTuple):
     """Says how a parameter is cut into pieces, one for each program.
 
     Args:
-        kind: the kind of piece (``ENTRIES`` and so on). grid: the number of blocks, then rows and columns of a matrix,
-            of its grid of blocks, and of a block.
+        kind: the kind of piece (``ENTRIES`` and so on).
     """
 
     kind: int
     block_size: int
     entries_at_once: int
     num_groups: int
-    grid: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
 def _pieces(layout: Layout | None, numel: int, is_coded: bool, is_stochastic: bool) -> _Pieces:
     if layout is None:
-        return _Pieces(ENTRIES.value, 1, LANES.value, -(-numel // LANES.value), (1,) * 7)
+        return _Pieces(ENTRIES.value, 1, ENTRIES_OF_A_PIECE.value, -(-numel // LANES.value))
     size = math.prod(layout.block_shape)
     if layout.single_weights:
-        kind = GROUP_OF_WEIGHTS if is_coded or is_stochastic else ENTRIES
-    elif is_coded and layout.blocks_per_group > 1:
+        kind = GROUPS_OF_WEIGHTS if is_coded else WEIGHTS if is_stochastic else ENTRIES
+        return _Pieces(kind.value, 1, ENTRIES_OF_A_PIECE.value, layout.num_groups)
+    if is_coded and layout.blocks_per_group > 1:
         kind = GROUP_OF_RUNS
     else:
         kind = BLOCK if is_coded or size > LANES.value // 2 else BLOCKS
-    grid = layout.num_blocks, *layout.matrix, layout.block_rows, layout.block_cols, *layout.block_shape
-    return _Pieces(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups, grid)
+    return _Pieces(kind.value, size, max(1, LANES.value // size) * size, layout.num_groups)
 
 
 def _num_programs(row: Row) -> int:
     if row.kind == BLOCK.value:
         return row.numel // row.block_size
-    if row.kind in (ENTRIES.value, BLOCKS.value):
+    if row.kind in (ENTRIES.value, WEIGHTS.value, BLOCKS.value):
         return -(-row.numel // row.entries_at_once)
-    return row.num_groups
+    return -(-row.num_groups // GROUPS.value) if row.kind == GROUPS_OF_WEIGHTS.value else row.num_groups
 
 
 def row_of(one: Update, is_stochastic: bool) -> Row:
@@ -281,7 +279,9 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
     topology = one.topology
     values, exp_avg, exp_avg_sq, generation = map(_address, (one.values, *one.slots, one.generation))
     pieces = _pieces(None if topology is None else topology.layout, one.values.numel(), one.is_coded, is_stochastic)
-    num_blocks, rows, cols, block_rows, block_cols, block_height, block_width = pieces.grid
+    places = spans = None
+    if is_stochastic and topology is not None and topology.layout.single_weights:
+        places, spans = places_of(topology)
     options = one.rule.named_options(one.options)
     return Row(
         values=values,
@@ -292,9 +292,10 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         step=_address(one.step),
         generation=generation,
         births=_address(one.births),
-        topology=0 if topology is None else _address(topology.bits),
         positions=0 if topology is None else _address(topology.positions),
         group_starts=0 if topology is None else _address(topology.group_starts),
+        places=_address(places),
+        spans=_address(spans),
         kind=pieces.kind,
         aligned=all(address % 16 == 0 for address in (values, exp_avg, exp_avg_sq, generation)),
         numel=one.values.numel(),
@@ -303,13 +304,6 @@ def row_of(one: Update, is_stochastic: bool) -> Row:
         num_groups=pieces.num_groups,
         num_generations=1 if one.births is None else one.births.numel(),
         first_rate=0,
-        num_blocks=num_blocks,
-        rows=rows,
-        cols=cols,
-        block_rows=block_rows,
-        block_cols=block_cols,
-        block_height=block_height,
-        block_width=block_width,
         warmup_steps=one.warmup_steps,
         initial_warmup_steps=one.initial_warmup_steps,
         shared_step=one.rule.shared_step,

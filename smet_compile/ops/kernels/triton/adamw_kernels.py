@@ -1,7 +1,7 @@
-"""Defines the two kernels of "triton_adamw": ``prepare`` counts the step, ``update`` moves the weights.
+"""Defines the kernel of "triton_adamw" that moves the weights.
 
-A program of ``update`` takes a piece of one parameter: one block, however large; up to LANES consecutive entries; or
-the active ones among LANES dense weights.
+A program takes a piece of one parameter: one block, however large; consecutive entries or small blocks; or the single
+weights of some groups.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import triton.language as tl
 from smet_compile.ops.kernels.triton import adamw_step as at
 from smet_compile.ops.kernels.triton.adamw_step import (
     LANES,
-    dense_position,
+    SPAN,
+    block_key,
     entries_from,
-    fp64,
-    grid_of,
+    inverse_of,
     is_finite,
     load_moments,
     magnitudes,
     next_moments,
     pointer,
     rates_at,
+    rates_of,
     scalars,
+    scale_of,
     scale_pointers,
     store_step,
     tensors,
@@ -33,52 +35,14 @@ _SCAN = tl.constexpr(4 * LANES.value)
 
 
 @triton.jit
-def _rates_of(age, bias_age, born, row, lr):
-    """Returns step size and bias corrections at an age, in fp32. Blocks born at step 0 are the initial ones."""
-    warmup_steps = tl.where(born == 0, tl.load(row + at.INITIAL_WARMUP_STEPS), tl.load(row + at.WARMUP_STEPS))
-    warm = tl.where(warmup_steps > 0, tl.minimum(age / tl.maximum(warmup_steps, 1).to(tl.float64), 1.0), 1.0)
-    bias1 = 1.0 - tl.exp(bias_age * fp64(row, at.LOG_BETA1))
-    bias2 = 1.0 - tl.exp(bias_age * fp64(row, at.LOG_BETA2))
-    rate = lr * fp64(row, at.DENSITY_RATE) * warm
-    return rate.to(tl.float32), bias1.to(tl.float32), bias2.to(tl.float32)
-
-
-@triton.jit
-def prepare(table, step_table, rates, GENERATIONS: tl.constexpr):
-    """Raises each parameter's step, and fills its ``rates``: one program for each parameter."""
-    row = table + tl.program_id(0) * at.NUM_COLUMNS
-    step_row = step_table + tl.program_id(0) * at.NUM_STEP_COLUMNS
-    step_pointer = pointer(row, at.STEP, tl.int64)
-    step = tl.load(step_pointer) + 1
-    lr = fp64(step_row, at.LR)
-    if tl.load(step_row + at.LR_IS_ADDRESS) != 0:
-        lr = tl.load(pointer(step_row, at.LR, tl.float64))
-    rates += tl.load(row + at.FIRST_RATE)
-    num_generations = tl.load(row + at.NUM_GENERATIONS)
-    has_births = tl.load(row + at.BIRTHS) != 0
-    births = pointer(row, at.BIRTHS, tl.int64)
-    shared_step = tl.load(row + at.SHARED_STEP) != 0
-    for first in range(0, num_generations, GENERATIONS):
-        number = first + tl.arange(0, GENERATIONS)
-        here = number < num_generations
-        born = tl.load(births + number, mask=here & has_births, other=0)
-        age = tl.maximum(step - born, 1).to(tl.float64)
-        rate, bias1, bias2 = _rates_of(age, tl.where(shared_step, step.to(tl.float64), age), born, row, lr)
-        tl.store(rates + number, rate, mask=here)
-        tl.store(rates + num_generations + number, bias1, mask=here)
-        tl.store(rates + 2 * num_generations + number, bias2, mask=here)
-    tl.store(step_pointer, step)
-
-
-@triton.jit
 def _all_finite(grad_pointer, size):
     """Tells whether a block's gradient is finite; it is read from memory here, and from the cache afterwards."""
-    broken = tl.zeros((_SCAN,), tl.int32)
+    zero = tl.zeros((_SCAN,), tl.float32)
     for start in range(0, size, _SCAN):
         lane = start + tl.arange(0, _SCAN)
         grad = tl.load(grad_pointer + lane, mask=lane < size, other=0.0).to(tl.float32)
-        broken |= (~is_finite(grad)).to(tl.int32)
-    return tl.max(broken) == 0
+        zero = tl.fma(grad, 0.0, zero)  # not a number from the first that is not finite
+    return tl.max((zero != 0.0).to(tl.int32)) == 0
 
 
 @triton.jit
@@ -107,11 +71,13 @@ def _update_block(
     if not _all_finite(grad_pointer, size):
         tl.atomic_add(pointer(row, at.NUM_SKIPPED, tl.int64), 1)
     else:
-        betas, decay, keys = scalars(row)
+        betas, eps, key = scalars(row)
         block_position = tl.load(pointer(row, at.POSITIONS, INDEX) + block)
-        rate = rates_at(row, rates, tl.load(pointer(row, at.GENERATION, GENERATION) + block).to(tl.int32))
+        key = block_key(key, block_position)
+        generation = tl.load(pointer(row, at.GENERATION, GENERATION) + block).to(tl.int32)
+        rate = rates_at(rates_of(row, rates), generation)
         old_scales = 0.0, 0.0
-        new_scales = 0.0, 0.0
+        inverses = 0.0, 0.0
         if CODED:
             pointers = scale_pointers(row, block_position)
             old_scales = tl.load(pointers[0]), tl.load(pointers[1])
@@ -125,9 +91,10 @@ def _update_block(
                 size_m, size_v = magnitudes(next_moments(moments, grad, mask, betas))
                 largest_m = tl.maximum(largest_m, size_m)
                 largest_v = tl.maximum(largest_v, size_v)
-            new_scales = tl.max(largest_m), tl.max(largest_v)
+            new_scales = scale_of(tl.max(largest_m)), scale_of(tl.max(largest_v))
             tl.store(pointers[0], new_scales[0])
             tl.store(pointers[1], new_scales[1])
+            inverses = inverse_of(new_scales[0]), inverse_of(new_scales[1])
         for start in range(0, size, LANES):
             lane = start + tl.arange(0, LANES)
             mask = lane < size
@@ -135,114 +102,218 @@ def _update_block(
             moments = load_moments(exp_avg, exp_avg_sq, lane, mask, old_scales)
             weight = tl.load(values + lane, mask=mask, other=0.0).to(tl.float32)
             moments = next_moments(moments, grad, mask, betas)
-            position = lane.to(tl.int64)
-            if STOCHASTIC:
-                position = dense_position(block_position, lane, grid_of(row, INDEX))
             store_step(
-                values, exp_avg, exp_avg_sq, lane, mask, mask, weight, moments, rate, decay, new_scales, keys,
-                position, STOCHASTIC,
+                values, exp_avg, exp_avg_sq, lane, mask, mask, weight, moments, rate, eps, inverses, key,
+                lane.to(tl.uint32), STOCHASTIC,
             )  # fmt: skip
 
 
 @triton.jit
-def _live(grad, mask, lane, size, num_skipped, SINGLE: tl.constexpr):
-    """Finds the lanes in ``mask`` of blocks (of ``size`` entries) whose gradient is finite; counts the other blocks."""
-    broken = (mask & ~is_finite(grad)).to(tl.int32)
-    count = tl.sum(broken)
-    if count > 0:
-        if not SINGLE:
-            count = 0
+def _live(grad, mask, lane, size, SINGLE: tl.constexpr):
+    """Finds the lanes in ``mask`` of blocks (of ``size`` entries) whose gradient is finite."""
+    finite = is_finite(grad)
+    if not SINGLE:
+        broken = (mask & ~finite).to(tl.int32)
+        if tl.max(broken) > 0:
             for block in range(0, tl.max(tl.where(mask, lane, 0)) // size + 1):
                 mine = lane // size == block
-                any_broken = tl.max(tl.where(mine, broken, 0))
-                broken = tl.where(mine, any_broken, broken)
-                count += any_broken
-        tl.atomic_add(num_skipped, count.to(tl.int64))
-    return mask & (broken == 0)
+                broken = tl.where(mine, tl.max(tl.where(mine, broken, 0)), broken)
+        finite = broken == 0
+    return mask & finite
+
+
+@triton.jit
+def _count_skipped(row, count, num_live, size):
+    """Counts skipped blocks, given the number of entries and, in each lane, how many of them were updated."""
+    skipped = (count - tl.sum(num_live)) // size
+    if skipped > 0:
+        tl.atomic_add(pointer(row, at.NUM_SKIPPED, tl.int64), skipped.to(tl.int64))
+
+
+@triton.jit
+def _pointers(row, grad_address, first, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Returns pointers to entry ``first`` of values, moments and gradient."""
+    values, exp_avg, exp_avg_sq = tensors(row, first, DTYPES, ALIGNED)
+    return values, exp_avg, exp_avg_sq, entries_from(grad_address, first, DTYPES[1], ALIGNED)
 
 
 @triton.jit
 def _update_lanes(
-    row, grad_address, rates, first, lane, mask, position, size, group, DTYPES: tl.constexpr, GENERATION: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
+    row, tensors_and_grad, numbers, rate, lane, mask, key, place, size, group, STOCHASTIC: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Updates the entries ``first + lane``, of blocks of ``size`` entries, all in one group. SINGLE: ``size`` is 1."""
-    CODED: tl.constexpr = DTYPES[2] == tl.uint8
-    values, exp_avg, exp_avg_sq = tensors(row, first, DTYPES, ALIGNED)
-    grad_pointer = entries_from(grad_address, first, DTYPES[1], ALIGNED)
-    betas, decay, keys = scalars(row)
+    """Updates the entries ``lane``, of blocks of ``size`` entries, all in one group. SINGLE: ``size`` is 1.
+
+    Returns which of them it updated.
+    """
+    values, exp_avg, exp_avg_sq, grad_pointer = tensors_and_grad
+    betas, eps = numbers
+    CODED: tl.constexpr = exp_avg.dtype.element_ty == tl.uint8
     scales = 0.0, 0.0
     if CODED:
-        pointers = scale_pointers(row, group)
-        scales = tl.load(pointers[0]), tl.load(pointers[1])
-    generations = pointer(row, at.GENERATION, GENERATION)
-    has_ages = tl.load(row + at.GENERATION) != 0
-    block = lane
-    if SINGLE:
-        generations += first
-        if ALIGNED:
-            generations = tl.multiple_of(generations, 16)
-    else:
-        generations += first // size
-        block = lane // size
+        to_m, to_v = scale_pointers(row, group)
+        scales = tl.load(to_m), tl.load(to_v)
     grad = tl.load(grad_pointer + lane, mask=mask, other=0.0).to(tl.float32)
     moments = load_moments(exp_avg, exp_avg_sq, lane, mask, scales)
     weight = tl.load(values + lane, mask=mask, other=0.0).to(tl.float32)
-    rate = rates_at(row, rates, tl.load(generations + block, mask=mask & has_ages, other=0).to(tl.int32))
-    live = _live(grad, mask, lane, size, pointer(row, at.NUM_SKIPPED, tl.int64), SINGLE)
+    live = _live(grad, mask, lane, size, SINGLE)
     moments = next_moments(moments, grad, live, betas)
     if CODED:
         some = tl.max(live.to(tl.int32)) > 0
         mask = mask & some
         size_m, size_v = magnitudes(moments)
-        scales = tl.max(size_m), tl.max(size_v)
-        tl.store(pointers[0], scales[0], mask=some)
-        tl.store(pointers[1], scales[1], mask=some)
+        scales = scale_of(tl.max(size_m)), scale_of(tl.max(size_v))
+        tl.store(to_m, scales[0], mask=some)
+        tl.store(to_v, scales[1], mask=some)
+        scales = inverse_of(scales[0]), inverse_of(scales[1])
     store_step(
-        values, exp_avg, exp_avg_sq, lane, mask, live, weight, moments, rate, decay, scales, keys, position,
-        STOCHASTIC,
+        values, exp_avg, exp_avg_sq, lane, mask, live, weight, moments, rate, eps, scales, key, place, STOCHASTIC,
     )  # fmt: skip
+    return live.to(tl.int32)
 
 
 @triton.jit
-def _update_range(
-    row, grad_address, rates, first, count, group, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr,
+def _end_of_span(row, span, INDEX: tl.constexpr):
+    """Returns the number of single weights before the end of a span."""
+    group = tl.minimum((span + 1) * (SPAN // LANES), tl.load(row + at.NUM_GROUPS))
+    return tl.load(pointer(row, at.GROUP_STARTS, INDEX) + group).to(tl.int64)
+
+
+@triton.jit
+def _update_entries(
+    row, grad_address, rates, piece, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, LISTED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Updates ``count`` ≤ LANES consecutive entries: of a plain parameter, single weights (SINGLE), or whole blocks."""
+    """Updates consecutive entries of a plain parameter or of single weights, LANES at a time.
+
+    LISTED: they are single weights with noise, and where they lie is listed.
+    """
+    first = piece.to(tl.int64) * at.ENTRIES_OF_A_PIECE
+    count = tl.minimum(at.ENTRIES_OF_A_PIECE, tl.load(row + at.NUMEL) - first).to(tl.int32)
+    if ALIGNED:
+        count = count // 16 * 16
+    everything = _pointers(row, grad_address, first, DTYPES, ALIGNED)
+    betas, eps, key_of_step = scalars(row)
+    rates = rates_of(row, rates)
+    generation = tl.load(row + at.GENERATION)
+    generations = entries_from(generation, first, GENERATION, ALIGNED)
+    places = entries_from(tl.load(row + at.PLACES), first, tl.uint16, ALIGNED)
+    span, end = (first // SPAN).to(tl.int32), first + count
+    if LISTED:
+        span = tl.load(pointer(row, at.SPANS, tl.int32) + piece)
+        end = _end_of_span(row, span, INDEX)
+    key = block_key(key_of_step, span)
+    num_live = tl.zeros((LANES,), tl.int32)
+    for start in range(0, count, LANES):
+        lane = start + tl.arange(0, LANES)
+        mask = lane < count
+        keys = key
+        place = (first % SPAN).to(tl.int32) + lane
+        if LISTED:
+            keys = key + tl.zeros_like(lane).to(tl.uint32)
+            place = tl.load(places + lane, mask=mask, other=0).to(tl.int32)
+            while end < first + tl.minimum(start + LANES, count):
+                span += 1
+                key = block_key(key_of_step, span)
+                keys = tl.where(lane >= (end - first).to(tl.int32), key, keys)
+                end = _end_of_span(row, span, INDEX)
+        has_age = mask & (LISTED or generation != 0)
+        rate = rates_at(rates, tl.load(generations + lane, mask=has_age, other=0).to(tl.int32))
+        num_live += _update_lanes(
+            row, everything, (betas, eps), rate, lane, mask, keys, place.to(tl.uint32), 1, (first + start) // LANES,
+            STOCHASTIC, True,
+        )  # fmt: skip
+    _count_skipped(row, count, num_live, 1)
+
+
+@triton.jit
+def _update_blocks(
+    row, grad_address, rates, first, count, group, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Updates ``count`` ≤ LANES consecutive entries, of whole blocks."""
     if ALIGNED:
         count = count // 16 * 16
     lane = tl.arange(0, LANES)
     mask = lane < count
     size = tl.load(row + at.BLOCK_SIZE).to(tl.int32)
-    position = first + lane
-    if STOCHASTIC and not SINGLE:
-        blocks = pointer(row, at.POSITIONS, INDEX) + first // size
-        block = tl.load(blocks + lane // size, mask=mask, other=0)
-        position = dense_position(block, lane % size, grid_of(row, INDEX))
-    _update_lanes(
-        row, grad_address, rates, first, lane, mask, position, size, group, DTYPES, GENERATION, STOCHASTIC, SINGLE,
-        ALIGNED,
-    )  # fmt: skip
+    number, place = first // size + lane // size, lane % size
+    betas, eps, key = scalars(row)
+    if STOCHASTIC:
+        key = block_key(key, tl.load(pointer(row, at.POSITIONS, INDEX) + number, mask=mask, other=0))
+    generation = tl.load(pointer(row, at.GENERATION, GENERATION) + number, mask=mask, other=0)
+    rate = rates_at(rates_of(row, rates), generation.to(tl.int32))
+    everything = _pointers(row, grad_address, first, DTYPES, ALIGNED)
+    live = _update_lanes(
+        row, everything, (betas, eps), rate, lane, mask, key, place.to(tl.uint32), size, group, STOCHASTIC, False
+    )
+    _count_skipped(row, count, live, size)
 
 
 @triton.jit
-def _update_group_of_weights(
-    row, grad_address, rates, group, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
+def _update_groups_of_weights(
+    row, grad_address, rates, piece, DTYPES: tl.constexpr, INDEX: tl.constexpr, GENERATION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Updates the active ones among LANES dense weights, each in the lane of its dense position."""
-    first = tl.load(pointer(row, at.GROUP_STARTS, INDEX) + group).to(tl.int64)
-    dense = tl.arange(0, LANES)
-    position = group.to(tl.int64) * LANES + dense
-    inside = position < tl.load(row + at.NUM_BLOCKS)
-    byte = tl.load(pointer(row, at.TOPOLOGY, tl.uint8) + position // 8, mask=inside, other=0).to(tl.int32)
-    bit = (byte >> (dense & 7)) & 1
-    lane = tl.cumsum(bit, 0) - bit
-    _update_lanes(
-        row, grad_address, rates, first, lane, bit == 1, position, 1, group, DTYPES, GENERATION, STOCHASTIC, True,
-        False,
-    )  # fmt: skip
+    """Updates the single weights of GROUPS groups, some of each at a time, with 8-bit moments.
+
+    Their moments are computed once for their scales, and again for their codes.
+    """
+    WIDTH: tl.constexpr = LANES // at.GROUPS
+    first_group = piece * at.GROUPS
+    group = first_group + tl.arange(0, at.GROUPS)
+    exists = group < tl.load(row + at.NUM_GROUPS)
+    starts = pointer(row, at.GROUP_STARTS, INDEX)
+    first = tl.load(starts + first_group).to(tl.int64)
+    begin = tl.load(starts + group, mask=exists, other=0)
+    count = (tl.load(starts + group + 1, mask=exists, other=0) - begin).to(tl.int32)[:, None]
+    entry = (begin - first)[:, None] + tl.arange(0, WIDTH)[None, :].to(tl.int64)  # one address for lanes side by side
+    left = count - tl.arange(0, WIDTH)[None, :]
+    values, exp_avg, exp_avg_sq = tensors(row, first, DTYPES, False)
+    grad_pointer = entries_from(grad_address, first, DTYPES[1], False)
+    betas, eps, key = scalars(row)
+    to_m, to_v = scale_pointers(row, group)
+    scales = tl.load(to_m, mask=exists, other=0.0)[:, None], tl.load(to_v, mask=exists, other=0.0)[:, None]
+    most = tl.max(count)
+    largest_m = tl.zeros((at.GROUPS, WIDTH), tl.float32)
+    largest_v = tl.zeros((at.GROUPS, WIDTH), tl.float32)
+    num_live = tl.zeros((at.GROUPS, WIDTH), tl.int32)
+    for start in range(0, most, WIDTH):
+        mask = start < left
+        grad = tl.load(grad_pointer + start + entry, mask=mask, other=0.0).to(tl.float32)
+        live = mask & is_finite(grad)
+        moments = load_moments(exp_avg + start, exp_avg_sq + start, entry, mask, scales)
+        size_m, size_v = magnitudes(next_moments(moments, grad, live, betas))
+        largest_m = tl.maximum(largest_m, size_m)
+        largest_v = tl.maximum(largest_v, size_v)
+        num_live += live.to(tl.int32)
+    live_of_group = tl.sum(num_live, axis=1)
+    _count_skipped(row, tl.sum(count), live_of_group, 1)
+    some = live_of_group > 0
+    new_m, new_v = scale_of(tl.max(largest_m, axis=1)), scale_of(tl.max(largest_v, axis=1))
+    tl.store(to_m, new_m, mask=some)
+    tl.store(to_v, new_v, mask=some)
+    inverses = inverse_of(new_m)[:, None], inverse_of(new_v)[:, None]
+    keys = block_key(key, group // (SPAN // LANES))[:, None]
+    left = tl.where(some[:, None], left, 0)
+    rates = rates_of(row, rates)
+    generations = pointer(row, at.GENERATION, GENERATION) + first
+    places = pointer(row, at.PLACES, tl.uint16) + first
+    for start in range(0, most, WIDTH):
+        mask = start < left
+        grad = tl.load(grad_pointer + start + entry, mask=mask, other=0.0).to(tl.float32)
+        live = mask & is_finite(grad)
+        moments = load_moments(exp_avg + start, exp_avg_sq + start, entry, mask, scales)
+        weight = tl.load(values + start + entry, mask=mask, other=0.0).to(tl.float32)
+        moments = next_moments(moments, grad, live, betas)
+        rate = rates_at(rates, tl.load(generations + start + entry, mask=mask, other=0).to(tl.int32))
+        place = entry.to(tl.uint32)
+        if STOCHASTIC:
+            place = tl.load(places + start + entry, mask=mask, other=0).to(tl.uint32)
+        store_step(
+            values + start, exp_avg + start, exp_avg_sq + start, entry, mask, live, weight, moments, rate, eps,
+            inverses, keys, place, STOCHASTIC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -277,9 +348,19 @@ def update(
             _update_block(row, grad, rates, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True)
         else:
             _update_block(row, grad, rates, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False)
-    elif KINDS[at.GROUP_OF_WEIGHTS] and kind == at.GROUP_OF_WEIGHTS:
-        _update_group_of_weights(row, grad, rates, piece, DTYPES, INDEX, GENERATION, STOCHASTIC)
-    else:
+    elif KINDS[at.GROUPS_OF_WEIGHTS] and kind == at.GROUPS_OF_WEIGHTS:
+        _update_groups_of_weights(row, grad, rates, piece, DTYPES, INDEX, GENERATION, STOCHASTIC)
+    elif KINDS[at.ENTRIES] and kind == at.ENTRIES:
+        if aligned and tl.load(row + at.NUMEL) % 16 == 0:
+            _update_entries(row, grad, rates, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, True)
+        else:
+            _update_entries(row, grad, rates, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, False)
+    elif KINDS[at.WEIGHTS] and kind == at.WEIGHTS:
+        if aligned and tl.load(row + at.NUMEL) % 16 == 0:
+            _update_entries(row, grad, rates, piece, DTYPES, INDEX, GENERATION, True, True, True)
+        else:
+            _update_entries(row, grad, rates, piece, DTYPES, INDEX, GENERATION, True, True, False)
+    elif KINDS[at.BLOCKS] or KINDS[at.GROUP_OF_RUNS]:
         length = tl.load(row + at.ENTRIES_AT_ONCE)
         first = piece.to(tl.int64) * length
         end = tl.minimum(first + length, tl.load(row + at.NUMEL))
@@ -289,15 +370,7 @@ def update(
             end = tl.load(starts + 1).to(tl.int64) * tl.load(row + at.BLOCK_SIZE)
         count = (end - first).to(tl.int32)
         aligned = aligned and (first % 16 == 0 and count % 16 == 0)
-        if KINDS[at.ENTRIES] and kind == at.ENTRIES:
-            if aligned:
-                _update_range(row, grad, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True, True)
-            else:
-                _update_range(row, grad, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True, False)
-        elif KINDS[at.BLOCKS] or KINDS[at.GROUP_OF_RUNS]:
-            if aligned:
-                _update_range(row, grad, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, True)
-            else:
-                _update_range(
-                    row, grad, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, False
-                )
+        if aligned:
+            _update_blocks(row, grad, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, True)
+        else:
+            _update_blocks(row, grad, rates, first, count, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False)

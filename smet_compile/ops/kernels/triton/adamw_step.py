@@ -25,7 +25,6 @@ class Row(NamedTuple):
     Args:
         kind: what a program updates, ``ENTRIES`` and so on. aligned: whether the addresses of values, moments and
             generation are multiples of 16. first_rate: the index of its first rate.
-        num_blocks: blocks in the dense weight; then follow the sizes of a matrix, of its grid of blocks, of a block.
     """
 
     values: int
@@ -36,9 +35,10 @@ class Row(NamedTuple):
     step: int
     generation: int
     births: int
-    topology: int
     positions: int
     group_starts: int
+    places: int
+    spans: int
     kind: int
     aligned: int
     numel: int
@@ -47,13 +47,6 @@ class Row(NamedTuple):
     num_groups: int
     num_generations: int
     first_rate: int
-    num_blocks: int
-    rows: int
-    cols: int
-    block_rows: int
-    block_cols: int
-    block_height: int
-    block_width: int
     warmup_steps: int
     initial_warmup_steps: int
     shared_step: int
@@ -70,13 +63,11 @@ class Row(NamedTuple):
 
 NUM_COLUMNS = tl.constexpr(len(Row._fields))
 _columns = map(tl.constexpr, range(NUM_COLUMNS.value))
-VALUES, EXP_AVG, EXP_AVG_SQ, SCALES, NUM_SKIPPED, STEP, GENERATION, BIRTHS, TOPOLOGY, POSITIONS, GROUP_STARTS = (
-    next(_columns) for _ in range(11)
-)
+VALUES, EXP_AVG, EXP_AVG_SQ, SCALES, NUM_SKIPPED, STEP, GENERATION, BIRTHS = (next(_columns) for _ in range(8))
+POSITIONS, GROUP_STARTS, PLACES, SPANS = (next(_columns) for _ in range(4))
 KIND, ALIGNED, NUMEL, BLOCK_SIZE, ENTRIES_AT_ONCE, NUM_GROUPS, NUM_GENERATIONS, FIRST_RATE = (
     next(_columns) for _ in range(8)
 )
-NUM_BLOCKS, ROWS, COLS, BLOCK_ROWS, BLOCK_COLS, BLOCK_HEIGHT, BLOCK_WIDTH = (next(_columns) for _ in range(7))
 WARMUP_STEPS, INITIAL_WARMUP_STEPS, SHARED_STEP, NOISE_SEED = (next(_columns) for _ in range(4))
 DENSITY_RATE, LOG_BETA1, LOG_BETA2, REST1, BETA2, REST2, EPS, WEIGHT_DECAY = (next(_columns) for _ in range(8))
 
@@ -92,16 +83,27 @@ class StepRow(NamedTuple):
 NUM_STEP_COLUMNS = tl.constexpr(len(StepRow._fields))
 GRAD, LR, LR_IS_ADDRESS = map(tl.constexpr, range(NUM_STEP_COLUMNS.value))
 
-ENTRIES, BLOCK, BLOCKS, GROUP_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, range(5))
-"""Kinds of pieces: consecutive entries of a plain parameter or of single weights; one block; several small blocks; a
-group of single weights or of runs, which share a scale or a piece of the bitmap."""
+ENTRIES, WEIGHTS, BLOCK, BLOCKS, GROUPS_OF_WEIGHTS, GROUP_OF_RUNS = map(tl.constexpr, range(6))
+"""Kinds of pieces: consecutive entries of a plain parameter, or of single weights without noise or codes; consecutive
+single weights with noise; one block; several small blocks; GROUPS groups of single weights with codes; a group of runs
+with codes, which share a scale."""
+RATES = tl.constexpr(4)
+"""Numbers between the rates of one generation, which are three, and those of the next: a product is a shift."""
+GROUPS = tl.constexpr(16)
+ENTRIES_OF_A_PIECE = tl.constexpr(4 * LANES.value)
 
-WEIGHT_STREAM, EXP_AVG_STREAM, EXP_AVG_SQ_STREAM = map(tl.constexpr, range(3))
-"""Streams of noise."""
+SPAN = tl.constexpr(1 << 16)
+"""Consecutive weights whose noise has one key, where they are alone in their blocks."""
+_MOMENTS_WORD = tl.constexpr(0x9E3779B9)
+"""Tells the hash that serves both moments from that of the weight."""
 EXP_AVG_OFFSET = tl.constexpr(889)
 EXP_AVG_SQ_OFFSET = tl.constexpr(761)
 """Offsets of the codes of ``ops.law``, by which code 127, or 255, stands for 1."""
-LARGEST = tl.constexpr(3.4028234663852886e38)
+_NOISES_OF_SMALLEST = tl.constexpr(65536 / (1.25 / 65536))
+"""Number of values of 16 bits of noise, over the smallest signed code above zero."""
+_WHOLE, _BITS_OF_WHOLE = tl.constexpr(8388608.0), tl.constexpr(0x4B000000)
+"""2^23: fp32 numbers from it on are whole."""
+LARGEST, LEAST = tl.constexpr(3.4028234663852886e38), tl.constexpr(1.1754943508222875e-38)
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -139,30 +141,23 @@ def tensors(row, first, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def scalars(row):
-    """Returns the numbers of the moments, ε and λ, and the keys of the noise at the step that was just counted."""
+    """Returns the numbers of the moments, ε, and the key of the noise at the step that was just counted."""
     betas = fp32(row, REST1), fp32(row, BETA2), fp32(row, REST2)
-    decay = fp32(row, EPS), fp32(row, WEIGHT_DECAY)
-    seed, step = tl.load(row + NOISE_SEED), tl.load(pointer(row, STEP, tl.int64))
-    moment_keys = noise_key(seed, step, EXP_AVG_STREAM), noise_key(seed, step, EXP_AVG_SQ_STREAM)
-    return betas, decay, (noise_key(seed, step, WEIGHT_STREAM), moment_keys[0], moment_keys[1])
+    key = noise_key(tl.load(row + NOISE_SEED), tl.load(pointer(row, STEP, tl.int64)))
+    return betas, fp32(row, EPS), key
 
 
 @triton.jit
-def grid_of(row, DTYPE: tl.constexpr):
-    """Returns the sizes that ``dense_position`` takes, in the integers of the list of positions."""
-    matrix = tl.load(row + ROWS), tl.load(row + COLS).to(DTYPE)
-    blocks = tl.load(row + BLOCK_ROWS).to(DTYPE), tl.load(row + BLOCK_COLS).to(DTYPE)
-    block = tl.load(row + BLOCK_HEIGHT).to(tl.int32), tl.load(row + BLOCK_WIDTH).to(tl.int32)
-    return matrix + blocks + block
+def rates_of(row, rates):
+    """Returns a pointer to the parameter's rates, RATES numbers for each generation."""
+    return rates + tl.load(row + FIRST_RATE)
 
 
 @triton.jit
-def rates_at(row, rates, number):
-    """Returns step size and bias corrections of generations."""
-    num_generations = tl.load(row + NUM_GENERATIONS).to(tl.int32)
-    rates += tl.load(row + FIRST_RATE)
-    rate, bias1 = tl.load(rates + number), tl.load(rates + num_generations + number)
-    return rate, bias1, tl.load(rates + 2 * num_generations + number)
+def rates_at(rates, generation):
+    """Returns step size, bias correction of the second moment, and decay of generations."""
+    here = rates + RATES * generation
+    return tl.load(here), tl.load(here + 1), tl.load(here + 2)
 
 
 @triton.jit
@@ -188,15 +183,28 @@ def hash32(x):
 
 
 @triton.jit
-def noise_key(seed, step, STREAM: tl.constexpr):
+def noise_key(seed, step):
     """Returns the key of the noise of a step; of ``seed`` and ``step``, integers of any size, the low 32 bits count."""
-    return hash32(hash32(hash32(seed.to(tl.uint32)) ^ step.to(tl.uint32)) ^ STREAM)
+    return hash32(hash32(seed.to(tl.uint32)) ^ step.to(tl.uint32))
 
 
 @triton.jit
-def noise_bits(key, position):
-    """Returns 32 bits of noise for each dense position (int64)."""
-    return hash32(hash32(position.to(tl.uint32) ^ key) ^ (position >> 32).to(tl.uint32))
+def block_key(key, position):
+    """Returns the key of the noise of the block at a position, an integer of up to 64 bits."""
+    return hash32(hash32(position.to(tl.uint32) ^ key) ^ (position.to(tl.int64) >> 32).to(tl.uint32))
+
+
+@triton.jit
+def noise_of_weight(key, place):
+    """Returns 16 bits of noise for the weight at each place (uint32) of the block with this key."""
+    return hash32(place ^ key) >> 16
+
+
+@triton.jit
+def noise_of_moments(key, place):
+    """Returns 16 bits of noise for each of both moments."""
+    both = hash32(place ^ key ^ _MOMENTS_WORD)
+    return both & 0xFFFF, both >> 16
 
 
 @triton.jit
@@ -205,11 +213,10 @@ def rounded_to(x, noise, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     if DTYPE.is_bf16():
         bits = x.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            low = noise & 0xFFFF
+            low = noise
         else:
             low = ((bits >> 16) & 1) + 0x7FFF
-        quiet = tl.where(x != x, 0x400000, 0).to(tl.uint32)
-        upper = tl.where(is_finite(x), bits + low, bits | quiet) >> 16
+        upper = tl.where(x == x, bits + low, 0x7FC00000) >> 16
         return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)
@@ -230,40 +237,36 @@ def decode(code, scale, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def encode(x, scale, noise, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Turns fp32 into uint8 codes under ``scale``, the largest magnitude of the group."""
-    SIGNED: tl.constexpr = OFFSET == EXP_AVG_OFFSET
-    some = scale > 0
-    ratio = tl.where(some, tl.div_rn(tl.abs(x), tl.where(some, scale, 1.0)), 0.0)
-    low = 0x80000
-    if STOCHASTIC:
-        low = (noise & 0xFFFFF).to(tl.int32)
-    bits = ratio.to(tl.int32, bitcast=True)
-    magnitude = ((bits + low) >> 20) - OFFSET
-    if SIGNED:
-        smallest = tl.cast((tl.zeros_like(bits) + OFFSET + 1) << 20, tl.float32, bitcast=True)
-        share = tl.div_rn(ratio, smallest)
-        if STOCHASTIC:
-            rises = (noise & 0xFFFFF).to(tl.float32) < share * 1048576.0
-        else:
-            rises = share >= 0.5
-        magnitude = tl.where(bits < ((OFFSET + 1) << 20), rises.to(tl.int32), magnitude)
-        return (tl.minimum(magnitude, 127) + tl.where(x < 0, 0x80, 0)).to(tl.uint8)
-    magnitude = tl.where(magnitude < 1, (x > 0).to(tl.int32), magnitude)
-    return tl.minimum(magnitude, 255).to(tl.uint8)
+def scale_of(largest):
+    """Returns the scale of a group with this largest magnitude."""
+    return tl.where(largest > 0, tl.maximum(largest, LEAST), 0.0)
 
 
 @triton.jit
-def dense_position(block, within, row_and_cols):
-    """Returns the dense position of entry ``within`` of the block at position ``block`` (of a grid of blocks).
+def inverse_of(scale):
+    return tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
 
-    ``row_and_cols``: rows and columns of a matrix, of its grid of blocks, and of a block.
-    """
-    rows, cols, block_rows, block_cols, bm, bn = row_and_cols
-    line = block // block_cols
-    first_row = line // block_rows * rows + line % block_rows * bm
-    first_col = block % block_cols * bn
-    return (first_row + within // bn).to(tl.int64) * cols + (first_col + within % bn)
+
+@triton.jit
+def encode(x, inverse, noise, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Turns fp32 into uint8 codes under the scale with this ``inverse``."""
+    SIGNED: tl.constexpr = OFFSET == EXP_AVG_OFFSET
+    ratio = tl.abs(x) * inverse
+    bits = ratio.to(tl.int32, bitcast=True)
+    low = 0x80000 - (OFFSET << 20)
+    if STOCHASTIC:
+        low = (noise << 4).to(tl.int32) + (8 - (OFFSET << 20))
+    magnitude = (bits + low) >> 20
+    if SIGNED:
+        if STOCHASTIC:
+            share = (ratio * _NOISES_OF_SMALLEST + _WHOLE).to(tl.int32, bitcast=True)
+            rises = noise.to(tl.int32) + _BITS_OF_WHOLE < share
+        else:
+            rises = ratio >= 0.625 / 65536
+        magnitude = tl.where(bits < ((OFFSET + 1) << 20), rises.to(tl.int32), magnitude)
+        return (tl.minimum(magnitude, 127) | tl.where(x < 0, 0x80, 0)).to(tl.uint8)
+    magnitude = tl.maximum(magnitude, (x > 0).to(tl.int32))
+    return tl.minimum(magnitude, 255).to(tl.uint8)
 
 
 @triton.jit
@@ -297,25 +300,22 @@ def magnitudes(moments):
 
 
 @triton.jit
-def _store(pointer, entry, mask, x, key, position, STOCHASTIC: tl.constexpr):
-    DTYPE: tl.constexpr = pointer.dtype.element_ty
-    noise = 0
-    if STOCHASTIC and DTYPE.is_bf16():
-        noise = noise_bits(key, position)
-    tl.store(pointer + entry, rounded_to(x, noise, DTYPE, STOCHASTIC), mask=mask)
-
-
-@triton.jit
-def _store_codes(pointer, entry, mask, x, scale, key, position, OFFSET: tl.constexpr, STOCHASTIC: tl.constexpr):
-    noise = 0
-    if STOCHASTIC:
-        noise = noise_bits(key, position)
-    tl.store(pointer + entry, encode(x, scale, noise, OFFSET, STOCHASTIC), mask=mask)
+def _store_moments(exp_avg, exp_avg_sq, entry, mask, moments, inverses, noise, STOCHASTIC: tl.constexpr):
+    DTYPE: tl.constexpr = exp_avg.dtype.element_ty
+    m, v = moments
+    if tl.uint8 == DTYPE:
+        m = encode(m, inverses[0], noise[0], EXP_AVG_OFFSET, STOCHASTIC)
+        v = encode(tl.minimum(v, LARGEST), inverses[1], noise[1], EXP_AVG_SQ_OFFSET, STOCHASTIC)
+    else:
+        m = rounded_to(m, noise[0], DTYPE, STOCHASTIC)
+        v = rounded_to(v, noise[1], DTYPE, STOCHASTIC)
+    tl.store(exp_avg + entry, m, mask=mask)
+    tl.store(exp_avg_sq + entry, v, mask=mask)
 
 
 @triton.jit
 def store_step(
-    values, exp_avg, exp_avg_sq, entry, mask, live, weight, moments, rates, decay, scales, keys, position,
+    values, exp_avg, exp_avg_sq, entry, mask, live, weight, moments, rates, eps, inverses, key, place,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Moves ``weight`` by the new moments, and stores all three.
@@ -323,19 +323,17 @@ def store_step(
     Entries that are not ``live`` are stored as they were, so that a mask without holes writes many bytes at once:
     rounding does not change a rounded number. It may change a code, so ``mask`` leaves out codes that have to stay.
 
-    ``rates``: step size and bias corrections; ``decay``: ε and λ; ``scales``: of the codes to be written.
+    ``rates``: step size, bias correction and decay; ``inverses``: of the scales of codes; ``key``, ``place``: of the
+    noise, the keys of blocks and the places (uint32) within them.
     """
-    m, v = moments
-    rate, bias1, bias2 = rates
-    eps, weight_decay = decay
-    direction = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(v, bias2)) + eps)
-    moved = weight - rate * (direction + weight_decay * weight)
-    moved = tl.where(live, moved, weight)
-    _store(values, entry, mask, moved, keys[0], position, STOCHASTIC)
-    if exp_avg.dtype.element_ty == tl.uint8:
-        v = tl.minimum(v, LARGEST)
-        _store_codes(exp_avg, entry, mask, m, scales[0], keys[1], position, EXP_AVG_OFFSET, STOCHASTIC)
-        _store_codes(exp_avg_sq, entry, mask, v, scales[1], keys[2], position, EXP_AVG_SQ_OFFSET, STOCHASTIC)
-    else:
-        _store(exp_avg, entry, mask, m, keys[1], position, STOCHASTIC)
-        _store(exp_avg_sq, entry, mask, v, keys[2], position, STOCHASTIC)
+    step, unbias2, decay = rates
+    move = tl.div_rn(step * moments[0], tl.sqrt_rn(moments[1] * unbias2) + eps) + decay * weight
+    moved = tl.where(live, weight - move, weight)
+    noise = 0
+    if STOCHASTIC and values.dtype.element_ty.is_bf16():
+        noise = noise_of_weight(key, place)
+    tl.store(values + entry, rounded_to(moved, noise, values.dtype.element_ty, STOCHASTIC), mask=mask)
+    noises = 0, 0
+    if STOCHASTIC and exp_avg.dtype.element_ty != tl.float32:
+        noises = noise_of_moments(key, place)
+    _store_moments(exp_avg, exp_avg_sq, entry, mask, moments, inverses, noises, STOCHASTIC)

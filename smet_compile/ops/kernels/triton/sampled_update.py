@@ -19,15 +19,18 @@ from smet_compile.ops.kernels.triton import adamw_step as at
 from smet_compile.ops.kernels.triton import supports
 from smet_compile.ops.kernels.triton.adamw import Launch, launch_of_one, update_all
 from smet_compile.ops.kernels.triton.adamw_step import (
-    dense_position,
-    grid_of,
+    block_key,
+    inverse_of,
     is_finite,
     load_moments,
     magnitudes,
     next_moments,
     pointer,
+    rates_at,
+    rates_of,
     rounded_to,
     scalars,
+    scale_of,
     store_step,
     tensors,
 )
@@ -126,7 +129,7 @@ def _update_blocks(
         tl.atomic_add(pointer(row, at.NUM_SKIPPED, tl.int64), num_broken.to(tl.int64))
     live_n = exists_n & (broken_n == 0)
     values, exp_avg, exp_avg_sq = tensors(row, first_block.to(tl.int64) * SIZE, DTYPES, ALIGNED)
-    betas, decay, keys = scalars(row)
+    betas, eps, key = scalars(row)
     positions = pointer(row, at.POSITIONS, INDEX) + first_block
     position_n = tl.load(positions + lane_n // LANES_N, mask=exists_n, other=0)
     old_m_n = tl.zeros((NUM_N,), tl.float32)
@@ -148,12 +151,13 @@ def _update_blocks(
             here_n = lane_n // NUM_K == part
             new_m_n = tl.where(here_n, _over_parts(tl.max(size_m, axis=0), PARTS), new_m_n)
             new_v_n = tl.where(here_n, _over_parts(tl.max(size_v, axis=0), PARTS), new_v_n)
-        new_m_n = _largest_of_block_n(new_m_n, LANES_N)
-        new_v_n = _largest_of_block_n(new_v_n, LANES_N)
+        new_m_n = scale_of(_largest_of_block_n(new_m_n, LANES_N))
+        new_v_n = scale_of(_largest_of_block_n(new_v_n, LANES_N))
         tl.store(to_m + position_n, new_m_n, mask=leads_n & live_n)
         tl.store(to_v + position_n, new_v_n, mask=leads_n & live_n)
-    num_generations = tl.load(row + at.NUM_GENERATIONS).to(tl.int32)
-    rates += tl.load(row + at.FIRST_RATE)
+        new_m_n = inverse_of(new_m_n)
+        new_v_n = inverse_of(new_v_n)
+    rates = rates_of(row, rates)
     generations = pointer(row, at.GENERATION, GENERATION) + first_block
     for part in range(PARTS):
         block_k, within_mk, mask_mk = _entries(part, first_block, end_block, HEIGHT, WIDTH, LANES_N, NUM_M, NUM_K)
@@ -168,16 +172,12 @@ def _update_blocks(
         moments = load_moments(exp_avg, exp_avg_sq, entry_mk, mask_mk, old)
         weight = tl.load(values + entry_mk, mask=mask_mk, other=0.0).to(tl.float32)
         moments = next_moments(moments, grad_mk, live_mk, betas)
-        position_mk = within_mk.to(tl.int64)
-        if STOCHASTIC:
-            position_k = tl.load(positions + block_k, mask=exists_k, other=0)
-            position_mk = dense_position(position_k[None, :], within_mk, grid_of(row, INDEX))
-        rate_k = rates + tl.load(generations + block_k, mask=exists_k, other=0).to(tl.int32)
-        rate = tl.load(rate_k), tl.load(rate_k + num_generations), tl.load(rate_k + 2 * num_generations)
+        key_k = block_key(key, tl.load(positions + block_k, mask=exists_k, other=0))
+        rate = rates_at(rates, tl.load(generations + block_k, mask=exists_k, other=0).to(tl.int32))
         rate = rate[0][None, :], rate[1][None, :], rate[2][None, :]
         store_step(
-            values, exp_avg, exp_avg_sq, entry_mk, mask_mk, live_mk, weight, moments, rate, decay, new, keys,
-            position_mk, STOCHASTIC,
+            values, exp_avg, exp_avg_sq, entry_mk, mask_mk, live_mk, weight, moments, rate, eps, new, key_k[None, :],
+            within_mk.to(tl.uint32), STOCHASTIC,
         )  # fmt: skip
 
 
