@@ -55,12 +55,47 @@ def caught(module: Any, name: str) -> Iterator[Launch]:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Holds the PTX of a loop, whose instructions can be counted."""
+
+    body: str
+
+    def count(self, instruction: str) -> int:
+        """Counts the instructions that begin with a pattern, whether they have a predicate or not."""
+        return len(re.findall(rf"^\s*(?:@!?%p\d+ )?(?:{instruction})", self.body, re.MULTILINE))
+
+    def copies(self, num_bytes: str) -> int:
+        """Counts the copies to shared memory, each of so many bytes of a thread, that no thread waits for."""
+        return len(re.findall(rf"cp\.async\.c[ag]\.shared\.global [^;]*, 0x{num_bytes}\b", self.body))
+
+
+@dataclass(frozen=True)
 class Compiled:
     """Holds what the compiler says of a kernel. ``spilled_bytes``: None where nothing tells."""
 
     ptx: str
     shared_bytes: int
     spilled_bytes: int | None
+
+    def loop(self) -> Loop:
+        """Returns the loop that multiplies: there is one."""
+        (found,) = (loop for loop in _loops(self.ptx) if loop.count(_MULTIPLY))
+        return found
+
+
+_MULTIPLY = r"wgmma\.mma_async|mma\.sync|fma\.rn\.f32"
+
+
+def _loops(ptx: str) -> list[Loop]:
+    """Returns what lies between a label and a jump back to it."""
+    lines, labels, found = ptx.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = number
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if jump and jump[1] in labels:
+            found.append(Loop("\n".join(lines[labels[jump[1]] : number + 1])))
+    return found
 
 
 def compile_for(launch: Launch, architecture: str) -> Compiled:

@@ -29,6 +29,14 @@ WIDEST = 128
 NARROWEST = 16
 """Least width of a product on tensor cores; narrower blocks are padded."""
 _FEWEST_LANES = 8
+_PROGRAMS_PER_SM = 2
+_MOST_SPLITS = 16
+_COST_OF_A_SPLIT = 1000
+"""Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
+_WARPS_OF_TWO = 4
+"""Warps of a program whose registers leave room for another: at most 255 for each of 128 threads, of 65,536."""
+_SHARED_BYTES = 160 * 2**10
+"""Shared memory of a multiprocessor, for programs in pairs: what Ampere has, so that both choose alike."""
 
 
 def supports(op: str, device: torch.device, dtype: torch.dtype, layout: Layout, has_offsets: bool) -> bool:
@@ -101,7 +109,10 @@ def on_device(kernel: Any, device: torch.device) -> Any:
 
 
 class MaskedSizes(NamedTuple):
-    """Holds the sizes of masked_matmul: a step multiplies ``tokens`` tokens by ``inner`` weights of each output."""
+    """Holds the sizes of masked_matmul: a step multiplies ``tokens`` tokens by ``inner`` weights of each output.
+
+    Of several, those of fewer tokens are for products with too few programs for all multiprocessors, or short lines.
+    """
 
     tokens: int
     inner: int
@@ -119,20 +130,20 @@ class SampledSizes(NamedTuple):
 
 
 _MASKED = {
-    ("hopper", "half", 32): MaskedSizes(256, 64, 8, 3),
-    ("hopper", "half", 64): MaskedSizes(256, 32, 8, 4),
-    ("hopper", "half", 128): MaskedSizes(256, 64, 8, 4),
-    ("hopper", "tf32", 32): MaskedSizes(128, 32, 4, 4),
-    ("hopper", "tf32", 64): MaskedSizes(128, 32, 4, 4),
-    ("hopper", "tf32", 128): MaskedSizes(128, 32, 8, 4),
-    ("ampere", "half", 32): MaskedSizes(128, 64, 4, 4),
-    ("ampere", "half", 64): MaskedSizes(128, 64, 4, 4),
-    ("ampere", "half", 128): MaskedSizes(128, 32, 4, 4),
-    ("ampere", "tf32", 32): MaskedSizes(128, 32, 4, 4),
-    ("ampere", "tf32", 64): MaskedSizes(128, 32, 4, 3),
-    ("ampere", "tf32", 128): MaskedSizes(128, 32, 8, 3),
+    ("hopper", "half", 32): (MaskedSizes(256, 64, 8, 3), MaskedSizes(128, 64, 4, 4), MaskedSizes(64, 64, 4, 4)),
+    ("hopper", "half", 64): (MaskedSizes(256, 32, 8, 4), MaskedSizes(128, 64, 4, 4), MaskedSizes(64, 64, 4, 4)),
+    ("hopper", "half", 128): (MaskedSizes(256, 64, 8, 4), MaskedSizes(128, 64, 4, 3), MaskedSizes(64, 64, 4, 4)),
+    ("hopper", "tf32", 32): (MaskedSizes(128, 32, 4, 4), MaskedSizes(64, 32, 4, 4)),
+    ("hopper", "tf32", 64): (MaskedSizes(128, 32, 4, 4), MaskedSizes(64, 32, 4, 4)),
+    ("hopper", "tf32", 128): (MaskedSizes(128, 32, 8, 4), MaskedSizes(64, 32, 4, 4)),
+    ("ampere", "half", 32): (MaskedSizes(128, 64, 4, 4), MaskedSizes(64, 64, 4, 4)),
+    ("ampere", "half", 64): (MaskedSizes(128, 64, 4, 4), MaskedSizes(64, 64, 4, 4)),
+    ("ampere", "half", 128): (MaskedSizes(128, 32, 4, 4), MaskedSizes(64, 32, 4, 4)),
+    ("ampere", "tf32", 32): (MaskedSizes(128, 32, 4, 4), MaskedSizes(64, 32, 4, 4)),
+    ("ampere", "tf32", 64): (MaskedSizes(128, 32, 4, 3), MaskedSizes(64, 32, 4, 4)),
+    ("ampere", "tf32", 128): (MaskedSizes(128, 32, 8, 3), MaskedSizes(64, 32, 4, 3)),
 }
-_MASKED_WITHOUT_TENSOR_CORES = MaskedSizes(64, 16, 8, 3)
+_MASKED_WITHOUT_TENSOR_CORES = (MaskedSizes(64, 16, 8, 3),)
 _SAMPLED = {
     ("hopper", "half", 32): SampledSizes(256, 64, 8, 3),
     ("hopper", "half", 64): SampledSizes(256, 32, 8, 4),
@@ -148,7 +159,7 @@ _SAMPLED = {
     ("ampere", "tf32", 128): SampledSizes(128, 32, 8, 3),
 }
 _SAMPLED_WITHOUT_TENSOR_CORES = SampledSizes(64, 16, 8, 3)
-_MASKED_INTERPRETED = MaskedSizes(64, 32, 4, 1)
+_MASKED_INTERPRETED = (MaskedSizes(64, 32, 4, 1),)
 _SAMPLED_INTERPRETED = SampledSizes(32, 64, 4, 1)
 
 
@@ -161,12 +172,43 @@ def _row(architecture: str, dtype: torch.dtype, precision: str, width: int) -> t
     return architecture, "half" if dtype.itemsize == 2 else precision, max(32, lanes(width))
 
 
-def masked_sizes(device: torch.device, dtype: torch.dtype, precision: str, width: int) -> MaskedSizes:
-    """Returns the sizes for output blocks of ``width``."""
+class MaskedWork(NamedTuple):
+    """Describes what one masked product has to do.
+
+    Args:
+        tokens: of all matrices. groups: parts of the tokens that are cut into programs each for itself.
+        lines: lines of blocks, or parts of wide ones, that each token meets. width: of a line, in outputs.
+        length: inputs that a line sums over, on average.
+    """
+
+    tokens: int
+    groups: int
+    lines: int
+    width: int
+    length: float
+
+
+def masked_sizes(device: torch.device, dtype: torch.dtype, precision: str, work: MaskedWork) -> MaskedSizes:
+    """Returns the sizes of the least estimated time."""
     kind = architecture(device)
     if kind == "interpreter":
-        return _MASKED_INTERPRETED
-    return _MASKED.get(_row(kind, dtype, precision, width), _MASKED_WITHOUT_TENSOR_CORES)
+        return _MASKED_INTERPRETED[0]
+    known = _MASKED.get(_row(kind, dtype, precision, work.width), _MASKED_WITHOUT_TENSOR_CORES)
+    sms = num_sms(device)
+    return min(known, key=lambda sizes: masked_cost(sizes, work, sms, dtype.itemsize))
+
+
+def masked_cost(sizes: MaskedSizes, work: MaskedWork, sms: int, item_bytes: int) -> float:
+    """Estimates the time of a masked product, in numbers that one multiprocessor reads.
+
+    Programs are bound by what they read, from the L2 cache. A multiprocessor that has two at a time fills and drains
+    the pipeline of one behind the products of the other.
+    """
+    per_input = sizes.tokens + lanes(work.width)
+    programs = work.lines * work.groups * math.ceil(work.tokens / work.groups / sizes.tokens)
+    in_flight = (sizes.num_stages - 1) * sizes.inner
+    is_alone = sizes.num_warps > _WARPS_OF_TWO or 2 * in_flight * per_input * item_bytes > _SHARED_BYTES
+    return math.ceil(programs / sms) * per_input * (work.length + is_alone * in_flight)
 
 
 def sampled_sizes(device: torch.device, dtype: torch.dtype, precision: str, width: int) -> SampledSizes:
@@ -187,3 +229,25 @@ def inner_step(width: int, wanted: int) -> tuple[int, int]:
         return divisor, width
     padded = max(_FEWEST_LANES, 1 << (width - 1).bit_length())
     return wanted, padded
+
+
+def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
+    """Returns in how many parts to sum the ``tokens`` of a matrix, so that the estimated time is the least.
+
+    Time is counted in multiply-adds of one output. Programs of ``blocks_together`` blocks run in rounds of two on each
+    of the ``sms`` multiprocessors, and each part of a sum has to be written and read.
+    """
+    bm, bn = layout.block_shape
+    if num_active == 0:
+        return 1
+    lines = min(num_active, layout.num_matrices * layout.block_rows)
+    parts_of_block = -(-bm // WIDEST) * -(-bn // WIDEST)
+    programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)
+    at_once = _PROGRAMS_PER_SM * sms
+
+    def cost(splits: int) -> float:
+        rounds = math.ceil(programs * splits / at_once)
+        return rounds * at_once / programs * tokens / splits + (splits > 1) * splits * _COST_OF_A_SPLIT
+
+    most = max(1, min(_MOST_SPLITS, tokens // (4 * step)))
+    return min(range(1, most + 1), key=cost)
