@@ -57,11 +57,23 @@ def _is_installed() -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Tells whether Triton is installed and its kernels run on the device, which must be of Ampere or newer."""
+    return missing(device) is None
+
+
+def missing(device: torch.device) -> str | None:
+    """Says what Triton's kernels would need on the device; None where they run."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None if _is_installed() else "needs Triton, which is not installed"
+    if device.type != "cuda":
+        return "runs on CUDA GPUs only"
+    if torch.version.hip is not None:
+        return "is not written for AMD GPUs"
     if not _is_installed():
-        return False
-    if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= _OLDEST
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return "needs Triton, which is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return f"needs a GPU of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    return None
 
 
 @functools.cache
@@ -106,6 +118,23 @@ class _OnDevice:
 def on_device(kernel: Any, device: torch.device) -> Any:
     """Returns ``kernel`` as one that is launched on ``device``: unchanged where no other device can be current."""
     return kernel if device.type == "cpu" or _has_one_gpu() else _OnDevice(kernel, device)
+
+
+_EFFICIENCY = {128: 0.55, 64: 0.40, 32: 0.20, 16: 0.10}
+"""Speed of products of tiles per useful operation over that of a dense product, by the narrower side of a tile.
+
+By arithmetic, for Hopper: products are bound by what they read from the L2 cache. No card has confirmed it yet.
+"""
+_EFFICIENCY_WITHOUT_TENSOR_CORES = 0.5
+"""A guess for fp32: arithmetic bounds both products, and the vendor's is the better one."""
+
+
+def tiles_are_profitable(dtype: torch.dtype, layout: Layout, density: float) -> bool:
+    """Tells whether multiplying active tiles alone is faster than a dense product with the expanded weight."""
+    side = max((known for known in _EFFICIENCY if known <= min(layout.block_shape)), default=None)
+    if side is None:
+        return False
+    return density < (_EFFICIENCY[side] if dtype.itemsize == 2 else _EFFICIENCY_WITHOUT_TENSOR_CORES)
 
 
 class MaskedSizes(NamedTuple):
