@@ -113,7 +113,7 @@ def _rows_at_once(layout: Layout, item_bytes: int, sms: int) -> int:
     A GEMM runs in waves of one piece for each multiprocessor, and its last wave takes as long as a full one. Of the
     numbers of rows that fit into the scratch, the one with the fewest waves for the whole matrix is taken.
     """
-    unit = math.lcm(layout.block_shape[0], _ROWS_OF_A_GEMM)
+    unit = layout.block_shape[0] * max(1, _ROWS_OF_A_GEMM // layout.block_shape[0])
     row_bytes = layout.cols * item_bytes
     if layout.rows <= max(unit, CACHED_BYTES // row_bytes):
         return layout.rows
