@@ -55,6 +55,19 @@ def _refusal_of_triton(only_tiles: bool = False, grouped: bool = True) -> Callab
     return refusal
 
 
+def _refusal_of_tma(op: str, case: Case) -> str | None:
+    from smet_compile.ops.kernels.triton import supports
+
+    if not case.layout.tiles:
+        return _ONLY_TILES
+    return supports.tma_refusal(op, case.device, case.dtype, case.layout, case.grouped)
+
+
+def _never(case: Any) -> bool:
+    """Tells of a kernel that no measurement recommends yet: it is used where its name asks for it."""
+    return False
+
+
 def _refusal_of_triton_updates(op: str, case: UpdateCase) -> str | None:
     from smet_compile.ops.kernels.triton import supports
 
@@ -100,6 +113,15 @@ DEFAULT_KERNELS = [
         "triton_expand",
         {**_functions(f"{TRITON}.matmul_expanded", *_PRODUCTS), **_functions(f"{TRITON}.expand", *_MOVES)},
         _refusal_of_triton(grouped=False),
+    ),
+    Kernel(
+        "triton_tma",
+        {
+            **_functions(f"{TRITON}.matmul_tma", "masked_matmul"),
+            **_functions(f"{TRITON}.sampled_tma", "sampled_matmul"),
+        },
+        _refusal_of_tma,
+        _never,
     ),
     Kernel("triton_adamw", _functions(f"{TRITON}.adamw", "update_all"), _refusal_of_triton_updates),
     Kernel(

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 triton = pytest.importorskip("triton")
 backend = pytest.importorskip("triton.backends.compiler")
 compiler = pytest.importorskip("triton.compiler")
@@ -107,6 +108,10 @@ def compile_for(launch: Launch, architecture: str) -> Compiled:
         name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            dtype, sides = _POINTERS[value.base.dtype][1:], ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{dtype}[{sides}]>"
             continue
         is_tensor = isinstance(value, torch.Tensor)
         signature[name] = _POINTERS[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"

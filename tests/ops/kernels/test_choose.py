@@ -183,7 +183,17 @@ MISSED = [
     ("triton_expand", "sampled_matmul", torch.float32, (1, 1), f"since triton_expand {ONLY_GPU}"),
     ("triton_expand", "unpack", torch.float32, (8, 8), "cpu_expand computes unpack of torch.float32 tiles on cpu"),
     ("triton", "pack", torch.bfloat16, (8, 8), "cpu_expand computes pack of torch.bfloat16 tiles on cpu"),
-    ("triton", "masked_matmul", torch.float32, (8, 8), f"triton_tiles {ONLY_GPU} and triton_expand {ONLY_GPU}; name"),
+    ("triton_tma", "masked_matmul", torch.bfloat16, (32, 32), f"since triton_tma {ONLY_GPU}"),
+    ("triton_tma", "sampled_matmul", torch.bfloat16, (32, 32), "multiplies tiles with sides of 64 or 128 only"),
+    ("triton_tma", "masked_matmul", torch.float32, (32, 32), "since triton_tma multiplies bf16 and fp16 only"),
+    ("triton_tma", "masked_matmul", torch.bfloat16, (1, 1), "since triton_tma multiplies tiles only"),
+    (
+        "triton",
+        "masked_matmul",
+        torch.float32,
+        (8, 8),
+        f"{ONLY_GPU} and triton_expand {ONLY_GPU} and triton_tma .*; name",
+    ),
 ]
 NOT_MISSED = [
     ("cpu", "masked_matmul", torch.float32, (1, 1)),

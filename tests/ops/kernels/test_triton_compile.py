@@ -177,7 +177,7 @@ def test_every_size_of_a_masked_product_stays_in_registers(
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
     assert uses_tensor_cores(compiled, architecture)
-    if sizes.num_warps <= supports._WARPS_OF_TWO:
+    if sizes.num_warps <= supports.WARPS_OF_TWO:
         assert 2 * compiled.shared_bytes <= SHARED_BYTES[architecture], "two fit on a multiprocessor"
 
 

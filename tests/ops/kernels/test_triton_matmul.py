@@ -229,6 +229,6 @@ def test_few_blocks_are_split() -> None:
     from smet_compile.ops.kernels.triton.sampled_tiles import num_splits
 
     layout = Layout.of((8192, 8192), (128, 128))
-    assert num_splits(132, layout, 16384, 1, 1, 64) > 4
-    assert num_splits(132, layout, 16384, 1056, 1, 64) == 1
-    assert num_splits(132, layout, 64, 1, 1, 64) == 1
+    assert num_splits(264, layout, 16384, 1, 1, 64) > 4
+    assert num_splits(264, layout, 16384, 1056, 1, 64) == 1
+    assert num_splits(264, layout, 64, 1, 1, 64) == 1

@@ -118,6 +118,41 @@ def test_tiles_are_chosen_below_the_density_at_which_a_dense_product_is_faster(
 
 
 @pytest.mark.usefixtures("hopper")
+def test_the_kernel_with_tma_is_chosen_by_its_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout.of((256, 256), (64, 64))
+    case = Case(CUDA, torch.bfloat16, layout, 3)
+    for name, expected in (("", "triton_tiles"), ("triton", "triton_tiles"), ("triton_tma", "triton_tma")):
+        monkeypatch.setenv("SMET_COMPILE_KERNEL", name)
+        assert kernel_of("masked_matmul", case) == kernel_of("sampled_matmul", case) == expected
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_cards_without_tma_or_its_memory_are_told_so(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    module.architecture.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    (kernel,) = (kernel for kernel in DEFAULT_KERNELS if kernel.name == "triton_tma")
+    case = Case(CUDA, torch.bfloat16, Layout.of((256, 256), (64, 64)), 3)
+    reason = kernel.refusal("masked_matmul", case)
+    module.architecture.cache_clear()
+    assert reason == "needs the TMA and the shared memory of a GPU of compute capability 9.0 or 10.0"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_the_kernel_with_tma_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_descriptors", lambda: False)
+    layout, half = Layout.of((256, 256), (64, 64)), torch.bfloat16
+    assert module.tma_refusal("masked_matmul", CUDA, half, layout, False) == (
+        "needs a Triton with tensor descriptors, 3.4 or newer"
+    )
+    stack = Layout.of((3, 256, 256), (64, 64))
+    for grouped in (False, True):
+        assert module.tma_refusal("masked_matmul", CUDA, half, stack, grouped) == ("multiplies one matrix, not a stack")
+
+
+@pytest.mark.usefixtures("hopper")
 def test_tokens_sorted_by_matrix_are_multiplied_with_tiles_at_any_density() -> None:
     layout = Layout.of((4, 128, 128), (32, 32))
     assert kernel_of("masked_matmul", Case(CUDA, torch.bfloat16, layout, 60, grouped=True)) == "triton_tiles"

@@ -57,7 +57,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def _one_block(places, by_column, first_block, num_blocks, number, first_place):
+def one_block(places, by_column, first_block, num_blocks, number, first_place):
     """Returns the row of ``values`` of block ``number`` of a line, and its place along the line."""
     exists = number < num_blocks
     block = first_block + tl.where(exists, number, 0)
@@ -78,13 +78,13 @@ def _blocks_of_step(
     PADDED_I: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Returns ``_one_block`` for a step: scalars where it takes a part of one, else (BLOCK_I,)."""
+    """Returns ``one_block`` for a step: scalars where it takes a part of one, else (BLOCK_I,)."""
     number = start // PADDED_I
-    block, place = _one_block(places, by_column, first_block, num_blocks, number, first_place)
+    block, place = one_block(places, by_column, first_block, num_blocks, number, first_place)
     if PADDED_I < BLOCK_I:
         number_k = tl.arange(0, BLOCK_I) // PADDED_I
         for after in tl.static_range(1, BLOCK_I // PADDED_I):
-            other, other_place = _one_block(places, by_column, first_block, num_blocks, number + after, first_place)
+            other, other_place = one_block(places, by_column, first_block, num_blocks, number + after, first_place)
             block = tl.where(number_k >= after, other, block)
             place = tl.where(number_k >= after, other_place, place)
     return block, place
@@ -319,7 +319,7 @@ def _prepare(topology: Topology, device: torch.device, variant: _Variant) -> _La
     return _Launch(
         kernel=supports.on_device(_masked_tiles, device),
         grid=(token_blocks * lines * parts, layout.num_matrices if is_stack else 1),
-        lists=_lists(topology, transposed),
+        lists=lists_of(topology, transposed),
         sizes=(num_tokens, num_inputs, num_outputs, layout.block_rows, layout.block_cols),
         num_outputs=num_outputs,
         constants={
@@ -344,7 +344,7 @@ def _prepare(topology: Topology, device: torch.device, variant: _Variant) -> _La
     )
 
 
-def _lists(topology: Topology, transposed: bool) -> tuple[Tensor | None, ...]:
+def lists_of(topology: Topology, transposed: bool) -> tuple[Tensor | None, ...]:
     """Returns the places of the blocks along their lines, their order in ``values`` and the starts of the lines."""
     if transposed:
         return topology.positions, None, topology.row_starts

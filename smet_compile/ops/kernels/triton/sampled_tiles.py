@@ -27,8 +27,9 @@ from smet_compile.ops.kernels.triton.matmul_tiles import dot_precision, multiply
 from smet_compile.ops.kernels.triton.operands import copy_to_blocks, is_far, needs_copy
 from smet_compile.ops.kernels.triton.supports import num_splits
 
-_LINES_TOGETHER = 8
+LINES_TOGETHER = 8
 _BLOCK_OF_SUM = 1024
+_PROGRAMS_PER_SM = 2
 _MOST_LENGTHS = 1024
 """How many numbers of tokens are remembered with their number of splits."""
 
@@ -253,7 +254,6 @@ class ProductLaunch(NamedTuple):
     """
 
     kernel: Any
-    add_splits: Any
     lists: tuple[Tensor | None, Tensor | None]
     sizes: tuple[int, ...]
     num_programs: int
@@ -300,7 +300,6 @@ def _prepare(topology: Topology, left: Tensor, precision: str, are_whole: tuple[
     num_lines = layout.num_matrices * layout.block_rows
     return ProductLaunch(
         kernel=supports.on_device(_sampled_tiles, left.device),
-        add_splits=supports.on_device(_add_splits, left.device),
         lists=(topology.positions, topology.row_starts),
         sizes=(num_lines, layout.block_rows, layout.block_cols, layout.rows, layout.cols),
         num_programs=num_lines * per_line,
@@ -319,7 +318,7 @@ def _prepare(topology: Topology, left: Tensor, precision: str, are_whole: tuple[
             "ALIGNED_N": math.gcd(bn, 0 if are_whole[1] else layout.cols, lanes_n),
             "LEFT_IS_WHOLE": are_whole[0],
             "RIGHT_IS_WHOLE": are_whole[1],
-            "LINES_TOGETHER": _LINES_TOGETHER,
+            "LINES_TOGETHER": LINES_TOGETHER,
             "PRECISION": precision,
             "num_warps": sizes.num_warps,
             "num_stages": sizes.num_stages,
@@ -349,9 +348,15 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
         **launch.constants,
     )
     if splits > 1:
-        grid = (triton.cdiv(out.numel(), _BLOCK_OF_SUM),)
-        launch.add_splits[grid](parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM)
+        add_splits(parts, out)
     return out
+
+
+def add_splits(parts: Tensor, out: Tensor) -> None:
+    """Writes the sum of ``parts``, first to last, to ``out``."""
+    grid = (triton.cdiv(out.numel(), _BLOCK_OF_SUM),)
+    kernel = supports.on_device(_add_splits, out.device)
+    kernel[grid](parts, out, out.numel(), NUM_SPLITS=len(parts), BLOCK=_BLOCK_OF_SUM)
 
 
 def factor_strides(left: Tensor, right: Tensor) -> tuple[int, ...]:
@@ -371,7 +376,7 @@ def tokens_and_splits(
         if len(launch.splits) >= _MOST_LENGTHS:
             launch.splits.clear()
         tokens = num_tokens if offsets is None else num_tokens // topology.layout.num_matrices
-        sms, step = supports.num_sms(left.device), launch.constants["BLOCK_T"]
-        splits = num_splits(sms, topology.layout, tokens, topology.num_active, launch.blocks_together, step)
+        at_once, step = _PROGRAMS_PER_SM * supports.num_sms(left.device), launch.constants["BLOCK_T"]
+        splits = num_splits(at_once, topology.layout, tokens, topology.num_active, launch.blocks_together, step)
         launch.splits[key] = splits
     return num_tokens, splits

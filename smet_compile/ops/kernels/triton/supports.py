@@ -29,11 +29,10 @@ WIDEST = 128
 NARROWEST = 16
 """Least width of a product on tensor cores; narrower blocks are padded."""
 _FEWEST_LANES = 8
-_PROGRAMS_PER_SM = 2
 _MOST_SPLITS = 16
 _COST_OF_A_SPLIT = 1000
 """Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
-_WARPS_OF_TWO = 4
+WARPS_OF_TWO = 4
 """Warps of a program whose registers leave room for another: at most 255 for each of 128 threads, of 65,536."""
 _SHARED_BYTES = 160 * 2**10
 """Shared memory of a multiprocessor, for programs in pairs: what Ampere has, so that both choose alike."""
@@ -201,6 +200,12 @@ def _row(architecture: str, dtype: torch.dtype, precision: str, width: int) -> t
     return architecture, "half" if dtype.itemsize == 2 else precision, max(32, lanes(width))
 
 
+_TMA = (MaskedSizes(256, 64, 8, 4), MaskedSizes(128, 64, 4, 3))
+"""Sizes of the kernels that copy with TMA. Two programs of 128 tokens share a multiprocessor, for short lines."""
+_TMA_INTERPRETED = MaskedSizes(64, 32, 4, 1)
+_TMA_SIDES = (32, 64, 128)
+
+
 class MaskedWork(NamedTuple):
     """Describes what one masked product has to do.
 
@@ -227,6 +232,36 @@ def masked_sizes(device: torch.device, dtype: torch.dtype, precision: str, work:
     return min(known, key=lambda sizes: masked_cost(sizes, work, sms, dtype.itemsize))
 
 
+def tma_sizes(work: MaskedWork, sms: int, item_bytes: int, device: torch.device) -> MaskedSizes:
+    """Returns ``masked_sizes`` for copies with TMA."""
+    if architecture(device) == "interpreter":
+        return _TMA_INTERPRETED
+    return min(_TMA, key=lambda sizes: masked_cost(sizes, work, sms, item_bytes))
+
+
+def tma_refusal(op: str, device: torch.device, dtype: torch.dtype, layout: Layout, has_offsets: bool) -> str | None:
+    """Says why a product is not computed with TMA, which Hopper cards have; None where it is."""
+    if layout.num_matrices > 1 or has_offsets:
+        return "multiplies one matrix, not a stack"
+    sides = _TMA_SIDES if op == "masked_matmul" else _TMA_SIDES[1:]
+    if not all(side in sides for side in layout.block_shape):
+        return f"multiplies tiles with sides of {' or '.join(map(str, sides))} only"
+    if dtype.itemsize != 2:
+        return "multiplies bf16 and fp16 only"
+    if not runs_on(device):
+        return missing(device)
+    if not _has_descriptors():
+        return "needs a Triton with tensor descriptors, 3.4 or newer"
+    if architecture(device) == "ampere":
+        return "needs the TMA and the shared memory of a GPU of compute capability 9.0 or 10.0"
+    return None
+
+
+@functools.cache
+def _has_descriptors() -> bool:
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
 def masked_cost(sizes: MaskedSizes, work: MaskedWork, sms: int, item_bytes: int) -> float:
     """Estimates the time of a masked product, in numbers that one multiprocessor reads.
 
@@ -236,7 +271,7 @@ def masked_cost(sizes: MaskedSizes, work: MaskedWork, sms: int, item_bytes: int)
     per_input = sizes.tokens + lanes(work.width)
     programs = work.lines * work.groups * math.ceil(work.tokens / work.groups / sizes.tokens)
     in_flight = (sizes.num_stages - 1) * sizes.inner
-    is_alone = sizes.num_warps > _WARPS_OF_TWO or 2 * in_flight * per_input * item_bytes > _SHARED_BYTES
+    is_alone = sizes.num_warps > WARPS_OF_TWO or 2 * in_flight * per_input * item_bytes > _SHARED_BYTES
     return math.ceil(programs / sms) * per_input * (work.length + is_alone * in_flight)
 
 
@@ -260,11 +295,11 @@ def inner_step(width: int, wanted: int) -> tuple[int, int]:
     return wanted, padded
 
 
-def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
+def num_splits(at_once: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
     """Returns in how many parts to sum the ``tokens`` of a matrix, so that the estimated time is the least.
 
-    Time is counted in multiply-adds of one output. Programs of ``blocks_together`` blocks run in rounds of two on each
-    of the ``sms`` multiprocessors, and each part of a sum has to be written and read.
+    Time is counted in multiply-adds of one output. Programs of ``blocks_together`` blocks run in rounds of ``at_once``,
+    and each part of a sum has to be written and read.
     """
     bm, bn = layout.block_shape
     if num_active == 0:
@@ -272,7 +307,6 @@ def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_to
     lines = min(num_active, layout.num_matrices * layout.block_rows)
     parts_of_block = -(-bm // WIDEST) * -(-bn // WIDEST)
     programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)
-    at_once = _PROGRAMS_PER_SM * sms
 
     def cost(splits: int) -> float:
         rounds = math.ceil(programs * splits / at_once)
