@@ -1,5 +1,6 @@
 """Compiles a kernel for a GPU that need not be there: what a call would launch is caught, and built."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -65,6 +66,10 @@ class Loop:
         """Counts the instructions that begin with a pattern, whether they have a predicate or not."""
         return len(re.findall(rf"^\s*(?:@!?%p\d+ )?(?:{instruction})", self.body, re.MULTILINE))
 
+    def order(self, instructions: str) -> list[str]:
+        """Returns the instructions that match a pattern as they come, each once for all that follow one another."""
+        return [name for name, _ in itertools.groupby(re.findall(instructions, self.body))]
+
     def copies(self, num_bytes: str) -> int:
         """Counts the copies to shared memory, each of so many bytes of a thread, that no thread waits for."""
         return len(re.findall(rf"cp\.async\.c[ag]\.shared\.global [^;]*, 0x{num_bytes}\b", self.body))
@@ -79,9 +84,8 @@ class Compiled:
     spilled_bytes: int | None
 
     def loop(self) -> Loop:
-        """Returns the loop that multiplies: there is one."""
-        (found,) = (loop for loop in _loops(self.ptx) if loop.count(_MULTIPLY))
-        return found
+        """Returns the innermost loop that multiplies."""
+        return min((loop for loop in _loops(self.ptx) if loop.count(_MULTIPLY)), key=lambda loop: len(loop.body))
 
 
 _MULTIPLY = r"wgmma\.mma_async|mma\.sync|fma\.rn\.f32"

@@ -54,13 +54,15 @@ def uses_tensor_cores(compiled: Compiled, architecture: str) -> bool:
 
 
 def check_loop(compiled: Compiled, architecture: str, launch: Launch, num_indices: int) -> None:
-    """Asserts what the loop does: products, copies of 16 bytes ahead of them, and the index of a later step."""
+    """Asserts what the loop does: products, then the index of a later step, then copies of 16 bytes for that step."""
     loop = compiled.loop()
     assert loop.count(r"(div|rem)\.") == 0
     assert loop.copies("10") >= 2 and loop.copies("[48]") == 0
     assert loop.count(r"ld\.global") == num_indices
     if architecture == "hopper" and uses_tensor_cores(compiled, architecture):
         assert loop.count(r"wgmma\.mma_async") == num_wgmma(launch)
+        index = ["ld.global"] if num_indices else []
+        assert loop.order(r"wgmma\.mma|ld\.global|cp\.async\.cg") == ["wgmma.mma", *index, "cp.async.cg"]
 
 
 def num_wgmma(launch: Launch) -> int:

@@ -187,7 +187,8 @@ def _masked_tiles(
     first_place = tl.zeros((), places.dtype.element_ty)
     if TRANSPOSED:
         first_place += (matrix * block_rows + line).to(places.dtype.element_ty) * block_cols
-    # The index is read a step ahead, so that loads of weights and inputs wait for nothing.
+    # The index passes through a variable of the loop. Read in the step that uses it, it would take stages of the
+    # pipeline for itself; so the copies of a later step wait for it alone, while products of this one run.
     block, place = _blocks_of_step(places, by_column, first_block, num_blocks, 0, first_place, PADDED_I, BLOCK_I)
     for start in range(0, length, BLOCK_I):
         next_block, next_place = _blocks_of_step(

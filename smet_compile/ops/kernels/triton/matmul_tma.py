@@ -85,7 +85,7 @@ def _masked_by_tma(
         if TRANSPOSED:
             first_place = line * block_cols
         sum_TO = tl.zeros((BLOCK_T, WIDTH_O), tl.float32)
-        # The index is read a step ahead, so that copies wait for nothing.
+        # The index passes through a variable of the loop, as in ``matmul_tiles``.
         block, place = one_block(places, by_column, first_block, num_blocks, 0, first_place)
         for step in range(num_blocks * STEPS):
             number = (step + 1) // STEPS
