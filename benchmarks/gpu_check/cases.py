@@ -21,6 +21,7 @@ from smet_compile.ops import choose, plain
 
 DTYPE = torch.bfloat16
 SIDES = (128, 64, 32, 1)
+NARROWEST_GRADIENT_BY_NAME = 64
 VARIABLE = "SMET_COMPILE_KERNEL"
 BY_NAME = "triton_tma"
 """The kernel of products that is used only where the variable names it."""
@@ -146,6 +147,11 @@ def forced(kernel: str) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
+def computes(kernel: str, part: str, block: int) -> bool:
+    """Tells whether a kernel computes a product of tiles: ``BY_NAME`` makes no weight gradient of tiles below 64."""
+    return kernel != BY_NAME or part != WEIGHT_GRADIENT or block >= NARROWEST_GRADIENT_BY_NAME
+
+
 def kernels_of(case: Case, device: torch.device) -> list[str]:
     """Returns the names to force one after another: none, and that of the kernel that is used only by name."""
     with forced(BY_NAME):
@@ -156,7 +162,12 @@ def kernels_of(case: Case, device: torch.device) -> list[str]:
 def calls_of(case: Case, device: torch.device) -> list[Callable[[], Tensor]]:
     """Returns the three products of a layer as calls, by each kernel in turn."""
     layer = Layer(case, device)
-    return [functools.partial(layer.product, part, kernel) for kernel in kernels_of(case, device) for part in PRODUCTS]
+    return [
+        functools.partial(layer.product, part, kernel)
+        for kernel in kernels_of(case, device)
+        for part in PRODUCTS
+        if computes(kernel, part, case.block)
+    ]
 
 
 def largest_error(check: Check) -> float:

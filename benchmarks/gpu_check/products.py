@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from benchmarks.gpu_check.cases import BY_NAME, DTYPE, Case, Layer, forced
+from benchmarks.gpu_check.cases import BY_NAME, DTYPE, Case, Layer, computes, forced
 from benchmarks.gpu_check.ceilings import median_seconds
 from benchmarks.gpu_check.records import Check
 from benchmarks.layer import FORWARD, INPUT_GRADIENT, PRODUCTS, WEIGHT_GRADIENT, Size, measure
@@ -49,7 +49,7 @@ def run(check: Check) -> None:
 
 def _measure_products(check: Check, size: Size, sides: tuple[int, ...], by: dict[str, str]) -> None:
     for block, layer in zip(sides, measure(size, sides, DTYPE, check.settings(REPEATS)), strict=True):
-        for part in PRODUCTS:
+        for part in (part for part in PRODUCTS if computes(by.get("by", ""), part, block)):
             pairs = layer.parts[part]
             dense, sparse = pairs.medians
             check.record(

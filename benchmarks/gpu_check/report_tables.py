@@ -6,7 +6,7 @@ import functools
 import statistics
 
 from benchmarks.gpu_check import optimizer, products
-from benchmarks.gpu_check.cases import BY_NAME
+from benchmarks.gpu_check.cases import BY_NAME, computes
 from benchmarks.gpu_check.report_models import model_tables
 from benchmarks.gpu_check.report_rows import row
 from benchmarks.gpu_check.results import Line, Results
@@ -93,7 +93,7 @@ def _tile_rows(results: Results, by: str | None = None) -> list[Row]:
     rows = []
     for size in products.SIZES:
         for block, share in USEFUL_SHARE.items():
-            for part in PRODUCTS:
+            for part in (part for part in PRODUCTS if computes(by or "", part, block)):
                 what, target = f"{part}, {block} tiles, {size}", at_least(share)
                 line = _product_line(results, size, block, part, by)
                 read = functools.partial(_tile_row, what, block, bandwidth, target)
