@@ -6,7 +6,9 @@ Shape suffixes: S stacked matrices, T tokens, R outputs, C inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,10 @@ from smet_compile.ops import choose, plain
 
 DTYPE = torch.bfloat16
 SIDES = (128, 64, 32, 1)
+NARROWEST_GRADIENT_BY_NAME = 64
+VARIABLE = "SMET_COMPILE_KERNEL"
+BY_NAME = "triton_tma"
+"""The kernel of products that is used only where the variable names it."""
 TOKENS, TINY_TOKENS = 4096, 24
 _LARGEST_ERROR, _LARGEST_ERROR_INTERPRETED = 2e-3, 4e-3
 """Relative root mean square of the difference in bf16; twice that in the interpreter, which does not round."""
@@ -74,12 +80,18 @@ class Layer:
             return plain.pack(plain.unpack(values, self.topology), self.topology)
         return values
 
-    def kernel(self, part: str) -> str:
+    def kernel(self, part: str, kernel: str = "") -> str:
+        """Returns the name of the kernel that computes a product where ``kernel`` is forced."""
         op = "sampled_matmul" if part == WEIGHT_GRADIENT else "masked_matmul"
-        return choose.kernel_of(op, choose.case_of(self.values, self.topology, self.case.grouped))
+        with forced(kernel):
+            return choose.kernel_of(op, choose.case_of(self.values, self.topology, self.case.grouped))
 
-    def product(self, part: str) -> Tensor:
-        """Computes one of ``PRODUCTS`` by the kernel that is chosen for it. A forward product adds the bias."""
+    def product(self, part: str, kernel: str = "") -> Tensor:
+        """Computes one of ``PRODUCTS`` by ``kernel``, or the one that is chosen. A forward product adds the bias."""
+        with forced(kernel):
+            return self._product(part)
+
+    def _product(self, part: str) -> Tensor:
         values, topology, offsets = self.values, self.topology, self.offsets
         if part == WEIGHT_GRADIENT:
             sampled = choose.compute("sampled_matmul", self.grad, topology, offsets is not None)
@@ -121,10 +133,41 @@ def _uneven_ends(case: Case) -> list[int]:
     return ends
 
 
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """Names a kernel in the environment; an empty name is none."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = kernel
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def computes(kernel: str, part: str, block: int) -> bool:
+    """Tells whether a kernel computes a product of tiles: ``BY_NAME`` makes no weight gradient of tiles below 64."""
+    return kernel != BY_NAME or part != WEIGHT_GRADIENT or block >= NARROWEST_GRADIENT_BY_NAME
+
+
+def kernels_of(case: Case, device: torch.device) -> list[str]:
+    """Returns the names to force one after another: none, and that of the kernel that is used only by name."""
+    with forced(BY_NAME):
+        found = choose.kernel_of("masked_matmul", choose.Case(device, DTYPE, case.layout, 1, case.grouped))
+    return ["", BY_NAME] if found == BY_NAME else [""]
+
+
 def calls_of(case: Case, device: torch.device) -> list[Callable[[], Tensor]]:
-    """Returns the three products of a layer as calls."""
+    """Returns the three products of a layer as calls, by each kernel in turn."""
     layer = Layer(case, device)
-    return [functools.partial(layer.product, part) for part in PRODUCTS]
+    return [
+        functools.partial(layer.product, part, kernel)
+        for kernel in kernels_of(case, device)
+        for part in PRODUCTS
+        if computes(kernel, part, case.block)
+    ]
 
 
 def largest_error(check: Check) -> float:

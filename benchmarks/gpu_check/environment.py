@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu_check import correctness, optimizer, products
-from benchmarks.gpu_check.cases import Case, calls_of
+from benchmarks.gpu_check.cases import SIDES, Case, calls_of
 from benchmarks.gpu_check.records import Check
 from benchmarks.gpu_check.tools import tool
 from benchmarks.measuring import processor
@@ -104,7 +104,7 @@ def tasks(check: Check) -> list[Task]:
         make = functools.partial(optimizer.aged, check, kind, 2 * side, 2)
         found.append((kind.name, functools.partial(_step, make)))
     for size in check.size(products.SIZES, ()):
-        for block in products.SIDES:
+        for block in SIDES:
             case = Case(size.rows, size.cols, block, size.tokens)
             found.append((str(case), functools.partial(_products, case, check)))
     for block, counts in check.size(optimizer.TILES, {}).items():
@@ -137,8 +137,8 @@ def _layer_of_sweep(check: Check, block: int) -> Any:
 
 def _candidate(check: Check, block: int, part: str, sizes: products.Sizes) -> None:
     layer = _layer_of_sweep(check, block)
-    with products.forced(layer, sizes):
-        layer.product(part)
+    with products.with_sizes(layer, sizes):
+        layer.product(part, "triton_tiles")
 
 
 def _start_workers(check: Check, taken: Any) -> Sequence[BaseProcess]:

@@ -1,4 +1,4 @@
-"""Launches kernels for tools that watch a process: every one at tiny size, or three at real size.
+"""Launches kernels for tools that watch a process: every one at tiny size, or some at real size.
 
 compute-sanitizer python -m benchmarks.gpu_check.launches tiny
 ncu python -m benchmarks.gpu_check.launches large
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu_check import correctness, optimizer
-from benchmarks.gpu_check.cases import Case, Layer
+from benchmarks.gpu_check.cases import Case, Layer, kernels_of
 from benchmarks.gpu_check.records import Check, Record
 from benchmarks.layer import FORWARD, PRODUCTS, WEIGHT_GRADIENT
 from smet_compile.ops import choose
@@ -33,9 +33,11 @@ def tiny(check: Check, cases: tuple[Case, ...] = TINY) -> int:
         layer = Layer(case, check.device)
         dense = choose.compute("unpack", layer.values, layer.topology)(layer.values, layer.topology)
         choose.compute("pack", dense, layer.topology)(dense, layer.topology)
-        for part in PRODUCTS:
-            layer.product(part)
-        count += 2 + len(PRODUCTS)
+        kernels = kernels_of(case, check.device)
+        for kernel in kernels:
+            for part in PRODUCTS:
+                layer.product(part, kernel)
+        count += 2 + len(kernels) * len(PRODUCTS)
     kinds = correctness.kinds(check)
     for kind in kinds[:1] if check.dry else kinds:
         optimizer.aged(check, kind, 32, num_matrices=1).step()
@@ -48,11 +50,12 @@ def tiny(check: Check, cases: tuple[Case, ...] = TINY) -> int:
 
 
 def large(check: Check) -> None:
-    """Launches the two products of tiles and an update, each at real size."""
+    """Launches the two products of tiles, by each kernel in turn, and an update, all at real size."""
     side = check.size(LARGE_SIDE, 32)
     layer = Layer(Case(side, side, check.size(128, 16), check.size(LARGE_TOKENS, 16)), check.device)
-    layer.product(FORWARD)
-    layer.product(WEIGHT_GRADIENT)
+    for kernel in kernels_of(layer.case, check.device):
+        layer.product(FORWARD, kernel)
+        layer.product(WEIGHT_GRADIENT, kernel)
     kind = next(kind for kind in optimizer.kinds(check) if kind.name == "tiles, bf16")
     optimizer.aged(check, kind, check.size(optimizer.SIDE, 32), check.size(50, 1)).step()
     check.synchronize()

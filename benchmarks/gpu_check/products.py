@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from benchmarks.gpu_check.cases import DTYPE, SIDES, Case, Layer
+from benchmarks.gpu_check.cases import BY_NAME, DTYPE, Case, Layer, computes, forced
 from benchmarks.gpu_check.ceilings import median_seconds
 from benchmarks.gpu_check.records import Check
 from benchmarks.layer import FORWARD, INPUT_GRADIENT, PRODUCTS, WEIGHT_GRADIENT, Size, measure
@@ -25,7 +25,7 @@ SIZES = (
     Size(TOKENS, 2048, 5461),
     Size(2048, 4096, 4096),
 )
-TINY_SIZES = (Size(16, 32, 32),)
+TINY_SIZES, TINY_SIZES_BY_NAME = (Size(16, 32, 32),), (Size(16, 64, 64),)
 REPEATS, REPEATS_OF_SWEEP = 7, 3
 WARPS = ((128, 4), (128, 8), (256, 8))
 """Outputs along the longer side of a program, and its warps."""
@@ -35,16 +35,21 @@ Sizes = MaskedSizes | SampledSizes
 
 
 def run(check: Check) -> None:
-    for size in check.size(SIZES, TINY_SIZES):
-        with check.attempt("product", size=str(size)):
-            _measure_products(check, size)
+    for kernel, sides, sizes in (
+        ("triton_tiles", check.size(SIDES_OF_SWEEP, (16,)), check.size(SIZES, TINY_SIZES)),
+        ("triton_expand", (1,), check.size(SIZES, TINY_SIZES)),
+        (BY_NAME, check.size(SIDES_OF_SWEEP, (32,)), check.size(SIZES, TINY_SIZES_BY_NAME)),
+    ):
+        by = {"by": BY_NAME} if kernel == BY_NAME else {}
+        for size in sizes:
+            with check.attempt("product", size=str(size), **by), forced(kernel):
+                _measure_products(check, size, sides, by)
     sweep(check)
 
 
-def _measure_products(check: Check, size: Size) -> None:
-    sides = check.size(SIDES, (16, 1))
+def _measure_products(check: Check, size: Size, sides: tuple[int, ...], by: dict[str, str]) -> None:
     for block, layer in zip(sides, measure(size, sides, DTYPE, check.settings(REPEATS)), strict=True):
-        for part in PRODUCTS:
+        for part in (part for part in PRODUCTS if computes(by.get("by", ""), part, block)):
             pairs = layer.parts[part]
             dense, sparse = pairs.medians
             check.record(
@@ -52,6 +57,7 @@ def _measure_products(check: Check, size: Size) -> None:
                 size=str(size),
                 block=block,
                 part=part,
+                **by,
                 kernels=layer.kernels,
                 density=layer.density,
                 dense_seconds=dense,
@@ -69,8 +75,8 @@ def sweep(check: Check) -> None:
         layer = sweep_layer(check, block)
         for part, sizes in candidates(check):
             fields = {"case": str(layer.case), "part": part, "sizes": sizes._asdict()}
-            with check.attempt("sizes", **fields), forced(layer, sizes):
-                work = functools.partial(layer.product, part)
+            with check.attempt("sizes", **fields), with_sizes(layer, sizes):
+                work = functools.partial(layer.product, part, "triton_tiles")
                 seconds = median_seconds(clock, work, check.size(REPEATS_OF_SWEEP, 1))
                 check.record("sizes", **fields, seconds=seconds)
 
@@ -93,7 +99,7 @@ def candidates(check: Check) -> Iterator[tuple[str, Sizes]]:
 
 
 @contextmanager
-def forced(layer: Layer, sizes: Sizes) -> Iterator[None]:
+def with_sizes(layer: Layer, sizes: Sizes) -> Iterator[None]:
     """Lets launches for the layer's weight be prepared anew, with these sizes."""
     name = "masked_sizes" if isinstance(sizes, MaskedSizes) else "sampled_sizes"
     before = layer.topology

@@ -6,6 +6,7 @@ import functools
 import statistics
 
 from benchmarks.gpu_check import optimizer, products
+from benchmarks.gpu_check.cases import BY_NAME, computes
 from benchmarks.gpu_check.report_models import model_tables
 from benchmarks.gpu_check.report_rows import row
 from benchmarks.gpu_check.results import Line, Results
@@ -33,6 +34,10 @@ PRODUCTS_NOTE = (
     f"makes {PROGRAM_SIDE} by b outputs, b the side of a tile, reads 2 ({PROGRAM_SIDE} + b) bytes for "
     f"2 · {PROGRAM_SIDE} b operations, at the measured bandwidth."
 )
+TMA_NOTE = (
+    f"As above, with `SMET_COMPILE_KERNEL={BY_NAME}`: forward and input gradients of tiles of 32, 64 and 128, weight "
+    "gradients of 64 and 128."
+)
 STEP_NOTE = (
     f"{optimizer.NUM_TENSORS} weights of {optimizer.SIDE}x{optimizer.SIDE}, density {DENSITY}, several generations of "
     "blocks. Bytes of a step: each weight, gradient, moment (and age, of single weights) read once, all but gradient "
@@ -49,6 +54,7 @@ def tables(results: Results) -> list[Table]:
     return [
         Table("Ceilings of the card", "—", "Random data.", _ceiling_rows(results)),
         Table("Linear layers of tiles on a GPU", "useful share of dense speed", PRODUCTS_NOTE, _tile_rows(results)),
+        Table("Linear layers of tiles, copied by TMA", "useful share", TMA_NOTE, _tile_rows(results, BY_NAME)),
         Table("Linear layers of single weights on a GPU", "sparse / dense", "As above.", _single_rows(results)),
         Table("Other sizes of programs", "best / chosen", "4096→4096, 16384 tokens, bf16.", _size_rows(results)),
         Table("Optimizer step on a GPU", "bandwidth / that of a copy", STEP_NOTE, _step_rows(results)),
@@ -60,7 +66,7 @@ def tables(results: Results) -> list[Table]:
             "Products and update; forward, backward and update.",
             _graph_rows(results),
         ),
-        Table("Counters of the hardware", "—", "Three launches under Nsight Compute.", _counter_rows(results)),
+        Table("Counters of the hardware", "—", "Launches of real size under Nsight Compute.", _counter_rows(results)),
         *model_tables(results),
     ]
 
@@ -82,19 +88,19 @@ def _ceiling_row(what: str, field: str, unit: str, line: Line) -> Row:
     return Row(what, more={"value": f"{line[field] / 1e12:.3g} {unit}"})
 
 
-def _product_line(results: Results, size: Size, block: int, part: str) -> Line | None:
-    return results.last("products", "product", size=str(size), block=block, part=part)
+def _product_line(results: Results, size: Size, block: int, part: str, by: str | None = None) -> Line | None:
+    return results.last("products", "product", size=str(size), block=block, part=part, by=by)
 
 
-def _tile_rows(results: Results) -> list[Row]:
+def _tile_rows(results: Results, by: str | None = None) -> list[Row]:
     l2 = results.last("ceilings", "L2")
     bandwidth = None if l2 is None else l2.get("bytes_a_second")
     rows = []
     for size in products.SIZES:
         for block, share in USEFUL_SHARE.items():
-            for part in PRODUCTS:
+            for part in (part for part in PRODUCTS if computes(by or "", part, block)):
                 what, target = f"{part}, {block} tiles, {size}", at_least(share)
-                line = _product_line(results, size, block, part)
+                line = _product_line(results, size, block, part, by)
                 read = functools.partial(_tile_row, what, block, bandwidth, target)
                 rows.append(row(what, line, read, target))
     return rows

@@ -20,7 +20,7 @@ CUDA_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 NSIGHT = Path("/opt/nvidia/nsight-compute")
 _KERNELS = "tests/ops/kernels"
 TESTS = (
-    *(f"{_KERNELS}/test_triton_{name}.py" for name in ("matmul", "unpack", "supports", "fusion")),
+    *(f"{_KERNELS}/test_triton_{name}.py" for name in ("matmul", "tma", "far", "unpack", "supports", "fusion")),
     *(f"{_KERNELS}/test_triton_adamw{name}.py" for name in ("", "_captures", "_rounding", "_sampled")),
     f"{_KERNELS}/test_graphs_on_a_gpu.py",
     "tests/convert/test_export_layouts.py",
@@ -29,7 +29,7 @@ TESTS = (
 DRY_TESTS = (f"{_KERNELS}/test_triton_supports.py::test_older_gpus_do_not",)
 WORKERS = 14
 LAUNCHES = "benchmarks.gpu_check.launches"
-KERNELS_WATCHED = "regex:^(_masked_tiles|_sampled_tiles|update)$"
+KERNELS_WATCHED = "regex:^(_masked_tiles|_sampled_tiles|_masked_by_tma|_sampled_by_tma|update)$"
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "WarpStateStats")
 STATUSES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 _WITH_XDIST = re.compile(rf"\[gw\d+\] \[ *\d+%\] (?P<status>{'|'.join(STATUSES)}) (?P<name>.*::.*)$")
@@ -88,7 +88,7 @@ def run_sanitizer(check: Check) -> None:
 
 
 def run_counters(check: Check) -> None:
-    """Reads the hardware's counters for three launches, where Nsight Compute is installed and may."""
+    """Reads the hardware's counters for some launches, where Nsight Compute is installed and may."""
     path = tool("ncu")
     if path is None:
         launches.large(check)

@@ -14,7 +14,7 @@ from torch import nn
 import smet_compile as smet
 from smet_compile.ops import Site, find_sites
 
-LISTS = ("positions", "by_column", "row_starts", "column_starts", "group_starts")
+LISTS = ("positions", "by_column", "rows_by_column", "row_starts", "column_starts", "group_starts")
 
 
 def draw_format() -> Figure:

@@ -109,6 +109,7 @@ _Constant = TypeVar("_Constant")
 class _Lists(NamedTuple):
     positions: Tensor | None
     by_column: Tensor | None
+    rows_by_column: Tensor | None
     row_starts: Tensor | None
     column_starts: Tensor | None
     group_starts: Tensor | None
@@ -126,6 +127,7 @@ class Topology:
     Attributes (a list that this kind of block does not have is None):
         positions: (N,) of the active blocks, row-major; for tiles and runs.
         by_column: (N,) rows of ``values`` in order of (matrix, block column, block row); for tiles.
+        rows_by_column: (N,) block row, within its matrix, of each block in the order of ``by_column``; for tiles.
         row_starts: (S M + 1,); ``values[row_starts[r] : row_starts[r + 1]]`` are the blocks of block row r, counted
             through all matrices; for tiles.
         column_starts: (S K + 1,), the same for ``by_column``; for tiles.
@@ -139,8 +141,12 @@ class Topology:
         self.bits = bits
         self.lists = lists
         self.num_active = num_active
-        self.positions, self.by_column, self.row_starts, self.column_starts, self.group_starts = _split(
-            lists, layout, num_active
+        found = _split(lists, layout, num_active)
+        self.positions, self.by_column, self.rows_by_column = found.positions, found.by_column, found.rows_by_column
+        self.row_starts, self.column_starts, self.group_starts = (
+            found.row_starts,
+            found.column_starts,
+            found.group_starts,
         )
         self.values_shape = layout.values_shape(num_active)
         self.num_matrices = layout.num_matrices
@@ -200,27 +206,28 @@ def _address(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _lengths(layout: Layout, num_active: int) -> tuple[int, ...]:
-    """Returns the length of each list of ``_Lists``, in its order; 0 where this kind of block does not have it."""
+def _lengths(layout: Layout, num_active: int) -> tuple[int | None, ...]:
+    """Returns the length of each list of ``_Lists``, in its order; None where this kind of block does not have it."""
     if layout.tiles:
         stacked = layout.num_matrices
-        return num_active, num_active, stacked * layout.block_rows + 1, stacked * layout.block_cols + 1, 0
-    return 0 if layout.single_weights else num_active, 0, 0, 0, layout.num_groups + 1
+        return *(num_active,) * 3, stacked * layout.block_rows + 1, stacked * layout.block_cols + 1, None
+    return None if layout.single_weights else num_active, None, None, None, None, layout.num_groups + 1
 
 
 def _split(lists: Tensor, layout: Layout, num_active: int) -> _Lists:
     """Returns the lists as views of the one tensor; all None where it has another length than they have together."""
     lengths = _lengths(layout, num_active)
-    if lists.numel() != sum(lengths):
-        return _Lists(None, None, None, None, None)
-    parts = lists.split(lengths)
-    return _Lists(*(part if part.numel() else None for part in parts))
+    whole = [length or 0 for length in lengths]
+    if lists.numel() != sum(whole):
+        return _Lists(*(None,) * len(lengths))
+    parts = zip(lists.split(whole), lengths, strict=True)
+    return _Lists(*(None if length is None else part for part, length in parts))
 
 
 def empty_lists(layout: Layout, num_active: int, device: torch.device) -> Tensor:
     """Returns an uninitialised tensor for the lists."""
     dtype = torch.int32 if layout.num_blocks < 2**31 else torch.int64
-    return torch.empty(sum(_lengths(layout, num_active)), dtype=dtype, device=device)
+    return torch.empty(sum(length or 0 for length in _lengths(layout, num_active)), dtype=dtype, device=device)
 
 
 def write_lists(lists: Tensor, bits: Tensor, layout: Layout) -> None:
@@ -242,10 +249,12 @@ def _write_tiles(lists: Tensor, mask: Tensor, layout: Layout) -> None:
     positions = positions_of(mask)
     row, col = positions // layout.block_cols, positions % layout.block_cols
     column = row // layout.block_rows * layout.block_cols + col
+    by_column = column.argsort(stable=True)
     to = _split(lists, layout, positions.numel())
     for target, source in (
         (to.positions, positions),
-        (to.by_column, column.argsort(stable=True)),
+        (to.by_column, by_column),
+        (to.rows_by_column, (row % layout.block_rows).index_select(0, by_column)),
         (to.row_starts, _starts(row, layout.num_matrices * layout.block_rows)),
         (to.column_starts, _starts(column, layout.num_matrices * layout.block_cols)),
     ):

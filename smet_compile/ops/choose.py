@@ -1,12 +1,13 @@
-"""Lists the kernels and chooses one for each op, by device, dtype, block shape and density.
+"""Keeps the list of kernels and chooses one for each op, by device, dtype, block shape and density.
 
 By default the first kernel of the list is taken that can compute the case and is profitable there.
 
 ``SMET_COMPILE_KERNEL`` forces one wherever it can be used: ``reference`` (``ops.law``), ``torch`` (``ops.plain``),
-``cpu_tiles``, ``cpu_single``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand`` and
-``triton_adamw``, or one that was registered; ``cpu`` and ``triton`` stand for any whose name begins so. Where a forced
-kernel has the op but cannot compute the case, the default is taken, and a warning names the case and the kernel used.
-``triton_fused`` joins a weight gradient and its update in one kernel where both are Triton's, and forces nothing else.
+``cpu_tiles``, ``cpu_single``, ``cpu_expand`` and ``cpu_adamw`` (C++), ``triton_tiles``, ``triton_expand``,
+``triton_adamw`` and, by its own name alone, ``triton_tma``; or one that was registered. ``cpu`` and ``triton`` stand
+for any whose name begins so. Where a forced kernel has the op but cannot compute the case, the default is taken, and a
+warning names the case and the kernel used. ``triton_fused`` joins a weight gradient and its update in one kernel where
+both are Triton's, and forces nothing else.
 """
 
 from __future__ import annotations
@@ -14,97 +15,21 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, Topology
+from smet_compile.format import Topology
 from smet_compile.format.arguments import described
+from smet_compile.ops.default_kernels import DEFAULT_KERNELS, TRITON
 from smet_compile.ops.environment import Variable
-from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, multiplies_on_cpu, warn_once
+from smet_compile.ops.kernel import OPS, Case, Kernel, UpdateCase
+from smet_compile.ops.torch_insides import warn_once
 from smet_compile.ops.updates import Update
 
 _VARIABLE = Variable("SMET_COMPILE_KERNEL")
 _FAMILIES = ("cpu", "triton")
 _FUSED = "triton_fused"
-OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
-"""The ops that a kernel may compute. ``sampled_update`` joins two of them in one kernel."""
-
-
-class Case(NamedTuple):
-    """Holds the facts that decide which kernel multiplies with, packs or unpacks a weight.
-
-    Args:
-        grouped: tokens come sorted by matrix, with offsets.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    layout: Layout
-    num_active: int
-    grouped: bool = False
-
-    @property
-    def density(self) -> float:
-        return self.num_active / self.layout.num_blocks
-
-    @property
-    def kind(self) -> str:
-        """Describes the case for a warning, without sizes and density."""
-        layout = self.layout
-        blocks = "tiles" if layout.tiles else "single weights" if layout.single_weights else "runs"
-        sorted_tokens = ", with tokens sorted by matrix," if self.grouped else ""
-        return f"{self.dtype} {blocks}{sorted_tokens} on {self.device.type}"
-
-
-class UpdateCase(NamedTuple):
-    """Holds the facts that decide which kernel makes an optimizer step. ``is_traced``: its tensors are fake."""
-
-    update: Update
-    is_traced: bool = False
-
-    @property
-    def kind(self) -> str:
-        update = self.update
-        slots = {str(slot.dtype) for slot in update.slots}
-        state = f"{' and '.join(sorted(slots))} state" if slots else "no state"
-        where = f"by the rule {update.rule.name} on {update.values.device.type}"
-        return f"{update.values.dtype} parameters with {state} {where}"
-
-
-def _takes_everything(op: str, case: Any) -> str | None:
-    return None
-
-
-def _always(case: Any) -> bool:
-    return True
-
-
-class Kernel(NamedTuple):
-    """Describes an implementation of some of the ops.
-
-    Args:
-        name: its name in ``SMET_COMPILE_KERNEL`` and ``explain``.
-        functions: op → the function, or "module:function" to import it when it is first chosen. It has the signature of
-            the function of that name in ``ops.plain``. Beside ``update_all`` there may be ``prepare_update``, of one
-            update: it makes what the kernel keeps on the device, before a graph would make it in its own memory.
-        refusal: (op, case) → why it cannot compute a case; None where it can. The case is a ``Case``, or an
-            ``UpdateCase`` for ``update_all``.
-        is_profitable: (case) → whether it is faster there than the kernels after it.
-    """
-
-    name: str
-    functions: dict[str, Callable[..., Any] | str]
-    refusal: Callable[[str, Any], str | None] = _takes_everything
-    is_profitable: Callable[[Any], bool] = _always
-
-    def function(self, op: str) -> Callable[..., Any]:
-        found = self.functions[op]
-        if isinstance(found, str):
-            module, name = found.split(":")
-            found = self.functions[op] = getattr(importlib.import_module(module), name)
-        return found
 
 
 class _Registry:
@@ -114,7 +39,7 @@ class _Registry:
 
 
 _registry = _Registry()
-_kernels: list[Kernel] = []
+_kernels = list(DEFAULT_KERNELS)
 
 
 def register_kernel(kernel: Kernel, before: str | None = None) -> None:
@@ -268,126 +193,3 @@ def _choose(op: str, case: Any, name: str | None) -> tuple[Kernel, str | None]:
         f"{_VARIABLE.name}={name}: {kernel.name} computes {task} of {case.kind}, since {reasons}; name a kernel that "
         "can, or unset the variable"
     )
-
-
-# The kernels of this library, the first choice first. Their modules are imported when they are first needed.
-
-NATIVE, TRITON, _PLAIN = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton", "smet_compile.ops"
-_ONLY_CPU, _ONLY_TILES = "runs on the CPU only", "multiplies tiles only"
-_ONLY_GPU = "needs Triton and a CUDA GPU of compute capability 8.0 or newer"
-_NARROWEST_TILE = 16
-_AMX_OVER_AVX512 = 4
-"""How many times faster a processor with AMX multiplies dense bf16 matrices than ``cpu_tiles`` multiplies tiles."""
-_LANES = 16
-_MOST_SINGLE_WEIGHTS = 0.5
-"""Density up to which ``cpu_single`` is faster than ``cpu_expand``: measured with AVX2, where they meet at 0.58."""
-_MOST_WITH_AVX512 = 0.4
-"""A guess: vectors there are twice as long and loads bound ``cpu_single``, so dense products gain more."""
-
-
-def _functions(module: str, *ops: str) -> dict[str, Callable[..., Any] | str]:
-    return {op: f"{module}:{op}" for op in ops}
-
-
-def _refusal_of(module: str) -> Callable[[str, Any], str | None]:
-    """Returns a refusal that imports a C++ kernel's module, which may compile it, only for tensors on the CPU."""
-
-    def refusal(op: str, case: Any) -> str | None:
-        device = case.update.values.device if isinstance(case, UpdateCase) else case.device
-        if device.type != "cpu":
-            return _ONLY_CPU
-        found: str | None = importlib.import_module(module).refusal(case)
-        return found
-
-    return refusal
-
-
-def _refusal_of_triton(only_tiles: bool = False, grouped: bool = True) -> Callable[[str, Any], str | None]:
-    def refusal(op: str, case: Any) -> str | None:
-        from smet_compile.ops.kernels.triton.supports import runs_on, supports
-
-        if only_tiles and not case.layout.tiles:
-            return _ONLY_TILES
-        if case.grouped and not grouped:
-            return "does not take tokens sorted by matrix"
-        if not runs_on(case.device):
-            return _ONLY_GPU
-        known = supports(op, case.device, case.dtype, case.layout, case.grouped)
-        return None if known else f"does not compute {case.kind}"
-
-    return refusal
-
-
-def _refusal_of_triton_updates(op: str, case: UpdateCase) -> str | None:
-    from smet_compile.ops.kernels.triton.supports import runs_on
-
-    if not runs_on(case.update.values.device):
-        return _ONLY_GPU
-    found: str | None = importlib.import_module(f"{TRITON}.adamw").refusal(case)
-    return found
-
-
-def _triton_tiles_are_profitable(case: Case) -> bool:
-    return min(case.layout.block_shape) >= _NARROWEST_TILE
-
-
-def _cpu_tiles_are_profitable(case: Case) -> bool:
-    """Tells whether skipping inactive blocks saves more than a dense product gains by its higher speed."""
-    filled = min(side / (-(-side // _LANES) * _LANES) for side in case.layout.block_shape)
-    slower = _AMX_OVER_AVX512 if case.dtype == torch.bfloat16 and multiplies_bf16_in_tiles() else 1
-    return case.density * slower < filled
-
-
-def _cpu_single_is_profitable(case: Case) -> bool:
-    """Tells whether few enough weights are active to be faster than a dense product of all."""
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    is_fast = case.dtype.itemsize == 2 and multiplies_on_cpu(case.dtype)  # twice, with AMX eight times: a guess
-    slower = (2 * _AMX_OVER_AVX512 if multiplies_bf16_in_tiles() else 2) if is_fast else 1
-    return case.density * slower <= (_MOST_WITH_AVX512 if has_avx512 else _MOST_SINGLE_WEIGHTS)
-
-
-_PRODUCTS, _MOVES = ("masked_matmul", "sampled_matmul"), ("unpack", "pack")
-for _kernel in reversed(
-    [
-        Kernel(
-            "triton_tiles",
-            {
-                **_functions(f"{TRITON}.matmul_tiles", "masked_matmul"),
-                **_functions(f"{TRITON}.sampled_tiles", "sampled_matmul"),
-            },
-            _refusal_of_triton(only_tiles=True),
-            _triton_tiles_are_profitable,
-        ),
-        Kernel(
-            "triton_expand",
-            {**_functions(f"{TRITON}.matmul_expanded", *_PRODUCTS), **_functions(f"{TRITON}.expand", *_MOVES)},
-            _refusal_of_triton(grouped=False),
-        ),
-        Kernel(
-            "triton_adamw", _functions(f"{TRITON}.adamw", "update_all", "prepare_update"), _refusal_of_triton_updates
-        ),
-        Kernel(
-            "cpu_tiles",
-            _functions(f"{NATIVE}.tiles", *_PRODUCTS),
-            _refusal_of(f"{NATIVE}.tiles"),
-            _cpu_tiles_are_profitable,
-        ),
-        Kernel(
-            "cpu_single",
-            _functions(f"{NATIVE}.single", *_PRODUCTS),
-            _refusal_of(f"{NATIVE}.single"),
-            _cpu_single_is_profitable,
-        ),
-        Kernel("cpu_expand", _functions(f"{NATIVE}.expand", *_PRODUCTS, *_MOVES), _refusal_of(f"{NATIVE}.expand")),
-        Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),
-        Kernel("torch", _functions(f"{_PLAIN}.plain", *OPS)),
-        Kernel(
-            "reference",
-            {
-                **_functions(f"{_PLAIN}.law", *_PRODUCTS, *_MOVES),
-                **_functions(f"{_PLAIN}.law_of_updates", "update_all"),
-            },
-        ),
-    ]
-):
-    register_kernel(_kernel)

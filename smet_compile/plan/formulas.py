@@ -172,7 +172,7 @@ class Formulas:
         layouts = [_layout(each) for each in self._sites]
         bits = self._num_blocks(self._sites) / 8
         if layouts[0].tiles:
-            return bits + 2 * _LIST_ENTRY * self._num_active_blocks() + _LIST_ENTRY * sum(map(_num_starts, layouts))
+            return bits + 3 * _LIST_ENTRY * self._num_active_blocks() + _LIST_ENTRY * sum(map(_num_starts, layouts))
         starts = _LIST_ENTRY * (self._num_blocks(self._sites) / layouts[0].blocks_per_group + len(layouts))
         positions = 0 if layouts[0].single_weights else _LIST_ENTRY * self._num_active_blocks()
         return bits + starts + positions

@@ -166,7 +166,7 @@ def test_a_check_that_is_wrong_is_recorded(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(correctness, "cases", lambda _: [Case(40, 32, 16, 24)])
     monkeypatch.setattr(correctness, "kinds", lambda _: [])
     monkeypatch.setattr(correctness.large_stack, "run", lambda _: None)
-    monkeypatch.setattr(Layer, "product", lambda self, part: product(self, part) * 1.01)
+    monkeypatch.setattr(Layer, "product", lambda self, part, kernel: product(self, part, kernel) * 1.01)
     correctness.run(check)
     lines = lines_of(tmp_path / "lines.jsonl")
     assert [line["passed"] for line in lines if line["what"] == "product"] == [False] * 3

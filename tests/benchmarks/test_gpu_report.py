@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_check import optimizer, products, report
+from benchmarks.gpu_check.cases import BY_NAME, SIDES
 from benchmarks.gpu_check.report_models import STEP_TARGETS, model_tables
 from benchmarks.gpu_check.report_tables import tables
 from benchmarks.gpu_check.results import Results
@@ -25,12 +26,13 @@ def line(stage: str, what: str, **fields: Any) -> Line:
 
 def product_lines() -> list[Line]:
     facts = {"kernels": "k", "density": 0.25, "seconds": 0.001, "dense_operations_a_second": 6e14, "ratios": RATIOS}
-    shapes = [(size, block) for size in products.SIZES for block in products.SIDES]
+    shapes = [(size, block) for size in products.SIZES for block in SIDES]
     found = [
         line("products", "product", size=str(size), block=block, part=part, **facts)
         for size, block in shapes
         for part in PRODUCTS
     ]
+    found += [{**each, "by": BY_NAME, "ratios": [0.3]} for each in found if each["block"] > 1]
     for block in products.SIDES_OF_SWEEP:
         for number, part in enumerate(PRODUCTS):
             case = {"case": f"{block} tiles, 4096→4096, 16384 tokens", "part": part}
@@ -76,6 +78,8 @@ def test_every_row_is_filled() -> None:
     assert AWAITS_GPU not in text
     tiles = found["Linear layers of tiles on a GPU"]
     assert len(tiles.rows) == 9 * len(products.SIZES)
+    by_name = found["Linear layers of tiles, copied by TMA"]
+    assert len(by_name.rows) == 8 * len(products.SIZES) and by_name.rows[0].ratios == [pytest.approx(0.25 / 0.3)]
     assert tiles.rows[0].ratios == [0.5, 0.625, pytest.approx(0.25 / 0.6)]
     assert tiles.rows[0].verdict == "no, by 44%"
     assert tiles.rows[0].more["L2 bound"] == "0.78"

@@ -21,7 +21,6 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.shape}-{layout.block_shape}")
 def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
     mask = torch.rand(layout.num_blocks, generator=torch.Generator().manual_seed(0)) < density
-    mask[-1] = True  # a weight keeps at least one block
     active = [position for position, is_active in enumerate(mask.tolist()) if is_active]
     written = empty_lists(layout, len(active), torch.device("cpu")).fill_(-7)
     write_lists(written, pack_bits(mask), layout)
@@ -31,7 +30,7 @@ def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
         groups = [position // layout.blocks_per_group for position in active]
         expected = [sum(group < g for group in groups) for g in range(layout.num_groups + 1)]
         assert lists.group_starts.tolist() == expected
-        assert lists.by_column is lists.row_starts is lists.column_starts is None
+        assert lists.by_column is lists.rows_by_column is lists.row_starts is lists.column_starts is None
         return
     per_matrix = layout.block_rows * layout.block_cols
     row = [position // layout.block_cols for position in active]
@@ -39,6 +38,7 @@ def test_lists_say_what_the_mask_says(layout: Layout, density: float) -> None:
     by_column = sorted(range(len(active)), key=lambda n: (column[n], row[n]))
     assert lists.positions.tolist() == active
     assert lists.by_column.tolist() == by_column
+    assert lists.rows_by_column.tolist() == [row[n] % layout.block_rows for n in by_column]
     for starts, lines, count in (
         (lists.row_starts, row, layout.num_matrices * layout.block_rows),
         (lists.column_starts, column, layout.num_matrices * layout.block_cols),

@@ -58,7 +58,8 @@ def make_mask(kind: str, grid: Grid) -> Tensor:
     elif kind == "gaps":
         # Whole block rows, block columns and (of a stack) matrices without an active block.
         mask[-1, 1::2, 1::3] = True
-    mask[-1, -1, -1] |= not mask.any()
+    if kind != "none":
+        mask[-1, -1, -1] |= not mask.any()
     return mask.flatten()
 
 

@@ -1,5 +1,6 @@
 """Compiles a kernel for a GPU that need not be there: what a call would launch is caught, and built."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 triton = pytest.importorskip("triton")
 backend = pytest.importorskip("triton.backends.compiler")
 compiler = pytest.importorskip("triton.compiler")
@@ -58,6 +60,25 @@ def caught(module: Any, name: str) -> Iterator[Launch]:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Holds the PTX of a loop, whose instructions can be counted."""
+
+    body: str
+
+    def count(self, instruction: str) -> int:
+        """Counts the instructions that begin with a pattern, whether they have a predicate or not."""
+        return len(re.findall(rf"^\s*(?:@!?%p\d+ )?(?:{instruction})", self.body, re.MULTILINE))
+
+    def order(self, instructions: str) -> list[str]:
+        """Returns the instructions that match a pattern as they come, each once for all that follow one another."""
+        return [name for name, _ in itertools.groupby(re.findall(instructions, self.body))]
+
+    def copies(self, num_bytes: str) -> int:
+        """Counts the copies to shared memory, each of so many bytes of a thread, that no thread waits for."""
+        return len(re.findall(rf"cp\.async\.c[ag]\.shared\.global [^;]*, 0x{num_bytes}\b", self.body))
+
+
+@dataclass(frozen=True)
 class Compiled:
     """Holds what the compiler says of a kernel. ``spilled_bytes``: None where nothing tells."""
 
@@ -65,6 +86,25 @@ class Compiled:
     cubin: bytes
     shared_bytes: int
     spilled_bytes: int | None
+
+    def loop(self) -> Loop:
+        """Returns the innermost loop that multiplies."""
+        return min((loop for loop in _loops(self.ptx) if loop.count(_MULTIPLY)), key=lambda loop: len(loop.body))
+
+
+_MULTIPLY = r"wgmma\.mma_async|mma\.sync|fma\.rn\.f32"
+
+
+def _loops(ptx: str) -> list[Loop]:
+    """Returns what lies between a label and a jump back to it."""
+    lines, labels, found = ptx.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = number
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if jump and jump[1] in labels:
+            found.append(Loop("\n".join(lines[labels[jump[1]] : number + 1])))
+    return found
 
 
 def compile_for(launch: Launch, architecture: str) -> Compiled:
@@ -80,6 +120,10 @@ def compile_for(launch: Launch, architecture: str) -> Compiled:
         if isinstance(value, tuple):
             signature[name] = tuple(_POINTERS[each.dtype] for each in value)
             attributes |= {(number, i): _ALIGNED for i, each in enumerate(value) if each.data_ptr() % 16 == 0}
+            continue
+        if isinstance(value, TensorDescriptor):
+            dtype, sides = _POINTERS[value.base.dtype][1:], ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{dtype}[{sides}]>"
             continue
         is_tensor = isinstance(value, torch.Tensor)
         signature[name] = _POINTERS[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"

@@ -11,7 +11,7 @@ from torch import nn
 
 import smet_compile as smet
 from smet_compile.format import Layout
-from smet_compile.ops import choose, law, law_of_updates, torch_insides
+from smet_compile.ops import choose, default_kernels, law, law_of_updates, torch_insides
 from smet_compile.ops.kernels.native.build import library
 from tests.ops.kernels.adamw_cases import Case as Parameter
 from tests.ops.kernels.adamw_cases import copy_of, update_of
@@ -64,7 +64,7 @@ def test_single_weights_of_16_bits_by_the_speed_of_dense_products(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(choose, "multiplies_on_cpu", lambda dtype: multiplies)
+    monkeypatch.setattr(default_kernels, "multiplies_on_cpu", lambda dtype: multiplies)
     choose._chosen.cache_clear()
     try:
         for dtype in (torch.bfloat16, torch.float16):
@@ -80,7 +80,7 @@ def test_with_amx_dense_matrices_are_multiplied_faster(monkeypatch: pytest.Monke
     for amx, density, is_profitable in ((False, 0.5, True), (True, 0.5, False), (True, 0.2, True)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         case = case_of._replace(num_active=case_of.layout.num_active(density))
-        assert choose._cpu_tiles_are_profitable(case) is is_profitable
+        assert default_kernels._cpu_tiles_are_profitable(case) is is_profitable
 
 
 def test_without_a_compiler_plain_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def warnings_of(monkeypatch: pytest.MonkeyPatch, name: str, op: str, case: choos
 
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
-ONLY_GPU = "needs Triton and a CUDA GPU of compute capability 8.0 or newer"
+ONLY_GPU = "runs on CUDA GPUs only"
 MISSED = [
     ("cpu_tiles", "masked_matmul", torch.float32, (1, 1), "float32 single weights on cpu, since cpu_tiles multiplies"),
     ("cpu_tiles", "sampled_matmul", torch.float32, (1, 8), "float32 runs on cpu, since cpu_tiles multiplies tiles"),
@@ -201,7 +201,17 @@ MISSED = [
     ("triton_expand", "sampled_matmul", torch.float32, (1, 1), f"since triton_expand {ONLY_GPU}"),
     ("triton_expand", "unpack", torch.float32, (8, 8), "cpu_expand computes unpack of torch.float32 tiles on cpu"),
     ("triton", "pack", torch.bfloat16, (8, 8), "cpu_expand computes pack of torch.bfloat16 tiles on cpu"),
-    ("triton", "masked_matmul", torch.float32, (8, 8), f"triton_tiles {ONLY_GPU} and triton_expand {ONLY_GPU}; name"),
+    ("triton_tma", "masked_matmul", torch.bfloat16, (32, 32), f"since triton_tma {ONLY_GPU}"),
+    ("triton_tma", "sampled_matmul", torch.bfloat16, (32, 32), "multiplies tiles with sides of 64 or 128 only"),
+    ("triton_tma", "masked_matmul", torch.float32, (32, 32), "since triton_tma multiplies bf16 and fp16 only"),
+    ("triton_tma", "masked_matmul", torch.bfloat16, (1, 1), "since triton_tma multiplies tiles only"),
+    (
+        "triton",
+        "masked_matmul",
+        torch.float32,
+        (8, 8),
+        f"{ONLY_GPU} and triton_expand {ONLY_GPU} and triton_tma .*; name",
+    ),
 ]
 NOT_MISSED = [
     ("cpu", "masked_matmul", torch.float32, (1, 1)),

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from smet_compile.format import Layout, Topology, empty_lists
-from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, Compiled, caught, compile_for
+from smet_compile.ops.kernels.triton import supports
+from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, Compiled, Launch, caught, compile_for
 from tests.ops.kernels.device import compiled_only
 
 pytestmark = compiled_only
@@ -26,9 +28,9 @@ every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES)
 @pytest.fixture(autouse=True)
 def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets launches choose what they would choose on the GPU in question."""
-    from smet_compile.ops.kernels.triton import supports
-
-    monkeypatch.setattr(supports, "architecture", lambda _: request.getfixturevalue("architecture"))
+    architecture = request.getfixturevalue("architecture")
+    monkeypatch.setattr(supports, "architecture", lambda _: architecture)
+    monkeypatch.setattr(supports, "num_sms", lambda _: {"hopper": 132, "ampere": 108}[architecture])
 
 
 def weight(
@@ -51,9 +53,31 @@ def uses_tensor_cores(compiled: Compiled, architecture: str) -> bool:
     return ("wgmma.mma_async" if architecture == "hopper" else "mma.sync") in compiled.ptx
 
 
-def copies_16_bytes(compiled: Compiled) -> bool:
-    """Tells whether copies to shared memory that no thread waits for are as wide as they can be."""
-    return re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", compiled.ptx) is not None
+def check_loop(compiled: Compiled, architecture: str, launch: Launch, num_indices: int) -> None:
+    """Asserts what the loop does: products, then the index of a later step, then copies of 16 bytes for that step."""
+    loop = compiled.loop()
+    assert loop.count(r"(div|rem)\.") == 0
+    assert loop.copies("10") >= 2 and loop.copies("[48]") == 0
+    assert loop.count(r"ld\.global") == num_indices
+    if architecture == "hopper" and uses_tensor_cores(compiled, architecture):
+        assert loop.count(r"wgmma\.mma_async") == num_wgmma(launch)
+        index = ["ld.global"] if num_indices else []
+        assert loop.order(r"wgmma\.mma|ld\.global|cp\.async\.cg") == ["wgmma.mma", *index, "cp.async.cg"]
+
+
+def num_wgmma(launch: Launch) -> int:
+    """Counts the products of each group of four warps in a step in half precision: 64 rows, 16 deep, all columns."""
+    if "BLOCK_I" in launch.arguments:
+        rows, depth = launch.option("BLOCK_T"), launch.option("BLOCK_I")
+    else:
+        sides = launch.option("BLOCK_M"), launch.option("BLOCK_N")
+        rows, depth = max(sides) if sides[0] < 64 else sides[0], launch.option("BLOCK_T")
+    return -(-rows // (16 * launch.option("num_warps"))) * depth // 16
+
+
+def num_indices(launch: Launch, side: int, transposed: bool) -> int:
+    """Counts the entries of the index that a step of a masked product reads."""
+    return max(1, launch.option("BLOCK_I") // side) * (1 if transposed else 2)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
@@ -72,7 +96,7 @@ def test_masked_matmul(architecture: str, dtype: torch.dtype, side: int, transpo
         matmul_tiles.masked_matmul(input, values, topology, transposed, bias, offsets)
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
-    assert copies_16_bytes(compiled)
+    check_loop(compiled, architecture, launch, num_indices(launch, side, transposed))
     assert uses_tensor_cores(compiled, architecture) == (dtype != torch.float32)
 
 
@@ -89,8 +113,74 @@ def test_sampled_matmul(architecture: str, dtype: torch.dtype, side: int, monkey
     check(compile_for(sum_, architecture), architecture)
     compiled = compile_for(launch, architecture)
     check(compiled, architecture)
-    assert copies_16_bytes(compiled)
+    if side >= 32:  # the narrow side of 16 is 4 numbers for each thread
+        check_loop(compiled, architecture, launch, 0)
     assert uses_tensor_cores(compiled, architecture) == (dtype != torch.float32)
+
+
+UNALIGNED = {  # what lies so that rows do not begin at multiples of 16 bytes
+    "columns": lambda rows, columns: torch.empty(rows, columns, dtype=torch.bfloat16),
+    "beginning": lambda rows, columns: torch.empty(rows * columns + 1, dtype=torch.bfloat16)[1:].view(rows, columns),
+    "rows": lambda rows, columns: torch.empty(rows, columns + 3, dtype=torch.bfloat16)[:, :columns],
+    "transposed": lambda rows, columns: torch.empty(columns, rows, dtype=torch.bfloat16).mT,
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "side", "how"),
+    [
+        *((2048, 5461, side, "columns") for side in (128, 64, 32)),
+        (5461, 2048, 64, "columns"),
+        *((1024, 2048, 64, how) for how in list(UNALIGNED)[1:]),
+    ],
+)
+@every_architecture
+def test_rows_that_are_not_aligned(
+    architecture: str, rows: int, columns: int, side: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every factor of every product is copied 16 bytes at a time, as if its rows were aligned."""
+    from smet_compile.ops.kernels.triton import matmul_tiles, sampled_tiles
+
+    values, topology = weight(torch.bfloat16, (side, side), size=(rows, columns))
+    left, right = UNALIGNED[how](4096, rows), UNALIGNED[how](4096, columns)
+    for transposed, input in ((True, right), (False, left)):
+        with caught(matmul_tiles, "_masked_tiles") as launch:
+            matmul_tiles.masked_matmul(input, values, topology, transposed)
+        compiled = compile_for(launch, architecture)
+        check(compiled, architecture)
+        check_loop(compiled, architecture, launch, num_indices(launch, side, transposed))
+    monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 1)
+    with caught(sampled_tiles, "_sampled_tiles") as launch:
+        sampled_tiles.sampled_matmul(left, right, topology)
+    compiled = compile_for(launch, architecture)
+    check(compiled, architecture)
+    check_loop(compiled, architecture, launch, 0)
+
+
+ALL_SIZES = [
+    pytest.param(architecture, precision, width, sizes, id=f"{architecture}-{precision}-{width}-{sizes.tokens}")
+    for (architecture, precision, width), options in supports._MASKED.items()
+    for sizes in options
+]
+
+
+@pytest.mark.parametrize(("architecture", "precision", "width", "sizes"), ALL_SIZES)
+def test_every_size_of_a_masked_product_stays_in_registers(
+    architecture: str, precision: str, width: int, sizes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smet_compile.ops.kernels.triton import matmul_tiles
+
+    dtype = torch.bfloat16 if precision == "half" else torch.float32
+    monkeypatch.setattr(matmul_tiles, "dot_precision", lambda _: "tf32")
+    monkeypatch.setattr(supports, "masked_sizes", lambda *_: sizes)
+    values, topology = weight(dtype, (width, width), size=(1024, 2085))
+    with caught(matmul_tiles, "_masked_tiles") as launch:
+        matmul_tiles.masked_matmul(torch.empty(4096, 1024, dtype=dtype), values, topology, False)
+    compiled = compile_for(launch, architecture)
+    check(compiled, architecture)
+    assert uses_tensor_cores(compiled, architecture)
+    if sizes.num_warps <= supports.WARPS_OF_TWO:
+        assert 2 * compiled.shared_bytes <= SHARED_BYTES[architecture], "two fit on a multiprocessor"
 
 
 @pytest.fixture
@@ -102,10 +192,11 @@ def allow_tf32() -> Iterator[None]:
 
 @pytest.mark.usefixtures("allow_tf32")
 @every_architecture
-def test_tf32(architecture: str) -> None:
+def test_tf32(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors in fp32 go to tensor cores where torch's setting lets them."""
     from smet_compile.ops.kernels.triton import matmul_tiles, sampled_tiles
 
+    monkeypatch.setattr(sampled_tiles, "num_splits", lambda *_: 1)
     values, topology = weight(torch.float32, (64, 64))
     left, right = torch.empty(4096, 1024), torch.empty(4096, 2048)
     with caught(matmul_tiles, "_masked_tiles") as masked:

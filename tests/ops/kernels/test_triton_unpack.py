@@ -87,6 +87,7 @@ def test_a_sampled_product_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
             whole = matmul_expanded.sampled_matmul(left, right, each.on_device)
             with monkeypatch.context() as patch:
                 patch.setattr(matmul_expanded, "SCRATCH_BYTES", 600)
-                assert len(list(matmul_expanded._pieces(each.layout, 4))) > 1
+                patch.setattr(matmul_expanded, "CACHED_BYTES", 600)
+                assert len(list(matmul_expanded._pieces(each.layout, 4, sms=1))) > 1
                 in_pieces = matmul_expanded.sampled_matmul(left, right, cases.on_device(each.topology))
                 torch.testing.assert_close(in_pieces, whole, rtol=1e-6, atol=1e-6)

@@ -18,12 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
+from smet_compile.ops.kernels.triton import supports
 from smet_compile.ops.kernels.triton.expand import Move, Span, prepare_move, unpack
 
-SCRATCH_BYTES = 16 * 2**20
-"""Bytes of a sampled product at a time: less than half of the L2 cache, and enough rows for an efficient GEMM."""
-_ROWS_OF_A_GEMM = 256
-"""Rows are taken in multiples of this where they are cut."""
+SCRATCH_BYTES, CACHED_BYTES = 64 * 2**20, 24 * 2**20
+"""Most bytes of a sampled product at a time, and those that stay in the L2 cache: half of a Hopper card's."""
+_ROWS_OF_A_GEMM, _COLUMNS_OF_A_GEMM = 128, 256
+"""What one multiprocessor multiplies at a time, in the vendor's GEMM. Rows are cut in multiples of it."""
+_COST_OF_A_PIECE = 0.02
+"""Time between two GEMMs, in times of one multiprocessor's piece of 128 by 256 outputs for some thousand tokens."""
+_COST_OUTSIDE_CACHE = 1.08
+"""Time of a GEMM whose product goes to memory and back, over one that stays in the cache, for 6,000 tokens."""
 
 
 def masked_matmul(
@@ -65,7 +70,8 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
     assert offsets is None, "supports() says so"
     item_bytes, is_stack = left.dtype.itemsize, left.dim() == 3
     pieces = topology.constant(
-        ("sampled_expanded", item_bytes, is_stack), lambda: _prepare(topology, item_bytes, is_stack)
+        ("sampled_expanded", item_bytes, is_stack),
+        lambda: _prepare(topology, item_bytes, is_stack, supports.num_sms(left.device)),
     )
     if left.requires_grad or right.requires_grad:
         left, right = left.detach(), right.detach()
@@ -83,10 +89,10 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
     return values
 
 
-def _prepare(topology: Topology, item_bytes: int, is_stack: bool) -> list[_Piece]:
+def _prepare(topology: Topology, item_bytes: int, is_stack: bool, sms: int) -> list[_Piece]:
     layout = topology.layout
     pieces = []
-    for matrices, rows in _pieces(layout, item_bytes):
+    for matrices, rows in _pieces(layout, item_bytes, sms):
         num_matrices = min(matrices.stop, layout.num_matrices) - matrices.start
         num_rows = min(rows.stop, layout.rows) - rows.start
         shape: tuple[int, ...] = (num_rows, layout.cols)
@@ -101,23 +107,34 @@ def _prepare(topology: Topology, item_bytes: int, is_stack: bool) -> list[_Piece
     return pieces
 
 
-def _rows_at_once(layout: Layout, item_bytes: int) -> int:
-    """Returns how many rows of a matrix fit into the scratch: whole blocks of them, and all if there is room."""
+def _rows_at_once(layout: Layout, item_bytes: int, sms: int) -> int:
+    """Returns how many rows of a matrix are multiplied at once: all of a small one, else as keeps ``sms`` busy.
+
+    A GEMM runs in waves of one piece for each multiprocessor, and its last wave takes as long as a full one. Of the
+    numbers of rows that fit into the scratch, the one with the fewest waves for the whole matrix is taken.
+    """
     unit = layout.block_shape[0] * max(1, _ROWS_OF_A_GEMM // layout.block_shape[0])
-    fitting = SCRATCH_BYTES // (layout.cols * item_bytes)
-    return min(layout.rows, max(unit, fitting // unit * unit))
+    row_bytes = layout.cols * item_bytes
+    if layout.rows <= max(unit, CACHED_BYTES // row_bytes):
+        return layout.rows
+    candidates = range(unit, max(unit, SCRATCH_BYTES // row_bytes) + 1, unit)
+    return min(candidates, key=lambda rows: _waves(layout, rows, sms, rows * row_bytes <= CACHED_BYTES))
 
 
-def _most_weights(layout: Layout, item_bytes: int) -> int:
-    """Returns how many weights a piece has at most: rows of one matrix, or several matrices."""
-    rows = _rows_at_once(layout, item_bytes)
-    return max(rows * layout.cols, SCRATCH_BYTES // item_bytes)
+def _waves(layout: Layout, rows: int, sms: int, is_cached: bool) -> float:
+    """Estimates the time of a matrix that is cut after each ``rows``, in waves."""
+    columns = -(-layout.cols // _COLUMNS_OF_A_GEMM)
+    whole, rest = divmod(layout.rows, rows)
+    waves = whole * math.ceil(-(-rows // _ROWS_OF_A_GEMM) * columns / sms)
+    waves += math.ceil(-(-rest // _ROWS_OF_A_GEMM) * columns / sms)
+    return waves * (1 if is_cached else _COST_OUTSIDE_CACHE) + (whole + bool(rest)) * _COST_OF_A_PIECE
 
 
-def _pieces(layout: Layout, item_bytes: int) -> Iterator[tuple[slice, slice]]:
+def _pieces(layout: Layout, item_bytes: int, sms: int) -> Iterator[tuple[slice, slice]]:
     """Yields matrices and rows that are multiplied at once: some matrices whole, or some block rows of one."""
-    rows = _rows_at_once(layout, item_bytes)
-    matrices = max(1, _most_weights(layout, item_bytes) // (layout.rows * layout.cols)) if rows == layout.rows else 1
+    rows = _rows_at_once(layout, item_bytes, sms)
+    matrix_bytes = layout.rows * layout.cols * item_bytes
+    matrices = max(1, CACHED_BYTES // matrix_bytes) if rows == layout.rows else 1
     for first in range(0, layout.num_matrices, matrices):
         for first_row in range(0, layout.rows, rows):
             yield slice(first, first + matrices), slice(first_row, first_row + rows)

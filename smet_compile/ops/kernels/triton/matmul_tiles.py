@@ -26,12 +26,15 @@ from torch import Tensor
 
 from smet_compile.format import Topology
 from smet_compile.ops.kernels.triton import supports
+from smet_compile.ops.kernels.triton.operands import copy_to_blocks, is_far, needs_copy, whole_columns
 from smet_compile.ops.torch_insides import fp32_precision
 
 _INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 _HALF = (torch.bfloat16, torch.float16)
 _TOKENS_TOGETHER = 2048
 """Tokens of a group: with 4096 inputs in bf16 they are 16 MB, of the 50 MB (Ampere: 40) of the L2 cache."""
+_MOST_LAUNCHES = 1024
+"""How many launches are remembered, of a model whose numbers of tokens change all the time."""
 
 
 @triton.jit
@@ -54,42 +57,37 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def _one_block(positions, by_column, first_block, num_blocks, place, block_rows, block_cols, TRANSPOSED: tl.constexpr):
-    """Returns the row of ``values`` of the block at ``place`` in a line, and its block column (or block row)."""
-    exists = place < num_blocks
-    block = first_block + tl.where(exists, place, 0)
-    if not TRANSPOSED:
+def one_block(places, by_column, first_block, num_blocks, number, first_place):
+    """Returns the row of ``values`` of block ``number`` of a line, and its place along the line."""
+    exists = number < num_blocks
+    block = first_block + tl.where(exists, number, 0)
+    place = tl.load(places + block, mask=exists, other=0) - first_place
+    if by_column is not None:
         block = tl.load(by_column + block, mask=exists, other=0)
-    position = tl.load(positions + block, mask=exists, other=0)
-    across = position % block_cols if TRANSPOSED else position // block_cols % block_rows
-    return block, across
+    return block, place
 
 
 @triton.jit
 def _blocks_of_step(
-    positions,
+    places,
     by_column,
     first_block,
     num_blocks,
     start,
-    block_rows,
-    block_cols,
+    first_place,
     PADDED_I: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
-    """Returns ``_one_block`` for a step: scalars where it takes a part of one, else (BLOCK_I,)."""
-    place = start // PADDED_I
-    block, across = _one_block(positions, by_column, first_block, num_blocks, place, block_rows, block_cols, TRANSPOSED)
+    """Returns ``one_block`` for a step: scalars where it takes a part of one, else (BLOCK_I,)."""
+    number = start // PADDED_I
+    block, place = one_block(places, by_column, first_block, num_blocks, number, first_place)
     if PADDED_I < BLOCK_I:
         number_k = tl.arange(0, BLOCK_I) // PADDED_I
-        for number in tl.static_range(1, BLOCK_I // PADDED_I):
-            other, other_across = _one_block(
-                positions, by_column, first_block, num_blocks, place + number, block_rows, block_cols, TRANSPOSED
-            )
-            block = tl.where(number_k >= number, other, block)
-            across = tl.where(number_k >= number, other_across, across)
-    return block, across
+        for after in tl.static_range(1, BLOCK_I // PADDED_I):
+            other, other_place = one_block(places, by_column, first_block, num_blocks, number + after, first_place)
+            block = tl.where(number_k >= after, other, block)
+            place = tl.where(number_k >= after, other_place, place)
+    return block, place
 
 
 @triton.jit
@@ -117,7 +115,7 @@ def _masked_tiles(
     values,
     bias,
     out,
-    positions,
+    places,
     by_column,
     line_starts,
     offsets,
@@ -141,6 +139,7 @@ def _masked_tiles(
     ALIGNED_I: tl.constexpr,
     ALIGNED_W: tl.constexpr,
     MASKED: tl.constexpr,
+    IS_FAR: tl.constexpr,
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -184,22 +183,16 @@ def _masked_tiles(
     num_blocks = (tl.load(starts + 1, mask=has_blocks, other=0) - first_block).to(tl.int32)
     length = num_blocks * PADDED_I
     sum_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-    # The index is read a step ahead, so that loads of weights and inputs wait for nothing.
-    block, across = _blocks_of_step(
-        positions, by_column, first_block, num_blocks, 0, block_rows, block_cols, PADDED_I, BLOCK_I, TRANSPOSED
-    )
+    # Positions of a block row are consecutive numbers; those along a block column are listed as block rows.
+    first_place = tl.zeros((), places.dtype.element_ty)
+    if TRANSPOSED:
+        first_place += (matrix * block_rows + line).to(places.dtype.element_ty) * block_cols
+    # The index passes through a variable of the loop. Read in the step that uses it, it would take stages of the
+    # pipeline for itself; so the copies of a later step wait for it alone, while products of this one run.
+    block, place = _blocks_of_step(places, by_column, first_block, num_blocks, 0, first_place, PADDED_I, BLOCK_I)
     for start in range(0, length, BLOCK_I):
-        next_block, next_across = _blocks_of_step(
-            positions,
-            by_column,
-            first_block,
-            num_blocks,
-            start + BLOCK_I,
-            block_rows,
-            block_cols,
-            PADDED_I,
-            BLOCK_I,
-            TRANSPOSED,
+        next_block, next_place = _blocks_of_step(
+            places, by_column, first_block, num_blocks, start + BLOCK_I, first_place, PADDED_I, BLOCK_I
         )
         in_block_k = (start + step_k) % PADDED_I
         in_block_k = tl.max_contiguous(tl.multiple_of(in_block_k, ALIGNED_W), ALIGNED_W)
@@ -211,7 +204,7 @@ def _masked_tiles(
         if PADDED_I < BLOCK_I:
             values_of_block = values_of_block[:, None]
         weight_kO = values_of_block + weight_kO
-        input_k = (across * WIDTH_I).to(tl.int32) + in_block_k
+        input_k = (place * WIDTH_I).to(tl.int32) + in_block_k
         input_k = tl.max_contiguous(tl.multiple_of(input_k, ALIGNED_I), ALIGNED_I)
         input_Tk = input_s + (input_T[:, None] + input_k[None, :] * stride_i)
         if MASKED:
@@ -222,35 +215,45 @@ def _masked_tiles(
             a_Tk = tl.load(input_Tk)
             b_kO = tl.load(weight_kO)
         sum_TO = multiply_add(a_Tk, b_kO, sum_TO, PRECISION)
-        block, across = next_block, next_across
+        block, place = next_block, next_place
 
     output_O = line * WIDTH_O + offset_O
     inside_O = in_block_O & (output_O < num_outputs)
     if bias is not None:
         sum_TO += tl.load(bias + output_O, mask=inside_O, other=0.0).to(tl.float32)[None, :]
-    to_TO = out_s + token_T[:, None].to(tl.int64) * num_outputs + output_O[None, :]
-    tl.store(to_TO, sum_TO.to(out.dtype.element_ty), mask=inside_T[:, None] & inside_O[None, :])
+    out_s += first.to(tl.int64) * num_outputs
+    row_T = tl.arange(0, BLOCK_T)
+    if IS_FAR:
+        row_T = row_T.to(tl.int64)
+    to_TO = row_T[:, None] * num_outputs + output_O[None, :]
+    tl.store(out_s + to_TO, sum_TO.to(out.dtype.element_ty), mask=inside_T[:, None] & inside_O[None, :])
 
 
 class _Launch(NamedTuple):
-    """Holds the arguments that all launches with one topology share.
+    """Holds the arguments that all launches with one topology and as many tokens share.
 
     Args:
-        lists: positions, order by column, starts of the lines. sizes: the kernel's arguments after ``num_tokens``.
-        programs: programs for a block of tokens. tokens: tokens of a program. more_blocks: additional blocks of tokens,
-            since each matrix begins a new one. num_inputs, num_outputs: sizes of the product.
+        lists: places of the blocks, order by column, starts of the lines. sizes: the kernel's arguments from
+            ``num_tokens`` to the strides. num_outputs: size of the product.
     """
 
     kernel: Any
+    grid: tuple[int, int]
     lists: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
-    programs: int
-    tokens: int
-    more_blocks: int
-    stack: int
-    num_inputs: int
     num_outputs: int
     constants: dict[str, Any]
+
+
+class _Variant(NamedTuple):
+    """Says which product of a topology it is. is_whole: rows of the input end with a block, not with the matrix."""
+
+    transposed: bool
+    dtype: torch.dtype
+    precision: str
+    tokens: tuple[int, ...]
+    is_sorted: bool
+    is_whole: bool
 
 
 def masked_matmul(
@@ -262,60 +265,63 @@ def masked_matmul(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """Computes input W or input Wᵀ for tiles, plus bias, as ``ops.plain.masked_matmul`` defines it."""
-    shape, dtype = input.shape, input.dtype
-    is_stack = len(shape) == 3
-    launches: dict[Any, _Launch] = topology.constant("masked_tiles", dict)
-    key = transposed, dtype, dot_precision(dtype), is_stack, offsets is None
-    launch = launches.get(key)
+    *tokens, num_inputs = input.shape
+    width = topology.layout.block_shape[1 if transposed else 0]
+    if math.prod(tokens) and (needs_copy(input, width) or is_far(input)):
+        input = copy_to_blocks(input, width)
+    is_whole = input.shape[-1] != num_inputs
+    variant = _Variant(
+        transposed, input.dtype, dot_precision(input.dtype), tuple(tokens), offsets is not None, is_whole
+    )
+    launches: dict[_Variant, _Launch] = topology.constant("masked_tiles", dict)
+    launch = launches.get(variant)
     if launch is None:
-        launch = launches[key] = _prepare(topology, input, transposed, is_sorted=offsets is not None)
-    if is_stack:
-        num_matrices, num_tokens, _ = shape
-        out = input.new_empty(num_matrices, num_tokens, launch.num_outputs)
-        strides = input.stride()
-    else:
-        num_tokens, _ = shape
-        out = input.new_empty(num_tokens, launch.num_outputs)
-        strides = (0, *input.stride())
-    num_programs = (-(-num_tokens // launch.tokens) + launch.more_blocks) * launch.programs
-    if num_tokens == 0 or num_programs == 0:
+        if len(launches) >= _MOST_LAUNCHES:
+            launches.clear()
+        launch = launches[variant] = _prepare(topology, input.device, variant)
+    out = input.new_empty(*tokens, launch.num_outputs)
+    if out.numel() == 0:
         return out
-    if launch.num_inputs * strides[2] + _TOKENS_TOGETHER * strides[1] >= 2**31:
-        input = input.contiguous()  # offsets within a program are of 32 bits
-        strides = (num_tokens * launch.num_inputs, launch.num_inputs, 1)
-    launch.kernel[(num_programs, launch.stack)](
+    strides = input.stride()
+    launch.kernel[launch.grid](
         input,
         values.contiguous(),
         bias,
         out,
         *launch.lists,
         offsets,
-        num_tokens,
         *launch.sizes,
-        *strides,
+        *(strides if len(strides) == 3 else (0, *strides)),
         **launch.constants,
     )
     return out
 
 
-def _prepare(topology: Topology, input: Tensor, transposed: bool, is_sorted: bool) -> _Launch:
-    layout, precision = topology.layout, dot_precision(input.dtype)
+def _prepare(topology: Topology, device: torch.device, variant: _Variant) -> _Launch:
+    layout, transposed = topology.layout, variant.transposed
     (num_outputs, num_inputs), (width_o, width_i) = layout.matrix, layout.block_shape
     if not transposed:
         num_outputs, num_inputs, width_o, width_i = num_inputs, num_outputs, width_i, width_o
-    sizes = supports.masked_sizes(input.device, input.dtype, precision, width_o)
-    inner, padded_i = supports.inner_step(width_i, sizes.inner)
+    if variant.is_whole:
+        num_inputs = whole_columns(num_inputs, width_i)
     block_o = supports.lanes(width_o)
-    starts = topology.row_starts if transposed else topology.column_starts
+    lines, parts = triton.cdiv(num_outputs, width_o), triton.cdiv(width_o, block_o)
+    is_stack, num_tokens = len(variant.tokens) == 2, variant.tokens[-1]
+    work = supports.MaskedWork(
+        tokens=math.prod(variant.tokens),
+        groups=layout.num_matrices,
+        lines=lines * parts,
+        width=width_o,
+        length=topology.num_active / (layout.num_matrices * lines) * width_i,
+    )
+    sizes = supports.masked_sizes(device, variant.dtype, variant.precision, work)
+    inner, padded_i = supports.inner_step(width_i, sizes.inner)
+    token_blocks = triton.cdiv(num_tokens, sizes.tokens) + (layout.num_matrices if variant.is_sorted else 0)
     return _Launch(
-        kernel=supports.on_device(_masked_tiles, input.device),
-        lists=(topology.positions, topology.by_column, starts),
-        sizes=(num_inputs, num_outputs, layout.block_rows, layout.block_cols),
-        programs=triton.cdiv(num_outputs, width_o) * triton.cdiv(width_o, block_o),
-        tokens=sizes.tokens,
-        more_blocks=layout.num_matrices if is_sorted else 0,
-        stack=layout.num_matrices if input.dim() == 3 else 1,
-        num_inputs=num_inputs,
+        kernel=supports.on_device(_masked_tiles, device),
+        grid=(token_blocks * lines * parts, layout.num_matrices if is_stack else 1),
+        lists=lists_of(topology, transposed),
+        sizes=(num_tokens, num_inputs, num_outputs, layout.block_rows, layout.block_cols),
         num_outputs=num_outputs,
         constants={
             "TRANSPOSED": transposed,
@@ -330,9 +336,17 @@ def _prepare(topology: Topology, input: Tensor, transposed: bool, is_sorted: boo
             "ALIGNED_I": math.gcd(width_i, num_inputs, inner),
             "ALIGNED_W": math.gcd(width_i, inner),
             "MASKED": bool(width_i % inner or num_inputs % width_i),
+            "IS_FAR": num_outputs * sizes.tokens >= 2**31,
             "TOGETHER": max(1, _TOKENS_TOGETHER // sizes.tokens),
-            "PRECISION": precision,
+            "PRECISION": variant.precision,
             "num_warps": sizes.num_warps,
             "num_stages": sizes.num_stages,
         },
     )
+
+
+def lists_of(topology: Topology, transposed: bool) -> tuple[Tensor | None, ...]:
+    """Returns the places of the blocks along their lines, their order in ``values`` and the starts of the lines."""
+    if transposed:
+        return topology.positions, None, topology.row_starts
+    return topology.rows_by_column, topology.by_column, topology.column_starts

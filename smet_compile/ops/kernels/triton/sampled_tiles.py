@@ -21,15 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smet_compile.format import Layout, Topology
+from smet_compile.format import Topology
 from smet_compile.ops.kernels.triton import supports
 from smet_compile.ops.kernels.triton.matmul_tiles import dot_precision, multiply_add
+from smet_compile.ops.kernels.triton.operands import copy_to_blocks, is_far, needs_copy
+from smet_compile.ops.kernels.triton.supports import num_splits
 
-_LINES_TOGETHER = 8
+LINES_TOGETHER = 8
 _BLOCK_OF_SUM = 1024
-_MOST_SPLITS = 16
-_COST_OF_A_SPLIT = 1000
-"""Multiply-adds that take as long as writing and reading one fp32: some 8 bytes at 3 TB/s, beside 350 T a second."""
 _PROGRAMS_PER_SM = 2
 _MOST_LENGTHS = 1024
 """How many numbers of tokens are remembered with their number of splits."""
@@ -49,17 +48,52 @@ def tokens_of_split(offsets, matrix, num_tokens, split, num_splits, BLOCK_T: tl.
 
 
 @triton.jit
-def lanes_of_block(block, part, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Finds the rows (or columns) of the matrix that piece number ``part`` of a block covers.
+def readable(lane, exists, limit, offset, ALIGNED: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """Returns the columns of a factor to read for ``lane``, and whether ``lane`` exists in a matrix of ``limit``.
 
-    Returns: their offsets within the block, (BLOCK,); their numbers in the matrix, replaced by harmless ones where
-    there are none; and whether they are inside both the block and the matrix.
+    Where there is none, it is a harmless one. A factor that ``IS_WHOLE`` has columns up to the end of the last block.
+    """
+    inside = exists & (lane < limit)
+    if IS_WHOLE:
+        lane = tl.where(exists, lane, offset % ALIGNED)
+    else:
+        lane = tl.where(inside, lane, offset % ALIGNED)
+    return tl.max_contiguous(tl.multiple_of(lane, ALIGNED), ALIGNED), inside
+
+
+@triton.jit
+def lanes_of_block(
+    block, part, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, IS_WHOLE: tl.constexpr
+):
+    """Finds the rows of the matrix that piece number ``part`` of a block covers.
+
+    Returns: their offsets within the block, (BLOCK,); the columns of the left factor to read, and whether they are
+    inside both the block and the matrix.
     """
     offset = part * BLOCK + tl.arange(0, BLOCK)
-    lane = block * WIDTH + offset
-    inside = (offset < WIDTH) & (lane < limit)
-    lane = tl.where(inside, lane, offset % ALIGNED)
-    return offset, tl.max_contiguous(tl.multiple_of(lane, ALIGNED), ALIGNED), inside
+    row, inside = readable(block * WIDTH + offset, offset < WIDTH, limit, offset, ALIGNED, IS_WHOLE)
+    return offset, row, inside
+
+
+@triton.jit
+def lanes_of_blocks(
+    positions, first_block, end_block, first_position, offset_n, limit, WIDTH: tl.constexpr, LANES: tl.constexpr,
+    ALIGNED: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Finds the columns of the matrix in consecutive active blocks of a row, ``LANES`` for each.
+
+    Args:
+        first_position: position of the first block of the row. offset_n: of each lane within its block.
+
+    Returns: (n,) their blocks, the columns of the right factor to read, and whether they are inside the matrix.
+    """
+    lane_n = tl.arange(0, offset_n.shape[0])
+    block_n = first_block + lane_n // LANES
+    place_n = tl.load(positions + tl.minimum(block_n, end_block - 1)) - first_position
+    exists_n = (block_n < end_block) & (offset_n < WIDTH)
+    col_n = (place_n * WIDTH + offset_n).to(tl.int32)
+    col_n, inside_n = readable(col_n, exists_n, limit, lane_n, ALIGNED, IS_WHOLE)
+    return block_n, exists_n, col_n, inside_n
 
 
 @triton.jit
@@ -88,24 +122,27 @@ def accumulate_tile(
     NUM_N: tl.constexpr = col_n.shape[0]
     # The wider side goes first in the product, where tensor cores want at least 64.
     SWAPPED: tl.constexpr = NUM_M < 64 and NUM_N > NUM_M
+    # The first factor is loaded as it is multiplied: one that is transposed after a load is not copied ahead.
+    # Offsets within a step are of 32 bits, half the registers.
     step_T = tl.arange(0, BLOCK_T)
-    token_T = (first + step_T).to(tl.int64)
-    left_Tm = left + token_T[:, None] * left_stride_t + row_m[None, :].to(tl.int64) * left_stride_r
-    right_Tn = right + token_T[:, None] * right_stride_t + col_n[None, :].to(tl.int64) * right_stride_c
+    left += tl.cast(first, tl.int64) * left_stride_t
+    right += tl.cast(first, tl.int64) * right_stride_t
     if SWAPPED:
-        sum_ = tl.zeros((NUM_N, NUM_M), tl.float32)
+        a_base, a_stride, a_m = right, right_stride_t, col_n * right_stride_c
+        b_base, b_stride, b_n = left, left_stride_t, row_m * left_stride_r
     else:
-        sum_ = tl.zeros((NUM_M, NUM_N), tl.float32)
+        a_base, a_stride, a_m = left, left_stride_t, row_m * left_stride_r
+        b_base, b_stride, b_n = right, right_stride_t, col_n * right_stride_c
+    a_mT = a_m[:, None] + (step_T * a_stride)[None, :]
+    b_Tn = (step_T * b_stride)[:, None] + b_n[None, :]
+    sum_ = tl.zeros((a_m.shape[0], b_n.shape[0]), tl.float32)
     for start in range(first, last, BLOCK_T):
         inside_T = start + step_T < last
-        a_Tm = tl.load(left_Tm, mask=inside_T[:, None], other=0.0)
-        b_Tn = tl.load(right_Tn, mask=inside_T[:, None], other=0.0)
-        if SWAPPED:
-            sum_ = multiply_add(tl.trans(b_Tn), a_Tm, sum_, PRECISION)
-        else:
-            sum_ = multiply_add(tl.trans(a_Tm), b_Tn, sum_, PRECISION)
-        left_Tm += BLOCK_T * left_stride_t
-        right_Tn += BLOCK_T * right_stride_t
+        a = tl.load(a_base + a_mT, mask=inside_T[None, :], other=0.0)
+        b = tl.load(b_base + b_Tn, mask=inside_T[:, None], other=0.0)
+        sum_ = multiply_add(a, b, sum_, PRECISION)
+        a_base += tl.cast(a_stride, tl.int64) * BLOCK_T
+        b_base += tl.cast(b_stride, tl.int64) * BLOCK_T
     if SWAPPED:
         sum_ = tl.trans(sum_)
     return sum_
@@ -140,6 +177,8 @@ def _sampled_tiles(
     BLOCK_T: tl.constexpr,
     ALIGNED_M: tl.constexpr,
     ALIGNED_N: tl.constexpr,
+    LEFT_IS_WHOLE: tl.constexpr,
+    RIGHT_IS_WHOLE: tl.constexpr,
     LINES_TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -161,17 +200,14 @@ def _sampled_tiles(
 
     matrix = line // block_rows
     offset_m, row_m, inside_m = lanes_of_block(
-        line % block_rows, part // PARTS_N, num_rows, WIDTH_M, BLOCK_M, ALIGNED_M
+        line % block_rows, part // PARTS_N, num_rows, WIDTH_M, BLOCK_M, ALIGNED_M, LEFT_IS_WHOLE
     )
-    lane_n = tl.arange(0, BLOCK_N)
-    block_n = first_block + lane_n // LANES_N
-    offset_n = part % PARTS_N * BLOCK_N + lane_n % LANES_N
-    exists_n = (block_n < end_block) & (offset_n < WIDTH_N)
-    across_n = tl.load(positions + tl.minimum(block_n, end_block - 1)) % block_cols
-    col_n = (across_n * WIDTH_N + offset_n).to(tl.int32)
-    inside_n = exists_n & (col_n < num_cols)
-    col_n = tl.where(inside_n, col_n, lane_n % ALIGNED_N)
-    col_n = tl.max_contiguous(tl.multiple_of(col_n, ALIGNED_N), ALIGNED_N)
+    offset_n = part % PARTS_N * BLOCK_N + tl.arange(0, BLOCK_N) % LANES_N
+    first_position = line.to(positions.dtype.element_ty) * block_cols
+    block_n, exists_n, col_n, inside_n = lanes_of_blocks(
+        positions, first_block, end_block, first_position, offset_n, num_cols, WIDTH_N, LANES_N, ALIGNED_N,
+        RIGHT_IS_WHOLE,
+    )  # fmt: skip
 
     split = tl.program_id(1)
     first, last = tokens_of_split(offsets, matrix, num_tokens, split, tl.num_programs(1), BLOCK_T)
@@ -218,7 +254,6 @@ class ProductLaunch(NamedTuple):
     """
 
     kernel: Any
-    add_splits: Any
     lists: tuple[Tensor | None, Tensor | None]
     sizes: tuple[int, ...]
     num_programs: int
@@ -229,18 +264,32 @@ class ProductLaunch(NamedTuple):
     constants: dict[str, Any]
 
 
-def product_launch(left: Tensor, topology: Topology) -> ProductLaunch:
-    """Returns the arguments that all products of a ``left`` of this dtype with this topology share."""
+def aligned_factors(left: Tensor, right: Tensor, topology: Topology) -> tuple[Tensor, Tensor, tuple[bool, bool]]:
+    """Returns both factors with rows that are read 16 bytes at a time, and for each whether they end with a block."""
+    layout = topology.layout
+    bm, bn = layout.block_shape
+    if needs_copy(left, bm) or is_far(left):
+        left = copy_to_blocks(left, bm)
+    if needs_copy(right, bn) or is_far(right):
+        right = copy_to_blocks(right, bn)
+    return left, right, (left.shape[-1] != layout.rows, right.shape[-1] != layout.cols)
+
+
+def product_launch(left: Tensor, topology: Topology, are_whole: tuple[bool, bool] = (False, False)) -> ProductLaunch:
+    """Returns the arguments that all products of a ``left`` of this dtype with this topology share.
+
+    Args:
+        are_whole: whether the rows of left and right end with a block, not with the matrix.
+    """
     launches: dict[Any, ProductLaunch] = topology.constant("sampled_tiles", dict)
-    dtype = left.dtype
-    key = dtype, dot_precision(dtype)
+    key = left.dtype, dot_precision(left.dtype), are_whole
     launch = launches.get(key)
     if launch is None:
-        launch = launches[key] = _prepare(topology, left, key[1])
+        launch = launches[key] = _prepare(topology, left, key[1], are_whole)
     return launch
 
 
-def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
+def _prepare(topology: Topology, left: Tensor, precision: str, are_whole: tuple[bool, bool]) -> ProductLaunch:
     layout = topology.layout
     bm, bn = layout.block_shape
     sizes = supports.sampled_sizes(left.device, left.dtype, precision, bn)
@@ -251,7 +300,6 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
     num_lines = layout.num_matrices * layout.block_rows
     return ProductLaunch(
         kernel=supports.on_device(_sampled_tiles, left.device),
-        add_splits=supports.on_device(_add_splits, left.device),
         lists=(topology.positions, topology.row_starts),
         sizes=(num_lines, layout.block_rows, layout.block_cols, layout.rows, layout.cols),
         num_programs=num_lines * per_line,
@@ -266,9 +314,11 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
             "BLOCK_N": piece_n,
             "LANES_N": lanes_n,
             "BLOCK_T": sizes.tokens,
-            "ALIGNED_M": math.gcd(bm, layout.rows, piece_m),
-            "ALIGNED_N": math.gcd(bn, layout.cols, lanes_n),
-            "LINES_TOGETHER": _LINES_TOGETHER,
+            "ALIGNED_M": math.gcd(bm, 0 if are_whole[0] else layout.rows, piece_m),
+            "ALIGNED_N": math.gcd(bn, 0 if are_whole[1] else layout.cols, lanes_n),
+            "LEFT_IS_WHOLE": are_whole[0],
+            "RIGHT_IS_WHOLE": are_whole[1],
+            "LINES_TOGETHER": LINES_TOGETHER,
             "PRECISION": precision,
             "num_warps": sizes.num_warps,
             "num_stages": sizes.num_stages,
@@ -278,9 +328,12 @@ def _prepare(topology: Topology, left: Tensor, precision: str) -> ProductLaunch:
 
 def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Tensor | None = None) -> Tensor:
     """Computes pack(leftᵀ right) for tiles, as ``ops.plain.sampled_matmul`` defines it."""
-    launch = product_launch(left, topology)
+    left, right, are_whole = aligned_factors(left, right, topology)
+    launch = product_launch(left, topology, are_whole)
     num_tokens, splits = tokens_and_splits(left, topology, launch, offsets)
     out = left.new_empty(*launch.values_shape)
+    if out.numel() == 0:
+        return out
     parts = out if splits == 1 else left.new_empty(splits, *launch.values_shape, dtype=torch.float32)
     launch.kernel[(launch.num_programs, splits)](
         left,
@@ -295,9 +348,15 @@ def sampled_matmul(left: Tensor, right: Tensor, topology: Topology, offsets: Ten
         **launch.constants,
     )
     if splits > 1:
-        grid = (triton.cdiv(out.numel(), _BLOCK_OF_SUM),)
-        launch.add_splits[grid](parts, out, out.numel(), NUM_SPLITS=splits, BLOCK=_BLOCK_OF_SUM)
+        add_splits(parts, out)
     return out
+
+
+def add_splits(parts: Tensor, out: Tensor) -> None:
+    """Writes the sum of ``parts``, first to last, to ``out``."""
+    grid = (triton.cdiv(out.numel(), _BLOCK_OF_SUM),)
+    kernel = supports.on_device(_add_splits, out.device)
+    kernel[grid](parts, out, out.numel(), NUM_SPLITS=len(parts), BLOCK=_BLOCK_OF_SUM)
 
 
 def factor_strides(left: Tensor, right: Tensor) -> tuple[int, ...]:
@@ -317,27 +376,7 @@ def tokens_and_splits(
         if len(launch.splits) >= _MOST_LENGTHS:
             launch.splits.clear()
         tokens = num_tokens if offsets is None else num_tokens // topology.layout.num_matrices
-        sms, step = supports.num_sms(left.device), launch.constants["BLOCK_T"]
-        splits = num_splits(sms, topology.layout, tokens, topology.num_active, launch.blocks_together, step)
+        at_once, step = _PROGRAMS_PER_SM * supports.num_sms(left.device), launch.constants["BLOCK_T"]
+        splits = num_splits(at_once, topology.layout, tokens, topology.num_active, launch.blocks_together, step)
         launch.splits[key] = splits
     return num_tokens, splits
-
-
-def num_splits(sms: int, layout: Layout, tokens: int, num_active: int, blocks_together: int, step: int) -> int:
-    """Returns in how many parts to sum the ``tokens`` of a matrix, so that the estimated time is the least.
-
-    Time is counted in multiply-adds of one output. Programs of ``blocks_together`` blocks run in rounds of two on each
-    of the ``sms`` multiprocessors, and each part of a sum has to be written and read.
-    """
-    bm, bn = layout.block_shape
-    lines = min(num_active, layout.num_matrices * layout.block_rows)
-    parts_of_block = triton.cdiv(bm, supports.WIDEST) * triton.cdiv(bn, supports.WIDEST)
-    programs = parts_of_block * (num_active / blocks_together + lines * (1 - 1 / blocks_together) / 2)
-    at_once = _PROGRAMS_PER_SM * sms
-
-    def cost(splits: int) -> float:
-        rounds = math.ceil(programs * splits / at_once)
-        return rounds * at_once / programs * tokens / splits + (splits > 1) * splits * _COST_OF_A_SPLIT
-
-    most = max(1, min(_MOST_SPLITS, tokens // (4 * step)))
-    return min(range(1, most + 1), key=cost)

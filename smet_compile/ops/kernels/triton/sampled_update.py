@@ -37,8 +37,10 @@ from smet_compile.ops.kernels.triton.adamw_step import (
 from smet_compile.ops.kernels.triton.sampled_tiles import (
     ProductLaunch,
     accumulate_tile,
+    aligned_factors,
     factor_strides,
     lanes_of_block,
+    lanes_of_blocks,
     product_launch,
     sampled_matmul,
     tokens_and_splits,
@@ -210,6 +212,8 @@ def _sampled_update(
     BLOCK_T: tl.constexpr,
     ALIGNED_M: tl.constexpr,
     ALIGNED_N: tl.constexpr,
+    LEFT_IS_WHOLE: tl.constexpr,
+    RIGHT_IS_WHOLE: tl.constexpr,
     LINES_TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
@@ -231,15 +235,13 @@ def _sampled_update(
         return
 
     matrix = line // block_rows
-    _, row_m, inside_m = lanes_of_block(line % block_rows, 0, num_rows, WIDTH_M, BLOCK_M, ALIGNED_M)
-    lane_n = tl.arange(0, BLOCK_N)
-    block_n = first_block + lane_n // LANES_N
-    offset_n = lane_n % LANES_N
-    across_n = tl.load(positions + tl.minimum(block_n, end_block - 1)) % block_cols
-    col_n = (across_n * WIDTH_N + offset_n).to(tl.int32)
-    inside_n = (block_n < end_block) & (offset_n < WIDTH_N) & (col_n < num_cols)
-    col_n = tl.where(inside_n, col_n, lane_n % ALIGNED_N)
-    col_n = tl.max_contiguous(tl.multiple_of(col_n, ALIGNED_N), ALIGNED_N)
+    _, row_m, inside_m = lanes_of_block(line % block_rows, 0, num_rows, WIDTH_M, BLOCK_M, ALIGNED_M, LEFT_IS_WHOLE)
+    offset_n = tl.arange(0, BLOCK_N) % LANES_N
+    first_position = line.to(positions.dtype.element_ty) * block_cols
+    _, _, col_n, inside_n = lanes_of_blocks(
+        positions, first_block, end_block, first_position, offset_n, num_cols, WIDTH_N, LANES_N, ALIGNED_N,
+        RIGHT_IS_WHOLE,
+    )  # fmt: skip
     first, last = tokens_of_split(offsets, matrix, num_tokens, 0, 1, BLOCK_T)
     sum_mn = accumulate_tile(
         left + matrix.to(tl.int64) * left_stride_s,
@@ -281,7 +283,8 @@ def sampled_update(left: Tensor, right: Tensor, offsets: Tensor | None, update: 
         finally:
             update.grad = stand_in
         return
-    product = product_launch(left, topology)
+    left, right, are_whole = aligned_factors(left, right, topology)
+    product = product_launch(left, topology, are_whole)
     launch = launch_of_one(update)
     key = launch.specialization, launch.is_aligned
     constants = product.joined.get(key)
