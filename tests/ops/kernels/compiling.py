@@ -5,7 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
@@ -57,6 +58,19 @@ def caught(module: Any, name: str) -> Iterator[Launch]:
     with mock.patch.object(module, name, launch):
         yield launch
     assert launch.arguments, f"{name} was not launched"
+
+
+def caught_step(updates: list[Any]) -> dict[str, Launch]:
+    """Catches all launches of a step of Triton's AdamW, by the kernel's name; one that is not made has no arguments."""
+    from smet_compile.ops.kernels.triton import adamw, adamw_tables, places
+
+    kernels = {"_write_addresses": adamw_tables, "write_places": places, "prepare": adamw, "update": adamw}
+    launches = {name: Launch(getattr(module, name)) for name, module in kernels.items()}
+    with ExitStack() as stack:
+        for name, module in kernels.items():
+            stack.enter_context(mock.patch.object(module, name, launches[name]))
+        adamw.update_all(updates)
+    return launches
 
 
 @dataclass(frozen=True)

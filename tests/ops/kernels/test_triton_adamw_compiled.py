@@ -5,7 +5,7 @@ import torch
 
 from tests.ops.kernels import compiling
 from tests.ops.kernels.adamw_cases import Case, update_of
-from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, caught, compile_for
+from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, caught, caught_step, compile_for
 from tests.ops.kernels.device import compiled_only
 
 pytestmark = compiled_only
@@ -48,22 +48,20 @@ def check(launch: compiling.Launch, architecture: str) -> str:
 @pytest.mark.parametrize("stored", STORED)
 def test_update(stored: str, case: str) -> None:
     """Plain parameters and blocks of one kind share a launch; each architecture sees every kind and all dtypes."""
-    from smet_compile.ops.kernels.triton import adamw, adamw_tables
-
     number = list(STORED).index(stored) + list(CASES).index(case)
     updates = [update_of(each, *STORED[stored]) for each in (CASES[case], PLAIN)]
-    with (
-        caught(adamw_tables, "_write_addresses"),
-        caught(adamw, "prepare") as prepare,
-        caught(adamw, "update") as update,
-    ):
-        adamw.update_all(updates)
+    launches = caught_step(updates)
+    update, listed = launches["update"], launches["write_places"]
     ptx = check(update, list(ARCHITECTURES)[number % 2])
     entries_of_a_thread = 1024 // (32 * update.option("num_warps"))
     width = "v4" if entries_of_a_thread * (4 if "fp32" in stored else 2) >= 16 else "v2"
     assert f"ld.global.{width}.b32" in ptx and f"st.global.{width}.b32" in ptx
+    has_noise = STORED[stored][2] is not None
+    assert bool(listed.arguments) == (has_noise and case == "weights")
     if number < 2:
-        check(prepare, list(ARCHITECTURES)[number])
+        check(launches["prepare"], list(ARCHITECTURES)[number])
+    if listed.arguments:
+        compile_for(listed, list(ARCHITECTURES)[number % 2])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from tests.ops.kernels import compiling
 from tests.ops.kernels.adamw_cases import Case, update_of
-from tests.ops.kernels.compiling import CUOBJDUMP, caught, compile_for
+from tests.ops.kernels.compiling import CUOBJDUMP, caught_step, compile_for
 from tests.ops.kernels.device import compiled_only
 from tests.ops.kernels.sass import Loop, machine_code, outer_loops
 
@@ -46,10 +46,7 @@ def tables_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def per_weight(case: Case, stored: Stored) -> float:
     """Counts the instructions of the loops through one piece."""
-    from smet_compile.ops.kernels.triton import adamw
-
-    with caught(adamw, "prepare"), caught(adamw, "update") as update:
-        adamw.update_all([update_of(case, stored.weights, stored.moments)])
+    update = caught_step([update_of(case, stored.weights, stored.moments)])["update"]
     compiled = compile_for(update, "hopper")
     assert not compiled.spilled_bytes
     loops = outer_loops(machine_code(compiled.cubin, CUOBJDUMP))
