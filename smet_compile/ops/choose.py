@@ -153,7 +153,10 @@ def fused_update(left: Tensor, offsets: Tensor | None, update: Update) -> Callab
     assert update.topology is not None
     if forced_kernel() != _FUSED:
         return None
-    product = _choose_and_warn("sampled_matmul", case_of(left, update.topology, offsets is not None)).name
+    case = case_of(left, update.topology, offsets is not None)
+    product = _choose_and_warn("sampled_matmul", case).name
+    if product == "triton_expand":  # the request is for one kernel, whichever product alone would be faster
+        product = _chosen("sampled_matmul", case, "triton_tiles")[0].name
     if (product, update_kernel_of(update).name) != ("triton_tiles", "triton_adamw"):
         return None
     function: Callable[..., None] = importlib.import_module(f"{TRITON}.sampled_update").sampled_update
