@@ -325,7 +325,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_half_done(monkeypatch: pytest
         if strict:
             monkeypatch.setenv("SMET_COMPILE_KERNEL", "triton")
             before = [parameter.clone() for parameter in model.parameters()]
-            with pytest.raises(UserWarning, match="computes unpack of"):
+            with pytest.raises(UserWarning, match="computes masked_matmul of"):
                 model(x)
         model(x).square().sum().backward()  # the warning is shown: an exception would leave some gradients out
         if strict:
@@ -336,7 +336,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_half_done(monkeypatch: pytest
         return [parameter.detach() for parameter in model.parameters()]
 
     expected = trained(strict=False)
-    with pytest.warns(UserWarning, match="computes pack of"):
+    with pytest.warns(UserWarning, match="computes sampled_matmul of"):
         warnings.simplefilter("error")
         found = trained(strict=True)
     assert all(map(torch.equal, found, expected))

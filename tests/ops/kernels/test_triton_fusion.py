@@ -1,5 +1,6 @@
 """One kernel for a gradient and its update is possible where the product is not split, and taken only on request."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,14 @@ def a_case() -> tuple[torch.Tensor, Update]:
     return torch.empty(8, 64, dtype=BF16), update
 
 
+@pytest.fixture
+def nothing_chosen_yet() -> Iterator[None]:
+    choose._chosen.cache_clear()
+    yield
+    choose._chosen.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_chosen_yet")
 def test_two_kernels_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supports, "runs_on", lambda _: True)
     for name in ("triton", "", "triton_tiles"):
