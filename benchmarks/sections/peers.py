@@ -18,13 +18,14 @@ import smet_compile as smet
 from benchmarks import chosen
 from benchmarks.layer import DENSITY, Size
 from benchmarks.ratios import Clock, Work, in_turns
-from benchmarks.sections.linear import QUICK_SIZES, SIZES
+from benchmarks.sections import linear
 from benchmarks.settings import Settings
 from benchmarks.tables import Row, Table, at_least
 from benchmarks.training import BYTES, Shape
 from smet_compile.ops import find_sites
 
-DENSITIES = (0.5, DENSITY, 0.1, 0.05)
+SIZES = tuple(size for size in linear.SIZES if size.tokens == 2048)
+DENSITIES, STEP_DENSITIES = (0.5, DENSITY, 0.1, 0.05), (DENSITY, 0.1)
 TILE = 64
 TARGET = at_least(1.5)
 MISSING = "needs SparseLab: pip install sparselab"
@@ -45,10 +46,10 @@ BLOCKS_NOTE = (
 
 
 def tables(settings: Settings) -> list[Table]:
-    sizes = settings.size(SIZES, QUICK_SIZES)
+    sizes = settings.size(SIZES, linear.QUICK_SIZES)
     shape = settings.size(SHAPE, QUICK_SHAPE)
     layers = [_layer(size, density, settings) for size in sizes for density in DENSITIES]
-    steps = [_step(shape, density, settings) for density in DENSITIES]
+    steps = [_step(shape, density, settings) for density in STEP_DENSITIES]
     blocks = [_blocks(size, settings) for size in sizes]
     return [
         Table("Peers: single weights, one layer", "SparseLab / ours", LAYER_NOTE, layers),
