@@ -2,7 +2,8 @@
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.kernels [--only linear] [--repeats 9] [--out docs/results/kernels.md]
 
-The section "peers" is written to ``docs/results/peers.md``. On the CPU. ``python -m benchmarks.gpu_check`` measures on a GPU, and its part of the file stays as it is.
+On the CPU. The section "peers" stands in ``docs/results/peers.md``. ``python -m benchmarks.gpu_check`` measures on a
+GPU, and its part of the file stays as it is.
 ``SMET_COMPILE_KERNEL`` forces a kernel (``smet_compile.ops.choose``).
 """
 
