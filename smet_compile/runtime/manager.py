@@ -47,7 +47,7 @@ from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move
 
 _MAX_POSTPONED_STEPS = 10
 _ROUNDING = 1e-9
-"""By so much of a block a sum of shares may miss a whole number."""
+"""A sum of shares may miss a whole number by this share of a block."""
 
 
 class TopologyManager:

@@ -15,7 +15,7 @@ NUM_BLOCKS, NUM_PLACES = 64, 4096
 NUM = NUM_BLOCKS * NUM_PLACES
 FIVE_ERRORS = 5 / NUM**0.5
 STREAMS = range(5)
-"""Those of the weight, and of two and two slots that share a hash."""
+"""Numbers of the streams: the weight's, and two pairs of slots, each pair with one hash."""
 every_stream = pytest.mark.parametrize("stream", STREAMS)
 
 
@@ -97,7 +97,7 @@ def test_seeds(stream: int) -> None:
 
 @every_stream
 def test_one_place_over_many_steps(stream: int) -> None:
-    """What a single weight meets over time is uniform, and independent from step to step and of its neighbour."""
+    """The noise of a single weight is uniform over time, and independent from step to step and of its neighbour."""
     steps = torch.arange(1, NUM // 4 + 1)
     keys = law.block_keys(law.noise_key(5, steps), torch.tensor(3))
     x, neighbour = (law.noise_bits(keys, torch.tensor(place), stream) for place in (17, 18))
@@ -113,7 +113,7 @@ def test_sums_over_a_block_spread_as_those_of_independent_numbers() -> None:
 
 
 def test_rounding_of_bfloat16_is_right_on_average() -> None:
-    """Of numbers a part of the way to the next bf16, as many are rounded up; weight and moments alike."""
+    """The share of numbers that are rounded up is their part of the way to the next bf16; weight and moments alike."""
     for stream in range(3):
         for part in (2**-12, 0.1, 0.5, 0.9):
             x = torch.full((NUM,), 1 + part * 2**-7)

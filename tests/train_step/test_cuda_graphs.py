@@ -1,4 +1,4 @@
-"""What inductor asks before it makes CUDA graphs of a compiled step, answered without a GPU.
+"""Answers without a GPU the questions that inductor asks before it makes CUDA graphs of a compiled step.
 
 A graph uses static inputs in place and copies all others; what it changes has to be static, or the change is lost.
 """

@@ -3,6 +3,7 @@
 On a CPU the same calls are made. The C++ kernels read a rate on the CPU, where it lies; no GPU takes part in that.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -124,7 +125,7 @@ def test_compiled_steps(make_optimizer: Any, of_host_tensors: int, monkeypatch: 
     in_updates: set[str] = set()
     for number in range(2 * EVERY):
         if number % EVERY == 1:
-            assert waiting_ops(lambda: step(single(number))) == ["_local_scalar_dense"] * of_host_tensors  # noqa: B023
+            assert waiting_ops(partial(step, single(number))) == ["_local_scalar_dense"] * of_host_tensors
         else:
             step(single(number))
         with host_syncs() as found:

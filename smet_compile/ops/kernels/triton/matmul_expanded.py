@@ -24,7 +24,7 @@ from smet_compile.ops.kernels.triton.expand import Move, Span, prepare_move, unp
 SCRATCH_BYTES, CACHED_BYTES = 64 * 2**20, 24 * 2**20
 """Most bytes of a sampled product at a time, and those that stay in the L2 cache: half of a Hopper card's."""
 _ROWS_OF_A_GEMM, _COLUMNS_OF_A_GEMM = 128, 256
-"""What one multiprocessor multiplies at a time, in the vendor's GEMM. Rows are cut in multiples of it."""
+"""A multiprocessor multiplies so many rows at a time in the vendor's GEMM; rows are cut in multiples of it."""
 _COST_OF_A_PIECE = 0.02
 """Time between two GEMMs, in times of one multiprocessor's piece of 128 by 256 outputs for some thousand tokens."""
 _COST_OUTSIDE_CACHE = 1.08
