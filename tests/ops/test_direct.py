@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import smet_compile as smet
-from smet_compile.ops import CompactWeight, direct, find_sites
+from smet_compile.ops import direct, find_sites
 from tests.support.masked import fill_masked, masked_gradients, parameter_of
 from tests.support.small_models import chain
 
@@ -41,20 +41,6 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor | None]:
 def assert_close(got: list[Tensor | None], expected: list[Tensor | None]) -> None:
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lists the names of the weights that are unpacked by a read."""
-    names: list[str] = []
-    forward = CompactWeight.forward
-
-    def noted(self: CompactWeight, values: Tensor) -> Tensor:
-        names.append(self.name)
-        return forward(self, values)
-
-    monkeypatch.setattr(CompactWeight, "forward", noted)
-    return names
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

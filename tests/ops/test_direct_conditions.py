@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import smet_compile as smet
-from smet_compile.ops import CompactWeight, direct, find_sites
+from smet_compile.ops import direct, find_sites
 from tests.support.training import train
 
 
@@ -58,20 +58,6 @@ def compact(dense: nn.Module | None = None) -> nn.Module:
 
 def tokens() -> Tensor:
     return torch.randn(5, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lists the names of the weights that are unpacked by a read."""
-    names: list[str] = []
-    forward = CompactWeight.forward
-
-    def noted(self: CompactWeight, values: Tensor) -> Tensor:
-        names.append(self.name)
-        return forward(self, values)
-
-    monkeypatch.setattr(CompactWeight, "forward", noted)
-    return names
 
 
 def with_own_forward(model: nn.Module) -> None:
