@@ -99,7 +99,9 @@ class _Training:
         torch.manual_seed(0)
         self._model = _layers(check, side, layers, check.size(block, 16)).bfloat16()
         self._optimizer = smet.ActiveAdamW(self._model, lr=1e-3, warmup_steps=2)
-        self._manager = smet.TopologyManager(self._model, self._optimizer, total_steps=100, every=EVERY)
+        self._manager = smet.TopologyManager(
+            self._model, self._optimizer, total_steps=100, every=EVERY, schedule="cosine"
+        )
         self._step = smet.compile_train_step(self._model, self._optimizer, lambda model, x: model(x).square().mean())
         self._step.compile(mode=mode)
         self._input = torch.randn(check.size(TOKENS, 16), side, device=check.device, dtype=torch.bfloat16)

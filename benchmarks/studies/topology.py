@@ -108,12 +108,11 @@ def questions(scale: Scale) -> list[Question]:
 
 def cases(scale: Scale) -> list[Replica]:
     """Returns the runs, those of the first turn first, and of each turn every setting in all seeds."""
-    rows = [row for question in questions(scale) for row in question.rows]
-    found: list[Replica] = []
-    for row in sorted(rows, key=lambda row: row.turn):
+    by_turn: dict[int, list[Replica]] = {TRANSFER_TURN: transfer(scale)}
+    for row in (row for question in questions(scale) for row in question.rows):
         settings = [reference for reference in row.references if reference] + [row.case]
-        found += [case for setting in settings for case in of_seeds(setting)]
-    return list(dict.fromkeys(found)) + transfer(scale)
+        by_turn.setdefault(row.turn, []).extend(case for setting in settings for case in of_seeds(setting))
+    return list(dict.fromkeys(case for turn in sorted(by_turn) for case in by_turn[turn]))
 
 
 def _protection_turn(density: float, every: int, drop_fraction: float, updates: int) -> int:
@@ -121,9 +120,9 @@ def _protection_turn(density: float, every: int, drop_fraction: float, updates: 
     if every == EVERY and drop_fraction == DROP_FRACTION and updates < 4:
         return 0
     if every == EVERY and (drop_fraction == DROP_FRACTION or (drop_fraction == 0.5 and updates < 4)):
-        return 1 if density == DENSITIES[0] else 5
+        return 1 if density == DENSITIES[0] else 8
     is_single_change = drop_fraction == DROP_FRACTION or every == EVERY
-    return 5 if is_single_change and updates < 4 and drop_fraction != 0.1 else 9
+    return 8 if is_single_change and updates < 4 and drop_fraction != 0.1 else 9
 
 
 def protection(shape: Shape) -> Question:
@@ -215,7 +214,7 @@ def policies(shape: Shape) -> Question:
     for density in DENSITIES:
         references = (run_of(shape, density, PROTECTED), run_of(shape, density, STATIC))
         for number, (label, change) in enumerate(POLICIES.items()):
-            turn = 3 if density == DENSITIES[0] and number < _FIRST_POLICIES else 8
+            turn = 3 if density == DENSITIES[0] and number < _FIRST_POLICIES else 9
             rows.append(Row(f"d {density:g}, {label}", run_of(shape, density, change), references, turn))
     return Question(
         "Other rules to drop and to grow",
@@ -276,7 +275,7 @@ def plain_rates(shape: Shape) -> Question:
         others = {"that of linear layers before 1/d": reference.rate, "0.008": 8e-3, "0.016": 1.6e-2}
         for label, rate in others.items():
             case = run_of(shape, density, kind, {"plain_rate": rate})
-            rows.append(Row(f"d {density:g}, {label}", case, (reference,), 6))
+            rows.append(Row(f"d {density:g}, {label}", case, (reference,), 5))
     return Question(
         "A rate of their own for embeddings and norms",
         f"Rates of embeddings, output embeddings and norms, beside {PLAIN_RATE:g}. The sparse model is protected.",
@@ -287,9 +286,11 @@ def plain_rates(shape: Shape) -> Question:
 
 # SμPar (arXiv 2405.15743): rates by 1 / (d width), initial spread by 1 / √(d width), logits by 1 / width, from a base
 # width on. With p = 1 and rescaled initial values a run at one width has these already.
+TRANSFER_TURN = 6
 TRANSFER_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the base rate
 TRANSFER_DENSITIES = (1.0, 0.5, 0.25, 0.1)
 TRANSFER_WIDTHS = (1, 2, 4)  # over that of `for_tiles`
+_OF_LARGEST_WIDTH = (1.0, 0.25)  # the densities there: a run at the largest width takes sixteen times as long
 TRANSFER_STEPS = 1000
 
 
@@ -308,6 +309,6 @@ def transfer(scale: Scale) -> list[Replica]:
     return [
         transfer_run(scale, density, width, factor)
         for width in TRANSFER_WIDTHS
-        for density in TRANSFER_DENSITIES
+        for density in (_OF_LARGEST_WIDTH if width == TRANSFER_WIDTHS[-1] else TRANSFER_DENSITIES)
         for factor in TRANSFER_FACTORS
     ]

@@ -98,6 +98,7 @@ def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         final_drop_fraction=case.final_drop_fraction,
         stop_fraction=case.stop_fraction,
         grow=case.grow,
+        schedule="cosine",
         min_age=0,
         seed=case.seed,
     )

@@ -16,10 +16,11 @@ _ONLY_CPU, _ONLY_TILES = "runs on the CPU only", "multiplies tiles only"
 _AMX_OVER_AVX512 = 4
 """How many times faster a processor with AMX multiplies dense bf16 matrices than ``cpu_tiles`` multiplies tiles."""
 _LANES = 16
-_MOST_SINGLE_WEIGHTS = 0.5
-"""Density up to which ``cpu_single`` is faster than ``cpu_expand``: measured with AVX2, where they meet at 0.58."""
-_MOST_WITH_AVX512 = 0.4
-"""A guess: vectors there are twice as long and loads bound ``cpu_single``, so dense products gain more."""
+_MOST_SINGLE_WEIGHTS = 0.4
+"""Density up to which ``cpu_single`` is faster than ``cpu_expand``, measured with AVX2.
+
+They meet at 0.4 where a core has the processor to itself, at 0.58 where two threads share a core.
+"""
 
 
 def _functions(module: str, *ops: str) -> dict[str, Callable[..., Any] | str]:
@@ -94,10 +95,9 @@ def _cpu_tiles_are_profitable(case: Case) -> bool:
 
 def _cpu_single_is_profitable(case: Case) -> bool:
     """Tells whether few enough weights are active to be faster than a dense product of all."""
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     is_fast = case.dtype.itemsize == 2 and multiplies_on_cpu(case.dtype)  # twice, with AMX eight times: a guess
     slower = (2 * _AMX_OVER_AVX512 if multiplies_bf16_in_tiles() else 2) if is_fast else 1
-    return case.density * slower <= (_MOST_WITH_AVX512 if has_avx512 else _MOST_SINGLE_WEIGHTS)
+    return case.density * slower <= _MOST_SINGLE_WEIGHTS
 
 
 _PRODUCTS, _MOVES = ("masked_matmul", "sampled_matmul"), ("unpack", "pack")

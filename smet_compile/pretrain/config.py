@@ -13,7 +13,7 @@ from smet_compile.format.arguments import described
 from smet_compile.format.patterns import check_pattern, n_of_m
 from smet_compile.presets import PRESETS, find_preset
 from smet_compile.runtime.policies import GrowName
-from smet_compile.runtime.schedules import Schedule, ScheduleName, find_min_age
+from smet_compile.runtime.schedules import DEFAULT_SCHEDULE, SCHEDULES, Schedule, find_min_age
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
@@ -28,19 +28,19 @@ MOST_DIGITS = 80
 
 @dataclass(frozen=True)
 class Method:
-    """Describes a training method: `grow` and `schedule` go to `TopologyManager`; `naive` picks `NaiveAdamW`."""
+    """Describes a training method: `grow` goes to `TopologyManager`; `naive` picks `NaiveAdamW`."""
 
     grow: GrowName = "random"
-    schedule: ScheduleName = "cosine"
     naive: bool = False
 
 
+STATIC = "static"
 METHODS: dict[str, Method | None] = {
     "smet": Method(),
     "smet-rigl": Method(grow="gradient"),
     "set-naive": Method(naive=True),
     "rigl-naive": Method(grow="gradient", naive=True),
-    "static": Method(schedule="none"),
+    STATIC: Method(),
     "dense": None,
 }
 
@@ -78,6 +78,9 @@ class RunConfig:
     final_drop_fraction: float = _option(
         "Share of blocks moved at the schedule's end. Default: 0.005.", at_least=0, below=1
     )
+    schedule: str = _option(
+        f"How that share falls: {', '.join(SCHEDULES)} (static). Default: cosine; none for tiles.", known=SCHEDULES
+    )
     min_age: int = _option("Steps for which a grown block is not dropped. Default: 2 updates, if they fit.", at_least=0)
     pattern: str = _option("Which blocks may be active: none, fan_in, or N:M such as 2:4. Default: none.")
     data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. Default: stdlib.")
@@ -97,6 +100,11 @@ class RunConfig:
         for name in OPTION_TYPES:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
         parse_block(self.block, "--block")
+        if self.method == STATIC and self.schedule != "none":
+            raise ValueError(
+                f"--schedule: expected none, since --method {STATIC} keeps the topology, got {self.schedule}; "
+                "pass --method smet"
+            )
         rate = _sparse_rate(self.lr, self.density, self.lr_density_exponent)
         if not 0 < rate < math.inf:
             raise ValueError(
@@ -200,6 +208,12 @@ def _default_density(given: dict[str, Any]) -> float:
     return ratio[0] / ratio[1] if ratio else 0.3
 
 
+def _default_schedule(given: dict[str, Any]) -> str:
+    """Returns the manager's own default for one block shape, "none" for tiles, which need not be warned of then."""
+    stays = given.get("method") == STATIC or min(parse_block(given.get("block", "1"), "--block")) > 1
+    return "none" if stays else DEFAULT_SCHEDULE
+
+
 def _default_min_age(every: int, given: dict[str, Any]) -> int:
     fractions = given.get("drop_fraction", 0.2), given.get("final_drop_fraction", 0.005)
     return find_min_age(None, Schedule(every, 0.0, *fractions))
@@ -221,8 +235,8 @@ def resolve(**given: Any) -> RunConfig:
         "lr": preset.lr, "embedding_lr": given.get("lr", preset.lr), "lr_density_exponent": 1.0,
         "weight_decay": 0.0, "warmup": steps // 20,
         "every": every, "block_warmup": every, "initial_block_warmup": given.get("block_warmup", every),
-        "drop_fraction": 0.2, "final_drop_fraction": 0.005, "min_age": _default_min_age(every, given),
-        "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
+        "drop_fraction": 0.2, "final_drop_fraction": 0.005, "schedule": _default_schedule(given),
+        "min_age": _default_min_age(every, given), "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
         "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
         "device": "cuda" if torch.cuda.is_available() else "cpu", "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,

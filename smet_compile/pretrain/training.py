@@ -76,7 +76,7 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
         drop_fraction=config.drop_fraction,
         final_drop_fraction=config.final_drop_fraction,
         grow=method.grow,
-        schedule=method.schedule,
+        schedule=config.schedule,
         min_age=config.min_age,
         seed=config.seed,
     )

@@ -65,6 +65,16 @@ def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: i
         )
 
 
+def warn_of_tiles(num_tiles: int, num_weights: int) -> None:
+    """Warns that the topology of tiles does not change where nobody asked for a schedule."""
+    warnings.warn(
+        f"TopologyManager: {num_tiles} of {num_weights} compact weights consist of tiles, which stay where they are: "
+        'those that moved trained worse (docs/choosing.md); say schedule="cosine" to move them, or schedule="none" to '
+        "keep everything in place",
+        stacklevel=3,
+    )
+
+
 def warn_of_newcomers(event: TopologyEvent, min_age: int) -> bool:
     """Warns where most of what was dropped had just been grown, so that the topology hardly moves; tells whether so.
 

@@ -27,6 +27,7 @@ from smet_compile.runtime.advice import (
     warn_of_newcomers,
     warn_of_no_call,
     warn_of_stillness,
+    warn_of_tiles,
 )
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace, check_history
@@ -35,9 +36,11 @@ from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.policies import DropName, GrowName, Policy
 from smet_compile.runtime.resizing import choose_resize
 from smet_compile.runtime.schedules import (
+    DEFAULT_SCHEDULE,
     Schedule,
     ScheduleName,
     find_min_age,
+    find_moving,
     make_schedule,
     name_of_schedule,
 )
@@ -82,7 +85,8 @@ class TopologyManager:
             ``(site, context) → scores`` (see ``TopologyContext``).
         grow: which come: "random" (SET), those of largest "gradient" (RigL) or gradient "momentum", or a policy.
         schedule: how ζ falls: "cosine", "linear", "constant" (``drop_fraction`` throughout), "none" (static), or a
-            function step → ζ.
+            function step → ζ. By default "cosine", and tiles stay where they are, with a warning: those that moved
+            trained worse (docs/choosing.md).
         min_age: optimizer steps for which a newly grown block is not dropped; by default two updates (2 ΔT).
         window: steps before an update over which gradients are added up, for policies that ask for them; by default
             what the policy says: 1 for "gradient" and "saliency", 10 for "momentum" growth.
@@ -117,7 +121,7 @@ class TopologyManager:
         stop_fraction: float = 0.75,
         drop: DropName | Policy = "magnitude",
         grow: GrowName | Policy = "random",
-        schedule: ScheduleName | Callable[[int], float] = "cosine",
+        schedule: ScheduleName | Callable[[int], float] | None = None,
         min_age: int | None = None,
         window: int | None = None,
         ablation_threshold: float | None = None,
@@ -136,15 +140,15 @@ class TopologyManager:
         window = None if window is None else whole_number("window", window, at_least=1)
         self._rules = Rules.of(drop, grow, every, seed_number("seed", seed), ablation_threshold)
         plain = Schedule(every, stop_fraction * total_steps, drop_fraction, final_drop_fraction)
-        self.schedule = make_schedule(schedule, plain)
+        self.schedule = make_schedule(DEFAULT_SCHEDULE if schedule is None else schedule, plain)
         check_sparsified("TopologyManager", model)
         self.sites = find_sites(model)
         self._stages = DensityStages(density_schedule, model, total_steps)
-        is_static = schedule == "none" or not self.sites
-        if is_static:
+        self._moving = find_moving(self.sites, schedule)
+        if not self._moving:
             self.schedule = make_schedule("none", plain)
         elif not self._stages:
-            check_feasible(self.sites, self.schedule.largest_fraction)
+            check_feasible(self._moving, self.schedule.largest_fraction)
         self.min_age = find_min_age(min_age, self.schedule)
         check_ablation(ablation_threshold, self.sites)
         self._settings = self._rules.settings | {
@@ -152,7 +156,7 @@ class TopologyManager:
             "drop_fraction": drop_fraction,
             "final_drop_fraction": final_drop_fraction,
             "stop_fraction": stop_fraction,
-            "schedule": name_of_schedule(schedule),
+            "schedule": name_of_schedule(schedule, len(self._moving), len(self.sites)),
             "min_age": min_age,
             "window": window,
             "density_schedule": self._stages.setting,
@@ -168,13 +172,16 @@ class TopologyManager:
         self._idle_calls = IdleCalls(model)
         self._num_postponed = 0
         self._trained = TrainedParameters()
-        self._collection = GradientCollection(self.sites, self._rules, window, self.schedule.largest_fraction)
+        changing = self.sites if self._stages else self._moving
+        self._collection = GradientCollection(changing, self._rules, window, self.schedule.largest_fraction)
         self._owed = dict.fromkeys(self.sites, 0.0)
         self._was_called = self._warned_of_newcomers = False
         self._trace = Trace(self.sites, self.min_age)
         self._listen()
-        if not is_static:
-            warn_of_stillness(self.sites, self.schedule, total_steps)
+        if schedule is None and len(self._moving) < len(self.sites):
+            warn_of_tiles(len(self.sites) - len(self._moving), len(self.sites))
+        if self._moving:
+            warn_of_stillness(self._moving, self.schedule, total_steps)
 
     @property
     def optimizers(self) -> list[Any]:
@@ -270,13 +277,13 @@ class TopologyManager:
         self._collection.advance(window > 0 and self._is_due(self.num_steps + window), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
-        """Changes every weight that was trained in this step; None where there was none.
+        """Changes every weight that moves and was trained in this step; None where there was none.
 
         All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
         """
-        device = next(iter(self.sites.values())).values.device
-        is_ready = agree_on_ready([self._is_ready(site) for site in self.sites.values()], device)
-        ready = [site for site, go in zip(self.sites.values(), is_ready, strict=True) if go]
+        device = next(iter(self._moving.values())).values.device
+        is_ready = agree_on_ready([self._is_ready(site) for site in self._moving.values()], device)
+        ready = [site for site, go in zip(self._moving.values(), is_ready, strict=True) if go]
         if not ready:
             return None
         fraction = self.schedule.drop_fraction(step)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from smet_compile.format.arguments import described, number, qualified_name
+from smet_compile.ops import Site
 
 ScheduleName = Literal["cosine", "linear", "constant", "none"]
+DEFAULT_SCHEDULE: ScheduleName = "cosine"
+"""The schedule of weights that move where none is asked for."""
 _MOST_LOOKED_AT = 10_000
 """Number of updates for which a schedule given as a function is asked in advance."""
 
@@ -123,9 +126,20 @@ def make_schedule(schedule: str | Callable[[int], float], plain: Schedule) -> Sc
     return FunctionSchedule(*times, schedule)
 
 
-def name_of_schedule(schedule: str | Callable[[int], float]) -> str:
+def find_moving(sites: dict[str, Site], schedule: str | Callable[[int], float] | None) -> dict[str, Site]:
+    """Returns the weights whose topology changes: all or none, as the schedule says; by default all but tiles."""
+    if schedule is None:
+        return {name: site for name, site in sites.items() if not site.layout.tiles}
+    return {} if schedule == "none" else dict(sites)
+
+
+def name_of_schedule(schedule: str | Callable[[int], float] | None, num_moving: int, num_weights: int) -> str:
     """Returns the name of a schedule as checkpoints keep it: that of a function is its qualified name."""
-    return schedule if isinstance(schedule, str) else qualified_name(schedule)
+    if schedule is not None:
+        return schedule if isinstance(schedule, str) else qualified_name(schedule)
+    if num_moving == 0:
+        return "none"
+    return DEFAULT_SCHEDULE if num_moving == num_weights else f"{DEFAULT_SCHEDULE}, tiles stay"
 
 
 def find_min_age(min_age: int | None, schedule: Schedule) -> int:
