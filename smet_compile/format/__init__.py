@@ -4,11 +4,11 @@ Imports torch and the standard library only.
 """
 
 from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
+from smet_compile.format.change import TopologyChange
 from smet_compile.format.layout import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.format.sampling import sample_evenly, sample_positions
 from smet_compile.format.topology import (
     Topology,
-    TopologyChange,
     count_active,
     digest_bits,
     empty_lists,

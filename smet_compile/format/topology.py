@@ -1,17 +1,14 @@
 """Describes which blocks of a weight are active, as a bitmap and as lists that kernels read.
 
 The bitmap takes one bit per block and is all that a checkpoint stores. The lists are derived from it, so that a kernel
-finds the row of ``values`` for a block, and the block for a row, without a search. ``TopologyChange`` tells whoever
-stores something per block how to move it when the active blocks change.
+finds the row of ``values`` for a block, and the block for a row, without a search.
 
 Shape suffixes: S stacked matrices, M block rows, K block cols, N active blocks, G groups.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -178,6 +175,18 @@ class Topology:
         """Returns the positions (N,) int64 of the active blocks where they are listed, else their mask."""
         return self.mask() if self.positions is None else self.positions.long()
 
+    def of_rows(self, rows: slice) -> Topology:
+        """Returns the topology of some rows of the values alone, as if the weight had no other active block."""
+        if (rows.start, rows.stop) == (0, self.num_active):
+            return self
+        return self.constant(("rows", rows.start, rows.stop), lambda: self._make_of_rows(rows))
+
+    def _make_of_rows(self, rows: slice) -> Topology:
+        positions = positions_of(self.mask()) if self.positions is None else self.positions.long()
+        mask = torch.zeros(self.layout.num_blocks, dtype=torch.bool, device=self.bits.device)
+        mask[positions[rows]] = True
+        return Topology.from_bits(pack_bits(mask), self.layout, rows.stop - rows.start)
+
     def is_unchanged(self) -> bool:
         """Tells whether neither bits nor lists were written, moved or replaced since this object was made."""
         return self._states == self._read_states()
@@ -265,60 +274,3 @@ def _write_tiles(lists: Tensor, mask: Tensor, layout: Layout) -> None:
 def _starts(line_N: Tensor, num_lines: int) -> Tensor:
     counts = torch.bincount(line_N, minlength=num_lines)
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-
-
-@dataclass(frozen=True)
-class TopologyChange:
-    """Describes what a topology change did to one weight, for whoever stores something per block.
-
-    An update keeps the number of active blocks; a density stage takes it from N to N'.
-
-    Args:
-        values: the compact parameter, which holds the new values already.
-        survives: (N,) bool over the old rows: the block is still active.
-        survived: (N',) bool over the new rows: the block was active before; False for a newly grown one.
-    """
-
-    values: torch.nn.Parameter
-    survives: Tensor
-    survived: Tensor
-
-    @classmethod
-    def between(cls, values: torch.nn.Parameter, before: Tensor, after: Tensor) -> TopologyChange:
-        """Compares the masks (num_blocks,) before and after."""
-        survives = after.index_select(0, positions_of(before))
-        return cls(values, survives, before.index_select(0, positions_of(after)))
-
-    @property
-    def resizes(self) -> bool:
-        """Tells whether the number of active blocks changes."""
-        return self.survives.numel() != self.survived.numel()
-
-    def has_old_rows(self, rows: Any) -> bool:
-        """Tells whether ``rows`` is a tensor of the shape that the values had before the change."""
-        return isinstance(rows, Tensor) and rows.shape == (self.survives.numel(), *self.values.shape[1:])
-
-    def moved(self, rows: Tensor) -> Tensor:
-        """Returns new rows (N', ...) from ``rows`` (N, ...): survivors bit for bit, newcomers zero."""
-        old_rows, new_rows = self._kept_rows
-        kept = rows.index_select(0, old_rows)
-        if new_rows.numel() == self.survived.numel():
-            return kept
-        return rows.new_zeros(self.survived.numel(), *rows.shape[1:]).index_copy_(0, new_rows, kept)
-
-    def remap_(self, rows: Tensor) -> Tensor:
-        """Moves ``rows`` (N, ...) to the new order: survivors bit for bit, newcomers zero.
-
-        It stays the same tensor object. Where the number of blocks changes, its memory is replaced, else written to.
-        """
-        if self.resizes:
-            rows.data = self.moved(rows)
-            return rows
-        old_rows, new_rows = self._kept_rows
-        kept = rows.index_select(0, old_rows)
-        return rows.zero_().index_copy_(0, new_rows, kept)
-
-    @functools.cached_property
-    def _kept_rows(self) -> tuple[Tensor, Tensor]:
-        """Finds the old and the new rows of the survivors, once for all that is stored per block."""
-        return positions_of(self.survives), positions_of(self.survived)

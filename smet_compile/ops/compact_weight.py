@@ -26,9 +26,9 @@ from smet_compile.ops import captures, gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import replace_data
 
-_FOR_ONE_STEP = dict.fromkeys(("update_sink", "collected"))
+_FOR_ONE_STEP = {"update_sink": None, "collected": None, "reduced_over": ""}
 _FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
-"""Attributes that are None in a copy."""
+"""Attributes that a copy does not have."""
 _IS_KNOWN = "is_known"
 _NO_DATA = (
     "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights "
@@ -70,6 +70,8 @@ class CompactWeight(nn.Module):
     """The sink that gets the gradient of every read instead of the values, within a step whose update is fused."""
     collected: Collected | None
     """Buffers in which backward collects the dense gradient; None unless a policy asks for it."""
+    reduced_over: str
+    """Names of the process groups over which backward averages that gradient; empty for none."""
     write_error: BaseException | None
     """An error from a change in place that could not be kept; the next use raises it."""
     _active: Topology | None
@@ -229,8 +231,9 @@ class CompactWeight(nn.Module):
         leaf = values if self.update_sink is None else self.update_sink
         if self.collected is None or not leaf.requires_grad:
             return None
+        group_size = patterns.group_size(self.pattern, self.layout)
         sink: Tensor = torch.ops.smet.growth_sink(
-            leaf, *self.collected, self.topology, self.layout.text, patterns.group_size(self.pattern, self.layout)
+            leaf, *self.collected, self.topology, self.layout.text, group_size, self.reduced_over
         )
         return sink
 

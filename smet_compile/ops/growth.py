@@ -18,6 +18,7 @@ from smet_compile.format import Layout, all_block_means, block_means, blocks, po
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
 from smet_compile.ops.sinks import define_sink, open_sink
+from smet_compile.shards import reduce_over_groups
 
 NO_GRADIENT = -1
 """The positions are filled with this number until a gradient has come."""
@@ -62,7 +63,7 @@ class Collected(NamedTuple):
 
 
 library.define(
-    f"collect_gradient(Tensor grad_dense, {_BUFFERS}, Tensor topology, str layout, int group_size) "
+    f"collect_gradient(Tensor grad_dense, {_BUFFERS}, Tensor topology, str layout, int group_size, str reduced_over) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -75,11 +76,14 @@ def _collect_gradient(
     bits: Tensor,
     layout_text: str,
     group_size: int,
+    reduced_over: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the new buffers: the gradient is added, and the best blocks are chosen again (RigL, Evci et al. 2020).
 
-    A gradient that is not finite everywhere counts as zero.
+    A gradient that is not finite everywhere counts as zero. It is the mean over the ranks of the process groups whose
+    names are in ``reduced_over``.
     """
+    grad_dense = reduce_over_groups(grad_dense, reduced_over)
     layout = Layout.from_text(layout_text)
     active, finite = unpack_bits(bits, layout.num_blocks), grad_dense.isfinite().all()
     scores = torch.where(finite, all_block_means(grad_dense, layout), 0)
@@ -129,22 +133,23 @@ def _(
     bits: Tensor,
     layout_text: str,
     group_size: int,
+    reduced_over: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(positions), torch.empty_like(sums), torch.empty_like(active_sums)
 
 
 def _zeros_like_dense(leaf: Tensor, positions: Tensor, sums: Tensor, active_sums: Tensor, *rest: Any) -> Tensor:
-    _, layout_text, _ = rest
+    _, layout_text, *_ = rest
     return leaf.new_zeros(()).expand(Layout.from_text(layout_text).shape)
 
 
 def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
-    *buffers, bits, layout_text, group_size = ctx.inputs
+    *buffers, bits, layout_text, group_size, reduced_over = ctx.inputs
     with torch.no_grad():
-        found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text, group_size)
+        found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text, group_size, reduced_over)
         for buffer, new in zip(buffers, found, strict=True):
             buffer.copy_(new)
-    return (None,) * 7
+    return (None,) * 8
 
 
 def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
@@ -161,7 +166,7 @@ _growth_sinks = WeakIdKeyDictionary()
 
 define_sink(
     "growth_sink",
-    f"{_BUFFERS}, Tensor topology, str layout, int group_size",
+    f"{_BUFFERS}, Tensor topology, str layout, int group_size, str reduced_over",
     _open_growth_sink,
     _zeros_like_dense,
     _collect_in_backward,

@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smet_compile.shards import is_nonzero
+
 _OWN = frozenset({"state", "param_groups", "defaults", "step"})
 """Attributes that are not searched: ``step`` may be patched by a wrapper, and lead back to it."""
 _MAX_DEPTH = 5
@@ -256,4 +258,4 @@ def changes_nothing(optimizer: Any) -> bool:
     if any(float(group.get("lr") or 0.0) != 0.0 for group in optimizer.param_groups):
         return False
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+    return bool(gradients) and not any(is_nonzero(gradient) for gradient in gradients)

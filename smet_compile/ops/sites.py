@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smet_compile.format import Layout
 from smet_compile.ops.compact_weight import CompactWeight
+from smet_compile.shards import Rows
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Modules whose weight is read as one matrix: its first dimension, and all others together."""
@@ -64,7 +65,12 @@ class Site:
 
     @property
     def num_active(self) -> int:
-        return self.values.shape[0]
+        return self.compact.num_active
+
+    @property
+    def rows(self) -> Rows:
+        """Returns which rows of the values each rank holds."""
+        return Rows.of(self.values)
 
     @property
     def density(self) -> float:

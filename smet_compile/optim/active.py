@@ -6,7 +6,6 @@ anew, and then makes all updates by one call of ``ops.choose.update_all``.
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, ClassVar
@@ -17,18 +16,23 @@ from torch.optim import Optimizer
 
 from smet_compile.format import TopologyChange, arguments
 from smet_compile.format.arguments import described, flag, seed_number
-from smet_compile.ops import captures, find_sites
+from smet_compile.ops import captures
 from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.loaded import Saved, check_groups
-from smet_compile.ops.optimizers import changes_nothing, has_state, register, registered_holders
+from smet_compile.ops.optimizers import changes_nothing, has_state, register
 from smet_compile.ops.reads import settle_live
 from smet_compile.ops.rules import Rule
 from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
 from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options, initial_warmup
-from smet_compile.optim.parameters import ReadyUpdate, check_initialised, describe_parameters
+from smet_compile.optim.parameters import (
+    ReadyUpdate,
+    check_initialised,
+    describe_parameters,
+    warn_of_untrained,
+)
 from smet_compile.optim.rates import Rates
 from smet_compile.optim.state import (
     StateKind,
@@ -39,7 +43,9 @@ from smet_compile.optim.state import (
     moment_dtype,
     new_state,
     read_slot,
+    share_scales,
 )
+from smet_compile.shards import Rows, is_sharded, local
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -58,8 +64,9 @@ class ActiveOptimizer(Optimizer):
         common: see ``CommonOptions``.
 
     Raises:
-        ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's; a compact
-            weight that is sharded; a complex parameter. In a step: a gradient for a dtype that is not trained.
+        ValueError: an argument out of range; groups without ``model``; a parameter that is not the model's; a complex
+            parameter; 8-bit state for a parameter whose groups of codes are cut into shards. In a step: a gradient for
+            a dtype that is not trained.
     """
 
     rule: ClassVar[Rule]
@@ -158,7 +165,7 @@ class ActiveOptimizer(Optimizer):
                 return loss
         if self._is_first_step:
             self._is_first_step = False
-            self._warn_of_untrained()
+            warn_of_untrained(type(self).__name__, self._model)
         if any(captures.is_capturing(update.values.device) for update in ready[:1]):
             captures.note(update.values for update in ready)
         update_all(ready)
@@ -178,8 +185,8 @@ class ActiveOptimizer(Optimizer):
                     continue
                 if grad.device != device:
                     device, rate = grad.device, self._rates.rate(group, grad.device)
-                known = self._ready.get(parameter)
-                update = None if known is None else known.with_gradient(grad, self.state[parameter], options, rate)
+                known, here = self._ready.get(parameter), local(grad)
+                update = None if known is None else known.with_gradient(here, self.state[parameter], options, rate)
                 if update is None:
                     missing.append((len(ready), parameter, group))
                 ready.append(update)
@@ -207,27 +214,10 @@ class ActiveOptimizer(Optimizer):
                 if grad.is_sparse:
                     raise ValueError(f"{name}: expected a dense gradient, got a sparse one; use sparse=False")
 
-    def _warn_of_untrained(self) -> None:
-        """Warns of compact weights in no group: groups made by name miss them, as their names end in ``original``."""
-        sites = {n: s.values for n, s in find_sites(self._model).items() if s.values.grad is not None}
-        optimizers = registered_holders(sites.values())
-        trained = {id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
-        names = [name for name, values in sites.items() if id(values) not in trained and values.requires_grad]
-        if names:
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            warnings.warn(
-                f"{type(self).__name__}: {shown} got a gradient and are in no parameter group, so they are never "
-                "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
-                "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
-                "smet.param_groups(model, lr) or smet.decay_groups(model, weight_decay); freeze it with "
-                "requires_grad_(False) to leave it as it is",
-                stacklevel=7,
-            )
-
     def update_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> Update:
-        """Makes the next update of a parameter, and its state where there is none yet.
+        """Makes the next update of the rows of a parameter that this rank holds, and its state where there is none yet.
 
-        Its gradient is ``parameter.grad``; where that is None, the parameter itself is a placeholder for it.
+        The gradient is ``parameter.grad``; where that is None, the parameter itself is a placeholder for it.
         """
         known = self._parameters[parameter]
         if not self.state[parameter]:
@@ -236,16 +226,16 @@ class ActiveOptimizer(Optimizer):
         rule, compact = self.rule_of(parameter), known.site.compact if known.site else None
         update = Update(
             rule=rule,
-            values=parameter,
-            grad=parameter if parameter.grad is None else parameter.grad,
-            slots=tuple(state[slot.name] for slot in rule.slots),
+            values=local(parameter),
+            grad=local(parameter if parameter.grad is None else parameter.grad),
+            slots=tuple(local(state[slot.name]) for slot in rule.slots),
             scales=state.get("scales"),
             num_skipped=state["num_skipped"],
             step=state["step"],
             lr=self._rates.rate(group, parameter.device),
-            generation=state.get("generation"),
+            generation=local(state.get("generation")),
             births=state.get("births"),
-            topology=compact.active if compact else None,
+            topology=compact.active.of_rows(Rows.of(parameter).here) if compact else None,
             layout=known.layout,
             units_are_columns=known.units_are_columns,
             options=_numbers_of(rule, group),
@@ -262,7 +252,7 @@ class ActiveOptimizer(Optimizer):
             )
         check(known.name, update)
         if not is_traced(parameter):
-            self._ready[parameter] = ReadyUpdate(update, known, state, self._options_of(group))
+            self._ready[parameter] = ReadyUpdate(update, parameter, known, state, self._options_of(group))
         return update
 
     def _state_kind(self, parameter: nn.Parameter, group: dict[str, Any]) -> StateKind:
@@ -293,6 +283,8 @@ class ActiveOptimizer(Optimizer):
         self._ready.pop(change.values, None)
         rule = self.rule_of(change.values)
         ours = {slot.name for slot in rule.slots} | {"generation"}
+        if "scales" in state:
+            share_scales(state["scales"], change)
         for key, rows in state.items():
             if key in ours or is_kept_by_wrapper(key, rows, change):
                 change.remap_(rows)
@@ -302,22 +294,22 @@ class ActiveOptimizer(Optimizer):
         options = rule.named_options(_numbers_of(rule, group))
         mature_age = rule.mature_age(options, compute_dtype(change.values.dtype))
         mature_age = max(mature_age, group["warmup_steps"], group["initial_warmup_steps"])
-        generation, births = add_generation(state["generation"], state["births"], born, state["step"], mature_age)
-        if births is not state["births"]:
+        if add_generation(state, change, mature_age):
             captures.warn_of_new_memory([change.values])
-        state["generation"], state["births"] = generation, births
 
     def block_ages(self, values: nn.Parameter) -> Tensor:
         """Returns the age (N,) int64 of each block of a compact parameter: optimizer steps since it was grown.
 
-        Without ages (a rule that needs none, and no warm-up) every block is as old as the training.
+        Without ages (a rule that needs none, and no warm-up) every block is as old as the training. Where the parameter
+        is sharded, every rank has to ask, and gets the ages of all blocks.
         """
         state = self.state.get(values)
         if not state:
             return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
         if "generation" not in state:
             return state["step"].expand(values.shape[0]).clone()
-        return find_ages(state["generation"], state["births"], state["step"])
+        generation = Rows.of(values).gather(local(state["generation"]))
+        return find_ages(generation, state["births"], state["step"])
 
     def read_slot(self, values: nn.Parameter, name: str) -> Tensor | None:
         """Returns the state of a compact parameter by the name of a slot, decoded to fp32 if it is kept in 8 bits.
@@ -326,6 +318,16 @@ class ActiveOptimizer(Optimizer):
         """
         site = self._parameters[values].site
         return read_slot(self.state.get(values, {}), self.rule_of(values).slots, name, site)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's state dict, with the blocks skipped on all ranks. Of a sharded model every rank asks."""
+        found = super().state_dict()
+        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            if is_sharded(parameter) and number in found["state"]:
+                state = found["state"][number]
+                total = Rows.of(parameter).sum_(state["num_skipped"].clone())
+                found["state"][number] = state | {"num_skipped": total}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads ``state_dict()`` of the same model, every state tensor in the dtype it was saved in.
@@ -338,6 +340,8 @@ class ActiveOptimizer(Optimizer):
         for key, state in state_dict["state"].items():
             parameter = saved[key].parameter
             loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+            if Rows.of(parameter).rank > 0:  # the first rank's count is that of all
+                loaded[parameter]["num_skipped"].zero_()
         captures.warn_of_new_memory([parameter for parameter in loaded if self.state.get(parameter)])
         self._drop_ready_updates()  # they would keep the old state alive
         super().load_state_dict(state_dict)

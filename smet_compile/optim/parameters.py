@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from smet_compile.format import Layout
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
+from smet_compile.ops.optimizers import registered_holders
 from smet_compile.ops.sites import CONVOLUTIONS
 from smet_compile.ops.updates import Update
+from smet_compile.shards import local
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -86,14 +89,8 @@ def check_initialised(optimizer: str, model: nn.Module) -> None:
 
 
 def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
-    """Describes every parameter of ``model``. Raises ValueError where a compact one is sharded."""
+    """Describes every parameter of ``model``."""
     by_values = {id(site.values): site for site in find_sites(model).values()}
-    for compact in by_values.values():
-        if _is_sharded(compact.values):
-            raise ValueError(
-                f"{compact.name}: expected whole compact weights, got one cut into shards (FSDP, tensor parallelism): "
-                "its rows belong to positions written elsewhere; use DistributedDataParallel, or shard the dense model"
-            )
     head = find_output_head(model)
     owners = {id(p): module for module in model.modules() for p in module._parameters.values() if p is not None}
     embeddings = {id(p) for each in model.modules() if isinstance(each, _EMBEDDINGS) for p in each.parameters()}
@@ -141,31 +138,51 @@ def find_output_head(model: nn.Module) -> nn.Parameter | None:
     return matrices(model)[-1] if matrices(model) else None
 
 
-def _is_sharded(parameter: Tensor) -> bool:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
+def warn_of_untrained(optimizer: str, model: nn.Module) -> None:
+    """Warns of compact weights in no group: groups made by name miss them, as their names end in ``original``."""
+    sites = {n: s.values for n, s in find_sites(model).items() if s.values.grad is not None}
+    optimizers = registered_holders(sites.values())
+    trained = {id(p) for each in optimizers for g in each.param_groups for p in g["params"]}
+    names = [name for name, values in sites.items() if id(values) not in trained and values.requires_grad]
+    if names:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        warnings.warn(
+            f"{optimizer}: {shown} got a gradient and are in no parameter group, so they are never "
+            "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
+            "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
+            "smet.param_groups(model, lr) or smet.decay_groups(model, weight_decay); freeze it with "
+            "requires_grad_(False) to leave it as it is",
+            stacklevel=7,
+        )
 
 
 class ReadyUpdate:
     """Caches an update from step to step, with everything that it was made from, to notice changes.
 
     Args:
-        update: the update. known: the parameter that it is for. state: the optimizer's state for that parameter.
-        options: the options of the parameter group except its rate.
+        update: the update, of the rows that this rank holds. parameter: what it updates. known: its description.
+        state: the optimizer's state for that parameter. options: the options of the parameter group except its rate.
     """
 
-    def __init__(self, update: Update, known: Parameter, state: dict[str, Any], options: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        update: Update,
+        parameter: nn.Parameter,
+        known: Parameter,
+        state: dict[str, Any],
+        options: tuple[Any, ...],
+    ) -> None:
         self.update = update
+        self.parameter = parameter
         self.shape = update.values.shape
         self.known = known
         self.compact = known.site.compact if known.site else None
+        self.topology = self.compact.active if self.compact else None
         self.state = state
         self.options = options
         self.items = tuple(state.items())
-        self.tensors = [(tensor, tensor.data_ptr()) for tensor in (update.values, *(item for _, item in self.items))]
+        held = (update.values, *(local(item) for _, item in self.items))
+        self.tensors = [(tensor, tensor.data_ptr()) for tensor in held]
         generation, births = update.generation, update.births
         self.must_check_ages = (
             generation is not None
@@ -176,14 +193,16 @@ class ReadyUpdate:
     def with_gradient(
         self, grad: Tensor, state: dict[str, Any], options: tuple[Any, ...], rate: Tensor
     ) -> Update | None:
-        """Returns the update with its next gradient and rate; None where anything else has changed."""
+        """Returns the update with its next gradient here and rate; None where anything else has changed."""
         update, known = self.update, self.known
         values = update.values
         site = known.site
-        if site is not None and site.values_maybe is not values:
+        if site is not None and site.values_maybe is not self.parameter:
             return None
         compact = self.compact
-        if compact is not None and (compact.write_error is not None or not compact.is_still(update.topology)):
+        if compact is not None and (compact.write_error is not None or not compact.is_still(self.topology)):
+            return None
+        if values is not self.parameter and local(self.parameter) is not values:
             return None
         if (
             state is not self.state

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import TopologyChange
+from smet_compile.format import TopologyChange, positions_of
 from smet_compile.ops import Site, captures
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.law_of_updates import decode_slot
 from smet_compile.ops.rules import Slot
 from smet_compile.optim.options import MOST_STEPS
+from smet_compile.shards import Rows, local
 
 _FREE = -1
 _SIZES = tuple(2**bits for bits in range(8, 32))
@@ -45,9 +46,10 @@ def check_generations(name: str, generation: Tensor, births: Tensor, num_blocks:
             f"{name}: expected a generation of {_dtype_for(size)} for each of {num_blocks} blocks, got "
             f"{generation.dtype} of shape {tuple(generation.shape)}"
         )
-    if num_blocks > 0 and not 0 <= int(generation.min()) <= int(generation.max()) < size:
+    here: Tensor = local(generation)
+    if here.numel() > 0 and not 0 <= int(here.min()) <= int(here.max()) < size:
         raise ValueError(f"{name}: expected generations from 0 to {size - 1}, got others")
-    is_used = torch.zeros_like(births, dtype=torch.bool).index_fill_(0, generation.long(), True)
+    is_used = torch.zeros_like(births, dtype=torch.bool).index_fill_(0, here.long(), True)
     if bool((births[is_used] == _FREE).any()):
         raise ValueError(f"{name}: expected generations that have a birth, got one that is free")
 
@@ -57,29 +59,31 @@ def find_ages(generation: Tensor, births: Tensor, step: Tensor) -> Tensor:
     return step - births.index_select(0, generation.int())
 
 
-def add_generation(
-    generation: Tensor, births: Tensor, born: Tensor, step: Tensor, mature_age: int
-) -> tuple[Tensor, Tensor]:
-    """Makes a new generation of the blocks in the mask ``born`` (N,), born at ``step``.
+def add_generation(state: dict[str, Tensor], change: TopologyChange, mature_age: int) -> bool:
+    """Makes a new generation of the blocks that a topology change grew, born at the step of ``state``.
 
-    ``mature_age`` is the age from which a block's age no longer matters (``Rule.mature_age``, and both warm-ups).
+    All ranks have one table ``births``. ``mature_age`` is the age from which a block's age no longer matters
+    (``Rule.mature_age``, and both warm-ups).
 
-    Returns generation and births: the same tensors, changed in place, unless the table had to grow.
+    Returns whether the table had to grow, so that the state has new tensors.
     """
+    generation, births, step = local(state["generation"]), state["births"], state["step"]
     if not (births == _FREE).any():
-        _forget_empty(generation, births)
+        _forget_empty(generation, births, change.rows)
     if not (births == _FREE).any():
         _merge_mature(generation, births, int(step) - mature_age)
-    if not (births == _FREE).any():
+    grows = not (births == _FREE).any()
+    if grows:
         generation, births = _grow(generation, births)
+        state["generation"], state["births"] = change.rows.wrap(change.values, generation), births
     slot = int((births == _FREE).nonzero()[0])
     births[slot] = step
-    generation[born] = slot
-    return generation, births
+    generation[~change.survived_here] = slot
+    return grows
 
 
-def _forget_empty(generation: Tensor, births: Tensor) -> None:
-    population = torch.bincount(generation.int(), minlength=births.numel())
+def _forget_empty(generation: Tensor, births: Tensor, rows: Rows) -> None:
+    population = rows.sum_(torch.bincount(generation.int(), minlength=births.numel()))
     births[population == 0] = _FREE
 
 
@@ -155,23 +159,42 @@ def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
     if kind.has_scales:
         state["scales"] = torch.zeros(kind.scales_shape(parameter), device=device)
     if kind.site is not None and kind.has_ages:
-        state["generation"], state["births"] = first_generation(kind.site.num_active, device)
+        rows = Rows.of(parameter)
+        generation, state["births"] = first_generation(rows.num_here, device)
+        state["generation"] = rows.wrap(parameter, generation)
     return state
 
 
 def read_slot(state: dict[str, Tensor], slots: tuple[Slot, ...], name: str, site: Site | None) -> Tensor | None:
-    """Returns the slot called ``name``, decoded to fp32 if the state holds codes; None where it is not there."""
+    """Returns the slot called ``name``, decoded to fp32 if the state holds codes; None where it is not there.
+
+    It is sharded as the values are.
+    """
     number = next((i for i, slot in enumerate(slots) if slot.name == name), None)
     if number is None or name not in state:
         return None
     if "scales" not in state or site is None:
         return state[name]
-    return decode_slot(state[name], state["scales"][number], slots[number].signed, site.compact.active)
+    rows = site.rows
+    topology = site.compact.active.of_rows(rows.here)
+    decoded = decode_slot(local(state[name]), state["scales"][number], slots[number].signed, topology)
+    return rows.wrap(site.values, decoded)
+
+
+def share_scales(scales: Tensor, change: TopologyChange) -> None:
+    """Gives every rank the scales of all tiles: until now each knows those of its own tiles alone."""
+    rows = change.rows
+    if rows.are_whole:
+        return
+    is_here = torch.zeros_like(change.was_active)
+    is_here[positions_of(change.was_active)[rows.here]] = True
+    rows.sum_(scales.mul_(is_here))
 
 
 def is_kept_by_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
     """Tells whether a tensor in the state, not one of the rule's, has a row for each block and is not the values."""
-    return key not in _GENERIC and change.has_old_rows(rows) and rows.data_ptr() != change.values.data_ptr()
+    is_other = key not in _GENERIC and change.has_old_rows(rows)
+    return is_other and local(rows).data_ptr() != local(change.values).data_ptr()
 
 
 def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any) -> None:
@@ -213,7 +236,8 @@ def _check_values(name: str, state: dict[str, Tensor], unsigned: list[str]) -> N
         if not 0 <= int(state[key]) <= MOST_STEPS:
             raise ValueError(f"{name}: expected {key} from 0 to {MOST_STEPS}, got {int(state[key])}")
     for key in (*unsigned, "scales"):
-        if key in state and bool((state[key] < 0).any()):
-            raise ValueError(f"{name}: expected {key} of at least 0, got {float(state[key].min())}")
+        here = local(state.get(key))
+        if here is not None and bool((here < 0).any()):
+            raise ValueError(f"{name}: expected {key} of at least 0, got {float(here.min())}")
     if "scales" in state and not bool(state["scales"].isfinite().all()):
         raise ValueError(f"{name}: expected finite scales, got others")

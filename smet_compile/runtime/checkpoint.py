@@ -33,6 +33,7 @@ from smet_compile.runtime.saved_state import (
 )
 from smet_compile.runtime.settings import check_override
 from smet_compile.runtime.tree import as_bytes
+from smet_compile.shards import local, reshard
 
 _WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module")
 """Names that wrappers of torch give to the module in them, as older versions wrote them into files."""
@@ -58,9 +59,12 @@ def save_checkpoint(
             tuples of numbers, strings and tensors.
 
     torch's random states are saved too. A model that ``torch.compile`` or data parallelism wraps is saved under the
-    names of the plain one. Raises ValueError where the file cannot be written, or cannot hold a value exactly.
+    names of the plain one. Where it is sharded, every rank calls this, and the file is the one that a single process
+    would write, but for the random states, which are the first rank's. Raises ValueError where the file cannot be
+    written, or cannot hold a value exactly.
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
+    reshard(model)
     first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
     checkpoint_file.write(
         path,
@@ -100,6 +104,7 @@ def load_checkpoint(
             optimizer or manager, or holds a value that no run has. Nothing in memory has then changed.
     """
     _check_arguments("load_checkpoint", path, model, optimizer, manager)
+    reshard(model)
     if check_override(override) and manager is None:
         raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
@@ -244,7 +249,7 @@ def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyMan
     The model's tensors are copied to the CPU meanwhile, since loading writes into them. References are enough for the
     optimizers and for gradients, since loading replaces what they hold.
     """
-    tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in _tensors_of(model)]
+    tensors = [(tensor, local(tensor).detach().to("cpu", copy=True)) for tensor in _tensors_of(model)]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     extra = [(module, copy.deepcopy(module.get_extra_state())) for module in model.modules() if _has_extra(module)]
     of_optimizers = (entries for optimizer in optimizers for entries in _optimizer_dicts(optimizer))
@@ -271,10 +276,11 @@ def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyMan
 def _restore(tensors: list[tuple[Tensor, Tensor]]) -> None:
     """Writes only where something changed: not every buffer can be written to."""
     for tensor, before in tensors:
-        if tensor.shape != before.shape:
+        here = local(tensor)
+        if here.shape != before.shape:
             replace_data(tensor, before.to(tensor.device))
-        elif as_bytes(tensor.detach().cpu().contiguous()) != as_bytes(before.contiguous()):
-            tensor.copy_(before)
+        elif as_bytes(here.detach().cpu().contiguous()) != as_bytes(before.contiguous()):
+            here.copy_(before)
 
 
 def _tensors_of(model: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.runtime.tree import Flattener, as_bytes, unflatten
+from smet_compile.shards import Ranks, make_whole
 
 FORMAT_VERSION = 1
 _KEY = "smet_compile"
@@ -62,18 +63,28 @@ _Place = tuple[torch.dtype, list[int], int, int]
 def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     """Writes a tree of JSON values and tensors.
 
-    Raises ValueError where it cannot; the file that was there before then stands.
+    Where tensors are sharded, all ranks call it, and the first of them writes; each sharded tensor is whole in memory
+    for as long as it is written. Raises ValueError where it cannot; the file that was there before then stands.
     """
     path = Path(path)
     flattener = Flattener(frozenset(DTYPES.values()))
     body = json.dumps(flattener.flatten(tree, "checkpoint")).encode()
     tensors = flattener.tensors | {_JSON: torch.frombuffer(bytearray(body), dtype=torch.uint8)}
+    ranks = Ranks.of_tensors(tensors.values())
+    whole = ((name, make_whole(tensors[name])) for name in sorted(tensors))
+    error: Exception | None = None
     try:
-        with _whole_file(path) as file:
-            _write_tensors(file, tensors)
-    except OSError as error:
+        if ranks.is_first:
+            with _whole_file(path) as file:
+                _write_tensors(file, tensors, whole)
+    except OSError as found:
+        error = found
+    for _ in whole:  # other ranks send their shards also where this one does not write
+        pass
+    if not ranks.least([error is None], torch.device("cpu"))[0]:
         kept = "the checkpoint saved before is whole" if path.exists() else "nothing was saved"
-        raise ValueError(f"{path}: could not save the checkpoint ({error}); {kept}; free some space") from error
+        reason = error or "another rank writes it"
+        raise ValueError(f"{path}: could not save the checkpoint ({reason}); {kept}; free some space") from error
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -146,8 +157,11 @@ def _checksum(version: int, tensors: dict[str, Tensor]) -> str:
     return digest.hex()
 
 
-def _write_tensors(file: int, tensors: dict[str, Tensor]) -> None:
-    """Writes ``tensors`` to the open ``file``, each brought to the CPU for as long as it is written."""
+def _write_tensors(file: int, tensors: dict[str, Tensor], whole: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes ``tensors`` to the open ``file``, each brought to the CPU for as long as it is written.
+
+    ``whole`` yields them by name, none of them a shard.
+    """
     digest = _Digest(FORMAT_VERSION)
     places, end = {}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):  # so data is aligned
@@ -163,8 +177,8 @@ def _write_tensors(file: int, tensors: dict[str, Tensor]) -> None:
         return text + b" " * (-len(text) % 8)
 
     start = 8 + len(header())
-    for name in sorted(tensors):
-        tensor = tensors[name].resolve_conj().resolve_neg().cpu().contiguous()
+    for name, found in whole:
+        tensor = found.resolve_conj().resolve_neg().cpu().contiguous()
         data = as_bytes(tensor)
         digest.add(name, tensor, data)
         _write_all(file, data, start + places[name][0])

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from smet_compile.ops import Site
 from smet_compile.ops.growth import NO_GRADIENT, Collected
 from smet_compile.ops.loaded import check_keys, check_tensor
 from smet_compile.runtime.update import Rules
+from smet_compile.shards import Ranks
 
 _PARTS = Collected._fields
 
@@ -22,7 +24,7 @@ class GradientCollection:
     Buffers that another manager gave are left alone. They are taken away when this object is gone.
 
     Args:
-        rules: the policies, and so whether anything is collected at all.
+        model: has the weights ``sites``. rules: the policies, and so whether anything is collected at all.
         window: number of steps up to the update; None for what the policies say.
         largest_fraction: the most that an update ever drops, which fixes the size of the buffers.
 
@@ -30,10 +32,12 @@ class GradientCollection:
         growth: how many blocks of each weight the next density stage grows, for which buffers have to suffice.
     """
 
-    def __init__(self, sites: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float) -> None:
+    def __init__(
+        self, model: nn.Module, sites: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float
+    ) -> None:
         asked = max((policy.window for policy in rules.asking), default=0)
         self.window = window if asked and window is not None else asked
-        self._sites, self._rules, self._largest_fraction = sites, rules, largest_fraction
+        self._model, self._sites, self._rules, self._largest_fraction = model, sites, rules, largest_fraction
         self._decay = min((policy.decay for policy in rules.asking), default=1.0)
         self._given: dict[str, tuple[Site, Collected]] = {}
         self.growth: Mapping[str, int] = {}
@@ -57,11 +61,13 @@ class GradientCollection:
             _take_away(self._given)
         if not is_near:
             return
+        ranks = Ranks(()) if self._given else Ranks.of(self._model)
         for name, site in self._sites.items():
             if name not in self._given:
                 collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
                 self._given[name] = site, collected
                 site.compact.collected = collected
+                site.compact.reduced_over = ranks.names if ranks.run_all_layers else ""
             elif self.window == 1:
                 self._given[name][1].forget()
             elif self._decay < 1:

@@ -17,6 +17,7 @@ from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
 from smet_compile.ops.optimizers import FoundOptimizer, attributes, find_optimizers, is_hooks, siblings
 from smet_compile.runtime.fresh_state import FreshState
+from smet_compile.shards import local
 
 _MAX_DEPTH = 5
 
@@ -130,7 +131,7 @@ class StateToMove(NamedTuple):
         for state in self.states[site.name]:
             change.remap_(state.tensor)
             if state.fresh != 0:
-                state.tensor[~change.survived] = state.fresh
+                local(state.tensor)[~change.survived_here] = state.fresh
 
 
 def _state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> StateToMove:
@@ -235,7 +236,10 @@ def _check_attributes(found: FoundOptimizer, sites: dict[str, Site], known: set[
 
 def _memory(tensor: Tensor) -> int:
     """Returns where the tensor begins in memory; two with one beginning are changed together."""
-    return id(tensor) if tensor.is_meta or tensor.layout != torch.strided else tensor.data_ptr()
+    here: Tensor = local(tensor)
+    if here.is_meta or here.layout != torch.strided or not here.numel():
+        return id(tensor)
+    return here.data_ptr()
 
 
 def _tensors_beside_state(optimizer: Any) -> Iterator[tuple[str, Tensor]]:

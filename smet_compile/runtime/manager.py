@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from smet_compile.format import arguments
+from smet_compile.format import arguments, digest_bits
 from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, find_sites
@@ -46,7 +47,8 @@ from smet_compile.runtime.schedules import (
 )
 from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages, check_one_process
-from smet_compile.runtime.update import Move, Rules, agree_on_ready, choose_move, make_move
+from smet_compile.runtime.update import Move, Rules, check_agreement, choose_move, digest_start, make_move
+from smet_compile.shards import Ranks, reshard
 
 _MAX_POSTPONED_STEPS = 10
 _ROUNDING = 1e-9
@@ -173,7 +175,7 @@ class TopologyManager:
         self._num_postponed = 0
         self._trained = TrainedParameters()
         changing = self.sites if self._stages else self._moving
-        self._collection = GradientCollection(changing, self._rules, window, self.schedule.largest_fraction)
+        self._collection = GradientCollection(model, changing, self._rules, window, self.schedule.largest_fraction)
         self._owed = dict.fromkeys(self.sites, 0.0)
         self._was_called = self._warned_of_newcomers = False
         self._trace = Trace(self.sites, self.min_age)
@@ -238,6 +240,7 @@ class TopologyManager:
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None."""
         self._was_called = True
+        reshard(self.model)
         self._optimizers.check_weights()
         if not self._num_new_steps:
             self._idle_calls.add(found.name for found in self._optimizers.stepping)
@@ -282,14 +285,18 @@ class TopologyManager:
         All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
         """
         device = next(iter(self._moving.values())).values.device
-        is_ready = agree_on_ready([self._is_ready(site) for site in self._moving.values()], device)
+        rules = dataclasses.replace(self._rules, ranks=Ranks.of(self.model))
+        if not self.history:
+            check_agreement(digest_start(self._settings, self.sites), rules.ranks, device)
+        is_ready = rules.ranks.least([int(self._is_ready(site)) for site in self._moving.values()], device)
         ready = [site for site, go in zip(self._moving.values(), is_ready, strict=True) if go]
         if not ready:
             return None
         fraction = self.schedule.drop_fraction(step)
         owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
         counts = {name: math.floor(blocks + _ROUNDING) for name, blocks in owed.items()}
-        moves = [self._choose(choose_move, site, self._rules, step, counts[site.name]) for site in ready]
+        moves = [self._choose(choose_move, site, rules, step, counts[site.name]) for site in ready]
+        check_agreement({move.site.name: digest_bits(move.bits)[1] for move in moves}, rules.ranks, device)
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
         self.history.append(event)

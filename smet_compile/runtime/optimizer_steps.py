@@ -14,6 +14,7 @@ from smet_compile.ops import captures
 from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
 from smet_compile.ops.sinks import UpdateCounts, counts_of
 from smet_compile.ops.torch_insides import outside_graphs, prepare, warn_once
+from smet_compile.shards import local
 
 _ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
 _CAPTURED = (
@@ -136,8 +137,8 @@ class TrainedParameters:
 
 
 def _with_broken_gradient(parameters: list[nn.Parameter]) -> set[int]:
-    """Returns the ids of the parameters whose gradient is not finite."""
-    grads = {id(p): p.grad for p in parameters if p.grad is not None}
+    """Returns the ids of the parameters whose gradient, the part that this rank holds, is not finite."""
+    grads = {id(p): local(p.grad) for p in parameters if p.grad is not None}
     are_finite = _read([grad.isfinite().all() for grad in grads.values()])
     return {key for key, is_finite in zip(grads, are_finite, strict=True) if not is_finite}
 

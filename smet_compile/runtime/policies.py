@@ -23,6 +23,7 @@ from smet_compile.format.arguments import described, function, number, qualified
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.law import compute_dtype
+from smet_compile.shards import local, make_whole
 
 DropName = Literal["magnitude", "relative_magnitude", "saliency", "momentum", "random"]
 GrowName = Literal["random", "gradient", "momentum"]
@@ -71,13 +72,15 @@ class TopologyContext:
         """Returns the mean magnitude of each block, over the entries inside the matrix; at least fp32.
 
         ``tensor`` is shaped like the values, which gives (N,), or like the dense weight, which gives (num_blocks,).
+        Where the values are sharded, so is a tensor like them, and every rank gets the means of all blocks.
         """
         layout, shape = self.site.layout, tuple(tensor.shape)
         like_values, like_dense = shape == tuple(self.site.values.shape), shape == layout.shape
         if like_values and (self.half == "drop" or not like_dense):
+            rows, here = self.site.rows, local(tensor.detach())
             if layout.single_weights:
-                return all_block_means(tensor.detach(), layout)
-            return block_means(tensor.detach(), positions_of(self.mask), layout)
+                return rows.gather(all_block_means(here, layout))
+            return rows.gather(block_means(here, positions_of(self.mask)[rows.here], layout))
         if like_dense:
             return all_block_means(tensor.detach(), layout)
         raise ValueError(
@@ -87,6 +90,8 @@ class TopologyContext:
 
     def state(self, *names: str) -> Tensor:
         """Returns the optimizer's state of this name for the values, at least fp32; the first of ``names`` it has.
+
+        It is sharded as the values are.
 
         Raises ValueError where the optimizer keeps none of them.
         """
@@ -119,13 +124,17 @@ class TopologyContext:
 
     @property
     def active_gradient(self) -> Tensor:
-        """Returns the gradient of the values, summed and averaged like ``gradient``; for drop policies."""
+        """Returns the gradient of the values, summed and averaged like ``gradient``; for drop policies.
+
+        It is sharded as the values are.
+        """
         found = self._gradients()
         if self.half == "grow":
             raise ValueError(
                 f"{self.site.name}: expected a drop policy to read active_gradient, got a grow policy; read gradient"
             )
-        return found.active_sums
+        rows = self.site.rows
+        return rows.wrap(self.site.values, found.active_sums[rows.here])
 
     def _gradients(self) -> Collected:
         if self._collected is None:
@@ -298,9 +307,9 @@ def check_scores(scores: Any, context: TopologyContext) -> Tensor:
             f"{where}: expected scores of shape {context.scores_shape} from the {half} policy, got {described(scores)}"
             f"; return one score for each {'active block' if half == 'drop' else 'block'}"
         )
-    if scores.is_complex() or bool(scores.isnan().any()):
+    if scores.is_complex() or bool(local(scores).isnan().any()):
         raise ValueError(f"{where}: expected real scores from the {half} policy, got complex ones or NaN; mask them")
-    return scores.detach().to(context.mask.device)
+    return make_whole(scores.detach()).to(context.mask.device)
 
 
 def random_numbers(seed: int, step: int, name: str, purpose: str = "") -> torch.Generator:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from smet_compile.ops import CompactWeight, canonical_name, find_sites
 from smet_compile.ops.loaded import Saved, check_alike, check_groups, check_integer, check_keys, kind_of
 from smet_compile.runtime.tree import set_versions, versions_of
+from smet_compile.shards import cut_like, is_sharded
 
 _NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf")
 _FLAGS_OF_DEVICES = ("foreach", "fused", "capturable", "differentiable")
@@ -55,9 +56,9 @@ def _layout_of(compact: CompactWeight) -> list[Any]:
 
 
 def loadable(saved: dict[str, Any], metadata: dict[str, Any] | None, model: nn.Module) -> OrderedDict[str, Any]:
-    """Returns a state dict by the names that ``model`` has now, with the metadata that was saved."""
+    """Returns a state dict by the names that ``model`` has now, sharded as it is, with the metadata that was saved."""
     ours = model.state_dict()
-    state = OrderedDict((name, saved[canonical_name(model, name)]) for name in ours)
+    state = OrderedDict((name, cut_like(saved[canonical_name(model, name)], like)) for name, like in ours.items())
     if metadata is not None:
         by_name = {name: metadata.get(canonical_name(model, name)) for name in versions_of(ours) or {}}
         set_versions(state, {name: entries for name, entries in by_name.items() if entries is not None})
@@ -130,11 +131,32 @@ def load_optimizers(optimizers: list[Any], states: list[Any]) -> None:
     """Loads each; those that shared their parameter groups share them afterwards, as a scheduler expects."""
     groups = [optimizer.param_groups for optimizer in optimizers]
     for optimizer, state in reversed(list(zip(optimizers, states, strict=True))):
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_cut(state, optimizer))
     for i, optimizer in enumerate(optimizers):
         same = next((j for j in range(i) if groups[j] is groups[i]), None)
         if same is not None:
             optimizer.param_groups = optimizers[same].param_groups
+
+
+def _cut(state_dict: Any, optimizer: Any) -> Any:
+    """Returns a state dict in which what has a row for each of a parameter's rows is sharded as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(is_sharded(p) for p in parameters):
+        return state_dict
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    by_number = dict(zip(numbers, parameters, strict=True))
+    return state_dict | {
+        "state": {
+            number: {key: _cut_state(key, value, by_number.get(number)) for key, value in state.items()}
+            for number, state in state_dict["state"].items()
+        }
+    }
+
+
+def _cut_state(key: str, value: Any, parameter: Any) -> Any:
+    has_rows = isinstance(value, Tensor) and is_sharded(parameter)
+    has_rows = has_rows and (value.shape == parameter.shape or (key == "generation" and value.dim() == 1))
+    return cut_like(value, parameter) if has_rows and key not in ("births", "scales") else value
 
 
 def check_optimizer(saved: Any, model: nn.Module, optimizer: Optimizer, wrapper: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.ops.loaded import kind_of, plain_number
+from smet_compile.shards import local
 
 _TENSOR, _TUPLE, _ITEMS, _CLASS, _METADATA = "$tensor", "$tuple", "$items", "$class", "$metadata"
 _DICTS: dict[str, type[dict[Any, Any]]] = {"OrderedDict": OrderedDict, "Counter": Counter}
@@ -24,6 +25,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 class Flattener:
     """Collects the tensors of several trees; a tensor that is there twice (tied weights) is stored once.
+
+    Of a sharded tensor every rank collects its shard, under one name.
 
     Args:
         dtypes: the dtypes that the file can hold.
@@ -73,10 +76,11 @@ class Flattener:
         return flat
 
     def _add(self, tensor: Tensor, path: str) -> str:
-        self._check(tensor, path)
-        place = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride())
+        here = local(tensor)
+        self._check(here, path)
+        place = (here.data_ptr(), tensor.device, tensor.shape, tensor.stride())
         where = (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
-        if tensor.numel() == 0 or where not in self._names:
+        if here.numel() == 0 or where not in self._names:
             path = path.encode(errors="replace").decode()  # the header of a file is UTF-8
             name, number = path, 1
             while name in self.tensors:  # other keys may join to the same path

@@ -1,27 +1,29 @@
 """One topology change of a weight: chooses the blocks to drop and to grow by the policies, and moves them.
 
-Data-parallel ranks must hold one topology, so they average what they collected and agree on the chosen blocks before
-they change it. Every rank makes the same calls in the same order; without ``torch.distributed`` they return what they
-are given.
+All ranks that train a model must hold one topology. Where weights are sharded, every rank gets the scores of all blocks
+and decides the same; data-parallel ranks take the choice of the first. Fingerprints of the new topologies are compared
+before anything is changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from smet_compile.format import TopologyChange, block_means, pack_bits, patterns, unpack_bits
+from smet_compile.format import TopologyChange, block_means, digest_bits, pack_bits, patterns, unpack_bits
 from smet_compile.format.arguments import number
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
 from smet_compile.runtime import policies
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers, StateToMove
 from smet_compile.runtime.policies import GradientPolicy, Policy, TopologyContext, check_scores, random_numbers
+from smet_compile.shards import ALONE, Ranks, is_sharded
 
 _KEPT_PER_GROWN = 2
 """Number of inactive blocks whose gradient is kept, for each that may grow: the best may change between gradients."""
@@ -35,6 +37,7 @@ class Rules:
         drop, grow: the policies. every: ΔT. seed: of everything random.
         ablation_threshold: the share of salient blocks below which a row of blocks is dropped as a whole, for the
             pattern "fan_in"; None to keep all rows.
+        ranks: those that hold the model together, and have to agree.
     """
 
     drop: Policy
@@ -42,6 +45,7 @@ class Rules:
     every: int
     seed: int
     ablation_threshold: float | None = None
+    ranks: Ranks = ALONE
 
     @classmethod
     def of(
@@ -69,6 +73,10 @@ class Rules:
     def asking(self) -> list[GradientPolicy]:
         """Returns the policies that ask for the gradient."""
         return [policy for policy in (self.drop, self.grow) if isinstance(policy, GradientPolicy)]
+
+    def agree_on(self, site: Site, positions: Tensor) -> Tensor:
+        """Returns the positions that the first rank chose; where weights are sharded, all have chosen the same."""
+        return positions if is_sharded(site.values) else self.ranks.from_first(positions)
 
     @property
     def for_untrained(self) -> Rules:
@@ -111,7 +119,7 @@ def choose_move(
     size = patterns.group_size(site.compact.pattern, site.layout)
     context = make_context(site, rules, step, count, optimizers)
     scores_N = check_scores(rules.drop(site, context), context)
-    dropped = agree_on_positions(patterns.drop_smallest(scores_N, context.mask, count, size, protected))
+    dropped = rules.agree_on(site, patterns.drop_smallest(scores_N, context.mask, count, size, protected))
     context = context.for_growth(rules.seed, dropped.numel())
     ablates = rules.ablation_threshold is not None and site.compact.pattern == patterns.FAN_IN
     after = _after_ablation(rules, context, dropped, size) if ablates else _after(rules, context, dropped, size)
@@ -131,7 +139,7 @@ def make_context(site: Site, rules: Rules, step: int, count: int, optimizers: Ma
         generator=random_numbers(rules.seed, step, site.name, "drop"),
         _read_ages=lambda: optimizers.ages(site.values),
         _read_state=lambda key: optimizers.read_state(site.values, key),
-        _collected=average_over_ranks(collected, site) if collected is not None and rules.asking else None,
+        _collected=_average(collected, site, rules.ranks) if collected is not None and rules.asking else None,
     )
 
 
@@ -143,7 +151,7 @@ def _after(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: 
         scores = check_scores(rules.grow(context.site, context), context)
         grown = patterns.grow_largest(scores, context.mask, dropped, group_size)
     after = context.mask.index_fill(0, dropped, False)
-    return after.index_fill_(0, agree_on_positions(grown), True)
+    return after.index_fill_(0, rules.agree_on(context.site, grown), True)
 
 
 def _after_ablation(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
@@ -156,49 +164,41 @@ def _after_ablation(rules: Rules, context: TopologyContext, dropped: Tensor, gro
     is_gone = (budgets_G == 0).repeat_interleave(group_size)
     kept &= ~is_gone
     grown = patterns.grow_to_budgets(scores, kept, mask & ~kept, budgets_G, group_size)
-    return kept.index_fill_(0, agree_on_positions(grown), True)
+    return kept.index_fill_(0, rules.agree_on(context.site, grown), True)
 
 
-def average_over_ranks(collected: Collected, site: Site) -> Collected:
-    """Returns the mean over the ranks of what each collected; a block that a rank did not keep counts as zero there."""
-    if _is_alone():
+def _average(collected: Collected, site: Site, ranks: Ranks) -> Collected:
+    """Returns the mean over the ranks of what each collected; a block that a rank did not keep counts as zero there.
+
+    Where backward reduces the gradients themselves, every rank has collected that mean already.
+    """
+    if ranks.num_ranks == 1 or site.compact.reduced_over:
         return collected
-    num_ranks = distributed.get_world_size()
-    positions, inverse = torch.cat(_from_all(collected.positions)).unique(return_inverse=True)
+    positions, inverse = torch.cat(ranks.gather(collected.positions)).unique(return_inverse=True)
     sums = collected.sums.new_zeros(positions.numel(), *collected.sums.shape[1:])
-    sums.index_add_(0, inverse, torch.cat(_from_all(collected.sums))).div_(num_ranks)
+    sums.index_add_(0, inverse, torch.cat(ranks.gather(collected.sums))).div_(ranks.num_ranks)
     best = block_means(sums, positions, site.layout).argsort(descending=True, stable=True)
-    active_sums = torch.stack(_from_all(collected.active_sums)).mean(0)
+    active_sums = torch.stack(ranks.gather(collected.active_sums)).mean(0)
     return Collected(positions[best], sums[best], active_sums)
 
 
-def _from_all(tensor: Tensor) -> list[Tensor]:
-    """Returns the tensor of every rank, in order of ranks; all are of one shape."""
-    gathered = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, tensor.contiguous())
-    return gathered
+def digest_start(settings: dict[str, Any], sites: dict[str, Site]) -> dict[str, int]:
+    """Returns numbers that are the same on all ranks where settings, seeds and topologies are."""
+    of_settings = zlib.crc32(repr(sorted(settings.items())).encode())
+    return {"TopologyManager": of_settings} | {n: digest_bits(site.compact.topology)[1] for n, site in sites.items()}
 
 
-def agree_on_positions(positions: Tensor) -> Tensor:
-    """Returns the positions of rank 0, on every rank; their number is the same everywhere."""
-    if not _is_alone():
-        distributed.broadcast(positions, src=0)
-    return positions
-
-
-def agree_on_ready(ready: list[bool], device: torch.device) -> list[bool]:
-    """Returns for each weight, all on ``device``, whether every rank is ready to change it."""
-    if _is_alone():
-        return ready
-    on_cpu = distributed.get_backend() != "nccl"
-    flags = torch.tensor(ready, dtype=torch.int32, device="cpu" if on_cpu else device)
-    distributed.all_reduce(flags, distributed.ReduceOp.MIN)
-    return [bool(flag) for flag in flags.tolist()]
-
-
-def _is_alone() -> bool:
-    together = distributed.is_available() and distributed.is_initialized()
-    return not together or distributed.get_world_size() == 1
+def check_agreement(digests: dict[str, int], ranks: Ranks, device: torch.device) -> None:
+    """Raises ValueError on every rank where one of them has another number for a name than the others."""
+    numbers = list(digests.values())
+    least, greatest = ranks.least(numbers, device), [~each for each in ranks.least([~n for n in numbers], device)]
+    for name, low, high in zip(digests, least, greatest, strict=True):
+        if low != high:
+            raise ValueError(
+                f"{name}: expected the same on all {ranks.num_ranks} ranks, got others on some; sparsify and make the "
+                "manager on every rank with the same seed and settings, and call manager.step() on every rank after "
+                "every step"
+            )
 
 
 def make_move(move: Move, state: StateToMove) -> None:

@@ -1,0 +1,94 @@
+"""Runs functions in several processes at once, as ranks of one group, and keeps the processes for later tests."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MOST = 4
+_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "smet_compile", "smet_compile.runtime"]
+_TIMEOUT = datetime.timedelta(seconds=60)
+
+
+@dataclass
+class _Failure:
+    """Holds the text of an exception of a rank."""
+
+    text: str
+
+
+class Processes:
+    """Keeps ``MOST`` processes that wait for work."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+        atexit.register(self.stop)
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls ``function(rank, world, *args)`` in ``world`` processes over gloo; returns what each rank returns."""
+        if not self._workers:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, (_, pipe) in enumerate(self._workers[:world]):
+                pipe.send((rank, world, Path(folder) / "store", function, args))
+            results = [self._receive(pipe) for _, pipe in self._workers[:world]]
+        failures = [(rank, each.text) for rank, each in enumerate(results) if isinstance(each, _Failure)]
+        if failures:
+            self.stop()  # the others may wait for a message that never comes
+            raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in failures))
+        return results
+
+    def stop(self) -> None:
+        """Ends the processes; the next call starts others."""
+        for process, pipe in self._workers:
+            process.kill()
+            pipe.close()
+        self._workers = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        for _ in range(MOST):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    @staticmethod
+    def _receive(pipe: Connection) -> Any:
+        if not pipe.poll(2 * _TIMEOUT.total_seconds()):
+            return _Failure("no answer in time")
+        try:
+            return pipe.recv()
+        except EOFError:
+            return _Failure("the process ended")
+
+
+def _work(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        rank, world, store, function, args = pipe.recv()
+        try:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=_TIMEOUT
+            )
+            torch.manual_seed(0)
+            result = function(rank, world, *args)
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        except Exception:
+            result = _Failure(traceback.format_exc())
+        pipe.send(result)
+
+
+processes = Processes()
