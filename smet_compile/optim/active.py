@@ -45,7 +45,7 @@ from smet_compile.optim.state import (
     read_slot,
     share_scales,
 )
-from smet_compile.shards import Rows, is_sharded, local
+from smet_compile.shards import Rows, is_sharded, local, reshard
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -155,6 +155,8 @@ class ActiveOptimizer(Optimizer):
                 loss = closure()
         settle_live()
         ready, missing = self._look_up()
+        if missing and reshard(self._model):
+            ready, missing = self._look_up()
         if missing:
             captures.refuse_in_capture(missing[0][1].device, "a step of the same parameters")
             self._check_all()

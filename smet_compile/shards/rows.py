@@ -31,12 +31,16 @@ def local(tensor: Any) -> Any:
         return tensor.to_local()
 
 
-def reshard(model: nn.Module) -> None:
-    """Has every FSDP2 module free whole parameters, as a forward pass without backward leaves them."""
+def reshard(model: nn.Module) -> bool:
+    """Has every FSDP2 module free whole parameters, which a forward pass without backward leaves.
+
+    Returns whether the model has such a module.
+    """
     module = sys.modules.get("torch.distributed.fsdp")
-    for each in model.modules() if module is not None else ():
-        if isinstance(each, module.FSDPModule):
-            each.reshard()
+    found = [] if module is None else [each for each in model.modules() if isinstance(each, module.FSDPModule)]
+    for each in found:
+        each.reshard()
+    return bool(found)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_collected_gradients(name: str, with_active: bool) -> None:
     compact, values, dense = site(name)
     layout = compact.layout
     collected = Collected.empty(values, layout, 3, with_active)
-    place = compact.topology, layout.text, layout.num_blocks
+    place = compact.topology, layout.text, layout.num_blocks, ""
     torch.library.opcheck(torch.ops.smet.collect_gradient.default, (dense, *collected, *place))
     best = torch.ops.smet.collect_gradient(dense, *collected, *place)
     torch.library.opcheck(torch.ops.smet.collect_gradient.default, (dense, *best, *place))
@@ -97,7 +97,7 @@ def test_collected_gradients(name: str, with_active: bool) -> None:
 
 def test_a_gradient_that_is_not_finite_is_not_collected() -> None:
     compact, values, dense = site("tiles")
-    place = compact.topology, compact.layout.text, compact.layout.num_blocks
+    place = compact.topology, compact.layout.text, compact.layout.num_blocks, ""
     collected = Collected(
         *torch.ops.smet.collect_gradient(dense, *Collected.empty(values, compact.layout, 3, True), *place)
     )
