@@ -28,7 +28,7 @@ from smet_compile.ops.kernels.triton.adamw_tables import (
     step_numbers,
     write_step_table,
 )
-from smet_compile.ops.kernels.triton.places import list_places, with_first_places
+from smet_compile.ops.kernels.triton.places import list_places, with_list_starts
 from smet_compile.ops.kernels.triton.supports import on_device
 from smet_compile.ops.updates import Update
 
@@ -136,7 +136,7 @@ class Launch:
     def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
         sizes = (RATES.value * row.num_generations for row in rows)
         *first_rates, self._num_rates = itertools.accumulate(sizes, initial=0)
-        rows, self._num_places = with_first_places(rows)
+        rows, self._num_places = with_list_starts(rows)
         self._rows = tuple(row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True))
         self.num_programs = sum(map(num_programs, rows))
         kinds = {row.kind for row in rows}

@@ -182,7 +182,7 @@ def _end_of_span(row, span, INDEX: tl.constexpr):
 @triton.jit
 def _places_from(row, places, first, ALIGNED: tl.constexpr):
     """Returns a pointer to the place of entry ``first`` of a parameter."""
-    here = places.to(tl.pointer_type(tl.uint16)) + tl.load(row + at.FIRST_PLACE) + first
+    here = places.to(tl.pointer_type(tl.uint16)) + tl.load(row + at.PLACES_START) + first
     if ALIGNED:
         here = tl.multiple_of(here, 16)
     return here
@@ -207,17 +207,17 @@ def _update_entries(
     generation = tl.load(row + at.GENERATION)
     generations = entries_from(generation, first, GENERATION, ALIGNED)
     places = _places_from(row, all_places, first, ALIGNED)
-    span, end = (first // SPAN).to(tl.int32), first + count
+    first_place = tl.load(row + at.FIRST_PLACE) + first
+    span, end = first_place // SPAN, first + count
     if LISTED:
-        span = tl.load(spans + tl.load(row + at.FIRST_SPAN) + piece)
+        span = tl.load(spans + tl.load(row + at.SPANS_START) + piece)
         end = _end_of_span(row, span, INDEX)
     key = block_key(key_of_step, span)
+    next_key = block_key(key_of_step, span + 1) ^ SPAN  # for places that are counted on from the span before
     num_live = tl.zeros((LANES,), tl.int32)
     for start in range(0, count, LANES):
         lane = start + tl.arange(0, LANES)
         mask = lane < count
-        keys = key
-        place = (first % SPAN).to(tl.int32) + lane
         if LISTED:
             keys = key + tl.zeros_like(lane).to(tl.uint32)
             place = tl.load(places + lane, mask=mask, other=0).to(tl.int32)
@@ -226,6 +226,9 @@ def _update_entries(
                 key = block_key(key_of_step, span)
                 keys = tl.where(lane >= (end - first).to(tl.int32), key, keys)
                 end = _end_of_span(row, span, INDEX)
+        else:
+            place = (first_place % SPAN).to(tl.int32) + lane
+            keys = tl.where(place < SPAN, key, next_key)
         has_age = mask & (LISTED or generation != 0)
         rate = rates_at(rates, tl.load(generations + lane, mask=has_age, other=0).to(tl.int32))
         num_live += _update_lanes(
