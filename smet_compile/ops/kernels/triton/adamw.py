@@ -20,7 +20,7 @@ from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.triton.adamw_kernels import update
 from smet_compile.ops.kernels.triton.adamw_prepare import prepare
 from smet_compile.ops.kernels.triton.adamw_rows import num_programs, row_of
-from smet_compile.ops.kernels.triton.adamw_step import RATES, Row
+from smet_compile.ops.kernels.triton.adamw_step import ENTRIES_OF_A_PIECE, RATES, Row
 from smet_compile.ops.kernels.triton.adamw_tables import (
     Tables,
     copy_step_table,
@@ -143,6 +143,7 @@ class Launch:
         self.constants = {
             **specialization.constants(),
             "KINDS": tuple(kind in kinds for kind in range(_NUM_KINDS)),
+            "CROSS": any(row.first_place % ENTRIES_OF_A_PIECE.value for row in rows),
             **_THREADS,
             "enable_fp_fusion": False,
         }
