@@ -33,14 +33,17 @@ class Location(NamedTuple):
     """Says where some rows of a parameter lie in the dense weight. The rows are whole groups of codes.
 
     Args:
-        blocks: positions (n,) of their blocks; for a plain parameter those of its entries, in the shape of the rows.
+        blocks: positions (n,) of their blocks; for a plain parameter those of its entries in the whole parameter, in
+            the shape of the rows.
         layout: the layout of a compact weight; None for a plain parameter.
         group_range: the groups of codes that the rows belong to, where the host knows them; None to ask the device.
+        first_place: the position of a plain parameter's first entry, from which on groups are counted.
     """
 
     blocks: Tensor
     layout: Layout | None
     group_range: range | None = None
+    first_place: int = 0
 
     def noise(self, key: Tensor) -> Noise:
         """Returns the keys and places of the entries' noise, given the key of the step."""
@@ -53,7 +56,7 @@ class Location(NamedTuple):
     @property
     def groups(self) -> Groups:
         if self.layout is None:
-            return self._consecutive(self.blocks // WEIGHTS_OF_A_GROUP)
+            return self._consecutive((self.blocks - self.first_place) // WEIGHTS_OF_A_GROUP)
         if self.layout.tiles:
             return Groups(self.blocks, torch.arange(len(self.blocks), device=self.blocks.device).view(-1, 1, 1))
         group = self.blocks // self.layout.blocks_per_group
@@ -248,6 +251,7 @@ def locate_all(begun: Begun) -> Location:
     """Returns the location of all rows of a parameter."""
     topology = begun.update.topology
     if topology is None:
-        grad = begun.grad
-        return Location(torch.arange(grad.numel(), device=grad.device).view(grad.shape), None)
+        grad, first = begun.grad, begun.update.first_place
+        places = torch.arange(first, first + grad.numel(), device=grad.device).view(grad.shape)
+        return Location(places, None, first_place=first)
     return Location(topology.mask().nonzero().squeeze(1), topology.layout)

@@ -240,7 +240,7 @@ def _chunks(begun: Begun) -> Iterable[Chunk]:
     if not begun.needs_locations:
         return ((rows, None) for rows in _rows(len(grad), at_once))
     if topology is None:
-        return _chunks_of_plain(grad.shape, grad.device, at_once)
+        return _chunks_of_plain(grad, begun.update.first_place, at_once)
     return _chunks_of_compact(topology, at_once)
 
 
@@ -248,14 +248,15 @@ def _rows(num_rows: int, at_once: int) -> Iterator[slice]:
     return (slice(first, min(first + at_once, num_rows)) for first in range(0, num_rows, at_once))
 
 
-def _chunks_of_plain(shape: torch.Size, device: torch.device, at_once: int) -> Iterator[Chunk]:
-    """Cuts a plain parameter of this shape into chunks of rows that hold whole groups of codes."""
-    row_size = math.prod(shape[1:])
+def _chunks_of_plain(grad: Tensor, first_place: int, at_once: int) -> Iterator[Chunk]:
+    """Cuts a plain parameter like ``grad`` into chunks of rows that hold whole groups of codes."""
+    row_size = math.prod(grad.shape[1:])
     rows_of_whole_groups = WEIGHTS_OF_A_GROUP // math.gcd(WEIGHTS_OF_A_GROUP, row_size)
-    for rows in _rows(shape[0], max(1, at_once // rows_of_whole_groups) * rows_of_whole_groups):
+    for rows in _rows(len(grad), max(1, at_once // rows_of_whole_groups) * rows_of_whole_groups):
         first, last = rows.start * row_size, rows.stop * row_size
         groups = range(first // WEIGHTS_OF_A_GROUP, -(-last // WEIGHTS_OF_A_GROUP))
-        yield rows, Location(torch.arange(first, last, device=device).view(-1, *shape[1:]), None, groups)
+        places = torch.arange(first_place + first, first_place + last, device=grad.device)
+        yield rows, Location(places.view(-1, *grad.shape[1:]), None, groups, first_place)
 
 
 def _chunks_of_compact(topology: Topology, at_once: int) -> Iterator[Chunk]:

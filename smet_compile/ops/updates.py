@@ -44,6 +44,8 @@ class Update:
         density_rate: d^(-p). warmup_steps: W of blocks that were grown; 0 for none.
         initial_warmup_steps: W of the blocks that were there from the start, which are those born at step 0.
         noise_seed: seed for rounding bf16 tensors and codes stochastically; None to round to nearest.
+        first_place: the position in the whole parameter of the first entry here, for a plain parameter of which this
+            is a shard: consecutive entries. Noise and output units are those of the whole; groups of codes begin here.
         prepared: whatever a kernel prepared for this update and may use again while its tensors stay the same.
     """
 
@@ -65,6 +67,7 @@ class Update:
     warmup_steps: int
     initial_warmup_steps: int
     noise_seed: int | None
+    first_place: int = 0
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -102,6 +105,7 @@ class Settings(NamedTuple):
     noise_seed: int | None
     units_are_columns: bool = False
     layout: str = ""
+    first_place: int = 0
 
     @classmethod
     def from_text(cls, text: str) -> Settings:
@@ -174,6 +178,7 @@ def flatten(update: Update) -> tuple[Any, ...]:
         update.noise_seed,
         update.units_are_columns,
         "" if update.layout is None else update.layout.text,
+        update.first_place,
     )
     return (
         list(update.slots),
@@ -227,6 +232,7 @@ def _make(settings: Settings, topology: Topology | None, tensors: dict[str, Any]
         warmup_steps=settings.warmup_steps,
         initial_warmup_steps=settings.initial_warmup_steps,
         noise_seed=settings.noise_seed,
+        first_place=settings.first_place,
         **(tensors | {"slots": tuple(tensors["slots"])}),
     )
 
@@ -261,8 +267,26 @@ def check(name: str, update: Update) -> None:
         tensor = getattr(update, key)
         if tensor is not None and tensor.device != values.device:
             raise ValueError(f"{name}: expected {key} on {values.device}, got {tensor.device}; load the state again")
+    _check_first_place(name, update)
     if values.dim():
         gate.check_ages(name, update.generation, update.births, values.shape[0])
+
+
+def _check_first_place(name: str, update: Update) -> None:
+    first, layout = update.first_place, update.layout
+    if first == 0:
+        return
+    if update.topology is not None:
+        raise ValueError(
+            f"{name}: expected first_place of 0 beside a topology, got {first}; restrict the topology to the blocks of "
+            "the shard instead"
+        )
+    if first < 0 or (layout is not None and first + update.values.numel() > layout.num_weights):
+        within = "" if layout is None else f" so that {update.values.numel()} entries lie within {layout.shape}"
+        raise ValueError(
+            f"{name}: expected first_place of at least 0{within}, got {first}; pass the position of the first entry in "
+            "the whole parameter, and the layout of the whole"
+        )
 
 
 def check_names(table: str, names: Collection[str], rule: Rule, derived: Collection[str]) -> None:
@@ -273,8 +297,8 @@ def check_names(table: str, names: Collection[str], rule: Rule, derived: Collect
     """
     slots, options = {slot.name for slot in rule.slots}, set(rule.options)
     unknown = set(names) - set(NAMES) - set(Settings._fields) - slots - options - set(derived)
-    warmups = {"warmup_steps", "initial_warmup_steps"}
-    needed = {"values", "grad", "scales", "num_skipped", "step", "generation", "births"} | warmups | slots
+    numbers = {"warmup_steps", "initial_warmup_steps", "first_place"}
+    needed = {"values", "grad", "scales", "num_skipped", "step", "generation", "births"} | numbers | slots
     missing = needed - set(names)
     if unknown or missing:
         raise ValueError(f"{table}: unknown names {sorted(unknown)}, missing names {sorted(missing)}")

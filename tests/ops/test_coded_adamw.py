@@ -30,7 +30,9 @@ LAYOUTS = {
     "tiles": Layout.of((37, 29), (8, 8)),
     "tiles_of_a_stack": Layout.of((3, 21, 13), (4, 6)),
 }
-PLAIN = {"matrix": (7, 411), "vector": (5,), "scalar": (), "transposed": (70, 40)}
+PLAIN = {"matrix": (7, 411), "vector": (5,), "scalar": (), "transposed": (70, 40), "shard": (3, 700)}
+FIRST_PLACES = {"shard": 2**31 - 701}
+"""The positions in a whole parameter of the first entries of plain ones; 0 for the others."""
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Case:
     births: Tensor | None
     generation: Tensor | None
     coded: Coded
+    first_place: int = 0
 
     def step(self, grad: Tensor, seed: int | None) -> int:
         """Makes a step of both, and returns the number of blocks that the op skipped."""
@@ -62,6 +65,7 @@ class Case:
         """Makes the step in plain torch."""
         options = tuple(OPTIONS[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
         numbers = settings(OPTIONS["density_rate"], options, OPTIONS["warmup_steps"], seed)
+        numbers = numbers._replace(first_place=self.first_place)
         rest = after_gradient(self.state, lr, (self.generation, self.births), self.place, numbers)
         plain.update_all([unflatten(self.values, grad, rest)])
 
@@ -105,8 +109,9 @@ def compact(layout: Layout) -> Case:
     )
 
 
-def plain_parameter(shape: tuple[int, ...], transposed: bool) -> Case:
-    values = torch.randn(shape[::-1]).t() if transposed else torch.randn(shape)
+def plain_parameter(name: str) -> Case:
+    shape, first_place = PLAIN[name], FIRST_PLACES.get(name, 0)
+    values = torch.randn(shape[::-1]).t() if name == "transposed" else torch.randn(shape)
     groups = -(-values.numel() // 1024)
     entries = list(range(values.numel()))
     return Case(
@@ -119,10 +124,11 @@ def plain_parameter(shape: tuple[int, ...], transposed: bool) -> Case:
             values.reshape(-1).clone(),
             [torch.zeros(values.numel(), dtype=torch.uint8) for _ in range(2)],
             torch.zeros(2, groups),
-            [divmod(i, 2**16) for i in entries],
+            [divmod(first_place + i, 2**16) for i in entries],
             [i // 1024 for i in entries],
             entries,
         ),
+        first_place,
     )
 
 
@@ -132,7 +138,7 @@ def new_moments(values: Tensor) -> list[Tensor]:
 
 def case(name: str) -> Case:
     torch.manual_seed(0)
-    return compact(LAYOUTS[name]) if name in LAYOUTS else plain_parameter(PLAIN[name], transposed=name == "transposed")
+    return compact(LAYOUTS[name]) if name in LAYOUTS else plain_parameter(name)
 
 
 def gradient(each: Case) -> Tensor:

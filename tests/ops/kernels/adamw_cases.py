@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, Topology
+from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout, Topology
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.rules import Rule
 from smet_compile.ops.updates import Update
@@ -126,6 +129,68 @@ def copy_of(update: Update, device: torch.device, **changed: Any) -> Update:
     fields |= {name: moved(fields[name]) for name in names}
     fields |= {"slots": tuple(map(moved, update.slots)), "topology": topology, "prepared": {}}
     return Update(**(fields | changed))
+
+
+def shards_of(whole: Update, borders: Sequence[int]) -> list[Update]:
+    """Cuts the update of a plain parameter into those of its shards, consecutive entries that begin at the borders."""
+    shards = []
+    for first, last in itertools.pairwise((0, *borders, whole.values.numel())):
+        groups = slice(first // WEIGHTS_OF_A_GROUP, -(-last // WEIGHTS_OF_A_GROUP))
+        part = dataclasses.replace(
+            whole,
+            values=whole.values.view(-1)[first:last],
+            grad=whole.grad.view(-1)[first:last],
+            slots=tuple(slot.view(-1)[first:last] for slot in whole.slots),
+            scales=None if whole.scales is None else whole.scales[:, groups],
+            num_skipped=torch.zeros_like(whole.num_skipped) if first else whole.num_skipped,
+            first_place=whole.first_place + first,
+        )
+        shards.append(copy_of(part, whole.values.device))
+    return shards
+
+
+def joined(shards: Sequence[Update], whole: Update) -> Update:
+    """Returns the update of a whole parameter, with the tensors of its shards one after another."""
+    parts = [(each.values, each.grad, *each.slots) for each in shards]
+    values, grad, *slots = (torch.cat(tensors).view(whole.values.shape) for tensors in zip(*parts, strict=True))
+    scales = [each.scales for each in shards if each.scales is not None]
+    num_skipped = torch.stack([each.num_skipped for each in shards]).sum()
+    assert len({int(each.step) for each in shards}) == 1
+    return dataclasses.replace(
+        whole,
+        values=values,
+        grad=grad,
+        slots=tuple(slots),
+        scales=torch.cat(scales, 1) if scales else None,
+        num_skipped=num_skipped,
+        step=shards[0].step,
+    )
+
+
+SHARDED = {
+    "within a span": (Case((5000,)), 0, (1025, 3333)),
+    "of several spans": (Case((2, 70_000)), 0, (40_001, 100_003)),
+    "from an odd place": (Case((2, 7000)), 60_003, (5001,)),
+    "far away": (Case((3000,)), 2**31 + 2**16 - 701, (5, 1501)),
+    "very far away": (Case((50,)), 2**48 - 11, (17,)),
+}
+"""Plain parameters, the place of their first entry in a larger one, and where they are cut into shards."""
+SHARDED_DTYPES = {
+    "bf16 with bf16 moments": (torch.bfloat16, torch.bfloat16),
+    "bf16 with fp32 moments": (torch.bfloat16, torch.float32),
+    "fp32 with bf16 moments": (torch.float32, torch.bfloat16),
+    "fp32 with codes": (torch.float32, torch.uint8),
+    "bf16 with codes": (torch.bfloat16, torch.uint8),
+}
+
+
+def sharded(name: str, stored: str) -> tuple[Update, list[Update]]:
+    """Makes an update of ``SHARDED`` and those of its shards, which are whole groups where there are codes."""
+    case, first_place, borders = SHARDED[name]
+    whole = dataclasses.replace(update_of(case, *SHARDED_DTYPES[stored]), first_place=first_place)
+    if whole.is_coded:
+        borders = tuple(sorted({border // WEIGHTS_OF_A_GROUP * WEIGHTS_OF_A_GROUP for border in borders} - {0}))
+    return whole, shards_of(whole, borders)
 
 
 def tensors_of(update: Update) -> dict[str, Tensor | None]:

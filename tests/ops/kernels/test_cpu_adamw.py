@@ -22,7 +22,18 @@ from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.native import adamw as native
 from smet_compile.ops.rules import find_rule
 from smet_compile.ops.updates import Update, check_names
-from tests.ops.kernels.adamw_cases import NO_WARMUP, Case, copy_of, tensors_of, update_of
+from tests.ops.kernels.adamw_cases import (
+    NO_WARMUP,
+    SHARDED,
+    SHARDED_DTYPES,
+    Case,
+    copy_of,
+    differences,
+    joined,
+    sharded,
+    tensors_of,
+    update_of,
+)
 from tests.ops.kernels.tolerances import relative_rms
 
 CPU = torch.device("cpu")
@@ -189,6 +200,18 @@ def test_nothing_to_update() -> None:
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.uint8], ids=str)
 def test_noise_of_plain_parameters_of_several_spans(moments: torch.dtype) -> None:
     check_step(update_of(Case((70_000,)), torch.float32, moments))
+
+
+@pytest.mark.parametrize("stored", SHARDED_DTYPES)
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_of_a_plain_parameter_make_the_step_of_the_whole(name: str, stored: str) -> None:
+    given, shards = sharded(name, stored)
+    whole = check_step(given)
+    native.update_all(shards)
+    assert differences(joined(shards, given), whole) == []
+    elsewhere = copy_of(given, CPU, first_place=given.first_place + 2**16)
+    native.update_all([elsewhere])
+    assert differences(elsewhere, whole), "noise must follow the place"
 
 
 def test_noise_of_blocks_far_away() -> None:

@@ -14,7 +14,15 @@ from smet_compile.ops import law_of_updates
 from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.updates import Update, check_names
 from smet_compile.optim.adamw import ADAMW, NAIVE_ADAMW
-from tests.ops.kernels.adamw_cases import NO_WARMUP, Case, copy_of, differences, update_of
+from tests.ops.kernels.adamw_cases import (
+    NO_WARMUP,
+    Case,
+    copy_of,
+    differences,
+    joined,
+    sharded,
+    update_of,
+)
 from tests.ops.kernels.device import DEVICE, on_device
 
 pytest.importorskip("triton")
@@ -123,6 +131,17 @@ def test_all_parameters_in_one_launch(stored: str, monkeypatch: pytest.MonkeyPat
     adamw.update_all(actual)
     assert [differences(*pair) for pair in zip(actual, expected, strict=True)] == [[]] * len(cases)
     assert launched == ["prepare", "update"]
+
+
+@pytest.mark.parametrize("stored", ["bf16 with bf16 moments", "fp32 with bf16 moments", "fp32 with codes"])
+@pytest.mark.parametrize("name", ["within a span", "from an odd place", "far away", "very far away"])
+def test_shards_of_a_plain_parameter_make_the_step_of_the_whole(name: str, stored: str) -> None:
+    given, shards = sharded(name, stored)
+    whole, (expected, actual) = copy_of(given, CPU), both(shards)
+    law_of_updates.update_all([whole, *expected])
+    adamw.update_all(actual)
+    assert [differences(*pair) for pair in zip(actual, expected, strict=True)] == [[]] * len(shards)
+    assert differences(joined(actual, given), whole) == []
 
 
 def test_parameters_of_several_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +284,7 @@ def test_columns_have_the_names_of_an_update() -> None:
     names = (*adamw_step.Row._fields, *adamw_step.StepRow._fields)
     derived = {"lr_is_address", "positions", "group_starts", "kind", "aligned", "numel", "block_size"}
     derived |= {"entries_at_once", "num_groups", "num_generations", "first_rate", "shared_step"}
-    derived |= {"num_blocks", "first_place", "first_span"}
+    derived |= {"num_blocks", "places_start", "spans_start"}
     derived |= {"log_beta1", "log_beta2", "rest1", "rest2"}
     check_names("the table of Triton's AdamW", names, ADAMW, derived)
     for table in (adamw_step.Row, adamw_step.StepRow):

@@ -24,6 +24,7 @@ struct Update {
     const void* group_starts;   // of single weights and runs
     int64_t num_blocks, num_positions, block_size, num_births, generation_bytes, wide_index, num_groups;
     int64_t blocks_per_group, weight_kind, moment_kind, warmup_steps, initial_warmup_steps, shared_step, rounds, seed;
+    int64_t first_place;        // of a shard of a plain parameter
     double rate, beta1, beta2, eps, weight_decay;
 };
 
@@ -143,16 +144,16 @@ struct Worker {
     // Finds what is hashed for the entries first ... first + n; for single weights, those of whole groups.
     void find_places(int64_t first, int64_t n, int64_t first_group, int64_t last_group) {
         uint32_t* to = scratch.places.data();
-        if (size == 1) {
-            const int64_t begin = u.bits ? first_group * GROUP : first;
-            const uint32_t key = block_key(rule.key, begin / SPAN);
-            if (!u.bits) return count_places(to, n, begin % SPAN, key);
-            return list_places(to, u.bits, begin, std::min(last_group * GROUP, u.num_positions), key);
+        if (u.bits && size == 1) {
+            const int64_t begin = first_group * GROUP, end = std::min(last_group * GROUP, u.num_positions);
+            return list_places(to, u.bits, begin, end, block_key(rule.key, begin / SPAN));
         }
+        // Entries of a plain parameter have a key for each span, and a unit of a shard may cross from one to the next.
+        const int64_t begin = u.first_place + first, length = u.bits ? size : SPAN;
         for (int64_t done = 0; done < n;) {
-            const int64_t block = (first + done) / size, place = (first + done) % size;
-            const int64_t count = std::min(n - done, size - place);
-            count_places(to + done, count, place, block_key(rule.key, positions[block]));
+            const int64_t block = (begin + done) / length, place = (begin + done) % length;
+            const int64_t count = std::min(n - done, length - place);
+            count_places(to + done, count, place, block_key(rule.key, u.bits ? positions[block] : block));
             done += count;
         }
     }

@@ -38,7 +38,7 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_blocks", "num_positions", "block_size", "num_births")),
         *((name, ctypes.c_int64) for name in ("generation_bytes", "wide_index", "num_groups", "blocks_per_group")),
         *((name, ctypes.c_int64) for name in ("weight_kind", "moment_kind", "warmup_steps")),
-        *((name, ctypes.c_int64) for name in ("initial_warmup_steps", "shared_step", "rounds", "seed")),
+        *((name, ctypes.c_int64) for name in ("initial_warmup_steps", "shared_step", "rounds", "seed", "first_place")),
         *((name, ctypes.c_double) for name in ("rate", *_OPTIONS)),
     ]
 
@@ -168,6 +168,7 @@ def _prepare(update: Update) -> _Prepared:
         shared_step=update.rule.shared_step,
         rounds=update.rounds_stochastically,
         seed=update.noise_seed or 0,
+        first_place=update.first_place,
     )
     prepared = update.prepared[_PREPARED] = _Prepared(job, values.dtype, values.shape)
     return prepared

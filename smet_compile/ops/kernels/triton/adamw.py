@@ -20,7 +20,7 @@ from smet_compile.ops.choose import UpdateCase
 from smet_compile.ops.kernels.triton.adamw_kernels import update
 from smet_compile.ops.kernels.triton.adamw_prepare import prepare
 from smet_compile.ops.kernels.triton.adamw_rows import num_programs, row_of
-from smet_compile.ops.kernels.triton.adamw_step import RATES, Row
+from smet_compile.ops.kernels.triton.adamw_step import ENTRIES_OF_A_PIECE, RATES, Row
 from smet_compile.ops.kernels.triton.adamw_tables import (
     Tables,
     copy_step_table,
@@ -28,7 +28,7 @@ from smet_compile.ops.kernels.triton.adamw_tables import (
     step_numbers,
     write_step_table,
 )
-from smet_compile.ops.kernels.triton.places import list_places, with_first_places
+from smet_compile.ops.kernels.triton.places import list_places, with_list_starts
 from smet_compile.ops.kernels.triton.supports import on_device
 from smet_compile.ops.updates import Update
 
@@ -136,13 +136,14 @@ class Launch:
     def __init__(self, specialization: Specialization, rows: Sequence[Row]) -> None:
         sizes = (RATES.value * row.num_generations for row in rows)
         *first_rates, self._num_rates = itertools.accumulate(sizes, initial=0)
-        rows, self._num_places = with_first_places(rows)
+        rows, self._num_places = with_list_starts(rows)
         self._rows = tuple(row._replace(first_rate=first) for row, first in zip(rows, first_rates, strict=True))
         self.num_programs = sum(map(num_programs, rows))
         kinds = {row.kind for row in rows}
         self.constants = {
             **specialization.constants(),
             "KINDS": tuple(kind in kinds for kind in range(_NUM_KINDS)),
+            "CROSS": any(row.first_place % ENTRIES_OF_A_PIECE.value for row in rows),
             **_THREADS,
             "enable_fp_fusion": False,
         }

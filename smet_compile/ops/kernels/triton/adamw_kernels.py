@@ -182,7 +182,7 @@ def _end_of_span(row, span, INDEX: tl.constexpr):
 @triton.jit
 def _places_from(row, places, first, ALIGNED: tl.constexpr):
     """Returns a pointer to the place of entry ``first`` of a parameter."""
-    here = places.to(tl.pointer_type(tl.uint16)) + tl.load(row + at.FIRST_PLACE) + first
+    here = places.to(tl.pointer_type(tl.uint16)) + tl.load(row + at.PLACES_START) + first
     if ALIGNED:
         here = tl.multiple_of(here, 16)
     return here
@@ -191,12 +191,14 @@ def _places_from(row, places, first, ALIGNED: tl.constexpr):
 @triton.jit
 def _update_entries(
     row, grad_address, rates, all_places, spans, piece, DTYPES: tl.constexpr, INDEX: tl.constexpr,
-    GENERATION: tl.constexpr, STOCHASTIC: tl.constexpr, LISTED: tl.constexpr, ALIGNED: tl.constexpr,
+    GENERATION: tl.constexpr, STOCHASTIC: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Updates consecutive entries of a plain parameter or of single weights, LANES at a time.
 
-    LISTED: they are single weights with noise, and ``all_places`` and ``spans`` say where they lie.
+    PLACES: 0 where a piece lies in one span; 1 where it may reach into the next; 2 for single weights with noise, of
+    which ``all_places`` and ``spans`` say where they lie.
     """
+    LISTED: tl.constexpr = PLACES == 2
     first = piece.to(tl.int64) * at.ENTRIES_OF_A_PIECE
     count = tl.minimum(at.ENTRIES_OF_A_PIECE, tl.load(row + at.NUMEL) - first).to(tl.int32)
     if ALIGNED:
@@ -207,17 +209,19 @@ def _update_entries(
     generation = tl.load(row + at.GENERATION)
     generations = entries_from(generation, first, GENERATION, ALIGNED)
     places = _places_from(row, all_places, first, ALIGNED)
-    span, end = (first // SPAN).to(tl.int32), first + count
+    first_place = tl.load(row + at.FIRST_PLACE) + first
+    span, end = first_place // SPAN, first + count
     if LISTED:
-        span = tl.load(spans + tl.load(row + at.FIRST_SPAN) + piece)
+        span = tl.load(spans + tl.load(row + at.SPANS_START) + piece)
         end = _end_of_span(row, span, INDEX)
     key = block_key(key_of_step, span)
+    next_key = key
+    if PLACES == 1:
+        next_key = block_key(key_of_step, span + 1) ^ SPAN  # for places that are counted on from the span before
     num_live = tl.zeros((LANES,), tl.int32)
     for start in range(0, count, LANES):
         lane = start + tl.arange(0, LANES)
         mask = lane < count
-        keys = key
-        place = (first % SPAN).to(tl.int32) + lane
         if LISTED:
             keys = key + tl.zeros_like(lane).to(tl.uint32)
             place = tl.load(places + lane, mask=mask, other=0).to(tl.int32)
@@ -226,6 +230,11 @@ def _update_entries(
                 key = block_key(key_of_step, span)
                 keys = tl.where(lane >= (end - first).to(tl.int32), key, keys)
                 end = _end_of_span(row, span, INDEX)
+        else:
+            place = (first_place % SPAN).to(tl.int32) + lane
+            keys = key
+            if PLACES == 1:
+                keys = tl.where(place < SPAN, key, next_key)
         has_age = mask & (LISTED or generation != 0)
         rate = rates_at(rates, tl.load(generations + lane, mask=has_age, other=0).to(tl.int32))
         num_live += _update_lanes(
@@ -338,6 +347,7 @@ def update(
     GENERATION: tl.constexpr,
     KINDS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    CROSS: tl.constexpr,
 ):
     """Updates one piece of one parameter.
 
@@ -346,7 +356,7 @@ def update(
         places, spans: where single weights lie (``places.Places``).
         work: (programs, 2) int32, the parameter and the number of the piece.
         DTYPES: dtypes of values, gradients and moments. INDEX, GENERATION: dtypes of the lists. KINDS: whether there
-            are pieces of each kind.
+            are pieces of each kind. CROSS: whether a piece of a plain parameter may reach from a span into the next.
     """
     program = tl.program_id(0).to(tl.int64)
     parameter = tl.load(work + 2 * program)
@@ -364,14 +374,14 @@ def update(
         _update_groups_of_weights(row, grad, rates, places, piece, DTYPES, INDEX, GENERATION, STOCHASTIC)
     elif KINDS[at.ENTRIES] and kind == at.ENTRIES:
         if aligned and tl.load(row + at.NUMEL) % 16 == 0:
-            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, True)
+            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, CROSS, True)
         else:
-            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, False, False)
+            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, STOCHASTIC, CROSS, False)
     elif KINDS[at.WEIGHTS] and kind == at.WEIGHTS:
         if aligned and tl.load(row + at.NUMEL) % 16 == 0:
-            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, True, True, True)
+            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, True, 2, True)
         else:
-            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, True, True, False)
+            _update_entries(row, grad, rates, places, spans, piece, DTYPES, INDEX, GENERATION, True, 2, False)
     elif KINDS[at.BLOCKS] or KINDS[at.GROUP_OF_RUNS]:
         length = tl.load(row + at.ENTRIES_AT_ONCE)
         first = piece.to(tl.int64) * length

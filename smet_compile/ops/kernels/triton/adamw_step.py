@@ -24,8 +24,8 @@ class Row(NamedTuple):
 
     Args:
         kind: what a program updates, ``ENTRIES`` and so on. aligned: whether the addresses of values, moments and
-            generation are multiples of 16. first_rate: the index of its first rate. first_place, first_span: where the
-            positions of single weights begin in the lists that each step with noise makes of the bits.
+            generation are multiples of 16. first_rate: the index of its first rate. places_start, spans_start: where
+            the positions of single weights begin in the lists that each step with noise makes of the bits.
     """
 
     values: int
@@ -48,12 +48,13 @@ class Row(NamedTuple):
     num_groups: int
     num_generations: int
     first_rate: int
-    first_place: int
-    first_span: int
+    places_start: int
+    spans_start: int
     warmup_steps: int
     initial_warmup_steps: int
     shared_step: int
     noise_seed: int
+    first_place: int
     density_rate: int
     log_beta1: int
     log_beta2: int
@@ -69,8 +70,8 @@ _columns = map(tl.constexpr, range(NUM_COLUMNS.value))
 VALUES, EXP_AVG, EXP_AVG_SQ, SCALES, NUM_SKIPPED, STEP, GENERATION, BIRTHS = (next(_columns) for _ in range(8))
 POSITIONS, GROUP_STARTS, TOPOLOGY, NUM_BLOCKS = (next(_columns) for _ in range(4))
 KIND, ALIGNED, NUMEL, BLOCK_SIZE, ENTRIES_AT_ONCE, NUM_GROUPS, NUM_GENERATIONS = (next(_columns) for _ in range(7))
-FIRST_RATE, FIRST_PLACE, FIRST_SPAN = (next(_columns) for _ in range(3))
-WARMUP_STEPS, INITIAL_WARMUP_STEPS, SHARED_STEP, NOISE_SEED = (next(_columns) for _ in range(4))
+FIRST_RATE, PLACES_START, SPANS_START = (next(_columns) for _ in range(3))
+WARMUP_STEPS, INITIAL_WARMUP_STEPS, SHARED_STEP, NOISE_SEED, FIRST_PLACE = (next(_columns) for _ in range(5))
 DENSITY_RATE, LOG_BETA1, LOG_BETA2, REST1, BETA2, REST2, EPS, WEIGHT_DECAY = (next(_columns) for _ in range(8))
 
 

@@ -38,14 +38,17 @@ class Places(NamedTuple):
     spans: Tensor
 
 
-def with_first_places(rows: Sequence[Row]) -> tuple[list[Row], tuple[int, int]]:
+def with_list_starts(rows: Sequence[Row]) -> tuple[list[Row], tuple[int, int]]:
     """Says in each row where its lists begin; returns the rows, and the lengths of both lists."""
     lengths = [-(-row.numel // _ALIGNED_TO) * _ALIGNED_TO if row.topology else 0 for row in rows]
     pieces = [-(-row.numel // at.ENTRIES_OF_A_PIECE.value) if row.topology else 0 for row in rows]
     *places, num_places = accumulate(lengths, initial=0)
     *spans, num_spans = accumulate(pieces, initial=0)
     numbered = zip(rows, places, spans, strict=True)
-    return [row._replace(first_place=place, first_span=span) for row, place, span in numbered], (num_places, num_spans)
+    return [row._replace(places_start=place, spans_start=span) for row, place, span in numbered], (
+        num_places,
+        num_spans,
+    )
 
 
 def list_places(
@@ -80,7 +83,7 @@ def write_places(table, work, places, spans, INDEX: tl.constexpr):
     entry = first + tl.cumsum(bit, 0) - bit
     active = bit == 1
     place = (position & (at.SPAN - 1)).to(tl.int16)
-    tl.store(places + tl.load(row + at.FIRST_PLACE) + entry, place, mask=active)
+    tl.store(places + tl.load(row + at.PLACES_START) + entry, place, mask=active)
     begins = active & (entry % at.ENTRIES_OF_A_PIECE == 0)
-    piece = tl.load(row + at.FIRST_SPAN) + entry // at.ENTRIES_OF_A_PIECE
+    piece = tl.load(row + at.SPANS_START) + entry // at.ENTRIES_OF_A_PIECE
     tl.store(spans + piece, (position >> _SPAN_BITS).to(tl.int32), mask=begins)
