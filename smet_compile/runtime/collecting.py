@@ -22,6 +22,8 @@ class GradientCollection:
     Buffers that another manager gave are left alone. They are taken away when this object is gone.
 
     Args:
+        sites: all weights of the manager.
+        changing: those whose topology changes, which alone get buffers.
         rules: the policies, and so whether anything is collected at all.
         window: number of steps up to the update; None for what the policies say.
         largest_fraction: the most that an update ever drops, which fixes the size of the buffers.
@@ -30,10 +32,18 @@ class GradientCollection:
         growth: how many blocks of each weight the next density stage grows, for which buffers have to suffice.
     """
 
-    def __init__(self, sites: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float) -> None:
+    def __init__(
+        self,
+        sites: dict[str, Site],
+        changing: dict[str, Site],
+        rules: Rules,
+        window: int | None,
+        largest_fraction: float,
+    ) -> None:
         asked = max((policy.window for policy in rules.asking), default=0)
         self.window = window if asked and window is not None else asked
-        self._sites, self._rules, self._largest_fraction = sites, rules, largest_fraction
+        self._sites, self._changing = sites, changing
+        self._rules, self._largest_fraction = rules, largest_fraction
         self._decay = min((policy.decay for policy in rules.asking), default=1.0)
         self._given: dict[str, tuple[Site, Collected]] = {}
         self.growth: Mapping[str, int] = {}
@@ -57,7 +67,7 @@ class GradientCollection:
             _take_away(self._given)
         if not is_near:
             return
-        for name, site in self._sites.items():
+        for name, site in self._changing.items():
             if name not in self._given:
                 collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
                 self._given[name] = site, collected

@@ -57,7 +57,7 @@ class TopologyManager:
     """Drops a share ζ of the blocks of each compact weight every ``every`` steps, and grows as many elsewhere.
 
     By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
-    Parts of a block are carried over to the next update.
+    Parts of a block are carried over to the next update. Tiles stay where they are unless a ``schedule`` is given.
 
     Call ``step()`` once per training step, after ``optimizer.step()``::
 
@@ -173,7 +173,8 @@ class TopologyManager:
         self._num_postponed = 0
         self._trained = TrainedParameters()
         changing = self.sites if self._stages else self._moving
-        self._collection = GradientCollection(changing, self._rules, window, self.schedule.largest_fraction)
+        largest = self.schedule.largest_fraction
+        self._collection = GradientCollection(self.sites, changing, self._rules, window, largest)
         self._owed = dict.fromkeys(self.sites, 0.0)
         self._was_called = self._warned_of_newcomers = False
         self._trace = Trace(self.sites, self.min_age)
@@ -352,7 +353,7 @@ class TopologyManager:
         self.num_steps = state["num_steps"]
         self._num_new_steps = 0
         self._owed = {name: float(blocks) for name, blocks in state["owed"].items()}
-        self._num_postponed = state["num_postponed"]
+        self._num_postponed = state["num_postponed"] if self._moving else 0
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
         self._stages.resume(self.num_steps)
