@@ -183,12 +183,12 @@ def test_tiles_may_be_too_dense_to_move() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TopologyManager. . of 2 compact weights consist of tiles")
-@pytest.mark.parametrize("way", ["checkpoint", "deepcopy"])
-def test_a_copy_goes_on_as_the_mixed_run(way: str, tmp_path: Path) -> None:
-    run = mixed_run(grow="momentum")
+@pytest.mark.parametrize(("way", "grow"), [("checkpoint", "momentum"), ("deepcopy", "gradient")])
+def test_a_copy_goes_on_as_the_mixed_run(way: str, grow: Any, tmp_path: Path) -> None:
+    run = mixed_run(grow=grow)
     train(*run, steps=5)
     if way == "checkpoint":
-        other = mixed_run(grow="momentum")
+        other = mixed_run(grow=grow)
         smet.save_checkpoint(tmp_path / "a", *run)
         smet.load_checkpoint(tmp_path / "a", *other)
     else:
@@ -238,7 +238,7 @@ def test_a_run_whose_tiles_moved_goes_on_without_moves(grow: Any) -> None:
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 @pytest.mark.parametrize("block_shape", TILES, ids=str)
 def test_tiles_enter_density_stages_and_rest_between(block_shape: tuple[int, int], grow: Any) -> None:
-    stages = [(3, 0.3), (6, 0.7)]
+    stages = [(3, 0.4), (6, 0.8)]
     options = {"density_schedule": stages, "grow": grow}
     with stay(2, 2):
         run = managed(tiled(block_shape), **options)
@@ -247,7 +247,7 @@ def test_tiles_enter_density_stages_and_rest_between(block_shape: tuple[int, int
     assert [(event.step, event.density) for event in run[2].history] == stages
     assert run[2].next_update is None
     for site in run[2].sites.values():
-        assert site.num_active == round(0.7 * site.layout.num_blocks)
+        assert abs(site.num_active - 0.8 * site.layout.num_blocks) < 1
     static = silently(tiled(block_shape), schedule="none", **options)
     train(*static, steps=9)
     assert_same(snapshot(*run), snapshot(*static))
