@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ import smet_compile as smet
 from smet_compile.format.arguments import described
 from smet_compile.presets import build_preset
 from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method, RunConfig
+from smet_compile.runtime.schedules import ScheduleName
 
 FINAL_RATE_FRACTION = 0.1
 
@@ -76,7 +77,7 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
         drop_fraction=config.drop_fraction,
         final_drop_fraction=config.final_drop_fraction,
         grow=method.grow,
-        schedule=config.schedule,
+        schedule=cast(ScheduleName, config.schedule),
         min_age=config.min_age,
         seed=config.seed,
     )
