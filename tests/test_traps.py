@@ -32,7 +32,7 @@ def test_deepcopy_and_assign_lose_attributes_of_parameters() -> None:
     twin = copy.deepcopy(model)
     twin.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     optimizer = smet.ActiveAdamW(twin)
-    train(twin, optimizer, smet.TopologyManager(twin, optimizer, total_steps=100, every=2), steps=2)
+    train(twin, optimizer, smet.TopologyManager(twin, optimizer, total_steps=100, every=2, schedule="cosine"), steps=2)
     assert [s.layout for s in find_sites(twin).values()] == [s.layout for s in find_sites(model).values()]
 
 
@@ -185,7 +185,9 @@ def test_conv1d_of_torch_is_three_dimensional_but_no_stack() -> None:
 def test_what_hangs_over_the_edge_is_zero_always(moment_dtype: torch.dtype | None) -> None:
     model = smet.sparsify(RaggedNet(), density=0.5, block_shape=(16, 16))
     optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, moment_dtype=moment_dtype)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=3, grow="gradient", drop_fraction=0.4)
+    manager = smet.TopologyManager(
+        model, optimizer, total_steps=100, every=3, grow="gradient", drop_fraction=0.4, schedule="cosine"
+    )
     for _ in range(7):
         model(torch.randn(4, 50)).square().sum().backward()
         optimizer.step()

@@ -79,7 +79,8 @@ class RunConfig:
         "Share of blocks moved at the schedule's end. Default: 0.005.", at_least=0, below=1
     )
     schedule: str = _option(
-        f"How that share falls: {', '.join(SCHEDULES)} (static). Default: cosine; none for tiles.", known=SCHEDULES
+        f"How that share falls: {', '.join(SCHEDULES)} (it stays). Default: cosine; none for static, smet with tiles.",
+        known=SCHEDULES,
     )
     min_age: int = _option("Steps for which a grown block is not dropped. Default: 2 updates, if they fit.", at_least=0)
     pattern: str = _option("Which blocks may be active: none, fan_in, or N:M such as 2:4. Default: none.")
@@ -209,8 +210,9 @@ def _default_density(given: dict[str, Any]) -> float:
 
 
 def _default_schedule(given: dict[str, Any]) -> str:
-    """Returns the manager's own default for one block shape, "none" for tiles, which need not be warned of then."""
-    stays = given.get("method") == STATIC or min(parse_block(given.get("block", "1"), "--block")) > 1
+    """Returns "none" for a method that keeps the topology, and for "smet" with tiles, which better stay in place."""
+    method = given.get("method", "smet")
+    stays = method == STATIC or (method == "smet" and min(parse_block(given.get("block", "1"), "--block")) > 1)
     return "none" if stays else DEFAULT_SCHEDULE
 
 

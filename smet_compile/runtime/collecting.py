@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smet_compile.ops import Site
+from smet_compile.ops import Site, find_sites
 from smet_compile.ops.growth import NO_GRADIENT, Collected
 from smet_compile.ops.loaded import check_keys, check_tensor
 from smet_compile.runtime.update import Rules
@@ -24,7 +24,9 @@ class GradientCollection:
     Buffers that another manager gave are left alone. They are taken away when this object is gone.
 
     Args:
-        model: has the weights ``sites``. rules: the policies, and so whether anything is collected at all.
+        model: has the weights.
+        changing: those whose topology changes, which alone get buffers.
+        rules: the policies, and so whether anything is collected at all.
         window: number of steps up to the update; None for what the policies say.
         largest_fraction: the most that an update ever drops, which fixes the size of the buffers.
 
@@ -33,11 +35,12 @@ class GradientCollection:
     """
 
     def __init__(
-        self, model: nn.Module, sites: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float
+        self, model: nn.Module, changing: dict[str, Site], rules: Rules, window: int | None, largest_fraction: float
     ) -> None:
         asked = max((policy.window for policy in rules.asking), default=0)
         self.window = window if asked and window is not None else asked
-        self._model, self._sites, self._rules, self._largest_fraction = model, sites, rules, largest_fraction
+        self._model, self._sites, self._changing = model, find_sites(model), changing
+        self._rules, self._largest_fraction = rules, largest_fraction
         self._decay = min((policy.decay for policy in rules.asking), default=1.0)
         self._given: dict[str, tuple[Site, Collected]] = {}
         self.growth: Mapping[str, int] = {}
@@ -62,7 +65,7 @@ class GradientCollection:
         if not is_near:
             return
         ranks = Ranks(()) if self._given else Ranks.of(self._model)
-        for name, site in self._sites.items():
+        for name, site in self._changing.items():
             if name not in self._given:
                 collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
                 self._given[name] = site, collected

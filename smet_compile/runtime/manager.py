@@ -59,7 +59,7 @@ class TopologyManager:
     """Drops a share ζ of the blocks of each compact weight every ``every`` steps, and grows as many elsewhere.
 
     By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
-    Parts of a block are carried over to the next update.
+    Parts of a block are carried over to the next update. Tiles stay where they are unless a ``schedule`` is given.
 
     Call ``step()`` once per training step, after ``optimizer.step()``::
 
@@ -359,7 +359,7 @@ class TopologyManager:
         self.num_steps = state["num_steps"]
         self._num_new_steps = 0
         self._owed = {name: float(blocks) for name, blocks in state["owed"].items()}
-        self._num_postponed = state["num_postponed"]
+        self._num_postponed = state["num_postponed"] if self._moving else 0
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
         self._trace.load_state_dict(state["trace"])
         self._stages.resume(self.num_steps)

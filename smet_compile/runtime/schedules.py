@@ -121,7 +121,7 @@ def make_schedule(schedule: str | Callable[[int], float], plain: Schedule) -> Sc
     if not callable(schedule):
         raise ValueError(
             f"schedule: expected one of {', '.join(SCHEDULES)} or a function of the step, got {described(schedule)}; "
-            "pass one of these"
+            "pass one of these, or leave it out: tiles then stay where they are"
         )
     return FunctionSchedule(*times, schedule)
 
@@ -137,9 +137,9 @@ def name_of_schedule(schedule: str | Callable[[int], float] | None, num_moving: 
     """Returns the name of a schedule as checkpoints keep it: that of a function is its qualified name."""
     if schedule is not None:
         return schedule if isinstance(schedule, str) else qualified_name(schedule)
-    if num_moving == 0:
-        return "none"
-    return DEFAULT_SCHEDULE if num_moving == num_weights else f"{DEFAULT_SCHEDULE}, tiles stay"
+    if num_moving == num_weights:
+        return DEFAULT_SCHEDULE
+    return f"{DEFAULT_SCHEDULE}, tiles stay" if num_moving else "none"
 
 
 def find_min_age(min_age: int | None, schedule: Schedule) -> int:

@@ -93,7 +93,9 @@ def train(setting: Setting, how: str = "eager", **compile_options: Any) -> Train
     torch._dynamo.reset()
     model = setting.make()
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5, stochastic_rounding=False)
-    manager = smet.TopologyManager(model, optimizer, total_steps=2 * NUM_STEPS, every=8, grow=setting.grow)
+    manager = smet.TopologyManager(
+        model, optimizer, total_steps=2 * NUM_STEPS, every=8, grow=setting.grow, schedule="cosine"
+    )
     called = torch.compile(model, **compile_options) if how == "loop" else model
     if how == "step":
         step = smet.compile_train_step(model, optimizer, setting.loss_fn)

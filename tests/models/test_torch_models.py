@@ -68,7 +68,7 @@ def test_gradients_updates_and_export(name: str, block_shape: Any) -> None:
         torch.testing.assert_close(parameter_of(sparse, parameter).grad, expected, **CLOSE)
     sparse.zero_grad()
     optimizer = smet.ActiveAdamW(sparse, lr=1e-2)
-    manager = smet.TopologyManager(sparse, optimizer, total_steps=100, every=3, grow="gradient")
+    manager = smet.TopologyManager(sparse, optimizer, total_steps=100, every=3, grow="gradient", schedule="cosine")
     before = masks_of(sparse)
     for _ in range(3):
         sparse(x).square().mean().backward()

@@ -24,7 +24,7 @@ def test_equal_to_eager_and_compiled_once(block_shape: Any) -> None:
     runs = []
     for each in (model, eager):
         optimizer = smet.ActiveAdamW(each, lr=1e-2)
-        runs.append((optimizer, smet.TopologyManager(each, optimizer, total_steps=100, every=2)))
+        runs.append((optimizer, smet.TopologyManager(each, optimizer, total_steps=100, every=2, schedule="cosine")))
     for _ in range(5):
         x = torch.randn(4, 50)
         compiled(x).square().sum().backward()

@@ -212,7 +212,7 @@ def test_state_of_another_form_is_refused_by_name() -> None:
 def test_an_average_across_topologies_is_refused(use_buffers: bool, block: int | tuple[int, int]) -> None:
     model = sparse(block)
     optimizer = smet.ActiveAdamW(model, lr=1e-2)
-    manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2)
+    manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2, schedule="cosine")
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
     if not use_buffers:
         average.update_parameters(model)

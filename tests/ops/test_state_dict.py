@@ -53,7 +53,7 @@ NAMES = ["save_load", "assign", "assign_from_meta", "deepcopy"]
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 def test_the_copy_trains_on_as_the_original(way: Callable[..., nn.Module], block_shape: Any, grow: str) -> None:
     model = build(block_shape)
-    options = {"total_steps": 1000, "every": 3, "grow": grow}
+    options = {"total_steps": 1000, "every": 3, "grow": grow, "schedule": "cosine"}
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5)
     manager = smet.TopologyManager(model, optimizer, **options)
     train(model, optimizer, manager, steps=4)

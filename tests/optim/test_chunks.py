@@ -46,7 +46,7 @@ def run(dtype: torch.dtype, moment_dtype: Any) -> list[Any]:
     model = make(dtype)
     assert not model.transposed.is_contiguous()
     optimizer = smet.ActiveAdamW(model, lr=1e-2, weight_decay=0.1, warmup_steps=3, moment_dtype=moment_dtype)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, drop_fraction=0.3)
+    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, drop_fraction=0.3, schedule="cosine")
     for step in range(5):
         model(torch.tensor(1.0 + step, dtype=dtype)).backward()
         if step == 4:

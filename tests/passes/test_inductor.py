@@ -56,7 +56,7 @@ def test_topology_updates_do_not_recompile() -> None:
     runs = []
     for each in (model, twin):
         optimizer = smet.ActiveAdamW(each, lr=1e-2)
-        runs.append((optimizer, smet.TopologyManager(each, optimizer, total_steps=100, every=2)))
+        runs.append((optimizer, smet.TopologyManager(each, optimizer, total_steps=100, every=2, schedule="cosine")))
     for step in range(7):
         x = randn(5, 16)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):

@@ -33,6 +33,7 @@ from smet_compile.pretrain.training import learning_rate
         ("density", math.nan, r"--density: expected a number in \(0, 1\], got nan"),
         ("drop_fraction", 1.0, r"--drop-fraction: expected a number in \[0, 1\), got 1.0"),
         ("final_drop_fraction", -0.1, r"--final-drop-fraction: expected a number in \[0, 1\), got -0.1"),
+        ("schedule", "cosin", "--schedule: expected one of cosine, linear, constant, none, got 'cosin'"),
         ("lr_density_exponent", 5000.0, r"--lr-density-exponent: expected an exponent p .*, got 5000.0"),
         ("lr_density_exponent", -5000.0, r"--lr-density-exponent: expected an exponent p .*, got -5000.0"),
         ("block", "１６", "--block: expected a side such as 16 .*, got '１６'"),
@@ -63,6 +64,31 @@ def test_defaults_follow_from_preset_and_steps() -> None:
     assert resolve(every=7).block_warmup == resolve(every=7).initial_block_warmup == 7
     assert resolve(block_warmup=9).initial_block_warmup == 9 and resolve().initial_block_warmup == resolve().every
     assert resolve(lr=0.2).embedding_lr == 0.2 and resolve().embedding_lr == resolve().lr
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({}, "cosine"),
+        ({"block": "1x16"}, "cosine"),
+        ({"block": "16x1", "method": "smet-rigl"}, "cosine"),
+        ({"block": "16"}, "none"),
+        ({"block": "2x3", "method": "set-naive"}, "cosine"),
+        ({"block": "16", "schedule": "linear"}, "linear"),
+        ({"schedule": "none"}, "none"),
+        ({"method": "static"}, "none"),
+        ({"method": "static", "block": "16", "schedule": "none"}, "none"),
+    ],
+    ids=str,
+)
+def test_tiles_move_only_where_a_method_or_a_schedule_says_so(options: dict[str, str], schedule: str) -> None:
+    assert resolve(**options).schedule == schedule
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_static_topology_has_no_schedule(schedule: str) -> None:
+    with pytest.raises(ValueError, match=f"--schedule: expected none, since --method static .*, got {schedule}; pass"):
+        resolve(method="static", schedule=schedule)
 
 
 def test_dense_training_has_density_one() -> None:

@@ -26,7 +26,8 @@ def call(folder: Path) -> Result:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of a finished run."""
     folder = tmp_path_factory.mktemp("inspected")
-    pretrain(small_config(folder, density=0.2, block="2"), folder / "run", console=Console(file=io.StringIO()))
+    config = small_config(folder, density=0.2, block="2", schedule="cosine")
+    pretrain(config, folder / "run", console=Console(file=io.StringIO()))
     return folder / "run"
 
 
@@ -89,7 +90,7 @@ def warnings_of(tmp_path: Path, **changes: object) -> list[str]:
 
 
 def test_pretrain_warns_once_of_each_layer_with_dead_units_and_again_when_it_goes_on(tmp_path: Path) -> None:
-    found = warnings_of(tmp_path, density=0.1, block="8", every=1)
+    found = warnings_of(tmp_path, density=0.1, block="8", every=1, schedule="cosine")
     assert "self_attn.q_proj.weight" in found[0] and "without an active weight; a higher --density" in found[0]
     named = re.findall(r"model\.\S+\.weight", " ".join(found))
     assert len(named) == len(set(named))

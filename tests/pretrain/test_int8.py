@@ -19,7 +19,7 @@ def loss_after_training(moments: str, block: str, seed: int) -> tuple[float, flo
     """Returns the held-out loss before and after."""
     config = resolve(
         preset="nano", moment_dtype=moments, block=block, steps=NUM_STEPS, sequence=64, eval_windows=64, eager=True,
-        device="cpu", seed=seed,
+        device="cpu", seed=seed, schedule="cosine",
     )  # fmt: skip
     training, data = build_training(config, 256), open_data(config, ByteTokenizer())
     before = validation_loss(training, data.validation, config)

@@ -27,8 +27,24 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", ["16", "1x16"])
 def test_blocks(block: str, tmp_path: Path) -> None:
-    pretrain(small_config(tmp_path, block=block, density=0.5, steps=4, every=1), tmp_path / "run")
+    pretrain(small_config(tmp_path, block=block, density=0.5, steps=4, every=1, schedule="cosine"), tmp_path / "run")
     assert len(moves(tmp_path / "run")) >= 2
+
+
+def test_tiles_stay_where_they_are_by_default(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    config = small_config(tmp_path, block="16", density=0.5, steps=4, every=1, method="smet-rigl")
+    training = build_training(config, 256)
+    assert training.manager is not None and training.manager.settings["schedule"] == "none"
+    assert training.manager.next_update is None and not [w for w in recwarn if "tiles" in str(w.message)]
+    pretrain(config, tmp_path / "run")
+    assert moves(tmp_path / "run") == []
+    assert "The topology did not change" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_schedule_is_the_managers(schedule: str, tmp_path: Path) -> None:
+    training = build_training(small_config(tmp_path, schedule=schedule), 256)
+    assert training.manager is not None and training.manager.settings["schedule"] == schedule
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "float32", "int8"])

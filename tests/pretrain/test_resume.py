@@ -26,7 +26,7 @@ pytestmark = SMALL_MODEL
 
 WAYS = [
     {"method": "smet"},
-    {"method": "smet-rigl", "block": "16"},
+    {"method": "smet-rigl", "block": "16", "schedule": "cosine"},
     {"method": "set-naive"},
     {"method": "static"},
     {"method": "dense"},

@@ -14,4 +14,5 @@ def make(
 ) -> tuple[nn.Module, torch.optim.Optimizer, smet.TopologyManager]:
     model = smet.sparsify(two_layers(dropout), density=density, block_shape=block_shape)
     made = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5) if optimizer is None else optimizer(model)
-    return model, made, smet.TopologyManager(model, made, **{"total_steps": 1000, "every": 3, **options})
+    given = {"total_steps": 1000, "every": 3, "schedule": "cosine"} | options
+    return model, made, smet.TopologyManager(model, made, **given)

@@ -46,7 +46,9 @@ class Run:
             for layer, block_shape in ((0, 1), (2, 4), (4, (1, 4))):
                 smet.sparsify(self.model, 0.5, include=f"{layer}.weight", block_shape=block_shape)
         self.optimizer = make(self.model)
-        self.manager = smet.TopologyManager(self.model, self.optimizer, total_steps=60, every=2, grow=grow)
+        self.manager = smet.TopologyManager(
+            self.model, self.optimizer, total_steps=60, every=2, grow=grow, schedule="cosine"
+        )
         self.objects = self.model, self.optimizer, self.manager
 
     def train(self, steps: int) -> None:

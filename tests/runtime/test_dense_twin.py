@@ -67,7 +67,14 @@ def test_compact_training_equals_the_dense_twin(block_shape: tuple[int, int], ru
     model, twin = make_pair(block_shape, rule)
     optimizer = make_optimizer(model)
     manager = smet.TopologyManager(
-        model, optimizer, total_steps=390, every=60, drop_fraction=0.4, final_drop_fraction=0.3, grow=grow
+        model,
+        optimizer,
+        total_steps=390,
+        every=60,
+        drop_fraction=0.4,
+        final_drop_fraction=0.3,
+        grow=grow,
+        schedule="cosine",
     )
     num_changed = 0
     for step in range(300):

@@ -13,7 +13,7 @@ def peak_of_an_update(num_layers: int, block_shape: Any, grow: str) -> int:
     model = nn.Sequential(*[nn.Linear(128, 128, bias=False) for _ in range(num_layers)])
     smet.sparsify(model, density=0.5, block_shape=block_shape)
     optimizer = smet.ActiveAdamW(model, lr=1e-2)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, grow=grow)
+    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, grow=grow, schedule="cosine")
     peak_bytes = 0
     for _ in range(4):
         model(model[0].weight.detach()).square().mean().backward()
@@ -36,7 +36,8 @@ def test_six_layers_need_no_more_than_one(block_shape: Any, grow: str) -> None:
 @pytest.mark.parametrize("block_shape", [1, (4, 4)], ids=str)
 def test_buffers_for_gradients_hold_twice_what_may_grow(block_shape: Any) -> None:
     model = smet.sparsify(nn.Sequential(nn.Linear(128, 128)), density=0.5, block_shape=block_shape)
-    manager = smet.TopologyManager(model, smet.ActiveAdamW(model), total_steps=100, every=1, grow="gradient")
+    options: Any = {"total_steps": 100, "every": 1, "grow": "gradient", "schedule": "cosine"}
+    manager = smet.TopologyManager(model, smet.ActiveAdamW(model), **options)
     site = manager.sites["0.weight"]
     assert site.compact.collected is not None
     num_kept = 2 * (int(0.2 * site.num_active) + 1)

@@ -34,9 +34,8 @@ class Case:
         model = two_layers(dropout=0.2).to(self.dtype)
         smet.sparsify(model, self.density, block_shape=self.block_shape, dense_as_compact=True)
         optimizer = self.optimizer(model)
-        manager = smet.TopologyManager(
-            model, optimizer, total_steps=40, every=4, drop_fraction=0.3, grow=self.grow, **self.options
-        )
+        options = {"schedule": "cosine", "drop_fraction": 0.3, "grow": self.grow} | self.options
+        manager = smet.TopologyManager(model, optimizer, total_steps=40, every=4, **options)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
         return Run(model, optimizer, manager, scheduler)
 

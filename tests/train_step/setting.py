@@ -117,7 +117,9 @@ def twice(model: nn.Module, make_optimizer: MakeOptimizer = active, **manager: A
     for each in (model, copy.deepcopy(model)):
         run = Run(each, make_optimizer(each))
         if manager:
-            run.manager = smet.TopologyManager(each, run.optimizer, **{"total_steps": 100, "every": 4, **manager})
+            run.manager = smet.TopologyManager(
+                each, run.optimizer, **{"total_steps": 100, "every": 4, "schedule": "cosine", **manager}
+            )
         runs.append(run)
     return runs[0], runs[1]
 

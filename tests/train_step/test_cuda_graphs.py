@@ -78,7 +78,9 @@ def make(block: int, grow: str, make_optimizer: Callable[..., Optimizer] = activ
     torch.manual_seed(0)
     model = sparse(Net, block).float()
     optimizer = make_optimizer(model)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=EVERY, grow=grow, drop=drop)
+    manager = smet.TopologyManager(
+        model, optimizer, total_steps=100, every=EVERY, grow=grow, drop=drop, schedule="cosine"
+    )
     return smet.compile_train_step(model, optimizer), manager
 
 

@@ -64,7 +64,8 @@ def single(step: int) -> Batch:
 def trained(block: int, grow: str) -> tuple[Any, Any, smet.TopologyManager]:
     model = sparse(block_shape=block).float()
     optimizer = active(model)
-    return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=100, every=EVERY, grow=grow)
+    options: Any = {"total_steps": 100, "every": EVERY, "grow": grow, "schedule": "cosine"}
+    return model, optimizer, smet.TopologyManager(model, optimizer, **options)
 
 
 @pytest.mark.filterwarnings("ignore:TopologyManager")

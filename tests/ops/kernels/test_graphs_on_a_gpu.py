@@ -163,7 +163,7 @@ def test_two_models_on_two_streams() -> None:
 
 def compiled(run: Run, mode: str | None) -> list[Tensor]:
     """Trains by the compiled step with topology updates, and returns the losses."""
-    own = smet.TopologyManager(run.model, run.optimizer, total_steps=100, every=4)
+    own = smet.TopologyManager(run.model, run.optimizer, total_steps=100, every=4, schedule="cosine")
     step = smet.compile_train_step(run.model, run.optimizer, loss_of)
     step.compile(mode=mode)
     losses = []
