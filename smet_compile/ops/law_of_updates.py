@@ -174,8 +174,7 @@ class Begun:
             raise ValueError(f"rule {self.update.rule.name}: expected a layout that says what a row is, got none")
         are_columns = self.update.units_are_columns
         if self.squares is None:
-            num_units = layout.num_matrices * (layout.cols if are_columns else layout.rows)
-            self.squares = torch.zeros(num_units, dtype=torch.float64, device=self.grad.device)
+            self.squares = _no_squares(self.update, layout)
         block, finite, _ = self._read(rows, location)
         squares = torch.where(finite, normalized(block, self.options), 0).double().square_()
         unit = location.units(layout, are_columns)
@@ -194,6 +193,8 @@ class Begun:
         layout = self.update.layout
         if self.squares is not None and location is not None and layout is not None:
             if self.norms is None:
+                if self.update.sum_over_ranks is not None:
+                    self.update.sum_over_ranks(self.squares)
                 self.norms = self.squares.sqrt().to(block.weight.dtype)
             block = block._replace(unit_norm=self.norms[location.units(layout, self.update.units_are_columns)])
         new = self.update.rule.step(block, self.options)
@@ -237,7 +238,7 @@ def update_all(updates: list[Update]) -> None:
     """Makes every update, each with all of its rows at once."""
     for update in updates:
         if update.values.numel() == 0:
-            update.step.add_(1)
+            move_nothing(update)
             continue
         begun = Begun(update)
         everything = slice(0, len(begun.grad))
@@ -245,6 +246,18 @@ def update_all(updates: list[Update]) -> None:
         if update.rule.normalized is not None and location is not None:
             begun.measure_units(everything, location)
         begun.move(everything, location)
+
+
+def move_nothing(update: Update) -> None:
+    """Makes the update of a parameter of which no row is here; other ranks may wait for its part of their norms."""
+    update.step.add_(1)
+    if update.rule.normalized is not None and update.sum_over_ranks is not None and update.layout is not None:
+        update.sum_over_ranks(_no_squares(update, update.layout))
+
+
+def _no_squares(update: Update, layout: Layout) -> Tensor:
+    num_units = layout.num_matrices * (layout.cols if update.units_are_columns else layout.rows)
+    return torch.zeros(num_units, dtype=torch.float64, device=update.grad.device)
 
 
 def locate_all(begun: Begun) -> Location:

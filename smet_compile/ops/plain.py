@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Topology, blocks, positions_of, unpack_bits
 from smet_compile.ops import captures
-from smet_compile.ops.law_of_updates import Begun, Location
+from smet_compile.ops.law_of_updates import Begun, Location, move_nothing
 from smet_compile.ops.updates import Update
 
 
@@ -221,7 +221,7 @@ def update_all(updates: list[Update]) -> None:
     """Makes one update after another, each of them chunk by chunk."""
     for update in updates:
         if update.values.numel() == 0:
-            update.step.add_(1)
+            move_nothing(update)
             continue
         begun = Begun(update)
         if update.rule.normalized is not None:

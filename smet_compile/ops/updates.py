@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class Update:
         noise_seed: seed for rounding bf16 tensors and codes stochastically; None to round to nearest.
         first_place: the position in the whole parameter of the first entry here, for a plain parameter of which this
             is a shard: consecutive entries. Noise and output units are those of the whole; groups of codes begin here.
+        sum_over_ranks: adds a tensor up, in place, over the ranks that hold the other rows of the parameter; for a
+            normalized rule, whose output units may lie on several. None where all rows are here.
         prepared: whatever a kernel prepared for this update and may use again while its tensors stay the same.
     """
 
@@ -68,6 +70,7 @@ class Update:
     initial_warmup_steps: int
     noise_seed: int | None
     first_place: int = 0
+    sum_over_ranks: Callable[[Tensor], Any] | None = field(default=None, repr=False)
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -31,6 +31,8 @@ from smet_compile.optim.parameters import (
     ReadyUpdate,
     check_initialised,
     describe_parameters,
+    find_misfit,
+    not_trained,
     warn_of_untrained,
 )
 from smet_compile.optim.rates import Rates
@@ -132,15 +134,10 @@ class ActiveOptimizer(Optimizer):
         super().add_param_group(param_group | known | initial_warmup(checked))
         self._parameters = describe_parameters(self._model) | self._parameters
         for parameter in self.param_groups[-1]["params"]:
-            if parameter not in self._parameters:
+            error = find_misfit(type(self).__name__, parameter, self._parameters, self.moment_dtype)
+            if error is not None:
                 del self.param_groups[-1]
-                raise ValueError(
-                    f"{type(self).__name__}: got a parameter of shape {tuple(parameter.shape)} that is none of the "
-                    "model's; add it to the model first"
-                )
-            if parameter.requires_grad and parameter.is_complex():
-                del self.param_groups[-1]
-                raise _not_trained(self._parameters[parameter].name, parameter)
+                raise error
 
     @outside_graphs("an active optimizer's step runs in eager mode; compile what calls it without fullgraph=True")
     @torch.no_grad()
@@ -212,7 +209,7 @@ class ActiveOptimizer(Optimizer):
                     continue
                 name = self._parameters[parameter].name
                 if parameter.dtype not in _TRAINABLE_DTYPES:
-                    raise _not_trained(name, parameter)
+                    raise not_trained(name, parameter)
                 if grad.is_sparse:
                     raise ValueError(f"{name}: expected a dense gradient, got a sparse one; use sparse=False")
 
@@ -237,8 +234,8 @@ class ActiveOptimizer(Optimizer):
             lr=self._rates.rate(group, parameter.device),
             generation=local(state.get("generation")),
             births=state.get("births"),
-            topology=compact.active.of_rows(Rows.of(parameter).here) if compact else None,
             layout=known.layout,
+            **known.place_of_rows(parameter),
             units_are_columns=known.units_are_columns,
             options=_numbers_of(rule, group),
             density_rate=known.density ** -group["lr_density_exponent"],
@@ -390,10 +387,3 @@ def _numbers_of(rule: Rule, group: dict[str, Any]) -> tuple[float, ...]:
     """Returns the options of a parameter group that the rule needs, in its order."""
     named = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
     return tuple(float(named[option]) for option in rule.options)
-
-
-def _not_trained(name: str, parameter: Tensor) -> ValueError:
-    return ValueError(
-        f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
-        "an optimizer of torch.optim, and give this one the other parameters with model="
-    )

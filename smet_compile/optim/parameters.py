@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout
+from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
 from smet_compile.ops.optimizers import registered_holders
 from smet_compile.ops.sites import CONVOLUTIONS
 from smet_compile.ops.updates import Update
-from smet_compile.shards import local
+from smet_compile.shards import Rows, local
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -58,6 +59,16 @@ class Parameter:
         if self.site is None:
             return tuple(self.first_shape)
         return self.site.layout.values_shape(self.site.compact.num_active)
+
+    def place_of_rows(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Returns the arguments of an ``Update`` that say where the rows that this rank holds lie in the whole."""
+        rows = Rows.of(parameter)
+        if self.site is not None:
+            topology, first_place = self.site.compact.active.of_rows(rows.here), 0
+        else:
+            topology, first_place = None, rows.here.start * math.prod(parameter.shape[1:])
+        sums = None if rows.are_whole else rows.sum_
+        return {"topology": topology, "first_place": first_place, "sum_over_ranks": sums}
 
     def check(self, parameter: Tensor) -> None:
         """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
@@ -136,6 +147,39 @@ def find_output_head(model: nn.Module) -> nn.Parameter | None:
         if isinstance(head, nn.Module) and matrices(head):
             return matrices(head)[0]
     return matrices(model)[-1] if matrices(model) else None
+
+
+def find_misfit(
+    optimizer: str,
+    parameter: nn.Parameter,
+    known: dict[nn.Parameter, Parameter],
+    moment_dtype: torch.dtype | str | None,
+) -> ValueError | None:
+    """Returns the error for a parameter that ``optimizer`` cannot train; None where it can."""
+    if parameter not in known:
+        return ValueError(
+            f"{optimizer}: got a parameter of shape {tuple(parameter.shape)} that is none of the model's; add it to "
+            "the model first"
+        )
+    name, site = known[parameter].name, known[parameter].site
+    if parameter.requires_grad and parameter.is_complex():
+        return not_trained(name, parameter)
+    has_whole_groups = Rows.of(parameter).are_whole or (site is not None and site.layout.tiles)
+    if moment_dtype == "int8" and parameter.requires_grad and not has_whole_groups:
+        return ValueError(
+            f"{name}: expected a weight of tiles for 8-bit state on several ranks, got one whose groups of "
+            f"{WEIGHTS_OF_A_GROUP} codes are cut into shards; train it by an optimizer of its own with "
+            "moment_dtype=torch.bfloat16"
+        )
+    return None
+
+
+def not_trained(name: str, parameter: Tensor) -> ValueError:
+    """Returns the error for a parameter of a dtype that no rule moves."""
+    return ValueError(
+        f"{name}: expected a parameter of float64, float32, bfloat16 or float16, got {parameter.dtype}; train it by "
+        "an optimizer of torch.optim, and give this one the other parameters with model="
+    )
 
 
 def warn_of_untrained(optimizer: str, model: nn.Module) -> None:
