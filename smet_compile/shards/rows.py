@@ -36,11 +36,21 @@ def reshard(model: nn.Module) -> bool:
 
     Returns whether the model has such a module.
     """
-    module = sys.modules.get("torch.distributed.fsdp")
-    found = [] if module is None else [each for each in model.modules() if isinstance(each, module.FSDPModule)]
-    for each in found:
-        each.reshard()
+    found = _sharded_modules(model)
+    for module in found:
+        module.reshard()
     return bool(found)
+
+
+def set_gradient_sync(model: nn.Module, is_on: bool) -> None:
+    """Has FSDP2 reduce gradients over the ranks in the next backward, or add them up on each rank."""
+    for module in _sharded_modules(model):
+        module.set_requires_gradient_sync(is_on, recurse=False)
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 @dataclass(frozen=True)
