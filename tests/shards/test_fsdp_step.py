@@ -45,6 +45,7 @@ def plain_run(rank: int, world: int, compiled: bool = False, grow: str = "random
 def compiled_run(rank: int, world: int, grow: str) -> Any:
     """Returns what ``plain_run`` does, with compiled layers, the sizes saved for backward and the number of graphs."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     dense_sizes = {site.layout.num_weights for site in find_sites(sparse_net(torch.float32, 4)).values()}
     saved: list[int] = []
 
