@@ -106,8 +106,9 @@ class TrainStep:
         self._update_of = updates_of(optimizer)
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
         self._is_sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        updates_on_arrival = self._is_sharded and isinstance(optimizer, ActiveOptimizer)
-        self._on_arrival = UpdatesOnArrival(optimizer) if updates_on_arrival else None
+        self._on_arrival: UpdatesOnArrival | None = None
+        if self._is_sharded and isinstance(optimizer, ActiveOptimizer):
+            self._on_arrival = UpdatesOnArrival(optimizer)
         self._num_accumulated = 0
         self._unfinished: list[BackwardUpdate | None] | None = None
         self._leaf = _new_leaf(torch.device("cpu"))
