@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
 from smet_compile.format.densities import Stage
+from smet_compile.plan import rank_table
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
+from smet_compile.plan.per_rank import PerRank, has_cut_codes, rank_cost
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
@@ -74,6 +76,7 @@ class Plan:
             blocks must stay empty.
         stages: the cost of each density stage, that before the first included; empty without a density schedule.
             All other numbers are those of the first.
+        per_rank: what a rank of the mesh stores and sends, here and in dense training; None without a mesh.
     """
 
     title: str
@@ -87,6 +90,7 @@ class Plan:
     rounding_bytes: float = 0.0
     warnings: tuple[str, ...] = ()
     stages: tuple[StagePlan, ...] = ()
+    per_rank: PerRank | None = None
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
@@ -116,6 +120,10 @@ class Plan:
         """Returns the bytes of each density stage in a line, and the stage with the highest peak."""
         return table_of(self.stages)
 
+    def rank_table(self) -> str:
+        """Returns the bytes that a rank of the mesh stores and sends; an empty text without a mesh."""
+        return "" if self.per_rank is None else rank_table.table_of(self.per_rank)
+
     def __str__(self) -> str:
         table = [("", "formula", "sparse", "dense", "ratio"), *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
@@ -128,6 +136,7 @@ class Plan:
             lines.append("  ".join(cells).rstrip())
         lines += ["", self.legend()]
         lines += ["", self.stage_table()] if self.stages else []
+        lines += ["", self.rank_table()] if self.per_rank else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -145,9 +154,14 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
     timeline, point, stored = run.timeline, run.point(batch), run.stored()
     sparse = _cost(total_bytes(stored, run.recipe, run.buffers), timeline, point, run.operations())
     by_torch = Recipe(fused_update=False, by_torch=True)
-    dense_bytes = total_bytes((each.dense() for each in stored), by_torch, run.buffers)
+    stored_dense = [each.dense() for each in stored]
+    dense_bytes = total_bytes(stored_dense, by_torch, run.buffers)
     dense = _cost(dense_bytes, run.dense_timeline, point, run.operations(dense=True))
     formulas, symbols = _formulas(run, stored, point)
+    mesh, per_rank = run.request.mesh, None
+    if mesh is not None:
+        on_rank = rank_cost(stored, run.recipe, mesh, run.buffers)
+        per_rank = PerRank(mesh, on_rank, rank_cost(stored_dense, by_torch, mesh, run.buffers))
     return Plan(
         title=_title(run, batch),
         density=run.density,
@@ -158,8 +172,9 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
         formulas=formulas,
         symbols=symbols,
         rounding_bytes=rounding_bytes(stored, run.recipe),
-        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense)]),
+        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense), *_rank_warnings(run, per_rank)]),
         stages=tuple(plan_stages(run, stages, batch)),
+        per_rank=per_rank,
     )
 
 
@@ -237,6 +252,23 @@ def _cost_warnings(sparse: Cost, dense: Cost) -> Iterator[str]:
         yield (
             f"index and ages take {bytes_text(lists)}, more than the {bytes_text(max(0, saved))} that sparsity saves "
             "in weights, gradients and moments; take larger blocks or a lower density"
+        )
+
+
+def _rank_warnings(run: PlannedRun, per_rank: PerRank | None) -> Iterator[str]:
+    """Says where a rank stores more than in dense training, and what cannot be trained as it was asked for."""
+    if per_rank is None:
+        return
+    if any(has_cut_codes(each, run.recipe) for each in run.stored()):
+        yield (
+            'moment_dtype: of sharded parameters only tiles have moments of "int8", and optimizers refuse it for all '
+            "others; a rank is planned with moments of bfloat16 for those, by an optimizer of their own"
+        )
+    sparse, dense = per_rank.sparse, per_rank.dense
+    if sparse.persistent > dense.persistent * (1 + _PRINTED_AS_EQUAL):
+        yield (
+            f"a rank stores {sparse.persistent / dense.persistent:.2f} times what it does in dense training: bits and "
+            f"lists of topologies, which every rank has, take {bytes_text(sparse.topology)}; take tiles or fewer ranks"
         )
 
 

@@ -5,7 +5,7 @@ from torch import nn
 import smet_compile as smet
 
 CASES = [
-    ({"model": "huge"}, "model: expected one of nano, .*7b, got 'huge'"),
+    ({"model": "huge"}, "model: expected one of nano, .*70b, got 'huge'"),
     ({"model": 3}, "model: expected an nn.Module or one of"),
     ({"density": 0}, "density: expected a number in"),
     ({"density": 1.5}, "density: expected a number in"),
