@@ -68,8 +68,19 @@ class PerRank:
     dense: RankCost
 
 
+def per_rank(parameters: Sequence[Stored], recipe: Recipe, buffers: int, mesh: Mesh) -> PerRank:
+    """Counts the bytes of a rank, and those in dense training by torch's AdamW.
+
+    Args:
+        buffers: the bytes of buffers outside topologies, which every rank has.
+    """
+    by_torch = Recipe(fused_update=False, by_torch=True)
+    dense = [each.dense() for each in parameters]
+    return PerRank(mesh, rank_cost(parameters, recipe, mesh, buffers), rank_cost(dense, by_torch, mesh, buffers))
+
+
 def rank_cost(parameters: Sequence[Stored], recipe: Recipe, mesh: Mesh, buffers: int) -> RankCost:
-    """Counts the bytes of a rank. ``buffers``: the bytes of buffers outside topologies, which every rank has."""
+    """Counts the bytes of a rank by one recipe."""
     recipes = [_without_cut_codes(each, recipe) for each in parameters]
     slots = {name for each in parameters for name in _slots(each, recipe)}
     found = dict.fromkeys([*_CUT, *sorted(slots), *_REST], 0) | {"buffers": buffers}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smet_compile.convert import describe_empty_rows
@@ -12,7 +13,8 @@ from smet_compile.format import Layout
 from smet_compile.format.densities import Stage
 from smet_compile.plan import rank_table
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
-from smet_compile.plan.per_rank import PerRank, has_cut_codes, rank_cost
+from smet_compile.plan.mesh import Mesh, check_mesh
+from smet_compile.plan.per_rank import PerRank, has_cut_codes, per_rank
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
@@ -91,6 +93,12 @@ class Plan:
     warnings: tuple[str, ...] = ()
     stages: tuple[StagePlan, ...] = ()
     per_rank: PerRank | None = None
+    _place: Callable[[Mesh], PerRank] | None = field(default=None, repr=False, compare=False)
+
+    def on_mesh(self, mesh: Mapping[str, int]) -> PerRank:
+        """Returns what a rank of this mesh stores and sends in the planned run, without planning it again."""
+        assert self._place is not None, "plan() passes it"
+        return self._place(check_mesh(mesh))
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
@@ -154,14 +162,11 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
     timeline, point, stored = run.timeline, run.point(batch), run.stored()
     sparse = _cost(total_bytes(stored, run.recipe, run.buffers), timeline, point, run.operations())
     by_torch = Recipe(fused_update=False, by_torch=True)
-    stored_dense = [each.dense() for each in stored]
-    dense_bytes = total_bytes(stored_dense, by_torch, run.buffers)
+    dense_bytes = total_bytes((each.dense() for each in stored), by_torch, run.buffers)
     dense = _cost(dense_bytes, run.dense_timeline, point, run.operations(dense=True))
     formulas, symbols = _formulas(run, stored, point)
-    mesh, per_rank = run.request.mesh, None
-    if mesh is not None:
-        on_rank = rank_cost(stored, run.recipe, mesh, run.buffers)
-        per_rank = PerRank(mesh, on_rank, rank_cost(stored_dense, by_torch, mesh, run.buffers))
+    place = partial(per_rank, stored, run.recipe, run.buffers)
+    placed = None if run.request.mesh is None else place(run.request.mesh)
     return Plan(
         title=_title(run, batch),
         density=run.density,
@@ -172,9 +177,10 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
         formulas=formulas,
         symbols=symbols,
         rounding_bytes=rounding_bytes(stored, run.recipe),
-        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense), *_rank_warnings(run, per_rank)]),
+        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense), *_rank_warnings(run, placed)]),
         stages=tuple(plan_stages(run, stages, batch)),
-        per_rank=per_rank,
+        per_rank=placed,
+        _place=place,
     )
 
 
@@ -255,16 +261,16 @@ def _cost_warnings(sparse: Cost, dense: Cost) -> Iterator[str]:
         )
 
 
-def _rank_warnings(run: PlannedRun, per_rank: PerRank | None) -> Iterator[str]:
+def _rank_warnings(run: PlannedRun, placed: PerRank | None) -> Iterator[str]:
     """Says where a rank stores more than in dense training, and what cannot be trained as it was asked for."""
-    if per_rank is None:
+    if placed is None:
         return
     if any(has_cut_codes(each, run.recipe) for each in run.stored()):
         yield (
             'moment_dtype: of sharded parameters only tiles have moments of "int8", and optimizers refuse it for all '
             "others; a rank is planned with moments of bfloat16 for those, by an optimizer of their own"
         )
-    sparse, dense = per_rank.sparse, per_rank.dense
+    sparse, dense = placed.sparse, placed.dense
     if sparse.persistent > dense.persistent * (1 + _PRINTED_AS_EQUAL):
         yield (
             f"a rank stores {sparse.persistent / dense.persistent:.2f} times what it does in dense training: bits and "

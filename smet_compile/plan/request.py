@@ -82,7 +82,7 @@ def plan(
             that of the beginning, and may be 1.
         mesh: ranks that share the parameters by FSDP2, and copies of them as in HSDP: ``{"dp": 64, "replicate": 2}``.
             ``plan.per_rank`` then holds what a rank stores and sends; all other numbers are those of one device.
-            ``batch`` is that of a rank.
+            ``batch`` is that of a rank. ``plan.on_mesh(mesh)`` counts another mesh at once.
 
     Raises:
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
