@@ -25,7 +25,10 @@ from smet_compile.ops import CompactWeight, Site, captures, find_sites
 from smet_compile.ops.sinks import count_by
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import keep_address
+from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
+from smet_compile.optim.on_arrival import UpdatesOnArrival
+from smet_compile.shards import is_sharded, reshard, set_gradient_sync
 
 LossFn = Callable[[Any, Any], Tensor]
 SinkToOpen = tuple[CompactWeight, Any, tuple[Any, ...]]
@@ -46,7 +49,9 @@ def compile_train_step(
     Without accumulation, clipping or data parallelism each compact weight is updated in backward, as soon as its
     gradient is known: no compact gradient outlives its update. All other parameters are updated by
     ``optimizer.step()`` as usual. With any of the three, or where the step is not one graph (a warning says why),
-    gradients are compact tensors until ``optimizer.step()``; ``step.fused`` tells which case it is::
+    gradients are compact tensors until ``optimizer.step()``; ``step.fused`` tells which case it is. Of a model that
+    ``fully_shard`` sharded, an active optimizer updates every parameter in backward, when its gradient has been reduced
+    over the ranks; each rank gets the loss of its own batch::
 
         step = smet.compile_train_step(model, optimizer)
         for batch in loader:
@@ -81,6 +86,7 @@ def compile_train_step(
     if loss_fn is not None:
         function("loss_fn", loss_fn, "(model, batch) → loss")
     check_sparsified("compile_train_step", model)
+    reshard(model)
     _check_parameters(model, optimizer, find_sites(model).values())
     return TrainStep(model, optimizer, loss_fn, accumulate, max_grad_norm)
 
@@ -99,6 +105,10 @@ class TrainStep:
         self.sites = list(find_sites(model).values())
         self._update_of = updates_of(optimizer)
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self._is_sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        self._on_arrival: UpdatesOnArrival | None = None
+        if self._is_sharded and isinstance(optimizer, ActiveOptimizer):
+            self._on_arrival = UpdatesOnArrival(optimizer)
         self._num_accumulated = 0
         self._unfinished: list[BackwardUpdate | None] | None = None
         self._leaf = _new_leaf(torch.device("cpu"))
@@ -109,7 +119,7 @@ class TrainStep:
         """Makes the next call compile the step anew, by ``torch.compile`` with these options."""
         self._options = options
         self._compiled_shapes = self._shapes()
-        self._compiled = self._compile(fullgraph=self.fused)
+        self._compiled = self._compile(fullgraph=self._uses_sinks)
 
     def _shapes(self) -> list[torch.Size | None]:
         """Returns the shapes of the values, which a density stage changes."""
@@ -129,8 +139,19 @@ class TrainStep:
 
     @property
     def fused(self) -> bool:
-        """Tells whether compact weights are updated in backward, so that their gradients are never kept."""
-        keeps_gradients = self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
+        """Tells whether compact weights are updated in backward, so that their gradients are never kept.
+
+        Where parameters are sharded, all are, each when its gradient has been reduced over the ranks.
+        """
+        return self._uses_sinks or (self._on_arrival is not None and not self._keeps_gradients)
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        return self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
+
+    @property
+    def _uses_sinks(self) -> bool:
+        keeps_gradients = self._keeps_gradients or self._is_sharded
         return bool(self.sites) and not keeps_gradients and self._is_one_graph and self._update_of is not None
 
     def forward(self, batch: Any, sinks: list[SinkToOpen]) -> Tensor:
@@ -152,6 +173,8 @@ class TrainStep:
                 "loss_fn=lambda model, batch: ..."
             )
         self._abandon()  # if the cleaning up after an earlier step was interrupted
+        if self._is_sharded:
+            reshard(self.model)
         if self._shapes() != self._compiled_shapes:
             self.compile(**self._options)  # a recompile of the old one would make sizes of the state symbols
         self._unfinished = updates = self.updates()
@@ -183,10 +206,14 @@ class TrainStep:
             try:
                 loss = self._loss(batch, updates)
             except _not_one_graph() as broken:
-                if not self.fused:
+                if not self._uses_sinks:
                     raise
                 updates = [None] * len(self.sites)
                 loss = self._loss_in_parts(batch, broken)
+            if self._is_sharded:
+                set_gradient_sync(self.model, is_last)
+            if self._on_arrival is not None and not self._keeps_gradients:
+                stack.enter_context(self._on_arrival.active())
             (loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self.forget_unused(updates)
         self._num_accumulated += 1
@@ -258,7 +285,7 @@ class TrainStep:
         values = site.values
         if values.requires_grad and values not in groups:
             raise _not_held_error(site)
-        if not (self.fused and self._update_of and values.requires_grad and values.grad is None):
+        if not (self._uses_sinks and self._update_of and values.requires_grad and values.grad is None):
             return None
         update = self._update_of(values, groups[values])
         count_by(self.optimizer, values, update.num_updates, update.num_skipped)

@@ -47,7 +47,7 @@ class TopologyChange:
     @property
     def survived_here(self) -> Tensor:
         """Returns ``survived`` for the rows that this rank holds."""
-        return self.survived[self.rows.here]
+        return self.survived if self.rows.are_whole else self.survived[self.rows.here]
 
     def has_old_rows(self, rows: Any) -> bool:
         """Tells whether ``rows`` is a tensor of the shape that the values had before the change."""

@@ -1,7 +1,16 @@
 """Says which rows of a compact weight each rank holds, and which ranks train one model together."""
 
 from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups
-from smet_compile.shards.rows import Rows, cut_like, is_nonzero, is_sharded, local, make_whole, reshard
+from smet_compile.shards.rows import (
+    Rows,
+    cut_like,
+    is_nonzero,
+    is_sharded,
+    local,
+    make_whole,
+    reshard,
+    set_gradient_sync,
+)
 
 __all__ = [
     "ALONE",
@@ -14,4 +23,5 @@ __all__ = [
     "make_whole",
     "reduce_over_groups",
     "reshard",
+    "set_gradient_sync",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from smet_compile.shards.rows import is_sharded
+from smet_compile.shards.rows import is_sharded, named
 
 _groups: dict[str, Any] = {}
 """Process groups by their names, which an op takes."""
@@ -81,7 +81,8 @@ class Ranks:
         for group in self.groups:
             stacked = torch.stack(found).contiguous()
             parts = [torch.empty_like(stacked) for _ in range(distributed.get_world_size(group))]
-            distributed.all_gather(parts, stacked, group=group)
+            with named("gathering what every rank collected"):
+                distributed.all_gather(parts, stacked, group=group)
             found = [each for part in parts for each in part]
         return found
 
@@ -90,14 +91,16 @@ class Ranks:
         for group in self.groups:
             on_device = distributed.get_backend(group) == "nccl"
             tensor = torch.tensor(numbers, device=device if on_device else "cpu")
-            distributed.all_reduce(tensor, distributed.ReduceOp.MIN, group=group)
+            with named("comparing the ranks"):
+                distributed.all_reduce(tensor, distributed.ReduceOp.MIN, group=group)
             numbers = tensor.tolist()
         return numbers
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Returns the tensor of the first rank, on every rank; all are of one shape."""
         for group in self.groups:
-            distributed.broadcast(tensor, group=group, group_src=0)
+            with named("sending the first rank's choice"):
+                distributed.broadcast(tensor, group=group, group_src=0)
         return tensor
 
 
@@ -112,6 +115,7 @@ def reduce_over_groups(tensor: Tensor, names: str) -> Tensor:
         return tensor
     total, num_ranks = tensor.clone(memory_format=torch.contiguous_format), 1
     for group in groups:
-        distributed.all_reduce(total, group=group)
+        with named("averaging a dense gradient over the ranks"):
+            distributed.all_reduce(total, group=group)
         num_ranks *= distributed.get_world_size(group)
     return total.div_(num_ranks)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,33 @@ def reshard(model: nn.Module) -> bool:
 
     Returns whether the model has such a module.
     """
-    module = sys.modules.get("torch.distributed.fsdp")
-    found = [] if module is None else [each for each in model.modules() if isinstance(each, module.FSDPModule)]
-    for each in found:
-        each.reshard()
+    found = _sharded_modules(model)
+    for module in found:
+        module.reshard()
     return bool(found)
+
+
+def set_gradient_sync(model: nn.Module, is_on: bool) -> None:
+    """Has FSDP2 reduce gradients over the ranks in the next backward, or add them up on each rank."""
+    for module in _sharded_modules(model):
+        module.set_requires_gradient_sync(is_on, recurse=False)
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Says in the error of a collective which one it was: a rank that does not take part makes the others time out."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"smet_compile: {what} failed ({error}); every rank has to make the same steps, call manager.step() after "
+            "each of them, and save or load checkpoints together"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,8 @@ class Rows:
         padded = here.new_zeros(max(sizes), *here.shape[1:])
         padded[: len(here)] = here
         parts = [torch.empty_like(padded) for _ in sizes]
-        distributed.all_gather([_as_bytes(part) for part in parts], _as_bytes(padded), group=self.group)
+        with named("gathering rows"):
+            distributed.all_gather([_as_bytes(part) for part in parts], _as_bytes(padded), group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def exchange(self, rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
@@ -126,9 +150,10 @@ class Rows:
             return rows
         sent, received = self._plan(old, new)
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        distributed.all_to_all_single(
-            _as_bytes(arrived), _as_bytes(rows.contiguous()), received, sent, group=self.group
-        )
+        with named("moving rows"):
+            distributed.all_to_all_single(
+                _as_bytes(arrived), _as_bytes(rows.contiguous()), received, sent, group=self.group
+            )
         return arrived
 
     def _plan(self, old: Tensor, new: Tensor) -> tuple[list[int], list[int]]:
@@ -144,7 +169,8 @@ class Rows:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Adds ``tensor`` up over the ranks that hold other rows, in place."""
         if not self.are_whole:
-            distributed.all_reduce(tensor, group=self.group)
+            with named("adding up over shards"):
+                distributed.all_reduce(tensor, group=self.group)
         return tensor
 
     def wrap(self, like: Any, here: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import nn
 
 import smet_compile as smet
 from tests.support.small_models import two_layers
@@ -124,20 +121,6 @@ def test_a_sparse_gradient() -> None:
     model[1](model[0](model[2](torch.arange(4)))).square().sum().backward()
     with Unchanged(model, optimizer), pytest.raises(ValueError, match=r"2\.weight.*sparse"):
         optimizer.step()
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-def test_sharded_weights(one_process: None) -> None:
-    model = smet.sparsify(two_layers(), density=0.5)
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match=r"\.weight: expected whole compact weights"):
-        smet.ActiveAdamW(model)
 
 
 def state_of(make: Callable[[nn.Module], torch.optim.Optimizer]) -> dict[str, Any]:

@@ -105,3 +105,19 @@ def refused(rank: int, world: int) -> str:
 def test_groups_of_codes_that_are_cut_are_refused() -> None:
     (message, _) = processes.run(2, refused)
     assert message.startswith("weight: expected a weight of tiles for 8-bit state on several ranks")
+
+
+def staged(rank: int, world: int) -> str:
+    model = smet.sparsify(nn.Linear(64, 64, bias=False), 0.5)
+    fully_shard(model)
+    optimizer = smet.ActiveAdamW(model)
+    try:
+        smet.TopologyManager(model, optimizer, total_steps=10, density_schedule=[(2, 0.25)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_density_stages_are_refused() -> None:
+    (message,) = processes.run(1, staged)
+    assert message.startswith("density_schedule: expected one process without data parallelism, got a sharded model")
