@@ -271,10 +271,12 @@ def _rank_warnings(run: PlannedRun, placed: PerRank | None) -> Iterator[str]:
             "others; a rank is planned with moments of bfloat16 for those, by an optimizer of their own"
         )
     sparse, dense = placed.sparse, placed.dense
-    if sparse.persistent > dense.persistent * (1 + _PRINTED_AS_EQUAL):
+    more = sparse.persistent - dense.persistent
+    if _PRINTED_AS_EQUAL * dense.persistent < more <= sparse.topology:
         yield (
             f"a rank stores {sparse.persistent / dense.persistent:.2f} times what it does in dense training: bits and "
-            f"lists of topologies, which every rank has, take {bytes_text(sparse.topology)}; take tiles or fewer ranks"
+            f"lists of topologies, which every rank has, take {bytes_text(sparse.topology)}; take larger blocks or fewer "
+            "ranks"
         )
 
 

@@ -120,6 +120,16 @@ def test_bytes_of_a_rank_in_dense_training() -> None:
     assert cost.stored == cost.stored | none and cost.topology == 0
 
 
+def test_a_plan_warns_where_topologies_outweigh_what_sparsity_saves() -> None:
+    model = nn.Sequential(nn.Linear(512, 512, bias=False))
+    for block_shape, ranks, warns in ((1, 16, False), (1, 64, True), (16, 64, False)):
+        plan = smet.plan(
+            model, 0.25, block_shape=block_shape, compiled=False, inputs=lambda b, s: torch.zeros(b, 512),
+            loss_fn=lambda model, x: model(x).sum(), mesh={"dp": ranks},
+        )  # fmt: skip
+        assert any("take larger blocks or fewer ranks" in each for each in plan.warnings) == warns
+
+
 def test_copies_of_shards_change_nothing_that_is_stored() -> None:
     model = sparse_net(FP32)
     one, two = (
