@@ -274,8 +274,8 @@ def _rank_warnings(run: PlannedRun, placed: PerRank | None) -> Iterator[str]:
     more = sparse.persistent - dense.persistent
     if _PRINTED_AS_EQUAL * dense.persistent < more <= sparse.topology:
         yield (
-            f"a rank stores {sparse.persistent / dense.persistent:.2f} times what it does in dense training: bits and "
-            f"lists of topologies, which every rank has, take {bytes_text(sparse.topology)}; take larger blocks or fewer "
+            f"a rank stores {sparse.persistent / dense.persistent:.2f} times what it does in dense training: "
+            f"topologies, which every rank has whole, take {bytes_text(sparse.topology)}; take larger blocks or fewer "
             "ranks"
         )
 
