@@ -20,7 +20,8 @@ class Preset:
     """Holds a LLaMA shape and its default training settings.
 
     `batch` counts the sequences of one micro-batch, `accumulate` the micro-batches of one step; `lr` is the
-    rate at density 1 (a sparse weight gets lr / density ** lr_density_exponent).
+    rate at density 1 (a sparse weight gets lr / density ** lr_density_exponent). `kv_heads` counts the heads of keys
+    and values, where they are fewer than those of queries.
     """
 
     hidden: int
@@ -32,6 +33,7 @@ class Preset:
     batch: int = 64
     accumulate: int = 8
     lr: float = 1e-3
+    kv_heads: int | None = None
 
 
 PRESETS = {
@@ -46,6 +48,9 @@ PRESETS = {
     "1b": Preset(2048, 5461, 32, 24, steps=100_000, batch=32, accumulate=16, lr=5e-4),
     "3b": Preset(2560, 6848, 32, 32, steps=100_000, batch=16, accumulate=32, lr=5e-4),
     "7b": Preset(4096, 11008, 32, 32, steps=100_000, batch=8, accumulate=64, lr=5e-4),
+    "13b": Preset(5120, 13824, 40, 40, steps=100_000, batch=8, accumulate=64, lr=3e-4),
+    "34b": Preset(8192, 22016, 64, 48, steps=100_000, batch=4, accumulate=128, lr=1.5e-4, kv_heads=8),
+    "70b": Preset(8192, 28672, 64, 80, steps=100_000, batch=4, accumulate=128, lr=1.5e-4, kv_heads=8),
 }
 
 
@@ -72,6 +77,7 @@ def build_preset(
         hidden_size=preset.hidden,
         intermediate_size=preset.intermediate,
         num_attention_heads=preset.heads,
+        num_key_value_heads=preset.kv_heads,
         num_hidden_layers=preset.layers,
         max_position_embeddings=sequence or preset.sequence,
         use_cache=False,

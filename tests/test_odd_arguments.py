@@ -245,6 +245,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "loss_fn",
             "vocabulary",
             "density_schedule",
+            "mesh",
         ),
     ),
     "save_checkpoint": (saved, ("path", "model", "optimizer", "manager", "extra")),

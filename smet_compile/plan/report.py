@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
 from smet_compile.format.densities import Stage
+from smet_compile.plan import rank_table
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
+from smet_compile.plan.mesh import Mesh, check_mesh
+from smet_compile.plan.per_rank import PerRank, has_cut_codes, per_rank
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
@@ -74,6 +78,7 @@ class Plan:
             blocks must stay empty.
         stages: the cost of each density stage, that before the first included; empty without a density schedule.
             All other numbers are those of the first.
+        per_rank: what a rank of the mesh stores and sends, here and in dense training; None without a mesh.
     """
 
     title: str
@@ -87,6 +92,13 @@ class Plan:
     rounding_bytes: float = 0.0
     warnings: tuple[str, ...] = ()
     stages: tuple[StagePlan, ...] = ()
+    per_rank: PerRank | None = None
+    _place: Callable[[Mesh], PerRank] | None = field(default=None, repr=False, compare=False)
+
+    def on_mesh(self, mesh: Mapping[str, int]) -> PerRank:
+        """Returns what a rank of this mesh stores and sends in the planned run, without planning it again."""
+        assert self._place is not None, "plan() passes it"
+        return self._place(check_mesh(mesh))
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
@@ -116,6 +128,10 @@ class Plan:
         """Returns the bytes of each density stage in a line, and the stage with the highest peak."""
         return table_of(self.stages)
 
+    def rank_table(self) -> str:
+        """Returns the bytes that a rank of the mesh stores and sends; an empty text without a mesh."""
+        return "" if self.per_rank is None else rank_table.table_of(self.per_rank)
+
     def __str__(self) -> str:
         table = [("", "formula", "sparse", "dense", "ratio"), *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
@@ -128,6 +144,7 @@ class Plan:
             lines.append("  ".join(cells).rstrip())
         lines += ["", self.legend()]
         lines += ["", self.stage_table()] if self.stages else []
+        lines += ["", self.rank_table()] if self.per_rank else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -148,6 +165,8 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
     dense_bytes = total_bytes((each.dense() for each in stored), by_torch, run.buffers)
     dense = _cost(dense_bytes, run.dense_timeline, point, run.operations(dense=True))
     formulas, symbols = _formulas(run, stored, point)
+    place = partial(per_rank, stored, run.recipe, run.buffers)
+    placed = None if run.request.mesh is None else place(run.request.mesh)
     return Plan(
         title=_title(run, batch),
         density=run.density,
@@ -158,8 +177,10 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
         formulas=formulas,
         symbols=symbols,
         rounding_bytes=rounding_bytes(stored, run.recipe),
-        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense)]),
+        warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense), *_rank_warnings(run, placed)]),
         stages=tuple(plan_stages(run, stages, batch)),
+        per_rank=placed,
+        _place=place,
     )
 
 
@@ -237,6 +258,25 @@ def _cost_warnings(sparse: Cost, dense: Cost) -> Iterator[str]:
         yield (
             f"index and ages take {bytes_text(lists)}, more than the {bytes_text(max(0, saved))} that sparsity saves "
             "in weights, gradients and moments; take larger blocks or a lower density"
+        )
+
+
+def _rank_warnings(run: PlannedRun, placed: PerRank | None) -> Iterator[str]:
+    """Says where a rank stores more than in dense training, and what cannot be trained as it was asked for."""
+    if placed is None:
+        return
+    if any(has_cut_codes(each, run.recipe) for each in run.stored()):
+        yield (
+            'moment_dtype: of sharded parameters only tiles have moments of "int8", and optimizers refuse it for all '
+            "others; a rank is planned with moments of bfloat16 for those, by an optimizer of their own"
+        )
+    sparse, dense = placed.sparse, placed.dense
+    more = sparse.persistent - dense.persistent
+    if _PRINTED_AS_EQUAL * dense.persistent < more <= sparse.topology:
+        yield (
+            f"a rank stores {sparse.persistent / dense.persistent:.2f} times what it does in dense training: "
+            f"topologies, which every rank has whole, take {bytes_text(sparse.topology)}; take larger blocks or fewer "
+            "ranks"
         )
 
 

@@ -13,6 +13,7 @@ from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.format.densities import DensitySchedule, check_density, check_density_schedule
 from smet_compile.ops import find_sites
+from smet_compile.plan.mesh import check_mesh
 from smet_compile.plan.report import Plan, make_plan
 from smet_compile.plan.run import PlannedRun, Request
 from smet_compile.plan.shapes import Inputs, LossFn, Step, empty_copy, token_batch
@@ -49,6 +50,7 @@ def plan(
     loss_fn: LossFn | None = None,
     vocabulary: int = VOCABULARY,
     density_schedule: DensitySchedule | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plans a training step: bytes by kind, peak memory and operations, as formulas and numbers beside dense training.
 
@@ -78,6 +80,9 @@ def plan(
         vocabulary: of a preset.
         density_schedule: as ``TopologyManager`` takes it: ``plan.stages`` holds the bytes of each stage. ``density`` is
             that of the beginning, and may be 1.
+        mesh: ranks that share the parameters by FSDP2, and copies of them as in HSDP: ``{"dp": 64, "replicate": 2}``.
+            ``plan.per_rank`` then holds what a rank stores and sends; all other numbers are those of one device.
+            ``batch`` is that of a rank. ``plan.on_mesh(mesh)`` counts another mesh at once.
 
     Raises:
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
@@ -97,6 +102,12 @@ def plan(
     stages = [] if density_schedule is None else check_density_schedule(density_schedule)
     if stages and limit is not None:
         raise ValueError("density_schedule: expected none beside fits, got both; plan the schedule and read its peaks")
+    checked_mesh = None if mesh is None else check_mesh(mesh)
+    if checked_mesh and (stages or limit is not None):
+        raise ValueError(
+            f"mesh: expected none beside {'density_schedule' if stages else 'fits'}, got both; plan a mesh and read "
+            "plan.per_rank"
+        )
     if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
         raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
     on_meta, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
@@ -121,6 +132,7 @@ def plan(
         fused_update=compiled if fused_update is None else fused_update,
         selection={"include": include, "exclude": exclude, "rules": rules, "distribution": distribution}
         | {"dense_as_compact": bool(stages)},
+        mesh=checked_mesh,
     )
     chosen = None if is_compact else _DENSITY if density is None else density
     if limit is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,11 +14,13 @@ from smet_compile.convert import choose, draw, export_dense, make_compact
 from smet_compile.convert.choose import Choice
 from smet_compile.ops import find_sites
 from smet_compile.optim.parameters import find_output_head
+from smet_compile.plan.mesh import Mesh
 from smet_compile.plan.shapes import (
     EagerRun,
     Step,
     empty_copy,
     find_repeats,
+    layers_of_parameters,
     representative,
     run_compiled,
     run_eager,
@@ -42,6 +45,7 @@ class Request:
     Args:
         name: the name of the model. model: it on the meta device, dense or compact; never changed.
         selection: the other arguments of ``sparsify`` that decide which weights are chosen.
+        mesh: the ranks among which parameters are shared; None for one device.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Request:
     compiled: bool
     fused_update: bool
     selection: dict[str, Any]
+    mesh: Mesh | None = None
 
     def choices(self, model: nn.Module, density: float) -> list[Choice]:
         """Returns the weights of the dense ``model`` that ``sparsify`` would make compact."""
@@ -142,17 +147,20 @@ class PlannedRun:
     def stored(self, density: float | None = None) -> list[Stored]:
         """Returns every parameter; at another ``density`` than that of the run if given."""
         sites = {id(site.values): site for site in self.sites.values()}
+        layers = layers_of_parameters(self.model)
         found = []
         for name, parameter in self.model.named_parameters():
             site = sites.get(id(parameter))
-            count = parameter.numel() if site is None else site.layout.num_weights
+            shape = parameter.shape if site is None else site.layout.shape
             one = Stored(
                 name if site is None else site.name,
-                count,
+                math.prod(shape),
                 parameter.dtype,
                 trained=self._is_trained(name),
                 is_vector=site is None and parameter.dim() < 2,
                 is_output_head=parameter is self.output_head,
+                num_rows=shape[0] if shape else 1,
+                layer=layers.get(id(parameter), ""),
             )
             found.append(one if site is None else replace(one, layout=site.layout, num_active=site.num_active))
         return found if density is None else [self._at(density, each) for each in found]

@@ -154,6 +154,26 @@ class Repeats(NamedTuple):
     extra: int
 
 
+def layers_of_parameters(model: nn.Module) -> dict[int, str]:
+    """Returns id of a parameter → the name of its layer: the outermost element of an ``nn.ModuleList`` that has it.
+
+    Parameters outside of lists are left out. A list inside a list counts as part of it, and of several layers that
+    share a parameter the first counts.
+    """
+    found: dict[int, str] = {}
+
+    def look(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+                for parameter in child.parameters():
+                    found.setdefault(id(parameter), prefix + name)
+            else:
+                look(child, f"{prefix}{name}.")
+
+    look(model, "")
+    return found
+
+
 def find_repeats(model: nn.Module, kind_of: Callable[[str], Any] = lambda name: None) -> list[Repeats]:
     """Finds the lists that are worth shortening.
 

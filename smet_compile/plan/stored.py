@@ -37,6 +37,8 @@ class Stored:
         trained: True where a step gives it a gradient.
         is_vector: True for a dense parameter of fewer than two dimensions.
         is_output_head: True for the weight that ``find_output_head`` returns.
+        num_rows: the length of the first dimension of the dense parameter, along which FSDP2 cuts it.
+        layer: the name of the repeated module that it belongs to; empty where it belongs to none.
     """
 
     name: str
@@ -47,11 +49,27 @@ class Stored:
     trained: bool = True
     is_vector: bool = False
     is_output_head: bool = False
+    num_rows: int = 1
+    layer: str = ""
 
     @property
     def num_values(self) -> int:
         """Returns the number of entries of the tensor; blocks that hang over an edge count in full."""
         return self.num_weights if self.layout is None else math.prod(self.layout.values_shape(self.num_active))
+
+    @property
+    def num_stored_rows(self) -> int:
+        """Returns the length of the first dimension of the tensor: for a compact weight its active blocks."""
+        return self.num_rows if self.layout is None else self.num_active
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_values * self.dtype.itemsize
+
+    @property
+    def row_values(self) -> int:
+        """Returns the number of entries of a row of the tensor."""
+        return self.num_values // max(1, self.num_stored_rows)
 
     @property
     def density(self) -> float:
@@ -63,7 +81,13 @@ class Stored:
 
 def state_slots(optimizer: str, parameter: Stored) -> int:
     """Returns how many moments ``optimizer`` stores for each entry of ``parameter``, by its rule."""
-    return len(OPTIMIZERS[optimizer].rule_for(parameter.is_vector, parameter.is_output_head).slots)
+    return len(slot_names(optimizer, parameter))
+
+
+def slot_names(optimizer: str, parameter: Stored) -> list[str]:
+    """Returns the names of the moments that ``optimizer`` stores for each entry of ``parameter``, by its rule."""
+    rule = OPTIMIZERS[optimizer].rule_for(parameter.is_vector, parameter.is_output_head)
+    return [slot.name for slot in rule.slots]
 
 
 @dataclass(frozen=True)
@@ -117,16 +141,17 @@ def bytes_of(parameter: Stored, recipe: Recipe) -> Bytes:
         scales = num_scales(parameter.num_weights, layout) if recipe.has_scales(parameter.dtype) else 0
         moment_bytes = count * recipe.dtype_of_moments(parameter.dtype).itemsize + scales * SCALE_BYTES
         found["moments"] = recipe.slots(parameter) * moment_bytes
-        found["ages"] = _ages_bytes(parameter, recipe)
+        found["ages"] = ages_bytes(parameter, recipe, parameter.num_active)
     return found
 
 
-def _ages_bytes(parameter: Stored, recipe: Recipe) -> int:
+def ages_bytes(parameter: Stored, recipe: Recipe, num_blocks: int) -> int:
+    """Returns the bytes of the counts of a parameter that is trained, and of the ages of ``num_blocks`` blocks."""
     if recipe.by_torch:
         return _TORCH_STEP_BYTES
     if parameter.layout is None or not recipe.has_ages(parameter):
         return _COUNTS_BYTES
-    return _COUNTS_BYTES + _BIRTHS_BYTES + parameter.num_active
+    return _COUNTS_BYTES + _BIRTHS_BYTES + num_blocks
 
 
 def total_bytes(parameters: Iterable[Stored], recipe: Recipe, buffers: int = 0) -> Bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import smet_compile as smet
+from smet_compile.format.arguments import described
 from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError, require
 from smet_compile.pretrain.config import (
     OPTION_TYPES,
@@ -42,6 +43,7 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("distribution", None, "uniform", "uniform, er, erk."),
     ("vocabulary", "INTEGER", str(VOCABULARY), "Words of the tokenizer."),
     ("density_schedule", None, None, "1000:0.5,2000:0.25: density stages, each STEP:DENSITY."),
+    ("mesh", None, None, "dp=64 or dp=8,replicate=2: what each rank stores and sends under FSDP2."),
 )
 PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary": int}
 
@@ -160,6 +162,7 @@ def _plan(preset: str, **options: Any) -> None:
             block_shape=parse_block(options.pop("block"), "--block"),
             moment_dtype=options.pop("moment_dtype"),
             density_schedule=_stages(options.pop("density_schedule")),
+            mesh=_mesh(options.pop("mesh")),
             compiled=compiled,
             fused_update=compiled and not kept_gradients,
             **options,
@@ -181,6 +184,17 @@ def _stages(text: str | None) -> list[tuple[int, float]] | None:
     ]
 
 
+def _mesh(text: str | None) -> dict[str, int] | None:
+    """Reads a mesh from a text such as "dp=8,replicate=2"."""
+    if text is None:
+        return None
+    option = option_name("mesh")
+    pairs = [pair.partition("=") for pair in check_text(option, text).split(",")]
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(f"{option}: expected each dimension once, got {described(text)}; pass dp=8,replicate=2, say")
+    return {name: int(check_number(option, from_text(size, int), int, at_least=1)) for name, _, size in pairs}
+
+
 def _print_plan(plan: smet.Plan) -> None:
     """Prints a table of the terminal's width, and plain text where the output is no terminal."""
     if not sys.stdout.isatty():
@@ -197,6 +211,8 @@ def _print_plan(plan: smet.Plan) -> None:
     print_plainly(console, plan.legend())
     if plan.stages:
         print_plainly(console, plan.stage_table())
+    if plan.per_rank:
+        print_plainly(console, plan.rank_table())
     for warning in plan.warnings:
         console.print(as_cell("warning: ", "yellow"), end="")
         print_plainly(console, warning)

@@ -5,7 +5,7 @@ from torch import nn
 import smet_compile as smet
 
 CASES = [
-    ({"model": "huge"}, "model: expected one of nano, .*7b, got 'huge'"),
+    ({"model": "huge"}, "model: expected one of nano, .*70b, got 'huge'"),
     ({"model": 3}, "model: expected an nn.Module or one of"),
     ({"density": 0}, "density: expected a number in"),
     ({"density": 1.5}, "density: expected a number in"),
@@ -44,6 +44,19 @@ CASES = [
     ({"block_shape": 4096}, "block_shape: expected blocks that save memory|nothing to make sparse"),
     ({"rules": [("*", 0.5)]}, "rules: expected a dict from globs to densities"),
     ({"include": 3}, "include: expected a glob or a list of globs"),
+    ({"mesh": 8}, "mesh: expected a dict from dimensions to numbers of ranks, got 8"),
+    ({"mesh": {}}, "mesh: expected a dict from dimensions to numbers of ranks, got {}"),
+    ({"mesh": [("dp", 8)]}, "mesh: expected a dict from dimensions to numbers of ranks, got"),
+    ({"mesh": {"dp": 0}}, r"mesh\['dp'\]: expected a whole number of at least 1, got 0"),
+    ({"mesh": {"dp": 2.0}}, r"mesh\['dp'\]: expected a whole number of at least 1, got 2.0"),
+    ({"mesh": {"dp": 2**40}}, r"mesh\['dp'\]: expected a whole number in \[1, 1048576\]"),
+    ({"mesh": {"dp": 2, "replicate": 0}}, r"mesh\['replicate'\]: expected a whole number of at least 1, got 0"),
+    ({"mesh": {"dp": 8, "pp": 2}}, "mesh: expected 'dp' .* and at most 'replicate' beside it .*, got 'pp'"),
+    ({"mesh": {3: 2}}, "mesh: expected 'dp' .* and at most 'replicate' beside it .*, got 3"),
+    ({"mesh": {"replicate": 2}}, "mesh: expected 'dp' .* beside it .*, got replicate alone"),
+    ({"mesh": {"dp": 8, "tp": 4}}, "mesh: expected no tensor parallelism, which this library does not have yet"),
+    ({"mesh": {"dp": 2}, "fits": "1GB"}, "mesh: expected none beside fits, got both"),
+    ({"mesh": {"dp": 2}, "density_schedule": [(5, 0.1)]}, "mesh: expected none beside density_schedule, got both"),
 ]
 
 

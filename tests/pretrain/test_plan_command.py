@@ -24,12 +24,24 @@ def test_the_optimizer_decides_the_moments() -> None:
     assert code == 0 and "optimizer scale" in out
 
 
+def test_a_mesh_adds_what_a_rank_stores_and_sends() -> None:
+    code, out, _ = call("nano", "--density", "0.25", "--eager", "--mesh", "dp=8,replicate=2")
+    assert code == 0 and "\na rank of dp=8,replicate=2 " in out
+    for row in ("values", "own rows", "whole parameters", "all-gather", "all-reduce", "rows (estimate)"):
+        assert f"\n{row} " in out
+    assert "an update every 100 steps adds" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["huge"], "error: model: expected one of nano"),
         (["nano", "--optimizer", "adam"], "error: optimizer: expected one of adamw, lion, sgd, scale"),
         (["nano", "--block", "x"], "error: --block: expected a side such as 16"),
+        (["nano", "--mesh", "8"], "error: --mesh: expected a whole number"),
+        (["nano", "--mesh", "dp=0"], "error: --mesh: expected a whole number of at least 1, got 0"),
+        (["nano", "--mesh", "dp=2,dp=4"], "error: --mesh: expected each dimension once"),
+        (["nano", "--mesh", "dp=2,tp=4"], "error: mesh: expected no tensor parallelism"),
         (["nano", "--eager", "--fits", "1kB"], "error: fits: expected at least"),
     ],
 )

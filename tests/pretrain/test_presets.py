@@ -14,8 +14,14 @@ LLAMA = {
     "1b": (2048, 5461, 32, 24),
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+    "34b": (8192, 22016, 64, 48),
+    "70b": (8192, 28672, 64, 80),
 }
-MILLIONS = {"9m": 9.0, "20m": 19.5, "60m": 58.1, "130m": 134.1, "350m": 368.0, "1b": 1339.1, "7b": 6738.4}
+MILLIONS = {
+    "9m": 9.0, "20m": 19.5, "60m": 58.1, "130m": 134.1, "350m": 368.0, "1b": 1339.1, "7b": 6738.4, "13b": 13015.9,
+    "34b": 33744.0, "70b": 68976.6,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LLAMA)
@@ -37,5 +43,5 @@ def test_tiny_is_small_enough_for_two_cores() -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"--preset: expected one of .*tiny.*7b, got 'huge'"):
+    with pytest.raises(ValueError, match=r"--preset: expected one of .*tiny.*70b, got 'huge'"):
         find_preset("huge")

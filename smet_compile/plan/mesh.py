@@ -1,0 +1,54 @@
+"""Describes the ranks of a run whose parameters are sharded, and reads them from the argument ``mesh``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from smet_compile.format import arguments
+from smet_compile.format.arguments import described
+
+_MOST_RANKS = 2**20
+_SHARDS, _REPLICAS = "dp", "replicate"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Holds the sizes of a mesh. FSDP2 cuts every parameter into ``shards``, each of which ``replicas`` ranks hold."""
+
+    shards: int
+    replicas: int = 1
+
+    def __str__(self) -> str:
+        replicas = f",{_REPLICAS}={self.replicas}" if self.replicas > 1 else ""
+        return f"{_SHARDS}={self.shards}{replicas}"
+
+    def chunk(self, num_rows: int) -> int:
+        """Returns the most rows that a rank holds of a parameter with ``num_rows``; the first rank holds as many."""
+        return -(-num_rows // self.shards)
+
+
+def check_mesh(mesh: object) -> Mesh:
+    """Reads a dict such as ``{"dp": 64, "replicate": 2}``. Raises ValueError for anything else."""
+    if not isinstance(mesh, Mapping) or not mesh:
+        raise ValueError(
+            f"mesh: expected a dict from dimensions to numbers of ranks, got {described(mesh)}; pass "
+            f'{{"{_SHARDS}": 8}}, say'
+        )
+    if "tp" in mesh:
+        raise ValueError(
+            "mesh: expected no tensor parallelism, which this library does not have yet, got 'tp'; plan with "
+            f"'{_SHARDS}' and '{_REPLICAS}' alone"
+        )
+    unknown = [name for name in mesh if name not in (_SHARDS, _REPLICAS)]
+    if unknown or _SHARDS not in mesh:
+        got = described(unknown[0]) if unknown else f"{_REPLICAS} alone"
+        raise ValueError(
+            f"mesh: expected '{_SHARDS}' (ranks that share the parameters by FSDP2) and at most '{_REPLICAS}' beside "
+            f"it (copies, as in HSDP), got {got}; name the dimensions so"
+        )
+    sizes = {
+        name: arguments.whole_number(f"mesh[{name!r}]", size, at_least=1, at_most=_MOST_RANKS)
+        for name, size in mesh.items()
+    }
+    return Mesh(sizes[_SHARDS], sizes.get(_REPLICAS, 1))

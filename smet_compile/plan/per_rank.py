@@ -1,0 +1,158 @@
+"""Counts what a rank of a sharded run stores, and what FSDP2 makes whole there while it works.
+
+FSDP2 cuts each parameter along its first dimension into chunks of equally many rows; the first rank holds as many as
+any. A compact weight has one row for each active block. Slots and ages are cut alike. What says where the rows lie is
+on every rank: the bits and lists of the whole weight, and those of the rank's own rows, which its optimizer steps read.
+
+Modules are sharded in the usual way: each layer, which is an element of an ``nn.ModuleList``, by a call of
+``fully_shard``, then the model, which makes one group of the rest: embeddings, head, norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from smet_compile.format import empty_lists
+from smet_compile.ops.law import num_scales
+from smet_compile.plan.mesh import Mesh
+from smet_compile.plan.stored import SCALE_BYTES, Bytes, Recipe, Stored, ages_bytes, slot_names
+from smet_compile.plan.traffic import Traffic, traffic_of
+
+_PLAIN, _GRADIENTS = "plain parameters", "gradients"
+_CUT = ("values", _PLAIN, _GRADIENTS)
+_REST = ("scales", "ages", "bits", "lists", "own rows", "buffers")
+_OF_TOPOLOGY = ("bits", "lists", "own rows")
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """Holds the bytes of one rank, of each kind the most that any rank has.
+
+    Args:
+        stored: bytes by kind when a step ends: values (of compact weights), plain parameters, gradients, each slot by
+            its name, scales, ages (with step counts), bits and lists (of whole topologies), own rows (bits and lists of
+            the topologies of the rank's rows alone), buffers. With updates in backward, gradients are those of the
+            largest group, which come together and are used one by one.
+        whole_parameters: what FSDP2 has gathered at the fullest moment: the largest layer, and the rest of the model,
+            which stays whole from forward to backward. Prefetching gathers up to one more layer, and communication
+            buffers hold copies; neither is counted.
+        whole_gradients: the most that the gradients of these parameters take before they are reduced.
+        traffic: what the rank sends.
+    """
+
+    stored: Bytes
+    whole_parameters: int
+    whole_gradients: int
+    traffic: Traffic
+
+    @property
+    def persistent(self) -> int:
+        """Returns the bytes that are stored when a step ends, before gradients are let go."""
+        return sum(self.stored.values())
+
+    @property
+    def topology(self) -> int:
+        """Returns the bytes that tell where rows lie: those that hardly fall with the number of ranks."""
+        return sum(self.stored[kind] for kind in _OF_TOPOLOGY)
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """Holds the costs of a rank in this run, and in dense training on the same mesh."""
+
+    mesh: Mesh
+    sparse: RankCost
+    dense: RankCost
+
+
+def per_rank(parameters: Sequence[Stored], recipe: Recipe, buffers: int, mesh: Mesh) -> PerRank:
+    """Counts the bytes of a rank, and those in dense training by torch's AdamW.
+
+    Args:
+        buffers: the bytes of buffers outside topologies, which every rank has.
+    """
+    by_torch = Recipe(fused_update=False, by_torch=True)
+    dense = [each.dense() for each in parameters]
+    return PerRank(mesh, rank_cost(parameters, recipe, mesh, buffers), rank_cost(dense, by_torch, mesh, buffers))
+
+
+def rank_cost(parameters: Sequence[Stored], recipe: Recipe, mesh: Mesh, buffers: int) -> RankCost:
+    """Counts the bytes of a rank by one recipe."""
+    recipes = [_without_cut_codes(each, recipe) for each in parameters]
+    slots = {name for each in parameters for name in _slots(each, recipe)}
+    found = dict.fromkeys([*_CUT, *sorted(slots), *_REST], 0) | {"buffers": buffers}
+    for parameter, its_recipe in zip(parameters, recipes, strict=True):
+        for kind, count in _bytes_here(parameter, its_recipe, mesh).items():
+            found[kind] += count
+    trained = [each for each in parameters if each.trained]
+    if recipe.fused_update:
+        found[_GRADIENTS] = max(_by_group(trained, mesh).values(), default=0)
+    return RankCost(
+        stored=found,
+        whole_parameters=mesh.shards * _fullest(_by_group(parameters, mesh)),
+        whole_gradients=mesh.shards * _fullest(_by_group(trained, mesh)),
+        traffic=traffic_of(parameters, recipes, mesh),
+    )
+
+
+def has_cut_codes(parameter: Stored, recipe: Recipe) -> bool:
+    """Tells whether a shard may cut a group of 8-bit codes that share a scale, which optimizers refuse."""
+    is_tiles = parameter.layout is not None and parameter.layout.tiles
+    return not is_tiles and parameter.trained and recipe.has_scales(parameter.dtype)
+
+
+def _without_cut_codes(parameter: Stored, recipe: Recipe) -> Recipe:
+    """Returns the recipe of a parameter: moments in bf16 where 8-bit codes would be cut."""
+    return replace(recipe, moment_dtype=torch.bfloat16) if has_cut_codes(parameter, recipe) else recipe
+
+
+def _slots(parameter: Stored, recipe: Recipe) -> list[str]:
+    return slot_names(recipe.optimizer, parameter) if parameter.trained else []
+
+
+def _bytes_here(parameter: Stored, recipe: Recipe, mesh: Mesh) -> Bytes:
+    """Returns the bytes of one parameter, its optimizer state and its topology, by kind."""
+    num_rows, layout = mesh.chunk(parameter.num_stored_rows), parameter.layout
+    count = num_rows * parameter.row_values
+    found = {_PLAIN if layout is None else "values": count * parameter.dtype.itemsize}
+    if layout is not None:
+        found |= _topology_bytes(parameter, num_rows if mesh.shards > 1 else None)
+    if parameter.trained:
+        found[_GRADIENTS] = count * parameter.dtype.itemsize
+        found |= dict.fromkeys(_slots(parameter, recipe), count * recipe.dtype_of_moments(parameter.dtype).itemsize)
+        scales = num_scales(parameter.num_weights, layout) if recipe.has_scales(parameter.dtype) else 0
+        found["scales"] = recipe.slots(parameter) * scales * SCALE_BYTES
+        found["ages"] = ages_bytes(parameter, recipe, num_rows)
+    return found
+
+
+def _topology_bytes(parameter: Stored, num_rows: int | None) -> Bytes:
+    """Returns the bytes of a topology and of that of ``num_rows`` alone; None where a rank has all of them."""
+    layout = parameter.layout
+    assert layout is not None
+
+    def lists_bytes(num_active: int) -> int:
+        return empty_lists(layout, num_active, torch.device("meta")).nbytes
+
+    bits = -(-layout.num_blocks // 8)
+    found = {"bits": bits, "lists": lists_bytes(parameter.num_active)}
+    if num_rows is not None:
+        # One row alone is all rows on its rank, which needs no topology beside the whole one; the others hold none.
+        found["own rows"] = bits + lists_bytes(num_rows if num_rows < parameter.num_active else 0)
+    return found
+
+
+def _by_group(parameters: Iterable[Stored], mesh: Mesh) -> Bytes:
+    """Returns the bytes of a rank's rows of the parameters of each layer, and of the rest under an empty name."""
+    found: Bytes = {}
+    for each in parameters:
+        found[each.layer] = found.get(each.layer, 0) + mesh.chunk(each.num_stored_rows) * each.row_bytes
+    return found
+
+
+def _fullest(by_group: Bytes) -> int:
+    """Returns the bytes of the largest layer and of the rest."""
+    return by_group.get("", 0) + max((count for layer, count in by_group.items() if layer), default=0)
