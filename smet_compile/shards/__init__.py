@@ -1,13 +1,19 @@
 """Says which rows of a compact weight each rank holds, and which ranks train one model together."""
 
+from smet_compile.shards.draws import DrawsWhole
 from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups
 from smet_compile.shards.rows import Rows, cut_like, is_nonzero, is_sharded, local, make_whole, reshard
+from smet_compile.shards.unsharded import Unsharded, forget_shards, has_shards
 
 __all__ = [
     "ALONE",
+    "DrawsWhole",
     "Ranks",
     "Rows",
+    "Unsharded",
     "cut_like",
+    "forget_shards",
+    "has_shards",
     "is_nonzero",
     "is_sharded",
     "local",
