@@ -44,8 +44,8 @@ def materialize(
     the same numbers, one module at a time, and keeps its rows, so that any number of ranks gets the model above.
 
     Args:
-        model: with compact weights, on the meta device or after ``to_empty``. seed: of weights and topologies; the
-            random state of torch is put back.
+        model: with compact weights, on the meta device or after ``to_empty``, which parts tied weights. seed: of
+            weights and topologies; the random state of torch is put back.
         device: where the model goes from the meta device; default: the device of the mesh on which it is sharded, else
             torch's default device.
         initialize: takes a module and writes its own parameters and buffers, in place of the methods above.
@@ -69,7 +69,7 @@ def materialize(
         if site.compact.select == FROM_MASKS:
             raise ValueError(f"{name}: expected a topology to draw, got one that masks gave; load a state dict")
     if any(tensor.is_meta for tensor in _tensors(model)):
-        model.to_empty(device=_default_device(model) if device is None else device)
+        _to_empty(model, _default_device(model) if device is None else device)
     try:
         _draw_all(model, sites, seed, initialize)
     except BaseException:
@@ -96,6 +96,19 @@ def _data_device(device: torch.device | str) -> torch.device:
 def _default_device(model: nn.Module) -> torch.device:
     mesh = next((parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)), None)
     return torch.get_default_device() if mesh is None else torch.device(mesh.device_type)
+
+
+def _to_empty(model: nn.Module, device: torch.device) -> None:
+    """Gives the model memory on ``device``. Parameters that are tied stay so: ``to_empty`` alone would part them."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[first_name]
 
 
 def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: Initialize | None) -> None:
