@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
-from smet_compile.convert.plain_copy import plain_copy, unwrapped
 from smet_compile.convert.report import forget_reasons
 from smet_compile.format import arguments
 from smet_compile.ops import find_sites, reads, saved_weights
+from smet_compile.ops.plain_copy import plain_copy, unwrapped
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import has_shards, make_whole, reshard
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,8 @@ def _data_device(device: torch.device | str) -> torch.device:
 
 
 def _default_device(model: nn.Module) -> torch.device:
-    mesh = next((parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)), None)
-    return torch.get_default_device() if mesh is None else torch.device(mesh.device_type)
+    shards: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    return torch.device(shards[0].device_mesh.device_type) if shards else torch.get_default_device()
 
 
 def _to_empty(model: nn.Module, device: torch.device) -> None:

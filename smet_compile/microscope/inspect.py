@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from smet_compile.convert.plain_copy import without_data
 from smet_compile.format import Layout, arguments
 from smet_compile.microscope import elementwise_rules, movement_rules, product_rules
 from smet_compile.microscope.flow import Flow
@@ -18,6 +17,7 @@ from smet_compile.microscope.reading import Reading, Rule, read_forward
 from smet_compile.microscope.recording import Recording, record_forward
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
+from smet_compile.ops.plain_copy import without_data
 from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified
 from smet_compile.runtime import TopologyManager
 from smet_compile.shards import reshard
