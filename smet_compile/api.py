@@ -25,6 +25,7 @@ from smet_compile.convert.compact import Drawn
 from smet_compile.convert.distribution import Distribute, Distribution
 from smet_compile.convert.pruned import without_pruning
 from smet_compile.format import arguments
+from smet_compile.shards import reshard
 
 _MAX_DENSITY_RATIO = 1.5
 """Factor by which the density of the whole model may exceed the requested one without a warning."""
@@ -52,7 +53,7 @@ def sparsify(
     Sparse by default: weights of ``nn.Linear``, Hugging Face ``Conv1D``, the projections of
     ``nn.MultiheadAttention``, and stacked expert weights (3-D parameters of modules that say they hold experts).
     Left dense by default, with the reason in ``report(model)``: embeddings, output embeddings, routers, tied
-    weights, and everything else. Call it before the optimizer is made.
+    weights, and everything else. Call it before ``fully_shard``, and before the optimizer is made.
 
     Args:
         model: any module; on the meta device only layouts are made.
@@ -87,9 +88,9 @@ def sparsify(
 
     Raises:
         ValueError: a density outside (0, 1], a block shape that is not positive or far larger than the matrices, a
-            glob or rule that matches nothing, a weight that is compact already, nothing to make sparse, "nonzero"
-            with a density or without data, a pattern that a weight or another argument does not allow, or a mask of
-            another shape or name, all true or all false. The model is then unchanged.
+            glob or rule that matches nothing, a weight that is compact already or sharded, nothing to make sparse,
+            "nonzero" with a density or without data, a pattern that a weight or another argument does not allow, or a
+            mask of another shape or name, all true or all false. The model is then unchanged.
 
     The model is unchanged too where a warning is made an error, where a module refuses its new weight, and where memory
     runs out: all checks come first, and the largest weight is packed first. Only after an interrupt (Ctrl-C) in
@@ -103,6 +104,7 @@ def sparsify(
     rescale = None if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
     dense_as_compact = arguments.flag("dense_as_compact", dense_as_compact)
+    reshard(model)  # a model that FSDP2 has gathered for a forward would look whole
     with _given(model, masks) as given:
         selection = choose(
             model,

@@ -10,6 +10,7 @@ from torch import nn
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
+from smet_compile.shards import reshard
 from smet_compile.tracing import Captured, capture_graphs, leave_no_trace
 from smet_compile.train_step import TrainStep
 
@@ -99,7 +100,8 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
         strict: whether to raise where anything that could be fused is not.
 
     Raises:
-        ValueError: a model without compact weights; with ``strict``, the list of what is not fused, with reasons.
+        ValueError: a model without compact weights, or one that ``fully_shard`` has cut; with ``strict``, the list of
+            what is not fused, with reasons.
     """
     step = model if isinstance(model, TrainStep) else None
     if step is None:
@@ -108,6 +110,11 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
     owner: Any = step.model if step else getattr(model, "_orig_mod", model)
     updates_fused = step is not None and step.fused
     check_sparsified("explain", owner)
+    if reshard(owner):
+        raise ValueError(
+            "explain: expected a model that is whole, got one that fully_shard has cut; explain it before fully_shard, "
+            "which changes nothing in what is fused within a module"
+        )
     sites = find_sites(owner)
     if step:
         graphs, breaks = _capture_step(step, _one_batch(example, inputs))

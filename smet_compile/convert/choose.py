@@ -17,6 +17,7 @@ from smet_compile.convert.masks import block_mask, read_masks
 from smet_compile.format import Layout, patterns
 from smet_compile.format.arguments import described, whole_number
 from smet_compile.format.densities import check_density
+from smet_compile.shards import is_sharded
 
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
@@ -83,6 +84,7 @@ def choose(
     weights = find_weights(model)
     given = read_masks(model, masks, weights)
     chosen = _sparse_weights(weights, included, excluded, given)
+    _refuse_shards(chosen.values())
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
     blocks = {name: block_mask(name, mask, layouts[name]) for name, mask in given.items()}
     if select == "nonzero":
@@ -101,6 +103,15 @@ def choose(
     _check_bytes(choices, block)
     reasons = _dense_reasons(weights, choices, chosen, excluded)
     return Selection(choices, reasons, None if select == "nonzero" else default)
+
+
+def _refuse_shards(weights: Iterable[Weight]) -> None:
+    for weight in weights:
+        if is_sharded(weight.tensor):
+            raise ValueError(
+                f"{weight.name}: expected a whole weight, got a shard of fully_shard; call sparsify first, then "
+                "fully_shard, then make the optimizer"
+            )
 
 
 def _check_masks_alone(include: list[str] | None, rules: dict[str, float], distribution: str | Distribute) -> None:

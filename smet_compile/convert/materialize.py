@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from smet_compile.convert.active_blocks import FROM_MASKS, Start, select_blocks
+from smet_compile.convert.active_blocks import FROM_MASKS
+from smet_compile.convert.stand_ins import StandIns, whole_parameters
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
+from smet_compile.shards import DrawsWhole, has_shards, is_nonzero, is_sharded, local
 
 Initialize = Callable[[nn.Module], None]
 _RESETS = ("reset_parameters", "_reset_parameters")
@@ -38,10 +41,14 @@ def materialize(
         smet.sparsify(model, density=0.1)
         smet.materialize(model, device="cuda", seed=0)
 
+    A model that no machine could hold is sharded in between: ``fully_shard(...)`` after ``sparsify``. Every rank draws
+    the same numbers, one module at a time, and keeps its rows, so that any number of ranks gets the model above.
+
     Args:
-        model: with compact weights, on the meta device or after ``to_empty``. seed: of weights and topologies; the
-            random state of torch is put back.
-        device: where the model goes from the meta device; default: torch's default device.
+        model: with compact weights, on the meta device or after ``to_empty``, which parts tied weights. seed: of
+            weights and topologies; the random state of torch is put back.
+        device: where the model goes from the meta device; default: the device of the mesh on which it is sharded, else
+            torch's default device.
         initialize: takes a module and writes its own parameters and buffers, in place of the methods above.
 
     Returns: ``model``.
@@ -63,7 +70,7 @@ def materialize(
         if site.compact.select == FROM_MASKS:
             raise ValueError(f"{name}: expected a topology to draw, got one that masks gave; load a state dict")
     if any(tensor.is_meta for tensor in _tensors(model)):
-        model.to_empty(device=torch.get_default_device() if device is None else device)
+        _to_empty(model, _default_device(model) if device is None else device)
     try:
         _draw_all(model, sites, seed, initialize)
     except BaseException:
@@ -87,15 +94,37 @@ def _data_device(device: torch.device | str) -> torch.device:
     return tensor.device
 
 
+def _default_device(model: nn.Module) -> torch.device:
+    shards: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    return torch.device(shards[0].device_mesh.device_type) if shards else torch.get_default_device()
+
+
+def _to_empty(model: nn.Module, device: torch.device) -> None:
+    """Gives the model memory on ``device``. Parameters that are tied stay so: ``to_empty`` alone would part them."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[first_name]
+
+
 def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: Initialize | None) -> None:
     unwritten = _mark_unwritten(model, sites)
     initializers = (
         _initializers(model) if initialize is None else ((initialize, module) for module in _children_first(model))
     )
-    with torch.random.fork_rng():
+    stand_ins = StandIns(seed)
+    draws = DrawsWhole() if has_shards(model) else nullcontext()
+    with torch.random.fork_rng(), draws, stand_ins.of(sites.values()):
         torch.manual_seed(seed)
         for initializer, module in initializers:
-            _draw(module, [site for site in sites.values() if site.module is module], initializer, seed)
+            with whole_parameters(module):
+                initializer(module)
+            stand_ins.keep()
     _expect_written(unwritten, sites)
 
 
@@ -143,40 +172,6 @@ def _initializers(model: nn.Module) -> Iterator[tuple[Initialize, nn.Module]]:
                     yield init_weights, part
 
 
-def _draw(module: nn.Module, sites: list[Site], initializer: Initialize, seed: int) -> None:
-    """Lets ``initializer`` write the parameters of one module as dense tensors, and keeps the active blocks."""
-    with _dense_stand_ins(sites):
-        initializer(module)
-        for site in sites:
-            dense = site.compact.stand_in
-            assert dense is not None
-            if not dense.isnan().any():
-                _pack(site, dense, seed)
-
-
-@contextmanager
-def _dense_stand_ins(sites: list[Site]) -> Iterator[None]:
-    """Makes compact weights read as dense tensors of NaN, which an initialisation may write."""
-    for site in sites:
-        site.compact.stand_in = site.values.new_full(site.layout.shape, math.nan)
-    try:
-        yield
-    finally:
-        for site in sites:
-            site.compact.stand_in = None
-
-
-def _pack(site: Site, dense: Tensor, seed: int) -> None:
-    """Selects the active blocks of ``dense`` and writes them into the values of ``site``."""
-    compact = site.compact
-    start = Start(compact.name, site.layout, site.num_active, compact.select, compact.pattern, seed)
-    compact.set_mask(select_blocks(start, dense))
-    values = torch.ops.smet.pack(dense, compact.topology, compact.lists, compact.layout.text, compact.num_active)
-    if compact.rescale:
-        values.mul_(math.sqrt(site.layout.num_blocks / site.num_active))
-    site.values.copy_(values)
-
-
 def _mark_unwritten(model: nn.Module, sites: dict[str, Site]) -> list[tuple[str, Tensor]]:
     """Fills every plain tensor with a mark that no initialisation writes; returns the tensors with their names."""
     compact = {id(site.values) for site in sites.values()}
@@ -184,7 +179,7 @@ def _mark_unwritten(model: nn.Module, sites: dict[str, Site]) -> list[tuple[str,
     marked = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in compact and tensor.numel() > 0 and tensor.dtype != torch.bool:
-            tensor.fill_(_unwritten_mark(tensor.dtype))
+            local(tensor).fill_(_unwritten_mark(tensor.dtype))
             marked.append((name, tensor))
     return marked
 
@@ -200,7 +195,7 @@ def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site]
     names = [name for name, site in sites.items() if not site.compact.has_data()]
     for name, tensor in marked:
         mark = _unwritten_mark(tensor.dtype)
-        if bool(tensor.isnan().any() if math.isnan(mark) else (tensor == mark).all()):
+        if is_nonzero(tensor.isnan()) if math.isnan(mark) else not is_nonzero(tensor != mark):
             names.append(name)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

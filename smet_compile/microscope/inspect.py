@@ -17,8 +17,10 @@ from smet_compile.microscope.reading import Reading, Rule, read_forward
 from smet_compile.microscope.recording import Recording, record_forward
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
+from smet_compile.ops.plain_copy import without_data
 from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified
 from smet_compile.runtime import TopologyManager
+from smet_compile.shards import reshard
 
 if TYPE_CHECKING:
     import networkx
@@ -57,6 +59,9 @@ def inspect(
     their number in the dense model: what SynFlow (Tanaka et al. 2020) computes for weights that are all one, summed.
     Time and memory are linear in the number of units and blocks.
 
+    Of a sharded model the forward is that of the plain one, on no rank's data: where it cannot run without data, only
+    what holds of each weight alone is found. Every rank has to call where an optimizer is given.
+
     Args:
         model: with compact weights, compiled or not. On the meta device the topologies must have data.
         example, inputs: the arguments of its forward; without any, only what holds of each weight alone is found.
@@ -82,10 +87,11 @@ def inspect(
         check_has_data(site)
     matrices = {name: ActiveMatrix.of(site.compact.topology, site.layout) for name, site in sites.items()}
     if example or inputs:
-        recording = record_forward(owner, example, inputs)
+        shown = without_data(owner) if reshard(owner) else owner
+        recording = record_forward(shown, example, inputs)
     else:
-        recording = Recording(warning="no example was given, so what feeds what is not known")
-    reading = _read(owner, sites, recording) if recording.is_complete else None
+        shown, recording = owner, Recording(warning="no example was given, so what feeds what is not known")
+    reading = _read(shown, find_sites(shown), recording) if recording.is_complete else None
     rows_are_inputs = {node.weight: node.transposed for *_, node in reading.flow.uses} if reading else {}
     dead = {name: dead_units(site, rows_are_inputs.get(name)) for name, site in sites.items()}
     reaches, share = reach_of_sites(reading, matrices, dead) if reading else ({}, None)

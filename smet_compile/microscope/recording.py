@@ -113,14 +113,18 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _record_without_data(model: nn.Module, example: Any) -> Recording:
-    """Records on fake tensors. Those of meta tensors are on the CPU, since tensors that a forward makes are there."""
+    """Records on fake tensors. Those of meta tensors are where buffers have data, else on the CPU.
+
+    Tensors that a forward makes are there.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with_data = next((tensor.device for _, tensor in _state(model) if not tensor.is_meta), torch.device("cpu"))
 
     def fake(tensor: Tensor) -> Tensor:
         with mode:
-            device = "cpu" if tensor.is_meta else tensor.device
+            device = with_data if tensor.is_meta else tensor.device
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     state = {name: fake(tensor) for name, tensor in _state(model)}

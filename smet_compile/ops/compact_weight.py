@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from smet_compile.format import (
 from smet_compile.ops import captures, gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import replace_data
+from smet_compile.shards import is_sharded
 
 _FOR_ONE_STEP = {"update_sink": None, "collected": None, "reduced_over": ""}
 _FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
@@ -76,8 +78,8 @@ class CompactWeight(nn.Module):
     """An error from a change in place that could not be kept; the next use raises it."""
     _active: Topology | None
     """The topology that was checked last; None before the first check, and on the meta device."""
-    stand_in: Tensor | None
-    """A dense tensor that is read instead, while the weight is initialised."""
+    stand_in: Callable[[], Tensor] | None
+    """Returns a dense tensor that is read instead, while the weight is initialised."""
 
     def __init__(self, layout: Layout, mask: Tensor, num_active: int, name: str = "weight") -> None:
         super().__init__()
@@ -210,10 +212,15 @@ class CompactWeight(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         if self.stand_in is not None:
-            return self.stand_in
+            return self.stand_in()
         if self.topology.is_meta and not values.is_meta:
             raise ValueError(f"{self.name}: {_NO_DATA}")
         tracing = torch.compiler.is_compiling()
+        if not tracing and is_sharded(values):
+            raise ValueError(
+                f"{self.name}: expected a whole weight to read, got a shard; export_dense(model) makes a plain model, "
+                "and unshard() of the module that was given to fully_shard makes the weight whole until reshard()"
+            )
         self.check()
         if not tracing and torch.is_inference_mode_enabled() and not values.is_inference():
             # Tensors made in inference mode have no version, by which changes in place are noticed.

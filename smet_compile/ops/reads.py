@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
+from smet_compile.shards import is_sharded
 
 _STACKLEVEL = 5  # the line that drops the last reference to the read, or uses the weight next
 
@@ -208,8 +209,13 @@ def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> 
     assign_tensor = own.__setattr__
 
     def assign(self: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and name in chains(self):
-            value = value.detach()
+        if isinstance(value, Tensor) and name in (found := chains(self)):
+            if is_sharded(found[name].original):
+                raise ValueError(
+                    f"{getattr(found[name][0], 'name', name)}: expected a whole weight to assign to, got a shard; "
+                    "assign before fully_shard, or load a checkpoint"
+                )
+            value = value.detach() if isinstance(value, nn.Parameter) else value
         assign_tensor(self, name, value)
 
     own.__setattr__ = assign  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from smet_compile.format import arguments
 from smet_compile.optim.parameters import describe_parameters
+from smet_compile.shards import make_whole, reshard
 
 Group = dict[str, Any]
 
@@ -110,6 +111,7 @@ def scale_initial_(model: nn.Module, *, std: float, base_width: int) -> nn.Modul
     std = arguments.number("std", std, above=0)
     width = arguments.whole_number("base_width", base_width, at_least=1)
     factors = {}
+    reshard(model)
     for parameter, known in describe_parameters(model).items():
         if known.layout is None or known.is_embedding or not parameter.is_floating_point():
             continue
@@ -138,6 +140,7 @@ def _spread(name: str, weight: Tensor) -> float:
         raise ValueError(
             f"{name}: expected a weight with data, got one on the meta device; call smet.materialize first"
         )
+    weight = make_whole(weight.detach())
     norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
     if not math.isfinite(norm):
         raise ValueError(f"{name}: expected finite initial values, got others; initialise the model first")

@@ -1,5 +1,6 @@
 """Says which rows of a compact weight each rank holds, and which ranks train one model together."""
 
+from smet_compile.shards.draws import DrawsWhole
 from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups
 from smet_compile.shards.rows import (
     Rows,
@@ -11,12 +12,17 @@ from smet_compile.shards.rows import (
     reshard,
     set_gradient_sync,
 )
+from smet_compile.shards.unsharded import Unsharded, forget_shards, has_shards
 
 __all__ = [
     "ALONE",
+    "DrawsWhole",
     "Ranks",
     "Rows",
+    "Unsharded",
     "cut_like",
+    "forget_shards",
+    "has_shards",
     "is_nonzero",
     "is_sharded",
     "local",

@@ -101,6 +101,8 @@ class Rows:
                 "shard with fully_shard, without shard_placement_fn"
             )
         size = mesh.size(cut[0])
+        if size == 1:
+            return cls((0, num_rows), copies=copies)
         chunk = -(-num_rows // size)
         cuts = tuple(min(rank * chunk, num_rows) for rank in range(size + 1))
         return cls(cuts, mesh.get_local_rank(cut[0]), mesh.get_group(cut[0]), copies)

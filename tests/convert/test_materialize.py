@@ -23,6 +23,30 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 5))
 
 
+class Residual(nn.Module):
+    """Draws the compact weight of a child, as GPT-2 does, or changes it."""
+
+    def __init__(self, factor: float | None = None) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.factor = factor
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.factor is None:
+            nn.init.normal_(self.down.weight, std=0.05)
+        else:
+            self.down.weight.data.mul_(self.factor)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(9, 12), nn.Linear(12, 12), nn.Linear(12, 9)
+        self.embedding.weight = self.head.weight
+
+
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,6 +70,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "convolutions": (convolutions, {"include": ["*.weight"]}),
     "attention": (lambda: nn.MultiheadAttention(16, 2), {}),
     "encoder_layer": (lambda: nn.TransformerEncoderLayer(16, 2, 32), {}),
+    "drawn_by_a_parent": (Residual, {"block_shape": (4, 4)}),
+    "changed_by_a_parent": (lambda: Residual(0.5), {"rescale": False}),
+    "tied": (Tied, {}),
     "llama": (llama, {}),
     "mixtral": (mixtral, {}),
 }
@@ -64,6 +91,7 @@ def test_equal_to_sparsify_on_the_device(name: str) -> None:
     assert smet.materialize(drawn, seed=5, device="cpu") is drawn
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same(dict(drawn.state_dict()), dict(real.state_dict()))
+    assert [name for name, _ in drawn.named_parameters()] == [name for name, _ in real.named_parameters()]
     non_persistent = {n: b for n, b in real.named_buffers() if not n.endswith("lists")}
     assert_same({n: b for n, b in drawn.named_buffers() if not n.endswith("lists")}, non_persistent)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format"}
+ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format", "shards"}
 ABOVE = {"api", "train_step", "explain", "tracing", "plan", "microscope", "presets"}
 SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
@@ -21,26 +21,28 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "format": Room(set(), "everything stands on the format, so it stands on torch alone"),
-    "ops": Room({"format"}, "what is computed does not know who asks for it"),
-    "convert": Room({"ops", "format"}, SIDE_BY_SIDE),
+    "shards": Room(set(), "which rank holds which rows is a matter of torch's meshes alone"),
+    "format": Room({"shards"}, "everything stands on the format, so it stands on torch alone"),
+    "ops": Room({"format", "shards"}, "what is computed does not know who asks for it"),
+    "convert": Room({"ops", "format", "shards"}, SIDE_BY_SIDE),
     "passes": Room({"ops", "format"}, f"{SIDE_BY_SIDE}; {UNTOUCHED_GRAPH}"),
-    "optim": Room({"ops", "format"}, SIDE_BY_SIDE),
-    "runtime": Room({"ops", "format"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
+    "optim": Room({"ops", "format", "shards"}, SIDE_BY_SIDE),
+    "runtime": Room({"ops", "format", "shards"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "api": Room(ALL_ROOMS, "imports point down only"),
     "train_step": Room(
-        {"ops", "optim", "format"}, "a step computes and updates; it does not know when the topology changes"
+        {"ops", "optim", "format", "shards"}, "a step computes and updates; it does not know when the topology changes"
     ),
     "tracing": Room({"passes"}, "it captures a graph and runs the passes on it, whatever the model and its reader"),
     "explain": Room(
-        {"ops", "passes", "tracing", "train_step", "format"}, "it asks the passes what they did, and changes nothing"
+        {"ops", "passes", "tracing", "train_step", "format", "shards"},
+        "it asks the passes what they did, and changes nothing",
     ),
     "microscope": Room(
-        {"runtime", "tracing", "ops", "format"}, "it looks at a model and at its history, and changes nothing"
+        {"runtime", "tracing", "ops", "format", "shards"}, "it looks at a model and at its history, and changes nothing"
     ),
     "presets": Room({"format"}, "a shape and its model know nothing of sparsity"),
     "plan": Room(
-        {"convert", "passes", "optim", "ops", "format", "train_step", "tracing", "presets"},
+        {"convert", "passes", "optim", "ops", "format", "shards", "train_step", "tracing", "presets"},
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
     ),
     "__init__": Room(ALL_ROOMS | ABOVE, "the door loads rooms as they are asked for; the main job stands above it"),
