@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +21,12 @@ from smet_compile.pretrain.config import (
     parse_block,
     resolve,
 )
-from smet_compile.pretrain.console import as_cell, end_with_error, print_any_character, print_plainly
+from smet_compile.pretrain.console import FAILED, as_cell, end_with_error, print_any_character, print_plainly
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.inspection import add_inspect_command
 from smet_compile.pretrain.loop import catch_interrupt, pretrain, resume
 from smet_compile.pretrain.report import summarize
+from smet_compile.pretrain.world import is_first_process, is_reporter
 
 INTERRUPTED = 130
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: None}
@@ -92,7 +94,7 @@ def _pretrain_parameters(option: Any) -> list[inspect.Parameter]:
     """Returns two paths and an option per field of `RunConfig`."""
     paths = {
         "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
-        "resume": "Go on with the run in this folder; takes no other option.",
+        "resume": "Go on with the run in this folder; takes no other option but --shard.",
     }
     declared: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
     declared |= {item.name: (METAVARS[OPTION_TYPES[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
@@ -107,21 +109,31 @@ def _pretrain(**options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     try:
         folder, finished = _run(given)
-        done = f"Done: {summarize(folder)}.\nReport: {folder.report}" if finished else ""
+        prints = is_first_process()
+        done = f"Done: {summarize(folder)}.\nReport: {folder.report}" if finished and prints else ""
     except (ValueError, OSError, MissingExtraError) as error:
+        if not is_reporter(error):
+            sys.exit(FAILED)
         end_with_error(error)
     if not finished:
-        print(f"Stopped and saved. Go on with:\n{folder.resume_command}")
+        if prints:
+            print(f"Stopped and saved. Go on with:\n{folder.resume_command}")
         sys.exit(INTERRUPTED)
-    print(done)
+    if prints:
+        print(done)
 
 
 def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
     resumed, out = (_path(name, given.pop(name, None)) for name in ("resume", "out"))
-    if resumed is not None and (given or out):
-        names = ", ".join(option_name(name) for name in ([*given, "out"] if out else given))
-        raise ValueError(f"--resume: expected no other option (the run keeps its own), got {names}; leave them out")
+    others = [name for name in given if name != "shard"] + ["out"] * (out is not None)
+    if resumed is not None and others:
+        names = ", ".join(map(option_name, others))
+        raise ValueError(
+            f"--resume: expected no other option but --shard (the run keeps its own), got {names}; leave them out"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not is_first_process():
+        warnings.simplefilter("ignore")
     if resumed is not None:
         folder = RunFolder(resumed)
         folder.open()
@@ -131,7 +143,7 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
         folder.expect_free()
     with catch_interrupt() as interrupt:
         if resumed is not None:
-            return folder, resume(folder.path, interrupt)
+            return folder, resume(folder.path, interrupt, shard=given.get("shard"))
         return folder, pretrain(config, folder.path, interrupt)
 
 

@@ -91,6 +91,10 @@ class RunConfig:
         f"Adam's moments, of sparse methods: {', '.join(MOMENT_DTYPES)}. Default: --dtype.", known=MOMENT_DTYPES
     )
     device: str = _option("Torch device. Default: cuda where there is one, else cpu.")
+    shard: str = _option(
+        "Share weights and optimizer out among the processes of torchrun: none, fsdp, hsdp=R (R replicas, each shared "
+        "out). Default: none. Without torchrun one process trains alone. Goes with --resume, too."
+    )
     eager: bool = _option("Train without torch.compile: no compile time, more memory. Default: compiled.")
     seed: int = _option("Seed of weights, topology and batches. Default: 0.", at_least=0)
     save_every: int = _option("Steps between checkpoints. Default: 10% of --steps, at most 1000.", at_least=1)
@@ -117,11 +121,17 @@ class RunConfig:
             check_pattern(self.pattern)
         if not _is_device(self.device):
             raise ValueError(f"--device: expected a torch device such as cpu or cuda:0, got {described(self.device)}")
+        parse_shard(self.shard)
 
     @property
     def block_shape(self) -> tuple[int, int]:
         """Returns `block` as (rows, columns): "16" is (16, 16), "1x16" is (1, 16)."""
         return parse_block(self.block, "--block")
+
+    @property
+    def replicas(self) -> int | None:
+        """Returns how many whole copies of the model the ranks hold together; None where each holds its own."""
+        return parse_shard(self.shard)
 
     @property
     def plain_schedule(self) -> Schedule:
@@ -186,6 +196,18 @@ def parse_block(text: str, option: str) -> tuple[int, int]:
     return rows, columns
 
 
+def parse_shard(text: str) -> int | None:
+    """Returns the number of replicas of "fsdp" (1) or "hsdp=R" (R), and None of "none"."""
+    kind, _, number = text.partition("=")
+    if text in ("none", "fsdp"):
+        return None if text == "none" else 1
+    if kind == "tp":
+        raise ValueError(f"--shard: tensor parallelism ({described(text)}) is not available yet; pass fsdp or hsdp=R")
+    if kind != "hsdp" or not re.fullmatch("[0-9]{1,8}", number) or not int(number):
+        raise ValueError(f"--shard: expected none, fsdp or hsdp=R such as hsdp=2 (2 replicas), got {described(text)}")
+    return int(number)
+
+
 def _sparse_rate(lr: float, density: float, exponent: float) -> float:
     """Returns lr / density**exponent; 0 or infinity where floats cannot hold it."""
     try:
@@ -240,7 +262,7 @@ def resolve(**given: Any) -> RunConfig:
         "drop_fraction": 0.2, "final_drop_fraction": 0.005, "schedule": _default_schedule(given),
         "min_age": _default_min_age(every, given), "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
         "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
-        "device": "cuda" if torch.cuda.is_available() else "cpu", "eager": False, "seed": 0,
+        "device": "cuda" if torch.cuda.is_available() else "cpu", "shard": "none", "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
     config = RunConfig(**(defaults | given))

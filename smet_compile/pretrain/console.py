@@ -20,6 +20,7 @@ from smet_compile.presets import require
 PLAIN_LINES = 20
 PLAIN_SECONDS = 30.0
 MOST_NAMES = 3
+FAILED = 2
 
 
 def print_plainly(console: Any, text: str) -> None:
@@ -35,7 +36,7 @@ def as_cell(text: str, style: str = "") -> Any:
 def end_with_error(error: Exception) -> NoReturn:
     """Prints the error as one line on standard error, and ends the process with exit code 2."""
     print("error:", " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(FAILED)
 
 
 def print_any_character() -> None:

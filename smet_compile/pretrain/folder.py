@@ -22,6 +22,7 @@ from typing import Any
 
 from smet_compile.format.arguments import described
 from smet_compile.pretrain.config import OPTION_TYPES, RunConfig, resolve
+from smet_compile.pretrain.world import start_command
 
 LOCK_MARK = "smet_compile pretrain"
 MOST_LOCK_BYTES = 500
@@ -118,7 +119,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        return f"python -m smet_compile pretrain --resume {shlex.quote(str(self.path))}"
+        return f"{start_command()} pretrain --resume {shlex.quote(str(self.path))}"
 
     def expect_free(self) -> None:
         """Raises ValueError where another run, or a file that a run would replace, lives here."""

@@ -3,8 +3,9 @@
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from smet_compile.pretrain.console import DeadUnitWarning, Progress, Status, ope
 from smet_compile.pretrain.data import Data, Tokenizer, open_data, open_tokenizer
 from smet_compile.pretrain.folder import RunFolder, RunLock
 from smet_compile.pretrain.memory import expect_enough_memory, explaining_lack_of_memory, measure
-from smet_compile.pretrain.metrics import MetricsLog, event_values, is_finished, mend_metrics, read_metrics
+from smet_compile.pretrain.metrics import MetricsLog, NoLog, event_values, is_finished, mend_metrics, read_metrics
 from smet_compile.pretrain.report import write_report
 from smet_compile.pretrain.training import (
     Training,
@@ -26,6 +27,7 @@ from smet_compile.pretrain.training import (
     train_step,
     validation_loss,
 )
+from smet_compile.pretrain.world import OtherRankError, World, open_world
 
 Stop = Callable[[], bool]
 SPEED_MEMORY = 0.9
@@ -33,8 +35,9 @@ SPEED_MEMORY = 0.9
 
 @dataclass
 class Run:
-    """Holds a run in memory, whose folder this process has locked."""
+    """Holds a run in memory, whose folder the first rank has locked."""
 
+    world: World
     folder: RunFolder
     lock: RunLock
     config: RunConfig
@@ -51,35 +54,55 @@ def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = 
     """Trains a new model as `config` says; `path` becomes the run's folder, which no other process may use meanwhile.
 
     `stop` is called after each step; where it returns True the run saves and ends early. Returns whether the run
-    is finished. Raises ValueError for a mistake in config, data or folder, before anything is written.
+    is finished. Raises ValueError for a mistake in config, data or folder, before anything is written. Where several
+    processes train one model (`config.shard`), all of them call this; the first one writes and prints.
     """
     folder = RunFolder(path)
     folder.expect_free()
-    with RunLock(path, "--out") as lock:
-        folder.expect_free()
-        run = build_run(folder, lock, config)
+    with open_world(config) as world, _locked(world, folder, "--out") as lock:
+        world.on_first(folder.expect_free)
+        run = build_run(world, folder, lock, config)
         with _explaining_failed_writes(folder):
-            folder.create(config)
+            world.on_first(lambda: folder.create(config))
         lock.keep_folder()
         return _finish(run, 0, stop, console)
 
 
-def resume(path: Path, stop: Stop = _never, console: Any = None) -> bool:
+def resume(path: Path, stop: Stop = _never, console: Any = None, shard: str | None = None) -> bool:
     """Goes on with the run in folder `path` from its last checkpoint, or from the beginning if there is none.
 
     On the CPU the losses are those of an undisturbed run, bit for bit. A finished run gets its report again.
-    Where the log lacks steps that were trained, a line says so. Raises ValueError for a mistake in the folder's files,
-    and where another process uses the folder.
+    Where the log lacks steps that were trained, a line says so. Any number of processes goes on with a run, whatever
+    number began it; `shard` takes the place of the run's own `--shard`, then losses are equal up to rounding. Raises
+    ValueError for a mistake in the folder's files, and where another process uses the folder.
     """
     folder = RunFolder(path)
-    folder.open()
-    with RunLock(path, "--resume") as lock:
-        config = folder.open()
-        if is_finished(folder.metrics):
-            write_report(folder)
+    with open_world(_config_of(folder, shard)) as world, _locked(world, folder, "--resume") as lock:
+        config = world.on_first(lambda: _config_of(folder, shard))
+        if world.on_first(lambda: is_finished(folder.metrics)):
+            world.on_first(lambda: write_report(folder))
             return True
-        run = build_run(folder, lock, config)
-        return _finish(run, restore_run(run), stop, console)
+        run = build_run(world, folder, lock, config)
+        first = restore_run(run)
+        with _explaining_failed_writes(folder):
+            world.on_first(lambda: folder.create(config) if shard else None)
+        return _finish(run, first, stop, console)
+
+
+def _config_of(folder: RunFolder, shard: str | None) -> RunConfig:
+    config = folder.open()
+    return replace(config, shard=shard) if shard else config
+
+
+@contextmanager
+def _locked(world: World, folder: RunFolder, option: str) -> Iterator[RunLock]:
+    """Yields the lock of a folder, which the first rank holds."""
+    lock = RunLock(folder.path, option)
+    with ExitStack() as stack:
+        with world.together():
+            if world.is_first:
+                stack.enter_context(lock)
+        yield lock
 
 
 @contextmanager
@@ -94,52 +117,69 @@ def _explaining_failed_writes(folder: RunFolder) -> Iterator[None]:
 
 
 def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
-    console = console or require("rich.console").Console()
-    manager = run.training.manager
+    world, manager = run.world, run.training.manager
+    console = _open_console(world, console)
     with _explaining_failed_writes(run.folder), explaining_lack_of_memory():
-        warning = mend_metrics(run.folder.metrics, first, manager.history if manager else ())
-        with MetricsLog(run.folder.metrics) as log:
+        warning = world.on_first(lambda: mend_metrics(run.folder.metrics, first, manager.history if manager else ()))
+        with _open_log(run) as log:
             print_plainly(console, headline(run, first))
+            if world.replicas is not None and not run.config.eager:
+                print_plainly(console, "a sharded run does not compile its step yet: it trains as with --eager")
             if warning:
                 print_plainly(console, warning)
             dead_units = DeadUnitWarning(console)
             dead_units.check(run.training.model)
             with open_progress(console, first, run.config.steps) as progress:
                 finished = _train(run, first, stop, log, progress, dead_units)
-            log.expect_in_place()
+            with world.together():
+                log.expect_in_place()
     if finished:
-        write_report(run.folder)
+        world.on_first(lambda: write_report(run.folder))
     return finished
 
 
+def _open_console(world: World, console: Any) -> Any:
+    """Returns the console to print to: a deaf one on a rank that is not the first."""
+    make = require("rich.console").Console
+    return (console or make()) if world.is_first else make(quiet=True, file=StringIO())
+
+
+def _open_log(run: Run) -> MetricsLog:
+    with run.world.together():
+        return MetricsLog(run.folder.metrics) if run.world.is_first else NoLog()
+
+
 def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> bool:
-    config, training = run.config, run.training
+    config, training, world = run.config, run.training, run.world
     training.model.train()
     density, speed = active_fraction(training), 0.0
-    known = {(record["kind"], record["step"]) for record in read_metrics(run.folder.metrics)}
+    known = world.on_first(lambda: {(each["kind"], each["step"]) for each in read_metrics(run.folder.metrics)})
     measured = any(kind == "bytes" for kind, _ in known)
     for step in range(first + 1, config.steps + 1):
         began = time.perf_counter()
         rate = learning_rate(config, step - 1)
-        loss, event = train_step(training, run.data.train.batch(step - 1).to(config.device), rate)
+        batch = world.rows_of(run.data.train.batch(step - 1)).to(config.device)
+        loss, event = train_step(training, batch, rate)
         seconds = time.perf_counter() - began
         speed = _smoothed(speed, config.step_tokens / seconds)
-        log.write("train", step, loss=loss, lr=rate, seconds=seconds)
-        if event is not None:
-            log.write("topology", step, event=event_values(event))
-            density = active_fraction(training)
-            dead_units.check(training.model)
-        next_update = training.manager.next_update if training.manager else None
-        progress.update(Status(step, loss, speed, density, next_update))
-        if not measured:
-            log.write("bytes", step, **measure(training, config, run.tokenizer.vocab_size))
-            measured = True
+        with world.together():
+            log.write("train", step, loss=loss, lr=rate, seconds=seconds)
+            if event is not None:
+                log.write("topology", step, event=event_values(event))
+                density = active_fraction(training)
+                dead_units.check(training.model)
+            next_update = training.manager.next_update if training.manager else None
+            progress.update(Status(step, loss, speed, density, next_update))
+            if not measured:
+                log.write("bytes", step, **measure(training, config, run.tokenizer.vocab_size))
+                measured = True
         if _after_step(run, step, stop, log):
             return False
     if first == config.steps and ("eval", first) not in known:
         _validate(run, first, log)
-    log.write("end", config.steps)
-    log.sync()
+    with world.together():
+        log.write("end", config.steps)
+        log.sync()
     return True
 
 
@@ -153,30 +193,41 @@ def _after_step(run: Run, step: int, stop: Stop, log: MetricsLog) -> bool:
     last = step == config.steps
     if last or step % config.eval_every == 0:
         _validate(run, step, log)
-    stopping = stop()
+    stopping = run.world.any(stop())
     if last or stopping or step % config.save_every == 0:
         save_run(run, step, log)
     return stopping and not last
 
 
 def _validate(run: Run, step: int, log: MetricsLog) -> None:
-    log.write("eval", step, loss=validation_loss(run.training, run.data.validation, run.config))
+    loss = validation_loss(run.training, run.data.validation, run.config)
+    with run.world.together():
+        log.write("eval", step, loss=loss)
 
 
-def build_run(folder: RunFolder, lock: RunLock, config: RunConfig) -> Run:
+def build_run(world: World, folder: RunFolder, lock: RunLock, config: RunConfig) -> Run:
     """Returns everything that a run needs, as it is before the first step."""
-    expect_device(config.device)
-    tokenizer = open_tokenizer(config.tokenizer)
     with explaining_lack_of_memory():
-        data = open_data(config, tokenizer)
-        expect_enough_memory(config, tokenizer.vocab_size)
-        return Run(folder, lock, config, tokenizer, data, build_training(config, tokenizer.vocab_size))
+        with world.together():
+            expect_device(config.device)
+            tokenizer = open_tokenizer(config.tokenizer)
+            data = open_data(config, tokenizer)
+            expect_enough_memory(config, tokenizer.vocab_size, world.size)
+        world.expect_same(f"--data {config.data}: its text", data.fingerprint)
+        with world.together():
+            training = build_training(config, tokenizer.vocab_size, world)
+    return Run(world, folder, lock, config, tokenizer, data, training)
 
 
 def restore_run(run: Run) -> int:
     """Puts a new run where its last checkpoint was; returns the step, 0 where there is none."""
-    if not run.folder.checkpoint.exists():
-        return 0
+    exists = run.folder.checkpoint.exists()
+    run.world.expect_same(f"{run.folder.checkpoint}: whether it exists", exists)
+    with run.world.together():
+        return _load_run(run) if exists else 0
+
+
+def _load_run(run: Run) -> int:
     training = run.training
     extra = smet.load_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager)
     _expect_own(run, extra)
@@ -209,7 +260,11 @@ def headline(run: Run, first: int) -> str:
     weights = sum(parameter.numel() for parameter in run.training.model.parameters())
     start = f"from step {first}" if first else "from the beginning"
     config = run.config
-    return f"{config.preset}, {config.method}: {weights:,} stored weights, {config.data}, {start}, in {run.folder.path}"
+    ranks = "" if run.world.replicas is None else f", {config.shard} on {run.world}"
+    return (
+        f"{config.preset}, {config.method}: {weights:,} stored weights{ranks}, {config.data}, {start}, in "
+        f"{run.folder.path}"
+    )
 
 
 def save_run(run: Run, step: int, log: MetricsLog) -> None:
@@ -217,15 +272,23 @@ def save_run(run: Run, step: int, log: MetricsLog) -> None:
 
     The log is on disk before the checkpoint is. Where the run's folder is gone, nothing is left in its place.
     """
+    with run.world.together():
+        _save_run(run, step, log)
+
+
+def _save_run(run: Run, step: int, log: MetricsLog) -> None:
     extra = {"step": step, "data": run.data.train.state_dict(), "fingerprint": run.data.fingerprint}
-    training = run.training
-    log.sync()
+    training, world = run.training, run.world
+    with world.together():
+        log.sync()
     try:
-        run.lock.renew()
+        with world.together():
+            if world.is_first:
+                run.lock.renew()
         smet.save_checkpoint(run.folder.checkpoint, training.model, training.optimizer, training.manager, extra=extra)
     except (ValueError, OSError) as error:
         log.expect_in_place()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | OtherRankError):
             raise
         raise ValueError(f"{error}; then {run.folder.resume_command}") from error
     finally:

@@ -67,10 +67,13 @@ def measure(training: Training, config: RunConfig, vocab_size: int) -> dict[str,
     }
 
 
-def expect_enough_memory(config: RunConfig, vocab_size: int) -> None:
-    """Raises ValueError for settings whose smallest possible need is beyond the memory of the machine or device."""
+def expect_enough_memory(config: RunConfig, vocab_size: int, num_ranks: int = 1) -> None:
+    """Raises ValueError for settings whose smallest possible need is beyond the memory of the machine or device.
+
+    `num_ranks` processes, each with a device of its own, share a micro-batch.
+    """
     preset, (rows, columns) = find_preset(config.preset), config.block_shape
-    logits = config.batch * config.sequence * vocab_size * DTYPES[config.dtype].itemsize
+    logits = config.batch // num_ranks * config.sequence * vocab_size * DTYPES[config.dtype].itemsize
     blocks = preset.layers * SPARSE_WEIGHTS_IN_LAYER * rows * columns * DTYPES[config.dtype].itemsize
     _expect_room("--batch x --sequence", "the logits of a micro-batch", logits, _device_bytes(config.device))
     _expect_room("--block", "one block of each sparse weight", blocks, _device_bytes(config.device))

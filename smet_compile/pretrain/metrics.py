@@ -139,6 +139,26 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._file.close()
 
 
+class NoLog(MetricsLog):
+    """Writes nothing, on the ranks of a run that are not the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def is_in_place(self) -> bool:
+        """Returns True: there is no file."""
+        return True
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def is_finished(path: Path) -> bool:
     """Returns whether the last step of the run with this log was taken and saved."""
     records = read_metrics(path)

@@ -49,7 +49,7 @@ def _write(folder: RunFolder, config: RunConfig, records: list[Record]) -> None:
         _result(config, records),
         *(f"![{CAPTIONS[name]}]({name})" for name in images if name == "loss.png"),
         "## Bytes",
-        *_bytes(records),
+        *_bytes(records, config.shard != "none"),
         *(f"![{CAPTIONS[name]}]({name})" for name in images if name == "bytes.png"),
         "## Topology",
         *_topology(records),
@@ -123,7 +123,7 @@ def _time(config: RunConfig, train: list[Record]) -> str:
     return f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens per second on {config.device}"
 
 
-def _bytes(records: list[Record]) -> list[str]:
+def _bytes(records: list[Record], is_sharded: bool) -> list[str]:
     found = of_kind(records, "bytes")
     if not found:
         return ["Not measured."]
@@ -134,6 +134,8 @@ def _bytes(records: list[Record]) -> list[str]:
         "the dense model. The index is the topology and what is derived from it; ages include step counts. "
         "Activations are not in it."
     )
+    if is_sharded:
+        note += " The bytes are those of all ranks together, the index counted once: each rank holds all of it."
     return [note, *tables]
 
 

@@ -13,7 +13,9 @@ import smet_compile as smet
 from smet_compile.format.arguments import described
 from smet_compile.presets import build_preset
 from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method, RunConfig
+from smet_compile.pretrain.world import ALONE, World, set_gradient_sync
 from smet_compile.runtime.schedules import ScheduleName
+from smet_compile.shards import reshard
 
 FINAL_RATE_FRACTION = 0.1
 
@@ -45,6 +47,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     manager: smet.TopologyManager | None
     step: Callable[[dict[str, Tensor]], Tensor]
+    world: World = ALONE
     gradients: GradientBytes = field(init=False)
     peak_rates: list[float] = field(init=False)
 
@@ -58,16 +61,17 @@ def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
     return build_preset(config.preset, vocab_size, config.sequence, DTYPES[config.dtype], device)
 
 
-def build_training(config: RunConfig, vocab_size: int) -> Training:
-    """Returns a new model, made sparse and given an optimizer as the method says."""
+def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> Training:
+    """Returns a new model, made sparse, sharded over the ranks and given an optimizer as the method says."""
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size, config.device)
     method = METHODS[config.method]
     if method is None:
-        optimizer = dense_optimizer(config, model)
-        return Training(model, optimizer, None, _step(config, model, optimizer))
+        optimizer = dense_optimizer(config, world.shard(model, DTYPES[config.dtype]))
+        return Training(model, optimizer, None, _step(config, model, optimizer, world), world)
     pattern = None if config.pattern == "none" else config.pattern
     smet.sparsify(model, config.density, block_shape=config.block_shape, pattern=pattern, seed=config.seed)
+    world.shard(model, DTYPES[config.dtype])
     optimizer = _sparse_optimizer(config, method, model)
     manager = smet.TopologyManager(
         model,
@@ -81,7 +85,7 @@ def build_training(config: RunConfig, vocab_size: int) -> Training:
         min_age=config.min_age,
         seed=config.seed,
     )
-    return Training(model, optimizer, manager, _step(config, model, optimizer))
+    return Training(model, optimizer, manager, _step(config, model, optimizer, world), world)
 
 
 def expect_device(device: str) -> None:
@@ -140,18 +144,20 @@ class TwoCallStep:
         self._num_accumulated = 0
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        self._num_accumulated += 1
+        is_last = self._num_accumulated == self.accumulate
+        set_gradient_sync(self.model, is_last)
         loss: Tensor = self.model(**batch).loss
         (loss / self.accumulate).backward()
-        self._num_accumulated += 1
-        if self._num_accumulated == self.accumulate:
+        if is_last:
             self._num_accumulated = 0
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach()
 
 
-def _step(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., Tensor]:
-    if config.eager:
+def _step(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Callable[..., Tensor]:
+    if config.eager or world.replicas is not None:
         return TwoCallStep(model, optimizer, config.accumulate)
     if config.method == "dense":
         return TwoCallStep(torch.compile(model), optimizer, config.accumulate)
@@ -176,6 +182,8 @@ Outcome = tuple[float, smet.TopologyEvent | None]
 def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
     """Takes one step on (accumulate, batch, sequence) tokens; returns its mean loss and topology update, if any.
 
+    Each rank gives its rows of the micro-batches; the loss is the mean of all.
+
     `rate` is that of linear layers at density 1; the other groups follow in proportion.
     """
     for group, peak in zip(training.optimizer.param_groups, training.peak_rates, strict=True):
@@ -183,16 +191,24 @@ def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
     with _explaining_failed_compilation():
         losses = [training.step({"input_ids": micro_batch, "labels": micro_batch}) for micro_batch in batch]
     event = training.manager.step() if training.manager else None
-    return torch.stack(losses).mean().item(), event
+    return training.world.mean(torch.stack(losses).mean()).item(), event
 
 
 @torch.no_grad()
 def validation_loss(training: Training, windows: torch.Tensor, config: RunConfig) -> float:
-    """Returns the mean loss per token over (W, sequence) held-out windows."""
+    """Returns the mean loss per token over (W, sequence) held-out windows, of which each rank takes a share."""
     training.model.eval()
-    sums = [
-        training.model(input_ids=part, labels=part).loss.double() * len(part)
-        for part in windows.to(config.device).split(config.batch)
-    ]
+    sums = [_summed_loss(training, part) for part in windows.to(config.device).split(config.batch)]
     training.model.train()
-    return float(torch.stack(sums).sum() / len(windows))
+    reshard(training.model)
+    return float(training.world.sum(torch.stack(sums).sum()) / len(windows))
+
+
+def _summed_loss(training: Training, windows: Tensor) -> Tensor:
+    """Returns the sum of the losses of this rank's share of the windows.
+
+    A rank without a share computes one window all the same, since the others wait for its part of the weights.
+    """
+    share = training.world.share_of(windows)
+    shown = share if len(share) else windows[:1]
+    return training.model(input_ids=shown, labels=shown).loss.double() * len(share)

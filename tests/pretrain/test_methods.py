@@ -32,7 +32,7 @@ def test_blocks(block: str, tmp_path: Path) -> None:
 
 
 def test_tiles_stay_where_they_are_by_default(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    config = small_config(tmp_path, block="16", density=0.5, steps=4, every=1, method="smet-rigl")
+    config = small_config(tmp_path, block="16", density=0.5, steps=4, every=1)
     training = build_training(config, 256)
     assert training.manager is not None and training.manager.settings["schedule"] == "none"
     assert training.manager.next_update is None and not [w for w in recwarn if "tiles" in str(w.message)]

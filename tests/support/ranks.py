@@ -7,7 +7,7 @@ import datetime
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,7 +30,12 @@ class Processes:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        self._preloaded = list(_PRELOADED)
         atexit.register(self.stop)
+
+    def preload(self, modules: Iterable[str]) -> None:
+        """Has modules imported once for all processes, if none runs yet."""
+        self._preloaded += modules
 
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls ``function(rank, world, *args)`` in ``world`` processes over gloo; returns what each rank returns."""
@@ -55,7 +60,7 @@ class Processes:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(self._preloaded)
         for _ in range(MOST):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
