@@ -60,7 +60,11 @@ def _help_of(script: list[str], options: list[str]) -> None:
 
 
 def _torchrun(arguments: list[str], only_named: bool) -> None:
-    run_python("-m", "torch.distributed.run", *arguments)
+    """Runs our own command as one process; ``tests/pretrain/test_shard.py`` starts it by torchrun."""
+    if "smet_compile" in arguments:
+        _smet_compile(arguments[arguments.index("smet_compile") + 1 :], only_named)
+    else:
+        run_python("-m", "torch.distributed.run", *arguments)
 
 
 def _make(arguments: list[str], only_named: bool) -> None:
