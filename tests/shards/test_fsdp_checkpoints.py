@@ -13,7 +13,7 @@ import smet_compile as smet
 from tests.shards.setting import loss_of, mean_over_ranks, shard, sparse_net, whole_state
 from tests.support.ranks import processes
 
-SAVED, END = 10, 15
+SAVED, END = 5, 8
 
 
 def make(world: int, block_shape: Any, moment_dtype: Any, seed: int = 0) -> Any:
@@ -21,7 +21,7 @@ def make(world: int, block_shape: Any, moment_dtype: Any, seed: int = 0) -> Any:
     if world > 1:
         shard(model)
     optimizer = smet.ActiveAdamW(model, 3e-3, warmup_steps=5, moment_dtype=moment_dtype, stochastic_rounding=False)
-    return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=40, every=4, schedule="cosine")
+    return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=40, every=2, schedule="cosine")
 
 
 def run(parts: Any, first: int, last: int, rank: int, world: int) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 
 MOST = 4
 _PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "smet_compile", "smet_compile.runtime"]
-_TIMEOUT = datetime.timedelta(seconds=60)
+_TIMEOUT = datetime.timedelta(seconds=120)
 
 
 @dataclass
