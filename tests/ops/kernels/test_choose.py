@@ -41,24 +41,20 @@ def test_by_dtype_block_shape_and_density() -> None:
 
 
 @compiles
-@pytest.mark.parametrize(("capability", "most"), [("AVX2", 0.5), ("AVX512", 0.4)])
-def test_single_weights_by_density_and_length_of_vectors(
-    monkeypatch: pytest.MonkeyPatch, capability: str, most: float
-) -> None:
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_single_weights_by_density(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     choose._chosen.cache_clear()
     try:
         for op in ("masked_matmul", "sampled_matmul"):
-            assert chosen(op, torch.float32, (1, 1), most - 0.01) == "cpu_single"
-            assert chosen(op, torch.float32, (1, 1), most + 0.01) == "cpu_expand"
+            assert chosen(op, torch.float32, (1, 1), 0.39) == "cpu_single"
+            assert chosen(op, torch.float32, (1, 1), 0.41) == "cpu_expand"
     finally:
         choose._chosen.cache_clear()
 
 
 @compiles
-@pytest.mark.parametrize(
-    ("multiplies", "amx", "most"), [(False, False, 0.5), (True, False, 0.25), (True, True, 0.0625)]
-)
+@pytest.mark.parametrize(("multiplies", "amx", "most"), [(False, False, 0.4), (True, False, 0.2), (True, True, 0.05)])
 def test_single_weights_of_16_bits_by_the_speed_of_dense_products(
     monkeypatch: pytest.MonkeyPatch, multiplies: bool, amx: bool, most: float
 ) -> None:
