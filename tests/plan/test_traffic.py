@@ -100,10 +100,15 @@ def test_traffic_of_a_rank(world: int, kind: str) -> None:
 
 def test_traffic_of_replicas() -> None:
     model = sparse_net(torch.float32)
-    expected = smet.plan(
-        model, compiled=False, inputs=lambda batch, sequence: torch.zeros(batch, 5, dtype=torch.int64),
-        loss_fn=lambda model, tokens: model(tokens).square().mean(), mesh={"dp": 2, "replicate": 2},
-    ).per_rank.sparse.traffic  # type: ignore[union-attr]  # fmt: skip
+    plan = smet.plan(
+        model,
+        compiled=False,
+        inputs=lambda batch, sequence: torch.zeros(batch, 5, dtype=torch.int64),
+        loss_fn=lambda model, tokens: model(tokens).square().mean(),
+        mesh={"dp": 2, "replicate": 2},
+    )
+    assert plan.per_rank is not None
+    expected = plan.per_rank.sparse.traffic
     for step, before, update in processes.run(4, traffic, "single weights, fp32", 2, "gradient"):
         assert step[GATHER] == expected.step["all-gather"]
         assert step[SCATTER] == expected.step["reduce-scatter"]

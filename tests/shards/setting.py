@@ -75,6 +75,20 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total / distributed.get_world_size())
 
 
+def train_steps(parts: Any, steps: range, rank: int, world: int) -> list[float]:
+    """Trains model, optimizer and manager in these steps; returns the mean losses of all ranks."""
+    model, optimizer, manager = parts
+    losses = []
+    for step in steps:
+        loss = loss_of(model, step, rank, world)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        manager.step()
+        losses.append(mean_over_ranks(loss))
+    return losses
+
+
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns values, topologies and optimizer state whole, by name; every rank has to ask."""
     state = {name: make_whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}

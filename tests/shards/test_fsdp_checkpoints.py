@@ -10,7 +10,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import smet_compile as smet
-from tests.shards.setting import loss_of, mean_over_ranks, shard, sparse_net, whole_state
+from tests.shards.setting import shard, sparse_net, train_steps, whole_state
 from tests.support.ranks import processes
 
 SAVED, END = 5, 8
@@ -24,29 +24,16 @@ def make(world: int, block_shape: Any, moment_dtype: Any, seed: int = 0) -> Any:
     return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=40, every=2, schedule="cosine")
 
 
-def run(parts: Any, first: int, last: int, rank: int, world: int) -> list[float]:
-    model, optimizer, manager = parts
-    losses = []
-    for step in range(first, last):
-        loss = loss_of(model, step, rank, world)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        manager.step()
-        losses.append(mean_over_ranks(loss))
-    return losses
-
-
 def save(rank: int, world: int, folder: Path, *kind: Any) -> Any:
     """Saves in both ways after some steps; returns the state then, and the losses that follow."""
     parts = model, optimizer, manager = make(world, *kind)
-    run(parts, 0, SAVED, rank, world)
+    train_steps(parts, range(SAVED), rank, world)
     smet.save_checkpoint(folder / "one", model, optimizer, manager, extra={"step": SAVED})
     state = whole_state(model, optimizer)
     of_model, of_optimizer = get_state_dict(model, optimizer)
     tree = {"model": of_model, "optimizer": of_optimizer, "manager": as_bytes(manager.state_dict())}
     dcp.save(tree, checkpoint_id=folder / "many")
-    return state, run(parts, SAVED, END, rank, world)
+    return state, train_steps(parts, range(SAVED, END), rank, world)
 
 
 def load_one(rank: int, world: int, folder: Path, *kind: Any) -> Any:
@@ -54,7 +41,7 @@ def load_one(rank: int, world: int, folder: Path, *kind: Any) -> Any:
     parts = model, optimizer, manager = make(world, *kind, seed=3)
     extra = smet.load_checkpoint(folder / "one", model, optimizer, manager)
     smet.save_checkpoint(folder / "again", model, optimizer, manager, extra=extra)
-    return whole_state(model, optimizer), run(parts, SAVED, END, rank, world)
+    return whole_state(model, optimizer), train_steps(parts, range(SAVED, END), rank, world)
 
 
 def load_many(rank: int, world: int, folder: Path, *kind: Any) -> Any:
@@ -65,7 +52,7 @@ def load_many(rank: int, world: int, folder: Path, *kind: Any) -> Any:
     set_state_dict(model, optimizer, model_state_dict=tree["model"], optim_state_dict=tree["optimizer"])
     manager.load_state_dict(torch.load(io.BytesIO(tree["manager"])))
     assert manager.num_steps == SAVED
-    return whole_state(model, optimizer), run(parts, SAVED, END, rank, world)
+    return whole_state(model, optimizer), train_steps(parts, range(SAVED, END), rank, world)
 
 
 def as_bytes(tree: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""What is read from a sharded model is what one process reads: dense exports, masks, reports, scales, inspections."""
+"""Dense exports, masks, reports, scales and inspections of a sharded model are those of one process."""
 
 from pathlib import Path
 from typing import Any

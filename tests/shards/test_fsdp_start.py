@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from tests.shards.setting import Layer, Net, loss_of, mean_over_ranks, shard, whole_state
+from tests.shards.setting import Layer, Net, shard, train_steps, whole_state
 from tests.support.ranks import processes
 
 
@@ -68,14 +68,8 @@ def start(rank: int, world: int, kind: type[nn.Module], options: dict[str, Any],
     assert torch.equal(torch.get_rng_state(), random_state)
     optimizer = smet.ActiveAdamW(model, 3e-3)
     manager = smet.TopologyManager(model, optimizer, total_steps=20, every=2)
-    state, losses = whole_state(model, optimizer), []
-    for step in range(5):
-        loss = loss_of(model, step, rank, world)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        manager.step()
-        losses.append(mean_over_ranks(loss))
+    state = whole_state(model, optimizer)
+    losses = train_steps((model, optimizer, manager), range(5), rank, world)
     return state, losses, {name: site.compact.topology.clone() for name, site in find_sites(model).items()}
 
 

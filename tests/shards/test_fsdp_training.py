@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import smet_compile as smet
-from tests.shards.setting import loss_of, mean_over_ranks, shard, sparse_net, whole_state
+from tests.shards.setting import shard, sparse_net, train_steps, whole_state
 from tests.support.ranks import processes
 
 STEPS = 30
@@ -19,14 +19,7 @@ def train(rank: int, world: int, dtype: torch.dtype, block_shape: Any, grow: str
         shard(model)
     optimizer = smet.ActiveAdamW(model, 3e-3, warmup_steps=5, weight_decay=0.1, **options)
     manager = smet.TopologyManager(model, optimizer, total_steps=40, every=8, grow=grow, schedule="cosine")
-    losses = []
-    for step in range(STEPS):
-        loss = loss_of(model, step, rank, world)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        manager.step()
-        losses.append(mean_over_ranks(loss))
+    losses = train_steps((model, optimizer, manager), range(STEPS), rank, world)
     return losses, whole_state(model, optimizer), [event.to_dict() for event in manager.history]
 
 
