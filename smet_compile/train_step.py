@@ -28,7 +28,7 @@ from smet_compile.ops.torch_insides import keep_address
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 from smet_compile.optim.on_arrival import UpdatesOnArrival
-from smet_compile.shards import is_sharded, reshard, set_gradient_sync
+from smet_compile.shards import has_shards, reshard, set_gradient_sync
 
 LossFn = Callable[[Any, Any], Tensor]
 SinkToOpen = tuple[CompactWeight, Any, tuple[Any, ...]]
@@ -105,7 +105,7 @@ class TrainStep:
         self.sites = list(find_sites(model).values())
         self._update_of = updates_of(optimizer)
         self._reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        self._is_sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        self._is_sharded = has_shards(model)
         self._on_arrival: UpdatesOnArrival | None = None
         if self._is_sharded and isinstance(optimizer, ActiveOptimizer):
             self._on_arrival = UpdatesOnArrival(optimizer)

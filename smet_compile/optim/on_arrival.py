@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,13 +28,13 @@ class UpdatesOnArrival:
 
     def __init__(self, optimizer: ActiveOptimizer) -> None:
         self._optimizer = optimizer
-        self._is_active = False
+        self._groups: dict[nn.Parameter, dict[str, Any]] | None = None
         this = weakref.ref(self)
 
         def hook(parameter: nn.Parameter) -> None:
             updates = this()
-            if updates is not None and updates._is_active:
-                updates._update(parameter)
+            if updates is not None and updates._groups is not None:
+                updates._update(parameter, updates._groups[parameter])
 
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -43,15 +44,14 @@ class UpdatesOnArrival:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Has gradients that come in the block be used and freed at once."""
-        self._is_active = True
+        self._groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
         try:
             yield
         finally:
-            self._is_active = False
+            self._groups = None
 
     @torch.no_grad()
-    def _update(self, parameter: nn.Parameter) -> None:
-        group = next(g for g in self._optimizer.param_groups if any(p is parameter for p in g["params"]))
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         self._optimizer.check_parameter(parameter)
         update = self._optimizer.update_of(parameter, group)
         count_by(self._optimizer, parameter, update.step, update.num_skipped)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from smet_compile.format import arguments, digest_bits
+from smet_compile.format import arguments
 from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, find_sites
@@ -47,7 +47,7 @@ from smet_compile.runtime.schedules import (
 )
 from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages, check_one_process
-from smet_compile.runtime.update import Move, Rules, check_agreement, choose_move, digest_start, make_move
+from smet_compile.runtime.update import Move, Rules, check_agreement, choose_move, digest_moves, digest_start, make_move
 from smet_compile.shards import Ranks, reshard
 
 _MAX_POSTPONED_STEPS = 10
@@ -287,7 +287,7 @@ class TopologyManager:
         device = next(iter(self._moving.values())).values.device
         rules = dataclasses.replace(self._rules, ranks=Ranks.of(self.model))
         if not self.history:
-            check_agreement(digest_start(self._settings, self.sites), rules.ranks, device)
+            check_agreement(lambda: digest_start(self._settings, self.sites), rules.ranks, device)
         is_ready = rules.ranks.least([int(self._is_ready(site)) for site in self._moving.values()], device)
         ready = [site for site, go in zip(self._moving.values(), is_ready, strict=True) if go]
         if not ready:
@@ -296,7 +296,7 @@ class TopologyManager:
         owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
         counts = {name: math.floor(blocks + _ROUNDING) for name, blocks in owed.items()}
         moves = [self._choose(choose_move, site, rules, step, counts[site.name]) for site in ready]
-        check_agreement({move.site.name: digest_bits(move.bits)[1] for move in moves}, rules.ranks, device)
+        check_agreement(lambda: digest_moves(moves), rules.ranks, device)
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
         self.history.append(event)

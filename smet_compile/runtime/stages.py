@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smet_compile.format import patterns
 from smet_compile.format.densities import DensitySchedule, Stage, check_density_schedule, counts_of_stages
 from smet_compile.ops import Site, find_sites
-from smet_compile.shards import is_sharded
+from smet_compile.shards import has_shards
 
 
 class DensityStages:
@@ -122,7 +122,7 @@ def _check_rows(sites: dict[str, Site], stage: Stage, counts: Mapping[str, int])
 
 def check_one_process(model: nn.Module) -> None:
     """Raises ValueError under data parallelism, whose buffers have the shapes that weights had at first, and shards."""
-    is_cut = any(is_sharded(parameter) for parameter in model.parameters())
+    is_cut = has_shards(model)
     together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if together or is_cut or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         how = "a sharded model" if is_cut else "DistributedDataParallel"

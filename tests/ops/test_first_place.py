@@ -38,6 +38,15 @@ def in_chunks_of(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plain, name, number)
 
 
+def make_steps(shards: list[Update], at_once: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the steps by the law, or by chunks of so many entries."""
+    if at_once is None:
+        law_of_updates.update_all(shards)
+    else:
+        in_chunks_of(at_once, monkeypatch)
+        plain.update_all(shards)
+
+
 @pytest.mark.parametrize("at_once", [None, 1000, 5000, 10**9])
 @every_dtype
 @pytest.mark.parametrize("name", SHARDED)
@@ -47,11 +56,7 @@ def test_shards_make_the_step_of_the_whole(
     given, shards = sharded(name, stored)
     whole = copy_of(given, CPU)
     law_of_updates.update_all([whole])
-    if at_once is None:
-        law_of_updates.update_all(shards)
-    else:
-        in_chunks_of(at_once, monkeypatch)
-        plain.update_all(shards)
+    make_steps(shards, at_once, monkeypatch)
     assert differences(whole, given), "the step must have moved something"
     assert differences(joined(shards, given), whole) == []
 
@@ -101,11 +106,7 @@ def test_output_units_of_whole_rows(
     given = scaled(shape, Layout.of(shape, (1, 1)), dtype)
     whole, shards = copy_of(given, CPU), shards_of(given, (17 * 41, 23 * 41))
     law_of_updates.update_all([whole])
-    if at_once is None:
-        law_of_updates.update_all(shards)
-    else:
-        in_chunks_of(at_once, monkeypatch)
-        plain.update_all(shards)
+    make_steps(shards, at_once, monkeypatch)
     assert differences(whole, given)
     assert differences(joined(shards, given), whole) == []
 
