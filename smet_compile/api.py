@@ -47,13 +47,15 @@ def sparsify(
     rescale: bool | None = None,
     seed: int = 0,
     dense_as_compact: bool = False,
+    slabs: Mapping[str, tuple[int, int]] | None = None,
 ) -> nn.Module:
     """Makes the linear weights of ``model`` compact, in place: stored and trained only where they are active.
 
     Sparse by default: weights of ``nn.Linear``, Hugging Face ``Conv1D``, the projections of
     ``nn.MultiheadAttention``, and stacked expert weights (3-D parameters of modules that say they hold experts).
     Left dense by default, with the reason in ``report(model)``: embeddings, output embeddings, routers, tied
-    weights, and everything else. Call it before ``fully_shard``, and before the optimizer is made.
+    weights, and everything else. Call it after ``parallelize_module``, before ``fully_shard``, and before the optimizer
+    is made.
 
     Args:
         model: any module; on the meta device only layouts are made.
@@ -83,6 +85,11 @@ def sparsify(
         dense_as_compact: makes weights that keep every block compact too, instead of leaving them plain: a run that
             begins dense, for a ``density_schedule`` of the manager, begins with ``sparsify(model, 1.0,
             dense_as_compact=True)``.
+        slabs: glob → (count, dim): the weights that it matches consist of ``count`` slabs of rows (dim 0) or columns
+            (dim 1), each with as many active blocks, chosen with a seed of its own. The result is the model that tensor
+            parallelism over any number of ranks that divides ``count`` trains, whatever the number. A weight that
+            ``parallelize_module`` has cut consists of as many slabs as there are ranks, where no other number is asked
+            for.
 
     Returns: ``model``.
 
@@ -118,6 +125,7 @@ def sparsify(
             pattern,
             masks=given,
             dense_as_compact=dense_as_compact,
+            slabs=slabs,
         )
         drawn = [draw(each, select, _rescales(each, select, rescale), seed) for each in selection.choices]
         _warn(model, selection, drawn)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from smet_compile.format import Layout, all_block_means, patterns
+from smet_compile.format import Band, Layout, all_block_means, bands_of, patterns
 from smet_compile.format.arguments import described
 
 Select = Literal["random", "magnitude", "nonzero"]
@@ -25,7 +25,7 @@ NUM_NAMED = 3
 class Start:
     """Says how the first active blocks of the weight ``name`` are chosen.
 
-    Each weight is drawn from a generator of its own, which follows from ``seed`` and the name.
+    Each weight, or slab of one, is drawn from a generator of its own, which follows from ``seed``, name and number.
     """
 
     name: str
@@ -44,14 +44,23 @@ def select_blocks(start: Start, dense: Tensor) -> Tensor:
         return mask
     if start.select == "nonzero":
         return nonzero_blocks(dense, layout)
-    if start.select == "magnitude":
-        means = all_block_means(dense, layout)
-        positions = patterns.select_largest(means, start.pattern, layout, start.num_active)
-    else:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{start.seed} {start.name}".encode()))
-        positions = patterns.sample(start.pattern, layout, start.num_active, generator).to(dense.device)
-    mask[positions] = True
+    means = all_block_means(dense, layout) if start.select == "magnitude" else None
+    for band in bands_of(layout):
+        mask[band.place(_select_in_band(start, band, means).to(dense.device))] = True
     return mask
+
+
+def _select_in_band(start: Start, band: Band, means: Tensor | None) -> Tensor:
+    """Returns the positions of the first active blocks of one slab, those of largest ``means`` where these are given.
+
+    The means are those of all blocks of the weight.
+    """
+    num_active = start.num_active // start.layout.num_slabs
+    if means is not None:
+        return patterns.select_largest(band.cut(means), start.pattern, band.layout, num_active)
+    text = f"{start.seed} {start.name}" + ("" if band.key is None else f" {band.key}")
+    generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+    return patterns.sample(start.pattern, band.layout, num_active, generator)
 
 
 def nonzero_blocks(dense: Tensor, layout: Layout) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -14,10 +14,11 @@ from smet_compile.convert.active_blocks import count_nonzero_blocks
 from smet_compile.convert.distribution import Distribute, allocate, split_rules
 from smet_compile.convert.find_weights import ALREADY_COMPACT, Weight, find_weights
 from smet_compile.convert.masks import block_mask, read_masks
-from smet_compile.format import Layout, patterns
+from smet_compile.format import Layout, Part, Slabs, bands_of, patterns
 from smet_compile.format.arguments import described, whole_number
 from smet_compile.format.densities import check_density
-from smet_compile.shards import is_sharded
+from smet_compile.format.slabs import check_divides, check_slabs
+from smet_compile.shards import is_fully_sharded, is_sharded
 
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
@@ -29,13 +30,19 @@ _Density = TypeVar("_Density", float, None)
 
 @dataclass(frozen=True)
 class Choice:
-    """Describes one weight to make compact; ``mask`` says which of its blocks are active, where they were given."""
+    """Describes one weight to make compact.
+
+    Args:
+        layout, num_active: those of the whole weight. mask: which of its blocks are active, where they were given.
+        part: which part of the weight is here, where tensor parallelism has cut it.
+    """
 
     weight: Weight
     layout: Layout
     num_active: int
     pattern: str | None = None
     mask: Tensor | None = None
+    part: Part | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -71,6 +78,7 @@ def choose(
     pattern: str | None = None,
     masks: Mapping[str, Tensor] | None = None,
     dense_as_compact: bool = False,
+    slabs: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Chooses the weights that ``smet_compile.sparsify`` makes compact; arguments and errors are described there."""
     shares, densities = split_rules(distribution, rules)
@@ -84,9 +92,13 @@ def choose(
     weights = find_weights(model)
     given = read_masks(model, masks, weights)
     chosen = _sparse_weights(weights, included, excluded, given)
-    _refuse_shards(chosen.values())
+    _refuse_shards(model, chosen.values())
     layouts = {name: Layout.of(w.tensor.shape, block, w.flatten) for name, w in chosen.items()}
+    layouts |= _with_slabs(layouts, chosen, slabs)
+    parts = {name: Part.of(name, w.tensor, layouts[name]) for name, w in chosen.items()}
     blocks = {name: block_mask(name, mask, layouts[name]) for name, mask in given.items()}
+    if select == "nonzero" and any(layout.slabs for layout in layouts.values()):
+        raise ValueError('slabs: expected none with select="nonzero", whose numbers of blocks differ; leave one out')
     if select == "nonzero":
         counts = {name: count_nonzero_blocks(name, w.tensor, layouts[name]) for name, w in chosen.items()}
     else:
@@ -95,9 +107,10 @@ def choose(
         counts |= _counts(others, layouts, default, densities, shares)
     for name, count in counts.items():
         if dense_as_compact or count < layouts[name].num_blocks:
-            _check_count(name, count, layouts[name], pattern)
+            slab = bands_of(layouts[name])[0].layout
+            _check_count(name, count // layouts[name].num_slabs, slab, pattern)
     sparse = [name for name in chosen if dense_as_compact or counts[name] < layouts[name].num_blocks]
-    choices = [Choice(chosen[n], layouts[n], counts[n], pattern, blocks.get(n)) for n in sparse]
+    choices = [Choice(chosen[n], layouts[n], counts[n], pattern, blocks.get(n), parts[n]) for n in sparse]
     if not choices:
         _refuse_nothing(chosen, densities, default, block, select)
     _check_bytes(choices, block)
@@ -105,13 +118,37 @@ def choose(
     return Selection(choices, reasons, None if select == "nonzero" else default)
 
 
-def _refuse_shards(weights: Iterable[Weight]) -> None:
+def _refuse_shards(model: nn.Module, weights: Iterable[Weight]) -> None:
+    if not is_fully_sharded(model):
+        return
     for weight in weights:
         if is_sharded(weight.tensor):
             raise ValueError(
                 f"{weight.name}: expected a whole weight, got a shard of fully_shard; call sparsify first, then "
-                "fully_shard, then make the optimizer"
+                "fully_shard, then make the optimizer; parallelize_module comes before all of them"
             )
+
+
+def _with_slabs(layouts: dict[str, Layout], chosen: dict[str, Weight], slabs: Any) -> dict[str, Layout]:
+    """Returns the layouts of the weights that consist of slabs: as asked for, or as tensor parallelism cut them."""
+    if slabs is not None and not (isinstance(slabs, Mapping) and all(isinstance(glob, str) for glob in slabs)):
+        raise ValueError(
+            f'slabs: expected a dict from globs to pairs (count, dim), got {described(slabs)}; pass for example {{"*."'
+            '"down_proj": (4, 1)}'
+        )
+    asked = {glob: check_slabs(f"slabs[{glob!r}]", pair) for glob, pair in (slabs or {}).items()}
+    _check_globs("slabs", asked, chosen.values(), "weights chosen to be sparse")
+    found = {}
+    for name, weight in chosen.items():
+        own = next((each for glob, each in asked.items() if _matches(weight, glob)), None)
+        dtensor: Any = weight.tensor
+        if own is None and is_sharded(dtensor) and dtensor.device_mesh.ndim == 1:
+            placement = dtensor.placements[0]
+            own = Slabs(dtensor.device_mesh.size(), placement.dim) if hasattr(placement, "dim") else None
+        if own is not None and own.num > 1:
+            check_divides(name, layouts[name], own)
+            found[name] = replace(layouts[name], slabs=own)
+    return found
 
 
 def _check_masks_alone(include: list[str] | None, rules: dict[str, float], distribution: str | Distribute) -> None:
@@ -304,7 +341,13 @@ def _counts(
         if requested is not None:
             counts[name] = layouts[name].num_active(requested)
     others = {name: layouts[name] for name in chosen if name not in counts}
-    return counts | (allocate(others, density, distribution) if others and density is not None else {})
+    counts |= allocate(others, density, distribution) if others and density is not None else {}
+    return {name: _of_whole_slabs(count, layouts[name]) for name, count in counts.items()}
+
+
+def _of_whole_slabs(count: int, layout: Layout) -> int:
+    """Returns the number of active blocks next to ``count`` that slabs can share out."""
+    return layout.num_slabs * max(1, math.floor(count / layout.num_slabs + 0.5))
 
 
 def _dense_reasons(

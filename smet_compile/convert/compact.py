@@ -19,10 +19,11 @@ from smet_compile.convert.active_blocks import FROM_MASKS, Start, select_blocks
 from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
-from smet_compile.format import patterns
+from smet_compile.format import slabs
 from smet_compile.ops import CompactWeight, direct, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import outside_graphs
+from smet_compile.shards import is_sharded, local
 
 _ATTRIBUTE_PREFIX = "_smet_"
 """The names of all attributes that this library adds to modules begin with it."""
@@ -46,12 +47,18 @@ class Drawn:
 @torch.no_grad()
 def draw(choice: Choice, select: str, rescale: bool, seed: int) -> Drawn:
     """Selects the active blocks of a weight, unless a mask gives them, and packs it once for trial. Changes nothing."""
-    weight, layout, pattern = choice.weight, choice.layout, choice.pattern
-    start = Start(weight.name, layout, choice.num_active, select, pattern, seed)
-    mask = select_blocks(start, weight.tensor) if choice.mask is None else choice.mask
+    weight, pattern, part = choice.weight, choice.pattern, choice.part
+    layout, num_active, tensor = choice.layout, choice.num_active, local(weight.tensor)
+    if part is not None:
+        layout, num_active = part.layout, num_active // part.count
+    start = Start(weight.name, layout, num_active, select, pattern, seed)
+    mask = select_blocks(start, tensor) if choice.mask is None else choice.mask
+    if choice.mask is not None and part is not None:
+        mask = part.band.cut(mask)
     if not mask.is_meta:
-        patterns.check_mask(weight.name, mask, pattern, layout)
-    compact = CompactWeight(layout, mask, choice.num_active, weight.name)
+        slabs.check_mask(weight.name, mask, pattern, layout)
+    compact = CompactWeight(layout, mask, num_active, weight.name)
+    compact.part = part
     compact.select, compact.rescale = select if choice.mask is None else FROM_MASKS, rescale
     compact.pattern = pattern
     compact.right_inverse(weight.tensor)
@@ -122,19 +129,28 @@ def _pack(drawn: Drawn) -> None:
     chain = parametrizations(weight.module)[weight.tensor_name]
     placeholder = chain[0]
     try:
-        note_dense_shape(tensor, dense.shape)
+        if not is_sharded(tensor):  # whose contents torch swaps, where no weak reference to it is
+            note_dense_shape(tensor, dense.shape)
         chain[0] = compact
         chain.right_inverse(dense)
+        note_dense_shape(tensor, dense.shape)
         tensor.grad = None
         if compact.rescale:
-            tensor.mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
+            local(tensor).mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
     except BaseException:
         chain[0] = placeholder
         if tensor.shape != dense.shape:
-            tensor.data = dense
+            _put_back(tensor, dense)
         tensor.grad = grad
         _dense_shapes.pop(tensor, None)
         raise
+
+
+def _put_back(tensor: Tensor, dense: Tensor) -> None:
+    if is_sharded(tensor):  # it has no data to set
+        torch.utils.swap_tensors(tensor, nn.Parameter(dense, tensor.requires_grad))
+    else:
+        tensor.data = dense
 
 
 class _ModelBefore:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
 from smet_compile.convert.report import forget_reasons
-from smet_compile.format import arguments
-from smet_compile.ops import find_sites, reads, saved_weights
+from smet_compile.format import Part, arguments, unpack_bits
+from smet_compile.ops import CompactWeight, Site, find_sites, reads, saved_weights
 from smet_compile.ops.plain_copy import plain_copy, unwrapped
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import has_shards, make_whole, reshard
@@ -64,21 +68,38 @@ def export_dense(model: nn.Module, layout: ExportLayout | None = None, *, keep: 
     return dense
 
 
-def _tensors_of_copy(model: nn.Module, keep: bool) -> dict[int, Tensor]:
-    """Returns the parameters and buffers of the copy by the id of the original; none where plain copies will do.
+def _tensors_of_copy(model: nn.Module, keep: bool) -> dict[int, Any]:
+    """Returns parameters and buffers of the copy by the id of the original, and compact weights that are cut.
+
+    There are none where plain copies will do.
 
     One parameter at a time is gathered on the device. Every rank gathers each of them, whatever it keeps.
     """
     sharded = has_shards(model)
     if keep and not sharded:
         return {}
-    found: dict[int, Tensor] = {}
+    found: dict[int, Any] = {}
+    orders: dict[int, Callable[[Tensor], Tensor]] = {}
+    for site in find_sites(model).values():
+        if site.part is not None:
+            bits = site.part.bits_of_all(site.compact.topology)
+            orders[id(site.values)] = partial(site.part.in_order, bits=bits)
+            found[id(site.compact)] = _whole_weight(site, site.part, bits, keep)
     for tensor in (*model.parameters(), *model.buffers()):
         whole = make_whole(tensor.detach())
+        whole = orders[id(tensor)](whole) if id(tensor) in orders else whole
         copied = whole.to("cpu", copy=True) if keep else torch.empty_like(whole, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         found[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
     return found
+
+
+def _whole_weight(site: Site, part: Part, bits: Tensor, keep: bool) -> CompactWeight:
+    """Returns the parametrization of the whole weight, of which tensor parallelism left a part here."""
+    mask = unpack_bits(bits, part.whole.num_blocks).to("cpu" if keep else "meta")
+    compact = CompactWeight(part.whole, mask, site.num_active_in_whole, site.name)
+    compact.parameter_order = site.compact.parameter_order
+    return compact
 
 
 def _restore_order(module: nn.Module, order: list[str]) -> None:

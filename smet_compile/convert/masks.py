@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.convert.find_weights import Weight
-from smet_compile.format import Layout, all_block_means, arguments, unpack
+from smet_compile.format import Layout, all_block_means, arguments, pack_bits, unpack, unpack_bits
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.sites import check_sparsified
 
@@ -21,7 +21,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     """Returns for each compact weight, by its name in the plain model, a dense bool tensor: True where it is active.
 
     ``sparsify(other, masks=masks(model), block_shape=...)`` makes another model sparse in the same places. A weight
-    that is dense has no entry.
+    that is dense has no entry. Under tensor parallelism every rank has to ask, and gets the masks of whole weights.
 
     Raises:
         ValueError: no model, one that was never made sparse, or one without data yet.
@@ -32,9 +32,9 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _dense_mask(site: Site) -> Tensor:
-    active = site.mask()
-    ones = torch.ones(site.layout.values_shape(site.num_active), dtype=torch.bool, device=active.device)
-    return unpack(ones, active, site.layout)
+    active = unpack_bits(site.bits_of_whole(pack_bits(site.mask())), site.whole.num_blocks)
+    ones = torch.ones(site.values_shape, dtype=torch.bool, device=active.device)
+    return unpack(ones, active, site.whole)
 
 
 def read_masks(model: nn.Module, given: Any, weights: Mapping[str, Weight]) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ def report(model: nn.Module) -> Report:
         seen.add(id(tensor))
         dense.append(DenseReport(name, tuple(tensor.shape), tensor.numel(), num_bytes, reason))
     num_dense = sum(row.num_weights for row in dense if row.bytes)
-    total = sum(site.layout.num_weights for site in sites)
+    total = sum(site.whole.num_weights for site in sites)
     active = sum(num_active_weights(site.compact) for site in sites)
     return Report([_site_report(site) for site in sites], dense, total + num_dense, active + num_dense)
 
@@ -165,19 +165,19 @@ def report(model: nn.Module) -> Report:
 def num_active_weights(compact: CompactWeight) -> int:
     """Returns how many single weights lie inside active blocks; a block at the edge has fewer.
 
-    On the meta device the number is an estimate.
+    On the meta device, and where tensor parallelism leaves a part of the weight here, the number is an estimate.
     """
-    layout = compact.layout
+    layout, num_parts = compact.layout, 1 if compact.part is None else compact.part.count
     if layout.single_weights:
-        return compact.num_active
+        return num_parts * compact.num_active
     if compact.topology.is_meta:
-        return round(compact.num_active / layout.num_blocks * layout.num_weights)
-    return int(block_sizes(layout, positions_of(compact.mask())).sum())
+        return round(num_parts * compact.num_active / layout.num_blocks * layout.num_weights)
+    return num_parts * int(block_sizes(layout, positions_of(compact.mask())).sum())
 
 
 def _site_report(site: Site) -> SiteReport:
-    compact, layout = site.compact, site.layout
-    num_active = site.num_active if compact.topology.is_meta else count_active(compact.topology)
+    compact, layout, num_parts = site.compact, site.whole, 1 if site.part is None else site.part.count
+    num_active = num_parts * (site.num_active if compact.topology.is_meta else count_active(compact.topology))
     index = sum(t.numel() * t.element_size() for t in (compact.topology, compact.lists))
     return SiteReport(
         site.name,

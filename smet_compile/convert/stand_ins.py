@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.convert.active_blocks import Start, select_blocks
-from smet_compile.format import unpack
+from smet_compile.format import unpack, unpack_bits
 from smet_compile.ops import Site
-from smet_compile.shards import Rows, is_sharded, local, make_whole
+from smet_compile.shards import is_sharded, local, make_whole, part_of
 
 
 class StandIns:
@@ -44,12 +44,10 @@ class StandIns:
     def _stand_in(self, site: Site) -> Tensor:
         if site.name not in self._read:
             device, dtype = site.compact.topology.device, site.values.dtype
-            dense, before = torch.full(site.layout.shape, math.nan, dtype=dtype, device=device), None
+            dense, before = torch.full(site.whole.shape, math.nan, dtype=dtype, device=device), None
             if site.compact.fingerprint is not None:
-                before = make_whole(site.values.detach()).to(device) / _scale(site)
-                active = site.mask()
-                inside = unpack(torch.ones_like(before, dtype=torch.bool), active, site.layout)
-                dense = torch.where(inside, unpack(before, active, site.layout), dense)
+                before = site.rows.gather(local(site.values.detach())).to(device) / _scale(site)
+                dense = _fill(site, dense, before)
             self._read[site.name] = site, dense, before
         return self._read[site.name][1]
 
@@ -59,11 +57,12 @@ class StandIns:
         The active blocks are selected once all of a weight is known. Where only active weights are, they stay active.
         """
         for site, dense, before in self._read.values():
+            here = dense if site.part is None else site.part.band.cut_dense(dense)
             if not dense.isnan().any():
-                self._select(site, dense)
+                self._select(site, here)
             elif before is None:
                 continue
-            values = _pack(site, dense)
+            values = _pack(site, here)
             if before is None or not torch.equal(values, before):
                 local(site.values).copy_(values.mul_(_scale(site))[site.rows.here])
         self._read.clear()
@@ -72,6 +71,16 @@ class StandIns:
         compact = site.compact
         start = Start(compact.name, site.layout, site.num_active, compact.select, compact.pattern, self._seed)
         compact.set_mask(select_blocks(start, dense))
+
+
+def _fill(site: Site, dense: Tensor, rows: Tensor) -> Tensor:
+    """Returns the dense weight, of all ranks, with its active blocks; ``rows`` are those of this rank's part of it."""
+    bits = site.bits_of_whole(site.compact.topology)
+    if site.part is not None:
+        rows = site.part.in_order(site.part.gather(rows), bits)
+    active = unpack_bits(bits, site.whole.num_blocks)
+    inside = unpack(torch.ones_like(rows, dtype=torch.bool), active, site.whole)
+    return torch.where(inside, unpack(rows, active, site.whole), dense)
 
 
 def _pack(site: Site, dense: Tensor) -> Tensor:
@@ -98,6 +107,6 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         for name, shard in shards.items():
             whole = module._parameters[name]
             assert whole is not None
-            local(shard).copy_(whole[Rows.of(shard).here])
+            local(shard).copy_(part_of(whole, shard))
     finally:
         module._parameters.update(shards)

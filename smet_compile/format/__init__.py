@@ -5,8 +5,10 @@ Imports torch and the standard library only.
 
 from smet_compile.format.blocks import all_block_means, block_means, block_sizes, pack, unpack
 from smet_compile.format.change import TopologyChange
-from smet_compile.format.layout import WEIGHTS_OF_A_GROUP, Layout
+from smet_compile.format.layout import WEIGHTS_OF_A_GROUP, Layout, Slabs
+from smet_compile.format.part import Part
 from smet_compile.format.sampling import sample_evenly, sample_positions
+from smet_compile.format.slabs import Band, bands_of
 from smet_compile.format.topology import (
     Topology,
     count_active,
@@ -21,10 +23,14 @@ from smet_compile.format.topology import (
 
 __all__ = [
     "WEIGHTS_OF_A_GROUP",
+    "Band",
     "Layout",
+    "Part",
+    "Slabs",
     "Topology",
     "TopologyChange",
     "all_block_means",
+    "bands_of",
     "block_means",
     "block_sizes",
     "count_active",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smet_compile.format.part import Part
 from smet_compile.format.topology import positions_of
 from smet_compile.shards import Rows, local
 
@@ -25,6 +26,7 @@ class TopologyChange:
         survived: (N',) bool over the new rows: the block was active before; False for a newly grown one.
         rows: which of the rows each rank holds.
         was_active: (num_blocks,) bool, the blocks that were active before.
+        part: where the weight lies in one that tensor parallelism has cut; None where it is whole.
     """
 
     values: torch.nn.Parameter
@@ -32,12 +34,16 @@ class TopologyChange:
     survived: Tensor
     rows: Rows
     was_active: Tensor
+    part: Part | None = None
 
     @classmethod
-    def between(cls, values: torch.nn.Parameter, before: Tensor, after: Tensor) -> TopologyChange:
+    def between(
+        cls, values: torch.nn.Parameter, before: Tensor, after: Tensor, part: Part | None = None
+    ) -> TopologyChange:
         """Compares the masks (num_blocks,) before and after."""
         survives = after.index_select(0, positions_of(before))
-        return cls(values, survives, before.index_select(0, positions_of(after)), Rows.of(values), before)
+        rows = Rows.of(values, None if part is None else part.mesh)
+        return cls(values, survives, before.index_select(0, positions_of(after)), rows, before, part)
 
     @property
     def resizes(self) -> bool:
@@ -51,7 +57,14 @@ class TopologyChange:
 
     def has_old_rows(self, rows: Any) -> bool:
         """Tells whether ``rows`` is a tensor of the shape that the values had before the change."""
-        return isinstance(rows, Tensor) and rows.shape == (self.survives.numel(), *self.values.shape[1:])
+        num_parts = 1 if self.part is None else self.part.count
+        return isinstance(rows, Tensor) and rows.shape == (num_parts * self.survives.numel(), *self.values.shape[1:])
+
+    @property
+    def old_places_here(self) -> Tensor:
+        """Returns where the blocks of this rank's rows before the change lie in the whole weight."""
+        positions = positions_of(self.was_active)[self.rows.here]
+        return positions if self.part is None else self.part.band.place(positions)
 
     def moved(self, rows: Tensor) -> Tensor:
         """Returns new rows (N', ...) from ``rows`` (N, ...): survivors bit for bit, newcomers zero."""

@@ -10,9 +10,23 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WEIGHTS_OF_A_GROUP = 1024
 """Number of consecutive dense weights that share the scale of an 8-bit moment, where blocks are not tiles."""
+
+
+class Slabs(NamedTuple):
+    """Says that a matrix consists of slabs, each of which has as many active blocks as every other.
+
+    Args:
+        num: how many. dim: 0 for slabs of whole rows, 1 for slabs of whole columns.
+        first: the number of the first one in the whole weight, where tensor parallelism left some of them here.
+    """
+
+    num: int
+    dim: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,21 +38,25 @@ class Layout:
         matrix: (R, C), the shape of each matrix; R * C divides the number of elements.
         block_shape: (bm, bn), the unit of sparsity. The last row and column of blocks may hang over the
             matrix's edge; the entries beyond it are always zero. No block crosses matrices.
+        slabs: the slabs that share out the active blocks; None where these may lie anywhere.
     """
 
     shape: tuple[int, ...]
     matrix: tuple[int, int]
     block_shape: tuple[int, int]
+    slabs: Slabs | None = None
 
     @classmethod
-    def of(cls, shape: Sequence[int], block_shape: tuple[int, int], flatten: bool = False) -> Layout:
+    def of(
+        cls, shape: Sequence[int], block_shape: tuple[int, int], flatten: bool = False, slabs: Slabs | None = None
+    ) -> Layout:
         """Makes the layout of a weight: its last two dimensions are the matrix, leading ones are stacked.
 
         ``flatten`` is for convolution weights, whose trailing dimensions become the columns instead.
         """
         shape = tuple(shape)
         matrix = (shape[0], math.prod(shape[1:])) if flatten else (shape[-2], shape[-1])
-        return cls(shape, matrix, block_shape)
+        return cls(shape, matrix, block_shape, slabs)
 
     @classmethod
     def from_text(cls, text: str) -> Layout:
@@ -47,8 +65,9 @@ class Layout:
 
     @functools.cached_property
     def text(self) -> str:
-        """Writes shape, matrix and block shape as "8x20x12 20x12 4x4", since an op takes text but no Python object."""
-        return " ".join("x".join(map(str, numbers)) for numbers in (self.shape, self.matrix, self.block_shape))
+        """Writes shape, matrix, block shape and slabs as "20x12 20x12 4x4", since an op takes text but no object."""
+        parts = self.shape, self.matrix, self.block_shape, self.slabs or ()
+        return " ".join("x".join(map(str, numbers)) for numbers in parts if numbers)
 
     @property
     def rows(self) -> int:
@@ -103,11 +122,21 @@ class Layout:
         return (num_active,) if self.single_weights else (num_active, *self.block_shape)
 
     def num_active(self, density: float) -> int:
-        """Returns the number of blocks that ``density`` keeps: rounded half up, at least one."""
-        return max(1, math.floor(density * self.num_blocks + 0.5))
+        """Returns the number of blocks that ``density`` keeps, of each slab: rounded half up, at least one."""
+        return self.num_slabs * max(1, math.floor(density * (self.num_blocks // self.num_slabs) + 0.5))
+
+    @property
+    def num_slabs(self) -> int:
+        return 1 if self.slabs is None else self.slabs.num
+
+    def cut(self, dim: int, count: int, slabs: Slabs | None = None) -> Layout:
+        """Returns the layout of one of ``count`` equal parts along ``dim``, which consists of ``slabs``."""
+        rows, cols = self.matrix
+        shape = (rows // count, cols) if dim == 0 else (rows, cols // count)
+        return Layout(shape, shape, self.block_shape, slabs)
 
 
 @functools.lru_cache(maxsize=4096)
 def _from_text(text: str) -> Layout:
-    shape, matrix, block_shape = (tuple(map(int, part.split("x"))) for part in text.split(" "))
-    return Layout(shape, (matrix[0], matrix[1]), (block_shape[0], block_shape[1]))
+    shape, matrix, block_shape, *slabs = (tuple(map(int, part.split("x"))) for part in text.split(" "))
+    return Layout(shape, (matrix[0], matrix[1]), (block_shape[0], block_shape[1]), Slabs(*slabs[0]) if slabs else None)

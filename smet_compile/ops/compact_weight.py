@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,21 @@ from torch import Tensor, nn
 
 from smet_compile.format import (
     Layout,
+    Part,
     Topology,
+    bands_of,
     digest_bits,
     empty_lists,
     pack_bits,
     patterns,
+    slabs,
     unpack_bits,
     write_lists,
 )
 from smet_compile.ops import captures, gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import replace_data
-from smet_compile.shards import is_sharded
+from smet_compile.shards import is_sharded, local
 
 _FOR_ONE_STEP = {"update_sink": None, "collected": None, "reduced_over": ""}
 _FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
@@ -63,6 +67,8 @@ class CompactWeight(nn.Module):
     """Names of the module's parameters, in the order they had when this one was dense."""
     pattern: str | None = None
     """Restricts which blocks may be active (``format.patterns``); None in what older versions pickled, too."""
+    part: Part | None = None
+    """Says where the weight lies in one that tensor parallelism has cut; None where it is whole."""
     select: str
     rescale: bool
     """How ``sparsify`` chose the active blocks and whether it scaled them; ``materialize`` does the same."""
@@ -155,9 +161,9 @@ class CompactWeight(nn.Module):
     def _topology_error(self, bits: Tensor) -> str | None:
         """Says why ``bits`` cannot be this weight's topology, by their form or by its pattern; None where they can."""
         error = gate.topology_error(bits, self.layout, self.num_active)
-        if error is not None or self.pattern is None or bits.is_meta:
+        if error is not None or bits.is_meta or (self.pattern is None and self.layout.slabs is None):
             return error
-        return patterns.mask_error(unpack_bits(bits, self.layout.num_blocks), self.pattern, self.layout)
+        return slabs.mask_error(unpack_bits(bits, self.layout.num_blocks), self.pattern, self.layout)
 
     def has_data(self) -> bool:
         """Tells whether there is a topology that the values belong to."""
@@ -216,16 +222,21 @@ class CompactWeight(nn.Module):
         if self.topology.is_meta and not values.is_meta:
             raise ValueError(f"{self.name}: {_NO_DATA}")
         tracing = torch.compiler.is_compiling()
+        if self.part is not None and (tracing or self.part.holds_all(values)):
+            return self.part.read(partial(self._unpack, tracing=tracing), values)
         if not tracing and is_sharded(values):
             raise ValueError(
                 f"{self.name}: expected a whole weight to read, got a shard; export_dense(model) makes a plain model, "
                 "and unshard() of the module that was given to fully_shard makes the weight whole until reshard()"
             )
+        return self._unpack(values, tracing)
+
+    def _unpack(self, values: Tensor, tracing: bool) -> Tensor:
         self.check()
         if not tracing and torch.is_inference_mode_enabled() and not values.is_inference():
             # Tensors made in inference mode have no version, by which changes in place are noticed.
             with torch.inference_mode(False), torch.no_grad():
-                return self.forward(values)
+                return self._unpack(values, tracing)
         sinks = self.update_sink, self._growth_sink(values)
         dense = torch.ops.smet.unpack(values, self.topology, self.lists, self.layout.text, *sinks, tracing)
         if not tracing:
@@ -238,7 +249,7 @@ class CompactWeight(nn.Module):
         leaf = values if self.update_sink is None else self.update_sink
         if self.collected is None or not leaf.requires_grad:
             return None
-        group_size = patterns.group_size(self.pattern, self.layout)
+        group_size = patterns.group_size(self.pattern, bands_of(self.layout)[0].layout)
         sink: Tensor = torch.ops.smet.growth_sink(
             leaf, *self.collected, self.topology, self.layout.text, group_size, self.reduced_over
         )
@@ -246,6 +257,8 @@ class CompactWeight(nn.Module):
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         self.check()
+        if self.part is not None and is_sharded(dense):
+            return self.part.wrap_rows(self.right_inverse(self.part.here(self.name, dense)))
         if tuple(dense.shape) != self.layout.shape:
             raise ValueError(
                 f"{self.name}: expected a weight of shape {self.layout.shape}, got {tuple(dense.shape)}; "
@@ -286,7 +299,7 @@ class CompactWeight(nn.Module):
 
         The values are zero where ``rows`` is None.
         """
-        patterns.check_mask(self.name, mask, self.pattern, self.layout)
+        slabs.check_mask(self.name, mask, self.pattern, self.layout)
         num_active, bits = int(mask.sum()), pack_bits(mask)
         rows = values.new_zeros(self.layout.values_shape(num_active)) if rows is None else rows
         lists = empty_lists(self.layout, num_active, self.topology.device)
@@ -311,9 +324,16 @@ class CompactWeight(nn.Module):
         if gate.is_owned(self.topology):  # memory without data may be saved: a state dict can be made to be loaded into
             self.check()
         super()._save_to_state_dict(*args)
+        if self.part is not None:
+            destination, prefix, *_ = args
+            bits = self.part.wrap_rows(destination[f"{prefix}topology"][None])
+            destination[f"{prefix}topology"] = bits  # the bits of each part, as a plain tensor would not be
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         bits = state_dict.get(prefix + "topology")
+        if self.part is not None and bits is not None and is_sharded(bits):
+            bits = local(bits)[0]
+            state_dict = {**state_dict, prefix + "topology": bits}
         error = self._misfit(bits, prefix)
         if error is not None:
             args[-1].append(error)
@@ -326,6 +346,8 @@ class CompactWeight(nn.Module):
         """Says why ``bits`` cannot be this weight's topology; None where they can."""
         if bits is None or bits.is_meta:
             return None
+        if self.part is not None and bits.dim() == 2:
+            bits = bits[self.part.band.number]
         error = self._topology_error(bits)
         if error is None:
             return None

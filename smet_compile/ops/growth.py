@@ -8,13 +8,14 @@ the sum of the active blocks' gradients. A block that is no longer among the lar
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.format import Layout, all_block_means, block_means, blocks, positions_of, unpack_bits
+from smet_compile.format import Band, Layout, all_block_means, bands_of, block_means, blocks, positions_of, unpack_bits
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
 from smet_compile.ops.sinks import define_sink, open_sink
@@ -29,8 +30,9 @@ class Collected(NamedTuple):
     """Holds what backward collects of the dense gradients of one weight.
 
     Args:
-        positions: (K,) int64, the inactive blocks of largest mean \\|sum of gradients\\|: equally many of each group of
-            the weight's pattern, best first in each. A group with too few inactive blocks fills up with active ones.
+        positions: (K,) int64, the inactive blocks of largest mean \\|sum of gradients\\|: equally many of each slab and
+            of each group of the weight's pattern, best first in each. A group with too few inactive blocks fills up
+            with active ones.
         sums: (K,) or (K, bm, bn), the sums of their gradients since each of them was among the K; at least fp32.
         active_sums: (N,) or (N, bm, bn), the sum of the active blocks' gradients; empty where no policy wants it.
     """
@@ -40,11 +42,15 @@ class Collected(NamedTuple):
     active_sums: Tensor
 
     @classmethod
-    def empty(cls, values: Tensor, layout: Layout, num_kept: int, with_active: bool) -> Collected:
-        """Makes buffers for ``num_kept`` inactive blocks of the weight of ``values``, without any gradient yet."""
+    def empty(cls, values: Tensor, layout: Layout, num_kept: int, num_active: int) -> Collected:
+        """Makes buffers for the weight of ``values``, without any gradient yet.
+
+        Args:
+            num_kept: the number of inactive blocks. num_active: that of the active ones; 0 where no policy wants them.
+        """
         dtype, device = compute_dtype(values.dtype), values.device
         sums = torch.zeros(layout.values_shape(num_kept), dtype=dtype, device=device)
-        active_sums = torch.zeros(values.shape if with_active else (0,), dtype=dtype, device=device)
+        active_sums = torch.zeros(layout.values_shape(num_active) if num_active else (0,), dtype=dtype, device=device)
         return cls(torch.full((num_kept,), NO_GRADIENT, device=device), sums, active_sums)
 
     def has_gradient(self) -> bool:
@@ -86,12 +92,36 @@ def _collect_gradient(
     grad_dense = reduce_over_groups(grad_dense, reduced_over)
     layout = Layout.from_text(layout_text)
     active, finite = unpack_bits(bits, layout.num_blocks), grad_dense.isfinite().all()
+    bands = bands_of(layout)
+    kept = zip(bands, positions.chunk(len(bands)), sums.chunk(len(bands)), strict=True)
+    found = [
+        _best_of_band(band, band.cut_dense(grad_dense), known, band.cut(active), finite, group_size)
+        for band, *known in kept
+    ]
+    best, new_sums = found[0] if len(bands) == 1 else map(torch.cat, zip(*found, strict=True))
+    if not active_sums.numel():
+        return best, new_sums, active_sums.clone()
+    packed = blocks.pack(grad_dense, positions_of(active, active_sums.shape[0]), layout)
+    return best, new_sums, active_sums + torch.where(finite, packed, 0)
+
+
+def _best_of_band(
+    band: Band,
+    grad_dense: Tensor,
+    collected: Sequence[Tensor],
+    active: Tensor,
+    finite: Tensor,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns positions and sums of the best blocks of one slab, of which all the arguments are."""
+    positions, sums = collected
+    layout, is_known = band.layout, positions != NO_GRADIENT
+    known = band.within(torch.where(is_known, positions, band.place(torch.zeros_like(positions))))
     scores = torch.where(finite, all_block_means(grad_dense, layout), 0)
-    is_known, known = positions != NO_GRADIENT, positions.clamp(min=0)
     totals = torch.where(_like(is_known, sums), sums, 0) + _blocks_at(grad_dense, known, finite, layout)
-    row_of = torch.full((layout.num_blocks + 1,), NO_GRADIENT, dtype=torch.int32, device=bits.device)
-    rows = torch.arange(positions.numel(), dtype=torch.int32, device=bits.device)
-    row_of.index_put_((torch.where(is_known, positions, layout.num_blocks),), rows)
+    row_of = torch.full((layout.num_blocks + 1,), NO_GRADIENT, dtype=torch.int32, device=positions.device)
+    rows = torch.arange(positions.numel(), dtype=torch.int32, device=positions.device)
+    row_of.index_put_((torch.where(is_known, known, layout.num_blocks),), rows)
     old_row = row_of[: layout.num_blocks]
     scores = torch.where(
         old_row >= 0, block_means(totals, known, layout)[old_row.clamp(min=0)].to(scores.dtype), scores
@@ -100,10 +130,7 @@ def _collect_gradient(
     row = old_row[best]
     fresh = _blocks_at(grad_dense, best, finite, layout).to(sums.dtype)
     new_sums = torch.where(_like(row >= 0, sums), totals[row.clamp(min=0)], fresh)
-    if not active_sums.numel():
-        return best, new_sums, active_sums.clone()
-    packed = blocks.pack(grad_dense, positions_of(active, active_sums.shape[0]), layout)
-    return best, new_sums, active_sums + torch.where(finite, packed, 0)
+    return band.place(best), new_sums
 
 
 def _best_of_groups(scores_GB: Tensor, count: int) -> Tensor:

@@ -20,11 +20,12 @@ _ENDS = (*_PLAIN, type, types.ModuleType, types.FunctionType, types.BuiltinFunct
 _DISTRIBUTED = "torch.distributed."
 
 
-def plain_copy(model: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.Module:
+def plain_copy(model: nn.Module, tensors: Mapping[int, Any] | None = None) -> nn.Module:
     """Returns a deep copy without wrappers, without shards, and without the graphs of tensors that modules keep.
 
     Args:
-        tensors: the copies of parameters and buffers by the id of the original, where they are not to be plain ones.
+        tensors: the copies of parameters, buffers and modules by the id of the original, where they are not to be
+            plain ones.
             FSDP2's parameters have to be among them, and sharded (``smet_compile.shards.reshard``).
     """
     copies: dict[int, Any] = dict(tensors or {})

@@ -32,6 +32,7 @@ from smet_compile.ops.torch_insides import (
     saved_tensor_hooks_are_enabled,
     saved_tensor_hooks_in_force,
 )
+from smet_compile.shards import unwrap
 
 
 class Context(Protocol):
@@ -174,9 +175,10 @@ class _Kept:
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+    rewrap: Callable[[Tensor], Tensor]
 
     def restore(self) -> Tensor:
-        return self.recipe.dense().to(self.dtype).as_strided(self.size, self.stride, self.offset)
+        return self.rewrap(self.recipe.dense().to(self.dtype).as_strided(self.size, self.stride, self.offset))
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,10 @@ class _Hooks:
         return _recipe_of_copy(tensor._base if tensor._base is not None else tensor)
 
     def pack(self, tensor: Tensor) -> _Saved | _Kept | _Passed:
-        recipe = self.recipe(tensor)
+        here, rewrap = unwrap(tensor)
+        recipe = self.recipe(here)
         if recipe is not None:
-            return _Kept(recipe, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            return _Kept(recipe, here.dtype, here.size(), here.stride(), int(here.storage_offset()), rewrap)
         if self.below is not None:
             pack, unpack = self.below
             return _Passed(pack(tensor), unpack)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smet_compile.format import Layout
+from smet_compile.format import Layout, Part, Topology
 from smet_compile.ops.compact_weight import CompactWeight
 from smet_compile.shards import Rows
 
@@ -68,9 +68,37 @@ class Site:
         return self.compact.num_active
 
     @property
+    def part(self) -> Part | None:
+        """Says where the weight lies in one that tensor parallelism has cut; None where it is whole."""
+        return self.compact.part
+
+    @property
+    def whole(self) -> Layout:
+        """Returns the layout of the weight that all ranks of tensor parallelism have together."""
+        return self.layout if self.part is None else self.part.whole
+
+    @property
+    def num_active_in_whole(self) -> int:
+        return self.num_active if self.part is None else self.part.count * self.num_active
+
+    @property
+    def values_shape(self) -> tuple[int, ...]:
+        """Returns the shape of the values, of all ranks together."""
+        return self.layout.values_shape(self.num_active_in_whole)
+
+    @property
     def rows(self) -> Rows:
-        """Returns which rows of the values each rank holds."""
-        return Rows.of(self.values)
+        """Returns which rows of the values each rank holds: of the whole weight, or of this rank's part of it."""
+        return Rows.of(self.values, None if self.part is None else self.part.mesh)
+
+    def topology_of(self, rows: slice) -> Topology:
+        """Returns where some rows lie in the whole weight, as a topology without other active blocks."""
+        active = self.compact.active
+        return active.of_rows(rows) if self.part is None else self.part.topology_here(active, rows)
+
+    def bits_of_whole(self, bits: Tensor) -> Tensor:
+        """Returns the bits of the whole weight from those here; every rank of tensor parallelism has to ask."""
+        return bits if self.part is None else self.part.bits_of_all(bits)
 
     @property
     def density(self) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.format import TopologyChange, arguments
+from smet_compile.format import TopologyChange, arguments, positions_of
 from smet_compile.format.arguments import described, flag, seed_number
 from smet_compile.ops import captures
 from smet_compile.ops.choose import update_all
@@ -46,8 +46,9 @@ from smet_compile.optim.state import (
     new_state,
     read_slot,
     share_scales,
+    sum_scales_,
 )
-from smet_compile.shards import Rows, is_sharded, local, reshard
+from smet_compile.shards import is_sharded, local, reshard
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -300,14 +301,15 @@ class ActiveOptimizer(Optimizer):
         """Returns the age (N,) int64 of each block of a compact parameter: optimizer steps since it was grown.
 
         Without ages (a rule that needs none, and no warm-up) every block is as old as the training. Where the parameter
-        is sharded, every rank has to ask, and gets the ages of all blocks.
+        is sharded, every rank has to ask, and gets the ages of all blocks; under tensor parallelism those of its part.
         """
-        state = self.state.get(values)
+        state, rows = self.state.get(values), self._parameters[values].rows_of(values)
+        num_blocks = rows.cuts[-1]
         if not state:
-            return torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+            return torch.zeros(num_blocks, dtype=torch.int64, device=values.device)
         if "generation" not in state:
-            return state["step"].expand(values.shape[0]).clone()
-        generation = Rows.of(values).gather(local(state["generation"]))
+            return state["step"].expand(num_blocks).clone()
+        generation = rows.gather(local(state["generation"]))
         return find_ages(generation, state["births"], state["step"])
 
     def read_slot(self, values: nn.Parameter, name: str) -> Tensor | None:
@@ -323,9 +325,13 @@ class ActiveOptimizer(Optimizer):
         found = super().state_dict()
         for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             if is_sharded(parameter) and number in found["state"]:
-                state = found["state"][number]
-                total = Rows.of(parameter).sum_(state["num_skipped"].clone())
-                found["state"][number] = state | {"num_skipped": total}
+                state, known = found["state"][number], self._parameters[parameter]
+                rows = known.rows_of(parameter)
+                whole = {"num_skipped": rows.sum_(state["num_skipped"].clone())}
+                if "scales" in state and known.site is not None:
+                    places = positions_of(known.site.topology_of(rows.here).mask())
+                    whole["scales"] = sum_scales_(state["scales"].clone(), places, rows)
+                found["state"][number] = state | whole
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,7 +345,7 @@ class ActiveOptimizer(Optimizer):
         for key, state in state_dict["state"].items():
             parameter = saved[key].parameter
             loaded[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
-            if Rows.of(parameter).rank > 0:  # the first rank's count is that of all
+            if not self._parameters[parameter].rows_of(parameter).are_first:  # the first rank's count is that of all
                 loaded[parameter]["num_skipped"].zero_()
         captures.warn_of_new_memory([parameter for parameter in loaded if self.state.get(parameter)])
         self._drop_ready_updates()  # they would keep the old state alive

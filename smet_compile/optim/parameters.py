@@ -58,17 +58,26 @@ class Parameter:
         """Returns the shape that it has to have: that of a compact weight changes with its number of blocks."""
         if self.site is None:
             return tuple(self.first_shape)
-        return self.site.layout.values_shape(self.site.compact.num_active)
+        return self.site.values_shape
 
     def place_of_rows(self, parameter: nn.Parameter) -> dict[str, Any]:
         """Returns the arguments of an ``Update`` that say where the rows that this rank holds lie in the whole."""
-        rows = Rows.of(parameter)
+        rows, topology, first_place = self.rows_of(parameter), None, 0
         if self.site is not None:
-            topology, first_place = self.site.compact.active.of_rows(rows.here), 0
+            topology = self.site.topology_of(rows.here)
         else:
-            topology, first_place = None, rows.here.start * math.prod(parameter.shape[1:])
-        sums = None if rows.are_whole else rows.sum_
-        return {"topology": topology, "first_place": first_place, "sum_over_ranks": sums}
+            number, of = rows.column_part  # columns are not consecutive: then no two parts share a place, that is all
+            row_size = math.prod(parameter.shape[1:]) // of
+            first_place = (number * math.prod(parameter.shape[:1]) + rows.first + rows.here.start) * row_size
+        return {
+            "topology": topology,
+            "first_place": first_place,
+            "sum_over_ranks": rows.sum_ if rows.groups else None,
+        }
+
+    def rows_of(self, parameter: nn.Parameter) -> Rows:
+        """Returns which rows of the parameter this rank holds."""
+        return Rows.of(parameter) if self.site is None else self.site.rows
 
     def check(self, parameter: Tensor) -> None:
         """Raises ValueError where ``parameter`` is no longer what it was when the optimizer was made."""
@@ -111,7 +120,7 @@ def describe_parameters(model: nn.Module) -> dict[nn.Parameter, Parameter]:
         owner = site.module if site else owners[id(parameter)]
         is_head = parameter is head
         if site is not None:
-            layout: Layout | None = site.layout
+            layout: Layout | None = site.whole
         elif parameter.dim() > 1 and not nn.parameter.is_lazy(parameter):
             layout = Layout.of(parameter.shape, (1, 1), flatten=isinstance(owner, CONVOLUTIONS))
         else:
@@ -164,7 +173,7 @@ def find_misfit(
     name, site = known[parameter].name, known[parameter].site
     if parameter.requires_grad and parameter.is_complex():
         return not_trained(name, parameter)
-    has_whole_groups = Rows.of(parameter).are_whole or (site is not None and site.layout.tiles)
+    has_whole_groups = not known[parameter].rows_of(parameter).groups or (site is not None and site.layout.tiles)
     if moment_dtype == "int8" and parameter.requires_grad and not has_whole_groups:
         return ValueError(
             f"{name}: expected a weight of tiles for 8-bit state on several ranks, got one whose groups of "

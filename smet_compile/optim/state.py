@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import TopologyChange, positions_of
+from smet_compile.format import TopologyChange
 from smet_compile.ops import Site, captures
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.law_of_updates import decode_slot
@@ -142,7 +142,7 @@ class StateKind:
 
     def scales_shape(self, parameter: Tensor) -> tuple[int, int]:
         """Returns the shape of the scales: one per slot for each group of dense positions."""
-        return len(self.slots), num_scales(parameter.numel(), self.site.compact.layout if self.site else None)
+        return len(self.slots), num_scales(parameter.numel(), self.site.whole if self.site else None)
 
 
 def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
     if kind.has_scales:
         state["scales"] = torch.zeros(kind.scales_shape(parameter), device=device)
     if kind.site is not None and kind.has_ages:
-        rows = Rows.of(parameter)
+        rows = kind.site.rows
         generation, state["births"] = first_generation(rows.num_here, device)
         state["generation"] = rows.wrap(parameter, generation)
     return state
@@ -176,19 +176,27 @@ def read_slot(state: dict[str, Tensor], slots: tuple[Slot, ...], name: str, site
     if "scales" not in state or site is None:
         return state[name]
     rows = site.rows
-    topology = site.compact.active.of_rows(rows.here)
+    topology = site.topology_of(rows.here)
     decoded = decode_slot(local(state[name]), state["scales"][number], slots[number].signed, topology)
     return rows.wrap(site.values, decoded)
 
 
 def share_scales(scales: Tensor, change: TopologyChange) -> None:
     """Gives every rank the scales of all tiles: until now each knows those of its own tiles alone."""
-    rows = change.rows
-    if rows.are_whole:
-        return
-    is_here = torch.zeros_like(change.was_active)
-    is_here[positions_of(change.was_active)[rows.here]] = True
-    rows.sum_(scales.mul_(is_here))
+    sum_scales_(scales, change.old_places_here, change.rows)
+
+
+def sum_scales_(scales: Tensor, places: Tensor, rows: Rows) -> Tensor:
+    """Replaces the scales (number of slots, number of tiles) by those of all ranks.
+
+    Args:
+        places: where the tiles of this rank's rows lie in the whole weight, whose scales alone this rank knows.
+    """
+    if not rows.groups:
+        return scales
+    is_here = torch.zeros(scales.shape[1], dtype=torch.bool, device=scales.device)
+    is_here[places] = True
+    return rows.sum_(scales.mul_(is_here))
 
 
 def is_kept_by_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:
@@ -217,7 +225,7 @@ def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any)
     _check_kinds(name, wanted, state)
     _check_values(name, state, [slot.name for slot in kind.slots if not slot.signed])
     if has_ages and kind.site is not None:
-        check_generations(name, state["generation"], state["births"], kind.site.num_active, int(state["step"]))
+        check_generations(name, state["generation"], state["births"], parameter.shape[0], int(state["step"]))
 
 
 def _check_kinds(name: str, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]], state: dict[str, Tensor]) -> None:

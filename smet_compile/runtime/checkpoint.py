@@ -20,6 +20,7 @@ from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.ops.torch_insides import replace_data
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
+from smet_compile.runtime.parts import join_parts, split_parts
 from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 from smet_compile.runtime.saved_state import (
     check_model,
@@ -66,19 +67,17 @@ def save_checkpoint(
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
     reshard(model)
     first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
-    checkpoint_file.write(
-        path,
-        {
-            "layouts": layouts_of(model),
-            "model": model_entries(model),
-            "model_metadata": model_metadata(model),
-            "optimizer": first,
-            "other_optimizers": others,
-            "manager": None if manager is None else manager.state_dict(),
-            "random": random_states(),
-            "extra": extra,
-        },
-    )
+    saved = {
+        "layouts": layouts_of(model),
+        "model": model_entries(model),
+        "model_metadata": model_metadata(model),
+        "optimizer": first,
+        "other_optimizers": others,
+        "manager": None if manager is None else manager.state_dict(),
+        "random": random_states(),
+        "extra": extra,
+    }
+    checkpoint_file.write(path, join_parts(model, saved))
 
 
 def load_checkpoint(
@@ -114,6 +113,7 @@ def load_checkpoint(
             _read_names(saved, model)
             if manager is not None and manager.settings["density_schedule"] is not None:
                 stack.enter_context(_in_saved_stage(saved["model"], model, holders, manager))
+            saved = split_parts(model, saved)
             check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
             if holders:
                 _check_optimizers(saved, model, holders, type(optimizer).__name__)

@@ -71,7 +71,7 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     body = json.dumps(flattener.flatten(tree, "checkpoint")).encode()
     tensors = flattener.tensors | {_JSON: torch.frombuffer(bytearray(body), dtype=torch.uint8)}
     ranks = Ranks.of_tensors(tensors.values())
-    whole = ((name, make_whole(tensors[name])) for name in sorted(tensors))
+    whole = ((name, flattener.orders.get(name, _as_it_is)(make_whole(tensors[name]))) for name in sorted(tensors))
     error: Exception | None = None
     try:
         if ranks.is_first:
@@ -85,6 +85,10 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
         kept = "the checkpoint saved before is whole" if path.exists() else "nothing was saved"
         reason = error or "another rank writes it"
         raise ValueError(f"{path}: could not save the checkpoint ({reason}); {kept}; free some space") from error
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

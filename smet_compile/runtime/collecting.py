@@ -12,8 +12,9 @@ from torch import nn
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.growth import NO_GRADIENT, Collected
 from smet_compile.ops.loaded import check_keys, check_tensor
-from smet_compile.runtime.update import Rules
-from smet_compile.shards import Ranks
+from smet_compile.runtime.parts import join_collected, split_collected
+from smet_compile.runtime.update import Rules, find_ranks
+from smet_compile.shards import ALONE
 
 _PARTS = Collected._fields
 
@@ -64,7 +65,7 @@ class GradientCollection:
             _take_away(self._given)
         if not is_near:
             return
-        ranks = Ranks(()) if self._given else Ranks.of(self._model)
+        ranks = ALONE if self._given else find_ranks(self._model, self._sites)[1]
         for name, site in self._changing.items():
             if name not in self._given:
                 collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
@@ -79,13 +80,14 @@ class GradientCollection:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Returns what was collected in earlier steps of the window, by weight."""
         given = self._given.items() if self.window > 1 else ()
-        return {name: collected._asdict() for name, (_, collected) in given}
+        return {name: join_collected(site, collected)._asdict() for name, (site, collected) in given}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Fills the buffers that weights have now, as ``advance`` gave them."""
         for name, parts in state.items():
             if name in self._given:
-                for buffer, saved in zip(self._given[name][1], Collected(**parts), strict=True):
+                site, buffers = self._given[name]
+                for buffer, saved in zip(buffers, split_collected(site, Collected(**parts)), strict=True):
                     buffer.copy_(saved)
 
     def check_state_dict(self, state: Any, growth: Mapping[str, int]) -> None:
@@ -97,8 +99,10 @@ class GradientCollection:
             ours = self._rules.collect(site, self._largest_fraction, growth.get(name, 0)) if self.window else None
             if ours is None:
                 raise ValueError(f"{name}: expected no collected gradients, since no policy asks for them, got some")
+            num_parts = 1 if site.part is None else site.part.count
             for part, expected in ours._asdict().items():
-                check_tensor(f"collected[{name!r}].{part}", parts[part], expected.dtype, tuple(expected.shape))
+                shape = (num_parts * expected.shape[0], *expected.shape[1:])
+                check_tensor(f"collected[{name!r}].{part}", parts[part], expected.dtype, shape)
             _check_positions(name, site, parts["positions"])
 
     def parts_of_state(self) -> list[dict[str, Any]]:
@@ -115,9 +119,9 @@ class GradientCollection:
 
 def _check_positions(name: str, site: Site, positions: torch.Tensor) -> None:
     known = positions[positions != NO_GRADIENT]
-    in_range = bool(((known >= 0) & (known < site.layout.num_blocks)).all())
+    in_range = bool(((known >= 0) & (known < site.whole.num_blocks)).all())
     if not in_range or known.unique().numel() != known.numel() or known.numel() not in (0, positions.numel()):
-        raise ValueError(f"{name}: expected positions of different blocks below {site.layout.num_blocks}, got others")
+        raise ValueError(f"{name}: expected positions of different blocks below {site.whole.num_blocks}, got others")
 
 
 def _take_away(given: dict[str, tuple[Site, Collected]]) -> None:

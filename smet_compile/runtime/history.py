@@ -162,15 +162,17 @@ def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> di
         check_keys(f"{where}.sites", event["sites"], (), sites.keys())
         for name, site in event["sites"].items():
             at = f"{where}.sites[{name!r}]"
-            _check_site_event(at, site, sites[name].layout.num_blocks, event["density"] is not None)
+            _check_site_event(at, site, sites[name].whole.num_blocks, event["density"] is not None)
             so_far = counts.setdefault(name, [site["num_before"]])
             check_integer(f"{at}.num_before", site["num_before"], so_far[-1], so_far[-1])
             so_far.append(site["num_active"])
         earliest = event["step"] + 1
     for name, site in sites.items():
-        last = counts.setdefault(name, [site.num_active])[-1]
-        if last != site.num_active:
-            raise ValueError(f"{name}: expected a history that ends with {site.num_active} active blocks, got {last}")
+        last = counts.setdefault(name, [site.num_active_in_whole])[-1]
+        if last != site.num_active_in_whole:
+            raise ValueError(
+                f"{name}: expected a history that ends with {site.num_active_in_whole} active blocks, got {last}"
+            )
     return counts
 
 
@@ -197,7 +199,9 @@ def _check_site_event(where: str, event: Any, num_blocks: int, resizes: bool) ->
 
 
 class Trace:
-    """Records, one bit a block on the CPU, the blocks of every site that were active at the start, or ever, or grown.
+    """Records, one bit a block on the CPU, the blocks of every weight that were active at the start, or ever, or grown.
+
+    Under tensor parallelism every rank records those of whole weights.
 
     Of those grown it keeps the generations that are protected, and at least the last two.
 
@@ -208,17 +212,18 @@ class Trace:
     def __init__(self, sites: dict[str, Site], min_age: int) -> None:
         self._sites = sites
         self._min_age = min_age
-        self._initial = {name: site.compact.topology.cpu().clone() for name, site in sites.items()}
+        self._initial = {name: site.bits_of_whole(site.compact.topology).cpu().clone() for name, site in sites.items()}
         self._explored = {name: bits.clone() for name, bits in self._initial.items()}
         self._grown: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in sites}
 
     def protected(self, name: str, step: int) -> Tensor | None:
-        """Returns the mask (num_blocks,) of the blocks that an update after ``step`` may not drop; None for none."""
+        """Returns the mask (num_blocks,) of the site's blocks that may not be dropped after ``step``; None for none."""
         site = self._sites[name]
         young = [bits for born, bits in self._grown[name] if step - born < self._min_age]
         if not young:
             return None
         together = functools.reduce(torch.bitwise_or, young)
+        together = together if site.part is None else site.part.bits_here(together)
         return unpack_bits(together, site.layout.num_blocks).to(site.values.device)
 
     def record(
@@ -234,7 +239,7 @@ class Trace:
             grown = [*self._grown[name], (step, bits_after & ~bits_before)]
             self._grown[name] = [g for g in grown[:-2] if step - g[0] < self._min_age] + grown[-2:]
         return SiteEvent(
-            num_blocks=self._sites[name].layout.num_blocks,
+            num_blocks=self._sites[name].whole.num_blocks,
             num_before=num_before,
             num_active=num_active,
             num_dropped=count_active(dropped),
@@ -285,7 +290,7 @@ class Trace:
                 raise ValueError(f"{name}: expected the topology history of the same weights, got that of other ones")
         for name, site in self._sites.items():
             self._check_bits(name, "initial", state["initial"][name], counts[name][0], counts[name][0])
-            self._check_bits(name, "explored", state["explored"][name], site.num_active, site.layout.num_blocks)
+            self._check_bits(name, "explored", state["explored"][name], site.num_active_in_whole, site.whole.num_blocks)
             self._check_grown(name, state["grown"][name], num_steps, max(counts[name]))
 
     def _check_grown(self, name: str, grown: Any, num_steps: int, most: int) -> None:
@@ -298,7 +303,7 @@ class Trace:
             earliest = born + 1
 
     def _check_bits(self, name: str, part: str, bits: Any, at_least: int, at_most: int) -> None:
-        expected, num_blocks = self._initial[name], self._sites[name].layout.num_blocks
+        expected, num_blocks = self._initial[name], self._sites[name].whole.num_blocks
         if not isinstance(bits, Tensor) or bits.dtype != expected.dtype or bits.shape != expected.shape:
             raise ValueError(
                 f"{name}: expected a topology history of {tuple(expected.shape)} bytes, got {kind_of(bits)}; sparsify "

@@ -47,8 +47,8 @@ from smet_compile.runtime.schedules import (
 )
 from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages, check_one_process
-from smet_compile.runtime.update import Move, Rules, check_agreement, choose_move, digest_moves, digest_start, make_move
-from smet_compile.shards import Ranks, reshard
+from smet_compile.runtime.update import Move, Rules, check_moves, check_start, choose_move, find_ranks, make_and_record
+from smet_compile.shards import reshard
 
 _MAX_POSTPONED_STEPS = 10
 _ROUNDING = 1e-9
@@ -285,18 +285,19 @@ class TopologyManager:
         All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
         """
         device = next(iter(self._moving.values())).values.device
-        rules = dataclasses.replace(self._rules, ranks=Ranks.of(self.model))
+        ranks, alike = find_ranks(self.model, self.sites)
+        rules = dataclasses.replace(self._rules, ranks=ranks, alike=alike)
         if not self.history:
-            check_agreement(lambda: digest_start(self._settings, self.sites), rules.ranks, device)
-        is_ready = rules.ranks.least([int(self._is_ready(site)) for site in self._moving.values()], device)
+            check_start(self._settings, self.sites, ranks, alike)
+        is_ready = ranks.least([int(self._is_ready(site)) for site in self._moving.values()], device)
         ready = [site for site, go in zip(self._moving.values(), is_ready, strict=True) if go]
         if not ready:
             return None
         fraction = self.schedule.drop_fraction(step)
-        owed = {site.name: self._owed[site.name] + fraction * site.num_active for site in ready}
+        owed = {s.name: self._owed[s.name] + fraction * s.num_active / s.layout.num_slabs for s in ready}  # of a slab
         counts = {name: math.floor(blocks + _ROUNDING) for name, blocks in owed.items()}
         moves = [self._choose(choose_move, site, rules, step, counts[site.name]) for site in ready]
-        check_agreement(lambda: digest_moves(moves), rules.ranks, device)
+        check_moves(moves, ranks, alike)
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
         event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
         self.history.append(event)
@@ -322,11 +323,7 @@ class TopologyManager:
         return choose(site, rules, step, count, self._trace.protected(site.name, step), self._optimizers)
 
     def _make(self, move: Move, step: int) -> SiteEvent:
-        ages = self._optimizers.ages(move.site.values)
-        mean_age = None if ages is None else float(ages.double().mean())
-        before = move.site.compact.topology.cpu().clone()
-        make_move(move, self._optimizers.state)
-        return self._trace.record(move.site.name, before, move.bits.cpu(), step, mean_age)
+        return make_and_record(move, step, self._optimizers, self._trace)
 
     def _is_ready(self, site: Site) -> bool:
         trained = not self._trained.not_finite and site.values in self._trained

@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from smet_compile.format import all_block_means, block_means, blocks, positions_of
+from smet_compile.format import Band, all_block_means, bands_of, block_means, blocks, positions_of
 from smet_compile.format.arguments import described, function, number, qualified_name, whole_number
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.law import compute_dtype
-from smet_compile.shards import local, make_whole
+from smet_compile.shards import is_sharded, local
 
 DropName = Literal["magnitude", "relative_magnitude", "saliency", "momentum", "random"]
 GrowName = Literal["random", "gradient", "momentum"]
@@ -38,8 +38,9 @@ class TopologyContext:
         step: number of optimizer steps so far. every: steps between updates (ΔT).
         count: number of blocks to drop, or to grow.
         mask: (num_blocks,) bool, the active blocks before the update.
-        generator: random numbers that follow from seed, step, weight and policy, the same in a resumed run.
         half: "drop" or "grow", the half of the update that scores are wanted for.
+        seed: that of the manager.
+        counts: number of blocks to grow in each slab of the weight; None in the first half.
     """
 
     site: Site = field(repr=False)
@@ -48,15 +49,28 @@ class TopologyContext:
     every: int
     count: int
     mask: Tensor = field(repr=False)
-    generator: torch.Generator = field(repr=False)
+    seed: int
     _read_ages: Callable[[], Tensor | None] = field(repr=False)
     _read_state: Callable[[str], Tensor | None] = field(repr=False)
     _collected: Collected | None = field(repr=False)
+    counts: list[int] | None = None
 
-    def for_growth(self, seed: int, count: int) -> TopologyContext:
-        """Returns the context of the second half of the update, which grows ``count`` blocks."""
-        generator = random_numbers(seed, self.step, self.site.name)
-        return dataclasses.replace(self, half="grow", count=count, generator=generator)
+    def for_growth(self, counts: list[int]) -> TopologyContext:
+        """Returns the context of the second half of the update, which grows so many blocks in each slab."""
+        return dataclasses.replace(self, half="grow", count=sum(counts), counts=counts)
+
+    @functools.cached_property
+    def generator(self) -> torch.Generator:
+        """Returns random numbers that follow from seed, step, weight and policy, the same in a resumed run."""
+        return self._generator(None if self.site.layout.slabs is None else self.site.layout.slabs.first)
+
+    def generator_for(self, band: Band) -> torch.Generator:
+        """Returns the random numbers of one slab, the same on any number of ranks; ``generator`` without slabs."""
+        return self.generator if band.key is None else self._generator(band.key)
+
+    def _generator(self, key: int | None) -> torch.Generator:
+        name = self.site.name if key is None else f"{self.site.name} {key}"
+        return random_numbers(self.seed, self.step, name, "drop" if self.half == "drop" else "")
 
     @property
     def ages(self) -> Tensor | None:
@@ -134,7 +148,7 @@ class TopologyContext:
                 f"{self.site.name}: expected a drop policy to read active_gradient, got a grow policy; read gradient"
             )
         rows = self.site.rows
-        return rows.wrap(self.site.values, found.active_sums[rows.here])
+        return rows.wrap(self.site.values, found.active_sums[rows.here].contiguous())
 
     def _gradients(self) -> Collected:
         if self._collected is None:
@@ -205,8 +219,14 @@ def momentum(site: Site, context: TopologyContext) -> Tensor:
 
 def random(site: Site, context: TopologyContext) -> Tensor:
     """Scores by chance. As a grow policy of its own it draws tiles evenly over rows and columns, without scores."""
-    (num_scores,) = context.scores_shape
-    return torch.rand(num_scores, generator=context.generator).to(context.mask.device)
+    if site.layout.slabs is None:
+        (num_scores,) = context.scores_shape
+        return torch.rand(num_scores, generator=context.generator).to(context.mask.device)
+    scores = torch.zeros(site.layout.num_blocks)
+    for band in bands_of(site.layout):
+        band.paste_(scores, torch.rand(band.layout.num_blocks, generator=context.generator_for(band)))
+    scores = scores.to(context.mask.device)
+    return scores[context.mask] if context.half == "drop" else scores
 
 
 @needs_gradient
@@ -287,13 +307,15 @@ def mix_growth(shares: Mapping[GrowName | Policy, float]) -> Policy:
 
 def _mixed_scores(parts: list[tuple[Policy, float]], site: Site, context: TopologyContext) -> Tensor:
     """Returns scores whose ``count`` largest are the best of each part, those of earlier parts first."""
-    is_free, left = ~context.mask, context.count
-    mixed = torch.zeros(context.scores_shape, device=context.mask.device)
+    bands = bands_of(site.layout)
+    left = [context.count // len(bands)] * len(bands) if context.counts is None else list(context.counts)
+    wanted, is_free, mixed = list(left), ~context.mask, torch.zeros(context.scores_shape, device=context.mask.device)
     for number_left, (policy, share) in zip(range(len(parts), 0, -1), parts, strict=True):
-        scores = check_scores(policy(site, context), context)
-        count = left if number_left == 1 else min(left, round(share * context.count))
-        best = scores.masked_fill(~is_free, -torch.inf).topk(count).indices
-        mixed[best], is_free[best], left = float(number_left), False, left - count
+        scores = check_scores(policy(site, context), context).masked_fill(~is_free, -torch.inf)
+        for i, band in enumerate(bands):
+            count = left[i] if number_left == 1 else min(left[i], round(share * wanted[i]))
+            best = band.place(band.cut(scores).topk(count).indices)
+            mixed[best], is_free[best], left[i] = float(number_left), False, left[i] - count
     order = scores.masked_fill(~is_free, -torch.inf).argsort(stable=True)
     rank = torch.empty_like(mixed).index_copy_(0, order, torch.linspace(0, 0.5, order.numel(), device=order.device))
     return torch.where(is_free, rank, mixed)
@@ -309,7 +331,9 @@ def check_scores(scores: Any, context: TopologyContext) -> Tensor:
         )
     if scores.is_complex() or bool(local(scores).isnan().any()):
         raise ValueError(f"{where}: expected real scores from the {half} policy, got complex ones or NaN; mask them")
-    return make_whole(scores.detach()).to(context.mask.device)
+    if is_sharded(scores):
+        scores = context.site.rows.gather(local(scores.detach()))
+    return scores.detach().to(context.mask.device)
 
 
 def random_numbers(seed: int, step: int, name: str, purpose: str = "") -> torch.Generator:

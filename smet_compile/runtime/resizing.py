@@ -31,7 +31,7 @@ def choose_resize(
     if num_active < site.num_active:
         after = _shrunk(rules, context, num_active, size, protected)
     else:
-        after = _extended(rules, context.for_growth(rules.seed, context.count), num_active, size)
+        after = _extended(rules, context.for_growth([context.count]), num_active, size)
     return Move(site, pack_bits(torch.zeros_like(before).index_fill_(0, after, True)))
 
 

@@ -45,13 +45,15 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
 
 
 def layouts_of(model: nn.Module) -> dict[str, list[Any]]:
-    """Returns shape, matrix and block shape of each compact weight, and the pattern of one that has a pattern."""
+    """Returns shape, matrix and block shape of each compact weight, pattern and slabs where it has these."""
     return {name: _layout_of(site.compact) for name, site in find_sites(model).items()}
 
 
 def _layout_of(compact: CompactWeight) -> list[Any]:
-    layout = compact.layout
+    layout = compact.layout if compact.part is None else compact.part.whole
     sizes = [list(sizes) for sizes in (layout.shape, layout.matrix, layout.block_shape)]
+    if layout.slabs is not None:
+        return [*sizes, compact.pattern, list(layout.slabs[:2])]
     return sizes if compact.pattern is None else [*sizes, compact.pattern]
 
 
@@ -91,14 +93,14 @@ def _check_layouts(layouts: Any, ours: dict[str, list[Any]]) -> None:
     for name, layout in layouts.items():
         if name not in ours:
             raise ValueError(f"{name} is compact in the checkpoint, not in this model; sparsify it alike")
-        if not isinstance(layout, list) or len(layout) not in (3, 4):
+        if not isinstance(layout, list) or len(layout) not in (3, 4, 5):
             raise ValueError(f"{name}: expected a layout of shape, matrix and block shape, got {kind_of(layout)}")
-        parts = ("shape", "matrix", "block shape", "pattern")
+        parts = ("shape", "matrix", "block shape", "pattern", "slabs")
         for part, got, expected in zip_longest(parts, layout, ours[name]):
             if got != expected:
                 raise ValueError(
                     f"{name}: expected {part} {expected}, got {got!r:.80} in the checkpoint; sparsify the same model "
-                    "with the same block_shape and pattern"
+                    "with the same block_shape, pattern and slabs"
                 )
     for name in ours.keys() - layouts.keys():
         raise ValueError(f"{name} is compact in this model, not in the checkpoint; load it into a dense model")

@@ -7,7 +7,8 @@ those in a private attribute, which only ``versions_of`` and ``set_versions`` to
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ _MAX_BITS = 10_000
 _PLAIN = (bool, int, float, str, type(None))
 
 
+@dataclass(frozen=True, eq=False)
+class Reordered:
+    """Holds a sharded tensor whose rows are stored in another order than its shards have; ``order`` puts them in it."""
+
+    tensor: Tensor
+    order: Callable[[Tensor], Tensor]
+
+
 class Flattener:
     """Collects the tensors of several trees; a tensor that is there twice (tied weights) is stored once.
 
@@ -34,6 +43,7 @@ class Flattener:
 
     def __init__(self, dtypes: frozenset[torch.dtype]) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.orders: dict[str, Callable[[Tensor], Tensor]] = {}
         self._dtypes = dtypes
         self._names: dict[tuple[Any, ...], str] = {}
 
@@ -49,6 +59,10 @@ class Flattener:
             if tree.is_meta:
                 raise ValueError(f"{path}: expected a tensor with data, got one on the meta device; move it first")
             return {_TENSOR: self._add(tree.detach(), path)}
+        if isinstance(tree, Reordered):
+            name = self._add(tree.tensor.detach(), path)
+            self.orders[name] = tree.order
+            return {_TENSOR: name}
         if type(tree) in (dict, *_DICTS.values()):
             return self._flatten_dict(tree, path, depth + 1)
         if type(tree) in (tuple, torch.Size):

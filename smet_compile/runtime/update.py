@@ -10,21 +10,32 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
-from smet_compile.format import TopologyChange, block_means, digest_bits, pack_bits, patterns, unpack_bits
+from smet_compile.format import (
+    Band,
+    Part,
+    TopologyChange,
+    bands_of,
+    block_means,
+    digest_bits,
+    pack_bits,
+    patterns,
+    unpack_bits,
+)
 from smet_compile.format.arguments import number
 from smet_compile.ops import Site
 from smet_compile.ops.growth import Collected
 from smet_compile.runtime import policies
+from smet_compile.runtime.history import SiteEvent, Trace
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers, StateToMove
-from smet_compile.runtime.policies import GradientPolicy, Policy, TopologyContext, check_scores, random_numbers
-from smet_compile.shards import ALONE, Ranks, is_sharded
+from smet_compile.runtime.policies import GradientPolicy, Policy, TopologyContext, check_scores
+from smet_compile.shards import ALONE, Ranks, is_sharded, named
 
 _KEPT_PER_GROWN = 2
 """Number of inactive blocks whose gradient is kept, for each that may grow: the best may change between gradients."""
@@ -38,7 +49,8 @@ class Rules:
         drop, grow: the policies. every: ΔT. seed: of everything random.
         ablation_threshold: the share of salient blocks below which a row of blocks is dropped as a whole, for the
             pattern "fan_in"; None to keep all rows.
-        ranks: those that hold the model together, and have to agree.
+        ranks: those that train the model together, and have to agree. alike: those of them that hold the same parts of
+            weights.
     """
 
     drop: Policy
@@ -47,6 +59,7 @@ class Rules:
     seed: int
     ablation_threshold: float | None = None
     ranks: Ranks = ALONE
+    alike: Ranks = ALONE
 
     @classmethod
     def of(
@@ -89,13 +102,16 @@ class Rules:
 
         ``largest_fraction`` is the most that an update ever drops, ``num_grown`` what the next density stage grows.
         """
-        size = patterns.group_size(site.compact.pattern, site.layout)
-        num_groups = site.layout.num_blocks // size
-        most_inactive = int((~site.mask()).view(-1, size).sum(1).max())
-        num_kept = _KEPT_PER_GROWN * max(math.floor(largest_fraction * site.num_active) + 1, num_grown)
+        bands = bands_of(site.layout)
+        size = patterns.group_size(site.compact.pattern, bands[0].layout)
+        num_groups = bands[0].layout.num_blocks // size
+        inactive = ~site.mask()
+        most_inactive = max(int(band.cut(inactive).view(-1, size).sum(1).max()) for band in bands)
+        num_active = site.num_active // len(bands)
+        num_kept = _KEPT_PER_GROWN * max(math.floor(largest_fraction * num_active) + 1, num_grown)
         of_group = max(1, min(math.ceil(num_kept / num_groups), most_inactive))
-        with_active = isinstance(self.drop, GradientPolicy)
-        return Collected.empty(site.values, site.layout, of_group * num_groups, with_active)
+        num_with_active = site.num_active if isinstance(self.drop, GradientPolicy) else 0
+        return Collected.empty(site.values, site.layout, of_group * num_groups * len(bands), num_with_active)
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ class Move:
 def choose_move(
     site: Site, rules: Rules, step: int, count: int, protected: Tensor | None, optimizers: ManagedOptimizers
 ) -> Move:
-    """Chooses up to ``count`` blocks to drop and as many to grow in their groups. Changes nothing.
+    """Chooses up to ``count`` blocks to drop in each slab, and as many to grow in their groups. Changes nothing.
 
     Args:
         protected: the mask (num_blocks,) of the blocks that may not be dropped; None for none.
@@ -117,14 +133,43 @@ def choose_move(
     Raises:
         ValueError: a policy returns scores of another shape, or NaN.
     """
-    size = patterns.group_size(site.compact.pattern, site.layout)
-    context = make_context(site, rules, step, count, optimizers)
+    context = make_context(site, rules, step, count * site.layout.num_slabs, optimizers)
     scores_N = check_scores(rules.drop(site, context), context)
-    dropped = rules.agree_on(site, patterns.drop_smallest(scores_N, context.mask, count, size, protected))
-    context = context.for_growth(rules.seed, dropped.numel())
+    slabs = [_Slab.of(band, context.mask, site.compact.pattern) for band in bands_of(site.layout)]
+    for slab in slabs:
+        scores, its_protected = slab.band.of_active(scores_N, context.mask), _cut(slab.band, protected)
+        least = patterns.drop_smallest(scores, slab.mask, count, slab.group_size, its_protected)
+        slab.dropped = rules.agree_on(site, least)
+    context = context.for_growth([slab.dropped.numel() for slab in slabs])
     ablates = rules.ablation_threshold is not None and site.compact.pattern == patterns.FAN_IN
-    after = _after_ablation(rules, context, dropped, size) if ablates else _after(rules, context, dropped, size)
+    is_random = rules.grow is policies.random and not ablates
+    grow_scores = None if is_random else check_scores(rules.grow(site, context), context)
+    after = torch.empty_like(context.mask)
+    for slab in slabs:
+        its_scores, generator = _cut(slab.band, grow_scores), context.generator_for(slab.band)
+        new = _after_ablation if ablates else _after
+        slab.band.paste_(after, new(rules, site, slab, its_scores, generator))
     return Move(site, pack_bits(after))
+
+
+@dataclass
+class _Slab:
+    """Holds what an update needs of one slab of a weight: its blocks, those dropped, and the groups of its pattern."""
+
+    band: Band
+    mask: Tensor
+    group_size: int
+    dropped: Tensor
+
+    @classmethod
+    def of(cls, band: Band, mask: Tensor, pattern: str | None) -> _Slab:
+        """Describes a slab of the weight with this mask (num_blocks,), of which nothing is dropped yet."""
+        none = torch.empty(0, dtype=torch.int64, device=mask.device)
+        return cls(band, band.cut(mask), patterns.group_size(pattern, band.layout), none)
+
+
+def _cut(band: Band, blocks: Tensor | None) -> Tensor | None:
+    return None if blocks is None else band.cut(blocks)
 
 
 def make_context(site: Site, rules: Rules, step: int, count: int, optimizers: ManagedOptimizers) -> TopologyContext:
@@ -137,35 +182,37 @@ def make_context(site: Site, rules: Rules, step: int, count: int, optimizers: Ma
         every=rules.every,
         count=count,
         mask=site.mask(),
-        generator=random_numbers(rules.seed, step, site.name, "drop"),
+        seed=rules.seed,
         _read_ages=lambda: optimizers.ages(site.values),
         _read_state=lambda key: optimizers.read_state(site.values, key),
-        _collected=_average(collected, site, rules.ranks) if collected is not None and rules.asking else None,
+        _collected=_average(collected, site, rules.alike) if collected is not None and rules.asking else None,
     )
 
 
-def _after(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
-    """Returns the new mask, in which every group has grown as many blocks as it lost."""
-    if rules.grow is policies.random:
-        grown = patterns.grow_random(context.site.layout, context.mask, dropped, group_size, context.generator)
+def _after(rules: Rules, site: Site, slab: _Slab, scores: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Returns the new mask of a slab, in which every group has grown as many blocks as it lost; at random, or by score.
+
+    ``scores`` are those of all blocks of the slab.
+    """
+    mask, dropped, size = slab.mask, slab.dropped, slab.group_size
+    if scores is None:
+        grown = patterns.grow_random(slab.band.layout, mask, dropped, size, generator)
     else:
-        scores = check_scores(rules.grow(context.site, context), context)
-        grown = patterns.grow_largest(scores, context.mask, dropped, group_size)
-    after = context.mask.index_fill(0, dropped, False)
-    return after.index_fill_(0, rules.agree_on(context.site, grown), True)
+        grown = patterns.grow_largest(scores, mask, dropped, size)
+    return mask.index_fill(0, dropped, False).index_fill_(0, rules.agree_on(site, grown), True)
 
 
-def _after_ablation(rules: Rules, context: TopologyContext, dropped: Tensor, group_size: int) -> Tensor:
-    """Returns the new mask, without the rows that have few salient blocks; the other rows share their blocks."""
-    assert rules.ablation_threshold is not None
-    mask, scores = context.mask, check_scores(rules.grow(context.site, context), context)
+def _after_ablation(rules: Rules, site: Site, slab: _Slab, scores: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Returns the new mask of a slab, without the rows that have few salient blocks; the other rows share them."""
+    assert rules.ablation_threshold is not None and scores is not None
+    mask, dropped, size = slab.mask, slab.dropped, slab.group_size
     kept = mask.index_fill(0, dropped, False)
-    salient_G = patterns.count_salient(scores, mask, dropped, group_size)
-    budgets_G = patterns.ablate(salient_G, mask, dropped, rules.ablation_threshold, group_size, context.generator)
-    is_gone = (budgets_G == 0).repeat_interleave(group_size)
+    salient_G = patterns.count_salient(scores, mask, dropped, size)
+    budgets_G = patterns.ablate(salient_G, mask, dropped, rules.ablation_threshold, size, generator)
+    is_gone = (budgets_G == 0).repeat_interleave(size)
     kept &= ~is_gone
-    grown = patterns.grow_to_budgets(scores, kept, mask & ~kept, budgets_G, group_size)
-    return kept.index_fill_(0, rules.agree_on(context.site, grown), True)
+    grown = patterns.grow_to_budgets(scores, kept, mask & ~kept, budgets_G, size)
+    return kept.index_fill_(0, rules.agree_on(site, grown), True)
 
 
 def _average(collected: Collected, site: Site, ranks: Ranks) -> Collected:
@@ -183,13 +230,37 @@ def _average(collected: Collected, site: Site, ranks: Ranks) -> Collected:
     return Collected(positions[best], sums[best], active_sums)
 
 
-def digest_start(settings: dict[str, Any], sites: dict[str, Site]) -> dict[str, int]:
-    """Returns numbers that are the same on all ranks where settings, seeds and topologies are."""
-    of_settings = zlib.crc32(repr(sorted(settings.items())).encode())
-    return {"TopologyManager": of_settings} | {n: digest_bits(site.compact.topology)[1] for n, site in sites.items()}
+def find_ranks(model: nn.Module, sites: Mapping[str, Site]) -> tuple[Ranks, Ranks]:
+    """Returns the ranks that train ``model``, and those of them that hold the same parts of its compact weights.
+
+    They differ under tensor parallelism alone.
+    """
+    everyone = Ranks.of(model)
+    parts = [site.part for site in sites.values() if site.part is not None]
+    return everyone, everyone.without(part.group for part in parts) if parts else everyone
 
 
-def check_agreement(find_digests: Callable[[], dict[str, int]], ranks: Ranks, device: torch.device) -> None:
+def check_start(settings: dict[str, Any], sites: Mapping[str, Site], everyone: Ranks, alike: Ranks) -> None:
+    """Raises ValueError on every rank where settings or seeds differ on some, or the topologies of one part."""
+    bits = [(site, site.compact.topology) for site in sites.values()]
+    of_settings = {"TopologyManager": zlib.crc32(repr(sorted(settings.items())).encode())}
+    _check_agreement(lambda: of_settings | _digests(bits, of_parts=False), everyone, bits[0][1].device)
+    _check_agreement(lambda: _digests(bits, of_parts=True), alike, bits[0][1].device)
+
+
+def check_moves(moves: Iterable[Move], everyone: Ranks, alike: Ranks) -> None:
+    """Raises ValueError on every rank where weights will have other topologies on some ranks than on others."""
+    bits = [(move.site, move.bits) for move in moves]
+    _check_agreement(lambda: _digests(bits, of_parts=False), everyone, bits[0][1].device)
+    _check_agreement(lambda: _digests(bits, of_parts=True), alike, bits[0][1].device)
+
+
+def _digests(bits: Iterable[tuple[Site, Tensor]], of_parts: bool) -> dict[str, int]:
+    """Returns fingerprints of topologies by the names of weights: of parts of weights, or of whole ones."""
+    return {site.name: digest_bits(each)[1] for site, each in bits if (site.part is not None) is of_parts}
+
+
+def _check_agreement(find_digests: Callable[[], dict[str, int]], ranks: Ranks, device: torch.device) -> None:
     """Raises ValueError on every rank where one of them has another number for a name than the others.
 
     One process has nobody to agree with, and does not ask for its digests.
@@ -197,6 +268,8 @@ def check_agreement(find_digests: Callable[[], dict[str, int]], ranks: Ranks, de
     if ranks.num_ranks == 1:
         return
     digests = find_digests()
+    if not digests:
+        return
     numbers = list(digests.values())
     least, greatest = ranks.least(numbers, device), [~each for each in ranks.least([~n for n in numbers], device)]
     for name, low, high in zip(digests, least, greatest, strict=True):
@@ -208,11 +281,6 @@ def check_agreement(find_digests: Callable[[], dict[str, int]], ranks: Ranks, de
             )
 
 
-def digest_moves(moves: list[Move]) -> dict[str, int]:
-    """Returns fingerprints of the topologies that weights will have."""
-    return {move.site.name: digest_bits(move.bits)[1] for move in moves}
-
-
 def make_move(move: Move, state: StateToMove) -> None:
     """Drops and grows the blocks of a move.
 
@@ -220,7 +288,7 @@ def make_move(move: Move, state: StateToMove) -> None:
     its state get new memory, and the gradient is dropped. ``state`` is the optimizer state that follows.
     """
     site, after = move.site, unpack_bits(move.bits, move.site.layout.num_blocks)
-    change = TopologyChange.between(site.values, site.mask(), after)
+    change = TopologyChange.between(site.values, site.mask(), after, site.part)
     if change.resizes:
         site.compact.resize(site.values, after, change.moved(site.values.detach()))
         site.mark_resized()
@@ -230,3 +298,22 @@ def make_move(move: Move, state: StateToMove) -> None:
             change.remap_(site.values.grad)
         site.compact.set_bits(move.bits)
     state.follow(site, change)
+
+
+def make_and_record(move: Move, step: int, optimizers: ManagedOptimizers, trace: Trace) -> SiteEvent:
+    """Makes a move after ``step``, as ``make_move`` does; returns what happened to the whole weight."""
+    site, ages = move.site, optimizers.ages(move.site.values)
+    mean_age = None if ages is None else _mean_over_parts(ages, site.part)
+    before, after = (site.bits_of_whole(bits).cpu().clone() for bits in (site.compact.topology, move.bits))
+    make_move(move, optimizers.state)
+    return trace.record(site.name, before, after, step, mean_age)
+
+
+def _mean_over_parts(ages: Tensor, part: Part | None) -> float:
+    """Returns the mean age of the active blocks of the whole weight; ``ages`` (N,) int64 are those of this part."""
+    total, count = ages.double().sum(), ages.numel()
+    if part is not None:
+        with named("adding up ages"):
+            distributed.all_reduce(total, group=part.group)
+        count *= part.count
+    return float(total / count)

@@ -5,12 +5,17 @@ from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups
 from smet_compile.shards.rows import (
     Rows,
     cut_like,
+    is_fully_sharded,
     is_nonzero,
     is_sharded,
     local,
     make_whole,
+    named,
+    part_of,
+    ranks_ascend,
     reshard,
     set_gradient_sync,
+    unwrap,
 )
 from smet_compile.shards.unsharded import Unsharded, forget_shards, has_shards
 
@@ -23,11 +28,16 @@ __all__ = [
     "cut_like",
     "forget_shards",
     "has_shards",
+    "is_fully_sharded",
     "is_nonzero",
     "is_sharded",
     "local",
     "make_whole",
+    "named",
+    "part_of",
+    "ranks_ascend",
     "reduce_over_groups",
     "reshard",
     "set_gradient_sync",
+    "unwrap",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smet_compile.shards.rows import Rows, cut_like, is_sharded, local, make_whole
+from smet_compile.shards.rows import cut_like, is_sharded, local, make_whole, part_of
 
 
 class DrawsWhole(TorchDispatchMode):
@@ -24,5 +24,5 @@ class DrawsWhole(TorchDispatchMode):
         drawn = func(make_whole(shard.detach()), *args[1:], **kwargs)
         if not func._schema.is_mutable:
             return cut_like(drawn, shard)
-        local(shard).copy_(drawn[Rows.of(shard).here])
+        local(shard).copy_(part_of(drawn, shard))
         return shard

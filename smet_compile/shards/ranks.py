@@ -58,6 +58,11 @@ class Ranks:
         largest = max(meshes, key=lambda mesh: mesh.ndim)
         return cls([largest.get_group(dim) for dim in range(largest.ndim)], run_all_layers=True)
 
+    def without(self, groups: Iterable[Any]) -> Ranks:
+        """Returns the ranks that hold the same parts of weights, which tensor parallelism cuts over ``groups``."""
+        names = {group.group_name for group in groups}
+        return Ranks([group for group in self.groups if group.group_name not in names], self.run_all_layers)
+
     @property
     def is_first(self) -> bool:
         """Tells whether this rank is the first of all."""

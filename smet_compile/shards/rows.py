@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -32,6 +33,29 @@ def local(tensor: Any) -> Any:
         return tensor.to_local()
 
 
+def unwrap(tensor: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """Returns the part of a DTensor that this rank holds, in the same memory, and how to make a DTensor of another.
+
+    Anything else is returned as it is. Autograd records nothing.
+    """
+    if not is_sharded(tensor):
+        return tensor, _itself
+    return tensor._local_tensor, partial(
+        _wrap_alike, tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+    )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _wrap_alike(mesh: Any, placements: Any, shape: Any, stride: Any, here: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    wrapped: Tensor = DTensor.from_local(here, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return wrapped
+
+
 def reshard(model: nn.Module) -> bool:
     """Has every FSDP2 module free whole parameters, which a forward pass without backward leaves.
 
@@ -47,6 +71,11 @@ def set_gradient_sync(model: nn.Module, is_on: bool) -> None:
     """Has FSDP2 reduce gradients over the ranks in the next backward, or add them up on each rank."""
     for module in _sharded_modules(model):
         module.set_requires_gradient_sync(is_on, recurse=False)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Tells whether ``fully_shard`` was called on a module of ``model``."""
+    return bool(_sharded_modules(model))
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
@@ -74,43 +103,61 @@ class Rows:
         cuts: rank r of the group holds the rows ``cuts[r]`` to ``cuts[r + 1]``. rank: this rank's number in the group.
         group: the process group; None where all rows are here.
         copies: groups of ranks that hold the same rows (HSDP).
+        first: the number in the whole parameter of the first of these rows, where tensor parallelism cut it before.
+        others: the groups over which tensor parallelism cut it.
+        column_part: the number of the part of the columns that is here, and of how many parts.
     """
 
     cuts: tuple[int, ...]
     rank: int = 0
     group: Any = None
     copies: tuple[Any, ...] = ()
+    first: int = 0
+    others: tuple[Any, ...] = ()
+    column_part: tuple[int, int] = (0, 1)
 
     @classmethod
-    def of(cls, parameter: Any) -> Rows:
+    def of(cls, parameter: Any, slabs_over: Any = None) -> Rows:
         """Describes a parameter as ``fully_shard`` left it; any other has all of its rows here.
 
-        Raises ValueError for a parameter that is cut along another dimension than its first, or twice.
+        Args:
+            slabs_over: the mesh over which a compact weight is cut into slabs (tensor parallelism), where it is: the
+                rows are then those of this rank's slabs, and no other rank of this mesh holds any of them.
+
+        Raises ValueError for a parameter that is cut in a way that neither ``fully_shard`` nor tensor parallelism does.
         """
         num_rows = parameter.shape[0] if parameter.dim() else 1
         if not is_sharded(parameter):
             return cls((0, num_rows))
-        mesh, placements = parameter.device_mesh, parameter.placements
-        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-        copies = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim not in cut)
-        if not cut:
-            return cls((0, num_rows), copies=copies)
-        if len(cut) > 1 or not placements[cut[0]].is_shard(0):
-            raise ValueError(
-                f"expected a parameter cut along its first dimension by one dimension of the mesh, got {placements}; "
-                "shard with fully_shard, without shard_placement_fn"
-            )
-        size = mesh.size(cut[0])
-        if size == 1:
-            return cls((0, num_rows), copies=copies)
-        chunk = -(-num_rows // size)
-        cuts = tuple(min(rank * chunk, num_rows) for rank in range(size + 1))
-        return cls(cuts, mesh.get_local_rank(cut[0]), mesh.get_group(cut[0]), copies)
+        cuts, mesh = cuts_of(parameter), parameter.device_mesh
+        cut_dims = {cut.mesh_dim for cut in cuts}
+        copies = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim not in cut_dims)
+        first, others, column_part = 0, [], (0, 1)
+        if slabs_over is not None:
+            num_rows //= slabs_over.size()
+            others.append(slabs_over.get_group())
+            cuts = [cut for cut in cuts if cut.group.group_name != others[0].group_name]
+        cuts = [cut for cut in cuts if cut.size > 1]
+        while len(cuts) > 1 or (cuts and cuts[0].dim != 0):  # tensor parallelism comes first
+            outer = cuts.pop(0)
+            others.append(outer.group)
+            if outer.dim == 0:
+                first, num_rows = outer.interval(num_rows)
+            else:
+                column_part = outer.rank, outer.size
+        ends = cuts[0].ends(num_rows) if cuts else (0, num_rows)
+        rank, group = (cuts[0].rank, cuts[0].group) if cuts else (0, None)
+        return cls(ends, rank, group, copies, first, tuple(others), column_part)
 
     @property
     def are_whole(self) -> bool:
         """Tells whether all rows are here."""
         return self.group is None
+
+    @property
+    def are_first(self) -> bool:
+        """Tells whether this rank is the first of all that hold a part of the parameter."""
+        return self.rank == 0 and all(distributed.get_rank(group) == 0 for group in self.others)
 
     @property
     def here(self) -> slice:
@@ -168,11 +215,16 @@ class Rows:
         mine_before, mine_after = before[self.rank : self.rank + 2], after[self.rank : self.rank + 2]
         return _overlaps(mine_before, after), _overlaps(mine_after, before)
 
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """Returns the groups of the ranks that hold other parts of the parameter."""
+        return self.others if self.group is None else (self.group, *self.others)
+
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds ``tensor`` up over the ranks that hold other rows, in place."""
-        if not self.are_whole:
+        """Adds ``tensor`` up over the ranks that hold other parts of the parameter, in place."""
+        for group in self.groups:
             with named("adding up over shards"):
-                distributed.all_reduce(tensor, group=self.group)
+                distributed.all_reduce(tensor, group=group)
         return tensor
 
     def wrap(self, like: Any, here: Tensor) -> Tensor:
@@ -181,23 +233,109 @@ class Rows:
             return here
         from torch.distributed.tensor import DTensor
 
-        shape = torch.Size((like.shape[0], *here.shape[1:])) if like.dim() else here.shape
+        shape = like.shape if here.dim() == like.dim() else torch.Size((like.shape[0], *here.shape[1:]))
         stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
         return DTensor.from_local(here, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+class Cut(NamedTuple):
+    """Describes how one dimension of a mesh cuts a tensor.
+
+    Args:
+        dim: the tensor's dimension. mesh_dim: the mesh's. size: number of parts. rank: the number of the part here.
+        group: the ranks that hold the parts.
+    """
+
+    dim: int
+    mesh_dim: int
+    size: int
+    rank: int
+    group: Any
+
+    def ends(self, length: int) -> tuple[int, ...]:
+        """Returns where the parts of a dimension of this length begin, and where the last one ends."""
+        chunk = -(-length // self.size)
+        return tuple(min(rank * chunk, length) for rank in range(self.size + 1))
+
+    def interval(self, length: int) -> tuple[int, int]:
+        """Returns where the part that is here begins in a dimension of this length, and its length."""
+        first, end = self.ends(length)[self.rank : self.rank + 2]
+        return first, end - first
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """Returns the part that is here, a view."""
+        return tensor.narrow(self.dim, *self.interval(tensor.shape[self.dim]))
+
+    def gather(self, here: Tensor, length: int) -> Tensor:
+        """Returns the tensor of this length along the dimension, of which ``here`` is the part on this rank."""
+        rows = Rows(self.ends(length), self.rank, self.group)
+        if self.dim == 0:
+            return rows.gather(here)
+        return rows.gather(here.movedim(self.dim, 0).contiguous()).movedim(0, self.dim).contiguous()
+
+
+def cuts_of(tensor: Any) -> list[Cut]:
+    """Returns how the mesh of a DTensor cuts it, tensor parallelism first and ``fully_shard`` last.
+
+    ``fully_shard`` adds its dimension to the left of that of tensor parallelism, but cuts what that has left.
+
+    Raises ValueError for ranks of a mesh that do not ascend, and for parts that no cut of either kind makes.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if not ranks_ascend(mesh):
+        raise ValueError(
+            f"expected a mesh whose ranks ascend along each dimension, got {mesh.mesh.tolist()}; make it with "
+            "init_device_mesh"
+        )
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(cut) > 2 or any(not hasattr(placements[dim], "dim") for dim in cut):
+        raise ValueError(
+            f"expected a parameter that fully_shard cuts along its first dimension, and tensor parallelism along one, "
+            f"got {placements}; shard with fully_shard, without shard_placement_fn"
+        )
+    found = [
+        Cut(placements[dim].dim, dim, mesh.size(dim), mesh.get_local_rank(dim), mesh.get_group(dim))
+        for dim in reversed(cut)
+    ]
+    if found and found[-1].dim != 0 and len(found) > 1:
+        raise ValueError(
+            f"expected fully_shard to cut along the first dimension, got {placements}; leave out shard_placement_fn"
+        )
+    return found
+
+
+def ranks_ascend(mesh: Any) -> bool:
+    """Tells whether ranks ascend along each dimension of a mesh, as the order of parts within a process group does."""
+    ranks = mesh.mesh
+    return all(bool((ranks.diff(dim=dim) > 0).all()) for dim in range(ranks.dim()))
 
 
 def make_whole(tensor: Any) -> Any:
     """Returns a DTensor whole, on every rank, bit for bit in any dtype; anything else as it is."""
     if not is_sharded(tensor):
         return tensor
-    return Rows.of(tensor).gather(local(tensor))
+    shape, lengths = list(tensor.shape), []
+    for cut in cuts_of(tensor):
+        lengths.append((cut, shape[cut.dim]))
+        _, shape[cut.dim] = cut.interval(shape[cut.dim])
+    here = local(tensor)
+    for cut, length in reversed(lengths):
+        here = cut.gather(here, length)
+    return here
 
 
 def cut_like(whole: Tensor, like: Any) -> Tensor:
     """Returns this rank's shard of ``whole``, sharded as ``like`` is; ``whole`` itself where that is no shard."""
     if not is_sharded(like):
         return whole
-    return Rows.of(like).wrap(like, whole[Rows.of(like).here].to(like.device, copy=True))
+    return Rows.of(like).wrap(like, part_of(whole, like).to(like.device, copy=True).contiguous())
+
+
+def part_of(whole: Tensor, like: Any) -> Tensor:
+    """Returns the part of ``whole`` that this rank holds of a DTensor, a view."""
+    for cut in cuts_of(like):
+        whole = cut.part(whole)
+    return whole
 
 
 def is_nonzero(tensor: Tensor) -> bool:

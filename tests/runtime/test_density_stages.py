@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from smet_compile.runtime import manager as manager_module
+from smet_compile.runtime import update as update_module
 from tests.runtime.setting import make
 from tests.support.dense_twin import DenseTwin, Rule, SgdMomentum, SmetAdamW, TwinSite
 from tests.support.living_bytes import living_bytes
@@ -332,14 +332,14 @@ def test_an_error_of_a_policy_leaves_the_model_as_it_was() -> None:
 
 def test_a_stage_that_is_interrupted_goes_on_at_the_next_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, optimizer, manager = staged(1.0, [(1, 0.5)])
-    make_move, calls = manager_module.make_move, iter(range(9))
+    make_move, calls = update_module.make_move, iter(range(9))
 
     def breaking(*arguments: Any) -> None:
         if next(calls) == 1:
             raise KeyboardInterrupt
         make_move(*arguments)
 
-    monkeypatch.setattr(manager_module, "make_move", breaking)
+    monkeypatch.setattr(update_module, "make_move", breaking)
     with pytest.raises(KeyboardInterrupt):
         train(model, optimizer, manager, steps=1)
     assert [site.density for site in find_sites(model).values()] == [0.5, 1.0]

@@ -18,13 +18,9 @@ ROWS = 12
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 2 * width + 1),
-            nn.Linear(2 * width + 1, width),
-        )
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x))))
@@ -33,10 +29,10 @@ class Layer(nn.Module):
 class Net(nn.Module):
     """Has two residual layers between an embedding and a head."""
 
-    def __init__(self, width: int = 20, vocabulary: int = 17) -> None:
+    def __init__(self, width: int = 20, vocabulary: int = 17, hidden: int | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(width, hidden or 2 * width + 1) for _ in range(2))
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
