@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
@@ -26,6 +25,7 @@ from smet_compile.ops.sinks import count_by
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import keep_address
 from smet_compile.optim.active import ActiveOptimizer
+from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 from smet_compile.optim.on_arrival import UpdatesOnArrival
 from smet_compile.shards import has_shards, reshard, set_gradient_sync

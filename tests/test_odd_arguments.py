@@ -134,6 +134,11 @@ def materialized(run: Run, argument: str, value: Any) -> None:
     assert loss_of(model, 0).isfinite()
 
 
+def clipped(run: Run, argument: str, value: Any) -> str:
+    given = {"parameters": run.model, "max_norm": 1.0, argument: value}
+    return str(float(smet.clip_grad_norm_(**given)))
+
+
 def decayed(run: Run, argument: str, value: Any) -> None:
     groups = smet.decay_groups(**({"model": run.model, "weight_decay": 0.1} | {argument: value}))
     run.trained(smet.ActiveAdamW(groups, model=run.model))
@@ -202,7 +207,10 @@ WEIGHTS = ("density", "block_shape", "include", "exclude", "rules", "distributio
 SWITCHES = ("compiled", "fused_update", "checkpointing")
 Call = Callable[[Run, str, Any], None]
 FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
-    "sparsify": (made_sparse, ("model", *WEIGHTS, "select", "pattern", "masks", "rescale", "seed", "dense_as_compact")),
+    "sparsify": (
+        made_sparse,
+        ("model", *WEIGHTS, "select", "pattern", "masks", "rescale", "seed", "dense_as_compact", "slabs"),
+    ),
     "ActiveAdamW": (optimized(smet.ActiveAdamW), OF_OPTIMIZER),
     "NaiveAdamW": (optimized(smet.NaiveAdamW), OF_OPTIMIZER),
     "ActiveLion": (optimized(smet.ActiveLion), ("lr", "betas", "weight_decay", "warmup_steps")),
@@ -221,6 +229,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "mix_growth": (mixed, ("shares",)),
     "compile_train_step": (stepped, ("model", "optimizer", "loss_fn", "accumulate", "max_grad_norm")),
     "materialize": (materialized, ("model", "seed", "device", "initialize")),
+    "clip_grad_norm_": (clipped, ("parameters", "max_norm", "norm_type", "error_if_nonfinite")),
     "decay_groups": (decayed, ("model", "weight_decay")),
     "param_groups": (sorted_by_rate, ("model", "lr", "embedding_lr", "weight_decay", "base_width")),
     "scale_initial_": (scaled, ("model", "std", "base_width")),

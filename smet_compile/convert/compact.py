@@ -29,6 +29,7 @@ _ATTRIBUTE_PREFIX = "_smet_"
 """The names of all attributes that this library adds to modules begin with it."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 _dense_shapes: Any = WeakIdKeyDictionary()
+_DENSE_SHAPE = f"{_ATTRIBUTE_PREFIX}dense_shape"
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def _pack(drawn: Drawn) -> None:
     chain = parametrizations(weight.module)[weight.tensor_name]
     placeholder = chain[0]
     try:
-        if not is_sharded(tensor):  # whose contents torch swaps, where no weak reference to it is
-            note_dense_shape(tensor, dense.shape)
+        note_dense_shape(tensor, dense.shape)
         chain[0] = compact
         chain.right_inverse(dense)
-        note_dense_shape(tensor, dense.shape)
+        if is_sharded(tensor):  # its attributes were swapped, too
+            note_dense_shape(tensor, dense.shape)
         tensor.grad = None
         if compact.rescale:
             local(tensor).mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
@@ -222,7 +223,10 @@ class _ModuleBefore:
 def note_dense_shape(values: Tensor, dense_shape: torch.Size) -> None:
     """Notes that ``values`` was a dense parameter of ``dense_shape`` until now."""
     _check_moments_in_every_step()
-    _dense_shapes[values] = dense_shape
+    if is_sharded(values):  # torch swaps its contents, in model.to(...) too, unless there is a weak reference to it
+        values.__dict__[_DENSE_SHAPE] = dense_shape
+    else:
+        _dense_shapes[values] = dense_shape
 
 
 @functools.cache
@@ -239,7 +243,7 @@ def check_moments(optimizer: Optimizer, *_: Any) -> None:
     Some of torch's optimizers would fail half way through a step, the fused ones not at all.
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        dense_shape = _dense_shapes.get(parameter)
+        dense_shape = parameter.__dict__.get(_DENSE_SHAPE) if is_sharded(parameter) else _dense_shapes.get(parameter)
         if dense_shape is None or parameter.shape == dense_shape:
             continue
         for key, state in optimizer.state.get(parameter, {}).items():

@@ -6,7 +6,7 @@ compact weight of its own part. What is stored for the whole, as in a checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from smet_compile.format.layout import Layout
 from smet_compile.format.slabs import Band
 from smet_compile.format.topology import Topology, pack_bits, positions_of, unpack_bits
 from smet_compile.shards.rows import Rows, is_sharded, named, ranks_ascend
-
-_PART_HERE = "_smet_part_here"
 
 
 @dataclass(frozen=True)
@@ -100,14 +98,9 @@ class Part:
         dtensor: Any = values
         return is_sharded(values) and bool(dtensor.device_mesh.ndim == 1)
 
-    def read(self, unpack: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        """Returns the dense weight as a DTensor, of which ``unpack`` makes the part here from the values here."""
-        dtensor: Any = values
-        here = unpack(dtensor.to_local())
-        dense = self._wrap(here, self.placements)
-        if not torch.compiler.is_compiling():
-            dense.__dict__[_PART_HERE] = here  # changes in place are noticed when it is freed
-        return dense
+    def wrap_dense(self, here: Tensor) -> Tensor:
+        """Returns the dense weight as a DTensor, of which ``here`` is the part on this rank."""
+        return self._wrap(here, self.placements)
 
     def here(self, name: str, dense: Tensor) -> Tensor:
         """Returns the part here of a dense weight, which is cut as this one is; raises ValueError where it is not."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -223,7 +222,10 @@ class CompactWeight(nn.Module):
             raise ValueError(f"{self.name}: {_NO_DATA}")
         tracing = torch.compiler.is_compiling()
         if self.part is not None and (tracing or self.part.holds_all(values)):
-            return self.part.read(partial(self._unpack, tracing=tracing), values)
+            dtensor: Any = values
+            here = self._unpack(dtensor.to_local(), tracing)
+            dense = self.part.wrap_dense(here)
+            return dense if tracing else reads.follow(here, dense)
         if not tracing and is_sharded(values):
             raise ValueError(
                 f"{self.name}: expected a whole weight to read, got a shard; export_dense(model) makes a plain model, "
@@ -265,6 +267,14 @@ class CompactWeight(nn.Module):
                 "assign one of the dense shape"
             )
         return torch.ops.smet.pack(dense, self.topology, self.lists, self.layout.text, self.num_active)
+
+    @torch.no_grad()
+    def assign(self, values: Tensor, dense: Tensor) -> bool:
+        """Writes a dense weight that is cut as this one is to the values; returns whether all of them are here."""
+        if self.part is None or not self.part.holds_all(values):
+            return False
+        local(values).copy_(local(self.right_inverse(dense.detach())))
+        return True
 
     @torch.no_grad()
     def replace(self, values: Tensor, dense: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
 from smet_compile.shards import is_sharded
 
+_READ, _ALIAS, _ALIAS_VERSION = "_smet_read", "alias", "alias_version"
 _STACKLEVEL = 5  # the line that drops the last reference to the read, or uses the weight next
 
 
@@ -90,8 +91,8 @@ class WeightRead(Tensor):
 
     def __del__(self, live: dict[int, weakref.ref[Tensor]] = _live) -> None:
         """Keeps what was written, unless the interpreter is ending and the names of this module are gone."""
-        settle_or_note = globals().get("_settle_or_note")
-        if live.pop(id(self), None) is not None and self.__dict__["version"] != self._version and settle_or_note:
+        settle_or_note, is_written = globals().get("_settle_or_note"), globals().get("is_written")
+        if live.pop(id(self), None) is not None and settle_or_note and is_written and is_written(self):
             settle_or_note(self)
 
     @property
@@ -141,11 +142,30 @@ def _as_read(dense: Tensor, source: _Source) -> Tensor:
     return dense
 
 
+def follow(here: Tensor, cut: Tensor) -> Tensor:
+    """Returns ``cut``, a DTensor made of the read ``here``, so that its changes in place are kept too.
+
+    Such a change raises the version of the DTensor alone, which an alias of it has as well.
+    """
+    if isinstance(here, WeightRead):
+        alias = cut.detach()
+        here.__dict__.update({_ALIAS: alias, _ALIAS_VERSION: alias._version})
+        cut.__dict__[_READ] = here
+    return cut
+
+
+def is_written(read: Tensor) -> bool:
+    """Tells whether a read, or the DTensor that follows it, was changed in place since it was last settled."""
+    notes = read.__dict__
+    alias = notes.get(_ALIAS)
+    return notes["version"] != read._version or (alias is not None and alias._version != notes[_ALIAS_VERSION])
+
+
 def settle_live(*_: Any) -> None:
     """Keeps what was written into reads that are still alive. An error is raised at the next use of the weight."""
     for reference in list(_live.values()):
         read = reference()
-        if read is not None and read.__dict__["version"] != read._version:
+        if read is not None and is_written(read):
             _settle_or_note(read)
 
 
@@ -171,6 +191,8 @@ def settle(read: Tensor) -> None:
     """
     source: _Source = read.__dict__["source"]
     read.__dict__["version"] = read._version
+    if _ALIAS in read.__dict__:
+        read.__dict__[_ALIAS_VERSION] = read.__dict__[_ALIAS]._version
     compact, values = source.compact, source.values
     if tuple(read.shape) != compact.shape:
         raise _not_kept(compact, f"got the shape {tuple(read.shape)} in place, expected {compact.shape}; assign it")
@@ -210,10 +232,13 @@ def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> 
 
     def assign(self: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and name in (found := chains(self)):
-            if is_sharded(found[name].original):
+            chain = found[name]
+            if is_sharded(chain.original) and is_sharded(value) and chain[0].assign(chain.original, value):
+                return
+            if is_sharded(chain.original):
                 raise ValueError(
-                    f"{getattr(found[name][0], 'name', name)}: expected a whole weight to assign to, got a shard; "
-                    "assign before fully_shard, or load a checkpoint"
+                    f"{getattr(chain[0], 'name', name)}: expected a whole weight to assign to, got a shard; "
+                    "assign before fully_shard (under tensor parallelism a DTensor cut alike), or load a checkpoint"
                 )
             value = value.detach() if isinstance(value, nn.Parameter) else value
         assign_tensor(self, name, value)

@@ -251,7 +251,8 @@ class _Hooks:
 
     def pack(self, tensor: Tensor) -> _Saved | _Kept | _Passed:
         here, rewrap = unwrap(tensor)
-        recipe = self.recipe(here)
+        is_changed = here is not tensor and tensor._version > 0  # of a DTensor, that in it does not count
+        recipe = None if is_changed else self.recipe(here)
         if recipe is not None:
             return _Kept(recipe, here.dtype, here.size(), here.stride(), int(here.storage_offset()), rewrap)
         if self.below is not None:

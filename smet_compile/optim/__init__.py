@@ -2,6 +2,7 @@
 
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.adamw import ActiveAdamW, NaiveAdamW
+from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.groups import decay_groups, param_groups, scale_initial_
 from smet_compile.optim.lion import ActiveLion
 from smet_compile.optim.scale import ActiveScale
@@ -23,6 +24,7 @@ __all__ = [
     "ActiveSGD",
     "ActiveScale",
     "NaiveAdamW",
+    "clip_grad_norm_",
     "decay_groups",
     "param_groups",
     "scale_initial_",

@@ -187,16 +187,17 @@ def share_scales(scales: Tensor, change: TopologyChange) -> None:
 
 
 def sum_scales_(scales: Tensor, places: Tensor, rows: Rows) -> Tensor:
-    """Replaces the scales (number of slots, number of tiles) by those of all ranks.
+    """Replaces the scales (number of slots, number of tiles) of active tiles by those of the ranks that hold them.
 
     Args:
-        places: where the tiles of this rank's rows lie in the whole weight, whose scales alone this rank knows.
+        places: where the tiles of this rank's rows lie in the whole weight, of which this rank alone knows the scales.
     """
     if not rows.groups:
         return scales
-    is_here = torch.zeros(scales.shape[1], dtype=torch.bool, device=scales.device)
-    is_here[places] = True
-    return rows.sum_(scales.mul_(is_here))
+    is_here = scales.new_zeros(1, scales.shape[1])
+    is_here[:, places] = 1
+    *of_slots, is_active = rows.sum_(torch.cat((torch.where(is_here > 0, scales, 0), is_here)))
+    return scales.copy_(torch.where(is_active > 0, torch.stack(of_slots), scales))
 
 
 def is_kept_by_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:

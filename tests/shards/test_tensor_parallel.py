@@ -29,7 +29,9 @@ def run(rank: int, world: int, tp: int, block_shape: Any, dtype: torch.dtype, gr
     found += [f"loss {step}" for step in range(30) if abs(losses[step] - expected[step]) > tolerance]
     end, expected_end = dense_weights(model), dense_weights(whole)
     found += [
-        f"topology of {name}" for name in end if name.endswith("weight") and not torch.equal(end[name] != 0, expected_end[name] != 0)
+        f"topology of {name}"
+        for name in end
+        if name.endswith("weight") and not torch.equal(end[name] != 0, expected_end[name] != 0)
     ]
     assert len(runs[1][2].history) == 3
     if runs[0][2].history != runs[1][2].history:
