@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
 from smet_compile.convert.report import forget_reasons
-from smet_compile.format import Part, arguments, unpack_bits
-from smet_compile.ops import CompactWeight, Site, find_sites, reads, saved_weights
-from smet_compile.ops.plain_copy import plain_copy, unwrapped
+from smet_compile.format import arguments
+from smet_compile.ops import find_sites, reads, saved_weights
+from smet_compile.ops.plain_copy import plain_copy, unwrapped, whole_weight
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import has_shards, make_whole, reshard
 
@@ -84,7 +84,7 @@ def _tensors_of_copy(model: nn.Module, keep: bool) -> dict[int, Any]:
         if site.part is not None:
             bits = site.part.bits_of_all(site.compact.topology)
             orders[id(site.values)] = partial(site.part.in_order, bits=bits)
-            found[id(site.compact)] = _whole_weight(site, site.part, bits, keep)
+            found[id(site.compact)] = whole_weight(site, site.part, bits.to("cpu" if keep else "meta"))
     for tensor in (*model.parameters(), *model.buffers()):
         whole = make_whole(tensor.detach())
         whole = orders[id(tensor)](whole) if id(tensor) in orders else whole
@@ -92,14 +92,6 @@ def _tensors_of_copy(model: nn.Module, keep: bool) -> dict[int, Any]:
         is_parameter = isinstance(tensor, nn.Parameter)
         found[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
     return found
-
-
-def _whole_weight(site: Site, part: Part, bits: Tensor, keep: bool) -> CompactWeight:
-    """Returns the parametrization of the whole weight, of which tensor parallelism left a part here."""
-    mask = unpack_bits(bits, part.whole.num_blocks).to("cpu" if keep else "meta")
-    compact = CompactWeight(part.whole, mask, site.num_active_in_whole, site.name)
-    compact.parameter_order = site.compact.parameter_order
-    return compact
 
 
 def _restore_order(module: nn.Module, order: list[str]) -> None:

@@ -60,7 +60,8 @@ def inspect(
     Time and memory are linear in the number of units and blocks.
 
     Of a sharded model the forward is that of the plain one, on no rank's data: where it cannot run without data, only
-    what holds of each weight alone is found. Every rank has to call where an optimizer is given.
+    what holds of each weight alone is found. Every rank has to call where an optimizer is given, and under tensor
+    parallelism.
 
     Args:
         model: with compact weights, compiled or not. On the meta device the topologies must have data.
@@ -85,25 +86,27 @@ def inspect(
     optimizer = optimizer or (manager.optimizers if manager else None)
     for site in sites.values():
         check_has_data(site)
-    matrices = {name: ActiveMatrix.of(site.compact.topology, site.layout) for name, site in sites.items()}
+    is_in_parts = any(site.part is not None for site in sites.values())
+    shown = without_data(owner) if is_in_parts or ((example or inputs) and reshard(owner)) else owner
+    whole = find_sites(shown) if is_in_parts else sites
+    matrices = {name: ActiveMatrix.of(site.compact.topology, site.layout) for name, site in whole.items()}
     if example or inputs:
-        shown = without_data(owner) if reshard(owner) else owner
         recording = record_forward(shown, example, inputs)
     else:
-        shown, recording = owner, Recording(warning="no example was given, so what feeds what is not known")
+        recording = Recording(warning="no example was given, so what feeds what is not known")
     reading = _read(shown, find_sites(shown), recording) if recording.is_complete else None
     rows_are_inputs = {node.weight: node.transposed for *_, node in reading.flow.uses} if reading else {}
-    dead = {name: dead_units(site, rows_are_inputs.get(name)) for name, site in sites.items()}
+    dead = {name: dead_units(site, rows_are_inputs.get(name)) for name, site in whole.items()}
     reaches, share = reach_of_sites(reading, matrices, dead) if reading else ({}, None)
     events, step = (manager.history, manager.num_steps) if manager else ([], _num_steps(sites.values(), optimizer))
     rows = tuple(
         SiteInspection(
             name=name,
-            shape=site.layout.shape,
-            block_shape=site.layout.block_shape,
-            num_blocks=site.layout.num_blocks,
+            shape=site.whole.shape,
+            block_shape=site.whole.block_shape,
+            num_blocks=site.whole.num_blocks,
             num_active=matrices[name].num_active,
-            num_weights=site.layout.num_weights,
+            num_weights=site.whole.num_weights,
             num_active_weights=matrices[name].num_active_weights,
             dead=dead[name],
             history=history_of(site, optimizer, events, step),

@@ -117,7 +117,7 @@ def history_of(site: Site, optimizer: Any, events: Sequence[TopologyEvent], step
     """
     own = [(event.step, event.sites[site.name]) for event in events if site.name in event.sites]
     ages = _age_counts(site, optimizer)
-    num_first = own[0][1].num_before if own else site.num_active
+    num_first = own[0][1].num_before if own else site.num_active_in_whole
     grown = {0: num_first} | {at: event.num_added for at, event in own}
     alive = {step - age: count for age, count in ages.items()}
     return SiteHistory(
@@ -132,7 +132,9 @@ def _age_counts(site: Site, optimizer: Any) -> dict[int, int]:
     ages_of = getattr(optimizer_that_steps(optimizer, site.values), "block_ages", None)
     if ages_of is None:
         return {}
-    ages, counts = torch.unique(ages_of(site.values).cpu(), return_counts=True)
+    of_blocks = ages_of(site.values)
+    of_blocks = of_blocks if site.part is None else site.part.gather(of_blocks)
+    ages, counts = torch.unique(of_blocks.cpu(), return_counts=True)
     return dict(zip(ages.tolist(), counts.tolist(), strict=True))
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.ops.sites import wrapped_child
+from smet_compile.format import Part, unpack_bits
+from smet_compile.ops.compact_weight import CompactWeight
+from smet_compile.ops.sites import Site, find_sites, wrapped_child
 from smet_compile.shards import Unsharded, forget_shards
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -66,14 +68,29 @@ def _begin_copies(model: nn.Module, copies: dict[int, Any]) -> list[tuple[nn.Mod
 def without_data(model: nn.Module) -> nn.Module:
     """Returns a plain copy whose parameters are whole and on the meta device; its buffers have data, as topologies do.
 
-    Needs no rank's agreement.
+    Under tensor parallelism every rank has to call, since the topologies of parts make those of whole weights.
     """
-    tensors: dict[int, Tensor] = {}
+    tensors: dict[int, Any] = {}
+    for site in find_sites(model).values():
+        if site.part is not None:
+            tensors[id(site.compact)] = whole_weight(site, site.part, site.bits_of_whole(site.compact.topology))
     for parameter in model.parameters():
         shape, stride = parameter.shape, parameter.stride()
         empty = torch.empty_strided(shape, stride, dtype=parameter.dtype, device="meta")
         tensors[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
     return plain_copy(model, tensors)
+
+
+def whole_weight(site: Site, part: Part, bits: Tensor) -> CompactWeight:
+    """Returns the parametrization of a whole weight, which has the topology ``bits`` and of which a part is here."""
+    mask = (
+        torch.empty(part.whole.num_blocks, dtype=torch.bool, device="meta")
+        if bits.is_meta
+        else unpack_bits(bits, part.whole.num_blocks)
+    )
+    compact = CompactWeight(part.whole, mask, site.num_active_in_whole, site.name)
+    compact.parameter_order = site.compact.parameter_order
+    return compact
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,16 @@ def _option(text: str, *, known: Iterable[str] = (), **bounds: float) -> Any:
     return field(metadata={"help": text, "known": tuple(known), "bounds": bounds})
 
 
+class Sharding(NamedTuple):
+    """Says how many whole copies of the model the ranks hold together, and among how many of them layers are cut.
+
+    `replicas` is None where each rank holds a copy of its own.
+    """
+
+    replicas: int | None = None
+    tp: int = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Holds all settings of a pre-training run, checked at construction; `resolve` fills in those that are left out."""
@@ -93,7 +103,11 @@ class RunConfig:
     device: str = _option("Torch device. Default: cuda where there is one, else cpu.")
     shard: str = _option(
         "Share weights and optimizer out among the processes of torchrun: none, fsdp, hsdp=R (R replicas, each shared "
-        "out). Default: none. Without torchrun one process trains alone. Goes with --resume, too."
+        "out), tp=N (layers cut among N, the rest as fsdp). Default: none. Without torchrun one process trains alone. "
+        "Goes with --resume, too."
+    )
+    slabs: int = _option(
+        "Slabs of a weight, which share out its active blocks: N of tp=N divides them. Default: N, else 1.", at_least=1
     )
     eager: bool = _option("Train without torch.compile: no compile time, more memory. Default: compiled.")
     seed: int = _option("Seed of weights, topology and batches. Default: 0.", at_least=0)
@@ -121,7 +135,12 @@ class RunConfig:
             check_pattern(self.pattern)
         if not _is_device(self.device):
             raise ValueError(f"--device: expected a torch device such as cpu or cuda:0, got {described(self.device)}")
-        parse_shard(self.shard)
+        tp = parse_shard(self.shard).tp
+        if self.slabs % tp:
+            raise ValueError(
+                f"--shard: expected tp=N with an N that divides the run's {self.slabs} slabs, got {self.shard}; pass "
+                "another N, or begin a new run with --slabs"
+            )
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -129,8 +148,8 @@ class RunConfig:
         return parse_block(self.block, "--block")
 
     @property
-    def replicas(self) -> int | None:
-        """Returns how many whole copies of the model the ranks hold together; None where each holds its own."""
+    def sharding(self) -> Sharding:
+        """Returns what `--shard` says."""
         return parse_shard(self.shard)
 
     @property
@@ -196,16 +215,17 @@ def parse_block(text: str, option: str) -> tuple[int, int]:
     return rows, columns
 
 
-def parse_shard(text: str) -> int | None:
-    """Returns the number of replicas of "fsdp" (1) or "hsdp=R" (R), and None of "none"."""
+def parse_shard(text: str) -> Sharding:
+    """Reads "none", "fsdp", "hsdp=R" (R replicas) or "tp=N" (layers cut among N ranks)."""
     kind, _, number = text.partition("=")
     if text in ("none", "fsdp"):
-        return None if text == "none" else 1
-    if kind == "tp":
-        raise ValueError(f"--shard: tensor parallelism ({described(text)}) is not available yet; pass fsdp or hsdp=R")
-    if kind != "hsdp" or not re.fullmatch("[0-9]{1,8}", number) or not int(number):
-        raise ValueError(f"--shard: expected none, fsdp or hsdp=R such as hsdp=2 (2 replicas), got {described(text)}")
-    return int(number)
+        return Sharding(None if text == "none" else 1)
+    if kind not in ("hsdp", "tp") or not re.fullmatch("[0-9]{1,8}", number) or not int(number):
+        raise ValueError(
+            "--shard: expected none, fsdp, hsdp=R such as hsdp=2 (2 replicas), or tp=N such as tp=2 (layers cut among "
+            f"2 ranks), got {described(text)}"
+        )
+    return Sharding(int(number)) if kind == "hsdp" else Sharding(1, int(number))
 
 
 def _sparse_rate(lr: float, density: float, exponent: float) -> float:
@@ -262,7 +282,8 @@ def resolve(**given: Any) -> RunConfig:
         "drop_fraction": 0.2, "final_drop_fraction": 0.005, "schedule": _default_schedule(given),
         "min_age": _default_min_age(every, given), "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
         "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
-        "device": "cuda" if torch.cuda.is_available() else "cpu", "shard": "none", "eager": False, "seed": 0,
+        "device": "cuda" if torch.cuda.is_available() else "cpu", "shard": "none",
+        "slabs": parse_shard(given.get("shard", "none")).tp, "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
     config = RunConfig(**(defaults | given))

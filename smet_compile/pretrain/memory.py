@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,10 +38,17 @@ def bytes_by_kind(
         parameter = parameters[f"{chain}.original" if compact else name]
         found["weights"] += parameter.nbytes
         found["gradients"] += gradients.bytes_of(parameter)
-        found["index"] += sum(buffer.nbytes for buffer in model.get_submodule(chain).buffers()) if compact else 0
+        found["index"] += _index_bytes(model, chain) if compact else 0
         for key, state in optimizer.state[parameter].items():
             found["moments" if key in MOMENTS else "ages"] += state.nbytes if torch.is_tensor(state) else 0
     return found
+
+
+def _index_bytes(model: nn.Module, chain: str) -> int:
+    """Returns the bytes of the topology of a compact weight, of all its parts together."""
+    compact: Any = model.get_submodule(f"{chain}.0")
+    num_parts = 1 if compact.part is None else compact.part.count
+    return num_parts * sum(buffer.nbytes for buffer in compact.buffers())
 
 
 def measure(training: Training, config: RunConfig, vocab_size: int) -> dict[str, dict[str, Bytes | int]]:

@@ -16,6 +16,7 @@ from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method,
 from smet_compile.pretrain.world import ALONE, World, set_gradient_sync
 from smet_compile.runtime.schedules import ScheduleName
 from smet_compile.shards import reshard
+from smet_compile.shards.styles import styles_of
 
 FINAL_RATE_FRACTION = 0.1
 
@@ -65,12 +66,14 @@ def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> 
     """Returns a new model, made sparse, sharded over the ranks and given an optimizer as the method says."""
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size, config.device)
+    slabs = slabs_of(config, model)
+    world.cut_layers(model)
     method = METHODS[config.method]
     if method is None:
         optimizer = dense_optimizer(config, world.shard(model, DTYPES[config.dtype]))
         return Training(model, optimizer, None, _step(config, model, optimizer, world), world)
     pattern = None if config.pattern == "none" else config.pattern
-    smet.sparsify(model, config.density, block_shape=config.block_shape, pattern=pattern, seed=config.seed)
+    smet.sparsify(model, config.density, block_shape=config.block_shape, pattern=pattern, seed=config.seed, slabs=slabs)
     world.shard(model, DTYPES[config.dtype])
     optimizer = _sparse_optimizer(config, method, model)
     manager = smet.TopologyManager(
@@ -86,6 +89,19 @@ def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> 
         seed=config.seed,
     )
     return Training(model, optimizer, manager, _step(config, model, optimizer, world), world)
+
+
+def slabs_of(config: RunConfig, model: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """Returns the slabs of each weight that tensor parallelism may cut: rows or columns, by the model's own plan."""
+    if config.slabs == 1:
+        return None
+    heads: int = cast(Any, model.config).num_key_value_heads
+    if heads % config.slabs:
+        raise ValueError(
+            f"--slabs: expected a number that divides the {heads} heads of keys of preset {config.preset}, got "
+            f"{config.slabs}; pass another --slabs, or another N of --shard tp=N"
+        )
+    return {name: (config.slabs, 0 if style == "colwise" else 1) for name, style in styles_of(model).items()}
 
 
 def expect_device(device: str) -> None:
@@ -201,7 +217,7 @@ def validation_loss(training: Training, windows: torch.Tensor, config: RunConfig
     sums = [_summed_loss(training, part) for part in windows.to(config.device).split(config.batch)]
     training.model.train()
     reshard(training.model)
-    return float(training.world.sum(torch.stack(sums).sum()) / len(windows))
+    return float(training.world.sum_over_readers(torch.stack(sums).sum()) / len(windows))
 
 
 def _summed_loss(training: Training, windows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 from smet_compile.format.arguments import described
 from smet_compile.pretrain.config import RunConfig
+from smet_compile.shards.styles import styles_of
 
 T = TypeVar("T")
 
@@ -25,12 +26,25 @@ class OtherRankError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """Names the ranks that train together, and this one among them; `replicas` is None where nothing is sharded."""
+    """Names the ranks that train together, and this one among them; `replicas` is None where nothing is sharded.
+
+    `tp` ranks in a row hold the parts of one copy of each layer that is cut, and read the same text.
+    """
 
     rank: int = 0
     size: int = 1
     replicas: int | None = None
     device: str = "cpu"
+    tp: int = 1
+
+    @property
+    def num_readers(self) -> int:
+        """Returns into how many shares the text of a step is cut."""
+        return self.size // self.tp
+
+    @property
+    def _reader(self) -> int:
+        return self.rank // self.tp
 
     @property
     def is_first(self) -> bool:
@@ -40,20 +54,37 @@ class World:
     def __str__(self) -> str:
         return f"{self.size} rank{'s' * (self.size > 1)}"
 
+    def cut_layers(self, model: nn.Module) -> nn.Module:
+        """Cuts the layers that the model's own plan names by tensor parallelism; returns the model."""
+        if self.tp > 1:
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+            made = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+            plan = {name: made[style]() for name, style in styles_of(model).items()}
+            parallelize_module(model, self._mesh()["tp"], plan)
+        return model
+
+    def _mesh(self) -> Any:
+        """Returns the mesh of all ranks; torch keeps those of the same ranks and names."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        assert self.replicas is not None
+        kind = torch.device(self.device).type
+        if self.tp > 1:
+            return init_device_mesh(kind, (self.num_readers, self.tp), mesh_dim_names=("dp", "tp"))
+        shape = (self.replicas, self.size // self.replicas) if self.replicas > 1 else (self.size,)
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Shards each block of the model's longest list of modules, then the rest, by FSDP2; returns the model.
 
         Gradients are averaged in fp32 at least.
         """
-        if self.replicas is None:
+        if self.replicas is None or (self.tp > 1 and self.num_readers == 1):
             return model
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        shape = (self.replicas, self.size // self.replicas) if self.replicas > 1 else (self.size,)
-        mesh = init_device_mesh(
-            torch.device(self.device).type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
-        )
+        mesh = self._mesh()["dp"] if self.tp > 1 else self._mesh()
         policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         for block in max(lists, key=len, default=()):
@@ -63,11 +94,11 @@ class World:
 
     def rows_of(self, batch: Tensor) -> Tensor:
         """Returns this rank's rows of the micro-batches (accumulate, batch, sequence) of a step."""
-        return batch.chunk(self.size, dim=1)[self.rank]
+        return batch.chunk(self.num_readers, dim=1)[self._reader]
 
     def share_of(self, windows: Tensor) -> Tensor:
         """Returns this rank's share of (W, sequence) windows, which may be none; the shares make up all of them."""
-        return windows.tensor_split(self.size)[self.rank]
+        return windows.tensor_split(self.num_readers)[self._reader]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of the ranks' tensors."""
@@ -75,6 +106,10 @@ class World:
             tensor = tensor.clone()
             distributed.all_reduce(tensor)
         return tensor
+
+    def sum_over_readers(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of what the ranks that read other text have; those that read the same have the same."""
+        return self.sum(tensor) / self.tp if self.tp > 1 else self.sum(tensor)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Returns the mean of the ranks' tensors."""
@@ -146,16 +181,17 @@ def open_world(config: RunConfig) -> Iterator[World]:
     is_ready = distributed.is_available() and distributed.is_initialized()
     is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     size = distributed.get_world_size() if is_ready else int(os.environ["WORLD_SIZE"]) if is_launched else 1
-    if config.replicas is None or not (is_ready or is_launched):
+    replicas, tp = config.sharding
+    if replicas is None or not (is_ready or is_launched):
         _expect_one_process(size)
         yield ALONE
         return
-    _check(config, config.replicas, size)
+    _check(config, replicas, tp, size)
     _choose_device(config.device)
     if not is_ready:
         on_cards = torch.device(config.device).type == "cuda"
         distributed.init_process_group("nccl" if on_cards else "gloo")
-    yield World(distributed.get_rank(), size, config.replicas, config.device)
+    yield World(distributed.get_rank(), size, replicas, config.device, tp)
     if not is_ready:
         distributed.destroy_process_group()
 
@@ -163,21 +199,28 @@ def open_world(config: RunConfig) -> Iterator[World]:
 def _expect_one_process(size: int) -> None:
     if size > 1:
         raise ValueError(
-            f"--shard: expected fsdp or hsdp=R for {size} processes, got none; start them with torchrun and --shard "
-            "fsdp, or one process without torchrun"
+            f"--shard: expected fsdp, hsdp=R or tp=N for {size} processes, got none; start them with torchrun and "
+            "--shard fsdp, or one process without torchrun"
         )
 
 
-def _check(config: RunConfig, replicas: int, size: int) -> None:
+def _check(config: RunConfig, replicas: int, tp: int, size: int) -> None:
+    if size % tp:
+        raise ValueError(
+            f"--shard: expected tp=N with an N that divides {size} (the number of ranks), got {config.shard}; pass "
+            "another N, or start another number of processes"
+        )
     if size % replicas:
         raise ValueError(
             f"--shard: expected a number of replicas that divides {size} (the number of ranks), got {config.shard}; "
             "pass fsdp, say"
         )
-    if config.batch % size:
+    readers = size // tp
+    if config.batch % readers:
+        what = "the number of ranks" if tp == 1 else f"the number of ranks over {tp}"
         raise ValueError(
-            f"--batch: expected a multiple of {size} (the number of ranks, which share each micro-batch), got "
-            f"{config.batch}; pass another --batch and --accumulate, or start another number of processes"
+            f"--batch: expected a multiple of {readers} ({what}, which share each micro-batch), got {config.batch}; "
+            "pass another --batch and --accumulate, or start another number of processes"
         )
 
 

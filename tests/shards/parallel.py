@@ -34,7 +34,7 @@ def parallel_net(
     """Makes the model that ``tp`` ranks hold together, ``dp`` times; with ``fully``, its shards."""
     mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
     model = cut_layers(dense_net(dtype), mesh["tp"])
-    smet.sparsify(model, 0.3, block_shape=block_shape, exclude="head", **({"slabs": SLABS} | options))
+    make_sparse(model, block_shape, **options)
     if fully:
         for layer in model.layers:
             fully_shard(layer, mesh=mesh["dp"])
@@ -43,7 +43,11 @@ def parallel_net(
 
 
 def whole_net(dtype: torch.dtype, block_shape: Any = 1, **options: Any) -> nn.Module:
-    return smet.sparsify(dense_net(dtype), 0.3, block_shape=block_shape, exclude="head", **({"slabs": SLABS} | options))
+    return make_sparse(dense_net(dtype), block_shape, **options)
+
+
+def make_sparse(model: nn.Module, block_shape: Any, density: float | None = 0.3, **options: Any) -> nn.Module:
+    return smet.sparsify(model, density, block_shape=block_shape, exclude="head", **({"slabs": SLABS} | options))
 
 
 def train(parts: Any, steps: range, number: int, of: int, losses_mean: bool = True) -> list[float]:
