@@ -71,6 +71,8 @@ class CompactWeight(nn.Module):
     select: str
     rescale: bool
     """How ``sparsify`` chose the active blocks and whether it scaled them; ``materialize`` does the same."""
+    num_changes: int = 0
+    """Counts topologies and, of shards, optimizer steps, so that backward notices a change since forward."""
     fingerprint: int | None
     """The fingerprint of the topology that the rows of the values belong to; None before there is one."""
     update_sink: Tensor | None
@@ -93,7 +95,7 @@ class CompactWeight(nn.Module):
         self.name = name
         self.parameter_order = []
         self.select, self.rescale = "random", False
-        self.fingerprint = None
+        self.fingerprint, self.num_changes = None, 0
         self.__dict__.update(_FOR_ONE_STEP | _FOR_ONE_OBJECT)
         self.register_buffer("topology", pack_bits(mask))
         self.register_buffer("lists", empty_lists(layout, num_active, torch.device("meta")), persistent=False)
@@ -198,6 +200,7 @@ class CompactWeight(nn.Module):
 
     def _accept(self) -> None:
         """Makes the topology, which was checked, the one that the values belong to."""
+        self.__dict__["num_changes"] = self.num_changes + 1
         if not self.topology.is_meta:
             self.fingerprint = digest_bits(self.topology)[1]
         self._derive()
@@ -243,7 +246,7 @@ class CompactWeight(nn.Module):
         dense = torch.ops.smet.unpack(values, self.topology, self.lists, self.layout.text, *sinks, tracing)
         if not tracing:
             dense = reads.watch(self, values, dense)
-            saved_weights.remember(dense, values, self.active)
+            saved_weights.remember(dense, values, self.active, self)
         return dense
 
     def _growth_sink(self, values: Tensor) -> Tensor | None:

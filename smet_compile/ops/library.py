@@ -7,7 +7,7 @@ which contain forward and backward already.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ CHANGED = (
     "a compact weight was changed between its forward and its backward; call backward() before optimizer.step() and "
     "TopologyManager.step()"
 )
+
+
+class CountsChanges(Protocol):
+    """Counts the changes of its values, of which ``fully_shard`` hides some: it keeps the version of a parameter."""
+
+    num_changes: int
+
+
 _TOPOLOGY = "Tensor topology, Tensor lists, str layout"
 library = torch.library.Library("smet", "DEF")
 library.define(f"unpack(Tensor values, {_TOPOLOGY}, Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smet_compile.format import Topology
 from smet_compile.ops import choose, gate
-from smet_compile.ops.library import CHANGED
+from smet_compile.ops.library import CHANGED, CountsChanges
 from smet_compile.ops.torch_insides import a_mode_sees_ops, is_ordinary, reshape_new
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -31,11 +31,13 @@ class Factor(NamedTuple):
     Args:
         transposed: whether the product is input Wᵀ, as in ``nn.Linear``, or input W.
         dtype: of the product; the values are converted to it (autocast).
+        owner: counts the changes of the values.
     """
 
     topology: Topology
     transposed: bool
     dtype: torch.dtype
+    owner: CountsChanges
 
     @property
     def num_inputs(self) -> int:
@@ -89,6 +91,7 @@ class _Product(torch.autograd.Function):
         _, needs_values, needs_sink, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_values or needs_sink else None)
         ctx.values, ctx.version, ctx.factor = values, values._version, factor
+        ctx.num_changes = factor.owner.num_changes
         ctx.has_update_sink = update_sink is not None
         ctx.input_shape = input.shape
         product: Tensor = _without_autocast(_forward, input, values, bias, factor)
@@ -96,7 +99,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.values._version != ctx.version:
+        if ctx.values._version != ctx.version or ctx.factor.owner.num_changes != ctx.num_changes:
             raise RuntimeError(CHANGED)
         (input,) = ctx.saved_tensors
         needs_input, _, _, needs_bias, _ = ctx.needs_input_grad

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from smet_compile.format import Topology
-from smet_compile.ops.library import CHANGED
+from smet_compile.ops.library import CHANGED, CountsChanges
 from smet_compile.ops.torch_insides import (
     PackAndUnpack,
     address_of_storage,
@@ -157,9 +157,11 @@ class _Recipe:
     bits: Tensor
     lists: Tensor
     layout: str
+    owner: CountsChanges
+    num_changes: int
 
     def dense(self) -> Tensor:
-        if self.version != self.values._version:
+        if self.version != self.values._version or self.num_changes != self.owner.num_changes:
             raise RuntimeError(CHANGED)
         with torch.no_grad():
             dense: Tensor = torch.ops.smet.unpack(self.values, self.bits, self.lists, self.layout, None, None, False)
@@ -285,12 +287,13 @@ def _notes(node: Any) -> dict[str, Any]:
     return notes
 
 
-def remember(dense: Tensor, values: Tensor, topology: Topology) -> None:
-    """Notes that ``dense`` was unpacked from ``values``, if a forward has begun."""
+def remember(dense: Tensor, values: Tensor, topology: Topology, owner: CountsChanges) -> None:
+    """Notes that ``dense`` was unpacked from ``values`` of the weight ``owner``, if a forward has begun."""
     hooks = _forwards.context
     if hooks is None or dense.is_inference():
         return
-    recipe = _Recipe(values, values._version, topology.bits, topology.lists, topology.layout.text)
+    text = topology.layout.text
+    recipe = _Recipe(values, values._version, topology.bits, topology.lists, text, owner, owner.num_changes)
     hooks.remember(dense, recipe)
     if dense.grad_fn is not None:
         _notes(dense.grad_fn)[_RECIPE] = recipe

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.format import TopologyChange, arguments, positions_of
+from smet_compile.format import TopologyChange, arguments
 from smet_compile.format.arguments import described, flag, seed_number
 from smet_compile.ops import captures
 from smet_compile.ops.choose import update_all
@@ -44,9 +44,9 @@ from smet_compile.optim.state import (
     is_kept_by_wrapper,
     moment_dtype,
     new_state,
+    of_all_ranks,
     read_slot,
     share_scales,
-    sum_scales_,
 )
 from smet_compile.shards import is_sharded, local, reshard
 
@@ -169,6 +169,9 @@ class ActiveOptimizer(Optimizer):
         if any(captures.is_capturing(update.values.device) for update in ready[:1]):
             captures.note(update.values for update in ready)
         update_all(ready)
+        for known in self._ready.values():
+            if known.parameter.grad is not None:
+                known.count_change()
         return loss
 
     def _look_up(self) -> tuple[list[Any], list[tuple[int, nn.Parameter, dict[str, Any]]]]:
@@ -251,7 +254,7 @@ class ActiveOptimizer(Optimizer):
                 f"state, got {warmups}: blocks have no age; make the optimizer anew with warmup_steps="
             )
         check(known.name, update)
-        if not is_traced(parameter):
+        if not is_traced(update.values):
             self._ready[parameter] = ReadyUpdate(update, parameter, known, state, self._options_of(group))
         return update
 
@@ -326,12 +329,7 @@ class ActiveOptimizer(Optimizer):
         for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             if is_sharded(parameter) and number in found["state"]:
                 state, known = found["state"][number], self._parameters[parameter]
-                rows = known.rows_of(parameter)
-                whole = {"num_skipped": rows.sum_(state["num_skipped"].clone())}
-                if "scales" in state and known.site is not None:
-                    places = positions_of(known.site.topology_of(rows.here).mask())
-                    whole["scales"] = sum_scales_(state["scales"].clone(), places, rows)
-                found["state"][number] = state | whole
+                found["state"][number] = state | of_all_ranks(state, known.rows_of(parameter), known.site)
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

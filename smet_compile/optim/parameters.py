@@ -243,6 +243,11 @@ class ReadyUpdate:
             and (generation.dtype != torch.uint8 or births.numel() < GENERATIONS_OF_A_BYTE)
         )
 
+    def count_change(self) -> None:
+        """Lets backward notice that a shard has changed since forward: ``fully_shard`` keeps a parameter's version."""
+        if self.compact is not None and self.update.values is not self.parameter:
+            self.compact.num_changes += 1
+
     def with_gradient(
         self, grad: Tensor, state: dict[str, Any], options: tuple[Any, ...], rate: Tensor
     ) -> Update | None:

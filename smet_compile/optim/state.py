@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import TopologyChange
+from smet_compile.format import TopologyChange, positions_of
 from smet_compile.ops import Site, captures
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.law_of_updates import decode_slot
@@ -198,6 +198,15 @@ def sum_scales_(scales: Tensor, places: Tensor, rows: Rows) -> Tensor:
     is_here[:, places] = 1
     *of_slots, is_active = rows.sum_(torch.cat((torch.where(is_here > 0, scales, 0), is_here)))
     return scales.copy_(torch.where(is_active > 0, torch.stack(of_slots), scales))
+
+
+def of_all_ranks(state: dict[str, Tensor], rows: Rows, site: Site | None) -> dict[str, Tensor]:
+    """Returns the counts and scales of a sharded parameter that all ranks have together; every rank has to ask."""
+    found = {"num_skipped": rows.sum_(state["num_skipped"].clone())}
+    if "scales" in state and site is not None:
+        places = positions_of(site.topology_of(rows.here).mask())
+        found["scales"] = sum_scales_(state["scales"].clone(), places, rows)
+    return found
 
 
 def is_kept_by_wrapper(key: str, rows: Any, change: TopologyChange) -> bool:

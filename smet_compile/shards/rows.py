@@ -26,11 +26,12 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Any) -> Any:
-    """Returns the part of a DTensor that this rank holds; anything else as it is."""
+    """Returns the part of a DTensor that this rank holds, when it has come; anything else as it is."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
-        return tensor.to_local()
+        here = tensor.to_local()
+    return here.wait() if type(here).__name__ == "AsyncCollectiveTensor" else here
 
 
 def unwrap(tensor: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:

@@ -18,8 +18,9 @@ ROWS = 12
 
 
 class Layer(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = hidden or 2 * width + 1
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class Net(nn.Module):
     def __init__(self, width: int = 20, vocabulary: int = 17, hidden: int | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Layer(width, hidden or 2 * width + 1) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(width, hidden) for _ in range(2))
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:

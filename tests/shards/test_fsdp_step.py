@@ -108,3 +108,24 @@ def test_a_step_that_clips_keeps_gradients() -> None:
     torch.testing.assert_close(got_losses, losses, rtol=0, atol=1e-6)
     assert not fused and most > 0.9
     assert all(torch.equal(got_topology[name], bits) for name, bits in topology.items())
+
+
+def stale(rank: int, world: int, reshard_after_forward: bool) -> str:
+    """Returns the error of a backward whose weights were stepped after their forward."""
+    model = shard(sparse_net(), reshard_after_forward=reshard_after_forward)
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    loss_of(model, 0, rank, world).backward()
+    late = loss_of(model, 1, rank, world)
+    optimizer.step()
+    try:
+        late.backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_a_step_between_forward_and_backward_is_noticed(reshard_after_forward: bool) -> None:
+    for message in processes.run(2, stale, reshard_after_forward):
+        assert "changed" in message
+    processes.stop()  # the backward was broken off

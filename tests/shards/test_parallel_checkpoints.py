@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import smet_compile as smet
@@ -81,7 +82,7 @@ def other_parts(rank: int, world: int, folder: Path) -> str:
     of_model, _ = get_state_dict(model, optimizer)
     try:
         dcp.load({"model": of_model}, checkpoint_id=folder / "many")
-    except Exception as error:
+    except CheckpointException as error:
         return str(error)
     return ""
 
