@@ -20,13 +20,13 @@ demo: .venv-demo/ready
 	$(DEMO) -m smet_compile pretrain --preset tiny --density 0.3 --steps 400 --out runs/demo
 
 test: .venv-dev/ready
-	$(DEV) -m pytest -n 2
+	$(DEV) -m pytest -n 2 --dist worksteal
 
 check: .venv-dev/ready
 	$(DEV) -m ruff format --check .
 	$(DEV) -m ruff check .
 	$(DEV) -m mypy
-	$(DEV) -m pytest -n 2
+	$(DEV) -m pytest -n 2 --dist worksteal
 	@for python in $(TORCHES); do $$python -m tests.support.private_names --check || exit 1; done
 
 clean:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import smet_compile as smet
 from tests.models.classes import REAL_MODELS
 
-NUM_STEPS = 20
-UPDATES_AT = [8, 16]
+NUM_STEPS, EVERY = 11, 4
+UPDATES_AT = [4, 8]
 ONE_LAYER = {"num_hidden_layers": 1, "num_decoder_layers": 1}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}
 
@@ -94,7 +94,7 @@ def train(setting: Setting, how: str = "eager", **compile_options: Any) -> Train
     model = setting.make()
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5, stochastic_rounding=False)
     manager = smet.TopologyManager(
-        model, optimizer, total_steps=2 * NUM_STEPS, every=8, grow=setting.grow, schedule="cosine"
+        model, optimizer, total_steps=2 * NUM_STEPS, every=EVERY, grow=setting.grow, schedule="cosine"
     )
     called = torch.compile(model, **compile_options) if how == "loop" else model
     if how == "step":

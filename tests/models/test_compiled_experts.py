@@ -51,7 +51,7 @@ def fixed_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grouped_products_are_fused(
     how: str, block_shape: int, fixed_choice: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain torch multiplies on both sides: another kernel rounds other sums to bf16, and twenty steps magnify that."""
+    """Plain torch multiplies on both sides: another kernel rounds other sums to bf16, and the steps magnify that."""
     monkeypatch.setenv("SMET_COMPILE_KERNEL", "torch")
     setting = mixtral("grouped_mm", torch.bfloat16, block_shape, loss_fn=own_loss)
     capture = Capture()

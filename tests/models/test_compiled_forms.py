@@ -71,7 +71,9 @@ GENERATED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "how"), GENERATED, ids=str)
 def test_generated_code(setting: Setting, how: str) -> None:
+    """``tests/pretrain/test_compiled.py`` has a LLaMA in a step, ``tests/passes/test_inductor.py`` layers in a loop."""
     compiled = train(setting, how)
     assert_same_losses(compiled, train(setting))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tests.ops.matmul_cases import Case, case
+from tests.support.pairs import pairwise
 from tests.support.updates import after_gradient, settings
 
 CASES = {
@@ -79,10 +80,9 @@ def test_sampled_matmul(name: str, grouped: bool) -> None:
     assert_fake_is_real(torch.ops.smet.sampled_matmul, (left.mT.contiguous().mT, right.mT.contiguous().mT, *others))
 
 
-@pytest.mark.parametrize("codes", [False, True], ids=["", "codes"])
-@pytest.mark.parametrize("noise_seed", [None, 3])
-@grouped_or_not
-@every_case
+@pytest.mark.parametrize(
+    ("name", "grouped", "noise_seed", "codes"), pairwise(list(CASES), [False, True], [None, 3], [False, True])
+)
 def test_sampled_update(name: str, grouped: bool, noise_seed: int | None, codes: bool) -> None:
     dtype = torch.bfloat16 if noise_seed else torch.float32
     each, left, right, offsets = make(name, grouped, dtype)

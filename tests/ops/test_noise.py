@@ -3,6 +3,8 @@
 Seeds are fixed. Bounds are five standard errors of what independent uniform numbers would give.
 """
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ STREAMS = range(5)
 every_stream = pytest.mark.parametrize("stream", STREAMS)
 
 
+@functools.cache
 def noise(stream: int = 0, step: int = 7, first_block: int = 0, seed: int = 5, first_place: int = 0) -> Tensor:
     """Returns (blocks, places) int64, numbers of 16 bits."""
     blocks = torch.arange(first_block, first_block + NUM_BLOCKS)[:, None]
@@ -85,8 +88,9 @@ def test_successive_steps(stream: int, steps: int) -> None:
 @every_stream
 def test_streams(stream: int, other: int) -> None:
     """Streams differ at one place, and at its neighbours."""
-    if stream != other:
+    if stream < other:
         assert_independent(noise(stream), noise(other))
+    if stream != other:
         assert_independent(noise(stream), noise(other, first_place=1))
 
 

@@ -19,6 +19,8 @@ from smet_compile.pretrain.loop import pretrain, resume
 from smet_compile.pretrain.metrics import of_kind, read_metrics
 
 PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "datasets",

@@ -1,6 +1,5 @@
 """Data-parallel processes keep one topology, whatever each of them sees."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import smet_compile as smet
 from smet_compile.runtime import update
+from tests.support.ranks import processes
 from tests.support.snapshots import assert_same
 
 Loss = Callable[[nn.Module, int, int], Tensor]
@@ -54,13 +54,14 @@ def short_on_one_rank(parallel: nn.Module, step: int, rank: int) -> Tensor:
     return parallel(inputs(step, rank), short=step == 2 and rank == 1).square().mean()
 
 
-def train(rank: int, port: int, make: Callable[[], nn.Module], loss: Loss, grow: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    if loss is mean_of_ranks:
-        update._KEPT_PER_GROWN = 1000
-    store = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.manual_seed(0)
+def train(rank: int, world: int, make: Callable[[], nn.Module], loss: Loss, grow: str, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if loss is mean_of_ranks:
+            patch.setattr(update, "_KEPT_PER_GROWN", 1000)
+        train_and_save(rank, make, loss, grow, folder)
+
+
+def train_and_save(rank: int, make: Callable[[], nn.Module], loss: Loss, grow: str, folder: Path) -> None:
     model = smet.sparsify(make(), 0.3)
     optimizer = smet.ActiveAdamW(model, 1e-2)
     manager = smet.TopologyManager(model, optimizer, total_steps=40, every=3, grow=grow)
@@ -72,18 +73,14 @@ def train(rank: int, port: int, make: Callable[[], nn.Module], loss: Loss, grow:
         manager.step()
         if step == 2 and rank == 0:
             bits = {name: bits for name, bits in model.state_dict().items() if name.endswith("topology")}
-            torch.save(bits, Path(folder) / "first.pt")
+            torch.save(bits, folder / "first.pt")
     history = [event.to_dict() for event in manager.history]
-    torch.save({"model": model.state_dict(), "history": history}, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save({"model": model.state_dict(), "history": history}, folder / f"{rank}.pt")
 
 
 def train_together(make: Callable[[], nn.Module], loss: Loss, grow: str, folder: Path) -> dict[str, Any]:
     """Trains in two processes, which end alike; returns what both saved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(train, args=(port, make, loss, grow, str(folder)), nprocs=2)
+    processes.run(2, train, make, loss, grow, folder)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert_same(first, second)
     return first

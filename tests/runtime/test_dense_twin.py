@@ -11,6 +11,7 @@ import smet_compile as smet
 from smet_compile.ops import find_sites
 from tests.support.dense_twin import DenseTwin, Rule, SgdMomentum, SmetAdamW, TwinSite
 from tests.support.masked import dense_weight, fill_masked, grids_of, masks_of
+from tests.support.pairs import pairwise
 from tests.support.small_models import SITES_OF_RAGGED_NET, RaggedNet, batch
 
 TOLERANCE = 1e-10
@@ -59,9 +60,11 @@ def assert_equal_to_twin(model: nn.Module, optimizer: torch.optim.Optimizer, twi
         assert_close(state["exp_avg_sq"], grid.gather(twin.states[name]["v"], mask), f"{name}: exp_avg_sq")
 
 
-@pytest.mark.parametrize("grow", ["random", "gradient"])
-@pytest.mark.parametrize("rule_name", list(RULES))
-@pytest.mark.parametrize("block_shape", [(1, 1), (1, 16), (16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("block_shape", "rule_name", "grow"),
+    pairwise([(1, 1), (1, 16), (16, 16)], list(RULES), ["random", "gradient"]),
+    ids=str,
+)
 def test_compact_training_equals_the_dense_twin(block_shape: tuple[int, int], rule_name: str, grow: str) -> None:
     rule, make_optimizer = RULES[rule_name]
     model, twin = make_pair(block_shape, rule)

@@ -7,9 +7,10 @@ import torch
 
 import smet_compile as smet
 from tests.shards.setting import shard, sparse_net, train_steps, whole_state
+from tests.support.pairs import pairwise
 from tests.support.ranks import processes
 
-STEPS = 30
+STEPS, EVERY = 14, 4
 _results: dict[Any, Any] = {}
 
 
@@ -18,7 +19,7 @@ def train(rank: int, world: int, dtype: torch.dtype, block_shape: Any, grow: str
     if world > 1:
         shard(model)
     optimizer = smet.ActiveAdamW(model, 3e-3, warmup_steps=5, weight_decay=0.1, **options)
-    manager = smet.TopologyManager(model, optimizer, total_steps=40, every=8, grow=grow, schedule="cosine")
+    manager = smet.TopologyManager(model, optimizer, total_steps=20, every=EVERY, grow=grow, schedule="cosine")
     losses = train_steps((model, optimizer, manager), range(STEPS), rank, world)
     return losses, whole_state(model, optimizer), [event.to_dict() for event in manager.history]
 
@@ -30,9 +31,9 @@ def result(world: int, *case: Any) -> Any:
     return _results[key]
 
 
-@pytest.mark.parametrize("grow", ["random", "gradient"])
-@pytest.mark.parametrize("block_shape", [1, 4, (1, 5)])
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("world", "block_shape", "grow"), pairwise([2, 3, 4], [1, 4, (1, 5)], ["random", "gradient"]), ids=str
+)
 def test_a_sharded_run_in_fp64_is_that_of_one_process(world: int, block_shape: Any, grow: str) -> None:
     case = torch.float64, block_shape, grow, {}
     losses, state, history = result(1, *case)

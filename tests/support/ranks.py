@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 MOST = 4
-_PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "smet_compile", "smet_compile.runtime"]
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "smet_compile.api",
+    "smet_compile.runtime",
+    "smet_compile.train_step",
+]
 _TIMEOUT = datetime.timedelta(seconds=120)
 
 

@@ -1,7 +1,6 @@
 """With DistributedDataParallel gradients are kept, and the step is the loop in which every rank reduces them."""
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.distributed import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.ranks import processes
 from tests.support.snapshots import assert_same
 from tests.train_step.setting import (
     Net,
@@ -29,11 +29,7 @@ NUM_STEPS = 8
 ACCUMULATE = 3
 
 
-def train(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.manual_seed(0)
+def train(rank: int, world: int, folder: Path) -> None:
     step_run, loop_run = twice(sparse(), grow="gradient", every=3)
     batches = [batch_of(10 * step + rank) for step in range(NUM_STEPS)]
     whole = Run(DistributedDataParallel(step_run.model), step_run.optimizer, step_run.manager)
@@ -46,13 +42,12 @@ def train(rank: int, port: int, folder: str) -> None:
     ]
     runs[0]["losses"] = whole.losses
     history = [step_run.history(), loop_run.history()]
-    torch.save({"runs": runs, "history": history, "fused": step.fused}, Path(folder) / f"{rank}.pt")
+    torch.save({"runs": runs, "history": history, "fused": step.fused}, folder / f"{rank}.pt")
     with torch.compiler.set_stance("force_eager"):
         for options in ({}, {"static_graph": True}):
             check_accumulation(rank, Net, options)
         check_accumulation(rank, Nested, {})
         check_broken_accumulation(rank)
-    torch.distributed.destroy_process_group()
 
 
 class Nested(nn.Module):
@@ -138,10 +133,7 @@ def check_broken_accumulation(rank: int) -> None:
 
 
 def test_equals_the_loop(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(train, args=(port, str(tmp_path)), nprocs=2)
+    processes.run(2, train, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for saved in (first, second):
         assert_close(*saved["runs"], "run")

@@ -1,4 +1,4 @@
-"""A thousand steps with ten changes of topology, a schedule of the rate and a checkpoint: one graph, or the two that
+"""Four hundred steps with ten changes of topology, a schedule of the rate and a checkpoint: one graph, or the two that
 growth by gradient needs."""
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import smet_compile as smet
 from tests.train_step.setting import Batch, Output
 
-NUM_STEPS = 1000
+NUM_STEPS = 400
 
 
 class Tiny(nn.Module):
@@ -57,17 +57,17 @@ def with_loop(model: nn.Module, optimizer: smet.ActiveAdamW, counter: CompileCou
 def test_a_long_run(how: Callable[..., Advance], grow: str, num_graphs: int, tmp_path: Path) -> None:
     model = smet.sparsify(Tiny(), 0.5)
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5)
-    manager = smet.TopologyManager(model, optimizer, total_steps=1300, every=90, grow=grow)
-    scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / 100) * (1 - step / 2000))
+    manager = smet.TopologyManager(model, optimizer, total_steps=520, every=36, grow=grow)
+    scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / 40) * (1 - step / 800))
     counter = CompileCounterWithBackend("aot_eager")
     advance = how(model, optimizer, counter)
     for step in range(NUM_STEPS):
         advance({"x": torch.randn(3, 6)})
         scheduler.step()
         manager.step()
-        if step == 399:
+        if step == 159:
             smet.save_checkpoint(tmp_path / "checkpoint", model, optimizer, manager)
-        if step == 449:
+        if step == 179:
             smet.load_checkpoint(tmp_path / "checkpoint", model, optimizer, manager)
-    assert manager.num_steps == NUM_STEPS - 50 and len(manager.history) == 10
+    assert manager.num_steps == NUM_STEPS - 20 and len(manager.history) == 10
     assert counter.frame_count == num_graphs

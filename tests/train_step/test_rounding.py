@@ -8,13 +8,16 @@ import torch
 import smet_compile as smet
 from smet_compile.passes.fuse_update import SAMPLED_UPDATE, updates
 from smet_compile.tracing import Capture
+from tests.support.pairs import pairwise
 from tests.support.snapshots import assert_same
 from tests.train_step.setting import batch_of, sparse, twice
 
 
-@pytest.mark.parametrize("block_shape", [1, (1, 4), 4], ids=str)
-@pytest.mark.parametrize("moment_dtype", [torch.bfloat16, "int8"], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "moment_dtype", "block_shape"),
+    pairwise([torch.bfloat16, torch.float32], [torch.bfloat16, "int8"], [1, (1, 4), 4]),
+    ids=str,
+)
 def test_the_same_bits(dtype: torch.dtype, moment_dtype: Any, block_shape: Any) -> None:
     torch._dynamo.reset()
     fused, kept = twice(

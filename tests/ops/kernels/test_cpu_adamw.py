@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.ops.kernels.adamw_cases import (
     update_of,
 )
 from tests.ops.kernels.tolerances import relative_rms
+from tests.support.pairs import pairwise
 
 CPU = torch.device("cpu")
 CASES = {
@@ -64,10 +66,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "eps0": {"options": {"eps": 0.0}},
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-every_moment = pytest.mark.parametrize(
-    "moments", [torch.float32, torch.bfloat16, torch.uint8], ids=["fp32", "bf16", "codes"]
-)
+DTYPES, MOMENTS = [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16, torch.uint8]
+STORED = list(itertools.product(DTYPES, MOMENTS, [None, 5]))
+"""Dtypes of weights and moments, and the seed of the noise with which they are rounded, if any."""
+every_moment = pytest.mark.parametrize("moments", MOMENTS, ids=["fp32", "bf16", "codes"])
 
 pytestmark = pytest.mark.skipif(native.library("adamw") is None, reason="there is no C++ compiler")
 
@@ -100,16 +102,13 @@ def check_step(given: Update) -> Update:
     return actual
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-@pytest.mark.parametrize("noise_seed", [None, 5], ids=["nearest", "stochastic"])
-@every_moment
-@every_dtype
-@every_case
+@pytest.mark.parametrize(("case", "stored", "kind"), pairwise(list(CASES), STORED, list(KINDS)), ids=str)
 def test_a_step_is_that_of_plain_torch(
-    case: Case, dtype: torch.dtype, moments: torch.dtype, noise_seed: int | None, kind: dict[str, Any]
+    case: str, stored: tuple[torch.dtype, torch.dtype, int | None], kind: str
 ) -> None:
+    """Every case meets every way to store weights and moments, and every kind of step."""
     for broken in (False, True):
-        given = update_of(dataclasses.replace(case, **kind), dtype, moments, noise_seed, broken)
+        given = update_of(dataclasses.replace(CASES[case], **KINDS[kind]), *stored, broken)
         actual = check_step(given)
         assert int(actual.num_skipped) > int(given.num_skipped) or not broken
 

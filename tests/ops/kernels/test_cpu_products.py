@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from smet_compile.ops.kernels.native.build import library
 from tests.ops.kernels.cpu_cases import Weight, weight
 from tests.ops.kernels.tolerances import assert_close
 from tests.ops.matmul_cases import MASKS
+from tests.support.pairs import pairwise
 from tests.support.scratch import Scratch
 
 pytestmark = [
@@ -83,23 +85,25 @@ def check_sampled(name: str, each: Weight, left: Tensor, right: Tensor, ends: Te
     assert_close("weight gradient", out, law.sampled_matmul(left.double(), right.double(), each.topology, ends))
 
 
-every_kernel = pytest.mark.parametrize(
-    ("name", "size", "block_shape"),
-    [("cpu_tiles", *each) for each in TILES]
-    + [("cpu_single", *each) for each in SINGLE]
-    + [("cpu_expand", *each) for each in TILES + OTHERS],
-    ids=str,
-)
+KERNELS = [
+    *(("cpu_tiles", *each) for each in TILES),
+    *(("cpu_single", *each) for each in SINGLE),
+    *(("cpu_expand", *each) for each in TILES + OTHERS),
+]
+every_kernel = pytest.mark.parametrize(("name", "size", "block_shape"), KERNELS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 37, 530])
-@pytest.mark.parametrize("mask", MASKS)
-@every_dtype
-@every_kernel
+@pytest.mark.parametrize(
+    ("kernel_and_dtype", "mask", "num_tokens"),
+    pairwise(list(itertools.product(KERNELS, DTYPES)), MASKS, [0, 1, 37, 530]),
+    ids=str,
+)
 def test_products(
-    name: str, size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype, mask: str, num_tokens: int
+    kernel_and_dtype: tuple[tuple[str, tuple[int, ...], tuple[int, int]], torch.dtype], mask: str, num_tokens: int
 ) -> None:
+    """Every kernel in every dtype meets every mask, and every number of tokens."""
+    (name, size, block_shape), dtype = kernel_and_dtype
     each = weight(size, block_shape, mask)
     rows, cols = each.layout.matrix
     x, gy = each.tokens(num_tokens, cols, dtype), each.tokens(num_tokens, rows, dtype)

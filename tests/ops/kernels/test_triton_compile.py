@@ -11,6 +11,7 @@ from smet_compile.format import Layout, Topology, empty_lists
 from smet_compile.ops.kernels.triton import supports
 from tests.ops.kernels.compiling import ARCHITECTURES, SHARED_BYTES, Compiled, Launch, caught, compile_for
 from tests.ops.kernels.device import compiled_only
+from tests.support.pairs import pairwise
 
 pytestmark = compiled_only
 SIDES = [
@@ -80,13 +81,15 @@ def num_indices(launch: Launch, side: int, transposed: bool) -> int:
     return max(1, launch.option("BLOCK_I") // side) * (1 if transposed else 2)
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
-@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
-@every_side
-@every_architecture
-def test_masked_matmul(architecture: str, dtype: torch.dtype, side: int, transposed: bool, grouped: bool) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "of_side", "transposed", "grouped"),
+    pairwise(list(ARCHITECTURES), SIDES, [True, False], [False, True]),
+    ids=str,
+)
+def test_masked_matmul(architecture: str, of_side: tuple[torch.dtype, int], transposed: bool, grouped: bool) -> None:
     from smet_compile.ops.kernels.triton import matmul_tiles
 
+    dtype, side = of_side
     stack = 8 if grouped else 1
     values, topology = weight(dtype, (side, side), stack)
     input = torch.empty(4096, 2048 if transposed else 1024, dtype=dtype)
@@ -127,14 +130,17 @@ UNALIGNED = {  # what lies so that rows do not begin at multiples of 16 bytes
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "side", "how"),
+    ("architecture", "rows", "columns", "side", "how"),
     [
-        *((2048, 5461, side, "columns") for side in (128, 64, 32)),
-        (5461, 2048, 64, "columns"),
-        *((1024, 2048, 64, how) for how in list(UNALIGNED)[1:]),
+        ("hopper", 2048, 5461, 128, "columns"),
+        ("hopper", 2048, 5461, 64, "columns"),
+        ("hopper", 2048, 5461, 32, "columns"),
+        ("ampere", 2048, 5461, 128, "columns"),
+        ("ampere", 5461, 2048, 64, "columns"),
+        *(("hopper", 1024, 2048, 64, how) for how in list(UNALIGNED)[1:]),
+        *(("ampere", 1024, 2048, 64, how) for how in list(UNALIGNED)[1:]),
     ],
 )
-@every_architecture
 def test_rows_that_are_not_aligned(
     architecture: str, rows: int, columns: int, side: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +234,7 @@ def test_unpack_and_pack(architecture: str, block_shape: tuple[int, int], packs:
     assert packs or re.search(r"st\.global\.v4\.b32", compiled.ptx)
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
-@pytest.mark.parametrize("size", [(1, 1), (32, 64)], ids=str)
+@pytest.mark.parametrize(("size", "grouped"), [((1, 1), False), ((32, 64), True)], ids=["", "grouped"])
 @pytest.mark.parametrize("architecture", ["hopper"])
 def test_sizes_that_become_constants(
     architecture: str, size: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch

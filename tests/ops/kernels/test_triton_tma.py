@@ -9,7 +9,7 @@ from torch import Tensor
 from smet_compile.ops import law
 from tests.ops.kernels import cases
 from tests.ops.kernels.cases import Weight
-from tests.ops.kernels.device import DEVICE, HAS_GPU, new_memory_is_nan, on_device
+from tests.ops.kernels.device import DEVICE, HAS_GPU, combinations, new_memory_is_nan, on_device
 from tests.ops.kernels.test_triton_matmul import STRIDES
 from tests.ops.kernels.tolerances import assert_close
 from tests.ops.matmul_cases import MASKS
@@ -25,7 +25,7 @@ WEIGHTS = [
     ((300, 257), (128, 128)),
     ((1, 130, 100), (64, 32)),
 ]
-every_weight = pytest.mark.parametrize(("size", "block_shape"), WEIGHTS, ids=str)
+DTYPES, NUM_TOKENS = [torch.bfloat16, torch.float16], [0, 1, 150]
 
 
 def masked(each: Weight, input: Tensor, transposed: bool, bias: Tensor | None = None) -> None:
@@ -57,11 +57,9 @@ def sampled(each: Weight, left: Tensor, right: Tensor) -> None:
     assert_close("sampled", out.cpu(), expected)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 150])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("size", "block_shape"), SAMPLED, ids=str)
-def test_sampled(size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype, num_tokens: int) -> None:
-    each = cases.weight(size, block_shape)
+@pytest.mark.parametrize(("weight", "dtype", "num_tokens"), combinations(SAMPLED, DTYPES, NUM_TOKENS), ids=str)
+def test_sampled(weight: tuple[tuple[int, ...], tuple[int, int]], dtype: torch.dtype, num_tokens: int) -> None:
+    each = cases.weight(*weight)
     sampled(each, *both_sides(each, num_tokens, dtype))
 
 
@@ -88,11 +86,9 @@ def test_what_hangs_over_an_edge_is_zero(number: float) -> None:
     assert bool((out[~inside] == 0).all()) and bool((out[inside] != 0).all())
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 150])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_weight
-def test_masked(size: tuple[int, ...], block_shape: tuple[int, int], dtype: torch.dtype, num_tokens: int) -> None:
-    each = cases.weight(size, block_shape)
+@pytest.mark.parametrize(("weight", "dtype", "num_tokens"), combinations(WEIGHTS, DTYPES, NUM_TOKENS), ids=str)
+def test_masked(weight: tuple[tuple[int, ...], tuple[int, int]], dtype: torch.dtype, num_tokens: int) -> None:
+    each = cases.weight(*weight)
     left, right = both_sides(each, num_tokens, dtype)
     masked(each, right, True, torch.randn(left.shape[-1]).to(DEVICE, dtype))
     masked(each, left, False)

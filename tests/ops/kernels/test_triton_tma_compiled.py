@@ -7,6 +7,7 @@ from smet_compile.format import Layout, Topology
 from smet_compile.ops.kernels.triton import supports
 from tests.ops.kernels.compiling import SHARED_BYTES, Compiled, Launch, caught, compile_for
 from tests.ops.kernels.device import compiled_only
+from tests.support.pairs import pairwise
 
 pytestmark = compiled_only
 BF16, TOKENS = torch.bfloat16, 16384
@@ -43,10 +44,9 @@ def check(compiled: Compiled, launch: Launch, num_copies: int, num_indices: int)
     assert loop.order(r"wgmma\.mma|ld\.global|cp\.async\.bulk") == ["wgmma.mma", *index, "cp.async.bulk"]
 
 
-@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
-@pytest.mark.parametrize("sizes", supports._TMA, ids=lambda sizes: str(sizes.tokens))
-@pytest.mark.parametrize("side", [128, 64, 32])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "side", "sizes", "transposed"), pairwise(SIZES, [128, 64, 32], supports._TMA, [True, False]), ids=str
+)
 def test_masked(
     size: tuple[int, int], side: int, sizes: supports.MaskedSizes, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,9 +66,7 @@ def test_masked(
     assert (TO_GLOBAL in compiled.ptx) == has_aligned_rows, "rows of 5461 numbers have no descriptor"
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("side", [128, 64])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "side", "splits"), pairwise(SIZES, [128, 64], [1, 4]), ids=str)
 def test_sampled(size: tuple[int, int], side: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from smet_compile.ops.kernels.triton import sampled_tma
 

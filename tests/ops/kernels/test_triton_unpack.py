@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.kernels import cases
-from tests.ops.kernels.device import DEVICE, new_memory_is_nan, on_device
+from tests.ops.kernels.device import DEVICE, combinations, new_memory_is_nan, on_device
 from tests.ops.matmul_cases import MASKS
 from tests.support.snapshots import same_bits
 
@@ -14,10 +14,8 @@ BLOCK_SHAPES = [(1, 1), (1, 8), (8, 1), (1, 3), (3, 1), (1, 700), (8, 8), (3, 5)
 every_weight = pytest.mark.parametrize("block_shape", BLOCK_SHAPES, ids=str)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@every_weight
-def test_both_ways(size: tuple[int, ...], block_shape: tuple[int, int], mask: str) -> None:
+@pytest.mark.parametrize(("block_shape", "size", "mask"), combinations(BLOCK_SHAPES, SIZES, MASKS), ids=str)
+def test_both_ways(block_shape: tuple[int, int], size: tuple[int, ...], mask: str) -> None:
     from smet_compile.ops.kernels.triton.expand import pack, unpack
 
     each = cases.weight(size, block_shape, mask)
