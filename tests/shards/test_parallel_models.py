@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import smet_compile as smet
 from smet_compile.ops import find_sites, saved_weights
 from smet_compile.shards import local
+from smet_compile.tracing import Capture
 from tests.shards.parallel import SLABS, cut_layers, dense_net, dense_weights, parallel_net, train, whole_net
 from tests.shards.setting import Net, loss_of, shard
 from tests.support.ranks import processes
@@ -58,7 +59,7 @@ def stepped(rank: int, world: int, tp: int, compiled: str) -> list[float]:
         model, mesh = parallel_net(torch.float64, tp, dp)
         for layer in model.layers:
             if compiled == "blocks":
-                layer.compile(fullgraph=True, backend="aot_eager")
+                layer.compile(fullgraph=True, backend=Capture())
             if dp > 1:
                 fully_shard(layer, mesh=mesh["dp"])
         if dp > 1:
@@ -89,6 +90,45 @@ def test_compiled_steps_are_those_of_one_process(compiled: str) -> None:
     for world, tp in ((2, 2), (4, 2)):
         for losses in processes.run(world, stepped, tp, compiled):
             torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+
+
+def compiled_graphs(rank: int, world: int, tp: int) -> tuple[Counter[str], int, int]:
+    """Returns the ops in the graphs of a layer, the sizes of slabs among saved tensors, and the number of graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, mesh = parallel_net(torch.float32, tp, world // tp, block_shape=4)
+    capture = Capture()
+    for layer in model.layers:
+        layer.compile(fullgraph=True, backend=capture)
+        if world > tp:
+            fully_shard(layer, mesh=mesh["dp"])
+    if world > tp:
+        fully_shard(model, mesh=mesh["dp"])
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2, schedule="cosine")
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train((model, optimizer, manager), range(7), rank // tp, world // tp)
+    assert len(manager.history) == 3
+    sizes = {site.layout.num_weights for site in find_sites(model).values()}
+    ops: Counter[str] = Counter()
+    for graph in capture.graphs:
+        for half in (graph.forward, graph.backward):
+            ops.update(str(node.target) for node in half.graph.nodes if "smet" in str(node.target))
+    return ops, sum(size in sizes for size in saved), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 2), (4, 2)])
+def test_compiled_layers_multiply_with_values_and_save_no_slab(world: int, tp: int) -> None:
+    for ops, num_saved, num_graphs in processes.run(world, compiled_graphs, tp):
+        assert ops == {"smet.masked_matmul.default": 4 * num_graphs, "smet.sampled_matmul.default": 2 * num_graphs}
+        assert num_saved == 0
+        assert num_graphs <= 2  # one for both layers, or one each; none for a new topology
 
 
 def norms(rank: int, world: int, fully: bool) -> list[float]:
