@@ -48,7 +48,7 @@ from smet_compile.optim.state import (
     read_slot,
     share_scales,
 )
-from smet_compile.shards import is_sharded, local, reshard
+from smet_compile.shards import check_dtypes, is_sharded, local, reshard
 
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PICKLED = ("moment_dtype", "stochastic_rounding", "seed", "_model", "_parameters", "_options", "_names_but_rate")
@@ -98,6 +98,7 @@ class ActiveOptimizer(Optimizer):
         self.stochastic_rounding = rounding is None or flag("stochastic_rounding", rounding)
         self.seed = seed_number("seed", common.get("seed", 0))
         check_initialised(type(self).__name__, model)
+        check_dtypes(model)
         self._model = model
         self._parameters = describe_parameters(model)
         defaults = check_options(

@@ -17,7 +17,7 @@ from smet_compile.shards.rows import (
     set_gradient_sync,
     unwrap,
 )
-from smet_compile.shards.unsharded import Unsharded, forget_shards, has_shards
+from smet_compile.shards.unsharded import Unsharded, check_dtypes, forget_shards, has_shards
 
 __all__ = [
     "ALONE",
@@ -25,6 +25,7 @@ __all__ = [
     "Ranks",
     "Rows",
     "Unsharded",
+    "check_dtypes",
     "cut_like",
     "forget_shards",
     "has_shards",

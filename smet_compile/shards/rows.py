@@ -79,9 +79,16 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return bool(_sharded_modules(model))
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
+def is_fully_sharded_itself(module: nn.Module) -> bool:
+    """Tells whether ``fully_shard`` was called on ``module``."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    return [module for module in model.modules() if is_fully_sharded_itself(module)]
 
 
 @contextmanager

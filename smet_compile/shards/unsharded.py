@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from smet_compile.shards.rows import is_sharded
+from smet_compile.shards.rows import is_fully_sharded, is_fully_sharded_itself, is_sharded
 
 _ADDING = "torch.distributed.fsdp", "torch.distributed.tensor"
 """Modules of torch whose functions add hooks and classes to the modules of a model."""
@@ -50,3 +51,31 @@ def forget_shards(module: nn.Module) -> None:
 
 def _is_added(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).startswith(_ADDING)
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Raises ValueError where parameters of two dtypes share a group of FSDP2, whose gradients have one dtype."""
+    if not is_fully_sharded(model):
+        return
+    found: dict[int, tuple[str, torch.dtype]] = {}
+    groups = _groups_of_modules(model, id(model))
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or not is_sharded(parameter):
+                continue
+            full_name = f"{prefix}.{name}" if prefix else name
+            first, dtype = found.setdefault(groups[id(module)], (full_name, parameter.dtype))
+            if parameter.dtype != dtype:
+                raise ValueError(
+                    f"{full_name}: expected {dtype} like {first}, with which fully_shard put it into one group, got "
+                    f"{parameter.dtype}; call fully_shard on the modules of one dtype by themselves, or convert them"
+                )
+
+
+def _groups_of_modules(module: nn.Module, group: int) -> dict[int, int]:
+    """Returns for each module, by its id, the id of the innermost one around it that was given to ``fully_shard``."""
+    group = id(module) if is_fully_sharded_itself(module) else group
+    found = {id(module): group}
+    for child in module.children():
+        found |= _groups_of_modules(child, group)
+    return found

@@ -63,6 +63,22 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_the_collective() -> No
     assert "comparing the ranks failed" in messages[0]
 
 
+def two_dtypes(rank: int, world: int) -> str:
+    model = sparse_net(torch.bfloat16)
+    model.layers[1].norm.to(torch.float32)
+    shard(model)
+    try:
+        smet.ActiveAdamW(model, 1e-2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_two_dtypes_in_one_group_are_refused() -> None:
+    for message in processes.run(2, two_dtypes):
+        assert "expected torch.float32 like layers.1.norm.weight" in message and "fully_shard" in message
+
+
 class CountedBytes(TorchDispatchMode):
     """Counts the bytes that this rank hands to collectives."""
 

@@ -92,6 +92,28 @@ def test_compiled_steps_are_those_of_one_process(compiled: str) -> None:
             torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
 
 
+def replicated(rank: int, world: int) -> tuple[list[float], list[float]]:
+    """Returns losses of two copies of a model whose layers are cut in two, and those of one process."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "dp", "tp"))
+    model = cut_layers(dense_net(torch.float64), mesh["tp"])
+    smet.sparsify(model, 0.3, exclude="head", slabs=SLABS)
+    shard(model, mesh=mesh["replicate", "dp"])
+    losses = []
+    for each, number, of in ((model, rank // 2, 2), (whole_net(torch.float64), 0, 1)):
+        optimizer = smet.ActiveAdamW(each, 1e-2)
+        manager = smet.TopologyManager(
+            each, optimizer, total_steps=40, every=2, schedule="cosine", grow="gradient", min_age=2
+        )
+        losses.append(train((each, optimizer, manager), range(7), number, of))
+        assert len(manager.history) == 3
+    return losses[0], losses[1]
+
+
+def test_copies_of_cut_layers_train_as_one_process() -> None:
+    for losses, expected in processes.run(4, replicated):
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+
+
 def compiled_graphs(rank: int, world: int, tp: int) -> tuple[Counter[str], int, int]:
     """Returns the ops in the graphs of a layer, the sizes of slabs among saved tensors, and the number of graphs."""
     torch._dynamo.reset()
