@@ -165,9 +165,7 @@ class Part:
         return rows[self._order(bits).argsort().to(rows.device)]
 
     def _order(self, bits: Tensor) -> Tensor:
-        mask = unpack_bits(bits, self.whole.num_blocks)
-        bands = [self._band_of(number) for number in range(self.count)]
-        return torch.cat([band.place(positions_of(band.cut(mask))) for band in bands]).argsort()
+        return order_of_parts(self.whole, self.band.dim, self.count, bits)
 
     def topology_here(self, active: Topology, rows: slice) -> Topology:
         """Returns the topology of some rows of this part in the whole weight, as if that had no other active block.
@@ -186,3 +184,14 @@ class Part:
 
     def _band_of(self, number: int) -> Band:
         return Band(self.whole, self.layout, self.band.dim, number)
+
+
+def order_of_parts(whole: Layout, dim: int, count: int, bits: Tensor) -> Tensor:
+    """Returns which row each row of a whole weight (N,) is when they come part by part.
+
+    Args:
+        dim, count: how the weight is cut. bits: its topology.
+    """
+    mask, part = unpack_bits(bits, whole.num_blocks), whole.cut(dim, count)
+    bands = [Band(whole, part, dim, number) for number in range(count)]
+    return torch.cat([band.place(positions_of(band.cut(mask))) for band in bands]).argsort()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format", "shards"}
-ABOVE = {"api", "train_step", "explain", "tracing", "plan", "microscope", "presets"}
+ABOVE = {"distributed", "api", "train_step", "explain", "tracing", "plan", "microscope", "presets"}
 SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
@@ -28,6 +28,10 @@ ROOMS = {
     "passes": Room({"ops", "format"}, f"{SIDE_BY_SIDE}; {UNTOUCHED_GRAPH}"),
     "optim": Room({"ops", "format", "shards"}, SIDE_BY_SIDE),
     "runtime": Room({"ops", "format", "shards"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
+    "distributed": Room(
+        {"runtime", "ops", "format", "shards"},
+        "it moves a whole run from ranks to ranks, whatever model and optimizer are",
+    ),
     "api": Room(ALL_ROOMS, "imports point down only"),
     "train_step": Room(
         {"ops", "optim", "format", "shards"}, "a step computes and updates; it does not know when the topology changes"
