@@ -8,8 +8,6 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from smet_compile.format.arguments import described
-
 Style = Literal["colwise", "rowwise"]
 """Says how a layer is cut: "colwise" by the rows of its weight, with the bias; "rowwise" by the columns."""
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -54,15 +52,16 @@ def _known(style: object) -> Style | None:
 
 def _checked_plan(model: nn.Module, tp_plan: object) -> dict[str, Style | None]:
     if not isinstance(tp_plan, Mapping) or not all(isinstance(glob, str) for glob in tp_plan) or not tp_plan:
+        got = "an empty one" if isinstance(tp_plan, Mapping) and not tp_plan else f"a {type(tp_plan).__name__}"
         raise ValueError(
-            f"tp_plan: expected a dict from globs over names of modules to {' or '.join(STYLES)}, got "
-            f'{described(tp_plan)}; pass {{"layers.*.up": "colwise"}}, say'
+            f"tp_plan: expected a dict from globs over names of modules to {' or '.join(STYLES)}, got {got}; pass "
+            '{"layers.*.up": "colwise"}, say'
         )
     for glob, style in tp_plan.items():
+        shown = repr(style) if isinstance(style, str) else f"a {type(style).__name__}"
         if not isinstance(style, str) or _known(style) is None:
             raise ValueError(
-                f"tp_plan[{glob!r}]: expected {' or '.join(STYLES)}, got {described(style)}; leave out what is cut in "
-                "another way"
+                f"tp_plan[{glob!r}]: expected {' or '.join(STYLES)}, got {shown}; leave out what is cut in another way"
             )
         matched = [(name, module) for name, module in model.named_modules() if _matches(name, glob)]
         if not matched:

@@ -19,7 +19,7 @@ from smet_compile.shards import is_sharded, local
 from tests.plan.test_mesh import BF16, FP32, check, optimizers_of, stored
 from tests.plan.test_traffic import EVERY, GATHER, SCATTER, WEIGHTS, counted
 from tests.shards.parallel import SLABS, cut_layers, dense_net, parallel_net, whole_net
-from tests.shards.setting import ROWS, Net, loss_of
+from tests.shards.setting import ROWS, Net, loss_of, shard
 from tests.support.ranks import processes
 
 KINDS: dict[str, tuple[torch.dtype, Any, Any]] = {
@@ -99,6 +99,30 @@ def after_a_step(rank: int, world: int, tp: int, kind: str | None, **options: An
     for optimizer in optimizers:
         optimizer.step()
     return stored(model, optimizers), whole.parameters if dp > 1 else 0
+
+
+def with_copies(rank: int, world: int, kind: str) -> tuple[dict[str, int], int]:
+    """Trains two copies of a model, each of which two ranks of tensor parallelism hold, for a step."""
+    dtype, block_shape, moment_dtype = KINDS[kind]
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "dp", "tp"))
+    model: Any = smet.sparsify(cut_layers(dense_net(dtype), mesh["tp"]), 0.3, block_shape=block_shape, exclude="head")
+    shard(model, mesh=mesh["replicate", "dp"])
+    whole = WholeParts(model)
+    optimizers = optimizers_of(model, moment_dtype)
+    loss_of(model, 0, rank // 2, 2).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return stored(model, optimizers), whole.parameters
+
+
+@pytest.mark.parametrize("kind", ["single weights, fp32", "tiles, 8 bits"])
+def test_bytes_of_a_rank_of_copies(kind: str) -> None:
+    plan = planned_by_density(kind, 1, 2)
+    cost = plan.on_mesh({"dp": 1, "replicate": 2, "tp": 2}).sparse
+    processes.stop()  # torch keeps the mesh of "tp" for later ones of the same ranks, whose groups have other names
+    measured = processes.run(4, with_copies, kind)
+    processes.stop()
+    check(cost, measured)
 
 
 def with_own_slabs(rank: int, world: int, tp: int, kind: str) -> tuple[dict[str, int], int]:
@@ -268,7 +292,7 @@ REFUSED = [
     ({"mesh": {"dp": 2, "tp": 3}, "exclude": "layers.*"}, r"layers.0.up.weight: expected rows that tp=3 divides"),
     ({"tp_plan": None}, "tp_plan: expected one for Net, which brings no plan .*, got none; pass globs"),
     ({"tp_plan": None, "mesh": {"dp": 2}}, None),
-    ({"tp_plan": {}}, "tp_plan: expected a dict from globs over names of modules .*, got {}"),
+    ({"tp_plan": {}}, "tp_plan: expected a dict from globs over names of modules .*, got an empty one"),
     ({"tp_plan": ["up"]}, "tp_plan: expected a dict from globs over names of modules"),
     ({"tp_plan": {3: "colwise"}}, "tp_plan: expected a dict from globs over names of modules"),
     ({"tp_plan": {"*.up": "colwise"}}, r"tp_plan: '\*.up' matches none of the modules; name all of a module's path"),
