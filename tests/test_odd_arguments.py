@@ -255,6 +255,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
             "vocabulary",
             "density_schedule",
             "mesh",
+            "tp_plan",
         ),
     ),
     "save_checkpoint": (saved, ("path", "model", "optimizer", "manager", "extra")),

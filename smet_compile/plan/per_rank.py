@@ -4,6 +4,10 @@ FSDP2 cuts each parameter along its first dimension into chunks of equally many 
 any. A compact weight has one row for each active block. Slots and ages are cut alike. What says where the rows lie is
 on every rank: the bits and lists of the whole weight, and those of the rank's own rows, which its optimizer steps read.
 
+Tensor parallelism cuts weights before that, into parts with as many active blocks each. Bits and lists are then those
+of a part; the optimizer steps still read where the rank's own rows lie in the whole weight, and scales of 8-bit moments
+are those of the whole weight on every rank.
+
 Modules are sharded in the usual way: each layer, which is an element of an ``nn.ModuleList``, by a call of
 ``fully_shard``, then the model, which makes one group of the rest: embeddings, head, norms.
 """
@@ -15,8 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from smet_compile.format import empty_lists
-from smet_compile.ops.law import num_scales
+from smet_compile.format import Layout, empty_lists
 from smet_compile.plan.mesh import Mesh
 from smet_compile.plan.stored import SCALE_BYTES, Bytes, Recipe, Stored, ages_bytes, slot_names
 from smet_compile.plan.traffic import Traffic, traffic_of
@@ -33,12 +36,12 @@ class RankCost:
 
     Args:
         stored: bytes by kind when a step ends: values (of compact weights), plain parameters, gradients, each slot by
-            its name, scales, ages (with step counts), bits and lists (of whole topologies), own rows (bits and lists of
-            the topologies of the rank's rows alone), buffers. With updates in backward, gradients are those of the
-            largest group, which come together and are used one by one.
+            its name, scales, ages (with step counts), bits and lists (of topologies, whole or of tensor parallelism's
+            parts), own rows (bits and lists of the topologies of the rank's rows alone), buffers. With updates in
+            backward, gradients are those of the largest group, which come together and are used one by one.
         whole_parameters: what FSDP2 has gathered at the fullest moment: the largest layer, and the rest of the model,
-            which stays whole from forward to backward. Prefetching gathers up to one more layer, and communication
-            buffers hold copies; neither is counted.
+            which stays whole from forward to backward; of weights that tensor parallelism cuts, the part. Prefetching
+            gathers up to one more layer, and communication buffers hold copies; neither is counted.
         whole_gradients: the most that the gradients of these parameters take before they are reduced.
         traffic: what the rank sends.
     """
@@ -68,19 +71,33 @@ class PerRank:
     dense: RankCost
 
 
-def per_rank(parameters: Sequence[Stored], recipe: Recipe, buffers: int, mesh: Mesh) -> PerRank:
+def per_rank(
+    parameters: Sequence[Stored],
+    dense: Sequence[Stored],
+    recipe: Recipe,
+    buffers: int,
+    mesh: Mesh,
+    sent_by_layers: int,
+) -> PerRank:
     """Counts the bytes of a rank, and those in dense training by torch's AdamW.
 
     Args:
+        parameters, dense: those of the run and of dense training; of tensor parallelism the parts of a rank.
         buffers: the bytes of buffers outside topologies, which every rank has.
+        sent_by_layers: the bytes of the activations that tensor parallelism adds up over its ranks in a step.
     """
     by_torch = Recipe(fused_update=False, by_torch=True)
-    dense = [each.dense() for each in parameters]
-    return PerRank(mesh, rank_cost(parameters, recipe, mesh, buffers), rank_cost(dense, by_torch, mesh, buffers))
+    return PerRank(
+        mesh,
+        rank_cost(parameters, recipe, mesh, buffers, sent_by_layers),
+        rank_cost(dense, by_torch, mesh, buffers, sent_by_layers),
+    )
 
 
-def rank_cost(parameters: Sequence[Stored], recipe: Recipe, mesh: Mesh, buffers: int) -> RankCost:
-    """Counts the bytes of a rank by one recipe."""
+def rank_cost(
+    parameters: Sequence[Stored], recipe: Recipe, mesh: Mesh, buffers: int, sent_by_layers: int = 0
+) -> RankCost:
+    """Counts the bytes of a rank by one recipe; ``per_rank`` describes the arguments."""
     recipes = [_without_cut_codes(each, recipe) for each in parameters]
     slots = {name for each in parameters for name in _slots(each, recipe)}
     found = dict.fromkeys([*_CUT, *sorted(slots), *_REST], 0) | {"buffers": buffers}
@@ -89,12 +106,13 @@ def rank_cost(parameters: Sequence[Stored], recipe: Recipe, mesh: Mesh, buffers:
             found[kind] += count
     trained = [each for each in parameters if each.trained]
     if recipe.fused_update:
-        found[_GRADIENTS] = max(_by_group(trained, mesh).values(), default=0)
+        found[_GRADIENTS] = _largest_arriving(trained, mesh)
+    num_gathered = mesh.shards if mesh.calls_fully_shard else 0
     return RankCost(
         stored=found,
-        whole_parameters=mesh.shards * _fullest(_by_group(parameters, mesh)),
-        whole_gradients=mesh.shards * _fullest(_by_group(trained, mesh)),
-        traffic=traffic_of(parameters, recipes, mesh),
+        whole_parameters=num_gathered * _fullest(_by_group(parameters, mesh)),
+        whole_gradients=num_gathered * _fullest(_by_group(trained, mesh)),
+        traffic=traffic_of(parameters, recipes, mesh, sent_by_layers),
     )
 
 
@@ -119,11 +137,11 @@ def _bytes_here(parameter: Stored, recipe: Recipe, mesh: Mesh) -> Bytes:
     count = num_rows * parameter.row_values
     found = {_PLAIN if layout is None else "values": count * parameter.dtype.itemsize}
     if layout is not None:
-        found |= _topology_bytes(parameter, num_rows if mesh.shards > 1 else None)
+        found |= _topology_bytes(parameter, num_rows if mesh.shards > 1 or parameter.whole else None)
     if parameter.trained:
         found[_GRADIENTS] = count * parameter.dtype.itemsize
         found |= dict.fromkeys(_slots(parameter, recipe), count * recipe.dtype_of_moments(parameter.dtype).itemsize)
-        scales = num_scales(parameter.num_weights, layout) if recipe.has_scales(parameter.dtype) else 0
+        scales = parameter.num_scales if recipe.has_scales(parameter.dtype) else 0
         found["scales"] = recipe.slots(parameter) * scales * SCALE_BYTES
         found["ages"] = ages_bytes(parameter, recipe, num_rows)
     return found
@@ -131,18 +149,31 @@ def _bytes_here(parameter: Stored, recipe: Recipe, mesh: Mesh) -> Bytes:
 
 def _topology_bytes(parameter: Stored, num_rows: int | None) -> Bytes:
     """Returns the bytes of a topology and of that of ``num_rows`` alone; None where a rank has all of them."""
-    layout = parameter.layout
+    layout, whole = parameter.layout, parameter.whole
     assert layout is not None
-
-    def lists_bytes(num_active: int) -> int:
-        return empty_lists(layout, num_active, torch.device("meta")).nbytes
-
-    bits = -(-layout.num_blocks // 8)
-    found = {"bits": bits, "lists": lists_bytes(parameter.num_active)}
-    if num_rows is not None:
+    found = {"bits": _bits_bytes(layout), "lists": _lists_bytes(layout, parameter.num_active)}
+    if num_rows is not None and whole is not None:
+        found["own rows"] = _bits_bytes(whole) + _lists_bytes(whole, num_rows)
+    elif num_rows is not None:
         # One row alone is all rows on its rank, which needs no topology beside the whole one; the others hold none.
-        found["own rows"] = bits + lists_bytes(num_rows if num_rows < parameter.num_active else 0)
+        num_listed = num_rows if num_rows < parameter.num_active else 0
+        found["own rows"] = found["bits"] + _lists_bytes(layout, num_listed)
     return found
+
+
+def _bits_bytes(layout: Layout) -> int:
+    return -(-layout.num_blocks // 8)
+
+
+def _lists_bytes(layout: Layout, num_active: int) -> int:
+    return empty_lists(layout, num_active, torch.device("meta")).nbytes
+
+
+def _largest_arriving(trained: Sequence[Stored], mesh: Mesh) -> int:
+    """Returns the most bytes of gradients that come together: those of a group of FSDP2, else one alone."""
+    if mesh.calls_fully_shard:
+        return max(_by_group(trained, mesh).values(), default=0)
+    return max((each.num_stored_rows * each.row_bytes for each in trained), default=0)
 
 
 def _by_group(parameters: Iterable[Stored], mesh: Mesh) -> Bytes:

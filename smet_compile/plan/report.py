@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smet_compile.convert import describe_empty_rows
@@ -13,8 +12,9 @@ from smet_compile.format import Layout
 from smet_compile.format.densities import Stage
 from smet_compile.plan import rank_table
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
-from smet_compile.plan.mesh import Mesh, check_mesh
-from smet_compile.plan.per_rank import PerRank, has_cut_codes, per_rank
+from smet_compile.plan.mesh import check_mesh
+from smet_compile.plan.per_rank import PerRank, has_cut_codes
+from smet_compile.plan.placement import Placement
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
@@ -93,12 +93,15 @@ class Plan:
     warnings: tuple[str, ...] = ()
     stages: tuple[StagePlan, ...] = ()
     per_rank: PerRank | None = None
-    _place: Callable[[Mesh], PerRank] | None = field(default=None, repr=False, compare=False)
+    _placement: Placement | None = field(default=None, repr=False, compare=False)
 
     def on_mesh(self, mesh: Mapping[str, int]) -> PerRank:
-        """Returns what a rank of this mesh stores and sends in the planned run, without planning it again."""
-        assert self._place is not None, "plan() passes it"
-        return self._place(check_mesh(mesh))
+        """Returns what a rank of this mesh stores and sends in the planned run, without planning it again.
+
+        Raises ValueError where ``mesh`` is none, or where tensor parallelism cannot cut the model so.
+        """
+        assert self._placement is not None, "plan() passes it"
+        return self._placement.on(check_mesh(mesh))
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
@@ -165,8 +168,8 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
     dense_bytes = total_bytes((each.dense() for each in stored), by_torch, run.buffers)
     dense = _cost(dense_bytes, run.dense_timeline, point, run.operations(dense=True))
     formulas, symbols = _formulas(run, stored, point)
-    place = partial(per_rank, stored, run.recipe, run.buffers)
-    placed = None if run.request.mesh is None else place(run.request.mesh)
+    placement = Placement(run, batch)
+    placed = None if run.request.mesh is None else placement.on(run.request.mesh)
     return Plan(
         title=_title(run, batch),
         density=run.density,
@@ -180,7 +183,7 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
         warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense), *_rank_warnings(run, placed)]),
         stages=tuple(plan_stages(run, stages, batch)),
         per_rank=placed,
-        _place=place,
+        _placement=placement,
     )
 
 

@@ -19,6 +19,7 @@ from smet_compile.plan.run import PlannedRun, Request
 from smet_compile.plan.shapes import Inputs, LossFn, Step, empty_copy, token_batch
 from smet_compile.plan.stored import OPTIMIZERS, bytes_text, parse_bytes
 from smet_compile.presets import PRESETS, VOCABULARY, build_preset, find_preset
+from smet_compile.shards.styles import Style, styles_of
 
 _DENSITY = 0.3
 _PARTS = 10_000
@@ -51,6 +52,7 @@ def plan(
     vocabulary: int = VOCABULARY,
     density_schedule: DensitySchedule | None = None,
     mesh: Mapping[str, int] | None = None,
+    tp_plan: Mapping[str, Style] | None = None,
 ) -> Plan:
     """Plans a training step: bytes by kind, peak memory and operations, as formulas and numbers beside dense training.
 
@@ -82,11 +84,16 @@ def plan(
             that of the beginning, and may be 1.
         mesh: ranks that share the parameters by FSDP2, and copies of them as in HSDP: ``{"dp": 64, "replicate": 2}``.
             ``plan.per_rank`` then holds what a rank stores and sends; all other numbers are those of one device.
-            ``batch`` is that of a rank. ``plan.on_mesh(mesh)`` counts another mesh at once.
+            "tp" beside them cuts layers by tensor parallelism, before FSDP2 shares the parts out: ``{"dp": 8, "tp":
+            4}``. ``batch`` is that of a rank; ranks of "tp" have one batch together. ``plan.on_mesh(mesh)`` counts
+            another mesh at once.
+        tp_plan: which ``nn.Linear`` layers "tp" cuts: globs over names of modules → "colwise" (rows of the weight) or
+            "rowwise" (columns), as ``parallelize_module`` has them. Default: the plan that a model of Hugging Face
+            brings; its embeddings and head stay whole on every rank of "tp".
 
     Raises:
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
-            shapes alone, or nothing that fits (with the least bytes there are).
+            shapes alone or that "tp" cannot cut, or nothing that fits (with the least bytes there are).
     """
     density = None if density is None else check_density("density", density)
     batch = None if batch is None else _count("batch", batch)
@@ -111,6 +118,8 @@ def plan(
     if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
         raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
     on_meta, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
+    if tp_plan is not None or (checked_mesh and checked_mesh.parts > 1):
+        styles_of(on_meta, tp_plan)
     is_compact = bool(find_sites(on_meta))
     if is_compact and density is not None:
         raise ValueError(f"density: expected none for a model that is compact already, got {density}; leave it out")
@@ -133,6 +142,7 @@ def plan(
         selection={"include": include, "exclude": exclude, "rules": rules, "distribution": distribution}
         | {"dense_as_compact": bool(stages)},
         mesh=checked_mesh,
+        tp_plan=tp_plan,
     )
     chosen = None if is_compact else _DENSITY if density is None else density
     if limit is None:

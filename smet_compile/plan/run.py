@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from smet_compile.convert import choose, draw, export_dense, make_compact
-from smet_compile.convert.choose import Choice
+from smet_compile.convert.choose import KEEPS_EVERY_BLOCK, Choice
+from smet_compile.format import Slabs
 from smet_compile.ops import find_sites
 from smet_compile.optim.parameters import find_output_head
 from smet_compile.plan.mesh import Mesh
@@ -35,6 +37,7 @@ from smet_compile.plan.stored import (
     values_bytes,
 )
 from smet_compile.plan.timeline import Amount, Degrees, LayeredTimeline, Point, Timeline, choose_degrees, weighted_sum
+from smet_compile.shards.styles import Style
 from smet_compile.tracing import SeveralGraphsError
 
 
@@ -46,6 +49,7 @@ class Request:
         name: the name of the model. model: it on the meta device, dense or compact; never changed.
         selection: the other arguments of ``sparsify`` that decide which weights are chosen.
         mesh: the ranks among which parameters are shared; None for one device.
+        tp_plan: which layers tensor parallelism cuts, and how; None for the model's own plan.
     """
 
     name: str
@@ -59,10 +63,20 @@ class Request:
     fused_update: bool
     selection: dict[str, Any]
     mesh: Mesh | None = None
+    tp_plan: Mapping[str, str] | None = None
 
-    def choices(self, model: nn.Module, density: float) -> list[Choice]:
-        """Returns the weights of the dense ``model`` that ``sparsify`` would make compact."""
-        return choose(model, density, self.block_shape, **self.selection).choices
+    def choices(self, model: nn.Module, density: float, slabs: Mapping[str, Slabs] | None = None) -> list[Choice]:
+        """Returns the weights of the dense ``model`` that ``sparsify`` would make compact, with slabs by their names.
+
+        ``slabs`` may name weights that stay dense.
+        """
+        chosen = choose(model, density, self.block_shape, **self.selection)
+        if not slabs:
+            return chosen.choices
+        compact = {each.weight.name for each in chosen.choices}
+        compact |= {name for name, reason in chosen.dense_reasons.items() if reason == KEEPS_EVERY_BLOCK}
+        its_slabs = {name: (each.num, each.dim) for name, each in slabs.items() if name in compact}
+        return choose(model, density, self.block_shape, **self.selection, slabs=its_slabs).choices
 
 
 class PlannedRun:
@@ -180,6 +194,10 @@ class PlannedRun:
     def _is_trained(self, name: str) -> bool:
         """Returns True where the run of the model with the fewest layers gave the parameter a gradient."""
         return representative(name, self.repeats) in self.eager[0][1].trained
+
+    def layer_bytes(self, styles: Mapping[str, Style], point: Point) -> float:
+        """Returns the bytes of the activations that tensor parallelism adds up in a step, in these layers."""
+        return point.value(weighted_sum((factor, run.layers.total(styles)) for factor, run in self.eager))
 
     @property
     def buffers(self) -> int:

@@ -19,6 +19,7 @@ from smet_compile.ops.products import shown_as_ops
 from smet_compile.optim import ActiveAdamW
 from smet_compile.plan.compiled import compiled_timeline
 from smet_compile.plan.eager import EagerFollower, FakeTensorMode
+from smet_compile.plan.layer_traffic import LayerTraffic
 from smet_compile.plan.timeline import Degrees, Timeline
 from smet_compile.tracing import Captured, SeveralGraphsError, capture_graphs
 from smet_compile.train_step import TrainStep
@@ -81,23 +82,26 @@ def empty_copy(model: nn.Module, device: str = "meta", dtype: torch.dtype | None
 
 @dataclass(frozen=True)
 class EagerRun:
-    """Holds a step that was followed, and the names of the parameters that it gave a gradient."""
+    """Holds a step that was followed, the names of the parameters that it gave a gradient, and sizes of activations."""
 
     followed: EagerFollower
     trained: set[str]
+    layers: LayerTraffic
 
 
 def run_eager(model: nn.Module, step: Step, degrees: Degrees) -> EagerRun:
     """Runs forward and backward of ``model``, which is on the meta device."""
     with FakeTensorMode():
         fake = _fake_copy(model, step)
+        layers = LayerTraffic(degrees)
+        layers.follow(fake)
         batch = step.batch(degrees)
         with EagerFollower(degrees) as followed, shown_as_ops():
             loss = step.loss(fake, batch)
             followed.begin_backward()
             loss.backward()
         del loss
-    return EagerRun(followed, {name for name, p in fake.named_parameters() if p.grad is not None})
+    return EagerRun(followed, {name for name, p in fake.named_parameters() if p.grad is not None}, layers)
 
 
 def run_compiled(model: nn.Module, step: Step, degrees: Degrees, fused: bool) -> Timeline:

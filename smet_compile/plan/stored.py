@@ -39,6 +39,8 @@ class Stored:
         is_output_head: True for the weight that ``find_output_head`` returns.
         num_rows: the length of the first dimension of the dense parameter, along which FSDP2 cuts it.
         layer: the name of the repeated module that it belongs to; empty where it belongs to none.
+        whole: the layout of the weight that all ranks of tensor parallelism have together, where this is the part of
+            one of them; None where it is all of a parameter. All else is then that of the part.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Stored:
     is_output_head: bool = False
     num_rows: int = 1
     layer: str = ""
+    whole: Layout | None = None
 
     @property
     def num_values(self) -> int:
@@ -75,8 +78,25 @@ class Stored:
     def density(self) -> float:
         return 1.0 if self.layout is None else self.num_active / self.layout.num_blocks
 
+    @property
+    def num_scales(self) -> int:
+        """Returns the number of groups whose 8-bit codes share a scale; every rank has those of the whole weight."""
+        return num_scales(self.num_weights, self.whole or self.layout)
+
     def dense(self) -> Stored:
-        return replace(self, layout=None, num_active=0)
+        return replace(self, layout=None, num_active=0, whole=None)
+
+    def part(self, dim: int, count: int) -> Stored:
+        """Returns one of ``count`` equal parts along a dimension of the dense parameter."""
+        layout = None if self.layout is None else self.layout.cut(dim, count)
+        return replace(
+            self,
+            num_weights=self.num_weights // count,
+            num_rows=self.num_rows // count if dim == 0 else self.num_rows,
+            layout=layout,
+            num_active=self.num_active // count,
+            whole=self.layout,
+        )
 
 
 def state_slots(optimizer: str, parameter: Stored) -> int:
@@ -138,7 +158,7 @@ def bytes_of(parameter: Stored, recipe: Recipe) -> Bytes:
     if parameter.trained:
         is_kept = layout is None or not recipe.fused_update
         found["gradients"] = count * size * is_kept
-        scales = num_scales(parameter.num_weights, layout) if recipe.has_scales(parameter.dtype) else 0
+        scales = parameter.num_scales if recipe.has_scales(parameter.dtype) else 0
         moment_bytes = count * recipe.dtype_of_moments(parameter.dtype).itemsize + scales * SCALE_BYTES
         found["moments"] = recipe.slots(parameter) * moment_bytes
         found["ages"] = ages_bytes(parameter, recipe, parameter.num_active)

@@ -45,7 +45,7 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("distribution", None, "uniform", "uniform, er, erk."),
     ("vocabulary", "INTEGER", str(VOCABULARY), "Words of the tokenizer."),
     ("density_schedule", None, None, "1000:0.5,2000:0.25: density stages, each STEP:DENSITY."),
-    ("mesh", None, None, "dp=64 or dp=8,replicate=2: what each rank stores and sends under FSDP2."),
+    ("mesh", None, None, "dp=64, dp=8,replicate=2 or dp=8,tp=4: what each rank stores and sends."),
 )
 PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary": int}
 

@@ -54,7 +54,12 @@ CASES = [
     ({"mesh": {"dp": 8, "pp": 2}}, "mesh: expected 'dp' .* and at most 'replicate' beside it .*, got 'pp'"),
     ({"mesh": {3: 2}}, "mesh: expected 'dp' .* and at most 'replicate' beside it .*, got 3"),
     ({"mesh": {"replicate": 2}}, "mesh: expected 'dp' .* beside it .*, got replicate alone"),
-    ({"mesh": {"dp": 8, "tp": 4}}, "mesh: expected no tensor parallelism, which this library does not have yet"),
+    (
+        {"mesh": {"dp": 8, "tp": 3}},
+        r"model.layers.0.self_attn.q_proj.weight: expected rows that 3 slabs .* divide, got",
+    ),
+    ({"mesh": {"dp": 8, "tp": 2}, "tp_plan": {"*": "colwise"}}, r"tp_plan: .* alone, got model, a LlamaModel"),
+    ({"mesh": {"dp": 8}, "tp_plan": 3}, "tp_plan: expected a dict from globs over names of modules"),
     ({"mesh": {"dp": 2}, "fits": "1GB"}, "mesh: expected none beside fits, got both"),
     ({"mesh": {"dp": 2}, "density_schedule": [(5, 0.1)]}, "mesh: expected none beside density_schedule, got both"),
 ]

@@ -78,7 +78,7 @@ def stored(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[st
         "ages": 0,
     }
     for site in sites:
-        own = site.compact.active.of_rows(site.rows.here)
+        own = site.topology_of(site.rows.here)
         found["own rows"] += own.bits.nbytes + own.lists.nbytes if own is not site.compact.active else 0
     for key, tensor in (item for each in optimizers for state in each.state.values() for item in state.items()):
         kind = key if key in (*SLOTS, "scales") else "ages"

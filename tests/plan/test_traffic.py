@@ -156,5 +156,5 @@ def test_a_compact_layer_takes_its_density_of_the_traffic_of_a_dense_one() -> No
     )  # fmt: skip
     assert plan.per_rank is not None
     sparse, dense = plan.per_rank.sparse.traffic.step, plan.per_rank.dense.traffic.step
-    assert dense == {"all-gather": 3 * 1024 * 4, "reduce-scatter": 3 * 1024 * 4, "all-reduce": 0}
+    assert dense == {"all-gather": 3 * 1024 * 4, "reduce-scatter": 3 * 1024 * 4, "all-reduce": 0, "tensor parallel": 0}
     assert {kind: 4 * count for kind, count in sparse.items()} == dense

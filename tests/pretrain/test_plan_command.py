@@ -32,6 +32,13 @@ def test_a_mesh_adds_what_a_rank_stores_and_sends() -> None:
     assert "an update every 100 steps adds" in out
 
 
+def test_a_mesh_may_cut_layers() -> None:
+    code, out, _ = call("nano", "--density", "0.25", "--eager", "--mesh", "dp=8,tp=2")
+    assert code == 0 and "\na rank of dp=8,tp=2 " in out
+    for row in ("tensor parallel", "bits"):
+        assert f"\n{row} " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -41,7 +48,7 @@ def test_a_mesh_adds_what_a_rank_stores_and_sends() -> None:
         (["nano", "--mesh", "8"], "error: --mesh: expected a whole number"),
         (["nano", "--mesh", "dp=0"], "error: --mesh: expected a whole number of at least 1, got 0"),
         (["nano", "--mesh", "dp=2,dp=4"], "error: --mesh: expected each dimension once"),
-        (["nano", "--mesh", "dp=2,tp=4"], "error: mesh: expected no tensor parallelism"),
+        (["nano", "--mesh", "dp=2,tp=3"], "error: model.layers.0.self_attn.q_proj.weight: expected rows that 3 slabs"),
         (["nano", "--eager", "--fits", "1kB"], "error: fits: expected at least"),
     ],
 )
