@@ -24,8 +24,10 @@ from smet_compile.distributed.space import Item, SwitchPlan, plan_switch
 from smet_compile.distributed.transfer import Meter, Transfer
 from smet_compile.ops import canonical_name, find_sites
 from smet_compile.runtime import TopologyManager
-from smet_compile.shards import is_sharded, local, reshard, unwrap
+from smet_compile.shards import is_sharded, local, reshard, train_on, unwrap
 
+_WHOLE = ("births", "scales")
+"""States that every rank has whole, be they as long as a parameter."""
 Build = Callable[[Any], nn.Module]
 Optimize = Callable[[nn.Module], tuple[Optimizer, TopologyManager | None]]
 
@@ -85,6 +87,7 @@ def switch(run: Run | None, build: Build, optimize: Optimize, mesh: Any, *, chun
     if model is None:
         return Switched(None, plan, transfer.meter)
     _fill(model, old, arrived)
+    train_on(model, mesh)
     optimizer, manager = optimize(model)
     _fill_optimizer(model, optimizer, old, arrived)
     if manager is not None and old.manager is not None:
@@ -138,7 +141,7 @@ class _Note:
         small: dict[str, dict[str, Any]] = {}
         for parameter, number in zip(parameters, numbers, strict=True):
             name, state = names[id(parameter)], saved["state"].get(number, {})
-            rows = {key: value for key, value in state.items() if _has_rows(value, parameter)}
+            rows = {key: value for key, value in state.items() if _has_rows(key, value, parameter)}
             notes[name].state.update({key: (tuple(value.shape), value.dtype) for key, value in rows.items()})
             small[name] = {key: _Small.of(value, parameter) for key, value in state.items() if key not in rows}
         groups = [
@@ -149,11 +152,11 @@ class _Note:
         return cls(notes, bits, small, groups, manager, torch.get_rng_state())
 
 
-def _has_rows(value: Any, parameter: Tensor) -> bool:
+def _has_rows(key: str, value: Any, parameter: Tensor) -> bool:
     """Tells whether a state has an entry for each row of a parameter, and lies as the parameter does."""
-    if not isinstance(value, Tensor) or not value.dim() or not parameter.dim():
+    if key in _WHOLE or not isinstance(value, Tensor) or not value.dim() or not parameter.dim():
         return False
-    return value.shape == parameter.shape or (is_sharded(value) and value.shape[0] == parameter.shape[0])
+    return value.shape == parameter.shape or (value.dim() == 1 and value.shape[0] == parameter.shape[0])
 
 
 def _takes_part(mesh: Any) -> bool:
@@ -212,7 +215,7 @@ def _stored(run: Run) -> dict[str, Tensor]:
         canonical = canonical_name(run.model, name)
         found[canonical] = local(parameter.detach())
         for key, value in run.optimizer.state.get(parameter, {}).items():
-            if _has_rows(value, parameter):
+            if _has_rows(key, value, parameter):
                 found[f"{canonical}/{key}"] = local(value)
     for name, _, buffer in plain_buffers(run.model):
         found[buffer_name(name)] = buffer

@@ -1,7 +1,7 @@
 """Says which rows of a compact weight each rank holds, and which ranks train one model together."""
 
 from smet_compile.shards.draws import DrawsWhole
-from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups
+from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups, train_on
 from smet_compile.shards.rows import (
     Rows,
     cut_like,
@@ -40,5 +40,6 @@ __all__ = [
     "reduce_over_groups",
     "reshard",
     "set_gradient_sync",
+    "train_on",
     "unwrap",
 ]

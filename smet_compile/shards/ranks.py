@@ -6,6 +6,7 @@ every function then returns what it is given.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,13 @@ from smet_compile.shards.rows import is_sharded, named
 
 _groups: dict[str, Any] = {}
 """Process groups by their names, which an op takes."""
+_meshes: Any = weakref.WeakKeyDictionary()
+"""The mesh of the ranks that train a model, where somebody said it."""
+
+
+def train_on(model: nn.Module, mesh: Any) -> None:
+    """Says that the ranks of ``mesh`` train ``model``, for one that is whole on each of them."""
+    _meshes[model] = mesh
 
 
 class Ranks:
@@ -36,8 +44,8 @@ class Ranks:
     def of(cls, model: nn.Module) -> Ranks:
         """Finds the ranks that train ``model``.
 
-        They are those of the mesh on which it is sharded, or of the group of ``DistributedDataParallel``; otherwise
-        all, where ``torch.distributed`` is initialised.
+        They are those of the mesh on which it is sharded, of the group of ``DistributedDataParallel``, or of the mesh
+        that ``train_on`` named; otherwise all, where ``torch.distributed`` is initialised.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls(())
@@ -46,7 +54,8 @@ class Ranks:
             return together
         wrapper = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
         if wrapper is None:
-            return cls([distributed.group.WORLD])
+            mesh = _meshes.get(model)
+            return cls([distributed.group.WORLD] if mesh is None else map(mesh.get_group, range(mesh.ndim)))
         return cls([wrapper.process_group], run_all_layers=not wrapper.find_unused_parameters)
 
     @classmethod

@@ -87,6 +87,7 @@ class Processes:
 
 def _work(pipe: Connection) -> None:
     import torch
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -99,6 +100,7 @@ def _work(pipe: Connection) -> None:
             result = function(rank, world, *args)
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+            _clear_sharding_prop_cache()  # it keeps meshes, which equal later ones of the same ranks in other groups
         except Exception:
             result = _Failure(traceback.format_exc())
         pipe.send(result)

@@ -1,0 +1,151 @@
+"""A run changes its layout between steps: its state stays bit for bit, its losses those of a run that stayed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import smet_compile as smet
+from smet_compile.distributed import Run, switch
+from smet_compile.ops import find_sites
+from smet_compile.shards import make_whole
+from tests.shards.parallel import SLABS, cut_layers
+from tests.shards.setting import Net, loss_of, shard
+from tests.support.ranks import processes
+
+Layout = tuple[str, Any]
+"""Kind and ranks: "fsdp", "hsdp" and "tp" (over the last dimension) of a mesh, or "whole" on each rank."""
+SEQUENCE: list[tuple[Layout, int]] = [
+    (("fsdp", [0, 1, 2, 3]), 3),
+    (("fsdp", [0, 1]), 6),
+    (("hsdp", [[0, 1], [2, 3]]), 9),
+    (("tp", [[0, 1], [2, 3]]), 12),
+    (("fsdp", [0, 2, 3]), 15),
+    (("tp", [[0, 2], [1, 3]]), 18),
+    (("whole", [2]), 21),
+    (("fsdp", [0, 1, 2, 3]), 24),
+]
+NAMES = {"fsdp": ("dp",), "hsdp": ("replicate", "dp"), "tp": ("dp", "tp"), "whole": ("dp",)}
+KINDS: dict[str, tuple[torch.dtype, Any, dict[str, Any]]] = {
+    "single weights": (torch.float64, 1, {}),
+    "tiles": (torch.float32, 4, {}),
+    "runs, bf16": (torch.bfloat16, (1, 4), {"moment_dtype": torch.bfloat16}),
+}
+
+
+def mesh_of(layout: Layout) -> DeviceMesh:
+    kind, ranks = layout
+    return DeviceMesh("cpu", ranks, mesh_dim_names=NAMES[kind])
+
+
+def builder(kind: str, dtype: torch.dtype, block_shape: Any) -> Callable[[DeviceMesh], nn.Module]:
+    def build(mesh: DeviceMesh) -> nn.Module:
+        with torch.device("meta"):
+            model = Net(hidden=48).to(dtype)
+        if kind == "tp":
+            cut_layers(model, mesh["tp"])
+        smet.sparsify(model, 0.3, block_shape=block_shape, exclude="head", slabs=SLABS)
+        if kind != "whole":
+            shard(model, mesh=mesh["dp"] if kind == "tp" else mesh)
+        return model
+
+    return build
+
+
+def optimizing(options: dict[str, Any]) -> Callable[[nn.Module], Any]:
+    def optimize(model: nn.Module) -> Any:
+        optimizer = smet.ActiveAdamW(model, 3e-3, warmup_steps=5, **options)
+        return optimizer, smet.TopologyManager(model, optimizer, total_steps=60, every=4, schedule="cosine")
+
+    return optimize
+
+
+def whole_state(run: Run | None) -> dict[str, Tensor]:
+    """Returns all tensors of a run whole, in the order of whole weights; the ranks of the run ask together."""
+    if run is None:
+        return {}
+    sites = {id(site.values): site for site in find_sites(run.model).values()}
+    state, found = run.optimizer.state_dict()["state"], {}
+    for number, (name, parameter) in enumerate(run.model.named_parameters()):
+        site = sites.get(id(parameter))
+        for key, tensor in {"": parameter.detach(), **state.get(number, {})}.items():
+            whole = make_whole(tensor)
+            if site is not None and site.part is not None and whole.dim() and key not in ("births", "scales"):
+                whole = site.part.in_order(whole, site.bits_of_whole(site.compact.topology))
+            found[f"{name} {key}"] = whole.clone()
+        if site is not None:
+            found[f"{name} topology"] = site.bits_of_whole(site.compact.topology).clone()
+    return found
+
+
+def reader_of(layout: Layout) -> tuple[int, int]:
+    """Returns which share of a batch this rank reads, and of how many."""
+    kind, ranks = layout
+    table = torch.tensor(ranks)
+    is_here = table == distributed.get_rank()
+    if kind == "tp":
+        return int(is_here.nonzero()[0, 0]), table.shape[0]
+    return int(is_here.flatten().nonzero()), table.numel()
+
+
+def from_first_of(mesh: DeviceMesh, value: Any) -> Any:
+    box = [value]
+    distributed.broadcast_object_list(box, src=int(mesh.mesh.min()))
+    return box[0]
+
+
+def lived(rank: int, world: int, name: str, moves: bool) -> tuple[list[float], int, list[str]]:
+    """Trains through the sequence, or in its first layout alone; returns losses, updates and what a switch changed."""
+    dtype, block_shape, options = KINDS[name]
+    layout, until = SEQUENCE[0]
+    mesh = mesh_of(layout)
+    model = builder(layout[0], dtype, block_shape)(mesh)
+    smet.materialize(model, seed=0)
+    run: Run | None = Run(model, *optimizing(options)(model), mesh)
+    losses, step, wrong = [], 0, []
+    for number, (layout, until) in enumerate(SEQUENCE):
+        if number and moves:
+            before, old, new = whole_state(run), mesh, mesh_of(layout)
+            switched = switch(run, builder(layout[0], dtype, block_shape), optimizing(options), new, chunk_bytes=4096)
+            assert switched.plan.total_sent == switched.plan.lower_bound
+            run, mesh = switched.run, new
+            after, before = whole_state(run), from_first_of(old, before)
+            wrong += [f"{layout}: {key}" for key in after if not torch.equal(before[key], after[key])]
+            wrong += [f"{layout}: {key}" for key in before if run is not None and key not in after]
+        of_steps = []
+        if run is not None:
+            at = layout if moves else SEQUENCE[0][0]
+            for step in range(step, until):
+                loss = loss_of(run.model, step, *reader_of(at))
+                loss.backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+                run.manager.step()
+                of_steps.append(loss.detach().double())
+        step = until
+        losses += mean_over(mesh, of_steps, until - len(losses))
+    events = from_first_of(mesh, None if run is None else len(run.manager.history))
+    return losses, events, wrong
+
+
+def mean_over(mesh: DeviceMesh, losses: list[Tensor], count: int) -> list[float]:
+    """Returns the means of the losses over the ranks of a mesh; all ranks call."""
+    total = torch.stack(losses) if losses else torch.zeros(count, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return (total / mesh.mesh.numel()).tolist()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_goes_through_eight_layouts(name: str) -> None:
+    processes.stop()  # torch keeps meshes of the same ranks, whose groups are gone
+    stayed, events, _ = processes.run(4, lived, name, False)[0]
+    processes.stop()
+    for losses, num_updates, wrong in processes.run(4, lived, name, True):
+        assert wrong == []
+        assert num_updates == events == 6
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[KINDS[name][0]]
+        torch.testing.assert_close(losses, stayed, rtol=0, atol=tolerance)
+    processes.stop()
