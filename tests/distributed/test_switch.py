@@ -118,8 +118,8 @@ def lived(rank: int, world: int, name: str, moves: bool) -> tuple[list[float], i
         of_steps = []
         if run is not None:
             at = layout if moves else SEQUENCE[0][0]
-            for step in range(step, until):
-                loss = loss_of(run.model, step, *reader_of(at))
+            for number_of_step in range(step, until):
+                loss = loss_of(run.model, number_of_step, *reader_of(at))
                 loss.backward()
                 run.optimizer.step()
                 run.optimizer.zero_grad()
@@ -148,4 +148,46 @@ def test_a_run_goes_through_eight_layouts(name: str) -> None:
         assert num_updates == events == 6
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[KINDS[name][0]]
         torch.testing.assert_close(losses, stayed, rtol=0, atol=tolerance)
+    processes.stop()
+
+
+def refused(rank: int, world: int) -> list[str]:
+    """Returns the errors of switches to models that are not that of the run, and whether it trains on."""
+    mesh, found = mesh_of(("fsdp", [0, 1])), []
+    model = builder("fsdp", torch.float64, 1)(mesh)
+    smet.materialize(model, seed=0)
+    run = Run(model, *optimizing({})(model), mesh)
+    loss_of(model, 0, rank, world).backward()
+    run.optimizer.step()
+    before = whole_state(run)
+
+    def wider(mesh: DeviceMesh) -> nn.Module:
+        with torch.device("meta"):
+            other = Net(hidden=52).double()
+        return shard(smet.sparsify(other, 0.3, exclude="head", slabs=SLABS), mesh=mesh)
+
+    def without_slabs(mesh: DeviceMesh) -> nn.Module:
+        with torch.device("meta"):
+            other = Net(hidden=48).double()
+        return shard(smet.sparsify(other, 0.3, exclude="head"), mesh=mesh)
+
+    for other in (wider, without_slabs, builder("fsdp", torch.float32, 1)):
+        try:
+            switch(run, other, optimizing({}), mesh_of(("fsdp", [0, 1])))
+        except ValueError as error:
+            found.append(str(error))
+    after = whole_state(run)
+    found.append("as it was" if all(torch.equal(before[key], after[key]) for key in before) else "changed")
+    loss_of(model, 1, rank, world).backward()
+    run.optimizer.step()
+    return found
+
+
+def test_another_model_is_refused_and_the_run_goes_on() -> None:
+    processes.stop()
+    for wider, slabs, dtype, state in processes.run(2, refused):
+        assert wider.startswith("layers.0.up.") and "as in the run" in wider
+        assert "sparsify with the same block_shape and slabs" in slabs
+        assert "expected torch.float64 of shape" in dtype and "got torch.float32" in dtype
+        assert state == "as it was"
     processes.stop()
