@@ -4,6 +4,7 @@ from smet_compile.distributed.layout import TensorNote, describe_model, regions_
 from smet_compile.distributed.space import Item, Placed, Region, SwitchPlan, plan_switch
 from smet_compile.distributed.switch import Run, Switched, switch
 from smet_compile.distributed.transfer import Meter, Transfer
+from smet_compile.distributed.world import World
 
 __all__ = [
     "Item",
@@ -15,6 +16,7 @@ __all__ = [
     "Switched",
     "TensorNote",
     "Transfer",
+    "World",
     "describe_model",
     "plan_switch",
     "regions_of",

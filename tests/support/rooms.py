@@ -29,7 +29,7 @@ ROOMS = {
     "optim": Room({"ops", "format", "shards"}, SIDE_BY_SIDE),
     "runtime": Room({"ops", "format", "shards"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "distributed": Room(
-        {"runtime", "ops", "format", "shards"},
+        {"runtime", "convert", "ops", "format", "shards"},
         "it moves a whole run from ranks to ranks, whatever model and optimizer are",
     ),
     "api": Room(ALL_ROOMS, "imports point down only"),
