@@ -100,7 +100,7 @@ def _check_layouts(layouts: Any, ours: dict[str, list[Any]]) -> None:
             if got != expected:
                 raise ValueError(
                     f"{name}: expected {part} {expected}, got {got!r:.80} in the checkpoint; sparsify the same model "
-                    "with the same block_shape, pattern and slabs"
+                    "with the same block_shape, slabs and pattern"
                 )
     for name in ours.keys() - layouts.keys():
         raise ValueError(f"{name} is compact in this model, not in the checkpoint; load it into a dense model")
