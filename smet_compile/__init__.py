@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smet_compile.api import sparsify
     from smet_compile.convert import Report, export_dense, masks, materialize, report
+    from smet_compile.correction import Correction, correct_gradients
     from smet_compile.explain import Explanation, explain
     from smet_compile.format.densities import cubic_density
     from smet_compile.microscope import Inspection, inspect
@@ -48,6 +49,7 @@ __all__ = [
     "ActiveOptimizer",
     "ActiveSGD",
     "ActiveScale",
+    "Correction",
     "Explanation",
     "Inspection",
     "Kernel",
@@ -62,6 +64,7 @@ __all__ = [
     "TopologyManager",
     "TrainStep",
     "compile_train_step",
+    "correct_gradients",
     "cubic_density",
     "decay_groups",
     "explain",
@@ -86,6 +89,7 @@ __all__ = [
 _NAMES_OF_MODULES = {
     "api": ("sparsify",),
     "convert": ("Report", "export_dense", "masks", "materialize", "report"),
+    "correction": ("Correction", "correct_gradients"),
     "explain": ("Explanation", "explain"),
     "format.densities": ("cubic_density",),
     "microscope": ("Inspection", "inspect"),
