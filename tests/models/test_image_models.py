@@ -33,14 +33,15 @@ def of_torchvision(name: str) -> nn.Module:
     if name == "vit":
         return models.VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=7)
     if name == "swin":
-        return models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [2, 2], num_classes=7)
+        return models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [2, 2], num_classes=7, stochastic_depth_prob=0.0)
     if name == "convnext":
         setting = models.convnext.CNBlockConfig
         return models.ConvNeXt([setting(8, 16, 1), setting(16, None, 1)], num_classes=7)
     if name == "mobilenet_v3":
         return models.mobilenet_v3_small(num_classes=7, width_mult=0.25)
-    blocks = {"resnet18": models.resnet.BasicBlock, "resnet50": models.resnet.Bottleneck}
-    return models.ResNet(blocks[name], [1, 1, 1, 1], num_classes=7, width_per_group=16)
+    if name == "resnet18":
+        return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=7)
+    return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=7, width_per_group=16)
 
 
 OF_TORCHVISION = ("resnet18", "resnet50", "mobilenet_v3", "convnext", "vit", "swin")
@@ -91,7 +92,7 @@ def corrected(model: nn.Module, optimizer: Any) -> set[str]:
 def train(model: nn.Module, optimizer: Any, manager: Any, run: Any = None, num_steps: int = 3) -> list[float]:
     losses = []
     for step in range(num_steps):
-        loss = loss_of(run or model, images(step))
+        loss = loss_of(model if run is None else run, images(step))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
