@@ -23,7 +23,7 @@ from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, is_depthwise
 from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveOptimizer
 from smet_compile.optim.parameters import check_initialised
 from smet_compile.optim.scaled_steps import scale_steps as scale_steps_of
-from smet_compile.shards import reshard
+from smet_compile.shards import has_shards, reshard
 from smet_compile.tracing import leave_no_trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -106,6 +106,11 @@ def correct_gradients(
     reasons = {name: _reason(site, use.reasons[name], depthwise) for name, site in sites.items()}
     holders = {name: optimizer_that_steps(optimizer, site.values) for name, site in sites.items() if not reasons[name]}
     cancelling = {name: each for name, each in holders.items() if each is not None and _cancels(each)}
+    if wants_steps and has_shards(owner):
+        raise ValueError(
+            "scale_steps: expected a whole model, got one that fully_shard has cut; train it with SGD, whose gradients "
+            "are corrected"
+        )
     if wants_steps and not cancelling:
         raise ValueError(
             "scale_steps: expected an optimizer that cancels the correction, such as Adam, for a site that feeds batch "

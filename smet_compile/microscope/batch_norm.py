@@ -143,7 +143,7 @@ class _Follower:
         return True
 
     def _normalize(self, call: Call, followed: _Followed) -> None:
-        rows = followed.rows.transpose(0, 1).flatten(1)
+        rows = _without_repeats(followed.rows).transpose(0, 1).flatten(1)
         if not _takes_statistics(call):
             self._note(followed.sites, EVALUATED)
         elif len(followed.sites) > 1:
@@ -199,6 +199,14 @@ def _rows_of(layout: Layout) -> Tensor:
     return rows[:, None].expand(-1, layout.cols).reshape(layout.shape)
 
 
+def _without_repeats(rows: Tensor) -> Tensor:
+    """Leaves one entry of each dimension but the channels along which the same memory is repeated."""
+    for dim, stride in enumerate(rows.stride()):
+        if stride == 0 and dim != 1:
+            rows = rows.narrow(dim, 0, 1)
+    return rows
+
+
 def _replayed(call: Call, rows: Tensor) -> dict[Ref, Tensor] | None:
     """Returns the rows of each result of a view, a copy or a conversion; None where the call is something else."""
     name = op_name(call)
@@ -207,7 +215,7 @@ def _replayed(call: Call, rows: Tensor) -> dict[Ref, Tensor] | None:
     elif name in _COPIES:
         made = rows
     elif call.op.is_view and name not in _NOT_FOLLOWED:
-        made = call.op(rows.contiguous(), *call.args[1:], **call.kwargs)
+        made = call.op(rows, *call.args[1:], **call.kwargs)
     else:
         return None
     parts = list(made) if isinstance(made, list | tuple) else [made]

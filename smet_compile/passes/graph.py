@@ -62,7 +62,7 @@ def add(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     with like.graph.inserting_before(like):
         node: fx.Node = like.graph.call_function(target, args, kwargs)
     node.meta.update({key: value for key, value in like.meta.items() if key not in _META_NOT_COPIED})
-    with _fake_mode(args):
+    with _fake_mode((args, like.all_input_nodes)):
         node.meta["val"] = target(*map_arg(args, val), **map_arg(kwargs, val))
     return node
 

@@ -40,6 +40,7 @@ from smet_compile.passes.weight_views import whole
 
 CONVOLUTION, BACKWARD = aten.convolution.default, aten.convolution_backward.default
 _ALL = 2**63 - 1
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def lower_convolutions(graph: fx.Graph) -> PassReport:
@@ -100,7 +101,8 @@ def _lower_backward(node: fx.Node, weight: fx.Node, layout: Layout) -> None:
         if all(step == 1 for step in known["stride"]):
             made = _image(node, grad_XC, known["grad_output"], like)
         else:
-            made = _spread(node, _image(node, grad_XC, known["grad_output"], None), x, known["stride"])
+            spread = _spread(node, _image(node, grad_XC, known["grad_output"], None), x, known["stride"])
+            made = _with_strides(node, spread, like)
         results[0].replace_all_uses_with(made)
     if 1 in results:
         x_XC = _tokens(node, _strided(node, known["input"], known["stride"]))
@@ -139,14 +141,22 @@ def _image(like: fx.Node, tokens: fx.Node, positions: fx.Node, strides_of: Any) 
     sizes = [size(like, positions, dim) for dim in (0, *range(2, num_dims))]
     last = add(like, aten.view.default, tokens, [*sizes, val(tokens).shape[1]])
     image = add(like, aten.permute.default, last, [0, num_dims - 1, *range(1, num_dims - 1)])
-    if strides_of is None or val(image).stride() == strides_of.stride():
-        return image
-    return add(like, aten.clone.default, image, memory_format=torch.contiguous_format)
+    return image if strides_of is None else _with_strides(like, image, strides_of)
+
+
+def _with_strides(like: fx.Node, node: fx.Node, wanted: Any) -> fx.Node:
+    """Adds a copy in the memory format of ``wanted`` where the strides differ."""
+    if val(node).stride() == wanted.stride():
+        return node
+    last = _CHANNELS_LAST.get(wanted.dim())
+    is_last = last is not None and not wanted.is_contiguous() and wanted.is_contiguous(memory_format=last)
+    return add(like, aten.clone.default, node, memory_format=last if is_last else torch.contiguous_format)
 
 
 def _spread(like: fx.Node, image: fx.Node, x: fx.Node, stride: list[int]) -> fx.Node:
     """Adds zeros of the shape of ``x`` with ``image`` written to the positions that a stride keeps."""
-    levels = [add(like, aten.full_like.default, x, 0)]
+    sizes, fake = [size(like, x, dim) for dim in range(val(x).dim())], val(x)
+    levels = [add(like, aten.full.default, sizes, 0, dtype=fake.dtype, device=fake.device)]
     steps = [(dim, step) for dim, step in enumerate(stride, start=2) if step != 1]
     for dim, step in steps[:-1]:
         levels.append(add(like, aten.slice.Tensor, levels[-1], dim, 0, _ALL, step))

@@ -155,6 +155,13 @@ def test_scale_steps_needs_a_rule_that_cancels() -> None:
     assert not scaled(model) and find_sites(model)["conv.weight"].compact.correction is None
 
 
+def test_scaled_steps_need_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smet_compile.correction.has_shards", lambda model: True)
+    model = sparse_net()
+    with pytest.raises(ValueError, match="scale_steps: expected a whole model, got one that fully_shard has cut"):
+        smet.correct_gradients(model, smet.ActiveAdamW(model), images(), scale_steps=True)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "fan_in"])
 def test_equal_fan_in_is_said_once(pattern: str) -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))

@@ -187,3 +187,13 @@ def test_counts_batch_norms() -> None:
     (site,) = find_sites(net).values()
     use = find_uses(record_forward(net, (torch.randn(IMAGES),), {}), {"conv.parametrizations.weight.original": site})
     assert (use.num_training, use.num_evaluated) == (1, 1)
+
+
+def test_large_images_take_no_memory() -> None:
+    """The rows of an output are repeated without a copy, so that an example may be as large as a batch is."""
+    net = smet.sparsify(nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU()), 0.5, include=["0"])
+    with torch.device("meta"):
+        images = torch.empty(4096, 3, 1024, 1024)
+    (site,) = find_sites(net).values()
+    use = find_uses(record_forward(net, (images,), {}), {"0.parametrizations.weight.original": site})
+    assert use.reasons == {"0.weight": ""}

@@ -160,3 +160,26 @@ def test_every_pointwise_convolution_is_fused(name: str) -> None:
                 assert rows[n].forward == rows[n].input_gradient == rows[n].weight_gradient == "fused", rows[n]
             else:
                 assert rows[n].forward.startswith(("read by a convolution of kernel", "read by a grouped")), rows[n]
+
+
+@pytest.mark.filterwarnings("ignore:sparsify")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+def test_a_compiled_step_by_inductor(memory_format: torch.memory_format) -> None:
+    """Generates code for 1x1 convolutions with stride and bias, corrected, with the update in backward."""
+    torch._dynamo.reset()
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1, stride=2), nn.BatchNorm2d(12), nn.Tanh(), nn.Conv2d(12, 8, 1)
+    net = nn.Sequential(*layers, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 9, 7)).double()
+    model = smet.sparsify(net, 0.4, include="conv").to(memory_format=memory_format)
+    twin = copy.deepcopy(model)
+    optimizers = [smet.ActiveSGD(each, lr=0.05, warmup_steps=0) for each in (model, twin)]
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        assert smet.correct_gradients(each, optimizer, x).corrected == ("1.weight", "4.weight")
+    step = smet.compile_train_step(model, optimizers[0], loss_of)
+    for _ in range(3):
+        loss = loss_of(twin, x)
+        loss.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        torch.testing.assert_close(step(x), loss.detach(), rtol=1e-10, atol=1e-12)
+    assert step.fused
