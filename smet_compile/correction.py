@@ -19,7 +19,7 @@ from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
 from smet_compile.ops.plain_copy import without_data
 from smet_compile.ops.row_scale import has_equal_fan_in
-from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, is_depthwise
+from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, is_depthwise, wrapped_child
 from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveOptimizer
 from smet_compile.optim.parameters import check_initialised
 from smet_compile.optim.scaled_steps import scale_steps as scale_steps_of
@@ -96,26 +96,19 @@ def correct_gradients(
     """
     arguments.module("correct_gradients", model)
     depthwise, wants_steps = arguments.flag("depthwise", depthwise), arguments.flag("scale_steps", scale_steps)
-    owner: nn.Module = getattr(model, "_orig_mod", model)
+    owner = _unwrapped(model)
     check_sparsified("correct_gradients", owner)
     check_initialised("correct_gradients", owner)
-    if not find_optimizers(optimizer, owner.parameters()):
+    found = find_optimizers(optimizer, owner.parameters())
+    if not found:
         arguments.optimizer("optimizer", optimizer)
     use, is_traced = _find_uses(owner, example, inputs)
     sites = find_sites(owner)
     reasons = {name: _reason(site, use.reasons[name], depthwise) for name, site in sites.items()}
     holders = {name: optimizer_that_steps(optimizer, site.values) for name, site in sites.items() if not reasons[name]}
     cancelling = {name: each for name, each in holders.items() if each is not None and _cancels(each)}
-    if wants_steps and has_shards(owner):
-        raise ValueError(
-            "scale_steps: expected a whole model, got one that fully_shard has cut; train it with SGD, whose gradients "
-            "are corrected"
-        )
-    if wants_steps and not cancelling:
-        raise ValueError(
-            "scale_steps: expected an optimizer that cancels the correction, such as Adam, for a site that feeds batch "
-            "norm, got none; leave it out, and gradients are corrected"
-        )
+    if wants_steps:
+        _check_scaling(owner, cancelling)
     for name, holder in holders.items():
         if holder is None:
             reasons[name] = "no optimizer that was given holds it"
@@ -125,15 +118,33 @@ def correct_gradients(
     for name, site in sites.items():
         site.compact.scales_rows = not reasons[name] and name not in cancelling
         text = _STEPS_SCALED if name in cancelling else _CORRECTED
-        site.compact.correction = (f"not corrected: {reasons[name]}" if reasons[name] else text) + (
-            "" if is_traced else _BY_PLACE
-        )
-    for found in find_optimizers(optimizer, owner.parameters()):
-        if isinstance(found.optimizer, Optimizer):
-            mine = [sites[n] for n, each in cancelling.items() if wants_steps and each is found.optimizer]
-            scale_steps_of(found.optimizer, mine)
+        text = f"not corrected: {reasons[name]}" if reasons[name] else text
+        site.compact.correction = text if is_traced else text + _BY_PLACE
+    for each in (each.optimizer for each in found if isinstance(each.optimizer, Optimizer)):
+        scale_steps_of(each, [sites[name] for name, holder in cancelling.items() if wants_steps and holder is each])
     texts = {name: str(site.compact.correction) for name, site in sites.items()}
     return Correction(texts, tuple(name for name, reason in reasons.items() if not reason))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model inside of ``torch.compile``, data parallelism and other wrappers."""
+    while (child := wrapped_child(model)) is not None:
+        model = model.get_submodule(child)
+    return model
+
+
+def _check_scaling(model: nn.Module, cancelling: dict[str, Any]) -> None:
+    """Raises ValueError where no finished steps are to be scaled, or where they are those of shards."""
+    if has_shards(model):
+        raise ValueError(
+            "scale_steps: expected a whole model, got one that fully_shard has cut; train it with SGD, whose gradients "
+            "are corrected"
+        )
+    if not cancelling:
+        raise ValueError(
+            "scale_steps: expected an optimizer that cancels the correction, such as Adam, for a site that feeds batch "
+            "norm, got none; leave it out, and gradients are corrected"
+        )
 
 
 def _check_synchronized(norms: Sequence[nn.Module]) -> None:

@@ -287,9 +287,10 @@ def test_other_bad_input() -> None:
         smet.correct_gradients(model, sgd(model), images(), depthwise="yes")  # type: ignore[arg-type]
 
 
-def test_a_compiled_model() -> None:
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_wrapped_models(wrap: Any) -> None:
     model = sparse_net()
-    assert smet.correct_gradients(torch.compile(model), sgd(model), images()).corrected == CORRECTED
+    assert smet.correct_gradients(wrap(model), sgd(model), images()).corrected == CORRECTED
     assert scaled(model) == set(CORRECTED)
 
 
