@@ -1,6 +1,6 @@
 """Times convolutions with compact weights, forward and both gradients, beside dense ones, on one thread of a CPU.
 
-    python -m benchmarks.convolutions [--rounds 5]
+    python -m benchmarks.convolutions [--rounds 7] [--out docs/results/convolutions.md]
 
 For a 3x3 kernel it compares what compiled graphs do, which is to unpack the weight for a dense convolution and to pack
 its gradient, with products over unfolded inputs. For a 1x1 kernel it compares that with products over channels, in both
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -109,26 +111,50 @@ def ratios(timed: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
     return {name: sorted(t / base for t, base in zip(all[1:], first, strict=True)) for name, all in times.items()}
 
 
+HEADER = (
+    "| kernel | format | images, in, out, side | block | density | unpacked | products | linear | least, largest |\n"
+)
+HEADER += "|---|---|---|---|---|---|---|---|---|"
+PAGE = """# Convolutions with compact weights
+
+Forward and both gradients on one thread of a CPU, relative to a dense convolution in the same memory format.
+*Unpacked*: the weight is unpacked for a dense convolution and its gradient packed, which is what compiled graphs do with
+a 3x3 kernel. *Products*: over unfolded inputs for 3x3; over channels for 1x1, which is what compiled graphs do with a 1x1
+kernel; the last column has the least and the largest of their rounds. *Linear*: a sparse linear layer of as many tokens.
+
+Made by `python -m benchmarks.convolutions --out docs/results/convolutions.md`: medians of {rounds} rounds, all variants
+of a row by turns; torch {torch}; load of the machine at the end: {load:.0f} on {cores} cores. Where others use the
+machine too, single numbers are unreliable: look at what the rows of a kernel have in common.
+
+{table}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kernel", type=int, choices=[1, 3], help="default: both")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="the page to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(
-        "| kernel | format | images, in, out, side | block | density | unpacked | products | linear | least, largest |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    lines = [HEADER]
+    print(HEADER)
     cases = [(3, "first"), (1, "first"), (1, "last")]
     for (kernel, form), shape, block, density in itertools.product(cases, SHAPES, BLOCKS, DENSITIES):
-        if args.kernel in (None, kernel):
-            memory_format = torch.channels_last if form == "last" else torch.contiguous_format
-            found = ratios(variants(shape, kernel, density, block, memory_format), args.rounds)
-            middle = {name: f"{statistics.median(each):.2f}" for name, each in found.items()}
-            cells = [middle.get(name, "") for name in ("unpacked", "products", "linear")]
-            spread = f"{found['products'][0]:.2f}, {found['products'][-1]:.2f}"
-            print(f"| {kernel} | {form} | {shape} | {block} | {density} | {' | '.join(cells)} | {spread} |", flush=True)
+        memory_format = torch.channels_last if form == "last" else torch.contiguous_format
+        found = ratios(variants(shape, kernel, density, block, memory_format), args.rounds)
+        middle = {name: f"{statistics.median(each):.2f}" for name, each in found.items()}
+        cells = [middle.get(name, "") for name in ("unpacked", "products", "linear")]
+        spread = f"{found['products'][0]:.2f}, {found['products'][-1]:.2f}"
+        lines.append(f"| {kernel} | {form} | {shape} | {block} | {density} | {' | '.join(cells)} | {spread} |")
+        print(lines[-1], flush=True)
+    if args.out is not None:
+        args.out.write_text(page("\n".join(lines), args.rounds))
+
+
+def page(table: str, rounds: int) -> str:
+    cores = os.cpu_count()
+    return PAGE.format(table=table, rounds=rounds, torch=torch.__version__, load=os.getloadavg()[0], cores=cores)
 
 
 if __name__ == "__main__":
