@@ -119,9 +119,9 @@ PAGE = """# Convolutions with compact weights
 
 Forward and both gradients on one thread of a CPU, relative to a dense convolution in the same memory format.
 *Unpacked*: the weight is unpacked for a dense convolution and its gradient packed, which is what compiled graphs do
-with a 3x3 kernel. *Products*: over unfolded inputs for 3x3; over channels for 1x1, which is what compiled graphs do with
-a 1x1 kernel; the last column has the least and the largest of their rounds. *Linear*: a sparse linear layer of as many
-tokens.
+with a 3x3 kernel. *Products*: over unfolded inputs for 3x3; over channels for 1x1, which is what compiled graphs do
+with a 1x1 kernel; the last column has the least and the largest of their rounds. *Linear*: a sparse linear layer of as
+many tokens.
 
 Made by `python -m benchmarks.convolutions --out docs/results/convolutions.md`: medians of {rounds} rounds, all variants
 of a row by turns; torch {torch}; load of the machine at the end: {load:.0f} on {cores} cores. Where others use the
