@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smet_compile.api import sparsify
     from smet_compile.convert import Report, export_dense, masks, materialize, report
+    from smet_compile.correction import Correction, correct_gradients
     from smet_compile.explain import Explanation, explain
     from smet_compile.format.densities import cubic_density
     from smet_compile.microscope import Inspection, inspect
@@ -49,6 +50,7 @@ __all__ = [
     "ActiveOptimizer",
     "ActiveSGD",
     "ActiveScale",
+    "Correction",
     "Explanation",
     "Inspection",
     "Kernel",
@@ -64,6 +66,7 @@ __all__ = [
     "TrainStep",
     "clip_grad_norm_",
     "compile_train_step",
+    "correct_gradients",
     "cubic_density",
     "decay_groups",
     "explain",
@@ -88,6 +91,7 @@ __all__ = [
 _NAMES_OF_MODULES = {
     "api": ("sparsify",),
     "convert": ("Report", "export_dense", "masks", "materialize", "report"),
+    "correction": ("Correction", "correct_gradients"),
     "explain": ("Explanation", "explain"),
     "format.densities": ("cubic_density",),
     "microscope": ("Inspection", "inspect"),

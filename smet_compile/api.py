@@ -64,7 +64,8 @@ def sparsify(
             baseline; see ``dense_as_compact``.
         block_shape: the unit of sparsity: 1 for single weights, B for (B, B) tiles, or (bm, bn).
         include: globs over qualified names of weights or their modules. If given, they are the whole selection, and
-            a weight they match may be any parameter of two or more dimensions (convolutions, embeddings).
+            a weight they match may be any parameter of two or more dimensions (convolutions, embeddings). The text
+            "conv" adds to the default selection all convolutions but the first and depthwise ones.
         exclude: globs of weights to leave dense.
         rules: glob → density for the chosen weights it matches, first match wins; 1 leaves a weight plain.
         distribution: "uniform", every weight at ``density``; "er" or "erk", Erdős-Rényi shares (see

@@ -31,6 +31,7 @@ class SiteExplanation:
         forward: the product with the weight. input_gradient: the gradient of the product's other factor.
         weight_gradient: the gradient of the weight, compact where fused. update: the optimizer's update in backward.
         kernels: part → the kernel that computes it, where it is fused (``SMET_COMPILE_KERNEL`` forces one).
+        correction: what ``correct_gradients`` decided for it; None where it was not called.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SiteExplanation:
     weight_gradient: str
     update: str
     kernels: dict[str, str] = field(default_factory=dict)
+    correction: str | None = None
 
     @property
     def parts(self) -> dict[str, str]:
@@ -79,6 +81,7 @@ class Explanation:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
+        lines += [f"{site.name}: gradient {site.correction}" for site in self.sites if site.correction is not None]
         if not self.updates_fused:
             lines.append("update: by the optimizer after backward; compile_train_step fuses it into backward")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
@@ -174,14 +177,16 @@ def _explain_site(site: Site, outcome: Outcome | None, unfused_update: str, has_
         outcome: None where no graph uses the site. unfused_update: why its update is not fused, if it is not.
         has_breaks: whether the model breaks into several graphs; then no update is fused.
     """
+    correction = site.compact.correction
     if outcome is None:
-        return SiteExplanation(site.name, "the example does not use it in any captured graph", _NONE, _NONE, _NONE)
+        unused = "the example does not use it in any captured graph"
+        return SiteExplanation(site.name, unused, _NONE, _NONE, _NONE, correction=correction)
     parts = ("forward", "input gradient", "weight gradient", "update")
     forward, input_gradient, weight_gradient, update = (_result(outcome, part) for part in parts)
     if weight_gradient != _NONE and (update == _NONE or has_breaks):
         update = unfused_update
     kernels = {part: " and ".join(names) for part, names in outcome.kernels.items()}
-    return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update, kernels)
+    return SiteExplanation(site.name, forward, input_gradient, weight_gradient, update, kernels, correction)
 
 
 def _cell(result: str, kernel: str | None) -> str:

@@ -12,6 +12,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,7 @@ class Capture:
         from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
         from torch._inductor.decomposition import select_decomp_table
 
+        import_module("torch._inductor.lowering")  # the decomposition of max_pool2d uses it without an import
         placeholders = dynamo.graph.find_nodes(op="placeholder")
         captured = Captured([_source(node) for node in placeholders], [_example(node) for node in placeholders])
         self.graphs.append(captured)

@@ -28,6 +28,7 @@ from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 from smet_compile.optim.on_arrival import UpdatesOnArrival
+from smet_compile.optim.scaled_steps import scales_steps
 from smet_compile.shards import has_shards, reshard, set_gradient_sync
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -147,7 +148,8 @@ class TrainStep:
 
     @property
     def _keeps_gradients(self) -> bool:
-        return self.accumulate > 1 or self.max_grad_norm is not None or bool(self._reducers)
+        clips_or_adds = self.accumulate > 1 or self.max_grad_norm is not None
+        return clips_or_adds or bool(self._reducers) or scales_steps(self.optimizer)
 
     @property
     def _uses_sinks(self) -> bool:

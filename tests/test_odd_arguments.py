@@ -174,6 +174,13 @@ def explained(run: Run, argument: str, value: Any) -> None:
     str(smet.explain(given["model"], torch.zeros(4, 6), strict=given["strict"]))
 
 
+def corrected(run: Run, argument: str, value: Any) -> None:
+    model = smet.sparsify(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)), 0.4)
+    given = {"model": model, "optimizer": smet.ActiveSGD(model), "example": torch.randn(4, 6)} | {argument: value}
+    example = given.pop("example")
+    str(smet.correct_gradients(given.pop("model"), given.pop("optimizer"), example, **given))
+
+
 def planned(run: Run, argument: str, value: Any) -> None:
     given: dict[str, Any] = {
         "model": run.plain,
@@ -236,6 +243,7 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "report": (lambda run, argument, value: str(smet.report(value)), ("model",)),  # type: ignore[arg-type, return-value]
     "export_dense": (exported, ("model", "layout")),
     "masks": (lambda run, argument, value: str(smet.masks(value)), ("model",)),  # type: ignore[arg-type, return-value]
+    "correct_gradients": (corrected, ("model", "optimizer", "example", "depthwise", "scale_steps")),
     "inspect": (inspected, ("model", "manager", "optimizer")),
     "explain": (explained, ("model", "strict")),
     "plan": (
@@ -318,7 +326,7 @@ def all_cases() -> list[tuple[str, str, str]]:
 
 
 def test_every_public_function_has_its_cases() -> None:
-    results = {"Explanation", "Inspection", "Plan", "Report", "SiteEvent", "TopologyEvent", "TrainStep"}
+    results = {"Correction", "Explanation", "Inspection", "Plan", "Report", "SiteEvent", "TopologyEvent", "TrainStep"}
     results |= {"TopologyContext"}
     results |= {"ActiveOptimizer", "Kernel", "Rule", "Slot"}  # parts that a user's own code is made of
     assert {name.partition(",")[0] for name in FUNCTIONS} == set(smet.__all__) - results

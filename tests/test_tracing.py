@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.tracing import SeveralGraphsError, capture_graphs, leave_no_trace, run_op_by_op
+from tests.support.fresh_process import run_python
 
 
 class Remembers(nn.Module):
@@ -84,3 +85,16 @@ def captured_size(size: int) -> tuple[int, ...]:
 
 def test_each_capture_is_fresh_whatever_sizes_came_before() -> None:
     assert [captured_size(size) for size in (3, 4, 5)] == [(3,), (4,), (5,)]
+
+
+MAX_POOLING = """
+import torch, smet_compile as smet
+from torch import nn
+model = smet.sparsify(nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 8)), 0.5)
+print(smet.explain(model, torch.randn(2, 3, 4, 4)))
+"""
+
+
+def test_max_pooling_in_a_process_that_has_not_compiled() -> None:
+    """Its decomposition looks for a module of the compiler that a capture has to import."""
+    assert "2.weight" in run_python("-c", MAX_POOLING)

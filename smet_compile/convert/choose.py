@@ -23,6 +23,8 @@ from smet_compile.shards import is_fully_sharded, is_sharded
 Globs = str | Iterable[str] | None
 KEEPS_EVERY_BLOCK = "keeps every block: density 1"
 DEFAULT_DENSITY = 0.3
+INCLUDE_CONVOLUTIONS = "conv"
+"""As ``include`` it adds convolutions to the weights that are sparse by default."""
 _MAX_GROWTH = 16
 """Compact weights may exceed the memory of the dense ones by this factor before that is taken for a mistake."""
 _Density = TypeVar("_Density", float, None)
@@ -86,10 +88,12 @@ def choose(
     default = default_density(density, pattern, masks)
     block = _check_block_shape(block_shape)
     included, excluded = _globs(include, "include"), _globs(exclude, "exclude") or []
+    with_convolutions = isinstance(include, str) and include == INCLUDE_CONVOLUTIONS
     if default is None:
         _check_masks_alone(included, densities, shares)
         included = []
-    weights = find_weights(model)
+    weights = find_weights(model, with_convolutions)
+    included = None if with_convolutions else included
     given = read_masks(model, masks, weights)
     chosen = _sparse_weights(weights, included, excluded, given)
     _refuse_shards(model, chosen.values())

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
-from smet_compile.ops.sites import CONVOLUTIONS, compact_names, parametrizations
+from smet_compile.ops.sites import CONVOLUTIONS, compact_names, is_depthwise, parametrizations
 
 ALREADY_COMPACT = "is already compact"
 _NOT_INITIALISED = "not initialised yet: run a forward first"
@@ -60,20 +60,27 @@ class Weight:
         return isinstance(self.module, CONVOLUTIONS)
 
 
-def find_weights(model: nn.Module) -> dict[str, Weight]:
-    """Returns every parameter of two or more dimensions by its qualified name, compact ones included."""
+def find_weights(model: nn.Module, with_convolutions: bool = False) -> dict[str, Weight]:
+    """Returns every parameter of two or more dimensions by its qualified name, compact ones included.
+
+    Args:
+        with_convolutions: whether convolutions are sparse by default, but for the first one and depthwise ones.
+    """
     names = _names_by_identity(model)
     heads, adapters = _output_embeddings(model), _adapters(model)
     routers = find_routers(model)
+    first = next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None)
     found = {}
     for prefix, module in _modules(model):
         for tensor_name, tensor in _matrices(module):
             name = f"{prefix}.{tensor_name}" if prefix else tensor_name
             other_names = [other for other in names.get(id(tensor), []) if other != name]
             never_reason = _never_reason(module, tensor_name, tensor, other_names)
-            dense_reason = _module_reason(module, tensor, heads, adapters, routers) or _kind_reason(
-                module, tensor_name, tensor
-            )
+            dense_reason = _module_reason(module, tensor, heads, adapters, routers)
+            if dense_reason is None and with_convolutions and isinstance(module, CONVOLUTIONS):
+                dense_reason = _convolution_reason(module, module is first)
+            elif dense_reason is None:
+                dense_reason = _kind_reason(module, tensor_name, tensor)
             found[name] = Weight(name, module, tensor_name, tensor, dense_reason, never_reason)
     return found
 
@@ -165,6 +172,13 @@ def _kind_reason(module: nn.Module, tensor_name: str, tensor: Tensor) -> str | N
     if isinstance(module, CONVOLUTIONS):
         return "a convolution"
     return "not the weight of a linear layer"
+
+
+def _convolution_reason(module: nn.Module, is_first: bool) -> str | None:
+    """Returns why a convolution stays dense where convolutions are sparse; None where it does not."""
+    if is_depthwise(module):
+        return "a depthwise convolution, whose filters have few weights"
+    return "the first convolution, which has few weights and reads the input" if is_first else None
 
 
 def _never_reason(module: nn.Module, tensor_name: str, tensor: Tensor, other_names: list[str]) -> str | None:

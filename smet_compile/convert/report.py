@@ -24,6 +24,7 @@ class SiteReport:
         bytes: the size of its values.
         index_bytes: the size of its topology and of the lists derived from that.
         pattern: "fan_in", "2:4" and the like; None where any blocks may be active.
+        correction: what ``correct_gradients`` decided for it; None where it was not called.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SiteReport:
     bytes: int
     index_bytes: int
     pattern: str | None = None
+    correction: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Report:
             f"{self.index_bytes:,} of index; {self.dense_bytes:,} bytes of dense matrices",
             f"density of all matrices: {self.density:.4f} ({self.num_active_weights:,} of {self.num_weights:,})",
         ]
+        rows = [("  " + site.name, site.correction) for site in self.sites if site.correction is not None]
+        if rows:
+            lines += ["gradients, for batch norm:", *_table(rows, right=())]
         if self.skipped:
             lines += ["left dense:"]
             rows = [("  " + w.name, "x".join(map(str, w.shape)), w.reason) for w in self.skipped]
@@ -189,4 +194,5 @@ def _site_report(site: Site) -> SiteReport:
         site.values.numel() * site.values.element_size(),
         index,
         compact.pattern,
+        compact.correction,
     )

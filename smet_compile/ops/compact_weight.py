@@ -85,6 +85,10 @@ class CompactWeight(nn.Module):
     """An error from a change in place that could not be kept; the next use raises it."""
     _active: Topology | None
     """The topology that was checked last; None before the first check, and on the meta device."""
+    scales_rows: bool = False
+    """Whether backward multiplies the gradient of each row by the root of its relative fan-in (``ops.row_scale``)."""
+    correction: str | None = None
+    """Says whether ``correct_gradients`` found that it should, and why not; None before it looked."""
     stand_in: Callable[[], Tensor] | None
     """Returns a dense tensor that is read instead, while the weight is initialised."""
 
@@ -243,7 +247,9 @@ class CompactWeight(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 return self._unpack(values, tracing)
         sinks = self.update_sink, self._growth_sink(values)
-        dense = torch.ops.smet.unpack(values, self.topology, self.lists, self.layout.text, *sinks, tracing)
+        dense = torch.ops.smet.unpack(
+            values, self.topology, self.lists, self.layout.text, *sinks, tracing, self.scales_rows
+        )
         if not tracing:
             dense = reads.watch(self, values, dense)
             saved_weights.remember(dense, values, self.active, self)

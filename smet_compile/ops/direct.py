@@ -121,7 +121,7 @@ def _product(module: nn.Module, input: Tensor, transposed: bool) -> Tensor | Non
     if not all(map(_can_be_read, (input, values) if bias is None else (input, values, bias))):
         return None
     input, bias = _as_in_autocast(input), None if bias is None else _as_in_autocast(bias)
-    factor = Factor(compact.active, transposed, _dtype_in_autocast(values), compact)
+    factor = Factor(compact.active, transposed, _dtype_in_autocast(values), compact, compact.scales_rows)
     if not (_fit(input, values, bias, factor) and _is_better(input, factor)):
         return None
     return multiply(input, values, compact.update_sink, bias, factor)

@@ -98,6 +98,16 @@ def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tenso
     return table_G.index_select(0, generation.int()).view(-1, *[1] * (like.dim() - 1))
 
 
+def scale_rows(grad: Tensor, topology: Topology) -> Tensor:
+    """Returns the gradient with each row times √(k / k̄), k being the row's fan-in and k̄ the mean over the rows."""
+    layout, dtype = topology.layout, compute_dtype(grad.dtype)
+    matrices_SRC = layout.num_matrices, *layout.matrix
+    fan_in_SR = unpack(torch.ones_like(grad, dtype=dtype), topology).view(matrices_SRC).sum(2)
+    factor_SR = (fan_in_SR / fan_in_SR.mean()).sqrt()
+    dense_SRC = unpack(grad.to(dtype), topology).view(matrices_SRC) * factor_SR[..., None]
+    return pack(dense_SRC.view(layout.shape), topology).to(grad.dtype)
+
+
 def spread_over_matrices(tokens_TX: Tensor, offsets_S: Tensor) -> Tensor:
     """Returns tokens sorted by matrix as (S, T, X): layer s has the tokens of matrix s, and zeros for the others.
 

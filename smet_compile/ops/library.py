@@ -30,7 +30,10 @@ class CountsChanges(Protocol):
 
 _TOPOLOGY = "Tensor topology, Tensor lists, str layout"
 library = torch.library.Library("smet", "DEF")
-library.define(f"unpack(Tensor values, {_TOPOLOGY}, Tensor? update_sink, Tensor? growth_sink, bool traced) -> Tensor")
+library.define(
+    f"unpack(Tensor values, {_TOPOLOGY}, Tensor? update_sink, Tensor? growth_sink, bool traced, "
+    "bool scales_rows=False) -> Tensor"
+)
 library.define(f"pack(Tensor dense, {_TOPOLOGY}, int num_active) -> Tensor")
 library.define(
     f"masked_matmul(Tensor input, Tensor values, {_TOPOLOGY}, bool transposed, Tensor? bias=None, "
@@ -55,6 +58,7 @@ def _unpack(
     update_sink: Tensor | None,
     growth_sink: Tensor | None,
     traced: bool,
+    scales_rows: bool = False,
 ) -> Tensor:
     if traced:
         on_unseen_graph()
@@ -230,7 +234,7 @@ def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     DistributedDataParallel copies rank 0's buffers in every forward, which autograd would take for a change of the
     topology even with the same content. A real change also changes ``values``, whose version is checked.
     """
-    ctx.values, ctx.bits, ctx.lists, ctx.layout, update_sink, growth_sink, _ = inputs
+    ctx.values, ctx.bits, ctx.lists, ctx.layout, update_sink, growth_sink, _, ctx.scales_rows = inputs
     ctx.has_update_sink = update_sink is not None
     ctx.growth_sink = growth_sink  # other reads find it while this graph is alive
     ctx.version = ctx.values._version
@@ -238,16 +242,18 @@ def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _unpack_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
     """Sends the compact gradient to the update sink if there is one, else to the values, and the dense gradient to the
-    growth sink if there is one."""
+    growth sink if there is one. The rows of the compact one are scaled where the site asks for it (``row_scale``)."""
     if ctx.values._version != ctx.version:
         raise RuntimeError(CHANGED)
-    needs_values, _, _, _, needs_update_sink, needs_growth_sink, _ = ctx.needs_input_grad
+    needs_values, _, _, _, needs_update_sink, needs_growth_sink, *_ = ctx.needs_input_grad
     grad = None
     if needs_values or needs_update_sink:
         grad = torch.ops.smet.pack(grad_dense, ctx.bits, ctx.lists, ctx.layout, ctx.values.shape[0])
+        if ctx.scales_rows:
+            grad = torch.ops.smet.scale_rows(grad, ctx.bits, ctx.lists, ctx.layout)
     to_values, to_sink = (None, grad) if ctx.has_update_sink else (grad, None)
     to_growth = grad_dense if needs_growth_sink else None
-    return to_values, None, None, None, to_sink, to_growth, None
+    return to_values, None, None, None, to_sink, to_growth, None, None
 
 
 def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -32,12 +32,14 @@ class Factor(NamedTuple):
         transposed: whether the product is input Wᵀ, as in ``nn.Linear``, or input W.
         dtype: of the product; the values are converted to it (autocast).
         owner: counts the changes of the values.
+        scales_rows: whether the gradient of the values is corrected for batch norm (``ops.row_scale``).
     """
 
     topology: Topology
     transposed: bool
     dtype: torch.dtype
     owner: CountsChanges
+    scales_rows: bool = False
 
     @property
     def num_inputs(self) -> int:
@@ -107,6 +109,9 @@ class _Product(torch.autograd.Function):
         compute = _gradients if _can_call_kernels(grad) else _differentiable_gradients
         to_input, to_values, to_bias = _without_autocast(compute, grad, input, ctx.values, factor, needed)
         to_input = None if to_input is None else to_input.reshape(ctx.input_shape)
+        if to_values is not None and factor.scales_rows:
+            topology = factor.topology
+            to_values = torch.ops.smet.scale_rows(to_values, topology.bits, topology.lists, topology.layout.text)
         if ctx.has_update_sink:
             return to_input, None, to_values, to_bias, None
         return to_input, to_values, None, to_bias, None

@@ -22,6 +22,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 _AT_DENSITY_ONE = "_smet_at_density_one"
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Tells whether ``module`` is a convolution each of whose filters reads one channel alone."""
+    if not isinstance(module, CONVOLUTIONS):
+        return False
+    return module.groups > 1 and module.groups == module.in_channels
+
+
 @dataclass(frozen=True)
 class Site:
     """Identifies one compact weight: ``module.<tensor_name>`` reads as the dense weight."""

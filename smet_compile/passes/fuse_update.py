@@ -26,6 +26,7 @@ from smet_compile.ops.updates import NAMES, make_traced
 from smet_compile.passes.graph import (
     PACK,
     SAMPLED,
+    SCALE_ROWS,
     PassReport,
     arguments,
     aten,
@@ -40,6 +41,7 @@ from smet_compile.passes.weight_views import CONVERT
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
 UPDATE, TORCH_OPTIM = smet.update_.default, smet.torch_optim_.default
 SAMPLED_UPDATE = smet.sampled_update_.default
+_NO_SINGLE_PRODUCT = "its gradient is no single product, or is read by others too"
 
 
 def fuse_update(graph: fx.Graph) -> PassReport:
@@ -52,7 +54,8 @@ def fuse_update(graph: fx.Graph) -> PassReport:
             update = _with_factors(product, update)
             report.matched += 1
         elif update.args[0] is UPDATE:
-            reason = "its gradient is no single product, or is read by others too"
+            scaled = is_call(update.kwargs["grad"], SCALE_ROWS)
+            reason = "its gradient is corrected for batch norm" if scaled else _NO_SINGLE_PRODUCT
             report.skipped.append((str(update.kwargs["topology"]), reason))
         _move_up(update)
     graph.eliminate_dead_code()
@@ -139,7 +142,7 @@ def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
 
 def _topology_of_gradient(node: fx.Node) -> str | None:
     """Returns the name of the topology of the site whose gradient ``node`` is; None where it cannot be told."""
-    if is_call(node, SAMPLED, PACK):
+    if is_call(node, SAMPLED, PACK, SCALE_ROWS):
         return str(arguments(node)["topology"].name)
     if is_call(node, aten.add.Tensor, *CONVERT):
         return _topology_of_gradient(node.args[0])

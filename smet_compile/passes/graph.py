@@ -20,6 +20,7 @@ from smet_compile.format import Layout
 aten, prims, smet = torch.ops.aten, torch.ops.prims, torch.ops.smet
 OpOverload = type(aten.mm.default)
 UNPACK, PACK = smet.unpack.default, smet.pack.default
+SCALE_ROWS = smet.scale_rows.default
 MASKED, SAMPLED = smet.masked_matmul.default, smet.sampled_matmul.default
 MM, ADDMM, BMM, GROUPED_MM = aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default
 PRODUCTS = (MM, ADDMM, BMM, GROUPED_MM)
@@ -61,7 +62,7 @@ def add(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     with like.graph.inserting_before(like):
         node: fx.Node = like.graph.call_function(target, args, kwargs)
     node.meta.update({key: value for key, value in like.meta.items() if key not in _META_NOT_COPIED})
-    with _fake_mode(args):
+    with _fake_mode((args, like.all_input_nodes)):
         node.meta["val"] = target(*map_arg(args, val), **map_arg(kwargs, val))
     return node
 
@@ -105,13 +106,14 @@ def flattened(like: fx.Node, node: fx.Node) -> fx.Node:
 
 def unflattened(like: fx.Node, node: fx.Node, batch: fx.Node, tokens: int) -> fx.Node:
     """Adds a view (B T, X) → (B, T, X), with B and T the sizes of ``batch`` in its dimensions 0 and ``tokens``."""
-    sizes = [_size(like, batch, dim) for dim in (0, tokens)]
+    sizes = [size(like, batch, dim) for dim in (0, tokens)]
     return add(like, aten.view.default, node, [*sizes, val(node).shape[1]])
 
 
-def _size(like: fx.Node, node: fx.Node, dim: int) -> int | fx.Node:
-    size = val(node).shape[dim]
-    return size if isinstance(size, int) else add(like, aten.sym_size.int, node, dim)
+def size(like: fx.Node, node: fx.Node, dim: int) -> int | fx.Node:
+    """Returns the size of ``node`` in a dimension; a node for it where it is a symbol."""
+    found = val(node).shape[dim]
+    return found if isinstance(found, int) else add(like, aten.sym_size.int, node, dim)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from smet_compile.passes.fuse_masked_matmul import fuse_masked_matmul
 from smet_compile.passes.fuse_sampled_matmul import fuse_sampled_matmul
 from smet_compile.passes.fuse_update import fuse_update
 from smet_compile.passes.graph import PassReport
+from smet_compile.passes.lower_convolutions import lower_convolutions
 from smet_compile.passes.recompute_unpack import mark_seen, recompute_unpack
 from smet_compile.passes.verify import verify
 
@@ -29,6 +30,7 @@ Pass = Callable[[fx.Graph], PassReport]
 
 PASSES: tuple[Pass, ...] = (
     recompute_unpack,
+    lower_convolutions,
     canonicalize,
     fuse_masked_matmul,
     fuse_sampled_matmul,

@@ -38,16 +38,22 @@ def recompute_unpack(graph: fx.Graph) -> PassReport:
     """Marks every unpack and what is computed from it alone, and removes the sinks."""
     report = PassReport("recompute_unpack")
     for node in calls(graph, UNPACK):
-        known = arguments(node) | {"update_sink": None, "growth_sink": None, "traced": False}
+        known = arguments(node) | {"update_sink": None, "growth_sink": None, "traced": False, "scales_rows": False}
         seen = tuple(known.values())
         if node.meta.get("ac_graph_id") == _AFTER_ALL_REGIONS and node.args == seen:
             continue
         must_recompute(node)
-        node.args = seen
+        _set_arguments(node, seen)
         for derived in _derived(node):
             must_recompute(derived)
         report.matched += 1
     return report
+
+
+def _set_arguments(node: fx.Node, args: tuple[Any, ...]) -> None:
+    """Gives a call other arguments. Inductor would compare them with those that it was traced with."""
+    node.args = args
+    node.meta.pop("eager_input_vals", None)
 
 
 def _derived(weight: fx.Node) -> list[fx.Node]:
@@ -84,4 +90,4 @@ def _size(node: fx.Node) -> int | None:
 def mark_seen(graph: fx.Graph) -> None:
     """Suppresses the warning of a graph that the passes did not see, where they are turned off."""
     for node in calls(graph, UNPACK):
-        node.args = tuple((arguments(node) | {"traced": False}).values())
+        _set_arguments(node, tuple((arguments(node) | {"traced": False}).values()))

@@ -32,6 +32,7 @@ from smet_compile.passes.graph import (
     updated,
     val,
 )
+from smet_compile.passes.lower_convolutions import reason_to_keep
 from smet_compile.passes.weight_views import View
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, UPDATE = "forward", "input gradient", "weight gradient", "update"
@@ -126,15 +127,15 @@ def _reasons(unpack: fx.Node) -> Iterator[tuple[fx.Node, str]]:
     """Yields each reader of a dense weight, through any views, and why it is not fused."""
     whole = View(tuple("?" * val(unpack).dim()))
     for _, user, _ in uses(unpack, whole):
-        yield user, _reason(user)
+        yield user, _reason(user, SiteArgs.of(unpack).layout)
 
 
-def _reason(user: fx.Node) -> str:
+def _reason(user: fx.Node, layout: Layout) -> str:
     name = _name(user)
     if user.op == "output":
         return "the dense weight is returned or crosses a graph break"
     if "convolution" in name:
-        return "read by a convolution"
+        return f"read by {reason_to_keep(user, layout) or 'a convolution'}"
     if is_call(user, *_LOOKUPS):
         return f"rows or matrices of it are looked up ({name}), as an embedding or data-dependent experts do"
     if is_call(user, MASKED, SAMPLED):

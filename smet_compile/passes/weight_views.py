@@ -42,7 +42,13 @@ class View:
 
 
 def whole(layout: Layout) -> View | None:
-    """Returns the view that is the weight itself; None where labels cannot name its dimensions (a convolution's)."""
+    """Returns the view that is the weight itself; None where labels cannot name its dimensions.
+
+    That is so for convolutions, but for those of a kernel of 1.
+    """
+    rows, cols, *kernel = layout.shape
+    if kernel and layout.matrix == (rows, cols) and all(side == 1 for side in kernel):
+        return None if 1 in layout.matrix else View(("R", "C", *["1"] * len(kernel)))
     if tuple(layout.matrix) != tuple(layout.shape[-2:]) or 1 in layout.matrix or len(layout.shape) > 3:
         return None
     stack = ("S",) if layout.num_matrices > 1 else ("1",)

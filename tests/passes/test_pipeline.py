@@ -38,6 +38,7 @@ def plain(graph: fx.Graph) -> None:
 def test_order() -> None:
     assert [each.__name__ for each in PASSES] == [
         "recompute_unpack",
+        "lower_convolutions",
         "canonicalize",
         "fuse_masked_matmul",
         "fuse_sampled_matmul",

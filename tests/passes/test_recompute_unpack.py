@@ -108,7 +108,7 @@ def test_warning_and_sinks_are_taken_off() -> None:
     graph = capture(reads(W, READS["as it is"]), randn(5, 16), passes=ONLY)
     assert graph.joint is not None
     (unpack,) = calls(graph.joint.graph, UNPACK)
-    assert unpack.args[4:] == (None, None, False)
+    assert unpack.args[4:] == (None, None, False, False)
 
 
 def test_idempotent() -> None:

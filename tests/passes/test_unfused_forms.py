@@ -40,16 +40,18 @@ def routed(x: Tensor, chosen: Tensor, w: Tensor) -> Tensor:
 
 
 W, S = (24, 16), (3, 24, 16)
-CONVOLUTION = {
-    FORWARD: ["read by a convolution"],
-    INPUT: ["read by a convolution"],
-    WEIGHT: [comes_from("convolution_backward")],
-}
+
+
+def convolution(kernel: str) -> dict[str, list[str]]:
+    read = f"read by a convolution of kernel {kernel}"
+    return {FORWARD: [read], INPUT: [read], WEIGHT: [comes_from("convolution_backward")]}
+
+
 ROWS = torch.tensor([3, 0, 3, 23])
 EMBEDDING_GRADIENT = "index_put" if torch.__version__ < "2.13" else "_unsafe_masked_index_put_accumulate"
 UNFUSED = {
-    "convolution": Unfused((8, 4, 3, 3), lambda x, w: F.conv2d(x, w), (randn(1, 4, 7, 7),), CONVOLUTION),
-    "convolution, 1-D": Unfused((8, 4, 3), lambda x, w: F.conv1d(x, w), (randn(1, 4, 7),), CONVOLUTION),
+    "convolution": Unfused((8, 4, 3, 3), lambda x, w: F.conv2d(x, w), (randn(1, 4, 7, 7),), convolution("3x3")),
+    "convolution, 1-D": Unfused((8, 4, 3), lambda x, w: F.conv1d(x, w), (randn(1, 4, 7),), convolution("3")),
     "embedding": Unfused(
         W,
         lambda rows, w: F.embedding(rows, w),

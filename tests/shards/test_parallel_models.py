@@ -263,6 +263,12 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     attempt("replicated", nn.Sequential(replicated))
     whole = shard(whole_net(torch.float32), mesh=mesh)
     attempt("after fully_shard", whole)
+    parts = cut_layers(dense_net(torch.float32), mesh)
+    smet.sparsify(parts, 0.3)
+    try:
+        smet.correct_gradients(parts, smet.ActiveSGD(parts, 0.1))
+    except ValueError as error:
+        found["corrected"] = str(error)
     return found
 
 
@@ -277,4 +283,5 @@ def test_refusals_say_what_to_do() -> None:
         assert found["no pair"].startswith("slabs['*.up']: expected slabs (count, dim)")
         assert "cuts by rows or by columns" in found["replicated"]
         assert found["after fully_shard"]
+        assert "got a part of one" in found["corrected"]
     processes.stop()  # the mesh of descending ranks made a group

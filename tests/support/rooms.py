@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format", "shards"}
-ABOVE = {"distributed", "api", "train_step", "explain", "tracing", "plan", "microscope", "presets"}
+ABOVE = {"distributed", "api", "train_step", "explain", "correction", "tracing", "plan", "microscope", "presets"}
 SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
@@ -40,6 +40,10 @@ ROOMS = {
     "explain": Room(
         {"ops", "passes", "tracing", "train_step", "format", "shards"},
         "it asks the passes what they did, and changes nothing",
+    ),
+    "correction": Room(
+        {"microscope", "tracing", "optim", "ops", "format", "shards"},
+        "it reads from a forward what feeds batch norm, and marks sites; what to do with the marks is known below",
     ),
     "microscope": Room(
         {"runtime", "tracing", "ops", "format", "shards"}, "it looks at a model and at its history, and changes nothing"
