@@ -54,12 +54,11 @@ def test_ranks_join_and_leave_without_a_step_lost() -> None:
     wishes = {2: ([[0, 1], [2, 3]], ("dp", "tp")), 8: ([1, 2, 3], ("dp",))}
     found = processes.run(4, lived, wishes)
     processes.stop()
-    assert [made for _, made in found] == [
-        list(range(0, 11)),
-        list(range(TOTAL)),
-        list(range(5, TOTAL)),
-        list(range(5, TOTAL)),
-    ]
+    first, second, third, fourth = (made for _, made in found)
+    joined, left = third[0], first[-1] + 1
+    assert joined in (4, 5, 6) and left in (10, 11, 12)  # two steps after the first rank sees the wish
+    assert first == list(range(left)) and second == list(range(TOTAL))
+    assert third == fourth == list(range(joined, TOTAL))
     for losses, _ in found:
         torch.testing.assert_close(losses, {step: stayed[step] for step in losses}, rtol=0, atol=1e-12)
 

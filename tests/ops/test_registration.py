@@ -84,7 +84,7 @@ def test_update_by_other_rules(name: str, rule: str) -> None:
 def test_collected_gradients(name: str, with_active: bool) -> None:
     compact, values, dense = site(name)
     layout = compact.layout
-    collected = Collected.empty(values, layout, 3, with_active)
+    collected = Collected.empty(values, layout, 3, values.shape[0] if with_active else 0)
     place = compact.topology, layout.text, layout.num_blocks, ""
     torch.library.opcheck(torch.ops.smet.collect_gradient.default, (dense, *collected, *place))
     best = torch.ops.smet.collect_gradient(dense, *collected, *place)
@@ -99,7 +99,7 @@ def test_a_gradient_that_is_not_finite_is_not_collected() -> None:
     compact, values, dense = site("tiles")
     place = compact.topology, compact.layout.text, compact.layout.num_blocks, ""
     collected = Collected(
-        *torch.ops.smet.collect_gradient(dense, *Collected.empty(values, compact.layout, 3, True), *place)
+        *torch.ops.smet.collect_gradient(dense, *Collected.empty(values, compact.layout, 3, compact.num_active), *place)
     )
     dense[0, 0] = torch.inf
     again = Collected(*torch.ops.smet.collect_gradient(dense, *collected, *place))

@@ -100,7 +100,7 @@ def test_gradient_that_is_no_product_is_updated_with_what_was_packed() -> None:
 def test_gradient_that_growth_reads_is_updated_with_what_was_packed() -> None:
     model = chain(1)
     for site in find_sites(model).values():
-        site.compact.collected = Collected.empty(site.values, site.layout, num_kept=2, with_active=False)
+        site.compact.collected = Collected.empty(site.values, site.layout, num_kept=2, num_active=0)
     graph = capture_step(model, data())
     assert matched(graph, "fuse_update") == 0
     assert len(made(graph, UPDATE)) == 1
