@@ -85,7 +85,10 @@ class World:
         return distributed.get_rank() == int(self.mesh.mesh.min())
 
     def ask(self, mesh: Ranks, *, names: Sequence[str]) -> None:
-        """Asks for another layout. Wishes are fulfilled in the order in which they came, two steps later or more."""
+        """Asks for another layout. Wishes are fulfilled in the order in which they came, two steps later or more.
+
+        One that comes in the last two steps is not fulfilled.
+        """
         wish = _check("mesh", mesh, names)
         self._wish({"mesh": wish})
 
@@ -126,12 +129,14 @@ class World:
         """Returns the wish that is due before this step; gives the next one its step, on the first rank."""
         number = self._num_switches + 1
         at = self._key(f"at {number}")
-        if self._is_first and self._store.check([self._key(f"wish {number}")]) and not self._store.check([at]):
-            self._store.set(at, str(self._num_steps + _STEPS_AHEAD))
+        soon = self._num_steps + _STEPS_AHEAD
+        is_asked = self._is_first and soon < total and self._store.check([self._key(f"wish {number}")])
+        if is_asked and not self._store.check([at]):
+            self._store.set(at, str(soon))
         if not self._store.check([at]):
             return None
         step = int(self._store.get(at))
-        if step != self._num_steps or step >= total:
+        if step != self._num_steps:
             return None
         return self._read(number) | {"at": step}
 

@@ -63,6 +63,14 @@ def test_ranks_join_and_leave_without_a_step_lost() -> None:
         torch.testing.assert_close(losses, {step: stayed[step] for step in losses}, rtol=0, atol=1e-12)
 
 
+def test_a_late_wish_is_left_and_all_ranks_end() -> None:
+    processes.stop()
+    late = {TOTAL - 1: ([[0, 1], [2, 3]], ("dp", "tp"))}
+    found = processes.run(4, lived, late)
+    processes.stop()
+    assert [made for _, made in found] == [list(range(TOTAL))] * 2 + [[]] * 2
+
+
 def refusals(rank: int, world: int) -> list[str]:
     found = []
     for ranks, names in (
