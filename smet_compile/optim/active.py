@@ -240,7 +240,7 @@ class ActiveOptimizer(Optimizer):
             generation=local(state.get("generation")),
             births=state.get("births"),
             layout=known.layout,
-            **known.place_of_rows(parameter),
+            **known.place_of_rows(parameter, rule),
             units_are_columns=known.units_are_columns,
             options=_numbers_of(rule, group),
             density_rate=known.density ** -group["lr_density_exponent"],

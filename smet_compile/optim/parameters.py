@@ -14,6 +14,7 @@ from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
 from smet_compile.ops.optimizers import registered_holders
+from smet_compile.ops.rules import Rule
 from smet_compile.ops.sites import CONVOLUTIONS
 from smet_compile.ops.updates import Update
 from smet_compile.shards import Rows, local
@@ -60,13 +61,22 @@ class Parameter:
             return tuple(self.first_shape)
         return self.site.values_shape
 
-    def place_of_rows(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Returns the arguments of an ``Update`` that say where the rows that this rank holds lie in the whole."""
+    def place_of_rows(self, parameter: nn.Parameter, rule: Rule) -> dict[str, Any]:
+        """Returns the arguments of an ``Update`` that say where the rows that this rank holds lie in the whole.
+
+        Raises ValueError for a dense parameter that is cut by columns, whose output units ``rule`` normalizes.
+        """
         rows, topology, first_place = self.rows_of(parameter), None, 0
         if self.site is not None:
             topology = self.site.topology_of(rows.here)
         else:
-            number, of = rows.column_part  # columns are not consecutive: then no two parts share a place, that is all
+            number, of = rows.column_part
+            if of > 1 and rule.normalized is not None:
+                raise ValueError(
+                    f"{self.name}: expected a weight with whole rows for the rule {rule.name}, got one that tensor "
+                    "parallelism cuts by columns; make it compact, or train it by an optimizer of its own"
+                )
+            # Columns are not consecutive: no two parts share a place, that is all.
             row_size = math.prod(parameter.shape[1:]) // of
             first_place = (number * math.prod(parameter.shape[:1]) + rows.first + rows.here.start) * row_size
         return {

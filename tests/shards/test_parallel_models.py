@@ -264,7 +264,12 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     whole = shard(whole_net(torch.float32), mesh=mesh)
     attempt("after fully_shard", whole)
     parts = cut_layers(dense_net(torch.float32), mesh)
-    smet.sparsify(parts, 0.3)
+    smet.sparsify(parts, 0.3, include="*.up")
+    loss_of(parts, 0, 0, 1).backward()
+    try:
+        smet.ActiveScale(parts, 0.1).step()
+    except ValueError as error:
+        found["columns"] = str(error)
     try:
         smet.correct_gradients(parts, smet.ActiveSGD(parts, 0.1))
     except ValueError as error:
@@ -284,4 +289,5 @@ def test_refusals_say_what_to_do() -> None:
         assert "cuts by rows or by columns" in found["replicated"]
         assert found["after fully_shard"]
         assert "got a part of one" in found["corrected"]
+        assert "layers.0.down.weight: expected a weight with whole rows for the rule scale" in found["columns"]
     processes.stop()  # the mesh of descending ranks made a group
