@@ -1,4 +1,4 @@
-"""What ``correct_gradients`` decides by optimizer, pattern and kind of layer; what it says; what it refuses."""
+"""``correct_gradients`` decides by optimizer, pattern and kind of layer, says why, and refuses misuse."""
 
 import copy
 from typing import Any
