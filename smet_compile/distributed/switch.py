@@ -24,7 +24,7 @@ from smet_compile.distributed.space import Item, SwitchPlan, plan_switch
 from smet_compile.distributed.transfer import Meter, Transfer
 from smet_compile.ops import canonical_name, find_sites
 from smet_compile.runtime import TopologyManager
-from smet_compile.shards import is_sharded, local, reshard, train_on, unwrap
+from smet_compile.shards import Rows, is_sharded, local, reshard, train_on, unwrap
 
 _WHOLE = ("births", "scales")
 """States that every rank has whole, be they as long as a parameter."""
@@ -245,33 +245,11 @@ def _fill_optimizer(model: nn.Module, optimizer: Optimizer, old: _Note, arrived:
             raise ValueError("optimize: expected the parameter groups of the run, got others; make them alike")
         group.update({key: value for key, value in saved.items() if key != "params"})
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        name = names[id(parameter)]
+        name, rows = names[id(parameter)], Rows.of(parameter)
         state = {key: each.on(parameter.device) for key, each in old.small[name].items()}
-        if not _is_first(parameter) and "num_skipped" in state:  # the first rank's count is that of all
+        if not rows.are_first and "num_skipped" in state:  # the first rank's count is that of all
             state["num_skipped"].zero_()
-        for key, (shape, _) in old.tensors[name].state.items():
-            state[key] = _wrapped(parameter, arrived.pop(f"{name}/{key}"), shape)
+        for key in old.tensors[name].state:
+            state[key] = rows.wrap(parameter, arrived.pop(f"{name}/{key}"))
         if state:
             optimizer.state[parameter] = state
-
-
-def _is_first(parameter: Any) -> bool:
-    """Tells whether this rank is the first of those that hold other parts of a parameter."""
-    if not is_sharded(parameter):
-        return True
-    at = parameter.device_mesh.get_coordinate()
-    return all(number == 0 or each.is_replicate() for number, each in zip(at, parameter.placements, strict=True))
-
-
-def _wrapped(parameter: Any, here: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns a state of this shape that lies as its parameter does."""
-    if not is_sharded(parameter):
-        return here
-    from torch.distributed.tensor import DTensor
-
-    like = torch.empty(shape, device="meta")
-    mesh, placements = parameter.device_mesh, parameter.placements
-    wrapped: Tensor = DTensor.from_local(
-        here, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return wrapped

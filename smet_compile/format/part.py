@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from smet_compile.format.layout import Layout
 from smet_compile.format.slabs import Band
 from smet_compile.format.topology import Topology, pack_bits, positions_of, unpack_bits
-from smet_compile.shards.rows import Rows, is_sharded, named, ranks_ascend
+from smet_compile.shards.rows import Rows, is_sharded, ranks_ascend
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,15 @@ class Part:
 
     def bits_of_all(self, bits: Tensor) -> Tensor:
         """Returns the bits (ceil(num_blocks / 8),) of the whole weight from those of each part; every rank calls."""
-        parts = [torch.empty_like(bits) for _ in range(self.count)]
-        with named("gathering the topologies of a weight's parts"):
-            distributed.all_gather(parts, bits, group=self.group)
-        return self.join_bits(parts)
+        mask = torch.zeros(self.whole.num_blocks, dtype=torch.bool, device=bits.device)
+        for number, each in enumerate(self.gather(bits).view(self.count, -1)):
+            self._band_of(number).paste_(mask, unpack_bits(each, self.layout.num_blocks))
+        return pack_bits(mask)
 
     def gather(self, here: Tensor) -> Tensor:
         """Returns the rows (n, ...) of all parts, part by part, of which ``here`` are this one's; every rank calls."""
         cuts = tuple(number * len(here) for number in range(self.count + 1))
         return Rows(cuts, self.band.number, self.group).gather(here)
-
-    def join_bits(self, parts: Sequence[Tensor]) -> Tensor:
-        """Returns the bits of the whole weight from those of all parts, in order."""
-        mask = torch.zeros(self.whole.num_blocks, dtype=torch.bool, device=parts[0].device)
-        for number, each in enumerate(parts):
-            self._band_of(number).paste_(mask, unpack_bits(each, self.layout.num_blocks))
-        return pack_bits(mask)
 
     def split_bits(self, bits: Tensor) -> Tensor:
         """Returns the bits of all parts (count, ceil(num_blocks of a part / 8)) from those of the whole weight."""

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import smet_compile as smet
-from tests.shards.setting import Net, loss_of, mean_over_ranks
+from tests.shards.setting import Net
 
 SLABS = {"*.up": (4, 0), "*.down": (4, 1)}
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
@@ -48,20 +48,6 @@ def whole_net(dtype: torch.dtype, block_shape: Any = 1, **options: Any) -> nn.Mo
 
 def make_sparse(model: nn.Module, block_shape: Any, density: float | None = 0.3, **options: Any) -> nn.Module:
     return smet.sparsify(model, density, block_shape=block_shape, exclude="head", **({"slabs": SLABS} | options))
-
-
-def train(parts: Any, steps: range, number: int, of: int, losses_mean: bool = True) -> list[float]:
-    """Trains on the batches of data rank ``number`` ``of`` so many; returns the mean losses of all ranks."""
-    model, optimizer, manager = parts
-    losses = []
-    for step in steps:
-        loss = loss_of(model, step, number, of)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        manager.step()
-        losses.append(mean_over_ranks(loss) if losses_mean else float(loss.detach().double()))
-    return losses
 
 
 def dense_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import smet_compile as smet
-from tests.shards.setting import shard, sparse_net, train_steps, whole_state
+from tests.shards.setting import as_bytes, shard, sparse_net, train_steps, whole_state
 from tests.support.pairs import pairwise
 from tests.support.ranks import processes
 
@@ -54,13 +54,6 @@ def load_many(rank: int, world: int, folder: Path, *kind: Any) -> Any:
     manager.load_state_dict(torch.load(io.BytesIO(tree["manager"])))
     assert manager.num_steps == SAVED
     return whole_state(model, optimizer), train_steps(parts, range(SAVED, END), rank, world)
-
-
-def as_bytes(tree: Any) -> bytes:
-    """Returns a tree as one value: DCP takes trees apart, and misses lists that have grown."""
-    file = io.BytesIO()
-    torch.save(tree, file)
-    return file.getvalue()
 
 
 KINDS = [(1, None), (4, None), ((1, 5), torch.bfloat16)]

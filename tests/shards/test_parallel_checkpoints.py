@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import smet_compile as smet
-from tests.shards.parallel import dense_weights, parallel_net, train, whole_net
+from tests.shards.parallel import dense_weights, parallel_net, whole_net
+from tests.shards.setting import as_bytes, train_steps
 from tests.support.ranks import processes
 
 SAVED, END = 5, 8
@@ -28,12 +29,12 @@ def make(rank: int, world: int, tp: int, block_shape: Any, grow: str = "random",
 
 
 def go_on(parts: Any, rank: int, world: int, tp: int) -> list[float]:
-    return train(parts, range(SAVED, END), rank // tp, world // tp)
+    return train_steps(parts, range(SAVED, END), rank // tp, world // tp)
 
 
 def save(rank: int, world: int, tp: int, folder: Path, block_shape: Any, grow: str) -> Any:
     parts = model, optimizer, manager = make(rank, world, tp, block_shape, grow)
-    train(parts, range(SAVED), rank // tp, world // tp)
+    train_steps(parts, range(SAVED), rank // tp, world // tp)
     smet.save_checkpoint(folder / "one", model, optimizer, manager, extra={"step": SAVED})
     of_model, of_optimizer = get_state_dict(model, optimizer)
     tree = {"model": of_model, "optimizer": of_optimizer, "manager": as_bytes(manager.state_dict())}
@@ -57,12 +58,6 @@ def load_many(rank: int, world: int, tp: int, folder: Path, block_shape: Any, gr
     set_state_dict(model, optimizer, model_state_dict=tree["model"], optim_state_dict=tree["optimizer"])
     manager.load_state_dict(torch.load(io.BytesIO(tree["manager"])))
     return dense_weights(model), go_on(parts, rank, world, tp)
-
-
-def as_bytes(tree: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(tree, file)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(("block_shape", "grow"), [(1, "momentum"), (4, "random")])

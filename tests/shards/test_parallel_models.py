@@ -16,8 +16,8 @@ import smet_compile as smet
 from smet_compile.ops import find_sites, saved_weights
 from smet_compile.shards import local
 from smet_compile.tracing import Capture
-from tests.shards.parallel import SLABS, cut_layers, dense_net, dense_weights, parallel_net, train, whole_net
-from tests.shards.setting import Net, loss_of, shard
+from tests.shards.parallel import SLABS, cut_layers, dense_net, dense_weights, parallel_net, whole_net
+from tests.shards.setting import Net, loss_of, shard, train_steps
 from tests.support.ranks import processes
 
 
@@ -66,7 +66,7 @@ def stepped(rank: int, world: int, tp: int, compiled: str) -> list[float]:
     manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2, schedule="cosine")
     number, of = rank // tp, dp
     if compiled == "blocks":
-        return train((model, optimizer, manager), range(6), number, of)
+        return train_steps((model, optimizer, manager), range(6), number, of)
     clip = 0.1 if compiled == "clip" else None
     step = smet.compile_train_step(
         model, optimizer, lambda model, step: loss_of(model, step, number, of), max_grad_norm=clip
@@ -102,7 +102,7 @@ def replicated(rank: int, world: int) -> tuple[list[float], list[float]]:
         manager = smet.TopologyManager(
             each, optimizer, total_steps=40, every=2, schedule="cosine", grow="gradient", min_age=2
         )
-        losses.append(train((each, optimizer, manager), range(7), number, of))
+        losses.append(train_steps((each, optimizer, manager), range(7), number, of))
         assert len(manager.history) == 3
     return losses[0], losses[1]
 
@@ -134,7 +134,7 @@ def compiled_graphs(rank: int, world: int, tp: int) -> tuple[Counter[str], int, 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        train((model, optimizer, manager), range(7), rank // tp, world // tp)
+        train_steps((model, optimizer, manager), range(7), rank // tp, world // tp)
     assert len(manager.history) == 3
     sizes = {site.layout.num_weights for site in find_sites(model).values()}
     ops: Counter[str] = Counter()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import smet_compile as smet
-from tests.shards.parallel import dense_weights, parallel_net, train, whole_net
+from tests.shards.parallel import dense_weights, parallel_net, whole_net
+from tests.shards.setting import train_steps
 from tests.support.ranks import processes
 
 FP64, FP32 = torch.float64, torch.float32
@@ -45,8 +46,8 @@ def run(rank: int, world: int, name: str) -> list[str]:
         manager = smet.TopologyManager(each, optimizer, total_steps=60, every=8, schedule="cosine", **of_manager)
         runs.append((each, optimizer, manager))
     start, expected_start = dense_weights(model), dense_weights(whole)
-    losses = train(runs[0], range(30), rank // tp, dp)
-    expected = train(runs[1], range(30), 0, 1)
+    losses = train_steps(runs[0], range(30), rank // tp, dp)
+    expected = train_steps(runs[1], range(30), 0, 1)
     tolerance = 1e-12 if dtype is FP64 else 1e-6
     found = [f"start of {name}" for name in start if not torch.equal(start[name], expected_start[name])]
     found += [f"loss {step}" for step in range(30) if abs(losses[step] - expected[step]) > tolerance]
