@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 
 import smet_compile as smet
 from benchmarks.measuring import machine, spread
-from smet_compile.distributed import Run, switch
+from smet_compile.distributed import Blueprint, Run, SwitchOptions, switch
 
 _DENSITY, _LAYERS, _BYTES_OF_A_WEIGHT = 0.25, 8, 12 + 1 / 4
 _MEMORY_DISK = Path("/dev/shm")
@@ -57,13 +57,17 @@ def optimize(model: nn.Module) -> tuple[torch.optim.Optimizer, smet.TopologyMana
     return optimizer, smet.TopologyManager(model, optimizer, total_steps=1000, every=100, schedule="cosine")
 
 
+def blueprint(width: int) -> Blueprint:
+    """Says how the run is made."""
+    return Blueprint(lambda mesh: build(mesh, width), optimize)
+
+
 def begin(mesh: DeviceMesh, width: int) -> Run | None:
     """Makes a run that has trained for a step; None on a rank that has no part in it."""
-    if distributed.get_rank() not in mesh.mesh.flatten().tolist():
+    run = blueprint(width).begin(mesh)
+    if run is None:
         return None
-    model = smet.materialize(build(mesh, width), seed=0)
-    run = Run(model, *optimize(model), mesh)
-    model(torch.randn(4, width)).square().mean().backward()
+    run.model(torch.randn(4, width)).square().mean().backward()
     run.optimizer.step()
     run.optimizer.zero_grad()
     assert run.manager is not None
@@ -98,10 +102,7 @@ def _tree(run: Run) -> dict[str, Any]:
 
 def make_new(mesh: DeviceMesh, width: int) -> Run | None:
     """Makes the run that a checkpoint is loaded into."""
-    if distributed.get_rank() not in mesh.mesh.flatten().tolist():
-        return None
-    model = smet.materialize(build(mesh, width), seed=1)
-    return Run(model, *optimize(model), mesh)
+    return blueprint(width).begin(mesh)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -117,6 +118,7 @@ def measure(rank: int, store: str, width: int, turns: int, pipe: Any) -> None:
     """Measures on one rank; the first sends (seconds to switch, save, make anew and load, bytes over the fewest)."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(_RANKS))
+    ways = ("pairs", "all_to_all")
     meshes = [DeviceMesh("cpu", ranks, mesh_dim_names=("dp",)) for ranks in (_RANKS, _FEWER)]
     run, found = begin(meshes[0], width), []
     for turn in range(2 * turns):
@@ -128,11 +130,16 @@ def measure(rank: int, store: str, width: int, turns: int, pipe: Any) -> None:
         del new
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+        way = ways[turn // 2 % len(ways)]
+        prepared, of_preparing = timed(lambda mesh=mesh: blueprint(width).prepare(mesh))
         switched, of_switch = timed(
-            lambda run=run, mesh=mesh: switch(run, lambda mesh: build(mesh, width), optimize, mesh)
+            lambda run=run, prepared=prepared, way=way: switch(run, prepared, SwitchOptions(way=way))
         )
         run = switched.run
-        found.append((of_switch, of_save, of_making, of_load, switched.plan.total_sent / switched.plan.lower_bound))
+        over = switched.plan.total_sent / switched.plan.lower_bound
+        if rank == 0:
+            print(ways[turn // 2 % len(ways)], of_switch, switched.seconds, flush=True)
+        found.append((of_preparing + of_switch, of_save, of_making, of_load, over))
     if rank == 0:
         pipe.send((found, switched.plan.total_sent))
     distributed.barrier()

@@ -1,22 +1,31 @@
 """Moves a live run from one layout over ranks to another (DynaTrain, arXiv 2605.18815)."""
 
 from smet_compile.distributed.layout import TensorNote, describe_model, regions_of
+from smet_compile.distributed.members import LostRun
+from smet_compile.distributed.run import Blueprint, Prepared, Run, data_rank
 from smet_compile.distributed.space import Item, Placed, Region, SwitchPlan, plan_switch
-from smet_compile.distributed.switch import Run, Switched, switch
+from smet_compile.distributed.switch import Switched, SwitchOptions, switch
 from smet_compile.distributed.transfer import Meter, Transfer
-from smet_compile.distributed.world import World
+from smet_compile.distributed.world import Change, World, WorldOptions
 
 __all__ = [
+    "Blueprint",
+    "Change",
     "Item",
+    "LostRun",
     "Meter",
     "Placed",
+    "Prepared",
     "Region",
     "Run",
+    "SwitchOptions",
     "SwitchPlan",
     "Switched",
     "TensorNote",
     "Transfer",
     "World",
+    "WorldOptions",
+    "data_rank",
     "describe_model",
     "plan_switch",
     "regions_of",

@@ -1,50 +1,93 @@
-"""Trains one run on some of the ranks of a process group, and switches its layout at a step that all of them agree on.
+"""Trains one run on some of many processes, and moves it to others, or to another layout, while it goes on.
 
-A wish for another layout is written to the store of the process group, by any process that has it. The first rank of
-the run gives it a step that no rank has begun; ranks without a part of the run sleep until then, and send nothing.
+A wish for another layout is written to the store of the process group, by any process that reaches it. The first rank
+of the run turns it into an order for a step that no rank has begun; processes without a part of it sleep until then.
 """
 
 from __future__ import annotations
 
-import json
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import distributed, nn
+from torch import distributed
 
-from smet_compile.distributed.switch import Build, Optimize, Run, Switched, switch
-from smet_compile.format.arguments import described, whole_number
+from smet_compile.distributed import members as talking
+from smet_compile.distributed.generation import Generation, MeshWish
+from smet_compile.distributed.leader import Leader, wish_for
+from smet_compile.distributed.members import Members
+from smet_compile.distributed.run import Blueprint, Prepared, Run, data_rank
+from smet_compile.distributed.safely import Order, SafeSwitch
+from smet_compile.distributed.switch import Switched, SwitchOptions
+from smet_compile.format.arguments import number as checked_number
+from smet_compile.format.arguments import whole_number
 
 Ranks = Sequence[int] | Sequence[Sequence[int]]
-_PREFIX = "smet_compile/world"
-_STEPS_AHEAD = 2
-"""A rank is at most one step ahead of another one, since both take part in every step."""
-_NAP_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class WorldOptions(SwitchOptions):
+    """Says how a world treats wishes.
+
+    Args:
+        keep_source, chunk_bytes, way: how the run moves. With ``keep_source`` a process that dies meanwhile costs
+            nothing but its part of the new layout: the others go on in the old one.
+        patience: seconds to wait for another process before it counts as gone.
+        wish_file: path of a file that the first rank looks for before each step, and removes: a wish as JSON,
+            ``{"mesh": [[0, 1], [2, 3]], "names": ["dp", "tp"]}``.
+    """
+
+    patience: float = 60.0
+    wish_file: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_number("patience", self.patience, above=0)
+
+
+_DEFAULT = WorldOptions()
+
+
+@dataclass(frozen=True)
+class Change:
+    """Says what became of an order to switch.
+
+    Args:
+        step: before which it was. mesh: of the run since then. went_back: whether the run is in its old layout again,
+            since a process failed meanwhile. pause: seconds from the end of the step before to the begin of the next.
+        switched: counts of the transfer.
+    """
+
+    step: int
+    mesh: MeshWish
+    went_back: bool
+    pause: float
+    switched: Switched
 
 
 class World:
-    """Holds a run that trains on some ranks of the default process group, and moves it where it is asked to.
+    """Holds a run that trains on some of the processes, and moves it where it is asked to.
 
-    Every rank of the process group makes one, and goes through ``steps``::
+    Every rank of the default process group makes one, and goes through ``steps``::
 
-        world = World(build, optimize, mesh=[0, 1], names=("dp",))
+        world = World(Blueprint(build, optimize), mesh=[0, 1], names=("dp",))
         for step in world.steps(1000):
-            loss = world.run.model(batch(step)).loss; ...
-        # meanwhile, from any rank:
+            loss = world.model(batch(step, world.data_rank, world.num_data_ranks)).loss; ...
+        # meanwhile, from any process:
         world.ask([[0, 1], [2, 3]], names=("dp", "tp"))
 
+    Processes that start later take part by ``World.join``. Ranks in meshes are numbers of processes, which they keep:
+    those of the default process group, then those that join, as they come.
+
     Args:
-        build: makes the model for a ``DeviceMesh``, on the meta device; see ``switch``.
-        optimize: makes optimizer and manager for it.
+        blueprint: how the run is made for a mesh.
         mesh: the ranks that train, a list or a table of them, ascending. names: of the dimensions of the mesh.
-        initialize: gives the first model its weights; by default ``smet_compile.materialize`` with ``seed=0``.
 
     Attributes:
-        run: what this rank has of the run; None while it has no part in it. mesh: the mesh that trains.
-        switched: the outcome of each switch so far.
+        number: of this process. run: what it has of the run; None while it has no part in it.
+        mesh: the mesh that trains, in numbers of processes. changes: the outcome of each order to switch so far.
 
     Raises:
         ValueError: no process group; a mesh with a rank twice, with ranks that do not exist or do not ascend, or with
@@ -52,147 +95,207 @@ class World:
     """
 
     def __init__(
-        self,
-        build: Build,
-        optimize: Optimize,
-        *,
-        mesh: Ranks,
-        names: Sequence[str],
-        initialize: Any = None,
+        self, blueprint: Blueprint, *, mesh: Ranks, names: Sequence[str], options: WorldOptions = _DEFAULT
     ) -> None:
         if not (distributed.is_available() and distributed.is_initialized()):
             raise ValueError(
-                "World: expected a process group, got none; call torch.distributed.init_process_group first"
+                "World: expected a process group, got none; call torch.distributed.init_process_group first, or join "
+                "a world"
             )
-        self._build, self._optimize = build, optimize
-        self._store = distributed.distributed_c10d._get_default_store()
-        self._number = int(self._store.add(f"{_PREFIX}s by rank {distributed.get_rank()}", 1))
-        self.mesh = _make_mesh(_check("mesh", mesh, names))
-        self.run: Run | None = None
-        self.switched: list[Switched] = []
-        self._num_switches, self._num_steps = 0, 0
-        if self._is_active:
-            model = build(self.mesh)
-            (_materialize if initialize is None else initialize)(model)
-            self.run = Run(model, *optimize(model), self.mesh)
+        wish = wish_for(mesh, names, prepare=False, stay=True)
+        size = distributed.get_world_size()
+        if max(MeshWish.of(wish).members) >= size:
+            raise ValueError(
+                f"mesh: expected ranks from 0 to {size - 1}, each once, got {wish['mesh']}; start more processes, or "
+                "take other ranks"
+            )
+        talk = Members.found(talking.root_store(), options.patience)
+        self._begin(blueprint, talk, options)
+        self._generation: Generation | None = Generation(list(range(size)), distributed.get_backend())
+        self.mesh: MeshWish | None = MeshWish.of(wish)
+        self.run = blueprint.begin(self._generation.mesh(self.mesh))
+
+    @classmethod
+    def join(cls, blueprint: Blueprint, address: str, options: WorldOptions = _DEFAULT) -> World:
+        """Makes the world of a process that starts later; ``steps`` waits there until the run is to use it.
+
+        Args:
+            address: that of the store, ``world.address`` of another process; under torchrun MASTER_ADDR:MASTER_PORT.
+
+        Raises:
+            ValueError: nobody answers there, or there is no world.
+        """
+        world = cls.__new__(cls)
+        world._begin(blueprint, Members.join(address, options.patience), options)
+        world._generation, world.mesh, world.run = None, None, None
+        return world
+
+    def _begin(self, blueprint: Blueprint, talk: Members, options: WorldOptions) -> None:
+        self._blueprint, self._talk, self._options = blueprint, talk, options
+        self.number, self.changes = talk.number, list[Change]()
+        self._leader = Leader(talk, 1, options.wish_file)
+        self._num_steps, self._is_dismissed = 0, False
+        self._prepared: _Preparing | None = None
 
     @property
-    def _is_active(self) -> bool:
-        return bool((self.mesh.mesh == distributed.get_rank()).any())
+    def address(self) -> str | None:
+        """Returns where other processes join; None where the store cannot be reached from others."""
+        return talking.address_of(self._talk.store)
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """Returns what a step calls."""
+        return self._own.forward
+
+    @property
+    def optimizer(self) -> Any:
+        return self._own.optimizer
+
+    @property
+    def manager(self) -> Any:
+        return self._own.manager
+
+    @property
+    def data_rank(self) -> int:
+        """Returns which share of the data this rank reads, counted from 0."""
+        return data_rank(self._own.mesh, distributed.get_rank())[0]
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Returns into how many shares the data is divided."""
+        return data_rank(self._own.mesh, distributed.get_rank())[1]
+
+    @property
+    def _own(self) -> Run:
+        if self.run is None:
+            raise ValueError("world: expected a process with a part of the run, got one that waits; see world.run")
+        return self.run
+
+    def ask(self, mesh: Ranks, *, names: Sequence[str], prepare: bool = True, stay: bool = True) -> int:
+        """Asks for another layout; returns the number of the wish.
+
+        Wishes are fulfilled in the order in which they came, as long as steps are left. One that cannot be fulfilled is
+        refused with a warning on the first rank, and the run goes on as it is.
+
+        Args:
+            prepare: makes groups and model of the new layout while the run goes on, and switches when all are ready.
+                A layout with processes that have just joined is made while the run waits, in any case.
+            stay: whether processes without a part of the new layout wait for a later one; else their steps end.
+        """
+        return self._talk.ask(wish_for(mesh, names, prepare=prepare, stay=stay))
+
+    def answer(self, number: int, seconds: float = 60.0) -> str:
+        """Returns what became of a wish.
+
+        Raises:
+            TimeoutError: nothing did in so many seconds.
+        """
+        return self._talk.answer_to(number, seconds)
+
+    def steps(self, total: int, *, start: int = 0) -> Iterator[int]:
+        """Yields the numbers of the steps that this process is to make, from ``start`` up to ``total``.
+
+        In between it switches, where that is ordered. A process without a part of the run waits here.
+
+        Raises:
+            LostRun: a part of the run's state is gone with a process that died, or the run does not go on.
+        """
+        total = whole_number("total", total, at_least=1)
+        self._num_steps = whole_number("start", start, at_least=0)
+        while self._num_steps < total and not self._is_dismissed:
+            if not self._follow_orders(total):
+                break
+            if self.run is not None:
+                yield self._num_steps
+                self._num_steps += 1
+        if self._is_first:
+            self._talk.order({"kind": "end"})
 
     @property
     def _is_first(self) -> bool:
-        return distributed.get_rank() == int(self.mesh.mesh.min())
+        return self.run is not None and self.mesh is not None and self.number == self.mesh.members[0]
 
-    def ask(self, mesh: Ranks, *, names: Sequence[str]) -> None:
-        """Asks for another layout. Wishes are fulfilled in the order in which they came, two steps later or more.
-
-        One that comes in the last two steps is not fulfilled.
-        """
-        wish = _check("mesh", mesh, names)
-        self._wish({"mesh": wish})
-
-    def _wish(self, wish: dict[str, Any]) -> None:
-        number = int(self._store.add(self._key("number"), 1))
-        self._store.set(self._key(f"wish {number}"), json.dumps(wish))
-
-    def _key(self, name: str) -> str:
-        return f"{_PREFIX} {self._number}/{name}"
-
-    def steps(self, total: int) -> Iterator[int]:
-        """Yields the numbers of the steps that this rank is to make, up to ``total``, and switches in between.
-
-        A rank without a part of the run waits here.
-        """
-        total = whole_number("total", total, at_least=1)
-        while self._num_steps < total:
-            wish = self._due(total) if self._is_active else self._wait()
-            if wish is None:
-                yield self._num_steps
-                self._num_steps += 1
-            elif "end" in wish:
-                break
-            else:
-                self._num_steps = int(wish["at"])
-                self._follow(wish["mesh"])
-        if self._is_active and self._is_first:
-            self._store.set(self._key("end"), "")
-
-    def _follow(self, wish: list[Any]) -> None:
-        mesh = _make_mesh(wish)
-        switched = switch(self.run, self._build, self._optimize, mesh)
-        self.run, self.mesh = switched.run, mesh
-        self.switched.append(switched)
-        self._num_switches += 1
-
-    def _due(self, total: int) -> dict[str, Any] | None:
-        """Returns the wish that is due before this step; gives the next one its step, on the first rank."""
-        number = self._num_switches + 1
-        at = self._key(f"at {number}")
-        soon = self._num_steps + _STEPS_AHEAD
-        is_asked = self._is_first and soon < total and self._store.check([self._key(f"wish {number}")])
-        if is_asked and not self._store.check([at]):
-            self._store.set(at, str(soon))
-        if not self._store.check([at]):
-            return None
-        step = int(self._store.get(at))
-        if step != self._num_steps:
-            return None
-        return self._read(number) | {"at": step}
-
-    def _wait(self) -> dict[str, Any]:
-        """Returns the next wish that has a step, or the end."""
-        number = self._num_switches + 1
-        at = self._key(f"at {number}")
+    def _follow_orders(self, total: int) -> bool:
+        """Follows the orders that are due; returns False where this process's steps end."""
         while True:
-            if self._store.check([self._key("end")]):
-                return {"end": True}
-            if self._store.check([at]):
-                return self._read(number) | {"at": int(self._store.get(at))}
-            time.sleep(_NAP_SECONDS)
+            if self.run is None:
+                order: dict[str, Any] | None = self._talk.wait_for_order()
+            else:
+                if self._is_first:
+                    assert self._generation is not None and self.mesh is not None
+                    self._leader.step(self._num_steps, total, self._generation, self.mesh)
+                order = self._talk.next_order()
+            if order is None or (order.get("at", self._num_steps) > self._num_steps and self.run is not None):
+                return True
+            self._talk.follow()
+            if order["kind"] == "end":
+                return False
+            self._follow(order)
+            if self._is_dismissed:
+                return False
 
-    def _read(self, number: int) -> dict[str, Any]:
-        key = self._key(f"wish {number}")
-        self._store.wait([key], timedelta(seconds=60))
-        wish: dict[str, Any] = json.loads(self._store.get(key))
-        return wish
+    def _follow(self, order: dict[str, Any]) -> None:
+        if order["kind"] == "call":
+            self._talk.say("here", order["number"])
+        elif order["kind"] == "prepare":
+            self._prepare(order)
+        elif order["kind"] == "switch":
+            self._switch(order)
+
+    def _prepare(self, order: dict[str, Any]) -> None:
+        """Makes the mesh of a layout, and begins to make its model, beside the run."""
+        number, generation = order["number"], self._generation
+        if self.number not in order["members"] or generation is None:
+            return
+        try:
+            self._talk.meet("prepare", number, order["members"])
+            mesh = generation.mesh(MeshWish.of(order))
+        except (TimeoutError, RuntimeError):  # a process is gone; the next switch makes a new group without it
+            self._talk.say("not ready", number)
+        else:
+            self._prepared = _Preparing(self._blueprint, mesh, self._talk, number)
+
+    def _switch(self, order: dict[str, Any]) -> None:
+        """Switches, and notes what came of it."""
+        self._leader = Leader(self._talk, order["wish"] + 1, self._options.wish_file)
+        if self.number not in order["members"]:
+            self._prepared, self._generation = None, None
+            return
+        start = time.perf_counter()
+        prepared = None if self._prepared is None or order["is_fresh"] else self._prepared.result()
+        self._prepared = None
+        safely = SafeSwitch(self._talk, self._blueprint, self._options, self._generation, Order.of(order))
+        outcome = safely.run(self.run, prepared)
+        self.run, self._generation, self.mesh = outcome.switched.run, outcome.generation, outcome.mesh
+        self._num_steps = order["at"]
+        pause = time.perf_counter() - start
+        self.changes.append(Change(order["at"], outcome.mesh, outcome.went_back, pause, outcome.switched))
+        if self._is_first:
+            done = "went back to the old layout, since a process failed" if outcome.went_back else "switched"
+            self._talk.answer(order["wish"], f"{done} before step {order['at']}, in {pause:.2f} s")
+        self._is_dismissed = self.run is None and not order["stay"] and not outcome.went_back
 
 
-def _materialize(model: nn.Module) -> None:
-    from smet_compile.convert import materialize
+class _Preparing:
+    """Makes a model on the meta device in a thread of its own."""
 
-    materialize(model, seed=0)
+    def __init__(self, blueprint: Blueprint, mesh: Any, talk: Members, order: int) -> None:
+        self._made: Prepared | Exception | None = None
+        self._thread = threading.Thread(target=self._work, args=(blueprint, mesh, talk, order), daemon=True)
+        self._thread.start()
 
+    def _work(self, blueprint: Blueprint, mesh: Any, talk: Members, order: int) -> None:
+        try:
+            self._made = blueprint.prepare(mesh)
+        except Exception as error:
+            self._made = error
+            talk.say("not ready", order, f"{type(error).__name__}: {error}")
+        else:
+            talk.say("ready", order)
 
-def _check(name: str, ranks: Any, names: Any) -> list[Any]:
-    """Returns the table of ranks and the names of its dimensions; raises ValueError where they make no mesh."""
-    try:
-        table = torch.tensor(ranks, dtype=torch.int64)
-    except (TypeError, ValueError, RuntimeError):
-        table = torch.empty(0)
-    names = list(names) if isinstance(names, Sequence) and not isinstance(names, str) else []
-    if not table.numel() or not all(isinstance(each, str) for each in names) or len(names) != table.dim():
-        raise ValueError(
-            f"{name}: expected a list or a table of ranks with a name for each dimension, got {described(ranks)} and "
-            f'{described(names)}; pass [[0, 1], [2, 3]] and names=("dp", "tp"), say'
-        )
-    flat, size = table.flatten().tolist(), distributed.get_world_size()
-    if len(set(flat)) != len(flat) or not all(0 <= rank < size for rank in flat):
-        raise ValueError(
-            f"{name}: expected ranks from 0 to {size - 1}, each once, got {table.tolist()}; start more processes, or "
-            "take other ranks"
-        )
-    if not all(bool((table.diff(dim=dim) > 0).all()) for dim in range(table.dim())):
-        raise ValueError(f"{name}: expected ranks that ascend along each dimension, got {table.tolist()}; sort them")
-    return [table.tolist(), names]
-
-
-def _make_mesh(wish: list[Any]) -> Any:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    table, names = wish
-    kind = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    mesh = DeviceMesh(kind, table, mesh_dim_names=tuple(names))
-    for dim in names if len(names) > 1 else ():
-        mesh[dim]  # made on all ranks, in one order
-    return mesh
+    def result(self) -> Prepared:
+        """Waits for the model, and returns it."""
+        self._thread.join()
+        if isinstance(self._made, Prepared):
+            return self._made
+        raise RuntimeError("world: expected a prepared model, got none") from self._made

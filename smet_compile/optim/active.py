@@ -327,10 +327,12 @@ class ActiveOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns torch's state dict, with the blocks skipped on all ranks. Of a sharded model every rank asks."""
         found = super().state_dict()
-        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
-            if is_sharded(parameter) and number in found["state"]:
-                state, known = found["state"][number], self._parameters[parameter]
-                found["state"][number] = state | of_all_ranks(state, known.rows_of(parameter), known.site)
+        numbered = enumerate(p for group in self.param_groups for p in group["params"])
+        sharded = {number: p for number, p in numbered if is_sharded(p) and number in found["state"]}
+        known = [(number, p, self._parameters[p]) for number, p in sharded.items()]
+        counts_of = of_all_ranks([(found["state"][number], each.rows_of(p), each.site) for number, p, each in known])
+        for number, counts in zip(sharded, counts_of, strict=True):
+            found["state"][number] = found["state"][number] | counts
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ nor warm-up depend on their age are merged. If even that frees no entry, the tab
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,12 +201,24 @@ def sum_scales_(scales: Tensor, places: Tensor, rows: Rows) -> Tensor:
     return scales.copy_(torch.where(is_active > 0, torch.stack(of_slots), scales))
 
 
-def of_all_ranks(state: dict[str, Tensor], rows: Rows, site: Site | None) -> dict[str, Tensor]:
-    """Returns the counts and scales of a sharded parameter that all ranks have together; every rank has to ask."""
-    found = {"num_skipped": rows.sum_(state["num_skipped"].clone())}
-    if "scales" in state and site is not None:
-        places = positions_of(site.topology_of(rows.here).mask())
-        found["scales"] = sum_scales_(state["scales"].clone(), places, rows)
+def of_all_ranks(parameters: Sequence[tuple[dict[str, Tensor], Rows, Site | None]]) -> list[dict[str, Tensor]]:
+    """Returns the counts and scales of sharded parameters that all ranks have together; every rank has to ask.
+
+    Counts are added up for all parameters at once, as far as the same ranks hold their parts.
+    """
+    found: list[dict[str, Tensor]] = [{} for _ in parameters]
+    together: dict[Any, list[int]] = {}
+    for number, (state, rows, _) in enumerate(parameters):
+        groups = tuple(group.group_name for group in rows.groups)
+        together.setdefault((groups, state["num_skipped"].device), []).append(number)
+    for numbers in together.values():
+        counts = torch.stack([parameters[number][0]["num_skipped"] for number in numbers])
+        for number, count in zip(numbers, parameters[numbers[0]][1].sum_(counts), strict=True):
+            found[number]["num_skipped"] = count.clone()
+    for (state, rows, site), each in zip(parameters, found, strict=True):
+        if "scales" in state and site is not None:
+            places = positions_of(site.topology_of(rows.here).mask())
+            each["scales"] = sum_scales_(state["scales"].clone(), places, rows)
     return found
 
 

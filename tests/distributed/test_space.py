@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import smet_compile.distributed.transfer as transfer_module
 from smet_compile.distributed import Item, Placed, Region, Transfer, plan_switch
+from smet_compile.distributed.transfer import WAYS
 from tests.support.ranks import processes
 
 CPU = torch.device("cpu")
@@ -66,12 +68,13 @@ def transitions(rank: int, world: int, count: int) -> list[str]:
     """Makes random transitions; returns what went wrong."""
     draw, found = random.Random(world), []
     for number in range(count):
+        transfer_module._SMALL_BYTES = draw.choice((0, 16, 1 << 16))
         items, chunk = some_items(draw, world), draw.choice((1, 7, 64, 4096))
         plan = plan_switch(items, chunk)
         here = {item.name: stored(item, item.source, rank) for item in items}
         here = {name: tensor for name, tensor in here.items() if tensor is not None}
         arrived: dict[str, Tensor] = {}
-        transfer = Transfer(items, CPU, here.get, here.pop, arrived.__setitem__)
+        transfer = Transfer(items, CPU, here.get, arrived.__setitem__, here.pop, WAYS[number % 2])
         transfer.run(chunk)
         for item in items:
             wanted = stored(item, item.target, rank)
@@ -89,7 +92,7 @@ def transitions(rank: int, world: int, count: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 5])
 def test_random_transitions(world: int) -> None:
     assert processes.run(world, transitions, 60) == [[]] * world
 

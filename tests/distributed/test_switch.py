@@ -9,7 +9,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import smet_compile as smet
-from smet_compile.distributed import Run, switch
+from smet_compile.distributed import Blueprint, Run, SwitchOptions, switch
+from smet_compile.distributed.transfer import WAYS
 from smet_compile.ops import find_sites
 from smet_compile.shards import make_whole
 from tests.shards.parallel import SLABS, cut_layers
@@ -102,14 +103,13 @@ def lived(rank: int, world: int, name: str, moves: bool) -> tuple[list[float], i
     dtype, block_shape, options = KINDS[name]
     layout, until = SEQUENCE[0]
     mesh = mesh_of(layout)
-    model = builder(layout[0], dtype, block_shape)(mesh)
-    smet.materialize(model, seed=0)
-    run: Run | None = Run(model, *optimizing(options)(model), mesh)
+    run = Blueprint(builder(layout[0], dtype, block_shape), optimizing(options)).begin(mesh)
     losses, step, wrong = [], 0, []
     for number, (layout, until) in enumerate(SEQUENCE):
         if number and moves:
             before, old, new = whole_state(run), mesh, mesh_of(layout)
-            switched = switch(run, builder(layout[0], dtype, block_shape), optimizing(options), new, chunk_bytes=4096)
+            prepared = Blueprint(builder(layout[0], dtype, block_shape), optimizing(options)).prepare(new)
+            switched = switch(run, prepared, SwitchOptions(number % 3 == 0, 4096, WAYS[number % 2]))
             assert switched.plan.total_sent == switched.plan.lower_bound
             run, mesh = switched.run, new
             after, before = whole_state(run), from_first_of(old, before)
@@ -154,9 +154,9 @@ def test_a_run_goes_through_eight_layouts(name: str) -> None:
 def refused(rank: int, world: int) -> list[str]:
     """Returns the errors of switches to models that are not that of the run, and whether it trains on."""
     mesh, found = mesh_of(("fsdp", [0, 1])), []
-    model = builder("fsdp", torch.float64, 1)(mesh)
-    smet.materialize(model, seed=0)
-    run = Run(model, *optimizing({})(model), mesh)
+    run = Blueprint(builder("fsdp", torch.float64, 1), optimizing({})).begin(mesh)
+    assert run is not None
+    model = run.model
     loss_of(model, 0, rank, world).backward()
     run.optimizer.step()
     before = whole_state(run)
@@ -173,7 +173,7 @@ def refused(rank: int, world: int) -> list[str]:
 
     for other in (wider, without_slabs, builder("fsdp", torch.float32, 1)):
         try:
-            switch(run, other, optimizing({}), mesh_of(("fsdp", [0, 1])))
+            switch(run, Blueprint(other, optimizing({})).prepare(mesh_of(("fsdp", [0, 1]))))
         except ValueError as error:
             found.append(str(error))
     after = whole_state(run)

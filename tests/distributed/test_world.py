@@ -1,17 +1,18 @@
 """A world follows wishes at a step that all ranks agree on; ranks that wait join, and ranks of the run leave it."""
 
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed
 
-from smet_compile.distributed import World
+from smet_compile.distributed import Blueprint, World, WorldOptions
 from tests.distributed.test_switch import builder, optimizing
 from tests.shards.setting import loss_of
 from tests.support.ranks import processes
 
-TOTAL = 16
+TOTAL = 24
 
 
 def build(mesh: Any) -> Any:
@@ -19,56 +20,63 @@ def build(mesh: Any) -> Any:
     return builder(kind, torch.float64, 4)(mesh)
 
 
-def lived(rank: int, world: int, wishes: dict[int, tuple[Any, tuple[str, ...]]]) -> tuple[dict[int, float], list[int]]:
-    """Trains with wishes that rank 1 has after some steps; returns its losses by step, and its steps."""
-    here = World(build, optimizing({}), mesh=[0, 1], names=("dp",))
-    losses, made = {}, []
+BLUEPRINT = Blueprint(build, optimizing({}))
+
+
+def train_step(world: World, step: int) -> float:
+    """Makes a step; returns the mean loss over the ranks that train."""
+    loss = loss_of(world.model, step, world.data_rank, world.num_data_ranks)
+    loss.backward()
+    world.optimizer.step()
+    world.optimizer.zero_grad()
+    world.manager.step()
+    total, mesh = loss.detach().clone(), world.run.mesh
+    for dim in mesh.mesh_dim_names:
+        distributed.all_reduce(total, group=mesh.get_group(dim))
+    return float(total / mesh.size())
+
+
+def lived(
+    rank: int, world: int, wishes: dict[int, tuple[Any, tuple[str, ...]]], options: WorldOptions, prepare: bool
+) -> tuple[dict[int, float], list[int], list[float]]:
+    """Trains with wishes that rank 1 has after some steps; returns its losses by step, the switches and pauses."""
+    here = World(BLUEPRINT, mesh=[0, 1], names=("dp",), options=options)
+    losses = {}
     for step in here.steps(TOTAL):
-        run = here.run
-        assert run is not None
-        number = (
-            here.mesh.get_local_rank("dp")
-            if "tp" in here.mesh.mesh_dim_names
-            else here.mesh.mesh.flatten().tolist().index(rank)
-        )
-        of = here.mesh.size(0) if "tp" in here.mesh.mesh_dim_names else here.mesh.size()
-        loss = loss_of(run.model, step, number, of)
-        loss.backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.manager.step()
-        total = loss.detach().clone()
-        for dim in here.mesh.mesh_dim_names:
-            distributed.all_reduce(total, group=here.mesh.get_group(dim))
-        losses[step] = float(total / here.mesh.size())
-        made.append(step)
+        losses[step] = train_step(here, step)
+        if prepare:
+            time.sleep(0.05)
         if rank == 1 and step in wishes:
-            here.ask(wishes[step][0], names=wishes[step][1])
-    return losses, made
+            here.ask(wishes[step][0], names=wishes[step][1], prepare=prepare)
+    assert not any(change.went_back for change in here.changes)
+    return losses, [change.step for change in here.changes], [change.pause for change in here.changes]
 
 
-def test_ranks_join_and_leave_without_a_step_lost() -> None:
+@pytest.mark.parametrize("keep_source", [False, True])
+@pytest.mark.parametrize("prepare", [False, True])
+def test_ranks_join_and_leave_without_a_step_lost(prepare: bool, keep_source: bool) -> None:
     processes.stop()
-    (stayed, _), *_ = processes.run(2, lived, {})
+    options = WorldOptions(keep_source=keep_source)
+    (stayed, _, _), *_ = processes.run(2, lived, {}, options, False)
     processes.stop()
     wishes = {2: ([[0, 1], [2, 3]], ("dp", "tp")), 8: ([1, 2, 3], ("dp",))}
-    found = processes.run(4, lived, wishes)
+    found = processes.run(4, lived, wishes, options, prepare)
     processes.stop()
-    first, second, third, fourth = (made for _, made in found)
-    joined, left = third[0], first[-1] + 1
-    assert joined in (4, 5, 6) and left in (10, 11, 12)  # two steps after the first rank sees the wish
+    first, second, third, fourth = (sorted(losses) for losses, _, _ in found)
+    (joined, left), *others = (switches for _, switches, _ in found)
+    assert others == [[joined, left]] * 3 and 4 <= joined <= left < TOTAL and left >= 10
     assert first == list(range(left)) and second == list(range(TOTAL))
     assert third == fourth == list(range(joined, TOTAL))
-    for losses, _ in found:
+    for losses, _, _ in found:
         torch.testing.assert_close(losses, {step: stayed[step] for step in losses}, rtol=0, atol=1e-12)
 
 
 def test_a_late_wish_is_left_and_all_ranks_end() -> None:
     processes.stop()
     late = {TOTAL - 1: ([[0, 1], [2, 3]], ("dp", "tp"))}
-    found = processes.run(4, lived, late)
+    found = processes.run(4, lived, late, WorldOptions(), True)
     processes.stop()
-    assert [made for _, made in found] == [list(range(TOTAL))] * 2 + [[]] * 2
+    assert [sorted(losses) for losses, _, _ in found] == [list(range(TOTAL))] * 2 + [[]] * 2
 
 
 def refusals(rank: int, world: int) -> list[str]:
@@ -81,7 +89,7 @@ def refusals(rank: int, world: int) -> list[str]:
         ("all", ("dp",)),
     ):
         try:
-            World(build, optimizing({}), mesh=ranks, names=names)
+            World(BLUEPRINT, mesh=ranks, names=names)
         except ValueError as error:
             found.append(str(error))
     return found
@@ -89,11 +97,12 @@ def refusals(rank: int, world: int) -> list[str]:
 
 def test_meshes_that_cannot_be_are_refused() -> None:
     for twice, missing, descending, names, text in processes.run(2, refusals):
-        assert twice == missing.replace("[0, 2]", "[0, 0]") and "expected ranks from 0 to 1, each once" in twice
+        assert "expected ranks from 0, each once, got [0, 0]" in twice
+        assert "expected ranks from 0 to 1, each once, got [0, 2]" in missing
         assert "ranks that ascend" in descending
         assert "a name for each dimension" in names and "a name for each dimension" in text
 
 
 def test_a_process_alone_is_told_so() -> None:
     with pytest.raises(ValueError, match="World: expected a process group, got none"):
-        World(build, optimizing({}), mesh=[0], names=("dp",))
+        World(BLUEPRINT, mesh=[0], names=("dp",))

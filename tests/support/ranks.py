@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-MOST = 4
+MOST = 5
 _PRELOADED = [
     "torch",
     "torch._dynamo",

@@ -1,0 +1,81 @@
+"""Makes process groups and meshes anew while a run goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from smet_compile.distributed.members import Members
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class MeshWish:
+    """Says which members form a mesh: a table of their numbers, and the names of its dimensions."""
+
+    table: Any
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, wish: Mapping[str, Any]) -> MeshWish:
+        """Reads it from a wish or an order."""
+        return cls(wish["mesh"], tuple(wish["names"]))
+
+    @property
+    def members(self) -> list[int]:
+        return sorted(torch.tensor(self.table).flatten().tolist())
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Knows the default process group: its ranks are these members, in ascending order."""
+
+    members: list[int]
+    backend: str
+
+    @classmethod
+    def enter(cls, talk: Members, order: int, name: str, members: Sequence[int], backend: str) -> Generation:
+        """Replaces the default process group by one of ``members``; each of them calls.
+
+        Raises:
+            TimeoutError: not all of them do, as long as this one waits.
+        """
+        leave()
+        talk.meet(f"enter {name}", order, members)
+        store = talk.prefixed(f"group {name} {order}")
+        rank = list(members).index(talk.number)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=len(members), timeout=_TIMEOUT)
+        return cls(list(members), backend)
+
+    def numbers_from(self, old: Sequence[int]) -> dict[int, int]:
+        """Returns the rank here of each rank of a group that had the members ``old``, as far as they are here."""
+        return {rank: self.members.index(member) for rank, member in enumerate(old) if member in self.members}
+
+    def mesh(self, wish: MeshWish) -> Any:
+        """Makes a mesh, and the groups of its dimensions; every rank of the default process group calls."""
+        table = torch.tensor(wish.table).clone()
+        table.apply_(self.members.index)
+        mesh = DeviceMesh("cuda" if self.backend == "nccl" else "cpu", table, mesh_dim_names=wish.names)
+        for dim in wish.names if len(wish.names) > 1 else ():
+            mesh[dim]  # made on all ranks, in one order
+        return mesh
+
+
+def leave() -> None:
+    """Leaves the default process group, with all that torch keeps of its meshes under names that come again."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
