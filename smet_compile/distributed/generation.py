@@ -42,15 +42,15 @@ class Generation:
     backend: str
 
     @classmethod
-    def enter(cls, talk: Members, order: int, name: str, members: Sequence[int], backend: str) -> Generation:
+    def enter(cls, talk: Members, name: str, members: Sequence[int], backend: str) -> Generation:
         """Replaces the default process group by one of ``members``; each of them calls.
 
         Raises:
             TimeoutError: not all of them do, as long as this one waits.
         """
         leave()
-        talk.meet(f"enter {name}", order, members)
-        store = talk.prefixed(f"group {name} {order}")
+        talk.meet("enter", name, members)
+        store = talk.prefixed(f"group {name}")
         rank = list(members).index(talk.number)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=len(members), timeout=_TIMEOUT)
         return cls(list(members), backend)

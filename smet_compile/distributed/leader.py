@@ -29,15 +29,17 @@ class Leader:
     default process group, the new layout is prepared first; otherwise they form a new group as they switch.
     """
 
-    def __init__(self, talk: Members, next_wish: int, wish_file: str | None) -> None:
+    def __init__(self, talk: Members, wish_file: str | None) -> None:
         self._talk, self._wish_file = talk, wish_file
-        self.next_wish = next_wish
-        self._forget()
+        self._silent: set[int] = set()
+        self.go_on_after(0)
 
-    def _forget(self) -> None:
+    def go_on_after(self, wish: int) -> None:
+        """Looks for the wish after this one, which is fulfilled, in a process group that nothing has befallen."""
+        self._next_wish = wish + 1
         self._wish: dict[str, Any] | None = None
         self._stage, self._order, self._deadline = "", 0, 0.0
-        self.is_group_damaged = False
+        self._is_group_damaged = False
 
     def step(self, step: int, total: int, generation: Generation, mesh: MeshWish) -> None:
         """Does what can be done before a step; never waits."""
@@ -55,7 +57,7 @@ class Leader:
     def _look_for_wish(self) -> None:
         if self._wish_file is not None and os.path.exists(self._wish_file):
             _ask_by_file(self._talk, self._wish_file)
-        self._wish = self._talk.wish(self.next_wish)
+        self._wish = self._talk.wish(self._next_wish)
         if self._wish is None:
             return
         wrong = self._wrong_with(self._wish)
@@ -68,7 +70,7 @@ class Leader:
         self._write("called", {"kind": "call"}, _ANSWER_SECONDS)
 
     def _write(self, stage: str, order: dict[str, Any], seconds: float) -> None:
-        self._order = self._talk.order(order | {"wish": self.next_wish})
+        self._order = self._talk.order(order | {"wish": self._next_wish})
         self._stage, self._deadline = stage, time.monotonic() + seconds
 
     def _wrong_with(self, wish: dict[str, Any]) -> str | None:
@@ -77,23 +79,26 @@ class Leader:
         return f"mesh: expected ranks from 0 to {count - 1}, got {unknown}; start more processes" if unknown else None
 
     def _refuse(self, why: str) -> None:
-        self._talk.answer(self.next_wish, f"refused: {why}")
-        warnings.warn(f"wish {self.next_wish} is refused, and the run goes on as it is: {why}", stacklevel=2)
-        self.next_wish += 1
+        self._talk.answer(self._next_wish, f"refused: {why}")
+        warnings.warn(f"wish {self._next_wish} is refused, and the run goes on as it is: {why}", stacklevel=2)
+        self._next_wish += 1
         self._wish = None
 
     def _hear_answers(self, soon: int, generation: Generation, mesh: MeshWish) -> None:
         assert self._wish is not None
+        wanted = set(MeshWish.of(self._wish).members)
         others = [member for member in range(self._talk.count) if member not in mesh.members]
         answered = self._talk.heard("here", self._order, others)
-        if len(answered) < len(others) and time.monotonic() < self._deadline:
+        silent = set(others) - set(answered)
+        if silent & (wanted | (silent - self._silent)) and time.monotonic() < self._deadline:
             return
+        self._silent = silent
         living = sorted({*mesh.members, *answered})
-        missing = sorted(set(MeshWish.of(self._wish).members) - set(living))
+        missing = sorted(wanted - set(living))
         if missing:
             self._refuse(f"processes {missing} did not answer within {_ANSWER_SECONDS:.0f} s; start them again")
             return
-        is_fresh = living != generation.members or self.is_group_damaged
+        is_fresh = living != generation.members or self._is_group_damaged
         if self._wish["prepare"] and not is_fresh:
             order = self._wish | {"kind": "prepare", "at": soon, "members": living}
             self._write("preparing", order, self._talk.patience)
@@ -122,10 +127,10 @@ class Leader:
             if reason:
                 self._refuse(reason)
             else:
-                self.is_group_damaged = True
+                self._is_group_damaged = True
                 self._call()
         elif time.monotonic() > self._deadline:
-            self.is_group_damaged = True
+            self._is_group_damaged = True
             self._call()
 
 

@@ -57,8 +57,8 @@ class Members:
         store = open_store(address, patience)
         world = _name_of_world(store, address, patience)
         members = cls(store, world, 0, patience)
+        members._num_orders = int(store.add(members._prefix + "orders", 0))  # first, to miss none that counts on it
         members.number = int(store.add(members._prefix + "count", 1)) - 1
-        members._num_orders = int(store.add(members._prefix + "orders", 0))
         return members
 
     @property
@@ -111,15 +111,15 @@ class Members:
         """Counts the next order as done."""
         self._num_orders += 1
 
-    def say(self, what: str, order: int, value: Any = "") -> None:
+    def say(self, what: str, order: Any, value: Any = "") -> None:
         """Says something about an order, for all to read."""
         self._set(f"{what} {order} {self.number}", value)
 
-    def heard(self, what: str, order: int, members: Iterable[int]) -> list[int]:
+    def heard(self, what: str, order: Any, members: Iterable[int]) -> list[int]:
         """Returns which of the members said it."""
         return [member for member in members if self._has(f"{what} {order} {member}")]
 
-    def said(self, what: str, order: int, member: int) -> Any:
+    def said(self, what: str, order: Any, member: int) -> Any:
         """Returns what a member said about an order."""
         return self._get(f"{what} {order} {member}")
 
@@ -135,26 +135,26 @@ class Members:
         """Shows that the run goes on."""
         self._set("step", step)
 
-    def wait_for_order(self) -> dict[str, Any]:
+    def wait_for_order(self, stall: float) -> dict[str, Any]:
         """Returns the next order, however long the run goes on without one.
 
         Raises:
-            LostRun: the run has not gone on for as long as this member waits.
+            LostRun: the run has not gone on for ``stall`` seconds.
         """
         last, since = None, time.monotonic()
         while (order := self.next_order()) is None:
             step = self._get("step") if self._has("step") else None
             if step != last:
                 last, since = step, time.monotonic()
-            if time.monotonic() - since > self.patience:
+            if time.monotonic() - since > stall:
                 raise LostRun(
-                    f"world: expected the run to go on after step {last}, got nothing for {self.patience:.0f} s; start "
+                    f"world: expected the run to go on after step {last}, got nothing for {stall:.0f} s; start "
                     "it again from its last checkpoint"
                 )
             time.sleep(_NAP_SECONDS)
         return order
 
-    def wait_for(self, what: str, order: int, members: Sequence[int], or_decided: str = "") -> list[int]:
+    def wait_for(self, what: str, order: Any, members: Sequence[int], or_decided: str = "") -> list[int]:
         """Returns the members who said it: all of them, or those who did while this one waits."""
         deadline = time.monotonic() + self.patience
         while time.monotonic() < deadline:
@@ -164,7 +164,7 @@ class Members:
             time.sleep(_NAP_SECONDS)
         return self.heard(what, order, members)
 
-    def meet(self, what: str, order: int, members: Sequence[int]) -> None:
+    def meet(self, what: str, order: Any, members: Sequence[int]) -> None:
         """Waits until all members have come here.
 
         Raises:

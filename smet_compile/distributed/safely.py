@@ -7,6 +7,8 @@ its processes are among them, else in the new one if that is so of it and the pa
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +19,8 @@ from smet_compile.distributed.members import LostRun, Members
 from smet_compile.distributed.run import Blueprint, Prepared, Run
 from smet_compile.distributed.switch import Switched, SwitchOptions, move
 from smet_compile.distributed.taken import Taken
+
+_MOST_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -85,62 +89,71 @@ class SafeSwitch:
             taken = Taken.of(run, distributed.get_rank() if run is not None else -1)
         except Exception as error:
             raise LostRun(f"world: a process of the run failed before a switch: {error}") from error
-        outcome = None
+        outcome, wrong = self._attempt(0, self._order.members, lambda: self._as_ordered(taken, prepared))
+        for number in range(1, _MOST_ATTEMPTS):
+            if outcome is not None:
+                return outcome
+            leave()
+            left, mesh = self._left(number, taken, wrong)
+            outcome, wrong = self._attempt(number, left, functools.partial(self._anew, left, mesh, taken))
+        raise LostRun(f"world: a switch failed ({wrong}), and so did every try to go on without those that died")
+
+    def _attempt(self, number: int, members: list[int], switch: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
+        """Returns what a try came to: an outcome that all members have, or None and why not."""
+        self._key = f"{self._order.number}.{number}"
+        verdict = f"verdict {self._key}"
         try:
-            outcome = self._try(taken, prepared)
-            wrong = self._vote()
+            outcome = switch()
+            self._talk.say("done", self._key)
+            done = self._talk.wait_for("done", self._key, members, or_decided=verdict)
+            missing = sorted(set(members) - set(done))
+            wrong: str = self._talk.decide(verdict, f"nothing came from {missing}" if missing else "")
+        except ValueError as error:  # all of them raise it
+            self._talk.decide(verdict, str(error))
+            if number:
+                raise LostRun(
+                    f"world: a part of the run is gone with a process that died ({error}); start it again from its "
+                    "last checkpoint"
+                ) from error
+            return None, str(error)
         except Exception as error:
-            wrong = self._talk.decide(self._verdict, f"{type(error).__name__}: {error}")
-        if not wrong and outcome is not None:
-            return outcome
-        return self._go_on_without(taken, wrong)
+            wrong = self._talk.decide(verdict, f"{type(error).__name__}: {error}")
+            outcome = None
+        return (None, wrong) if wrong else (outcome, "")
 
-    @property
-    def _verdict(self) -> str:
-        return f"verdict {self._order.number}"
-
-    def _try(self, taken: Taken, prepared: Prepared | None) -> Outcome:
+    def _as_ordered(self, taken: Taken, prepared: Prepared | None) -> Outcome:
         order, generation = self._order, self._generation
         if order.is_fresh:
-            self._talk.meet("taken", order.number, order.old_mesh.members)  # nobody leaves while others still ask
-            generation = Generation.enter(self._talk, order.number, "new", order.members, order.backend)
+            self._talk.meet("taken", self._key, order.old_mesh.members)  # nobody leaves while others still ask
+            generation = Generation.enter(self._talk, self._key, order.members, order.backend)
             taken = taken.renumbered(generation.numbers_from(order.old_ranks))
         else:
-            self._talk.meet("come", order.number, order.members)
+            self._talk.meet("come", self._key, order.members)
         assert generation is not None
         if prepared is None:
             prepared = self._blueprint.prepare(generation.mesh(order.mesh))
         return Outcome(move(taken, prepared, self._options), generation, order.mesh)
 
-    def _vote(self) -> str:
-        """Says that this process is done; returns why the switch does not count, "" where it does."""
-        order = self._order
-        self._talk.say("done", order.number)
-        done = self._talk.wait_for("done", order.number, order.members, or_decided=self._verdict)
-        missing = sorted(set(order.members) - set(done))
-        verdict: str = self._talk.decide(self._verdict, f"nothing came from {missing}" if missing else "")
-        return verdict
-
-    def _go_on_without(self, taken: Taken, wrong: str) -> Outcome:
+    def _left(self, number: int, taken: Taken, wrong: str) -> tuple[list[int], MeshWish]:
+        """Returns the processes that are left, and the layout in which they can go on."""
         order, talk = self._order, self._talk
-        leave()
-        talk.say("is left", order.number, not taken.released)
-        left: list[int] = talk.decide(f"left {order.number}", talk.wait_for("is left", order.number, order.members))
-        are_whole = all(talk.said("is left", order.number, member) for member in left)
-        target = next((mesh for mesh in (order.old_mesh, order.mesh) if set(mesh.members) <= set(left)), None)
-        if talk.number not in left or target is None or not are_whole:
+        key = f"{order.number}.{number}"
+        talk.say("is left", key, not taken.released)
+        left: list[int] = talk.decide(f"left {key}", talk.wait_for("is left", key, order.members))
+        are_whole = all(talk.said("is left", key, member) for member in left)
+        mesh = next((mesh for mesh in (order.old_mesh, order.mesh) if set(mesh.members) <= set(left)), None)
+        if talk.number not in left or mesh is None or not are_whole:
             raise LostRun(
                 f"world: a switch failed ({wrong}), and processes {left} do not have the whole run; start it again "
                 f"from its last checkpoint{'' if are_whole else ', or set keep_source for the next time'}"
             )
-        generation = Generation.enter(talk, order.number, "left", left, order.backend)
-        prepared = self._blueprint.prepare(generation.mesh(target))
+        return left, mesh
+
+    def _anew(self, left: list[int], mesh: MeshWish, taken: Taken) -> Outcome:
+        """Moves the old state to a layout of the processes that are left."""
+        order = self._order
+        generation = Generation.enter(self._talk, self._key, left, order.backend)
+        prepared = self._blueprint.prepare(generation.mesh(mesh))
         taken = taken.renumbered(generation.numbers_from(order.old_ranks))
-        try:
-            switched = move(taken, prepared, replace(self._options, keep_source=True))
-        except ValueError as error:
-            raise LostRun(
-                f"world: a switch failed ({wrong}), and a part of the run is gone with a process that died ({error}); "
-                "start it again from its last checkpoint"
-            ) from error
-        return Outcome(switched, generation, target, went_back=target == order.old_mesh)
+        switched = move(taken, prepared, replace(self._options, keep_source=True))
+        return Outcome(switched, generation, mesh, went_back=mesh == order.old_mesh)

@@ -34,17 +34,20 @@ class WorldOptions(SwitchOptions):
     Args:
         keep_source, chunk_bytes, way: how the run moves. With ``keep_source`` a process that dies meanwhile costs
             nothing but its part of the new layout: the others go on in the old one.
-        patience: seconds to wait for another process before it counts as gone.
+        patience: seconds to wait for another process in a switch before it counts as gone.
+        stall: seconds that a process which waits lets the run take for one step before it gives up.
         wish_file: path of a file that the first rank looks for before each step, and removes: a wish as JSON,
             ``{"mesh": [[0, 1], [2, 3]], "names": ["dp", "tp"]}``.
     """
 
     patience: float = 60.0
+    stall: float = 1800.0
     wish_file: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checked_number("patience", self.patience, above=0)
+        checked_number("stall", self.stall, above=0)
 
 
 _DEFAULT = WorldOptions()
@@ -133,7 +136,7 @@ class World:
     def _begin(self, blueprint: Blueprint, talk: Members, options: WorldOptions) -> None:
         self._blueprint, self._talk, self._options = blueprint, talk, options
         self.number, self.changes = talk.number, list[Change]()
-        self._leader = Leader(talk, 1, options.wish_file)
+        self._leader = Leader(talk, options.wish_file)
         self._num_steps, self._is_dismissed = 0, False
         self._prepared: _Preparing | None = None
 
@@ -141,6 +144,11 @@ class World:
     def address(self) -> str | None:
         """Returns where other processes join; None where the store cannot be reached from others."""
         return talking.address_of(self._talk.store)
+
+    @property
+    def num_processes(self) -> int:
+        """Returns how many processes have ever taken part, those that left included."""
+        return self._talk.count
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -202,14 +210,14 @@ class World:
         """
         total = whole_number("total", total, at_least=1)
         self._num_steps = whole_number("start", start, at_least=0)
-        while self._num_steps < total and not self._is_dismissed:
-            if not self._follow_orders(total):
-                break
-            if self.run is not None:
-                yield self._num_steps
-                self._num_steps += 1
-        if self._is_first:
-            self._talk.order({"kind": "end"})
+        try:
+            while self._num_steps < total and not self._is_dismissed and self._follow_orders(total):
+                if self.run is not None:
+                    yield self._num_steps
+                    self._num_steps += 1
+        finally:
+            if self._is_first:
+                self._talk.order({"kind": "end"})
 
     @property
     def _is_first(self) -> bool:
@@ -219,7 +227,7 @@ class World:
         """Follows the orders that are due; returns False where this process's steps end."""
         while True:
             if self.run is None:
-                order: dict[str, Any] | None = self._talk.wait_for_order()
+                order: dict[str, Any] | None = self._talk.wait_for_order(self._options.stall)
             else:
                 if self._is_first:
                     assert self._generation is not None and self.mesh is not None
@@ -257,7 +265,7 @@ class World:
 
     def _switch(self, order: dict[str, Any]) -> None:
         """Switches, and notes what came of it."""
-        self._leader = Leader(self._talk, order["wish"] + 1, self._options.wish_file)
+        self._leader.go_on_after(order["wish"])
         if self.number not in order["members"]:
             self._prepared, self._generation = None, None
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MOST = 5
-_PRELOADED = [
+PRELOADED = [
     "torch",
     "torch._dynamo",
     "torch.distributed.fsdp",
@@ -38,7 +38,7 @@ class Processes:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
-        self._preloaded = list(_PRELOADED)
+        self._preloaded = list(PRELOADED)
         atexit.register(self.stop)
 
     def preload(self, modules: Iterable[str]) -> None:
