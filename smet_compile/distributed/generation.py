@@ -77,5 +77,10 @@ def leave() -> None:
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+    forget_graphs()
+
+
+def forget_graphs() -> None:
+    """Drops all compiled graphs, since those of an old model count against the most that one function may have."""
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        torch.compiler.reset()

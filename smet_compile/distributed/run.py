@@ -22,17 +22,22 @@ class Run:
     """Holds what one rank has of a run.
 
     Args:
-        manager: None in dense training. mesh: the ``DeviceMesh`` of all ranks that train.
+        optimizer: one, or a list of them. manager: None in dense training. mesh: the ``DeviceMesh`` of all ranks that train.
         forward: what a step calls; the model, or what ``Blueprint.wrap`` made of it.
         others: further objects with a state, such as a learning-rate scheduler or a place in the data, by name.
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Any
     manager: TopologyManager | None
     mesh: Any
     forward: Callable[..., Any]
     others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Returns all of its optimizers."""
+        return [self.optimizer] if isinstance(self.optimizer, Optimizer) else list(self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Blueprint:
     Args:
         build: takes a ``DeviceMesh``, and returns the model on the meta device: sparsify, parallelize,
             ``fully_shard``.
-        optimize: takes that model, which has its weights by then, and returns its optimizer and its manager (None in
-            dense training), and may return a third: a dict of further objects with ``state_dict`` and
-            ``load_state_dict``, which travel too.
+        optimize: takes that model, which has its weights by then, and returns its optimizer, or a list of several, and
+            its manager (None in dense training). It may return a third: a dict of further objects with ``state_dict``
+            and ``load_state_dict``, which travel too.
         wrap: takes the model and the mesh, and returns what a step calls: ``DistributedDataParallel`` over
             ``mesh.get_group()``, or a compiled model. None for the model itself.
         initialize: gives a new model its weights, the same on every rank; by default ``smet_compile.materialize`` with

@@ -13,10 +13,11 @@ from torch import Tensor, distributed
 
 from smet_compile.distributed import streams
 from smet_compile.distributed.checksum import differing
+from smet_compile.distributed.generation import forget_graphs
 from smet_compile.distributed.layout import TensorNote
 from smet_compile.distributed.run import Prepared, Run, data_rank
 from smet_compile.distributed.space import Item, SwitchPlan, plan_switch
-from smet_compile.distributed.taken import Note, Taken, fill_model, fill_optimizer
+from smet_compile.distributed.taken import Note, Taken, fill_model, fill_optimizers
 from smet_compile.distributed.transfer import WAYS, Meter, Transfer, Way
 from smet_compile.format.arguments import flag, one_of, whole_number
 
@@ -101,9 +102,10 @@ def move(taken: Taken, prepared: Prepared, options: SwitchOptions) -> Switched:
         clock.ends("verify")
     if prepared.model is None:
         return Switched(None, plan, transfer.meter, clock.seconds)
+    forget_graphs()
     fill_model(prepared.model, note, arrived)
     run = prepared.finish(prepared.model)
-    fill_optimizer(prepared.model, run.optimizer, note, arrived)
+    fill_optimizers(run, note, arrived)
     if run.manager is not None and note.manager is not None:
         run.manager.load_state_dict(note.manager)
     streams.resume(states, *data_rank(prepared.mesh, distributed.get_rank()), run.others)

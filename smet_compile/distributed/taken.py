@@ -109,21 +109,22 @@ class Taken:
 
 def _note_of(run: Run) -> Note:
     reshard(run.model)
-    model, optimizer = run.model, run.optimizer
+    model = run.model
     notes = describe_model(model, run.mesh)
     bits = {name: site.bits_of_whole(site.compact.topology).cpu() for name, site in find_sites(model).items()}
     names = {id(parameter): canonical_name(model, name) for name, parameter in model.named_parameters()}
-    saved = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
     small: dict[str, dict[str, Any]] = {}
-    for parameter, number in zip(parameters, numbers, strict=True):
-        name, state = names[id(parameter)], saved["state"].get(number, {})
-        rows = {key: value for key, value in state.items() if _has_rows(key, value, parameter)}
-        notes[name].state.update({key: (tuple(value.shape), value.dtype) for key, value in rows.items()})
-        small[name] = {key: Small.of(value, parameter) for key, value in state.items() if key not in rows}
+    for optimizer in run.optimizers:
+        saved = optimizer.state_dict()
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        for parameter, number in zip(_parameters_of(optimizer), numbers, strict=True):
+            name, state = names[id(parameter)], saved["state"].get(number, {})
+            rows = {key: value for key, value in state.items() if _has_rows(key, value, parameter)}
+            notes[name].state.update({key: (tuple(value.shape), value.dtype) for key, value in rows.items()})
+            small[name] = {key: Small.of(value, parameter) for key, value in state.items() if key not in rows}
     groups = [
         {key: [names[id(p)] for p in value] if key == "params" else value for key, value in group.items()}
+        for optimizer in run.optimizers
         for group in optimizer.param_groups
     ]
     return Note(notes, bits, small, groups, None if run.manager is None else run.manager.state_dict())
@@ -142,9 +143,10 @@ def _stored(run: Run) -> dict[str, Tensor]:
     for name, parameter in run.model.named_parameters():
         canonical = canonical_name(run.model, name)
         found[canonical] = local(parameter.detach())
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            if _has_rows(key, value, parameter):
-                found[f"{canonical}/{key}"] = local(value)
+        for optimizer in run.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if _has_rows(key, value, parameter):
+                    found[f"{canonical}/{key}"] = local(value)
     for name, _, buffer in plain_buffers(run.model):
         found[buffer_name(name)] = buffer
     return found
@@ -165,19 +167,26 @@ def fill_model(model: nn.Module, note: Note, arrived: dict[str, Tensor]) -> None
         site.compact.topology = bits.to(site.values.device)
 
 
-def fill_optimizer(model: nn.Module, optimizer: Optimizer, note: Note, arrived: dict[str, Tensor]) -> None:
-    """Gives a new optimizer the state of the run, and the options of its groups."""
-    names = {id(parameter): canonical_name(model, name) for name, parameter in model.named_parameters()}
-    for group, saved in zip(optimizer.param_groups, note.groups, strict=True):
-        if [names[id(p)] for p in group["params"]] != saved["params"]:
-            raise ValueError("optimize: expected the parameter groups of the run, got others; make them alike")
+def fill_optimizers(run: Run, note: Note, arrived: dict[str, Tensor]) -> None:
+    """Gives new optimizers the state of the run, and the options of its groups."""
+    names = {id(parameter): canonical_name(run.model, name) for name, parameter in run.model.named_parameters()}
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    own = [[names[id(p)] for p in group["params"]] for group in groups]
+    if own != [saved["params"] for saved in note.groups]:
+        raise ValueError("optimize: expected the parameter groups of the run, got others; make them alike")
+    for group, saved in zip(groups, note.groups, strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        name, rows = names[id(parameter)], Rows.of(parameter)
-        state = {key: each.on(parameter.device) for key, each in note.small[name].items()}
-        if not rows.are_first and "num_skipped" in state:  # the first rank's count is that of all
-            state["num_skipped"].zero_()
-        for key in note.tensors[name].state:
-            state[key] = rows.wrap(parameter, arrived.pop(f"{name}/{key}"))
-        if state:
-            optimizer.state[parameter] = state
+    for optimizer in run.optimizers:
+        for parameter in _parameters_of(optimizer):
+            name, rows = names[id(parameter)], Rows.of(parameter)
+            state = {key: each.on(parameter.device) for key, each in note.small[name].items()}
+            if not rows.are_first and "num_skipped" in state:  # the first rank's count is that of all
+                state["num_skipped"].zero_()
+            for key in note.tensors[name].state:
+                state[key] = rows.wrap(parameter, arrived.pop(f"{name}/{key}"))
+            if state:
+                optimizer.state[parameter] = state
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

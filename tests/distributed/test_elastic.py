@@ -142,6 +142,7 @@ def go_through(num_rounds: int, seed: int) -> tuple[int, dict[int, float], list[
     return num_killed, losses, changes
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("num_rounds", "seed"), [(4, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_processes_die_in_the_middle_of_switches(num_rounds: int, seed: int) -> None:
     num_killed, losses, changes = go_through(num_rounds, seed)

@@ -13,12 +13,13 @@ from smet_compile.distributed import Blueprint, Run, SwitchOptions, switch
 from smet_compile.distributed.transfer import WAYS
 from smet_compile.ops import find_sites
 from smet_compile.shards import make_whole
+from smet_compile.tracing import Capture
 from tests.shards.parallel import SLABS, cut_layers
 from tests.shards.setting import Net, loss_of, shard
 from tests.support.ranks import processes
 
 Layout = tuple[str, Any]
-"""Kind and ranks: "fsdp", "hsdp" and "tp" (over the last dimension) of a mesh, or "whole" on each rank."""
+"""Kind and ranks: "fsdp", "hsdp", "tp" (over the last dimension) of a mesh; "ddp", or "whole" on one rank."""
 SEQUENCE: list[tuple[Layout, int]] = [
     (("fsdp", [0, 1, 2, 3]), 3),
     (("fsdp", [0, 1]), 6),
@@ -26,14 +27,17 @@ SEQUENCE: list[tuple[Layout, int]] = [
     (("tp", [[0, 1], [2, 3]]), 12),
     (("fsdp", [0, 2, 3]), 15),
     (("tp", [[0, 2], [1, 3]]), 18),
-    (("whole", [2]), 21),
-    (("fsdp", [0, 1, 2, 3]), 24),
+    (("ddp", [0, 1, 2, 3]), 21),
+    (("whole", [2]), 24),
+    (("fsdp", [0, 1, 2, 3]), 27),
 ]
-NAMES = {"fsdp": ("dp",), "hsdp": ("replicate", "dp"), "tp": ("dp", "tp"), "whole": ("dp",)}
+NAMES = {"fsdp": ("dp",), "hsdp": ("replicate", "dp"), "tp": ("dp", "tp"), "ddp": ("dp",), "whole": ("dp",)}
 KINDS: dict[str, tuple[torch.dtype, Any, dict[str, Any]]] = {
     "single weights": (torch.float64, 1, {}),
     "tiles": (torch.float32, 4, {}),
     "runs, bf16": (torch.bfloat16, (1, 4), {"moment_dtype": torch.bfloat16}),
+    "tiles, 8-bit moments": (torch.bfloat16, 4, {"moment_dtype": "int8"}),
+    "tiles, compiled": (torch.float32, 4, {"compiled": True}),
 }
 
 
@@ -42,14 +46,18 @@ def mesh_of(layout: Layout) -> DeviceMesh:
     return DeviceMesh("cpu", ranks, mesh_dim_names=NAMES[kind])
 
 
-def builder(kind: str, dtype: torch.dtype, block_shape: Any) -> Callable[[DeviceMesh], nn.Module]:
+def builder(
+    kind: str, dtype: torch.dtype, block_shape: Any, compiled: bool = False
+) -> Callable[[DeviceMesh], nn.Module]:
     def build(mesh: DeviceMesh) -> nn.Module:
         with torch.device("meta"):
             model = Net(hidden=48).to(dtype)
         if kind == "tp":
             cut_layers(model, mesh["tp"])
         smet.sparsify(model, 0.3, block_shape=block_shape, exclude="head", slabs=SLABS)
-        if kind != "whole":
+        for layer in model.layers if compiled else ():
+            layer.compile(fullgraph=True, backend=Capture())
+        if kind not in ("whole", "ddp"):
             shard(model, mesh=mesh["dp"] if kind == "tp" else mesh)
         return model
 
@@ -58,10 +66,26 @@ def builder(kind: str, dtype: torch.dtype, block_shape: Any) -> Callable[[Device
 
 def optimizing(options: dict[str, Any]) -> Callable[[nn.Module], Any]:
     def optimize(model: nn.Module) -> Any:
+        if options.get("moment_dtype") == "int8":  # codes of dense weights would be cut within their groups
+            sites = {id(site.values) for site in find_sites(model).values()}
+            ours, others = ([p for p in model.parameters() if (id(p) in sites) is own] for own in (True, False))
+            optimizer = smet.ActiveAdamW(ours, 3e-3, model=model, warmup_steps=5, **options)
+            several = [optimizer, torch.optim.AdamW(others, 3e-3)]
+            return several, smet.TopologyManager(model, optimizer, total_steps=60, every=4, schedule="cosine")
         optimizer = smet.ActiveAdamW(model, 3e-3, warmup_steps=5, **options)
         return optimizer, smet.TopologyManager(model, optimizer, total_steps=60, every=4, schedule="cosine")
 
     return optimize
+
+
+def blueprint(kind: str, dtype: torch.dtype, block_shape: Any, options: dict[str, Any]) -> Blueprint:
+    options = dict(options)
+    build = builder(kind, dtype, block_shape, options.pop("compiled", False))
+    return Blueprint(build, optimizing(options), in_ddp if kind == "ddp" else None)
+
+
+def in_ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
 
 
 def whole_state(run: Run | None) -> dict[str, Tensor]:
@@ -69,10 +93,15 @@ def whole_state(run: Run | None) -> dict[str, Tensor]:
     if run is None:
         return {}
     sites = {id(site.values): site for site in find_sites(run.model).values()}
-    state, found = run.optimizer.state_dict()["state"], {}
-    for number, (name, parameter) in enumerate(run.model.named_parameters()):
+    states: dict[int, dict[str, Tensor]] = {}
+    found = {}
+    for optimizer in run.optimizers:
+        saved, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        states |= {id(p): saved["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=True)}
+    for name, parameter in run.model.named_parameters():
         site = sites.get(id(parameter))
-        for key, tensor in {"": parameter.detach(), **state.get(number, {})}.items():
+        for key, tensor in {"": parameter.detach(), **states[id(parameter)]}.items():
             whole = make_whole(tensor)
             if site is not None and site.part is not None and whole.dim() and key not in ("births", "scales"):
                 whole = site.part.in_order(whole, site.bits_of_whole(site.compact.topology))
@@ -103,12 +132,12 @@ def lived(rank: int, world: int, name: str, moves: bool) -> tuple[list[float], i
     dtype, block_shape, options = KINDS[name]
     layout, until = SEQUENCE[0]
     mesh = mesh_of(layout)
-    run = Blueprint(builder(layout[0], dtype, block_shape), optimizing(options)).begin(mesh)
+    run = blueprint(layout[0], dtype, block_shape, options).begin(mesh)
     losses, step, wrong = [], 0, []
     for number, (layout, until) in enumerate(SEQUENCE):
         if number and moves:
             before, old, new = whole_state(run), mesh, mesh_of(layout)
-            prepared = Blueprint(builder(layout[0], dtype, block_shape), optimizing(options)).prepare(new)
+            prepared = blueprint(layout[0], dtype, block_shape, options).prepare(new)
             switched = switch(run, prepared, SwitchOptions(number % 3 == 0, 4096, WAYS[number % 2]))
             assert switched.plan.total_sent == switched.plan.lower_bound
             run, mesh = switched.run, new
@@ -119,10 +148,11 @@ def lived(rank: int, world: int, name: str, moves: bool) -> tuple[list[float], i
         if run is not None:
             at = layout if moves else SEQUENCE[0][0]
             for number_of_step in range(step, until):
-                loss = loss_of(run.model, number_of_step, *reader_of(at))
+                loss = loss_of(run.forward, number_of_step, *reader_of(at))
                 loss.backward()
-                run.optimizer.step()
-                run.optimizer.zero_grad()
+                for optimizer in run.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
                 run.manager.step()
                 of_steps.append(loss.detach().double())
         step = until
@@ -139,7 +169,7 @@ def mean_over(mesh: DeviceMesh, losses: list[Tensor], count: int) -> list[float]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_goes_through_eight_layouts(name: str) -> None:
+def test_a_run_goes_through_nine_layouts(name: str) -> None:
     processes.stop()  # torch keeps meshes of the same ranks, whose groups are gone
     stayed, events, _ = processes.run(4, lived, name, False)[0]
     processes.stop()
