@@ -66,7 +66,7 @@ class Option:
         found = [str(self.mesh), bytes_text(self.rank_bytes), "yes" if self.fits else "no"]
         found += map(seconds_text, (self.step.compute, self.step.links, self.step.total))
         if self.moved is not None and self.switch_seconds is not None and self.gain is not None:
-            ratio = f"{self.return_ratio:,.3g}" if self.return_ratio is not None and self.gain > 0 else ""
+            ratio = "" if self.return_ratio is None or self.gain <= 0 else f"{self.return_ratio:,.1f}"
             found += [bytes_text(self.moved), seconds_text(self.switch_seconds), seconds_text(self.gain), ratio]
         return found
 

@@ -97,6 +97,8 @@ class Placement:
     def _with_slabs(self, stored: Sequence[Stored], dims: Mapping[str, int], count: int) -> list[Stored]:
         """Returns the parameters as they are where each compact weight that is cut consists of slabs."""
         run = self.run
+        if all(each.layout is None for each in stored):
+            return list(stored)
         if run.requested_density is None:
             for each in stored:
                 if each.name in dims and each.layout is not None:
