@@ -53,7 +53,8 @@ def advised(meshes: Any = (DP, TP), **options: Any) -> Any:
         "inputs": lambda batch, sequence: torch.zeros(batch, 8),
         "loss_fn": lambda model, x: model(x).sum(),
     }
-    return advise(two_layers(), meshes, **(settings | options))
+    settings |= {"model": two_layers(), "meshes": meshes} | options
+    return advise(**settings)
 
 
 def by_mesh(advice: Any) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def test_a_switch_of_a_compact_weight_by_hand() -> None:
 
 
 def test_recommendations() -> None:
-    much, little = (advised(now=DP, remaining_steps=steps) for steps in (10, 0 + 1))
+    much, little = (advised(now=DP, remaining_steps=steps) for steps in (10, 1))
     assert much.best is by_mesh(much)["dp=1,tp=2"] and much.best.pays
     assert much.recommendation() == (
         "Switch to dp=1,tp=2: the switch takes 3.84 s and each step gains 8.96 s, so 10 steps end 85.8 s sooner."
@@ -135,8 +136,11 @@ def test_what_does_not_fit_is_not_recommended() -> None:
     none = advised(card=Card(memory=2000, operations=100, bandwidth=1000, link=100))
     assert none.best is None
     assert none.recommendation() == "None of these layouts fits; dp=1,tp=2 needs least, 2.21 kB on a rank."
-    still = advised([DP, TP], card=small, now=DP, remaining_steps=1, batch=400)
-    assert still.best is None
+    must = advised(card=small, now=DP, remaining_steps=1)
+    assert must.best is by_mesh(must)["dp=1,tp=2"] and must.recommendation().startswith("Switch to dp=1,tp=2: ")
+    slower = advised(card=Card(4000, 100, 1000, link=100), now=DP, remaining_steps=1, batch=40)
+    assert by_mesh(slower)["dp=1,tp=2"].gain < 0
+    assert slower.recommendation() == "Switch to dp=1,tp=2: the present layout does not fit."
 
 
 def test_rings_share_the_links_of_a_machine() -> None:
@@ -159,6 +163,16 @@ def test_products_in_32_bits_have_their_own_rate() -> None:
     card = Card(memory=1e6, operations=100, bandwidth=1e9, link=100, operations_32=10)
     seconds = [by_mesh(advised(card=card, dtype=dtype))["dp=2"].step.products for dtype in ("float32", "bfloat16")]
     assert seconds[0] == 10 * seconds[1]
+
+
+def test_a_compact_model_is_compared_as_it_is() -> None:
+    model = smet.sparsify(two_layers(), 0.25, slabs={"0": (2, 0), "1": (2, 1)})
+    found = by_mesh(advised(model=model))
+    assert found["dp=1,tp=2"].step.products == 4 * 2 * 16 * (2 + 2 + 1) / 100
+    assert found["dp=2"].step.products == 2 * 2 * 32 * (2 + 2 + 1) / 100
+    whole = smet.sparsify(two_layers(), 0.25)
+    with pytest.raises(ValueError, match=r"meshes\[1\]: 0.weight: expected slabs along dimension 0"):
+        advised(model=whole)
 
 
 def test_heads_of_attention_are_shared_out_and_the_output_head_is_not() -> None:
