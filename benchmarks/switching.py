@@ -4,6 +4,8 @@
 ranks by ``fully_shard`` to two and back: once by saving model, optimizer and manager with DCP, making a new run and
 loading into it, once by ``smet_compile.distributed.switch``. What a switch takes includes the new model, optimizer and
 manager; what DCP takes is reported without them, too.
+
+``python -m benchmarks.switching --paper`` computes switches of 7B and 70B on 128 ranks instead.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import smet_compile as smet
+from benchmarks import switching_on_paper
 from benchmarks.measuring import machine, spread
 from smet_compile.distributed import Blueprint, Run, SwitchOptions, switch
 
@@ -176,5 +179,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=200, help="state of the run, about")
     parser.add_argument("--turns", type=int, default=3, help="from four ranks to two and back, so many times")
+    parser.add_argument("--paper", action="store_true", help="compute the table of 7B and 70B; nothing is measured")
     arguments = parser.parse_args()
-    print("\n".join(run_all(arguments.megabytes, arguments.turns)))
+    lines = switching_on_paper.table() if arguments.paper else run_all(arguments.megabytes, arguments.turns)
+    print("\n".join(lines))

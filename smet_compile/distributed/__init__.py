@@ -1,5 +1,6 @@
 """Moves a live run from one layout over ranks to another (DynaTrain, arXiv 2605.18815)."""
 
+from smet_compile.distributed.advise import Advice, Card, Option, advise
 from smet_compile.distributed.layout import TensorNote, describe_model, regions_of
 from smet_compile.distributed.members import LostRun
 from smet_compile.distributed.run import Blueprint, Prepared, Run, data_rank
@@ -9,11 +10,14 @@ from smet_compile.distributed.transfer import Meter, Transfer
 from smet_compile.distributed.world import Change, World, WorldOptions
 
 __all__ = [
+    "Advice",
     "Blueprint",
+    "Card",
     "Change",
     "Item",
     "LostRun",
     "Meter",
+    "Option",
     "Placed",
     "Prepared",
     "Region",
@@ -25,6 +29,7 @@ __all__ = [
     "Transfer",
     "World",
     "WorldOptions",
+    "advise",
     "data_rank",
     "describe_model",
     "plan_switch",

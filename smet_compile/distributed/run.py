@@ -22,7 +22,8 @@ class Run:
     """Holds what one rank has of a run.
 
     Args:
-        optimizer: one, or a list of them. manager: None in dense training. mesh: the ``DeviceMesh`` of all ranks that train.
+        optimizer: one, or a list of them. manager: None in dense training.
+        mesh: the ``DeviceMesh`` of all ranks that train.
         forward: what a step calls; the model, or what ``Blueprint.wrap`` made of it.
         others: further objects with a state, such as a learning-rate scheduler or a place in the data, by name.
     """

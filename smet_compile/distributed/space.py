@@ -46,6 +46,7 @@ class Placed:
     regions: Mapping[int, Region]
     order: Tensor | None = None
     _sorted: dict[Region, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _holders: dict[Region, list[int]] = field(default_factory=dict, repr=False)
 
     def logical(self, rank: int) -> LogicalRows:
         """Returns the logical rows that a rank stores."""
@@ -65,7 +66,10 @@ class Placed:
 
     def source_of(self, region: Region, rank: int) -> int:
         """Returns from which of the ranks that store ``region`` another one takes it: itself, or they take turns."""
-        holders = sorted(holder for holder, each in self.regions.items() if each == region)
+        if not self._holders:
+            for holder in sorted(self.regions):
+                self._holders.setdefault(self.regions[holder], []).append(holder)
+        holders = self._holders[region]
         return rank if rank in holders else holders[rank % len(holders)]
 
     def _of(self, region: Region) -> tuple[Tensor, Tensor]:

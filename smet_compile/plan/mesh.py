@@ -34,28 +34,38 @@ class Mesh:
         return -(-num_rows // self.shards)
 
     @property
+    def size(self) -> int:
+        """Returns the number of ranks."""
+        return self.num_readers * self.parts
+
+    @property
+    def num_readers(self) -> int:
+        """Returns how many groups of ranks read a batch of their own; those of tensor parallelism read one together."""
+        return self.shards * self.replicas
+
+    @property
     def calls_fully_shard(self) -> bool:
         """Tells whether FSDP2 is there; tensor parallelism alone leaves it nothing to do."""
         return self.shards > 1 or self.replicas > 1 or self.parts == 1
 
 
-def check_mesh(mesh: object) -> Mesh:
+def check_mesh(mesh: object, argument: str = "mesh") -> Mesh:
     """Reads a dict such as ``{"dp": 64, "tp": 8, "replicate": 2}``. Raises ValueError for anything else."""
     if not isinstance(mesh, Mapping) or not mesh:
         raise ValueError(
-            f"mesh: expected a dict from dimensions to numbers of ranks, got {described(mesh)}; pass "
+            f"{argument}: expected a dict from dimensions to numbers of ranks, got {described(mesh)}; pass "
             f'{{"{_SHARDS}": 8}}, say'
         )
     unknown = [name for name in mesh if name not in (_SHARDS, _REPLICAS, _PARTS)]
     if unknown or _SHARDS not in mesh:
         got = described(unknown[0]) if unknown else f"{' and '.join(mesh)} alone"
         raise ValueError(
-            f"mesh: expected '{_SHARDS}' (ranks that share the parameters by FSDP2) and at most '{_REPLICAS}' beside "
-            f"it (copies, as in HSDP) and '{_PARTS}' (ranks among which tensor parallelism cuts layers), got {got}; "
-            "name the dimensions so"
+            f"{argument}: expected '{_SHARDS}' (ranks that share the parameters by FSDP2) and at most '{_REPLICAS}' "
+            f"beside it (copies, as in HSDP) and '{_PARTS}' (ranks among which tensor parallelism cuts layers), got "
+            f"{got}; name the dimensions so"
         )
     sizes = {
-        name: arguments.whole_number(f"mesh[{name!r}]", size, at_least=1, at_most=_MOST_RANKS)
+        name: arguments.whole_number(f"{argument}[{name!r}]", size, at_least=1, at_most=_MOST_RANKS)
         for name, size in mesh.items()
     }
     return Mesh(sizes[_SHARDS], sizes.get(_REPLICAS, 1), sizes.get(_PARTS, 1))

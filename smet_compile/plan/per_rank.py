@@ -57,6 +57,16 @@ class RankCost:
         return sum(self.stored.values())
 
     @property
+    def parameters(self) -> int:
+        """Returns the bytes of the rank's share of all parameters."""
+        return self.stored["values"] + self.stored[_PLAIN]
+
+    @property
+    def moments(self) -> int:
+        """Returns the bytes of the moments of these parameters, without scales."""
+        return sum(count for kind, count in self.stored.items() if kind not in (*_CUT, *_REST))
+
+    @property
     def topology(self) -> int:
         """Returns the bytes that tell where rows lie: those that hardly fall with the number of ranks."""
         return sum(self.stored[kind] for kind in _OF_TOPOLOGY)
@@ -98,7 +108,7 @@ def rank_cost(
     parameters: Sequence[Stored], recipe: Recipe, mesh: Mesh, buffers: int, sent_by_layers: int = 0
 ) -> RankCost:
     """Counts the bytes of a rank by one recipe; ``per_rank`` describes the arguments."""
-    recipes = [_without_cut_codes(each, recipe) for each in parameters]
+    recipes = [recipe_of(each, recipe) for each in parameters]
     slots = {name for each in parameters for name in _slots(each, recipe)}
     found = dict.fromkeys([*_CUT, *sorted(slots), *_REST], 0) | {"buffers": buffers}
     for parameter, its_recipe in zip(parameters, recipes, strict=True):
@@ -122,7 +132,7 @@ def has_cut_codes(parameter: Stored, recipe: Recipe) -> bool:
     return not is_tiles and parameter.trained and recipe.has_scales(parameter.dtype)
 
 
-def _without_cut_codes(parameter: Stored, recipe: Recipe) -> Recipe:
+def recipe_of(parameter: Stored, recipe: Recipe) -> Recipe:
     """Returns the recipe of a parameter: moments in bf16 where 8-bit codes would be cut."""
     return replace(recipe, moment_dtype=torch.bfloat16) if has_cut_codes(parameter, recipe) else recipe
 

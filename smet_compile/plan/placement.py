@@ -1,14 +1,17 @@
-"""Places a planned run on a mesh: says which part of each parameter a rank of tensor parallelism has."""
+"""Places a planned run on a mesh: says which part of it a rank of tensor parallelism has, and what it computes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from smet_compile.format import Slabs
 from smet_compile.plan.mesh import Mesh
-from smet_compile.plan.per_rank import PerRank, per_rank
+from smet_compile.plan.part_of_model import run_of_part
+from smet_compile.plan.per_rank import PerRank, per_rank, recipe_of
 from smet_compile.plan.run import PlannedRun
+from smet_compile.plan.step_time import Work
 from smet_compile.plan.stored import Stored
 from smet_compile.shards.styles import Style, styles_of
 
@@ -17,11 +20,26 @@ _DIM_OF: dict[Style, int] = {"colwise": 0, "rowwise": 1}
 
 
 @dataclass(frozen=True)
+class State:
+    """Describes one parameter, with all that a rank stores for each of its rows.
+
+    Args:
+        parameter: all of it. dim: the dimension along which tensor parallelism cuts it; None where it does not.
+        row_bytes: those of a row of the tensor, of its moments, and of the age of a block.
+    """
+
+    parameter: Stored
+    dim: int | None
+    row_bytes: int
+
+
+@dataclass(frozen=True)
 class Placement:
-    """Counts what a rank of any mesh stores and sends in one run, at one batch."""
+    """Counts what a rank of any mesh stores, sends and computes in one run, at one batch."""
 
     run: PlannedRun
     batch: int
+    _runs_of_parts: dict[int, PlannedRun] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, mesh: Mesh) -> PerRank:
         """Raises ValueError where tensor parallelism cannot cut the model among so many ranks."""
@@ -29,16 +47,58 @@ class Placement:
         sent_by_layers = 0
         sparse, dense = stored, [each.dense() for each in stored]
         if mesh.parts > 1:
-            styles = styles_of(run.request.model, run.request.tp_plan)
+            styles = self.styles()
             dims = _dims_of_cuts(stored, styles)
             sparse = _cut(self._with_slabs(stored, dims, mesh.parts), dims, mesh.parts)
             dense = _cut(dense, dims, mesh.parts)
             sent_by_layers = round(run.layer_bytes(styles, run.point(self.batch)))
         return per_rank(sparse, dense, run.recipe, run.buffers, mesh, sent_by_layers)
 
+    def state(self, parts: int) -> list[State]:
+        """Returns what a switch moves, with slabs that so many ranks of tensor parallelism can share out."""
+        stored = self.run.stored()
+        dims = _dims_of_cuts(stored, self.styles()) if parts > 1 else {}
+        if parts > 1:
+            stored = self._with_slabs(stored, dims, parts)
+        return [State(each, dims.get(each.name), self._row_bytes(each)) for each in stored]
+
+    def work(self, mesh: Mesh) -> Work:
+        """Counts what a rank computes.
+
+        Raises:
+            ValueError: as ``on``, or where the model cannot be run with the part of its layers that a rank has.
+        """
+        run = self.run if mesh.parts == 1 else self._run_of_part(mesh.parts)
+        point, bytes_of = run.point(self.batch), Counter[int]()
+        for each in run.stored():
+            bytes_of[each.dtype.itemsize] += each.num_values * each.dtype.itemsize
+        itemsize = max(bytes_of, key=bytes_of.__getitem__, default=1)
+        operations, activations = point.value(run.operations()), point.value(run.timeline.saved)
+        return Work(operations, sum(bytes_of.values()), itemsize, round(activations))
+
+    def _run_of_part(self, parts: int) -> PlannedRun:
+        if parts not in self._runs_of_parts:
+            styles, stored = self.styles(), self.run.stored()
+            dims = _dims_of_cuts(stored, styles)
+            here = _cut(self._with_slabs(stored, dims, parts), dims, parts)
+            self._runs_of_parts[parts] = run_of_part(self.run, here, dims, parts)
+        return self._runs_of_parts[parts]
+
+    def styles(self) -> dict[str, Style]:
+        """Returns the layers that tensor parallelism cuts; raises ValueError where no plan says which."""
+        return styles_of(self.run.request.model, self.run.request.tp_plan)
+
+    def _row_bytes(self, parameter: Stored) -> int:
+        recipe = recipe_of(parameter, self.run.recipe)
+        moments = recipe.slots(parameter) * recipe.dtype_of_moments(parameter.dtype).itemsize
+        has_ages = parameter.layout is not None and parameter.trained and recipe.has_ages(parameter)
+        return parameter.row_values * (parameter.dtype.itemsize + moments) + has_ages
+
     def _with_slabs(self, stored: Sequence[Stored], dims: Mapping[str, int], count: int) -> list[Stored]:
         """Returns the parameters as they are where each compact weight that is cut consists of slabs."""
         run = self.run
+        if all(each.layout is None for each in stored):
+            return list(stored)
         if run.requested_density is None:
             for each in stored:
                 if each.name in dims and each.layout is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from smet_compile.convert import describe_empty_rows
@@ -100,8 +100,12 @@ class Plan:
 
         Raises ValueError where ``mesh`` is none, or where tensor parallelism cannot cut the model so.
         """
+        return self.placement().on(check_mesh(mesh))
+
+    def placement(self, batch: int | None = None) -> Placement:
+        """Returns the planned run, to be placed on meshes, at this batch of a rank; the planned one by default."""
         assert self._placement is not None, "plan() passes it"
-        return self._placement.on(check_mesh(mesh))
+        return self._placement if batch is None else replace(self._placement, batch=batch)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""

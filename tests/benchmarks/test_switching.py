@@ -3,6 +3,8 @@
 import pytest
 
 from benchmarks.switching import run_all, width_for
+from benchmarks.switching_on_paper import HEAD, rows
+from tests.support.fresh_process import ROOT
 
 
 def test_a_small_run() -> None:
@@ -13,3 +15,9 @@ def test_a_small_run() -> None:
 
 def test_the_width_follows_from_the_bytes() -> None:
     assert width_for(200) ** 2 * 8 * 0.25 * 12.25 / 1e6 == pytest.approx(200, rel=0.1)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.25])
+def test_the_rows_of_7b_are_on_the_page(density: float) -> None:
+    page = (ROOT / "docs/switching.md").read_text().splitlines()
+    assert {*HEAD, *rows("7b", density)} <= set(page)

@@ -123,7 +123,9 @@ def test_new_shares_have_streams_of_their_own() -> None:
 
 def test_an_object_without_a_state_is_named() -> None:
     optimize = Blueprint(lambda mesh: nn.Linear(2, 2), lambda model: (None, None, {"cursor": 3}))
-    with pytest.raises(ValueError, match="optimize: expected an object with state_dict and load_state_dict for 'cursor'"):
+    with pytest.raises(
+        ValueError, match="optimize: expected an object with state_dict and load_state_dict for 'cursor'"
+    ):
         smet.distributed.Prepared(optimize, None, None, None).finish(nn.Linear(2, 2))
 
 
