@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from smet_compile.distributed.members import Members
+from smet_compile.distributed.members import PREFIX, Members
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -67,6 +70,53 @@ class Generation:
         for dim in wish.names if len(wish.names) > 1 else ():
             mesh[dim]  # made on all ranks, in one order
         return mesh
+
+
+def begin_group(backend: str, patience: float = 600.0) -> None:
+    """Makes the default process group of the ranks that torchrun started.
+
+    torchrun keeps one store when it starts processes anew, with the addresses of those that are gone. So the ranks
+    first find each other: each writes a text that is new, and the first one answers with all of them.
+
+    Raises:
+        TimeoutError: some rank does not come as long as this one waits.
+    """
+    store, rank, size = next(iter(distributed.rendezvous("env://")))
+    own, deadline = secrets.token_hex(8), time.monotonic() + patience
+    name = _welcome(store, own, size, deadline) if rank == 0 else _be_welcomed(store, own, rank, deadline)
+    store = distributed.PrefixStore(name, store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+
+
+def _welcome(store: Any, own: str, size: int, deadline: float) -> str:
+    """Answers to all ranks until each has read the answer to its newest text; returns the name of the group."""
+    others = list(range(1, size))
+    while True:
+        texts = {str(rank): _text(store, f"{PREFIX} hello {rank}") for rank in others}
+        store.set(f"{PREFIX} welcome", json.dumps([own, texts]))
+        if all(_text(store, f"{PREFIX} seen {rank}") == own for rank in others):
+            return own
+        _nap(deadline, "all ranks")
+
+
+def _be_welcomed(store: Any, own: str, rank: int, deadline: float) -> str:
+    store.set(f"{PREFIX} hello {rank}", own)
+    while True:
+        name, texts = json.loads(_text(store, f"{PREFIX} welcome") or '["", {}]')
+        if texts.get(str(rank)) == own:
+            store.set(f"{PREFIX} seen {rank}", name)
+            return str(name)
+        _nap(deadline, "the first rank")
+
+
+def _text(store: Any, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
+
+
+def _nap(deadline: float, whom: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"torchrun: expected {whom} to come, got nothing in time; see whether all were started")
+    time.sleep(0.02)
 
 
 def leave() -> None:

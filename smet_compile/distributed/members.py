@@ -7,7 +7,7 @@ writes orders, also numbered, which all members follow one by one; each says wha
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -42,9 +42,9 @@ class Members:
     def found(cls, store: Any, patience: float) -> Members:
         """Begins a world among the ranks of the default process group; every rank calls, and is a member."""
         rank, size = distributed.get_rank(), distributed.get_world_size()
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = int(store.add(f"{PREFIX}s of {restarts}, rank {rank}", 1))
-        members = cls(store, f"{restarts}.{own}", rank, patience)
+        box = [secrets.token_hex(8)]  # a store may outlive the processes, and hold what earlier ones wrote
+        distributed.broadcast_object_list(box, src=0)
+        members = cls(store, box[0], rank, patience)
         if rank == 0:
             members._set("count", size)
             store.set(PREFIX, members._world)
@@ -60,6 +60,12 @@ class Members:
         members._num_orders = int(store.add(members._prefix + "orders", 0))  # first, to miss none that counts on it
         members.number = int(store.add(members._prefix + "count", 1)) - 1
         return members
+
+    @classmethod
+    def visit(cls, address: str, patience: float) -> Members:
+        """Talks to a world without taking part in it."""
+        store = open_store(address, patience)
+        return cls(store, _name_of_world(store, address, patience), -1, patience)
 
     @property
     def count(self) -> int:
@@ -135,14 +141,14 @@ class Members:
         """Shows that the run goes on."""
         self._set("step", step)
 
-    def wait_for_order(self, stall: float) -> dict[str, Any]:
-        """Returns the next order, however long the run goes on without one.
+    def wait_for_order(self, stall: float, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Returns the next order, however long the run goes on without one; None once ``stop`` returns True.
 
         Raises:
             LostRun: the run has not gone on for ``stall`` seconds.
         """
         last, since = None, time.monotonic()
-        while (order := self.next_order()) is None:
+        while (order := self.next_order()) is None and not stop():
             step = self._get("step") if self._has("step") else None
             if step != last:
                 last, since = step, time.monotonic()

@@ -91,6 +91,8 @@ class World:
     Attributes:
         number: of this process. run: what it has of the run; None while it has no part in it.
         mesh: the mesh that trains, in numbers of processes. changes: the outcome of each order to switch so far.
+        on_change: called with each ``Change`` on the processes that took part, those that have no part any more
+            included: there a process closes its files, say.
 
     Raises:
         ValueError: no process group; a mesh with a rank twice, with ranks that do not exist or do not ascend, or with
@@ -138,6 +140,7 @@ class World:
         self.number, self.changes = talk.number, list[Change]()
         self._leader = Leader(talk, options.wish_file)
         self._num_steps, self._is_dismissed = 0, False
+        self.on_change: Callable[[Change], None] | None = None
         self._prepared: _Preparing | None = None
 
     @property
@@ -200,10 +203,11 @@ class World:
         """
         return self._talk.answer_to(number, seconds)
 
-    def steps(self, total: int, *, start: int = 0) -> Iterator[int]:
+    def steps(self, total: int, *, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
         """Yields the numbers of the steps that this process is to make, from ``start`` up to ``total``.
 
-        In between it switches, where that is ordered. A process without a part of the run waits here.
+        In between it switches, where that is ordered. A process without a part of the run waits here, until ``stop``
+        returns True.
 
         Raises:
             LostRun: a part of the run's state is gone with a process that died, or the run does not go on.
@@ -211,7 +215,7 @@ class World:
         total = whole_number("total", total, at_least=1)
         self._num_steps = whole_number("start", start, at_least=0)
         try:
-            while self._num_steps < total and not self._is_dismissed and self._follow_orders(total):
+            while self._num_steps < total and not self._is_dismissed and self._follow_orders(total, stop):
                 if self.run is not None:
                     yield self._num_steps
                     self._num_steps += 1
@@ -223,11 +227,13 @@ class World:
     def _is_first(self) -> bool:
         return self.run is not None and self.mesh is not None and self.number == self.mesh.members[0]
 
-    def _follow_orders(self, total: int) -> bool:
+    def _follow_orders(self, total: int, stop: Callable[[], bool]) -> bool:
         """Follows the orders that are due; returns False where this process's steps end."""
         while True:
             if self.run is None:
-                order: dict[str, Any] | None = self._talk.wait_for_order(self._options.stall)
+                order = self._talk.wait_for_order(self._options.stall, stop)
+                if order is None:
+                    return False
             else:
                 if self._is_first:
                     assert self._generation is not None and self.mesh is not None
@@ -280,8 +286,24 @@ class World:
         self.changes.append(Change(order["at"], outcome.mesh, outcome.went_back, pause, outcome.switched))
         if self._is_first:
             done = "went back to the old layout, since a process failed" if outcome.went_back else "switched"
-            self._talk.answer(order["wish"], f"{done} before step {order['at']}, in {pause:.2f} s")
+            self._talk.answer(order["wish"], f"{done} after {order['at']} steps, in {pause:.2f} s")
         self._is_dismissed = self.run is None and not order["stay"] and not outcome.went_back
+        if self.on_change is not None:
+            self.on_change(self.changes[-1])
+
+
+def ask(address: str, mesh: Ranks, *, names: Sequence[str], seconds: float = 60.0) -> str:
+    """Asks a run for another layout from outside, and returns what became of it; see ``World.ask``.
+
+    Args:
+        address: ``world.address`` of one of its processes. seconds: how long to wait for the answer.
+
+    Raises:
+        ValueError: nobody answers there, or it is no mesh. TimeoutError: nothing was said in time.
+    """
+    wish = wish_for(mesh, names, prepare=True, stay=True)
+    talk = Members.visit(address, seconds)
+    return talk.answer_to(talk.ask(wish), seconds)
 
 
 class _Preparing:

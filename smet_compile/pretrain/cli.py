@@ -22,6 +22,7 @@ from smet_compile.pretrain.config import (
     resolve,
 )
 from smet_compile.pretrain.console import FAILED, as_cell, end_with_error, print_any_character, print_plainly
+from smet_compile.pretrain.elastic_commands import add_elastic_commands
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.inspection import add_inspect_command
 from smet_compile.pretrain.loop import catch_interrupt, pretrain, resume
@@ -70,6 +71,7 @@ def make_app() -> Any:
 
     app.command("pretrain")(_with_options(_pretrain, _pretrain_parameters(typer.Option)))
     add_inspect_command(typer, app)
+    add_elastic_commands(typer, app)
     app.command("plan")(_with_options(_plan, _plan_parameters(typer)))
     return app
 
@@ -108,8 +110,7 @@ def _pretrain(**options: Any) -> None:
     """Pre-train a LLaMA with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        folder, finished = _run(given)
-        prints = is_first_process()
+        folder, finished, prints = _run(given)
         done = f"Done: {summarize(folder)}.\nReport: {folder.report}" if finished and prints else ""
     except (ValueError, OSError, MissingExtraError) as error:
         if not is_reporter(error):
@@ -123,7 +124,8 @@ def _pretrain(**options: Any) -> None:
         print(done)
 
 
-def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
+def _run(given: dict[str, Any]) -> tuple[RunFolder, bool, bool]:
+    """Returns the run's folder, whether it is finished, and whether this process is the one that says so."""
     resumed, out = (_path(name, given.pop(name, None)) for name in ("resume", "out"))
     others = [name for name in given if name != "shard"] + ["out"] * (out is not None)
     if resumed is not None and others:
@@ -136,15 +138,20 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool]:
         warnings.simplefilter("ignore")
     if resumed is not None:
         folder = RunFolder(resumed)
-        folder.open()
+        config = folder.open()
     else:
         config = resolve(**{name: from_text(value, OPTION_TYPES[name]) for name, value in given.items()})
         folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
-        folder.expect_free()
+        if not config.elastic:
+            folder.expect_free()
     with catch_interrupt() as interrupt:
+        if config.elastic:
+            from smet_compile.pretrain.elastic import pretrain_elastic
+
+            return folder, *pretrain_elastic(config, folder, interrupt)
         if resumed is not None:
-            return folder, resume(folder.path, interrupt, shard=given.get("shard"))
-        return folder, pretrain(config, folder.path, interrupt)
+            return folder, resume(folder.path, interrupt, shard=given.get("shard")), is_first_process()
+        return folder, pretrain(config, folder.path, interrupt), is_first_process()
 
 
 def _path(name: str, text: str | None) -> Path | None:

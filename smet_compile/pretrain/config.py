@@ -106,6 +106,10 @@ class RunConfig:
         "out), tp=N (layers cut among N, the rest as fsdp). Default: none. Without torchrun one process trains alone. "
         "Goes with --resume, too."
     )
+    elastic: bool = _option(
+        "Let ranks and layout change while the run goes on (switch, join), and go on with the run in --out after a "
+        "restart. --shard takes fsdp=2,tp=2, too. Default: no."
+    )
     slabs: int = _option(
         "Slabs of a weight, which share out its active blocks: N of tp=N divides them. Default: N, else 1.", at_least=1
     )
@@ -135,7 +139,7 @@ class RunConfig:
             check_pattern(self.pattern)
         if not _is_device(self.device):
             raise ValueError(f"--device: expected a torch device such as cpu or cuda:0, got {described(self.device)}")
-        tp = parse_shard(self.shard).tp
+        tp = 1 if self.elastic else parse_shard(self.shard).tp
         if self.slabs % tp:
             raise ValueError(
                 f"--shard: expected tp=N with an N that divides the run's {self.slabs} slabs, got {self.shard}; pass "
@@ -263,6 +267,14 @@ def _default_min_age(every: int, given: dict[str, Any]) -> int:
     return find_min_age(None, Schedule(every, 0.0, *fractions))
 
 
+def _default_slabs(given: dict[str, Any]) -> int:
+    shard = given.get("shard", "none")
+    if not given.get("elastic"):
+        return parse_shard(shard).tp
+    found = re.search(r"\btp=([1-9][0-9]*)", shard)
+    return int(found[1]) if found else 1
+
+
 def resolve(**given: Any) -> RunConfig:
     """Returns a complete `RunConfig` of the options `given`; the others follow from preset and number of steps.
 
@@ -282,8 +294,8 @@ def resolve(**given: Any) -> RunConfig:
         "drop_fraction": 0.2, "final_drop_fraction": 0.005, "schedule": _default_schedule(given),
         "min_age": _default_min_age(every, given), "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
         "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
-        "device": "cuda" if torch.cuda.is_available() else "cpu", "shard": "none",
-        "slabs": parse_shard(given.get("shard", "none")).tp, "eager": False, "seed": 0,
+        "device": "cuda" if torch.cuda.is_available() else "cpu", "shard": "fsdp" if given.get("elastic") else "none",
+        "slabs": _default_slabs(given), "elastic": False, "eager": False, "seed": 0,
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
     config = RunConfig(**(defaults | given))

@@ -62,7 +62,7 @@ def pretrain(config: RunConfig, path: Path, stop: Stop = _never, console: Any = 
     with open_world(config) as world, _locked(world, folder, "--out") as lock:
         world.on_first(folder.expect_free)
         run = build_run(world, folder, lock, config)
-        with _explaining_failed_writes(folder):
+        with explaining_failed_writes(folder):
             world.on_first(lambda: folder.create(config))
         lock.keep_folder()
         return _finish(run, 0, stop, console)
@@ -84,7 +84,7 @@ def resume(path: Path, stop: Stop = _never, console: Any = None, shard: str | No
             return True
         run = build_run(world, folder, lock, config)
         first = restore_run(run)
-        with _explaining_failed_writes(folder):
+        with explaining_failed_writes(folder):
             world.on_first(lambda: folder.create(config) if shard else None)
         return _finish(run, first, stop, console)
 
@@ -106,7 +106,7 @@ def _locked(world: World, folder: RunFolder, option: str) -> Iterator[RunLock]:
 
 
 @contextmanager
-def _explaining_failed_writes(folder: RunFolder) -> Iterator[None]:
+def explaining_failed_writes(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -118,8 +118,8 @@ def _explaining_failed_writes(folder: RunFolder) -> Iterator[None]:
 
 def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     world, manager = run.world, run.training.manager
-    console = _open_console(world, console)
-    with _explaining_failed_writes(run.folder), explaining_lack_of_memory():
+    console = open_console(world, console)
+    with explaining_failed_writes(run.folder), explaining_lack_of_memory():
         warning = world.on_first(lambda: mend_metrics(run.folder.metrics, first, manager.history if manager else ()))
         with _open_log(run) as log:
             print_plainly(console, headline(run, first))
@@ -138,7 +138,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     return finished
 
 
-def _open_console(world: World, console: Any) -> Any:
+def open_console(world: World, console: Any) -> Any:
     """Returns the console to print to: a deaf one on a rank that is not the first."""
     make = require("rich.console").Console
     return (console or make()) if world.is_first else make(quiet=True, file=StringIO())
@@ -150,37 +150,55 @@ def _open_log(run: Run) -> MetricsLog:
 
 
 def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> bool:
-    config, training, world = run.config, run.training, run.world
-    training.model.train()
-    density, speed = active_fraction(training), 0.0
-    known = world.on_first(lambda: {(each["kind"], each["step"]) for each in read_metrics(run.folder.metrics)})
-    measured = any(kind == "bytes" for kind, _ in known)
-    for step in range(first + 1, config.steps + 1):
+    steps = StepLoop(run, log, progress, dead_units)
+    for step in range(first + 1, run.config.steps + 1):
+        if steps.take(step, stop):
+            return False
+    steps.end(first)
+    return True
+
+
+class StepLoop:
+    """Takes the steps of a run, and notes, shows, validates and saves what they do."""
+
+    def __init__(self, run: Run, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> None:
+        self._run, self._log, self._progress, self._dead_units = run, log, progress, dead_units
+        run.training.model.train()
+        self._density, self._speed = active_fraction(run.training), 0.0
+        metrics = run.folder.metrics
+        self._known = run.world.on_first(lambda: {(each["kind"], each["step"]) for each in read_metrics(metrics)})
+        self._is_measured = any(kind == "bytes" for kind, _ in self._known)
+
+    def take(self, step: int, stop: Stop) -> bool:
+        """Takes one step, counted from 1; returns whether to stop after it."""
+        run, log, config, training = self._run, self._log, self._run.config, self._run.training
         began = time.perf_counter()
         rate = learning_rate(config, step - 1)
-        batch = world.rows_of(run.data.train.batch(step - 1)).to(config.device)
+        batch = run.world.rows_of(run.data.train.batch(step - 1)).to(config.device)
         loss, event = train_step(training, batch, rate)
         seconds = time.perf_counter() - began
-        speed = _smoothed(speed, config.step_tokens / seconds)
-        with world.together():
+        self._speed = _smoothed(self._speed, config.step_tokens / seconds)
+        with run.world.together():
             log.write("train", step, loss=loss, lr=rate, seconds=seconds)
             if event is not None:
                 log.write("topology", step, event=event_values(event))
-                density = active_fraction(training)
-                dead_units.check(training.model)
+                self._density = active_fraction(training)
+                self._dead_units.check(training.model)
             next_update = training.manager.next_update if training.manager else None
-            progress.update(Status(step, loss, speed, density, next_update))
-            if not measured:
+            self._progress.update(Status(step, loss, self._speed, self._density, next_update))
+            if not self._is_measured:
                 log.write("bytes", step, **measure(training, config, run.tokenizer.vocab_size))
-                measured = True
-        if _after_step(run, step, stop, log):
-            return False
-    if first == config.steps and ("eval", first) not in known:
-        _validate(run, first, log)
-    with world.together():
-        log.write("end", config.steps)
-        log.sync()
-    return True
+                self._is_measured = True
+        return _after_step(run, step, stop, log)
+
+    def end(self, first: int) -> None:
+        """Notes that the run, which began after step `first`, has reached its end."""
+        run, log, steps = self._run, self._log, self._run.config.steps
+        if first == steps and ("eval", first) not in self._known:
+            _validate(run, first, log)
+        with run.world.together():
+            log.write("end", steps)
+            log.sync()
 
 
 def _smoothed(speed: float, now: float) -> float:

@@ -72,9 +72,22 @@ def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> 
     if method is None:
         optimizer = dense_optimizer(config, world.shard(model, DTYPES[config.dtype]))
         return Training(model, optimizer, None, _step(config, model, optimizer, world), world)
+    sparsify_as(config, model, slabs)
+    world.shard(model, DTYPES[config.dtype])
+    optimizer, manager = sparse_parts(config, model)
+    return Training(model, optimizer, manager, _step(config, model, optimizer, world), world)
+
+
+def sparsify_as(config: RunConfig, model: nn.Module, slabs: dict[str, tuple[int, int]] | None) -> None:
+    """Makes a model sparse as the options say."""
     pattern = None if config.pattern == "none" else config.pattern
     smet.sparsify(model, config.density, block_shape=config.block_shape, pattern=pattern, seed=config.seed, slabs=slabs)
-    world.shard(model, DTYPES[config.dtype])
+
+
+def sparse_parts(config: RunConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, smet.TopologyManager]:
+    """Returns the optimizer and the manager of a sparse model."""
+    method = METHODS[config.method]
+    assert method is not None
     optimizer = _sparse_optimizer(config, method, model)
     manager = smet.TopologyManager(
         model,
@@ -88,7 +101,7 @@ def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> 
         min_age=config.min_age,
         seed=config.seed,
     )
-    return Training(model, optimizer, manager, _step(config, model, optimizer, world), world)
+    return optimizer, manager
 
 
 def slabs_of(config: RunConfig, model: nn.Module) -> dict[str, tuple[int, int]] | None:

@@ -28,7 +28,8 @@ class OtherRankError(ValueError):
 class World:
     """Names the ranks that train together, and this one among them; `replicas` is None where nothing is sharded.
 
-    `tp` ranks in a row hold the parts of one copy of each layer that is cut, and read the same text.
+    `tp` ranks in a row hold the parts of one copy of each layer that is cut, and read the same text. `groups` are those
+    of the dimensions of their mesh; empty where all ranks of the default process group train.
     """
 
     rank: int = 0
@@ -36,6 +37,7 @@ class World:
     replicas: int | None = None
     device: str = "cpu"
     tp: int = 1
+    groups: tuple[Any, ...] = ()
 
     @property
     def num_readers(self) -> int:
@@ -54,14 +56,15 @@ class World:
     def __str__(self) -> str:
         return f"{self.size} rank{'s' * (self.size > 1)}"
 
+    @property
+    def _all_groups(self) -> tuple[Any, ...]:
+        """Returns groups over which a reduction, one after the other, is one over all ranks."""
+        return (self.groups or (None,)) if self.size > 1 else ()
+
     def cut_layers(self, model: nn.Module) -> nn.Module:
         """Cuts the layers that the model's own plan names by tensor parallelism; returns the model."""
         if self.tp > 1:
-            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-            made = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-            plan = {name: made[style]() for name, style in styles_of(model).items()}
-            parallelize_module(model, self._mesh()["tp"], plan)
+            cut_layers(model, self._mesh()["tp"])
         return model
 
     def _mesh(self) -> Any:
@@ -76,21 +79,10 @@ class World:
         return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
     def shard(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Shards each block of the model's longest list of modules, then the rest, by FSDP2; returns the model.
-
-        Gradients are averaged in fp32 at least.
-        """
+        """Shards the model by FSDP2, where it is to be; returns the model."""
         if self.replicas is None or (self.tp > 1 and self.num_readers == 1):
             return model
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = self._mesh()["dp"] if self.tp > 1 else self._mesh()
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        for block in max(lists, key=len, default=()):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        return model
+        return shard_blocks(model, self._mesh()["dp"] if self.tp > 1 else self._mesh(), dtype)
 
     def rows_of(self, batch: Tensor) -> Tensor:
         """Returns this rank's rows of the micro-batches (accumulate, batch, sequence) of a step."""
@@ -102,9 +94,9 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of the ranks' tensors."""
-        if self.size > 1:
-            tensor = tensor.clone()
-            distributed.all_reduce(tensor)
+        tensor = tensor.clone() if self._all_groups else tensor
+        for group in self._all_groups:
+            distributed.all_reduce(tensor, group=group)
         return tensor
 
     def sum_over_readers(self, tensor: Tensor) -> Tensor:
@@ -125,8 +117,8 @@ class World:
         with self.together():
             if self.is_first:
                 found = [function()]
-        if self.size > 1:
-            distributed.broadcast_object_list(found, src=0)
+        for group in reversed(self._all_groups):
+            distributed.broadcast_object_list(found, group=group, group_src=0)
         result: T = found[0]
         return result
 
@@ -147,9 +139,10 @@ class World:
     def _raise(self, error: Exception | None) -> None:
         own = error is not None and not isinstance(error, OtherRankError)
         texts: list[str | None] = [str(error) if own else None]
-        if self.size > 1:
-            texts = [None] * self.size
-            distributed.all_gather_object(texts, str(error) if own else None)
+        for group in reversed(self._all_groups):
+            parts: list[Any] = [None] * distributed.get_world_size(group)
+            distributed.all_gather_object(parts, texts, group=group)
+            texts = [text for part in parts for text in part]
         first = next((rank for rank, text in enumerate(texts) if text is not None), 0)
         if error is not None and first == self.rank:
             raise error
@@ -164,6 +157,29 @@ class World:
                     f"{name}: expected {described(first)} as on the first rank, got {described(value)} on rank "
                     f"{self.rank}; give all ranks the same files"
                 )
+
+
+def cut_layers(model: nn.Module, mesh: Any) -> None:
+    """Cuts the layers that the model's own plan names by tensor parallelism over a mesh of one dimension."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    made = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    parallelize_module(model, mesh, {name: made[style]() for name, style in styles_of(model).items()})
+
+
+def shard_blocks(model: nn.Module, mesh: Any, dtype: torch.dtype) -> nn.Module:
+    """Shards each block of the model's longest list of modules, then the rest, by FSDP2; returns the model.
+
+    Gradients are averaged in fp32 at least.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for block in max(lists, key=len, default=()):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 ALONE = World()
@@ -187,7 +203,7 @@ def open_world(config: RunConfig) -> Iterator[World]:
         yield ALONE
         return
     _check(config, replicas, tp, size)
-    _choose_device(config.device)
+    choose_device(config.device)
     if not is_ready:
         on_cards = torch.device(config.device).type == "cuda"
         distributed.init_process_group("nccl" if on_cards else "gloo")
@@ -224,7 +240,7 @@ def _check(config: RunConfig, replicas: int, tp: int, size: int) -> None:
         )
 
 
-def _choose_device(name: str) -> None:
+def choose_device(name: str) -> None:
     """Has each rank of a machine compute on a card of its own."""
     device = torch.device(name)
     if device.type not in ("cpu", "cuda") or device.index is not None:
