@@ -211,7 +211,7 @@ def as_it_was(config: RunConfig, folder: RunFolder) -> RunConfig:
     Raises:
         ValueError: the folder holds a run with other options.
     """
-    parse_mesh("--shard", config.shard, 10**6)
+    parse_mesh("--shard", config.shard, None)
     if not folder.config.exists():
         folder.expect_free()
         return config
@@ -262,7 +262,7 @@ def switch_run(folder: RunFolder, layout: str, ranks: list[int] | None, seconds:
         ValueError: it cannot lie so, or the wish was refused. TimeoutError: nothing was said in so many seconds.
     """
     config = folder.open()
-    mesh = parse_mesh("LAYOUT", layout, len(ranks) if ranks is not None else 10**6)
+    mesh = parse_mesh("LAYOUT", layout, None if ranks is None else len(ranks))
     mesh.check(config)
     if ranks is not None and len(ranks) != mesh.size:
         raise ValueError(f"--ranks: expected {mesh.size} ranks for {mesh}, got {ranks}; pass as many")

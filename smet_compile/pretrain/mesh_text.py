@@ -1,6 +1,5 @@
 """Reads how the ranks of an elastic run lie, such as "fsdp=2,tp=2"."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from smet_compile.format.arguments import described
 from smet_compile.pretrain.config import RunConfig
 
-_DIMENSIONS = {"hsdp": "replicate", "fsdp": "shard", "tp": "tp"}
+_KINDS = ("hsdp", "fsdp", "tp")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class MeshText:
 
     def __str__(self) -> str:
         sizes = {"hsdp": self.replicas, "fsdp": self.shards, "tp": self.tp}
-        return ",".join(f"{kind}={size}" for kind, size in sizes.items() if size > 1) or "fsdp=1"
+        return ",".join(f"{kind}={size}" for kind, size in sizes.items() if size > 1 or kind == "fsdp")
 
     def check(self, config: RunConfig) -> None:
         """Raises ValueError where a run cannot lie so."""
@@ -60,8 +59,10 @@ class MeshText:
             )
 
 
-def parse_mesh(name: str, text: str, size: int) -> MeshText:
-    """Reads "fsdp", "fsdp=2", "hsdp=2,fsdp=4", "fsdp=2,tp=2"; what has no number takes the rest of ``size`` ranks.
+def parse_mesh(name: str, text: str, size: int | None) -> MeshText:
+    """Reads "fsdp", "fsdp=2", "hsdp=2,fsdp=4", "fsdp=2,tp=2"; "fsdp" without a number takes the rest of ``size`` ranks.
+
+    "hsdp=2" and "tp=2" are "hsdp=2,fsdp" and "tp=2,fsdp". Where ``size`` is None, the rest is one rank.
 
     Raises:
         ValueError: another text, or more ranks than there are.
@@ -69,21 +70,20 @@ def parse_mesh(name: str, text: str, size: int) -> MeshText:
     found: dict[str, int | None] = {}
     for part in text.split(",") if isinstance(text, str) else ():
         kind, _, number = part.partition("=")
-        if kind not in _DIMENSIONS or kind in found or not re.fullmatch("[1-9][0-9]{0,5}", number or "1"):
+        is_open = part == "fsdp"
+        if kind not in _KINDS or kind in found or not (is_open or re.fullmatch("[1-9][0-9]{0,5}", number)):
             found = {}
             break
-        found[kind] = int(number) if number else None
+        found[kind] = None if is_open else int(number)
     if not found:
         raise ValueError(
             f'{name}: expected a layout such as "fsdp", "fsdp=2", "hsdp=2,fsdp=2" or "fsdp=2,tp=2", got '
             f"{described(text)}"
         )
-    if "fsdp" not in found and set(found) <= {"hsdp", "tp"} and size % math.prod(v or 1 for v in found.values()) == 0:
-        found["fsdp"] = None  # hsdp=R and tp=N alone share the rest out
-    known = math.prod(number or 1 for number in found.values())
-    filled = {kind: size // known if number is None else number for kind, number in found.items()}
-    mesh = MeshText(filled.get("hsdp", 1), filled.get("fsdp", 1), filled.get("tp", 1))
-    if not 1 <= mesh.size <= size:
+    replicas, tp = found.get("hsdp") or 1, found.get("tp") or 1
+    rest = 1 if size is None else size // (replicas * tp)
+    mesh = MeshText(replicas, found.get("fsdp") or max(1, rest), tp)
+    if size is not None and mesh.size > size:
         raise ValueError(f"{name}: expected a layout of at most {size} ranks, got {text}; start more processes")
     return mesh
 
