@@ -32,11 +32,9 @@ SMET = [sys.executable, "-W", "ignore", "-m", "smet_compile"]
 
 @contextmanager
 def started(command: list[Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a process in a group of its own, which is killed at the end."""
+    """Starts a process, which is killed at the end."""
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
         try:
             yield process
         finally:
@@ -44,9 +42,16 @@ def started(command: list[Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kills a process and those that it started, which torchrun puts in groups of their own."""
+    for number in [process.pid, *children_of(process.pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     process.wait()
+
+
+def children_of(process: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
+    return [int(number) for number in found.stdout.split()]
 
 
 def steps_of(run: Path) -> list[int]:
@@ -108,18 +113,12 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "smet_compile"]
     with started([*command, "pretrain", *options, "--elastic", "--out", run], log) as process:
         wait_for_step(run, 45, log)
-        kill_worker(process.pid)
+        os.kill(children_of(process.pid)[-1], signal.SIGKILL)
         assert process.wait(SECONDS) == 0, log.read_text()
     assert re.search(r"fsdp=2 on 2 of 2 ranks, from step [4-9]\d, in", log.read_text())
     assert call(*options, "--out", tmp_path / "one").exit_code == 0
     assert steps_of(run) == list(range(1, 151))
     assert train_losses(run) == pytest.approx(train_losses(tmp_path / "one"), abs=1e-3)
-
-
-def kill_worker(launcher: int) -> None:
-    """Kills one of the processes that a launcher started."""
-    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=True)
-    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
 
 
 @pytest.mark.slow
