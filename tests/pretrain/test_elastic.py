@@ -126,10 +126,10 @@ def test_a_run_goes_on_with_the_machines_that_are_left(tmp_path: Path) -> None:
     run, logs, data = tmp_path / "run", [tmp_path / "log 0", tmp_path / "log 1"], text_in(tmp_path / "text")
     options = [*OPTIONS, "--steps", "150", "--save-every", "20", "--data", data, "--elastic", "--out", run]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29481", "--rdzv-id", "test"]
-    times = ["--rdzv-conf", "last_call_timeout=2,join_timeout=60"]
-    command = [*TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous, *times]
-    command = [*command, "-m", "smet_compile", "pretrain", *options]
-    with started(command, logs[0]) as first, started(command, logs[1]) as second:
+    command = [*TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous]
+    settings = [f"last_call_timeout=2,join_timeout=60,is_host={is_host}" for is_host in ("true", "false")]
+    commands = [[*command, "--rdzv-conf", each, "-m", "smet_compile", "pretrain", *options] for each in settings]
+    with started(commands[0], logs[0]) as first, started(commands[1], logs[1]) as second:
         wait_for_step(run, 45, logs[0])
         kill_all(second)
         assert first.wait(SECONDS) == 0, logs[0].read_text()
