@@ -2,10 +2,8 @@
 
 ``python -m benchmarks.switching --megabytes 200 --turns 3`` starts four processes over gloo. Each turn goes from four
 ranks by ``fully_shard`` to two and back: once by saving model, optimizer and manager with DCP, making a new run and
-loading into it, once by ``smet_compile.distributed.switch``. What a switch takes includes the new model, optimizer and
-manager; what DCP takes is reported without them, too.
-
-``python -m benchmarks.switching --paper`` computes switches of 7B and 70B on 128 ranks instead.
+loading into it, once by ``smet_compile.distributed.switch``, in each of the ways in which it sends. ``--paper``
+computes switches of 7B and 70B instead, from sizes alone.
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import smet_compile as smet
 from benchmarks import switching_on_paper
 from benchmarks.measuring import machine, spread
 from smet_compile.distributed import Blueprint, Run, SwitchOptions, switch
+from smet_compile.distributed.transfer import WAYS, Way
 
 _DENSITY, _LAYERS, _BYTES_OF_A_WEIGHT = 0.25, 8, 12 + 1 / 4
 _MEMORY_DISK = Path("/dev/shm")
@@ -117,34 +117,55 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Holds what one change from a layout to the other took, in seconds, and what it sent and stored.
+
+    Args:
+        preparing: groups, model on the meta device and its description, which a run need not wait for. pause: the rest.
+        phases: of the pause, on the first rank. save, making, load: by DCP, with the run that it loads into.
+        sent, over: bytes, and over the fewest. peak: the most that the first rank stored over what it stores before
+            or after, whichever is more.
+    """
+
+    way: Way
+    preparing: float
+    pause: float
+    phases: dict[str, float]
+    save: float
+    making: float
+    load: float
+    sent: int
+    over: float
+    peak: float
+
+
 def measure(rank: int, store: str, width: int, turns: int, pipe: Any) -> None:
-    """Measures on one rank; the first sends (seconds to switch, save, make anew and load, bytes over the fewest)."""
+    """Measures on one rank; the first sends the turns."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(_RANKS))
-    ways = ("pairs", "all_to_all")
     meshes = [DeviceMesh("cpu", ranks, mesh_dim_names=("dp",)) for ranks in (_RANKS, _FEWER)]
     run, found = begin(meshes[0], width), []
-    for turn in range(2 * turns):
-        mesh = meshes[(turn + 1) % 2]
-        folder = (_MEMORY_DISK if _MEMORY_DISK.exists() else Path(store).parent) / f"{Path(store).parent.name}-{turn}"
+    for number in range(2 * turns * len(WAYS)):
+        mesh, way = meshes[(number + 1) % 2], WAYS[number // 2 % len(WAYS)]
+        folder = (_MEMORY_DISK if _MEMORY_DISK.exists() else Path(store).parent) / f"{Path(store).parent.name}-{number}"
         _, of_save = timed(lambda run=run, folder=folder: save(run, folder))
         new, of_making = timed(lambda mesh=mesh: make_new(mesh, width))
         _, of_load = timed(lambda new=new, folder=folder: load(new, folder))
         del new
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        way = ways[turn // 2 % len(ways)]
         prepared, of_preparing = timed(lambda mesh=mesh: blueprint(width).prepare(mesh))
-        switched, of_switch = timed(
+        switched, pause = timed(
             lambda run=run, prepared=prepared, way=way: switch(run, prepared, SwitchOptions(way=way))
         )
-        run = switched.run
-        over = switched.plan.total_sent / switched.plan.lower_bound
-        if rank == 0:
-            print(ways[turn // 2 % len(ways)], of_switch, switched.seconds, flush=True)
-        found.append((of_preparing + of_switch, of_save, of_making, of_load, over))
+        run, plan = switched.run, switched.plan
+        stored = max(plan.stored_before[0], plan.stored_after[0])
+        over, peak = plan.total_sent / plan.lower_bound, switched.meter.peak / stored
+        phases, sent = switched.seconds, plan.total_sent
+        found.append(Turn(way, of_preparing, pause, phases, of_save, of_making, of_load, sent, over, peak))
     if rank == 0:
-        pipe.send((found, switched.plan.total_sent))
+        pipe.send(found)
     distributed.barrier()
     os._exit(0)  # groups of meshes that are gone need no farewell
 
@@ -160,19 +181,31 @@ def run_all(megabytes: int, turns: int) -> list[str]:
         ]
         for each in ranks:
             each.start()
-        found, sent = ours.recv()
+        found = ours.recv()
         for each in ranks:
             each.join()
-    switches, saves, makings, loads, over = zip(*found, strict=True)
-    files = [save + load for save, load in zip(saves, loads, strict=True)]
-    ratios = [slow / fast for slow, fast in zip(files, switches, strict=True)]
     return [
         f"{machine()}; 4 processes over gloo, {_LAYERS} layers of {width}, tiles of 32, density {_DENSITY}",
-        f"switch, with the new model built: {spread(switches)} s; {sent / 1e6:.1f} MB sent, {max(over):.3f} of the "
-        "fewest",
-        f"DCP on a memory disk: save {spread(saves)} s, load {spread(loads)} s; a new run for it {spread(makings)} s",
-        f"save and load over a switch: {spread(ratios, '.1f')}",
+        f"DCP on a memory disk: save {spread([turn.save for turn in found])} s, a new run "
+        f"{spread([turn.making for turn in found])} s, load {spread([turn.load for turn in found])} s",
+        *(line for way in WAYS for line in _lines_of(way, [turn for turn in found if turn.way == way])),
     ]
+
+
+def _lines_of(way: Way, turns: list[Turn]) -> Iterator[str]:
+    phases = {name: [turn.phases[name] for turn in turns] for name in turns[0].phases}
+    pauses = [turn.pause for turn in turns]
+    yield (
+        f"{way}: prepared in {spread([turn.preparing for turn in turns])} s, then a pause of {spread(pauses)} s ("
+        + ", ".join(f"{name} {spread(seconds)}" for name, seconds in phases.items())
+        + f"); {turns[0].sent / 1e6:.1f} MB sent, {max(turn.over for turn in turns):.3f} of the fewest; at most "
+        f"{max(turn.peak for turn in turns):.2f} times what a rank stores"
+    )
+    files = [(turn.save + turn.load) / turn.pause for turn in turns]
+    whole = [(turn.save + turn.making + turn.load) / (turn.preparing + turn.pause) for turn in turns]
+    yield f"{way}: save and load over the pause {spread(files, '.1f')}; with the new run on both sides " + (
+        f"{spread(whole, '.1f')}"
+    )
 
 
 if __name__ == "__main__":

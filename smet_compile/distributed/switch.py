@@ -78,8 +78,7 @@ def switch(run: Run | None, prepared: Prepared, options: SwitchOptions = _DEFAUL
 def move(taken: Taken, prepared: Prepared, options: SwitchOptions) -> Switched:
     """Does what ``switch`` does with the state of a run that was taken out of it."""
     clock = _Clock()
-    note, states = _agree_on(taken)
-    target = _from_first(prepared.tensors)
+    note, target, states = _agree_on(taken, prepared)
     _check_alike(note.tensors, target)
     clock.ends("agree")
     items = note.items(target)
@@ -123,28 +122,25 @@ class _Clock:
         self.seconds[phase], self._last = now - self._last, now
 
 
-def _agree_on(taken: Taken) -> tuple[Note, Mapping[int, streams.Stream]]:
-    """Returns the first holder's note and the streams by share of the data, on every rank."""
-    note = _from_first(taken.note)
+def _agree_on(taken: Taken, prepared: Prepared) -> tuple[Note, dict[str, TensorNote], Mapping[int, streams.Stream]]:
+    """Returns the first holder's note, the new layout and the streams by share of the data, on every rank."""
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, (taken.share, taken.stream))
+    has = taken.note is not None, prepared.tensors is not None
+    distributed.all_gather_object(found, (*has, taken.share, taken.stream))
     states: dict[int, streams.Stream] = {}
-    for share, stream in found:
+    for _, _, share, stream in found:
         if share is not None:
             states.setdefault(share, stream)
-    return note, states
-
-
-def _from_first(own: Any) -> Any:
-    """Returns on every rank what the first has that has something; every rank calls."""
-    is_nccl = distributed.get_backend() == "nccl"
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    first = torch.tensor(size if own is None else rank, device="cuda" if is_nccl else "cpu")
-    distributed.all_reduce(first, distributed.ReduceOp.MIN)
-    if int(first) == size:
+    holders, targets = ([rank for rank, each in enumerate(found) if each[side]] for side in (0, 1))
+    if not holders or not targets:
         raise ValueError("switch: expected a run on some rank, got None on all; pass what this rank has of it")
-    box = [own if rank == int(first) else None]
-    distributed.broadcast_object_list(box, src=int(first))
+    return _from(taken.note, holders[0]), _from(prepared.tensors, targets[0]), states
+
+
+def _from(own: Any, rank: int) -> Any:
+    """Returns on every rank what one of them has."""
+    box = [own if distributed.get_rank() == rank else None]
+    distributed.broadcast_object_list(box, src=rank)
     return box[0]
 
 

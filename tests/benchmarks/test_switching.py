@@ -8,9 +8,11 @@ from tests.support.fresh_process import ROOT
 
 
 def test_a_small_run() -> None:
-    head, switched, files, ratio = run_all(megabytes=1, turns=1)
-    assert "4 processes over gloo" in head and "1.000 of the fewest" in switched
-    assert files.startswith("DCP on a memory disk") and ratio.startswith("save and load over a switch: ")
+    head, files, *of_ways = run_all(megabytes=1, turns=1)
+    assert "4 processes over gloo" in head and files.startswith("DCP on a memory disk: save")
+    for way, (counts, ratios) in zip(("pairs", "all_to_all"), (of_ways[:2], of_ways[2:]), strict=True):
+        assert counts.startswith(f"{way}: prepared in") and "1.000 of the fewest" in counts
+        assert ratios.startswith(f"{way}: save and load over the pause ")
 
 
 def test_the_width_follows_from_the_bytes() -> None:
