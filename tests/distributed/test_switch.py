@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import smet_compile as smet
-from smet_compile.distributed import Blueprint, Run, SwitchOptions, switch
+from smet_compile.distributed import Blueprint, Run, SwitchOptions, SwitchPlan, switch
 from smet_compile.distributed.transfer import WAYS
 from smet_compile.ops import find_sites
 from smet_compile.shards import make_whole
@@ -31,6 +31,7 @@ SEQUENCE: list[tuple[Layout, int]] = [
     (("whole", [2]), 24),
     (("fsdp", [0, 1, 2, 3]), 27),
 ]
+CHUNK = 4096
 NAMES = {"fsdp": ("dp",), "hsdp": ("replicate", "dp"), "tp": ("dp", "tp"), "ddp": ("dp",), "whole": ("dp",)}
 KINDS: dict[str, tuple[torch.dtype, Any, dict[str, Any]]] = {
     "single weights": (torch.float64, 1, {}),
@@ -111,6 +112,12 @@ def whole_state(run: Run | None) -> dict[str, Tensor]:
     return found
 
 
+def most_stored(plan: SwitchPlan, state: dict[str, Tensor], rank: int) -> int:
+    """Returns the bytes that a rank may store: one layout, a chunk that is sent and received, the largest tensor."""
+    largest = max(each.nbytes for each in state.values())
+    return max(plan.stored_before[rank], plan.stored_after[rank]) + 2 * CHUNK + largest
+
+
 def reader_of(layout: Layout) -> tuple[int, int]:
     """Returns which share of a batch this rank reads, and of how many."""
     kind, ranks = layout
@@ -138,10 +145,11 @@ def lived(rank: int, world: int, name: str, moves: bool) -> tuple[list[float], i
         if number and moves:
             before, old, new = whole_state(run), mesh, mesh_of(layout)
             prepared = blueprint(layout[0], dtype, block_shape, options).prepare(new)
-            switched = switch(run, prepared, SwitchOptions(number % 3 == 0, 4096, WAYS[number % 2]))
+            switched = switch(run, prepared, SwitchOptions(number % 3 == 0, CHUNK, WAYS[number % 2]))
             assert switched.plan.total_sent == switched.plan.lower_bound
             run, mesh = switched.run, new
             after, before = whole_state(run), from_first_of(old, before)
+            assert number % 3 == 0 or switched.meter.peak <= most_stored(switched.plan, before, rank)
             wrong += [f"{layout}: {key}" for key in after if not torch.equal(before[key], after[key])]
             wrong += [f"{layout}: {key}" for key in before if run is not None and key not in after]
         of_steps = []

@@ -38,8 +38,8 @@ def _python(arguments: list[str], only_named: bool) -> None:
 
 
 def _smet_compile(arguments: list[str], only_named: bool) -> None:
-    if only_named:
-        arguments = [*arguments, "--help"]
+    if only_named or arguments[0] in ("switch", "join") or "--elastic" in arguments:
+        arguments = [*arguments, "--help"]  # they need several processes: tests/pretrain/test_elastic.py
     elif arguments[0] == "pretrain" and "--resume" not in arguments:
         arguments = [*arguments, *PRETRAIN_CHEAPLY]
     result = CliRunner().invoke(make_app(), arguments)
