@@ -68,6 +68,10 @@ class Elastic:
         assert process.exitcode == 0, f"process {number} ended with {process.exitcode}"
         return value
 
+    def signal(self, number: int, kind: int) -> None:
+        """Sends a signal to a process."""
+        os.kill(self._processes[number][0].pid, kind)
+
     def kill(self, number: int) -> int:
         """Ends a process without warning; returns how many died of a signal, be it before: 1 or 0."""
         process, _ = self._processes[number]

@@ -1,6 +1,8 @@
 """Processes that start later join a run, others end, and some die in the middle of a switch: no step is lost."""
 
 import random
+import re
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from smet_compile.distributed import World
+from smet_compile.distributed import World, ask
 from tests.distributed.elastic import Elastic, Mortal, options, wait_for
 from tests.distributed.test_world import BLUEPRINT, train_step
 
@@ -69,6 +71,40 @@ def test_processes_join_later_and_the_first_ones_end() -> None:
     assert sorted(third) == sorted(fourth) == list(range(joined, TOTAL))
     for losses, _ in found:
         torch.testing.assert_close(losses, {step: wanted[step] for step in losses}, rtol=0, atol=1e-12)
+
+
+def listens(address: str, rank: int) -> Any:
+    """Waits for a wish from outside, and for one by a signal."""
+    world = World(BLUEPRINT, mesh=PAIR[0], names=PAIR[1], options=options())
+    signal.signal(signal.SIGUSR1, lambda *_: world.ask([1, 2], names=("dp",), stay=False))
+    made = 0
+    for step in world.steps(100_000):
+        train_step(world, step)
+        made += 1
+        if world.mesh is not None and world.mesh.members == [1, 2]:
+            break
+    return made, [change.mesh.table for change in world.changes]
+
+
+def test_a_program_asks_from_outside_and_a_signal_from_inside() -> None:
+    with Elastic() as elastic:
+        elastic.start(3, listens)
+        answer = eventually(lambda: ask(elastic.address, [0, 1, 2], names=("dp",)))
+        assert re.match(r"switched after \d+ steps, in \d", answer)
+        assert "expected ranks from 0 to 2, got [5]" in ask(elastic.address, [0, 5], names=("dp",))
+        elastic.signal(1, signal.SIGUSR1)
+        (first, tables), (second, _), (third, _) = (elastic.result(number) for number in range(3))
+    assert tables == [[0, 1, 2], [1, 2]] and second > first > 0 and third > 0
+
+
+def eventually(function: Callable[[], str]) -> str:
+    """Returns what a function returns once there is a world."""
+    while True:
+        try:
+            return function()
+        except ValueError as error:
+            assert "a store without one" in str(error)
+            time.sleep(0.1)
 
 
 def test_a_world_that_nobody_began_is_not_joined() -> None:

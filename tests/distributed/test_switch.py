@@ -1,6 +1,7 @@
 """A run changes its layout between steps: its state stays bit for bit, its losses those of a run that stayed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import smet_compile as smet
+from benchmarks.switching import load, save
 from smet_compile.distributed import Blueprint, Run, SwitchOptions, SwitchPlan, switch
 from smet_compile.distributed.transfer import WAYS
 from smet_compile.ops import find_sites
@@ -189,6 +191,32 @@ def test_a_run_goes_through_nine_layouts(name: str) -> None:
     processes.stop()
 
 
+def by_a_checkpoint(rank: int, world: int, folder: str) -> list[str]:
+    """Goes from four ranks to two by a switch, and by DCP; returns where the states differ."""
+    plan = blueprint("fsdp", torch.float32, 4, {})
+    run = plan.begin(mesh_of(("fsdp", [0, 1, 2, 3])))
+    assert run is not None
+    for step in range(9):
+        loss_of(run.forward, step, rank, world).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.manager.step()
+    save(run, Path(folder))
+    new = mesh_of(("fsdp", [0, 1]))
+    switched = switch(run, plan.prepare(new)).run
+    loaded = plan.begin(new)
+    load(loaded, Path(folder))
+    mine, theirs = whole_state(switched), whole_state(loaded)
+    assert mine.keys() == theirs.keys() and (rank > 1 or mine)
+    return [key for key in mine if not torch.equal(mine[key], theirs[key])]
+
+
+def test_a_checkpoint_brings_what_a_switch_brings(tmp_path: Path) -> None:
+    processes.stop()
+    assert processes.run(4, by_a_checkpoint, str(tmp_path)) == [[]] * 4
+    processes.stop()
+
+
 def refused(rank: int, world: int) -> list[str]:
     """Returns the errors of switches to models that are not that of the run, and whether it trains on."""
     mesh, found = mesh_of(("fsdp", [0, 1])), []
@@ -209,9 +237,27 @@ def refused(rank: int, world: int) -> list[str]:
             other = Net(hidden=48).double()
         return shard(smet.sparsify(other, 0.3, exclude="head"), mesh=mesh)
 
-    for other in (wider, without_slabs, builder("fsdp", torch.float32, 1)):
+    def renamed(mesh: DeviceMesh) -> nn.Module:
+        with torch.device("meta"):
+            other = Net(hidden=48).double()
+        other.output = other.head
+        del other.head
+        return shard(smet.sparsify(other, 0.3, exclude="output", slabs=SLABS), mesh=mesh)
+
+    def with_other_seed(model: nn.Module) -> Any:
+        optimizer = smet.ActiveAdamW(model, 3e-3, warmup_steps=5)
+        return optimizer, smet.TopologyManager(model, optimizer, total_steps=60, every=4, schedule="cosine", seed=5)
+
+    def in_two_groups(model: nn.Module) -> Any:
+        groups = [{"params": list(model.head.parameters())}, {"params": list(model.layers.parameters())}]
+        return smet.ActiveAdamW(groups, 3e-3, model=model), None
+
+    same, alike = builder("fsdp", torch.float64, 1), optimizing({})
+    others = [(build, alike) for build in (wider, without_slabs, builder("fsdp", torch.float32, 1), renamed)]
+    for build, optimize in [*others, (same, with_other_seed), (same, in_two_groups)]:
         try:
-            switch(run, Blueprint(other, optimizing({})).prepare(mesh_of(("fsdp", [0, 1]))))
+            options = SwitchOptions(keep_source=build is same)
+            switch(run, Blueprint(build, optimize).prepare(mesh_of(("fsdp", [0, 1]))), options)
         except ValueError as error:
             found.append(str(error))
     after = whole_state(run)
@@ -223,7 +269,9 @@ def refused(rank: int, world: int) -> list[str]:
 
 def test_another_model_is_refused_and_the_run_goes_on() -> None:
     processes.stop()
-    for wider, slabs, dtype, state in processes.run(2, refused):
+    for wider, slabs, dtype, name, seed, groups, state in processes.run(2, refused):
+        assert "expected the same tensors in both, got one that only" in name and ("head" in name or "output" in name)
+        assert "seed" in seed and "expected the parameter groups of the run, got others" in groups
         assert wider.startswith("layers.0.up.") and "as in the run" in wider
         assert "sparsify with the same block_shape and slabs" in slabs
         assert "expected torch.float64 of shape" in dtype and "got torch.float32" in dtype

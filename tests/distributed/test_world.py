@@ -1,6 +1,7 @@
 """A world follows wishes at a step that all ranks agree on; ranks that wait join, and ranks of the run leave it."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,44 @@ def test_a_late_wish_is_left_and_all_ranks_end() -> None:
     found = processes.run(4, lived, late, WorldOptions(), True)
     processes.stop()
     assert [sorted(losses) for losses, _, _ in found] == [list(range(TOTAL))] * 2 + [[]] * 2
+
+
+def in_parts(mesh: Any) -> Any:
+    if mesh.size() == 3:
+        raise ValueError("build: expected two or four ranks, got three")
+    return build(mesh)
+
+
+def asks_much(rank: int, world: int, folder: str) -> Any:
+    """Asks for a layout that cannot be built, for two at once, and by a file; returns what became of each."""
+    file = Path(folder) / "wish.json"
+    here = World(
+        Blueprint(in_parts, optimizing({})), mesh=[0, 1], names=("dp",), options=WorldOptions(wish_file=str(file))
+    )
+    losses, wishes = {}, []
+    for step in here.steps(200):
+        losses[step] = train_step(here, step)
+        if rank == 0 and step == 2:
+            meshes = (([0, 1, 2], ("dp",)), ([0, 1, 7], ("dp",)), ([[0, 1], [2, 3]], ("dp", "tp")), ([0, 2], ("dp",)))
+            wishes = [here.ask(mesh, names=names) for mesh, names in meshes]
+        if rank == 0 and len(here.changes) == 2 and not file.exists() and here.mesh.members == [0, 2]:
+            file.write_text('{"mesh": [0, 0], "names": ["dp"]}' if step % 2 else '{"mesh": [1, 2], "names": ["dp"]}')
+        if len(here.changes) == 3:
+            break
+    answers = [here.answer(number) for number in wishes]
+    return losses, answers, [change.mesh.table for change in here.changes]
+
+
+def test_wishes_are_refused_or_fulfilled_in_their_order(tmp_path: Path) -> None:
+    processes.stop()
+    (_, answers, tables), *others = processes.run(4, asks_much, str(tmp_path))
+    processes.stop()
+    built, unknown, first, second = answers
+    assert built == "refused: ValueError: build: expected two or four ranks, got three"
+    assert unknown.startswith("refused: mesh: expected ranks from 0 to 3, got [7]")
+    assert first.startswith("switched after") and second.startswith("switched after")
+    assert tables == [[[0, 1], [2, 3]], [0, 2], [1, 2]] and not (tmp_path / "wish.json").exists()
+    assert all(seen == tables for _, _, seen in others)
 
 
 def refusals(rank: int, world: int) -> list[str]:
