@@ -119,6 +119,14 @@ def _nap(deadline: float, whom: str) -> None:
     time.sleep(0.02)
 
 
+def root_store() -> Any:
+    """Returns the store of the default process group, without prefixes."""
+    store = distributed.distributed_c10d._get_default_store()
+    while isinstance(store, distributed.PrefixStore):
+        store = store.underlying_store
+    return store
+
+
 def leave() -> None:
     """Leaves the default process group, with all that torch keeps of its meshes under names that come again."""
     if distributed.is_initialized():

@@ -203,14 +203,6 @@ class Members:
         return bool(self.store.check([self._prefix + key]))
 
 
-def root_store() -> Any:
-    """Returns the store of the default process group, without prefixes."""
-    store = distributed.distributed_c10d._get_default_store()
-    while isinstance(store, distributed.PrefixStore):
-        store = store.underlying_store
-    return store
-
-
 def address_of(store: Any) -> str | None:
     """Returns where other processes reach a store: host:port, or the path of a file; None for neither."""
     if isinstance(store, distributed.TCPStore):

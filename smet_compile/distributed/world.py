@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed
 
 from smet_compile.distributed import members as talking
-from smet_compile.distributed.generation import Generation, MeshWish
+from smet_compile.distributed.generation import Generation, MeshWish, root_store
 from smet_compile.distributed.leader import Leader, wish_for
 from smet_compile.distributed.members import Members
 from smet_compile.distributed.run import Blueprint, Prepared, Run, data_rank
@@ -114,7 +114,7 @@ class World:
                 f"mesh: expected ranks from 0 to {size - 1}, each once, got {wish['mesh']}; start more processes, or "
                 "take other ranks"
             )
-        talk = Members.found(talking.root_store(), options.patience)
+        talk = Members.found(root_store(), options.patience)
         self._begin(blueprint, talk, options)
         self._generation: Generation | None = Generation(list(range(size)), distributed.get_backend())
         self.mesh: MeshWish | None = MeshWish.of(wish)

@@ -180,7 +180,7 @@ def go_through(num_rounds: int, seed: int) -> tuple[int, dict[int, float], list[
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("num_rounds", "seed"), [(4, 0), pytest.param(100, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_rounds", "seed"), [(3, 2), pytest.param(100, 1, marks=pytest.mark.slow)])
 def test_processes_die_in_the_middle_of_switches(num_rounds: int, seed: int) -> None:
     num_killed, losses, changes = go_through(num_rounds, seed)
     assert num_killed == 2 * num_rounds

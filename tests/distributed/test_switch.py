@@ -178,7 +178,12 @@ def mean_over(mesh: DeviceMesh, losses: list[Tensor], count: int) -> list[float]
     return (total / mesh.mesh.numel()).tolist()
 
 
-@pytest.mark.parametrize("name", KINDS)
+SLOW = ("tiles", "runs, bf16")  # compiled tiles and bf16 tiles go through the same layouts
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in KINDS]
+)
 def test_a_run_goes_through_nine_layouts(name: str) -> None:
     processes.stop()  # torch keeps meshes of the same ranks, whose groups are gone
     stayed, events, _ = processes.run(4, lived, name, False)[0]

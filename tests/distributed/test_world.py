@@ -53,8 +53,7 @@ def lived(
     return losses, [change.step for change in here.changes], [change.pause for change in here.changes]
 
 
-@pytest.mark.parametrize("keep_source", [False, True])
-@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize(("prepare", "keep_source"), [(False, True), (True, False)])
 def test_ranks_join_and_leave_without_a_step_lost(prepare: bool, keep_source: bool) -> None:
     processes.stop()
     options = WorldOptions(keep_source=keep_source)
