@@ -30,7 +30,7 @@ ROOMS = {
     "runtime": Room({"ops", "format", "shards"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "distributed": Room(
         {"runtime", "convert", "plan", "ops", "format", "shards"},
-        "it moves a whole run from ranks to ranks, whatever model and optimizer are, and asks the planner which suit it",
+        "it moves a whole run from ranks to ranks, whatever it is, and asks the planner which suit it",
     ),
     "api": Room(ALL_ROOMS, "imports point down only"),
     "train_step": Room(
