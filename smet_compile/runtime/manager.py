@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from smet_compile.format import arguments
 from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, find_sites
-from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import outside_graphs
@@ -31,8 +30,9 @@ from smet_compile.runtime.advice import (
     warn_of_tiles,
 )
 from smet_compile.runtime.collecting import GradientCollection
-from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace, check_history
+from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
+from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.policies import DropName, GrowName, Policy
 from smet_compile.runtime.resizing import choose_resize
@@ -45,17 +45,15 @@ from smet_compile.runtime.schedules import (
     make_schedule,
     name_of_schedule,
 )
-from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages, check_one_process
 from smet_compile.runtime.update import Move, Rules, check_moves, check_start, choose_move, find_ranks, make_and_record
 from smet_compile.shards import reshard
 
-_MAX_POSTPONED_STEPS = 10
 _ROUNDING = 1e-9
 """A sum of shares may miss a whole number by this share of a block."""
 
 
-class TopologyManager:
+class TopologyManager(SavedManager):
     """Drops a share ζ of the blocks of each compact weight every ``every`` steps, and grows as many elsewhere.
 
     By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
@@ -100,6 +98,8 @@ class TopologyManager:
             says which come; survivors keep values and state bit for bit, the memory of the others is freed. A stage
             takes the place of an update that is due with it, and does not wait: a weight whose gradient is not finite,
             or did not come, goes by "magnitude" and "random".
+        auto_step: steps by itself, at the end of each training step of the optimizer, or of the last of several that
+            hold compact weights. Calls of ``step()`` then change nothing, and return what happened since the last one.
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
@@ -129,6 +129,7 @@ class TopologyManager:
         ablation_threshold: float | None = None,
         seed: int = 0,
         density_schedule: DensitySchedule | None = None,
+        auto_step: bool = False,
     ) -> None:
         arguments.module("model", model)
         if not find_optimizers(optimizer, model.parameters()):
@@ -167,6 +168,8 @@ class TopologyManager:
         self.optimizer = optimizer
         self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
         self._listeners: dict[int, StepListener] = {}
+        self.auto_step = arguments.flag("auto_step", auto_step)
+        self._last_event: TopologyEvent | None = None
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
         self._num_new_steps = 0
@@ -232,13 +235,31 @@ class TopologyManager:
             self._trained.look_at_step(optimizer)
         if self._is_due(self.num_steps + num_new + 1):
             self._trained.read_counts()
-        if not self._was_called and self.next_update is not None:
+        if self.auto_step:
+            self._step_if_all_did(num_new)
+        elif not self._was_called and self.next_update is not None:
             warn_of_no_call(num_new, self.schedule.every)
 
+    def _step_if_all_did(self, num_new: int) -> None:
+        values = {id(site.values) for site in self.sites.values()}
+        ours = [found.optimizer for found in self._optimizers.stepping if found.steps & values]
+        if all(self._new_steps_of[id(each)] == num_new for each in ours):
+            event = self._step()
+            self._last_event = self._last_event if event is None else event
+
     @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
-    @torch.no_grad()
     def step(self) -> TopologyEvent | None:
-        """Changes the topology if this step is one to do so; returns what happened, or None."""
+        """Changes the topology if this step is one to do so; returns what happened, or None.
+
+        With ``auto_step`` it returns the last thing that happened since the last call.
+        """
+        if self.auto_step:
+            event, self._last_event = self._last_event, None
+            return event
+        return self._step()
+
+    @torch.no_grad()
+    def _step(self) -> TopologyEvent | None:
         self._was_called = True
         reshard(self.model)
         self._optimizers.check_weights()
@@ -255,7 +276,7 @@ class TopologyManager:
         event = self._enter(stage, step) if stage else self._update(step) if due else None
         self.num_steps, self._num_new_steps = step, 0
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
-        if self._num_postponed == _MAX_POSTPONED_STEPS:
+        if self._num_postponed == MOST_POSTPONED_STEPS:
             self._give_up()
         self._trained.forget()
         self._collect_gradients(afresh=event is not None)
@@ -272,7 +293,7 @@ class TopologyManager:
     def _give_up(self) -> None:
         """Leaves out an update that was postponed too often, with a warning."""
         self._num_postponed = 0
-        warn_of_left_out(_MAX_POSTPONED_STEPS, self.model, self._trained.not_finite, self.next_update)
+        warn_of_left_out(MOST_POSTPONED_STEPS, self.model, self._trained.not_finite, self.next_update)
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window
@@ -328,62 +349,6 @@ class TopologyManager:
     def _is_ready(self, site: Site) -> bool:
         trained = not self._trained.not_finite and site.values in self._trained
         return trained and self._collection.has_gradient(site)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns settings, steps counted, history, and which blocks were ever active, as a resumed run needs them."""
-        return {
-            "settings": self.settings,
-            "num_steps": self.num_steps,
-            "num_postponed": self._num_postponed,
-            "owed": dict(self._owed),
-            "collected": self._collection.state_dict(),
-            "history": [event.to_dict() for event in self.history],
-            "trace": self._trace.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
-        """Continues from a saved ``state_dict``; the model and optimizer are loaded on their own.
-
-        Args:
-            override: names of settings (``"total_steps"``, ``"every"``, ...) that may differ from those of the saved
-                run; it then goes on with this manager's.
-
-        Raises:
-            ValueError: ``state`` is of another model, was made with other settings, or is not whole. Nothing has then
-                changed.
-        """
-        self.check_state_dict(state, override=override)
-        self.num_steps = state["num_steps"]
-        self._num_new_steps = 0
-        self._owed = {name: float(blocks) for name, blocks in state["owed"].items()}
-        self._num_postponed = state["num_postponed"] if self._moving else 0
-        self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
-        self._trace.load_state_dict(state["trace"])
-        self._stages.resume(self.num_steps)
-        self._prepare_next_step()
-        self._collection.load_state_dict(state["collected"])
-
-    def check_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
-        """Raises ValueError where ``load_state_dict`` would."""
-        parts = ("num_steps", "num_postponed", "owed", "collected", "history", "trace")
-        check_keys("manager", state, parts, ("settings",))
-        check_settings(state.get("settings", {}), self._settings, override)
-        check_integer("num_steps", state["num_steps"])
-        check_integer("num_postponed", state["num_postponed"], 0, _MAX_POSTPONED_STEPS - 1)
-        check_keys("owed", state["owed"], self.sites.keys())
-        for name, blocks in state["owed"].items():
-            check_number(f"owed[{name!r}]", blocks, 0, 1)
-        num_steps = state["num_steps"]
-        self._collection.check_state_dict(state["collected"], self._stages.growth_after(num_steps))
-        counts = check_history(state["history"], num_steps, self.sites)
-        if "density_schedule" not in check_override(override):
-            self._stages.check_state({name: each[0] for name, each in counts.items()}, num_steps)
-        self._trace.check_state_dict(state["trace"], num_steps, counts)
-
-    def parts_of_state(self) -> list[dict[str, Any]]:
-        """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
-        parts = self._trace, self._trained, self._stages
-        return [self.__dict__, *(part.__dict__ for part in parts), *self._collection.parts_of_state()]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_listeners": {}}

@@ -1,0 +1,159 @@
+"""A manager that steps by itself does what an explicit call after each optimizer step does."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import smet_compile as smet
+
+STEPS, EVERY = 24, 4
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def sparse_net() -> nn.Module:
+    torch.manual_seed(0)
+    return smet.sparsify(Net(), 0.3)
+
+
+def manager_of(model: nn.Module, optimizer: Any, auto_step: bool, **options: Any) -> smet.TopologyManager:
+    return smet.TopologyManager(model, optimizer, total_steps=STEPS, every=EVERY, auto_step=auto_step, **options)
+
+
+def loss_of(model: Callable[[Tensor], Tensor], step: int) -> Tensor:
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(step))
+    return model(x).square().mean()
+
+
+def one(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [smet.ActiveAdamW(model, 1e-2, warmup_steps=3)]
+
+
+def torch_one(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), 1e-2)]
+
+
+def two(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [
+        smet.ActiveAdamW(model.first.parameters(), 1e-2, model=model),
+        torch.optim.SGD(model.second.parameters(), 1e-2, momentum=0.9),
+    ]
+
+
+def one_and_biases(model: nn.Module) -> list[torch.optim.Optimizer]:
+    biases = [model.first.bias, model.second.bias]
+    others = [p for p in model.parameters() if not any(p is bias for bias in biases)]
+    return [smet.ActiveAdamW(others, 1e-2, model=model), torch.optim.SGD(biases, 1e-2)]
+
+
+def trained(make: Any, auto_step: bool, calls: bool, accumulate: int = 1, **options: Any) -> Any:
+    """Trains; returns the model's tensors, its topologies, the history and what the calls returned."""
+    model = sparse_net()
+    optimizers = make(model)
+    manager, events = manager_of(model, optimizers, auto_step, **options), []
+    for step in range(STEPS):
+        for part in range(accumulate):
+            loss_of(model, step * accumulate + part).backward()
+            if calls and part < accumulate - 1:
+                assert manager.step() is None
+        for optimizer in optimizers:
+            optimizer.step()
+        if calls:
+            events.append(manager.step())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    return state_of(model), [event.to_dict() for event in manager.history], [e.step for e in events if e]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("make", [one, torch_one, two, one_and_biases])
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_it_does_what_explicit_calls_do(make: Any, grow: str, accumulate: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted, history, steps = trained(make, False, True, accumulate, grow=grow)
+        found, own_history, _ = trained(make, True, False, accumulate, grow=grow)
+        _, called_history, called_steps = trained(make, True, True, accumulate, grow=grow)
+    assert steps == [4, 8, 12, 16] and history == own_history == called_history and called_steps == steps
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_a_compiled_step_moves_the_topology_too() -> None:
+    found = []
+    for auto_step in (False, True):
+        model = sparse_net()
+        optimizer = smet.ActiveAdamW(model, 1e-2)
+        manager = manager_of(model, optimizer, auto_step)
+        step = smet.compile_train_step(lambda x, model=model: model(x).square().mean(), optimizer)
+        step.compile(backend="eager")
+        for number in range(STEPS):
+            step(torch.randn(5, 12, generator=torch.Generator().manual_seed(number)))
+            if not auto_step:
+                manager.step()
+        found.append((state_of(model), [event.step for event in manager.history]))
+    (wanted, steps), (own, own_steps) = found
+    assert steps == own_steps == [4, 8, 12, 16]
+    assert all(torch.equal(own[name], tensor) for name, tensor in wanted.items())
+
+
+def test_steps_that_a_scaler_skips_do_not_count() -> None:
+    model = sparse_net()
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    manager = manager_of(model, optimizer, True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(EVERY):
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 1:
+            model.first.bias.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert manager.num_steps == EVERY - 1 and not manager.history
+
+
+def test_a_resumed_run_goes_on_by_itself() -> None:
+    def begin() -> Any:
+        model = sparse_net()
+        optimizer = smet.ActiveAdamW(model, 1e-2)
+        return model, optimizer, manager_of(model, optimizer, True)
+
+    def go(parts: Any, steps: range) -> None:
+        model, optimizer, _ = parts
+        for step in steps:
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, half = begin(), begin()
+    go(whole, range(STEPS))
+    go(half, range(10))
+    saved = copy.deepcopy((half[0].state_dict(), half[1].state_dict(), half[2].state_dict()))
+    resumed = begin()
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    go(resumed, range(10, STEPS))
+    assert resumed[2].num_steps == STEPS
+    assert all(torch.equal(whole[0].state_dict()[name], tensor) for name, tensor in resumed[0].state_dict().items())
+
+
+def test_a_flag_is_a_flag() -> None:
+    model = sparse_net()
+    with pytest.raises(ValueError, match="auto_step: expected True or False, got 'yes'"):
+        manager_of(model, one(model)[0], "yes")
