@@ -73,9 +73,10 @@ def correct_gradients(
         optimizer = smet.ActiveSGD(model, lr=0.1)
         print(smet.correct_gradients(model, optimizer, images))
 
-    A site is corrected where a batch norm in training mode reads its output, through views, permutations, conversions
-    and sums with what no site made, and nothing else reads it. One forward on tensors without data shows that. Without
-    an example, and where the forward cannot be recorded, the order of modules decides, with a warning.
+    A site is corrected where a batch norm in training mode reads its output, through views, permutations, conversions,
+    concatenations of channels and sums with what no site made, and nothing else reads it. One forward on tensors
+    without data shows that. Without an example, and where the forward cannot be recorded, the order of modules decides,
+    with a warning.
 
     Adam, and other rules that divide by the size of the gradient, cancel a factor that stays the same: then nothing is
     corrected, with a warning.
