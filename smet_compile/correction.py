@@ -124,6 +124,7 @@ def correct_gradients(
     _warn(reasons, cancelling, wants_steps)
     for name, site in sites.items():
         site.compact.scales_rows = not reasons[name] and name not in cancelling
+        site.compact.scales_steps = not reasons[name] and name in cancelling
         text = _STEPS_SCALED if name in cancelling else _CORRECTED
         text = f"not corrected: {reasons[name]}" if reasons[name] else text
         site.compact.correction = text if is_traced else text + _BY_PLACE
