@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -96,9 +97,9 @@ class Training:
         return step
 
     def formula(self, is_compiled: bool) -> int:
-        """Counts the bytes of weights, gradients and momentum; of compact weights also their index."""
-        compact = {id(site.values) for site in find_sites(self.model).values()}
-        total = sum(buffer.nbytes for buffer in self.model.buffers())
+        """Counts the bytes of weights, gradients and momentum; of compact weights also their index and ages."""
+        compact = {id(site.values): site.num_active for site in find_sites(self.model).values()}
+        total = sum(buffer.nbytes for buffer in self.model.buffers()) + sum(compact.values())  # an age is a byte
         for parameter in self.model.parameters():
             total += parameter.nbytes * (2 if is_compiled and id(parameter) in compact else 3)
         return total
@@ -114,34 +115,31 @@ def sparse(make: Callable[[], nn.Module], density: float, block: int) -> nn.Modu
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Measures in the child process."""
-    density, block, mode = float(args.child[0]), int(args.child[1]), args.child[2]
-    training = Training(sparse(large, density, block), args.batch, mode == "compiled")
-    formula = training.formula(mode == "compiled")
+    is_compiled = args.child[1] == "compiled"
+    training = Training(sparse(large, float(args.child[0]), 1), args.batch, is_compiled)
+    formula = training.formula(is_compiled)
     resident, allocated = peaks(training.step, 3)
     return {"resident": resident, "allocated": allocated, "formula": formula}
 
 
 def memory(args: argparse.Namespace) -> str:
-    kinds = [(density, block) for density in DENSITIES for block in ((1,) if density == 1 else (1, 8))]
-    runs: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
-    for number in range(args.repeats):
-        for mode, (density, block) in ((mode, kind) for mode in args.modes for kind in kinds):
-            child = "--child", str(density), str(block), mode, "--batch", str(args.batch)
-            environment = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_FROM), "OMP_NUM_THREADS": "1"}
-            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{args.caches}/{mode}-{density}-{block}"
-            result = run_json("-m", "benchmarks.image_steps", "memory", *child, **environment)
-            runs.setdefault((mode, density, block), []).append(result)
-            print(number, mode, density, block, result, file=sys.stderr, flush=True)
-    lines = ["| step | weights | resident, MiB | allocated, MiB | weights, gradients, momentum, MiB |"]
-    lines[0] += " resident / dense | allocated / dense |"
-    lines.append("|" + "---|" * 7)
-    for (mode, density, block), results in runs.items():
-        dense = runs[mode, 1.0, 1]
-        name = "dense" if density == 1 else f"density {density:g}, {'single' if block == 1 else f'tiles of {block}'}"
-        cells = [mode, name, spread([each["resident"] / MIB for each in results], ".0f")]
+    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for number, mode, density in itertools.product(range(args.repeats), args.modes, DENSITIES):
+        child = "--child", str(density), mode, "--batch", str(args.batch)
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_FROM), "OMP_NUM_THREADS": "1"}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = f"{args.caches}/{mode}-{density}"
+        result = run_json("-m", "benchmarks.image_steps", "memory", *child, **environment)
+        runs.setdefault((mode, density), []).append(result)
+        print(number, mode, density, result, file=sys.stderr, flush=True)
+    headings = ["step", "weights", "resident, MiB", "allocated, MiB", "weights, gradients, momentum, MiB"]
+    lines = [f"| {' | '.join([*headings, 'resident / dense', 'allocated / dense'])} |", "|" + "---|" * 7]
+    for (mode, density), results in runs.items():
+        cells = [mode, "dense" if density == 1 else f"density {density:g}"]
+        cells.append(spread([each["resident"] / MIB for each in results], ".0f"))
         cells += [f"{statistics.median(e[q] for e in results) / MIB:.0f}" for q in ("allocated", "formula")]
         for quantity in ("resident", "allocated"):
-            cells.append(spread([a[quantity] / b[quantity] for a, b in zip(results, dense, strict=True)], ".2f"))
+            ratios = [a[quantity] / b[quantity] for a, b in zip(results, runs[mode, 1.0], strict=True)]
+            cells.append(spread(ratios, ".2f"))
         lines.append(f"| {' | '.join(cells)} |")
     return MEMORY.format(batch=args.batch, repeats=args.repeats, table="\n".join(lines), machine=machine())
 
@@ -188,11 +186,11 @@ def median_interval(pairs: Pairs) -> tuple[float, float]:
 MEMORY = """## Memory of a training step
 
 Peak of a step from the third on of a ResNet of the size of ResNet-18 (`examples/resnet.py`, width 64, two blocks in
-each of four stages), {batch} images of 32x32, SGD with momentum, fp32, ERK shares. *Resident*: the high-water mark of a
-fresh process, less what is resident when every tensor has been emptied. *Allocated*: the same peak by torch's
-allocator, exact, without libraries' own scratch. The rest beside weights, gradients and momentum is activations, and
-the unpacked weight and dense gradient of one layer at a time. Compiled sparse steps update in backward and keep no
-compact gradient. Medians of {repeats} processes, and the least and largest.
+each of four stages), {batch} images of 32x32, SGD with momentum, fp32, single weights, ERK shares. *Resident*: the
+high-water mark of a fresh process, less what is resident when every tensor has been emptied. *Allocated*: the same peak
+by torch's allocator, exact, without libraries' own scratch. The rest beside weights, gradients and momentum is
+activations, and the unpacked weight and dense gradient of one layer at a time. Compiled sparse steps update in backward
+and keep no compact gradient. Medians of {repeats} processes, and the least and largest.
 
 Made by `python -m benchmarks.image_steps memory --out docs/results/convolutions.md`; {machine}.
 
@@ -226,7 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="correction: turns of each pair")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--out", type=Path, help="the page that has the section")
-    parser.add_argument("--child", nargs=3, metavar=("DENSITY", "BLOCK", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("DENSITY", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.child:
