@@ -162,11 +162,10 @@ DENSE_CHANGES: dict[str, dict[str, int]] = {
 
 
 def dense_runs(records: Records) -> dict[str, list[Run]]:
-    """Returns runs of the dense baseline with one thing changed, at its tuned rate."""
+    """Returns runs of the dense baseline as it is (fresh seeds) and with something changed (one), at its tuned rate."""
     rate = tuned(records)[None, False]
-    seeds = {name: 1 if len(change) > 1 and change["epochs"] > 2 else 3 for name, change in DENSE_CHANGES.items()}
     return {
-        name: [Run(1.0, None, False, rate, seed, **change) for seed in range(3, 3 + seeds[name])]
+        name: [Run(1.0, None, False, rate, seed, **change) for seed in FRESH_SEEDS[: 1 if change else 3]]
         for name, change in DENSE_CHANGES.items()
     }
 
