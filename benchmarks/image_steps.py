@@ -83,8 +83,8 @@ class Training:
         self.step = self._fused() if is_compiled and self.is_sparse else self._two_calls(is_compiled)
 
     def _fused(self) -> Callable[[], Any]:
-        step = smet.compile_train_step(self.model, self.optimizer, lambda model, x, y: cross_entropy(model(x), y))
-        return lambda: step(self.images, self.labels)
+        self.fused = smet.compile_train_step(self.model, self.optimizer, _loss)
+        return lambda: self.fused((self.images, self.labels))
 
     def _two_calls(self, is_compiled: bool) -> Callable[[], Any]:
         run = torch.compile(self.model) if is_compiled else self.model
@@ -103,6 +103,11 @@ class Training:
         for parameter in self.model.parameters():
             total += parameter.nbytes * (2 if is_compiled and id(parameter) in compact else 3)
         return total
+
+
+def _loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    images, labels = batch
+    return cross_entropy(model(images), labels)
 
 
 def sparse(make: Callable[[], nn.Module], density: float, block: int) -> nn.Module:

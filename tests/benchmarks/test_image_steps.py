@@ -11,6 +11,7 @@ from benchmarks.image_steps import Case, Training, correction_row, median_interv
 from benchmarks.ratios import Pairs
 from examples.resnet import resnet
 from smet_compile.ops import find_sites
+from smet_compile.tracing import Capture
 
 SMALL = Case("small", lambda: resnet(24, 8, 1), 1, 4, ("eager",))
 
@@ -29,6 +30,18 @@ def test_bytes_of_weights_gradients_and_momentum(density: float) -> None:
     assert training.formula(False) == counted
     compact = sum(site.values.nbytes for site in find_sites(training.model).values())
     assert training.formula(True) == counted - compact
+
+
+def test_compiled_steps_update_in_backward() -> None:
+    eager, compiled = (Training(sparse(SMALL.make, 0.25, 1), 4, is_compiled, True) for is_compiled in (False, True))
+    compiled.fused.compile(backend=Capture())
+    assert compiled.fused.fused
+    compiled.images, compiled.labels = eager.images, eager.labels
+    for training in (eager, compiled):
+        training.step()
+    expected = find_sites(eager.model)
+    for name, site in find_sites(compiled.model).items():
+        torch.testing.assert_close(site.values, expected[name].values, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_row_times_both_steps_and_the_op_alone() -> None:
