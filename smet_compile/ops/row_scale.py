@@ -65,11 +65,20 @@ def _scale_rows(grad: Tensor, bits: Tensor, lists: Tensor, layout: str) -> Tenso
     topology = gate.find(bits, lists, layout, grad.shape[0])
     if tuple(grad.shape) != topology.values_shape:
         raise ValueError(f"scale_rows: expected a gradient of {topology.values_shape}, got {tuple(grad.shape)}")
-    scaled: Tensor = choose.compute("scale_rows", grad, topology)(grad, topology)
-    return scaled
+    result: Tensor = choose.compute("scale_rows", grad, topology)(grad, topology)
+    return result
 
 
-def scale_rows(grad: Tensor, topology: Topology) -> Tensor:
+def scaled(grad: Tensor, topology: Topology) -> Tensor:
+    """Returns the scaled gradient of a topology that was checked. The memory of ``grad`` may be that of the result.
+
+    On a CPU new memory costs more than the product, and a gradient that backward has just computed is nobody else's.
+    """
+    result: Tensor = choose.compute("scale_rows", grad, topology)(grad, topology, in_place=True)
+    return result
+
+
+def scale_rows(grad: Tensor, topology: Topology, in_place: bool = False) -> Tensor:
     """Computes what ``law.scale_rows`` does, from the factors that the topology keeps."""
     return (grad * block_factors(topology, compute_dtype(grad.dtype))).to(grad.dtype)
 

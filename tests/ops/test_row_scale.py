@@ -95,9 +95,11 @@ def test_the_kernel_is_plain_torch_bit_for_bit(name: str, dtype: torch.dtype, mo
     case = choose.case_of(grad, compact.active)
     assert choose.kernel_of("scale_rows", case) == ("torch" if dtype == torch.bfloat16 else "cpu_rows")
     actual = scaled(grad, compact)
+    assert torch.equal(row_scale.scaled(grad.clone(), compact.active), actual)
     for forced in ("torch", "reference"):
         monkeypatch.setenv("SMET_COMPILE_KERNEL", forced)
         assert choose.kernel_of("scale_rows", case) == forced
+        assert torch.equal(row_scale.scaled(grad.clone(), compact.active), scaled(grad, compact))
         torch.testing.assert_close(
             actual, scaled(grad, compact), **({"rtol": 0, "atol": 0} if forced == "torch" else {})
         )

@@ -42,10 +42,11 @@ def refusal(case: Case) -> str | None:
     return "could not be compiled" if library("rows") is None else None
 
 
-def scale_rows(grad: Tensor, topology: Topology) -> Tensor:
+def scale_rows(grad: Tensor, topology: Topology, in_place: bool = False) -> Tensor:
     """Computes what ``ops.law.scale_rows`` does."""
     of_rows: _OfRows = topology.constant(("cpu_rows", grad.dtype), lambda: _prepare(topology, grad.dtype))
-    grad, out = grad.contiguous(), torch.empty(grad.shape, dtype=grad.dtype)
+    grad = grad.contiguous()
+    out = grad if in_place else torch.empty_like(grad)
     job = _Rows(
         grad=grad.data_ptr(),
         factors=of_rows.factors.data_ptr(),
