@@ -167,10 +167,17 @@ TRAINING = f"""A ResNet of three blocks, 4,000 made images of {skew.NUM_CLASSES}
 warm-up and a cosine to zero as ImageNet runs have, ERK shares."""
 RATES_TEXT = """Each side has a sweep of its own at density 0.1, by factors of two until the best rate lies inside:
 held-out accuracy at the end in percent, mean and range of three seeds."""
-PAIRS = """Seeds that the sweep has not seen; at densities of 0.05 and 0.03 the rates are those found at 0.1. A cell
-holds the held-out accuracy in percent of runs without the correction, and what the correction adds in points: mean and
-95% interval (Student's t) over seeds, paired. Of many intervals one in twenty excludes zero by chance."""
-FINDINGS = ""
-UNTUNED = """Rate 0.1, the first seeds, as above. This is what stood here before there was a sweep."""
-DENSE = """The dense baseline at its best rate, and what holds it below 95%: one thing changed at a time."""
-DENSE_FINDINGS = ""
+PAIRS = """Seeds that the sweep has not seen. A cell holds the held-out accuracy in percent of runs without the
+correction, and what the correction adds in points: mean and 95% interval (Student's t) over seeds, paired. Of many
+intervals one in twenty excludes zero by chance."""
+FINDINGS = """No interval excludes zero. At the end corrected runs are about one point lower with either growth, ± 3
+points: a gain as the paper's at this density is not seen, and one of up to 2 points not excluded. RigL without the
+correction is as good at a rate of 0.8 as at 0.4, so the different best rates of its two sides mean little. At densities
+of 0.05 and 0.03 there are no runs at tuned rates."""
+UNTUNED = """Rate 0.1 for all, the sweep's seeds: the runs of an earlier version of this page. The sweep shows what such
+a rate is worth: at four times as much all sides end more than 20 points higher at density 0.1."""
+DENSE = """The dense baseline at its best rate, fresh seeds, and what holds it below 95%: mean and 95% interval, or one
+run."""
+DENSE_FINDINGS = """Images hold it below 95%, and not the labels, which the program that draws an image knows. Four
+times the epochs end at 93.0% with a training loss of 0.004, so these images are known by heart; four times the images
+reach 96.7% in as many steps. The study stays below 95% because it is small."""
