@@ -217,8 +217,8 @@ Made by `python -m benchmarks.image_steps memory --out docs/results/convolutions
 CORRECTION = """## Cost of the correction
 
 Training steps with `correct_gradients` and without, at density 0.1, in turns in one process of one thread: medians of
-{rounds} turns, in the processor's time. The last column is the time of the multiplications alone. Compiled steps update
-in backward.
+{rounds} turns, in the processor's time. The last column is the time of the op alone, which writes to
+new memory; eager linear layers scale the gradient over itself. Compiled steps update in backward.
 
 Made by `python -m benchmarks.image_steps correction --out docs/results/convolutions.md`;
 {machine}; load of the machine at the end: {load:.0f}.
