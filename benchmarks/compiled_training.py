@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import resource
 import statistics
 import time
@@ -11,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import at_rest, empty_all_tensors, llama, resident, restart_peak, storages
-from torch.profiler import ProfilerActivity, profile
+from measuring import llama, peaks
 
 import smet_compile as smet
 
@@ -64,35 +62,10 @@ class Training:
 def memory(training: Training, num_steps: int) -> dict[str, Any]:
     """Returns the peak bytes of a step from the third on, over what is resident when all tensors are empty.
 
-    Measured in two parts, since the profiler leaves memory behind as well: the peak over the rest between steps,
-    and how much of that rest goes when the tensors are emptied.
+    See ``peaks``.
     """
-    for _ in range(2):
-        training.step()
-    at_rest()
-    restart_peak()
-    for _ in range(num_steps):
-        training.step()
-    over_rest = resident("VmHWM") - at_rest()
-    allocated = peak_allocated(training.step)
-    rest = at_rest()
-    empty_all_tensors()
-    tensors = rest - at_rest()
-    return {"resident": over_rest + tensors, "allocated": allocated, "formula": training.formula()}
-
-
-def peak_allocated(step: Callable[[], Any]) -> int:
-    """Returns the most bytes that tensors hold at once during ``step``, by torch's allocator, which is exact."""
-    gc.collect()
-    held = sum(storage.nbytes() for storage in storages())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    peak = now = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return held + peak
+    resident, allocated = peaks(training.step, num_steps)
+    return {"resident": resident, "allocated": allocated, "formula": training.formula()}
 
 
 def times(training: Training, num_steps: int) -> dict[str, Any]:

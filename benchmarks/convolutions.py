@@ -150,7 +150,14 @@ def main() -> None:
         lines.append(f"| {kernel} | {form} | {shape} | {block} | {density} | {' | '.join(cells)} | {spread} |")
         print(lines[-1], flush=True)
     if args.out is not None:
-        args.out.write_text(page("\n".join(lines), args.rounds))
+        write_first_part(args.out, page("\n".join(lines), args.rounds))
+
+
+def write_first_part(path: Path, text: str) -> None:
+    """Writes the page up to its first section; sections are those of ``benchmarks.image_steps``."""
+    known = path.read_text() if path.exists() else ""
+    _, heading, sections = known.partition("\n## ")
+    path.write_text(text + heading + sections)
 
 
 def page(table: str, rounds: int) -> str:

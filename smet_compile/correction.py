@@ -73,9 +73,10 @@ def correct_gradients(
         optimizer = smet.ActiveSGD(model, lr=0.1)
         print(smet.correct_gradients(model, optimizer, images))
 
-    A site is corrected where a batch norm in training mode reads its output, through views, permutations, conversions
-    and sums with what no site made, and nothing else reads it. One forward on tensors without data shows that. Without
-    an example, and where the forward cannot be recorded, the order of modules decides, with a warning.
+    A site is corrected where a batch norm in training mode reads its output, through views, permutations, conversions,
+    concatenations of channels and sums with what no site made, and nothing else reads it. One forward on tensors
+    without data shows that. Without an example, and where the forward cannot be recorded, the order of modules decides,
+    with a warning.
 
     Adam, and other rules that divide by the size of the gradient, cancel a factor that stays the same: then nothing is
     corrected, with a warning.
@@ -123,6 +124,7 @@ def correct_gradients(
     _warn(reasons, cancelling, wants_steps)
     for name, site in sites.items():
         site.compact.scales_rows = not reasons[name] and name not in cancelling
+        site.compact.scales_steps = not reasons[name] and name in cancelling
         text = _STEPS_SCALED if name in cancelling else _CORRECTED
         text = f"not corrected: {reasons[name]}" if reasons[name] else text
         site.compact.correction = text if is_traced else text + _BY_PLACE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,6 +20,9 @@ class Records:
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self._by_key.values())
 
     def __getitem__(self, key: str) -> dict:
         return self._by_key[key]

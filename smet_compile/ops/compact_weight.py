@@ -87,6 +87,8 @@ class CompactWeight(nn.Module):
     """The topology that was checked last; None before the first check, and on the meta device."""
     scales_rows: bool = False
     """Whether backward multiplies the gradient of each row by the root of its relative fan-in (``ops.row_scale``)."""
+    scales_steps: bool = False
+    """Whether an optimizer's finished steps are multiplied by it instead."""
     correction: str | None = None
     """Says whether ``correct_gradients`` found that it should, and why not; None before it looked."""
     stand_in: Callable[[], Tensor] | None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from smet_compile.ops.kernel import OPS, Case, Kernel, UpdateCase
+from smet_compile.ops.kernel import Case, Kernel, UpdateCase
 from smet_compile.ops.torch_insides import multiplies_bf16_in_tiles, multiplies_on_cpu
 
 NATIVE, TRITON, _PLAIN = "smet_compile.ops.kernels.native", "smet_compile.ops.kernels.triton", "smet_compile.ops"
@@ -139,15 +139,19 @@ DEFAULT_KERNELS = [
         _cpu_single_is_profitable,
     ),
     Kernel("cpu_expand", _functions(f"{NATIVE}.expand", *_PRODUCTS, *_MOVES), _refusal_of(f"{NATIVE}.expand")),
+    Kernel("cpu_rows", _functions(f"{NATIVE}.rows", "scale_rows"), _refusal_of(f"{NATIVE}.rows")),
     Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),
     Kernel(
         "torch",
-        _functions(f"{_PLAIN}.plain", *OPS),
+        {
+            **_functions(f"{_PLAIN}.plain", *_PRODUCTS, *_MOVES, "update_all"),
+            **_functions(f"{_PLAIN}.row_scale", "scale_rows"),
+        },
     ),
     Kernel(
         "reference",
         {
-            **_functions(f"{_PLAIN}.law", *_PRODUCTS, *_MOVES),
+            **_functions(f"{_PLAIN}.law", *_PRODUCTS, *_MOVES, "scale_rows"),
             **_functions(f"{_PLAIN}.law_of_updates", "update_all"),
         },
     ),

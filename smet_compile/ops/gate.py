@@ -88,11 +88,21 @@ def _admitted(bits: Tensor, lists: Tensor, layout_text: str, num_active: int) ->
         and topology.bits is bits
         and topology.lists is lists
         and topology.num_active == num_active
-        and topology.layout.text == layout_text
         and topology.is_unchanged()
     ):
-        return topology
+        if topology.layout.text == layout_text:
+            return topology
+        return topology.constant(("layout", layout_text), lambda: _of_another_shape(topology, layout_text))
     return None
+
+
+def _of_another_shape(topology: Topology, layout_text: str) -> Topology | None:
+    """Returns the same topology for another shape of the same matrices, such as that of a 1x1 convolution's product."""
+    layout = Layout.from_text(layout_text)
+    same = ("matrix", "num_matrices", "block_shape", "slabs")
+    if any(getattr(layout, name) != getattr(topology.layout, name) for name in same):
+        return None
+    return Topology(layout, topology.bits, topology.lists, topology.num_active)
 
 
 def topology_error(bits: Tensor, layout: Layout, num_active: int) -> str | None:

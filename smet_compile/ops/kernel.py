@@ -11,7 +11,7 @@ import torch
 from smet_compile.format import Layout
 from smet_compile.ops.updates import Update
 
-OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "update_all")
+OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack", "scale_rows", "update_all")
 """The ops that a kernel may compute. ``sampled_update`` joins two of them in one kernel."""
 
 

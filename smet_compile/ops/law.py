@@ -98,8 +98,11 @@ def per_block(table_G: Tensor, generation: Tensor | None, like: Tensor) -> Tenso
     return table_G.index_select(0, generation.int()).view(-1, *[1] * (like.dim() - 1))
 
 
-def scale_rows(grad: Tensor, topology: Topology) -> Tensor:
-    """Returns the gradient with each row times √(k / k̄), k being the row's fan-in and k̄ the mean over the rows."""
+def scale_rows(grad: Tensor, topology: Topology, in_place: bool = False) -> Tensor:
+    """Returns the gradient with each row times √(k / k̄), k being the row's fan-in and k̄ the mean over the rows.
+
+    ``in_place`` allows a kernel to write the result over the gradient.
+    """
     layout, dtype = topology.layout, compute_dtype(grad.dtype)
     matrices_SRC = layout.num_matrices, *layout.matrix
     fan_in_SR = unpack(torch.ones_like(grad, dtype=dtype), topology).view(matrices_SRC).sum(2)

@@ -19,6 +19,7 @@ from torch import Tensor
 from smet_compile.format import Topology
 from smet_compile.ops import choose, gate
 from smet_compile.ops.library import CHANGED, CountsChanges
+from smet_compile.ops.row_scale import scaled
 from smet_compile.ops.torch_insides import a_mode_sees_ops, is_ordinary, reshape_new
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -110,8 +111,7 @@ class _Product(torch.autograd.Function):
         to_input, to_values, to_bias = _without_autocast(compute, grad, input, ctx.values, factor, needed)
         to_input = None if to_input is None else to_input.reshape(ctx.input_shape)
         if to_values is not None and factor.scales_rows:
-            topology = factor.topology
-            to_values = torch.ops.smet.scale_rows(to_values, topology.bits, topology.lists, topology.layout.text)
+            to_values = _scaled(to_values, factor.topology, is_new=compute is _gradients)
         if ctx.has_update_sink:
             return to_input, None, to_values, to_bias, None
         return to_input, to_values, None, to_bias, None
@@ -191,6 +191,14 @@ def _sampled(left: Tensor, right: Tensor, topology: Topology) -> Tensor:
     compute = _sampled_op if are_shown_as_ops() else choose.compute("sampled_matmul", left, topology)
     values: Tensor = compute(left, right, topology)
     return values
+
+
+def _scaled(grad: Tensor, topology: Topology, is_new: bool) -> Tensor:
+    """Scales the rows of a gradient, over itself where it ``is_new`` and nobody records the ops."""
+    if is_new and not are_shown_as_ops():
+        return scaled(grad, topology)
+    out: Tensor = torch.ops.smet.scale_rows(grad, topology.bits, topology.lists, topology.layout.text)
+    return out
 
 
 def _sampled_op(left: Tensor, right: Tensor, topology: Topology) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Topology
-from smet_compile.ops import gate
+from smet_compile.ops import choose, gate
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
 from smet_compile.ops.torch_insides import register_autograd
@@ -37,8 +37,15 @@ def has_equal_fan_in(topology: Topology) -> bool:
     return bool((found == found[0]).all())
 
 
+def row_factors(topology: Topology) -> tuple[Tensor, Tensor]:
+    """Returns √(k / k̄) (S M,) fp64 of each block row, and the number of its active blocks (S M,) int64.
+
+    They are computed once for each topology.
+    """
+    return topology.constant("row factors", lambda: _row_factors(topology))
+
+
 def _row_factors(topology: Topology) -> tuple[Tensor, Tensor]:
-    """Returns √(k / k̄) (S M,) of each block row, and the number of its active blocks (S M,) int64."""
     layout, found = topology.layout, fan_ins(topology)
     heights = torch.full((layout.block_rows,), float(layout.block_shape[0]), dtype=torch.float64)
     heights[-1] -= layout.block_rows * layout.block_shape[0] - layout.rows
@@ -48,11 +55,8 @@ def _row_factors(topology: Topology) -> tuple[Tensor, Tensor]:
 
 
 def block_factors(topology: Topology, dtype: torch.dtype) -> Tensor:
-    """Returns the factor of each active block in the order of the values: (N,) or (N, 1, 1).
-
-    What it depends on is computed once for each topology.
-    """
-    factors, counts = topology.constant("row factors", lambda: _row_factors(topology))
+    """Returns the factor of each active block in the order of the values: (N,) or (N, 1, 1)."""
+    factors, counts = row_factors(topology)
     of_blocks = factors.to(dtype).repeat_interleave(counts, output_size=topology.num_active)
     return of_blocks.view(-1, *[1] * (len(topology.values_shape) - 1))
 
@@ -61,6 +65,21 @@ def _scale_rows(grad: Tensor, bits: Tensor, lists: Tensor, layout: str) -> Tenso
     topology = gate.find(bits, lists, layout, grad.shape[0])
     if tuple(grad.shape) != topology.values_shape:
         raise ValueError(f"scale_rows: expected a gradient of {topology.values_shape}, got {tuple(grad.shape)}")
+    result: Tensor = choose.compute("scale_rows", grad, topology)(grad, topology)
+    return result
+
+
+def scaled(grad: Tensor, topology: Topology) -> Tensor:
+    """Returns the scaled gradient of a topology that was checked. The memory of ``grad`` may be that of the result.
+
+    On a CPU new memory costs more than the product, and a gradient that backward has just computed is nobody else's.
+    """
+    result: Tensor = choose.compute("scale_rows", grad, topology)(grad, topology, in_place=True)
+    return result
+
+
+def scale_rows(grad: Tensor, topology: Topology, in_place: bool = False) -> Tensor:
+    """Computes what ``law.scale_rows`` does, from the factors that the topology keeps."""
     return (grad * block_factors(topology, compute_dtype(grad.dtype))).to(grad.dtype)
 
 

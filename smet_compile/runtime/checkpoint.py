@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -21,6 +22,7 @@ from smet_compile.ops.torch_insides import replace_data
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.parts import join_parts, split_parts
+from smet_compile.runtime.saved_correction import check_correction, correction_entries, restore_correction
 from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 from smet_compile.runtime.saved_state import (
     check_model,
@@ -71,6 +73,7 @@ def save_checkpoint(
         "layouts": layouts_of(model),
         "model": model_entries(model),
         "model_metadata": model_metadata(model),
+        "correction": correction_entries(model),
         "optimizer": first,
         "other_optimizers": others,
         "manager": None if manager is None else manager.state_dict(),
@@ -92,7 +95,9 @@ def load_checkpoint(
 
     Parameters keep their storage, so an optimizer or a compiled model that holds them goes on. A manager with a
     ``density_schedule`` first brings weights to the number of blocks that they have in the file. With an optimizer
-    given, torch's random states are restored as well, and the run continues as if never stopped.
+    given, torch's random states are restored as well, and the run continues as if never stopped. What
+    ``correct_gradients`` decided is restored too. Where it was called for this model before and decided otherwise, that
+    stays, with a warning.
 
     Args:
         override: names of the manager's settings (``"total_steps"``, ``"every"``, ...) that may differ from those of
@@ -115,6 +120,7 @@ def load_checkpoint(
                 stack.enter_context(_in_saved_stage(saved["model"], model, holders, manager))
             saved = split_parts(model, saved)
             check_model(saved["model"], saved["layouts"], saved.get("model_metadata"), model)
+            check_correction(saved.get("correction", {}), model)
             if holders:
                 _check_optimizers(saved, model, holders, type(optimizer).__name__)
             if manager is not None:
@@ -123,6 +129,7 @@ def load_checkpoint(
                 manager.check_state_dict(saved["manager"], override=override)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        warning = None
         try:
             with all_or_nothing(model, holders, manager):
                 model.load_state_dict(loadable(saved["model"], saved.get("model_metadata"), model))
@@ -131,8 +138,12 @@ def load_checkpoint(
                     restore_random_states(saved["random"])
                 if manager is not None:
                     manager.load_state_dict(saved["manager"], override=override)
+                if "correction" in saved:  # older versions did not save it
+                    warning = restore_correction(saved["correction"], model)
         except Exception as error:
             raise ValueError(f"{path}: could not be loaded ({error}); everything is as it was before") from error
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return saved["extra"]
 
 
@@ -152,7 +163,7 @@ def _check_arguments(function: str, path: Any, model: Any, optimizer: Any, manag
 def _read_names(saved: dict[str, Any], model: nn.Module) -> None:
     """Checks which parts a checkpoint has, and renames what an older version named otherwise."""
     required = ("layouts", "model", "optimizer", "manager", "random", "extra")
-    check_keys("checkpoint", saved, required, ("model_metadata", "other_optimizers"))
+    check_keys("checkpoint", saved, required, ("model_metadata", "other_optimizers", "correction"))
     if not isinstance(saved.get("other_optimizers", []), list):
         raise ValueError(f"other_optimizers: expected a list, got {kind_of(saved['other_optimizers'])}")
     for part in ("layouts", "model"):
@@ -204,6 +215,8 @@ def _rename(saved: dict[str, Any], rename: Callable[[str], str]) -> None:
     """Gives every weight its canonical name, wherever a checkpoint names one."""
     saved["model"] = _renamed(saved["model"], rename)
     saved["layouts"] = _renamed(saved["layouts"], rename)
+    if isinstance(saved.get("correction"), dict):
+        saved["correction"] = _renamed(saved["correction"], rename)
     for entry in _optimizer_entries(saved):
         match entry:
             case {"names": list(groups)}:

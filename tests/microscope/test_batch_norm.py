@@ -27,6 +27,7 @@ class Net(nn.Module):
         self.linear, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
         self.norm, self.norm2, self.norm1 = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.BatchNorm1d(6)
         self.tokens, self.flat, self.frozen = nn.BatchNorm1d(5), nn.BatchNorm1d(384), nn.BatchNorm2d(6).eval()
+        self.wide, self.flats = nn.BatchNorm2d(12), nn.BatchNorm1d(768)
         self.layer, self.group = nn.LayerNorm(6), nn.GroupNorm(2, 6)
         self.apply_to = forward
 
@@ -42,6 +43,14 @@ def pre_activation(net: Net, x: Tensor) -> Tensor:
 
 def post_activation(net: Net, x: Tensor) -> Tensor:
     return torch.relu(net.norm2(net.other(torch.relu(net.norm(net.conv(x))))) + x)
+
+
+def densely(net: Net, x: Tensor) -> Tensor:
+    """Is two dense layers, of which several batch norms read the first, and a concatenation of concatenations."""
+    x = torch.cat((x, net.conv(x)), 1)
+    first, second = net.wide(x).relu().chunk(2, 1)
+    x = torch.cat((x, net.grouped(first), torch.cat((net.other(second), first), 1)), 1)
+    return net.norm(x[:, 6:12]) + F.batch_norm(x, None, None, training=True).relu()[:, :6]
 
 
 CORRECTED: dict[str, tuple[Callable[..., Any], tuple[int, ...], set[str]]] = {
@@ -74,6 +83,34 @@ CORRECTED: dict[str, tuple[Callable[..., Any], tuple[int, ...], set[str]]] = {
     "pre-activation": (pre_activation, IMAGES, {"conv"}),
     "sum with what no site made": (lambda net, x: net.norm(x + net.conv(x)).relu(), IMAGES, {"conv"}),
     "sum in place": (lambda net, x: net.norm(net.conv(x).add_(x)).relu(), IMAGES, {"conv"}),
+    "concatenated": (lambda net, x: net.wide(torch.cat((x, net.conv(x)), 1)).relu(), IMAGES, {"conv"}),
+    "concatenated, a part": (lambda net, x: net.norm(torch.cat((net.conv(x), x), -3)[:, :6]).relu(), IMAGES, {"conv"}),
+    "two sites concatenated": (
+        lambda net, x: net.wide(torch.cat((net.conv(x), net.grouped(x)), 1)).relu(),
+        IMAGES,
+        {"conv", "grouped"},
+    ),
+    "densely connected": (densely, IMAGES, {"conv", "grouped", "other"}),
+    "concatenated and summed apart": (
+        lambda net, x: net.wide(torch.cat((net.conv(x), x), 1) + torch.cat((x, net.other(x)), 1)).relu(),
+        IMAGES,
+        {"conv", "other"},
+    ),
+    "concatenated with nothing": (
+        lambda net, x: net.norm(torch.cat((torch.empty(0), net.conv(x)), 1)).relu(),
+        IMAGES,
+        {"conv"},
+    ),
+    "concatenated along images with itself": (
+        lambda net, x: net.norm(torch.cat((net.conv(x), net.conv(x + 1)))).relu(),
+        IMAGES,
+        {"conv"},
+    ),
+    "concatenated and flattened": (
+        lambda net, x: net.flats(torch.cat((net.conv(x), x), 1).flatten(1)).relu(),
+        IMAGES,
+        {"conv"},
+    ),
 }
 NOT_CORRECTED: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
     "layer norm": (lambda net, x: net.layer(net.linear(x)), ROWS, "linear: read by a layer norm"),
@@ -104,10 +141,60 @@ NOT_CORRECTED: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         "conv: in a sum with the outputs of other sites (other.weight)",
     ),
     "scaled": (lambda net, x: net.norm(2 * net.conv(x)), IMAGES, "conv: read by mul without"),
-    "concatenated": (
-        lambda net, x: net.norm(torch.cat((net.conv(x), x), 1)[:, :6]),
+    "concatenated, and another reader": (
+        lambda net, x: net.wide(y := torch.cat((net.conv(x), net.norm(net.other(x))), 1)) + y.sigmoid(),
         IMAGES,
-        "conv: read by a concatenation without",
+        "conv: read by sigmoid without batch norm",
+    ),
+    "concatenated, one half without": (
+        lambda net, x: (lambda a, b: net.norm(a) + b.relu())(*torch.cat((net.other(x), net.conv(x)), 1).chunk(2, 1)),
+        IMAGES,
+        "conv: read by a ReLU without batch norm",
+    ),
+    "concatenated along images": (
+        lambda net, x: net.norm(torch.cat((net.conv(x), x))),
+        IMAGES,
+        "conv: normalizes its rows together with what others made",
+    ),
+    "concatenated along images with another": (
+        lambda net, x: net.norm(torch.cat((net.conv(x), net.other(x)), 0)),
+        IMAGES,
+        "conv: normalizes its rows together with what others made",
+    ),
+    "concatenated along positions": (
+        lambda net, x: net.norm(torch.cat((net.conv(x), x), -1)),
+        IMAGES,
+        "conv: normalizes its rows together with what others made",
+    ),
+    "concatenated along tokens, which are channels": (
+        lambda net, x: net.norm1(torch.cat((net.linear(x), x[:, :1]), 1)),
+        WORDS,
+        "linear: batch norm normalizes several of its rows together",
+    ),
+    "concatenated, for evaluation": (
+        lambda net, x: net.wide.eval()(torch.cat((net.conv(x), x), 1)) + net.norm(x).repeat(1, 2, 1, 1),
+        IMAGES,
+        f"conv: {EVALUATED}",
+    ),
+    "concatenated, for layer norm": (
+        lambda net, x: net.norm1(x) + F.layer_norm(torch.cat((net.linear(x), x), 1), (12,))[:, :6],
+        ROWS,
+        "linear: read by a layer norm",
+    ),
+    "concatenated and returned": (
+        lambda net, x: (net.wide(y := torch.cat((net.conv(x), x), 1)), y),
+        IMAGES,
+        "conv: returned by the model",
+    ),
+    "concatenated and summed with another": (
+        lambda net, x: net.wide(torch.cat((net.conv(x), x), 1) + torch.cat((net.other(x), x), 1)),
+        IMAGES,
+        "conv: in a sum with the outputs of other sites (other.weight)",
+    ),
+    "a row summed with another of its own": (
+        lambda net, x: net.norm(torch.cat([(y := net.conv(x))[:, 3:], y[:, :3]], 1) + y),
+        IMAGES,
+        "conv: batch norm normalizes several of its rows together",
     ),
     "standardized weight": (
         lambda net, x: net.norm(F.conv2d(x, net.conv.weight - net.conv.weight.mean(), padding=1)),
@@ -189,11 +276,24 @@ def test_counts_batch_norms() -> None:
     assert (use.num_training, use.num_evaluated) == (1, 1)
 
 
-def test_large_images_take_no_memory() -> None:
+class Dense(nn.Module):
+    """Puts what a convolution makes beside its input, summed with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 64, 1), nn.BatchNorm2d(67)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.cat((x, self.conv(x) + self.conv(x)), 1)).relu()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU()), Dense])
+def test_large_images_take_no_memory(make: Callable[[], nn.Module]) -> None:
     """The rows of an output are repeated without a copy, so that an example may be as large as a batch is."""
-    net = smet.sparsify(nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU()), 0.5, include=["0"])
+    net = smet.sparsify(make(), 0.5, include=["*"])
     with torch.device("meta"):
         images = torch.empty(4096, 3, 1024, 1024)
     (site,) = find_sites(net).values()
-    use = find_uses(record_forward(net, (images,), {}), {"0.parametrizations.weight.original": site})
-    assert use.reasons == {"0.weight": ""}
+    (name,) = (name for name, p in net.named_parameters() if p is site.values)
+    use = find_uses(record_forward(net, (images,), {}), {name: site})
+    assert list(use.reasons.values()) == [""]

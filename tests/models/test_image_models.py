@@ -24,7 +24,7 @@ CORRECTED = {
     "resnet": {f"{block}.{name}.weight" for block in (1, 2) for name in ("conv1", "conv2", "conv3", "shortcut.0")},
     "pre-activation": {"1.conv1.weight", "2.conv1.weight", "3.conv1.weight"},
     "mobilenet": {"1.expand.0.weight", "1.project.0.weight", "2.expand.0.weight", "2.project.0.weight"},
-    "densenet": {"1.conv1.weight", "2.conv1.weight", "3.conv1.weight"},
+    "densenet": {f"{layer}.{name}.weight" for layer in (1, 2, 3) for name in ("conv1", "conv2")},
 }
 
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import smet_compile as smet
 from smet_compile.format import Layout, Topology, pack_bits
-from smet_compile.ops import find_sites
+from smet_compile.ops import find_sites, gate
 from tests.support.small_models import two_layers
 from tests.support.snapshots import assert_same, snapshot
 from tests.support.training import train
@@ -170,6 +170,25 @@ def test_an_op_checks_what_it_is_given_alone() -> None:
     strange = torch.full((2,), 2**30, dtype=torch.int32)
     with pytest.raises(ValueError, match="topology: expected the lists that are derived from it"):
         torch.ops.smet.pack(torch.ones(4, 4), right.bits, strange, layout.text, 5)
+
+
+def test_another_shape_of_the_same_matrices_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled 1x1 convolution multiplies by the layout of its matrix; a check in every op would read all bits."""
+    model = smet.sparsify(nn.Sequential(nn.Conv2d(6, 8, 1), nn.Conv2d(8, 4, 1)), 0.5, include=["0.weight"])
+    (site,) = find_sites(model).values()
+    compact, flat = site.compact, Layout((8, 6), (8, 6), (1, 1))
+    bits, lists = compact.topology, compact.lists
+    assert compact.active.layout.shape == (8, 6, 1, 1)
+    checks: list[Layout] = []
+    check = gate.topology_error
+    monkeypatch.setattr(gate, "topology_error", lambda bits, layout, n: checks.append(layout) or check(bits, layout, n))
+    found = [gate.find(bits, lists, flat.text, compact.num_active) for _ in range(3)]
+    assert found[0] is found[1] is found[2] and found[0].layout == flat and not checks
+    assert gate.find(bits, lists, compact.layout.text, compact.num_active) is compact.active
+    other = Layout((6, 8), (6, 8), (1, 1))
+    assert gate.find(bits, lists, other.text, compact.num_active).layout == other and checks == [other]
+    compact.set_mask(compact.mask().flip(0))
+    assert gate.find(bits, lists, flat.text, compact.num_active) is not found[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])

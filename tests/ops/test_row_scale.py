@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
-from smet_compile.ops import CompactWeight, law, row_scale
+from smet_compile.ops import CompactWeight, choose, law, row_scale
 
 LAYOUTS = {
     "single": ((7, 9), (1, 1), False),
@@ -83,6 +83,26 @@ def test_unpack_scales_its_gradient_and_its_sinks(name: str) -> None:
     torch.testing.assert_close(sink.grad, expected, rtol=1e-14, atol=1e-14)
     assert torch.equal(growth.grad, dense_grad), "growth sees the gradient as it is"
     torch.library.opcheck(torch.ops.smet.unpack.default, (leaf.detach(), *topology, sink, growth, False, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_the_kernel_is_plain_torch_bit_for_bit(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number is rounded once, whoever multiplies; gradients that are not contiguous are read as they are."""
+    compact, grad = site(name, dtype)
+    grad = law.pack(law.unpack(grad, compact.active), compact.active)  # zero where blocks hang over an edge
+    grad = torch.stack((grad, grad), -1)[..., 0]
+    case = choose.case_of(grad, compact.active)
+    assert choose.kernel_of("scale_rows", case) == ("torch" if dtype == torch.bfloat16 else "cpu_rows")
+    actual = scaled(grad, compact)
+    assert torch.equal(row_scale.scaled(grad.clone(), compact.active), actual)
+    for forced in ("torch", "reference"):
+        monkeypatch.setenv("SMET_COMPILE_KERNEL", forced)
+        assert choose.kernel_of("scale_rows", case) == forced
+        assert torch.equal(row_scale.scaled(grad.clone(), compact.active), scaled(grad, compact))
+        torch.testing.assert_close(
+            actual, scaled(grad, compact), **({"rtol": 0, "atol": 0} if forced == "torch" else {})
+        )
 
 
 def test_low_precision_is_rounded_once() -> None:

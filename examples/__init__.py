@@ -1,0 +1,1 @@
+"""Programs that show how the library is used; each runs by itself, and tests and studies import their parts."""
