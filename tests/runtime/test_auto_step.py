@@ -101,7 +101,7 @@ def test_a_compiled_step_moves_the_topology_too() -> None:
         model = sparse_net()
         optimizer = smet.ActiveAdamW(model, 1e-2)
         manager = manager_of(model, optimizer, auto_step)
-        step = smet.compile_train_step(lambda x, model=model: model(x).square().mean(), optimizer)
+        step = smet.compile_train_step(model, optimizer, lambda model, x: model(x).square().mean())
         step.compile(backend="eager")
         for number in range(STEPS):
             step(torch.randn(5, 12, generator=torch.Generator().manual_seed(number)))
