@@ -214,14 +214,14 @@ class TopologyManager(SavedManager):
         return self.next_update is not None and self.next_update <= step
 
     def _listen(self) -> None:
-        """Listens to optimizers, without being kept alive by them, and collects gradients where an update is next."""
+        """Listens to optimizers, which keep it alive with ``auto_step``, and collects gradients for the next update."""
         self._listen_to_optimizers()
         self._prepare_next_step()
 
     def _listen_to_optimizers(self) -> None:
         for found in self._optimizers.stepping:
             if id(found.optimizer) not in self._listeners:
-                self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step)
+                self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step, self.auto_step)
         self._trained.set_optimizers(self.optimizers)
 
     def _after_optimizer_step(self, optimizer: Any) -> None:

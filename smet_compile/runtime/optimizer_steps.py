@@ -27,6 +27,8 @@ _CAPTURED = (
 class StepListener:
     """Calls ``callback(optimizer)`` after each training step, as long as the object of that method is alive.
 
+    With ``keeps_alive`` the optimizer keeps that object alive.
+
     A step that a GradScaler's fused optimizer skipped is no training step, nor is one that only makes state
     (``torch.distributed.checkpoint``). A class whose ``step`` calls that of its parent has two pairs of hooks run in
     one step; the first one to end counts.
@@ -34,8 +36,8 @@ class StepListener:
     Raises ValueError for an optimizer without step hooks.
     """
 
-    def __init__(self, found: FoundOptimizer, callback: Callable[[Any], None]) -> None:
-        self._callback = weakref.WeakMethod(callback)
+    def __init__(self, found: FoundOptimizer, callback: Callable[[Any], None], keeps_alive: bool = False) -> None:
+        self._callback = (lambda: callback) if keeps_alive else weakref.WeakMethod(callback)
         self._had_state = True
         self._has_begun = True
         try:

@@ -1,15 +1,19 @@
 """A manager that steps by itself does what an explicit call after each optimizer step does."""
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import smet_compile as smet
+from smet_compile.ops import find_sites
 
 STEPS, EVERY = 24, 4
 
@@ -151,6 +155,31 @@ def test_a_resumed_run_goes_on_by_itself() -> None:
     go(resumed, range(10, STEPS))
     assert resumed[2].num_steps == STEPS
     assert all(torch.equal(whole[0].state_dict()[name], tensor) for name, tensor in resumed[0].state_dict().items())
+
+
+def test_nobody_has_to_keep_the_manager() -> None:
+    model = sparse_net()
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    manager_of(model, optimizer, True)
+    gc.collect()
+    before = {name: site.compact.topology.clone() for name, site in find_sites(model).items()}
+    for step in range(EVERY):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(site.compact.topology, before[name]) for name, site in find_sites(model).items())
+
+
+def test_hugging_faces_trainer_needs_no_callback(tmp_path: Path) -> None:
+    model = sparse_net()
+    model.forward = lambda x, labels=None: {"loss": Net.forward(model, x).square().mean()}
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    manager = manager_of(model, optimizer, True)
+    settings = {"max_steps": STEPS, "gradient_accumulation_steps": 2, "report_to": "none", "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, **settings)
+    rows = [{"x": row, "labels": row} for row in torch.randn(256, 12)]
+    Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+    assert manager.num_steps == STEPS and [event.step for event in manager.history] == [4, 8, 12, 16]
 
 
 def test_a_flag_is_a_flag() -> None:
