@@ -14,7 +14,7 @@ from smet_compile.distributed.space import Placed, Region
 from smet_compile.format import Layout
 from smet_compile.format.part import order_of_parts
 from smet_compile.ops import canonical_name, find_sites
-from smet_compile.shards import is_sharded
+from smet_compile.shards import ends_of_parts, is_sharded
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,17 @@ def regions_of(tensor: Any, mesh: Any) -> dict[int, Region]:
         for mesh_dim, dim in reversed(cuts):
             number, size = at[mesh_dim], ranks.shape[mesh_dim]
             if dim == 0:
-                rows = _chunk(*rows, number, size)
+                rows = _part(*rows, number, size)
             else:
-                columns = _chunk(*columns, number, size)
+                columns = _part(*columns, number, size)
         found[int(ranks[at])] = Region(*rows, columns[0], columns[1] if is_wide else None)
     return found
 
 
-def _chunk(low: int, high: int, number: int, size: int) -> tuple[int, int]:
+def _part(low: int, high: int, number: int, size: int) -> tuple[int, int]:
     """Returns the part ``number`` of ``size`` of an interval, as torch cuts it."""
-    chunk = -(-(high - low) // size)
-    return min(low + number * chunk, high), min(low + (number + 1) * chunk, high)
+    first, end = ends_of_parts(high - low, size)[number : number + 2]
+    return low + first, low + end
 
 
 def _dims_of(own: Any, mesh: Any) -> list[int]:

@@ -54,16 +54,9 @@ class Order:
     @classmethod
     def of(cls, order: dict[str, Any]) -> Order:
         """Reads it as it came through the store."""
-        old = MeshWish(order["old"]["mesh"], tuple(order["old"]["names"]))
-        return cls(
-            order["number"],
-            order["members"],
-            MeshWish.of(order),
-            order["is_fresh"],
-            order["backend"],
-            old,
-            order["old"]["ranks"],
-        )
+        old, mesh = order["old"], MeshWish.of(order)
+        about = order["is_fresh"], order["backend"]
+        return cls(order["number"], order["members"], mesh, *about, MeshWish.of(old), old["ranks"])
 
 
 class SafeSwitch:

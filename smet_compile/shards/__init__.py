@@ -5,6 +5,7 @@ from smet_compile.shards.ranks import ALONE, Ranks, reduce_over_groups, train_on
 from smet_compile.shards.rows import (
     Rows,
     cut_like,
+    ends_of_parts,
     is_fully_sharded,
     is_nonzero,
     is_sharded,
@@ -27,6 +28,7 @@ __all__ = [
     "Unsharded",
     "check_dtypes",
     "cut_like",
+    "ends_of_parts",
     "forget_shards",
     "has_shards",
     "is_fully_sharded",

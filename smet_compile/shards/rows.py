@@ -262,8 +262,7 @@ class Cut(NamedTuple):
 
     def ends(self, length: int) -> tuple[int, ...]:
         """Returns where the parts of a dimension of this length begin, and where the last one ends."""
-        chunk = -(-length // self.size)
-        return tuple(min(rank * chunk, length) for rank in range(self.size + 1))
+        return ends_of_parts(length, self.size)
 
     def interval(self, length: int) -> tuple[int, int]:
         """Returns where the part that is here begins in a dimension of this length, and its length."""
@@ -280,6 +279,12 @@ class Cut(NamedTuple):
         if self.dim == 0:
             return rows.gather(here)
         return rows.gather(here.movedim(self.dim, 0).contiguous()).movedim(0, self.dim).contiguous()
+
+
+def ends_of_parts(length: int, count: int) -> tuple[int, ...]:
+    """Returns where the parts of an interval begin that torch cuts in ``count``, and where the last one ends."""
+    chunk = -(-length // count)
+    return tuple(min(number * chunk, length) for number in range(count + 1))
 
 
 def cuts_of(tensor: Any) -> list[Cut]:
