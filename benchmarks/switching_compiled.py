@@ -6,6 +6,7 @@ compiled one by one and sharded by ``fully_shard``, then moved to two replicas a
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import tempfile
@@ -102,4 +103,5 @@ def run_all() -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("\n".join(run_all()))

@@ -350,8 +350,11 @@ class ActiveOptimizer(Optimizer):
                 loaded[parameter]["num_skipped"].zero_()
         captures.warn_of_new_memory([parameter for parameter in loaded if self.state.get(parameter)])
         self._drop_ready_updates()  # they would keep the old state alive
-        super().load_state_dict(state_dict)
-        self.state.update(loaded)
+        first = self.register_load_state_dict_post_hook(lambda own: own.state.update(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
 
     def check_state_dict(self, state_dict: Any) -> dict[Hashable, Saved]:
         """Checks a state dict, and returns each parameter and its saved group, by the parameter's number there.

@@ -31,8 +31,10 @@ from smet_compile.runtime.advice import (
 )
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
+from smet_compile.runtime.in_optimizer import InOptimizer
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
+from smet_compile.runtime.metrics import flat_metrics
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.policies import DropName, GrowName, Policy
 from smet_compile.runtime.resizing import choose_resize
@@ -283,6 +285,21 @@ class TopologyManager(SavedManager):
         if event is not None and stage is None and not self._warned_of_newcomers:
             self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
         return event
+
+    def metrics(self) -> dict[str, float]:
+        """Returns numbers to log: density, steps and updates so far, skipped blocks, and fractions of the last update.
+
+        The fractions are those of ``SiteEvent``, for all weights together. Reading skipped blocks waits for the device.
+        """
+        return flat_metrics(self.sites, self.history, self.num_steps, self.optimizers)
+
+    def save_with_optimizer(self) -> None:
+        """Has the manager's state travel in ``optimizer.state_dict()``, and be restored by ``load_state_dict``.
+
+        So whatever saves the optimizer saves the manager: Trainer, Accelerate, Lightning. It is the first optimizer
+        that makes steps; the key is "topology_manager". ``torch.distributed.checkpoint`` leaves unknown keys out.
+        """
+        InOptimizer(self, self._optimizers.stepping[0].optimizer)
 
     def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""

@@ -53,6 +53,9 @@ ROOMS = {
         {"convert", "passes", "optim", "ops", "format", "shards", "train_step", "tracing", "presets"},
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
     ),
+    "integrations": Room(
+        {"api", "convert", "runtime", "optim", "ops", "format"}, "each file fits the library into one other tool"
+    ),
     "__init__": Room(ALL_ROOMS | ABOVE, "the door loads rooms as they are asked for; the main job stands above it"),
     "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__"}, "imports point down only"),
     "__main__": Room({"pretrain"}, "it is the main job's command line and nothing else"),
@@ -71,7 +74,10 @@ ONLY_IN = {  # package → the one folder that may import it, and why
 }
 
 
-ALSO_IN = {"smet_compile/tracing.py": "torch._inductor"}  # a capture decomposes ops as Inductor does
+ALSO_IN = {
+    "smet_compile/tracing.py": "torch._inductor",  # a capture decomposes ops as Inductor does
+    "smet_compile/integrations/transformers.py": "transformers",  # it is imported by itself
+}
 
 
 def dotted(node: ast.expr) -> str:
