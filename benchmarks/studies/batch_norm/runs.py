@@ -184,9 +184,9 @@ def all_runs(records: Records) -> Iterator[Run]:
         yield from missing
     yield from pairs(records, 0.1, FRESH_SEEDS[:5])
     yield from itertools.chain.from_iterable(dense_runs(records).values())
-    yield from pairs(records, 0.1, FRESH_SEEDS[5:])
     for density in DENSITIES[1:]:
         yield from pairs(records, density, FRESH_SEEDS[:5])
+    yield from pairs(records, 0.1, FRESH_SEEDS[5:])
 
 
 def run_missing(records: Records, minutes: float) -> None:
