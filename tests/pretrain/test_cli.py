@@ -103,9 +103,10 @@ def wait_for_steps(folder: Path, steps: int) -> None:
 
 
 def options_of(config: RunConfig) -> list[str]:
-    options = {name: value for name, value in vars(config).items() if name != "eager"}
-    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
-    return [part for pair in pairs for part in pair] + ["--eager"] * config.eager
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(config).items()}
+    flags = [option for option, value in options.items() if value is True]
+    valued = [(option, str(value)) for option, value in options.items() if not isinstance(value, bool)]
+    return [part for pair in valued for part in pair] + flags
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
