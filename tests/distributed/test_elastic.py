@@ -145,7 +145,7 @@ def trains_on(address: str, rank: int, num_rounds: int) -> Any:
         except Enough:
             break
         losses[step] = train_step(world, step)
-        time.sleep(0.02)  # fewer steps while others die
+        time.sleep(0.1)  # fewer steps while others die
     return losses, [(change.went_back, change.mesh.table) for change in world.changes]
 
 
