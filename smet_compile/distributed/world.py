@@ -220,8 +220,12 @@ class World:
                     yield self._num_steps
                     self._num_steps += 1
         finally:
-            if self._is_first:
-                self._talk.order({"kind": "end"})
+            self.end()
+
+    def end(self) -> None:
+        """Ends the steps of the processes that wait, if this is the run's first rank; ``steps`` calls it at its end."""
+        if self._is_first:
+            self._talk.order({"kind": "end"})
 
     @property
     def _is_first(self) -> bool:

@@ -103,6 +103,8 @@ class ElasticRun:
             if self._world.run is not None:
                 run = self._attach()
                 if run.world.on_first(lambda: is_finished(self._folder.metrics)):
+                    self._world.end()
+                    run.world.on_first(lambda: write_report(self._folder))
                     return True
                 first = restore_run(run)
                 run.world.on_first(lambda: self._start_files(run, first, why_not))

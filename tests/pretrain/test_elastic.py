@@ -25,6 +25,7 @@ from tests.pretrain.test_shard import call
 from tests.pretrain.test_shard import write_text as text_in
 
 SECONDS = 240
+pytestmark = pytest.mark.timeout(900)  # processes are started several times, each of which imports all it needs
 OPTIONS = ["--preset", "nano", "--every", "10", "--slabs", "2", "--device", "cpu", "--eager"]
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 SMET = [sys.executable, "-W", "ignore", "-m", "smet_compile"]
@@ -116,6 +117,10 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
         os.kill(children_of(process.pid)[-1], signal.SIGKILL)
         assert process.wait(SECONDS) == 0, log.read_text()
     assert re.search(r"fsdp=2 on 2 of 2 ranks, from step [4-9]\d, in", log.read_text())
+    (run / "report.md").unlink()
+    with started([*command, "pretrain", *options, "--elastic", "--shard", "fsdp=1", "--out", run], log) as process:
+        assert process.wait(SECONDS) == 0, log.read_text()  # it is finished; the process that waits ends, too
+    assert (run / "report.md").exists()
     assert call(*options, "--out", tmp_path / "one").exit_code == 0
     assert steps_of(run) == list(range(1, 151))
     assert train_losses(run) == pytest.approx(train_losses(tmp_path / "one"), abs=1e-3)
