@@ -172,6 +172,7 @@ class TopologyManager(SavedManager):
         self._listeners: dict[int, StepListener] = {}
         self.auto_step = arguments.flag("auto_step", auto_step)
         self._last_event: TopologyEvent | None = None
+        self._steps_itself = False
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
         self._num_new_steps = 0
@@ -246,22 +247,22 @@ class TopologyManager(SavedManager):
         values = {id(site.values) for site in self.sites.values()}
         ours = [found.optimizer for found in self._optimizers.stepping if found.steps & values]
         if all(self._new_steps_of[id(each)] == num_new for each in ours):
-            event = self._step()
-            self._last_event = self._last_event if event is None else event
+            self._steps_itself = True
+            try:
+                self._last_event = self.step() or self._last_event
+            finally:
+                self._steps_itself = False
 
     @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
+    @torch.no_grad()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None.
 
         With ``auto_step`` it returns the last thing that happened since the last call.
         """
-        if self.auto_step:
+        if self.auto_step and not self._steps_itself:
             event, self._last_event = self._last_event, None
             return event
-        return self._step()
-
-    @torch.no_grad()
-    def _step(self) -> TopologyEvent | None:
         self._was_called = True
         reshard(self.model)
         self._optimizers.check_weights()
