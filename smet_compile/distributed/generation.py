@@ -138,6 +138,18 @@ def leave() -> None:
     forget_graphs()
 
 
+def ready_for_threads() -> None:
+    """Has this thread use fake tensors before another one does.
+
+    torch 2.11 registers a stand-in for missing cards in the thread that uses fake tensors first, as DTensor does, and
+    crashes in others once that one has ended.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        pass
+
+
 def forget_graphs() -> None:
     """Drops all compiled graphs, since those of an old model count against the most that one function may have."""
     if "torch._dynamo" in sys.modules:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed
 
 from smet_compile.distributed import members as talking
-from smet_compile.distributed.generation import Generation, MeshWish, root_store
+from smet_compile.distributed.generation import Generation, MeshWish, ready_for_threads, root_store
 from smet_compile.distributed.leader import Leader, wish_for
 from smet_compile.distributed.members import Members
 from smet_compile.distributed.run import Blueprint, Prepared, Run, data_rank
@@ -315,6 +315,7 @@ class _Preparing:
 
     def __init__(self, blueprint: Blueprint, mesh: Any, talk: Members, order: int) -> None:
         self._made: Prepared | Exception | None = None
+        ready_for_threads()
         self._thread = threading.Thread(target=self._work, args=(blueprint, mesh, talk, order), daemon=True)
         self._thread.start()
 
