@@ -170,11 +170,11 @@ held-out accuracy at the end in percent, mean and range of three seeds."""
 PAIRS = """Seeds that the sweep has not seen. A cell holds the held-out accuracy in percent of runs without the
 correction, and what the correction adds in points: mean and 95% interval (Student's t) over seeds, paired. Of many
 intervals one in twenty excludes zero by chance."""
-FINDINGS = """Of 36 intervals one excludes zero (RigL at 0.05 after two epochs, corrected runs lower), as chance has it.
-At the end corrected runs are between 1.7 points lower and 2.1 points higher, and no interval there excludes zero: a
-gain as the paper's, 0.5 to 1.4 points, is neither seen nor excluded. The rates of 0.05 and 0.03 are those that were
-tuned at 0.1. RigL without the correction is as good at a rate of 0.8 as at 0.4, so the different best rates of its two sides
-mean little."""
+FINDINGS = """Of 36 intervals one excludes zero (RigL at 0.05 after two epochs, corrected runs lower), as chance has
+it. At the end corrected runs are between 1.7 points lower and 2.1 points higher, and no interval there excludes zero:
+a gain as the paper's, 0.5 to 1.4 points, is neither seen nor excluded. The rates of 0.05 and 0.03 are those that were
+tuned at 0.1. RigL without the correction is as good at a rate of 0.8 as at 0.4, so the different best rates of its
+two sides mean little."""
 UNTUNED = """Rate 0.1 for all, the sweep's seeds: the runs of an earlier version of this page. The sweep shows what such
 a rate is worth: at four times as much all sides end more than 20 points higher at density 0.1."""
 DENSE = """The dense baseline at its best rate, fresh seeds, and what holds it below 95%: mean and 95% interval, or one
