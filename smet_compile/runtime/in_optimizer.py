@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from smet_compile.runtime.manager import TopologyManager
+from smet_compile.runtime.manager_state import SavedManager
 
 KEY = "topology_manager"
 
@@ -14,7 +13,7 @@ KEY = "topology_manager"
 class InOptimizer:
     """Adds the manager's state to what an optimizer saves, and takes it out of what it loads."""
 
-    def __init__(self, manager: TopologyManager, optimizer: Any) -> None:
+    def __init__(self, manager: SavedManager, optimizer: Any) -> None:
         self._manager = manager
         self._loaded: dict[str, Any] | None = None
         optimizer.register_state_dict_post_hook(self._add)
