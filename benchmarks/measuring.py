@@ -101,7 +101,12 @@ def peaks(step: Callable[[], Any], num_steps: int) -> tuple[int, int]:
 def peak_allocated(step: Callable[[], Any]) -> int:
     """Returns the most bytes that tensors hold at once during ``step``, by torch's allocator, which is exact."""
     gc.collect()
-    held = sum(storage.nbytes() for storage in storages())
+    return sum(storage.nbytes() for storage in storages()) + peak_beyond(step)
+
+
+def peak_beyond(step: Callable[[], Any]) -> int:
+    """Returns the most bytes that tensors hold during ``step`` beyond those before, by torch's allocator."""
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
@@ -109,7 +114,7 @@ def peak_allocated(step: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda each: each.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return held + peak
+    return peak
 
 
 def run_json(script: str, *options: str, **environment: str) -> dict[str, Any]:

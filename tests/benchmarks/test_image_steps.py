@@ -50,7 +50,7 @@ def test_a_row_times_both_steps_and_the_op_alone() -> None:
 
 
 def test_the_interval_of_a_median() -> None:
-    """Of 100 numbers the 41st and the 61st enclose the median 95 times in 100."""
+    """The 41st and the 61st of 100 numbers enclose the median 95 times in 100."""
     pairs = Pairs((1.0,) * 100, tuple(float(number) for number in range(1, 101)))
     assert median_interval(pairs) == (41.0, 61.0)
 

@@ -55,7 +55,7 @@ def correct(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("is_inside", [False, True], ids=["one", "nested"])
 def test_a_concatenation_that_batch_norm_reads(is_inside: bool) -> None:
-    """Of 12 weights batch norm takes 1/12 of the gradient's square, the part along the row, so 0.02 of the slope."""
+    """Batch norm takes 1/12 of the square of 12 gradients, the part along the row, so 0.02 of the slope."""
     width = WIDTH + ROWS + 5 * is_inside
     assert exponent_of(nn.BatchNorm2d(width), is_inside, lambda model: None) == pytest.approx(-0.5, abs=0.03)
     assert exponent_of(nn.BatchNorm2d(width), is_inside, correct) == pytest.approx(0, abs=0.03)

@@ -1,13 +1,11 @@
 """Measures what a real training step stores, by kind, and the most that its tensors hold at once."""
 
-import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
@@ -52,16 +50,3 @@ def eager_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[s
     model(**batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def peak_of(step: Callable[[], Any]) -> int:
-    """Returns the most bytes that tensors hold during ``step`` beyond those before, by torch's allocator."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    peak = now = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak

@@ -9,11 +9,12 @@ import transformers as hf
 from torch import nn
 
 import smet_compile as smet
+from benchmarks.measuring import peak_beyond
 from smet_compile.ops import find_sites
 from smet_compile.plan.run import PlannedRun, Request
 from smet_compile.plan.shapes import Step, empty_copy, token_batch
 from tests.models.classes import REAL_MODELS
-from tests.plan.measured import Gradients, bytes_by_kind, eager_step, make, peak_of
+from tests.plan.measured import Gradients, bytes_by_kind, eager_step, make
 
 EAGER, COMPILED = 0.05, 0.15
 
@@ -59,7 +60,7 @@ def test_the_peak_of_an_eager_step(name: str, block_shape: Any, checkpointing: b
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         step = stepping(model, tokens(*shape))
         step()
-        assert abs(error(cost, peak_of(step))) < EAGER
+        assert abs(error(cost, peak_beyond(step))) < EAGER
 
 
 def test_a_compiled_step_with_updates_in_backward() -> None:
@@ -71,7 +72,7 @@ def test_a_compiled_step_with_updates_in_backward() -> None:
     gradients, step, batch = Gradients(optimizer), smet.compile_train_step(model, optimizer), tokens(4, 64)
     step(batch)
     assert step.fused and plan.sparse.stored == bytes_by_kind(model, optimizer, gradients.of)
-    assert abs(error(plan.sparse, peak_of(lambda: step(batch)))) < COMPILED
+    assert abs(error(plan.sparse, peak_beyond(lambda: step(batch)))) < COMPILED
 
 
 def test_a_step_that_breaks_is_planned_as_eager() -> None:
@@ -104,7 +105,7 @@ def test_the_peak_of_a_compiled_step(density: float | None, block_shape: Any, fu
     step = compiled_step(model, fused, batch)
     step()
     step()
-    assert abs(error(plan.dense if density is None else plan.sparse, peak_of(step))) < COMPILED
+    assert abs(error(plan.dense if density is None else plan.sparse, peak_beyond(step))) < COMPILED
 
 
 def test_equal_layers_are_planned_from_two() -> None:
