@@ -14,6 +14,7 @@ from smet_compile.convert import export_dense
 from smet_compile.format.arguments import described
 from smet_compile.ops import find_sites
 from smet_compile.optim import ActiveAdamW
+from smet_compile.optim.options import CommonOptions
 from smet_compile.runtime import TopologyManager
 
 _PREFIX = "smet/"
@@ -120,13 +121,7 @@ def _options_of(called: Any) -> set[str]:
     parameters = inspect.signature(called).parameters
     given = {"self", "model", "optimizer", "density", "params", "lr", "betas", "eps", "weight_decay", "auto_step"}
     names = {name for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
-    return (names | _common_options(called)) - given
-
-
-def _common_options(called: Any) -> set[str]:
-    from smet_compile.optim.options import CommonOptions
-
-    return set(CommonOptions.__annotations__) if called is ActiveAdamW else set()
+    return (names | (set(CommonOptions.__annotations__) if called is ActiveAdamW else set())) - given
 
 
 def _make_optimizer(trainer: Trainer, options: dict[str, Any]) -> ActiveAdamW:

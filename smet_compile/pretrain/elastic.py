@@ -34,7 +34,6 @@ from smet_compile.pretrain.world import choose_device, cut_layers, shard_blocks
 
 _LOCK_SECONDS = 60.0
 """The process that wrote the run's files before gives them up at once; one that was killed has lost them."""
-_PATIENCE = 60.0
 
 
 class ElasticRun:
@@ -70,7 +69,7 @@ class ElasticRun:
 
     def _options(self) -> WorldOptions:
         wish_file = str((self._folder.path / "wish.json").absolute())
-        return WorldOptions(keep_source=True, patience=_PATIENCE, wish_file=wish_file)
+        return WorldOptions(keep_source=True, wish_file=wish_file)
 
     def _blueprint(self) -> Blueprint:
         return Blueprint(self._build, self._optimize, initialize=self._initialize)

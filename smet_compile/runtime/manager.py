@@ -290,7 +290,8 @@ class TopologyManager(SavedManager):
     def metrics(self) -> dict[str, float]:
         """Returns numbers to log: density, steps and updates so far, skipped blocks, and fractions of the last update.
 
-        The fractions are those of ``SiteEvent``, for all weights together. Reading skipped blocks waits for the device.
+        The fractions are those of ``SiteEvent``, for all weights together. Skipped blocks are those of this rank's
+        optimizers; reading them waits for the device.
         """
         return flat_metrics(self.sites, self.history, self.num_steps, self.optimizers)
 

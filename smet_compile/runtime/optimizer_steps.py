@@ -141,18 +141,18 @@ class TrainedParameters:
 def _with_broken_gradient(parameters: list[nn.Parameter]) -> set[int]:
     """Returns the ids of the parameters whose gradient, the part that this rank holds, is not finite."""
     grads = {id(p): local(p.grad) for p in parameters if p.grad is not None}
-    are_finite = _read([grad.isfinite().all() for grad in grads.values()])
+    are_finite = read_scalars([grad.isfinite().all() for grad in grads.values()])
     return {key for key, is_finite in zip(grads, are_finite, strict=True) if not is_finite}
 
 
 def _read_counts(counts: dict[nn.Parameter, UpdateCounts]) -> dict[nn.Parameter, tuple[int, int]]:
     """Returns the number of updates and of skipped blocks of each parameter."""
-    updates = _read([each.num_updates for each in counts.values()])
-    skipped = _read([each.num_skipped for each in counts.values()])
+    updates = read_scalars([each.num_updates for each in counts.values()])
+    skipped = read_scalars([each.num_skipped for each in counts.values()])
     return dict(zip(counts, zip(updates, skipped, strict=True), strict=True))
 
 
-def _read(scalars: list[Tensor]) -> list[Any]:
+def read_scalars(scalars: list[Tensor]) -> list[Any]:
     """Copies scalars of one dtype to the host, and waits for each device once, unless they are subclasses."""
     plain: dict[torch.device, list[Tensor]] = {}
     for scalar in scalars:
