@@ -44,7 +44,7 @@ OF_GRADIENT_GROWTH = {
     "runtime/update.py:collect _local_scalar_dense": "the size of buffers, in the step before",
 }
 OF_A_LOOKED_AT_STEP = {
-    "runtime/optimizer_steps.py:_read tolist": "whether gradients are finite; before and after it, the counts of "
+    "runtime/optimizer_steps.py:read_scalars tolist": "whether gradients are finite; before and after it, the counts of "
     "updates in backward",
     "ops/sinks.py:at_first _local_scalar_dense": "these counts, where none was read before",
 }
@@ -80,7 +80,7 @@ def test_eager_steps_and_topology_updates(block: int, grow: str, more: dict[str,
         model(**single(step)).loss.backward()
         with host_syncs() as found:
             optimizer.step()
-        looks = {"runtime/optimizer_steps.py:_read tolist"} if (step + 1) % EVERY == 0 else set()
+        looks = {"runtime/optimizer_steps.py:read_scalars tolist"} if (step + 1) % EVERY == 0 else set()
         assert set(found) - {CPU_KERNEL} == looks, f"step {step}"
         with host_syncs() as found:
             manager.step()
