@@ -75,7 +75,6 @@ class SparseTraining(TrainerCallback):
             options["total_steps"] = _num_steps(trainer)
         model, optimizer = trainer.model, trainer.optimizer
         self.manager = TopologyManager(model, optimizer, **options | {"auto_step": True})
-        self.manager.save_with_optimizer()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Adds the numbers of the topology to what is logged."""

@@ -20,6 +20,7 @@ from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.ops.torch_insides import replace_data
 from smet_compile.runtime import checkpoint_file
+from smet_compile.runtime.in_optimizer import managers_left_out
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.parts import join_parts, split_parts
 from smet_compile.runtime.saved_correction import check_correction, correction_entries, restore_correction
@@ -45,6 +46,7 @@ _LEFT, _NEXT = slice(8, 12), slice(16, 24)
 """Bytes of the state of torch's Mersenne twister: the words that are left, and the place of the next one."""
 
 
+@managers_left_out()
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -83,6 +85,7 @@ def save_checkpoint(
     checkpoint_file.write(path, join_parts(model, saved))
 
 
+@managers_left_out()
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,

@@ -44,8 +44,8 @@ OF_GRADIENT_GROWTH = {
     "runtime/update.py:collect _local_scalar_dense": "the size of buffers, in the step before",
 }
 OF_A_LOOKED_AT_STEP = {
-    "runtime/optimizer_steps.py:read_scalars tolist": "whether gradients are finite; before and after it, the counts of "
-    "updates in backward",
+    "runtime/optimizer_steps.py:read_scalars tolist": "whether gradients are finite; before and after it, the counts "
+    "of updates in backward",
     "ops/sinks.py:at_first _local_scalar_dense": "these counts, where none was read before",
 }
 OF_ANOTHER_OPTIMIZER = {"runtime/fresh_state.py:first_written _local_scalar_dense": "what a fresh state holds; once"}
