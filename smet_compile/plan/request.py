@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from smet_compile.convert import Globs
+from smet_compile.convert.distribution import Distribute, Distribution
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.format.densities import DensitySchedule, check_density, check_density_schedule
@@ -24,8 +25,10 @@ from smet_compile.shards.styles import Style, styles_of
 _DENSITY = 0.3
 _PARTS = 10_000
 """Densities that are solved for are multiples of 1 / this number."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+DtypeName = Literal["float32", "bfloat16", "float16", "float64"]
+OptimizerName = Literal["adamw", "lion", "sgd", "scale"]
 Dtype = torch.dtype | str | None
 
 
@@ -36,9 +39,9 @@ def plan(
     block_shape: int | Sequence[int] = 1,
     batch: int | None = None,
     sequence: int | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | DtypeName | None = None,
     moment_dtype: torch.dtype | Literal["int8", "float32", "bfloat16"] | None = None,
-    optimizer: str = "adamw",
+    optimizer: OptimizerName = "adamw",
     compiled: bool = True,
     fused_update: bool | None = None,
     checkpointing: bool = False,
@@ -46,7 +49,7 @@ def plan(
     include: Globs = None,
     exclude: Globs = None,
     rules: Mapping[str, float] | None = None,
-    distribution: str = "uniform",
+    distribution: Distribution | Mapping[str, float] | Distribute = "uniform",
     inputs: Inputs | None = None,
     loss_fn: LossFn | None = None,
     vocabulary: int = VOCABULARY,
@@ -98,7 +101,7 @@ def plan(
     density = None if density is None else check_density("density", density)
     batch = None if batch is None else _count("batch", batch)
     sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
-    optimizer = arguments.one_of("optimizer", optimizer, list(OPTIMIZERS))
+    arguments.one_of("optimizer", optimizer, list(OPTIMIZERS))
     compiled = arguments.flag("compiled", compiled)
     checkpointing = arguments.flag("checkpointing", checkpointing)
     if inputs is not None:
@@ -158,7 +161,7 @@ def _on_meta(
     model: nn.Module | str, dtype: Dtype, sequence: int | None, vocabulary: int
 ) -> tuple[nn.Module, str, int, int | None]:
     """Returns (the model on the meta device, its name, default batch, sequence)."""
-    wanted = _dtype("dtype", dtype, _DTYPES)
+    wanted = _dtype("dtype", dtype, DTYPES)
     if isinstance(model, nn.Module):
         return empty_copy(model, dtype=wanted), type(model).__name__, 1, sequence
     if not isinstance(model, str):
