@@ -30,8 +30,11 @@ class SiteExplanation:
     """Explains one site. A part is "fused", "none" where it does not exist, or the reason why it is not fused.
 
     Args:
-        forward: the product with the weight. input_gradient: the gradient of the product's other factor.
-        weight_gradient: the gradient of the weight, compact where fused. update: the optimizer's update in backward.
+        name: the name of the weight.
+        forward: the product with the weight.
+        input_gradient: the gradient of the product's other factor.
+        weight_gradient: the gradient of the weight, compact where fused.
+        update: the optimizer's update in backward.
         kernels: part → the kernel that computes it, where it is fused (``SMET_COMPILE_KERNEL`` forces one).
         correction: what ``correct_gradients`` decided for it; None where it was not called.
     """
@@ -125,7 +128,8 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
 
     Args:
         model: a model with compact weights, compiled or not; or a step that ``compile_train_step`` made.
-        example, inputs: the arguments of the call. A step takes one batch: keywords are put into one dict.
+        example: the arguments of the call. A step takes one batch.
+        inputs: the keyword arguments of the call, which are put into one dict for a step.
         strict: whether to raise where anything that could be fused is not.
 
     Raises:

@@ -46,8 +46,8 @@ def materialize(
     the same numbers, one module at a time, and keeps its rows, so that any number of ranks gets the model above.
 
     Args:
-        model: with compact weights, on the meta device or after ``to_empty``, which parts tied weights. seed: of
-            weights and topologies; the random state of torch is put back.
+        model: a model with compact weights, on the meta device or after ``to_empty``, which parts tied weights.
+        seed: the seed of weights and topologies; the random state of torch is put back.
         device: where the model goes from the meta device; default: the device of the mesh on which it is sharded, else
             torch's default device.
         initialize: takes a module and writes its own parameters and buffers, in place of the methods above.

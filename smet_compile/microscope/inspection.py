@@ -22,9 +22,15 @@ class SiteInspection:
     """Describes one compact weight, a stack of S matrices (R, C).
 
     Args:
-        num_blocks, num_active: blocks, and how many are active, read back from the topology.
-        num_weights, num_active_weights: weights of the dense matrices, and those inside of active blocks.
-        dead: inputs and outputs without active weight. history: ages, churn, cohorts.
+        name: the name of the weight.
+        shape: the shape of the dense weight.
+        block_shape: the unit of sparsity, (bm, bn).
+        num_blocks: the number of blocks.
+        num_active: the number of active blocks, read back from the topology.
+        num_weights: the number of weights of the dense matrices.
+        num_active_weights: the number of those inside of active blocks.
+        dead: inputs and outputs without active weight.
+        history: ages, churn and cohorts.
         reach: None where the example does not use this weight, or the forward could not be recorded.
     """
 

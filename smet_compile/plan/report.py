@@ -70,8 +70,11 @@ class Plan:
 
     Args:
         title: what was planned, in a line.
-        density: of the weights made sparse, as asked for or solved for. batch, sequence: of a step.
-        sparse, dense: costs of this run, and of dense training with ``torch.optim.AdamW(fused=True)``.
+        density: the density of the weights made sparse, as asked for or solved for.
+        batch: the sequences of a step.
+        sequence: the tokens of a sequence; None where the inputs have none.
+        sparse: the costs of this run.
+        dense: the costs of dense training with ``torch.optim.AdamW(fused=True)``.
         formulas: row → sympy expression of ``sparse`` in d (density), b (batch), s (sequence), B (weights of a block)
             and the counts in ``symbols``. Those of what is stored differ from the exact bytes by at most
             ``rounding_bytes`` together; those of working and scratch hold near this batch, sequence and density.

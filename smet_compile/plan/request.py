@@ -69,20 +69,26 @@ def plan(
 
     Args:
         model: a dense model, one that is compact already (then without ``density``), or the name of a preset.
-        density, block_shape, include, exclude, rules, distribution: as ``sparsify`` takes them; density 0.3 unless
-            given or solved for.
-        batch, sequence: of a step, in sequences and tokens. Default: the preset's; batch 1 of a model.
-        dtype: of the weights. Default: a model's own; float32 of presets.
-        moment_dtype: of the moments: None (float32), a dtype, or "int8".
+        density: the density of the weights made sparse; 0.3 unless given or solved for.
+        block_shape: the unit of sparsity, as ``sparsify`` takes it.
+        batch: the sequences of a step. Default: the preset's; 1 of a model.
+        sequence: the tokens of a sequence. Default: the preset's.
+        dtype: the dtype of the weights. Default: a model's own; float32 of presets.
+        moment_dtype: the dtype of the moments: None (float32), a dtype, or "int8".
         optimizer: "adamw", "lion", "sgd" (with momentum) or "scale": decides how many moments are stored. The dense
             training beside it is AdamW's always.
-        compiled: by ``torch.compile``, else eager. fused_update: of ``compile_train_step``; default: as ``compiled``.
-        checkpointing: of activations, by the model's ``gradient_checkpointing_enable``.
+        compiled: whether ``torch.compile`` compiles the step, which else is eager.
+        fused_update: whether ``compile_train_step`` makes the update in backward; default: as ``compiled``.
+        checkpointing: whether activations are computed again, by the model's ``gradient_checkpointing_enable``.
         fits: "24GB", "22.5GiB" or bytes: solves for the largest density whose peak fits, or for the largest batch
             where a density is given (or the model is compact) and a batch is not.
+        include: globs of the weights to make sparse, as ``sparsify`` takes them.
+        exclude: globs of the weights to leave dense.
+        rules: glob → density.
+        distribution: how the density is shared out over the weights, as ``sparsify`` takes it.
         inputs: (batch, sequence) → what the model is called with. Default: ``input_ids`` and ``labels``.
         loss_fn: (model, inputs) → loss. Default: ``model(**inputs).loss``.
-        vocabulary: of a preset.
+        vocabulary: the number of words of a preset.
         density_schedule: as ``TopologyManager`` takes it: ``plan.stages`` holds the bytes of each stage. ``density`` is
             that of the beginning, and may be 1.
         mesh: ranks that share the parameters by FSDP2, and copies of them as in HSDP: ``{"dp": 64, "replicate": 2}``.

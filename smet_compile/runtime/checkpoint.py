@@ -58,8 +58,9 @@ def save_checkpoint(
 
     Args:
         path: the file (its folder is made).
-        model, optimizer, manager: as they are between two steps. Each optimizer inside a wrapper or a list is saved
-            with its own state.
+        model: the model between two steps.
+        optimizer: its optimizer, or several. Each optimizer inside a wrapper or a list is saved with its own state.
+        manager: its topology manager, if it has one.
         extra: anything else that the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and
             tuples of numbers, strings and tensors.
 
