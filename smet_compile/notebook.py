@@ -26,8 +26,8 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: Cont
     """
     sides = ["left" if number in left else "right" for number in range(len(columns))]
     head = _html_row("th", columns, sides)
-    body = "".join(_html_row("td", row, sides) for row in rows)
-    return f"<div {_SCROLLS}><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
+    body = "\n".join(_html_row("td", row, sides) for row in rows)
+    return f"<div {_SCROLLS}><table>\n<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>\n"
 
 
 def html_lines(lines: Iterable[str]) -> str:

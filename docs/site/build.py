@@ -9,6 +9,7 @@ them. It is strict: a link or an anchor that leads nowhere is an error.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -25,6 +26,8 @@ import smet_compile
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "benchmarks", "examples")
 """Files and folders beside ``docs`` that pages link to."""
+
+NOTEBOOKS = [ROOT / f"examples/{name}.ipynb" for name in ("plain_loop", "trainer", "resnet")]
 
 GROUPS = {
     "Make a model sparse, and plain again": ["sparsify", "report", "Report", "masks", "materialize", "export_dense"],
@@ -59,6 +62,9 @@ def make_pages(folder: Path) -> None:
         if path.name != "site":
             (docs / path.name).symlink_to(path)
     (docs / "api.md").write_text(api_page())
+    (folder / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        (folder / f"notebooks/{path.stem}.md").write_text(notebook_page(json.loads(path.read_text())))
 
 
 def api_page() -> str:
@@ -70,11 +76,25 @@ def api_page() -> str:
     return "\n".join(parts)
 
 
+def notebook_page(notebook: dict[str, Any]) -> str:
+    """Returns a notebook as a page: its texts, its code, and what it shows."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            text = "".join(output.get("text") or data.get("text/plain", ""))
+            parts.append("".join(data.get("text/html", "")) or f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def navigation() -> list[Any]:
     """Returns the pages in the order of the index, docs/README.md, then those about the project."""
     first = [{"smet_compile": "README.md"}, {"All pages": "docs/README.md"}]
     last = [{"Public names": "docs/api.md"}, {"Changes": "CHANGELOG.md"}, {"Working on it": "CONTRIBUTING.md"}]
-    return [*first, *_linked_from("docs/README.md"), *last]
+    notebooks = {"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]}
+    return [*first, notebooks, *_linked_from("docs/README.md"), *last]
 
 
 def _linked_from(index: str) -> Iterator[dict[str, Any]]:

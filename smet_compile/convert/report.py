@@ -110,12 +110,12 @@ class Report:
         ]
         return frame_of(compact + dense)
 
-    def _totals(self) -> list[str]:
-        return [
+    def _totals(self) -> tuple[str, str]:
+        return (
             f"{len(self.sites)} compact weights: {self.values_bytes:,} bytes of values, "
             f"{self.index_bytes:,} of index; {self.dense_bytes:,} bytes of dense matrices",
             f"density of all matrices: {self.density:.4f} ({self.num_active_weights:,} of {self.num_weights:,})",
-        ]
+        )
 
     def _corrections(self) -> list[tuple[str, str]]:
         return [(site.name, site.correction) for site in self.sites if site.correction is not None]
@@ -132,12 +132,13 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        values, density = self._totals()
         corrections = [f"{name}: gradient {correction}" for name, correction in self._corrections()]
         dense = [(w.name, _by_x(w.shape), w.reason) for w in self.skipped]
         return html_view(
-            f"{len(self.sites)} compact weights",
+            density,
             html_table(_HEADINGS, [site.cells() for site in self.sites], left=(0, 1, 2)),
-            html_lines([*self._totals(), *corrections]),
+            html_lines([values, *corrections]),
             html_table(("left dense", "shape", "reason"), dense, left=range(3)) if dense else "",
         )
 

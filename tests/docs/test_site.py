@@ -36,6 +36,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert f'id="{getattr(smet_compile, name).__module__}.{name}"' in api
     assert "::</p>" not in api and "</p>" in api  # what stands before a sample ends with one colon
     assert "fonts.googleapis" not in api
+    for notebook in (ROOT / "examples").glob("*.ipynb"):
+        page = (tmp_path / f"site/notebooks/{notebook.stem}.html").read_text()
+        assert ">smet_compile</span>" in page and "<th" in page, "a page of a notebook shows its code and its tables"
 
 
 def html_of(site: Path, page: Page) -> Path:
