@@ -182,6 +182,24 @@ def test_our_own_checkpoint_holds_it_once(tmp_path: Path) -> None:
     assert_alike(resumed, whole)
 
 
+def test_our_own_checkpoint_finds_it(tmp_path: Path) -> None:
+    whole, half, resumed, longer = begin(), begin(), begin(), begin(total_steps=40)
+    go(whole, range(STEPS))
+    go(half, range(HALF))
+    smet.save_checkpoint(tmp_path / "state", *half[:2])
+    smet.load_checkpoint(tmp_path / "state", *resumed[:2])
+    go(resumed, range(HALF, STEPS))
+    assert_alike(resumed, whole)
+    with pytest.raises(ValueError, match="total_steps: expected 40 as in this manager, got 24"):
+        smet.load_checkpoint(tmp_path / "state", *longer[:2])
+    smet.load_checkpoint(tmp_path / "state", longer[0])
+    assert longer[2].num_steps == 0
+    plain = begin(auto_step=False)
+    smet.save_checkpoint(tmp_path / "without", *plain[:2])
+    smet.load_checkpoint(tmp_path / "without", *resumed[:2])
+    assert resumed[2].num_steps == STEPS
+
+
 def test_a_dense_optimizer_takes_the_state_of_a_sparse_one() -> None:
     """One can leave: torch's optimizer loads what is for it, and steps."""
     run = begin(momentum, schedule="none")
