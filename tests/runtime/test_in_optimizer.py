@@ -82,19 +82,20 @@ def test_it_is_one_value_of_one_kind_from_the_first_step_on() -> None:
     assert "topology_manager" not in run[1].param_groups[0]
 
 
+@pytest.mark.parametrize(("half_way", "grow"), [(HALF, "random"), (HALF + 1, "gradient"), (HALF + 1, "momentum")])
 @pytest.mark.parametrize("make", [active, momentum])
 @pytest.mark.filterwarnings("ignore:.*process group.*:UserWarning", "ignore:.*torch.distributed.*:UserWarning")
-def test_torchs_distributed_checkpoint_brings_it(make: Any, tmp_path: Path) -> None:
-    whole, half = begin(make), begin(make)
+def test_torchs_distributed_checkpoint_brings_it(make: Any, half_way: int, grow: str, tmp_path: Path) -> None:
+    whole, half = begin(make, grow=grow), begin(make, grow=grow)
     go(whole, range(STEPS))
-    go(half, range(HALF))
+    go(half, range(half_way))
     model, optimizer = get_state_dict(half[0], half[1])
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)
-    resumed = begin(make)
+    resumed = begin(make, grow=grow)
     model, optimizer = get_state_dict(resumed[0], resumed[1])
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)
     set_state_dict(resumed[0], resumed[1], model_state_dict=model, optim_state_dict=optimizer)
-    go(resumed, range(HALF, STEPS))
+    go(resumed, range(half_way, STEPS))
     assert_alike(resumed, whole)
 
 
