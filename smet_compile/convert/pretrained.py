@@ -72,9 +72,10 @@ def save_pretrained(
     is_checkpoint = _CHECKPOINT.fullmatch(Path(save_directory).name) is not None
     for name, site in find_sites(self).items():
         values, topology = _keys(name, site)
-        if values not in entries and state_dict is None:
+        if values not in entries and (state_dict is None or any(key.endswith(f".{values}") for key in entries)):
             raise ValueError(
-                f"{name}: expected {values!r} in the state dict, found none; save smet.export_dense(model)"
+                f"{name}: expected {values!r} in the state dict, found none of this name; take that of the model "
+                "itself, without the names of wrappers, or save smet.export_dense(model)"
             )
         if values in entries:
             mask = unpack_bits(entries[topology], site.layout.num_blocks)

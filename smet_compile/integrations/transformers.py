@@ -58,6 +58,11 @@ def sparse_training(
     """
     optimizer_class = _find_optimizer_class(trainer)
     _check(trainer, density, options, optimizer_class)
+    if export is not None and not hasattr(trainer.model, "save_pretrained"):
+        raise ValueError(
+            f"export: expected a Hugging Face model, got {type(trainer.model).__name__}; leave it out, and call "
+            "smet.export_dense(model) after training"
+        )
     managed = {name: value for name, value in options.items() if name in _options_of(TopologyManager)}
     if "total_steps" not in managed:
         managed["total_steps"] = _num_steps(trainer)
@@ -146,6 +151,11 @@ def _find_optimizer_class(trainer: Trainer) -> Any:
         return type(trainer.optimizer)
     if trainer.optimizer_cls_and_kwargs is not None:
         return trainer.optimizer_cls_and_kwargs[0]
+    if type(trainer).create_optimizer is not Trainer.create_optimizer:
+        raise ValueError(
+            f"trainer: expected the create_optimizer of Trainer, got that of {type(trainer).__name__}, which would not "
+            "be called; make the model sparse and its optimizer first, and pass optimizers=(optimizer, None)"
+        )
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if optim not in _ADAMW or trainer.args.optim_args:
         raise ValueError(

@@ -209,6 +209,18 @@ def frozen(trainer: Trainer) -> None:
         site.values.requires_grad_(False)
 
 
+def with_own_optimizer(trainer: Trainer) -> None:
+    class Own(Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            return torch.optim.SGD(self.model.parameters(), 0.1)
+
+    trainer.__class__ = Own
+
+
+def with_plain_model(trainer: Trainer) -> None:
+    trainer.model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+
 def with_endless_data(trainer: Trainer) -> None:
     class Endless(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
@@ -228,6 +240,8 @@ def with_endless_data(trainer: Trainer) -> None:
         (with_model_init, 0.3, {}, "trainer: expected one made with model=, got model_init="),
         (with_adafactor, 0.3, {}, "optim: expected AdamW without optim_args, got 'adafactor'"),
         (frozen, None, {}, "trainer: expected a model whose compact weights are trained, got frozen ones"),
+        (with_own_optimizer, 0.3, {}, "trainer: expected the create_optimizer of Trainer, got that of Own"),
+        (with_plain_model, 0.3, {"export": "x"}, "export: expected a Hugging Face model, got Sequential"),
         (with_endless_data, 0.3, {}, "total_steps: expected a number for data without a length, got none"),
     ],
 )

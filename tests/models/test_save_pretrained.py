@@ -74,6 +74,13 @@ def test_a_dense_checkpoint_is_refused_even_where_keys_may_miss() -> None:
     assert all(torch.equal(site.values, before[name]) for name, site in find_sites(model).items())
 
 
+def test_a_state_with_the_names_of_wrappers_is_refused(tmp_path: Path) -> None:
+    model = compact("llama")
+    wrapped = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="in the state dict, found none of this name; take that of the model itself"):
+        model.save_pretrained(tmp_path, state_dict=wrapped)
+
+
 def test_copies_save_themselves_and_exports_keep_nothing(tmp_path: Path) -> None:
     model = compact("llama")
     copied = copy.deepcopy(model)
