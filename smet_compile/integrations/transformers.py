@@ -19,6 +19,10 @@ from smet_compile.optim.options import CommonOptions
 from smet_compile.runtime import TopologyManager
 
 _PREFIX = "smet/"
+_ADDED_OTHERWISE = (
+    "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)] or add_callback; make "
+    "the Trainer without it, then call sparse_training(trainer, density=...)"
+)
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Names of torch's AdamW in ``TrainingArguments(optim=...)``, the default among them."""
 
@@ -93,14 +97,13 @@ class SmetCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuses to be passed to a trainer."""
-        raise ValueError(
-            "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)]; make the "
-            "Trainer without it, then call sparse_training(trainer, density=...)"
-        )
+        raise ValueError(_ADDED_OTHERWISE)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Checks that the trainer trains what the manager manages, from where the manager stands."""
         manager, model, optimizer = self.manager, kwargs.get("model"), kwargs.get("optimizer")
+        if manager is None:
+            raise ValueError(_ADDED_OTHERWISE)
         if model is not manager.model:
             raise ValueError(
                 "trainer: expected the model that was made sparse, got another one; call sparse_training for a trainer "
@@ -192,6 +195,11 @@ def _check(trainer: Trainer, density: float | None, options: dict[str, Any], opt
 
 
 def _check_trainer(trainer: Trainer, density: float | None) -> None:
+    if any(isinstance(callback, SmetCallback) for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "trainer: expected one that is not trained sparse yet, got a second call of sparse_training; make the "
+            "trainer anew for other options"
+        )
     if trainer.model_init is not None:
         raise ValueError(
             "trainer: expected one made with model=, got model_init=, which makes a dense model again in train(); pass "

@@ -203,6 +203,10 @@ def with_adafactor(trainer: Trainer) -> None:
     trainer.args.optim = "adafactor"
 
 
+def sparse_before(trainer: Trainer) -> None:
+    sparse(trainer)
+
+
 def frozen(trainer: Trainer) -> None:
     smet.sparsify(trainer.model, 0.5)
     for site in find_sites(trainer.model).values():
@@ -239,6 +243,7 @@ def with_endless_data(trainer: Trainer) -> None:
         (with_sparse_model, None, {"exclude": "lm_head"}, "exclude: expected no option of sparsify for a sparse model"),
         (with_model_init, 0.3, {}, "trainer: expected one made with model=, got model_init="),
         (with_adafactor, 0.3, {}, "optim: expected AdamW without optim_args, got 'adafactor'"),
+        (sparse_before, None, {}, "trainer: expected one that is not trained sparse yet, got a second call"),
         (frozen, None, {}, "trainer: expected a model whose compact weights are trained, got frozen ones"),
         (with_own_optimizer, 0.3, {}, "trainer: expected the create_optimizer of Trainer, got that of Own"),
         (with_plain_model, 0.3, {"export": "x"}, "export: expected a Hugging Face model, got Sequential"),
@@ -271,3 +276,7 @@ def test_what_changes_afterwards_is_refused(tmp_path: Path) -> None:
 def test_the_callback_is_not_for_the_list_of_callbacks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SmetCallback: expected to be added by sparse_training, got callbacks="):
         Trainer(llama(), arguments_in(tmp_path), train_dataset=ROWS, callbacks=[SmetCallback(density=0.3)])
+    trainer = trainer_in(tmp_path)
+    trainer.add_callback(SmetCallback(density=0.3))
+    with pytest.raises(ValueError, match="SmetCallback: expected to be added by sparse_training"):
+        trainer.train()
