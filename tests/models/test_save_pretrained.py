@@ -15,7 +15,7 @@ from tests.models.classes import REAL_MODELS
 from tests.support.snapshots import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:sparsify")
-NAMES = ["llama", "gpt2", "mixtral"]
+NAMES = sorted(REAL_MODELS)
 
 
 def compact(name: str, block_shape: int = 1, seed: int = 0) -> Any:
