@@ -14,6 +14,7 @@ from smet_compile.api import sparsify
 from smet_compile.format.arguments import described
 from smet_compile.ops import find_sites
 from smet_compile.ops.optimizers import find_optimizers
+from smet_compile.ops.sites import is_sparsified
 from smet_compile.optim import ActiveAdamW, ActiveOptimizer
 from smet_compile.optim.options import CommonOptions
 from smet_compile.runtime import TopologyManager
@@ -176,7 +177,7 @@ def _is_active(optimizer_class: Any) -> bool:
 def _check(trainer: Trainer, density: float | None, options: dict[str, Any], optimizer_class: Any) -> None:
     _check_trainer(trainer, density)
     is_sparse = bool(find_sites(trainer.model))
-    if is_sparse == (density is not None):
+    if is_sparse if density is not None else not is_sparsified(trainer.model):
         wanted = "None for a model that is sparse already" if is_sparse else "the active share, such as 0.3"
         raise ValueError(f"density: expected {wanted}, got {described(density)}")
     own = sorted(set(options) & _options_of(sparsify) - _options_of(TopologyManager))

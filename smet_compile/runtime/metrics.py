@@ -20,7 +20,9 @@ def flat_metrics(
     """Returns what ``TopologyManager.metrics`` does; it waits for each device once."""
     sizes = {name: math.prod(site.layout.shape) for name, site in sites.items()}
     found = {
-        "density": sum(site.density * sizes[name] for name, site in sites.items()) / sum(sizes.values()),
+        "density": sum(site.density * sizes[name] for name, site in sites.items()) / sum(sizes.values())
+        if sites
+        else 1.0,
         "steps": float(num_steps),
         "updates": float(len(history)),
     }

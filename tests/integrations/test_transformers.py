@@ -51,6 +51,22 @@ def test_it_steps_logs_and_resumes_bit_for_bit(options: dict[str, Any], tmp_path
     assert whole.state.log_history[0]["smet/steps"] == 2
 
 
+@pytest.mark.parametrize("density", [1.0, None])
+def test_density_one_is_the_dense_baseline(density: float | None, tmp_path: Path) -> None:
+    def run(checkpoint: Path | None = None) -> Trainer:
+        trainer = trainer_in(tmp_path, max_steps=8)
+        if density is None:
+            smet.sparsify(trainer.model, 1.0)
+        sparse_training(trainer, density, every=2, export=tmp_path / "dense")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole = run()
+    numbers = whole.state.log_history[-2]
+    assert numbers["smet/density"] == 1 and numbers["smet/steps"] == 8 and numbers["smet/compact_bytes"] == 0
+    assert_same_model(whole, run(tmp_path / "checkpoint-4"))
+
+
 def test_compact_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, max_steps=1, save_steps=10)
     callback = sparse(trainer)
