@@ -35,13 +35,17 @@ def save_dense(model: nn.Module) -> None:
 
 
 def forget_to_save_dense(model: nn.Module) -> None:
-    """Undoes ``save_dense``, for a model that is dense again."""
+    """Undoes ``save_dense``, for a model that is dense again, and removes hooks of this library on loading."""
     for module in _pretrained(model):
         if getattr(vars(module).get(_METHOD), "__func__", None) is save_pretrained:
             delattr(module, _METHOD)
-            hooks = module._load_state_dict_pre_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _take_compact]:
-                del hooks[key]
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, wrapped in hooks.items() if _is_ours(getattr(wrapped, "hook", None))]:
+            del hooks[key]
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(f"{__name__.partition('.')[0]}.")
 
 
 def _pretrained(model: nn.Module) -> Iterator[Any]:

@@ -8,16 +8,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from smet_compile.api import sparsify
 from smet_compile.format.arguments import described
 from smet_compile.ops import find_sites
-from smet_compile.ops.optimizers import find_optimizers
+from smet_compile.ops.optimizers import find_optimizers, has_state, registered_holders
 from smet_compile.ops.sites import is_sparsified
 from smet_compile.optim import ActiveAdamW, ActiveOptimizer
 from smet_compile.optim.options import CommonOptions
 from smet_compile.runtime import TopologyManager
+from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 
 _PREFIX = "smet/"
 _ADDED_OTHERWISE = (
@@ -78,6 +80,8 @@ def sparse_training(
         _make_optimizer(trainer, optimizer_class, options)
     manager = TopologyManager(trainer.model, trainer.optimizer, **managed, auto_step=True)
     manager.save_with_optimizer()
+    if manager.settings["density_schedule"] is not None:
+        trainer.model.register_load_state_dict_pre_hook(_take_stage)
     callback = SmetCallback(manager, export)
     trainer.callback_handler.callbacks.insert(0, callback)  # before those that report what is logged
     return callback
@@ -147,6 +151,22 @@ def _warn_of_steps(manager: TopologyManager, state: Any) -> None:
             "updated as in a run of the first length",
             stacklevel=2,
         )
+
+
+def _take_stage(model: nn.Module, state: dict[str, Any], *args: Any) -> None:
+    """Brings a trained model to the density stage of its best checkpoint, before that is loaded.
+
+    A run cannot go on in a later stage: Accelerate loads the optimizer's own state when it wraps it, and with that the
+    manager's, which has not made the steps up to that stage yet.
+    """
+    resized = find_resized(state, model)
+    optimizers = registered_holders([site.values for site, _ in resized])
+    if resized and not any(has_state(optimizer) for optimizer in optimizers):
+        raise ValueError(
+            "density_schedule: expected a checkpoint of the first stage, got one of a later stage, from which a "
+            "Trainer cannot go on; train in a loop with smet.save_checkpoint and smet.load_checkpoint"
+        )
+    resize_as_saved(resized, optimizers)
 
 
 def _find_optimizer_class(trainer: Trainer) -> Any:

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
 import smet_compile as smet
 from smet_compile.integrations.transformers import sparse_training
+from smet_compile.ops import find_sites
 from tests.integrations.language import ROWS, arguments_in, llama
 from tests.support.snapshots import same_bits
 
@@ -53,6 +54,30 @@ def test_the_best_model_is_loaded_evaluated_and_exported(tmp_path: Path) -> None
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
     assert_loads(tmp_path / "export", trainer.model)
     assert_loads(tmp_path / "run" / "checkpoint-2", trainer.model, is_checkpoint=True)
+
+
+def in_stages(folder: Path) -> Trainer:
+    best: Any = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    arguments = arguments_in(folder, max_steps=6, eval_strategy="steps", eval_steps=2, **best | {"save_steps": 2})
+    trainer = Trainer(llama(), arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
+    sparse_training(trainer, 1.0, dense_as_compact=True, every=2, density_schedule=[(3, 0.5), (5, 0.3)])
+    return trainer
+
+
+def test_density_stages(tmp_path: Path) -> None:
+    """The best model is that of the first stage; a run goes on in the first stage alone."""
+    whole = in_stages(tmp_path)
+    whole.train()
+    assert whole.state.best_global_step == 2
+    assert {site.density for site in find_sites(whole.model).values()} == {1.0}
+    assert_loads(tmp_path / "checkpoint-2", whole.model, is_checkpoint=True)
+    assert not any(module._load_state_dict_pre_hooks for module in smet.export_dense(whole.model).modules())
+    resumed = in_stages(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in whole.model.state_dict().items():
+        assert same_bits(tensor, resumed.model.state_dict()[name]), name
+    with pytest.raises(ValueError, match="density_schedule: expected a checkpoint of the first stage, got one of a la"):
+        in_stages(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_what_goes_to_the_hub_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
