@@ -210,8 +210,12 @@ def forget_dense(module: nn.Module) -> None:
     module.__dict__.pop(_AT_DENSITY_ONE, None)
 
 
+def is_sparsified(model: nn.Module) -> bool:
+    """Tells whether ``sparsify`` was called for the model, at density 1 too."""
+    return bool(find_sites(model)) or any(_AT_DENSITY_ONE in module.__dict__ for module in model.modules())
+
+
 def check_sparsified(where: str, model: nn.Module) -> None:
     """Raises ValueError for a model that was never sparsified. One at density 1 passes, as a dense baseline."""
-    if find_sites(model) or any(_AT_DENSITY_ONE in module.__dict__ for module in model.modules()):
-        return
-    raise ValueError(f"{where}: expected a model with compact weights, got one with none; sparsify it")
+    if not is_sparsified(model):
+        raise ValueError(f"{where}: expected a model with compact weights, got one with none; sparsify it")

@@ -54,7 +54,7 @@ def all_stepped(found: Iterable[FoundOptimizer], weights: set[int], num_steps_of
     ``num_steps_of`` are steps since the manager's last one, by the id of the optimizer.
     """
     nums = [num_steps_of[id(each.optimizer)] for each in found if each.steps & weights]
-    return min(nums, default=0) > 0 or max(nums, default=0) >= _MOST_WAITING
+    return not nums or min(nums) > 0 or max(nums) >= _MOST_WAITING
 
 
 def manager_that_steps(model: nn.Module) -> Any:
