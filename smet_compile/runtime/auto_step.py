@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
+from smet_compile.ops import find_sites
 from smet_compile.ops.optimizers import FoundOptimizer, unwrapped
 
 _MOST_WAITING = 10
@@ -51,7 +54,13 @@ def all_stepped(found: Iterable[FoundOptimizer], weights: set[int], num_steps_of
     ``num_steps_of`` are steps since the manager's last one, by the id of the optimizer.
     """
     nums = [num_steps_of[id(each.optimizer)] for each in found if each.steps & weights]
-    return min(nums, default=0) > 0 or max(nums, default=0) >= _MOST_WAITING
+    return not nums or min(nums) > 0 or max(nums) >= _MOST_WAITING
+
+
+def manager_that_steps(model: nn.Module) -> Any:
+    """Returns the manager of the model's weights that steps by itself; None where there is none."""
+    found = (_by_weight.get(id(site.values_maybe)) for site in find_sites(model).values())
+    return next((each for each in found if each is not None and each.auto_step), None)
 
 
 def take_over(manager: Any, weights: Iterable[int]) -> None:

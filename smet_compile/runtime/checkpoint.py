@@ -20,6 +20,7 @@ from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.ops.torch_insides import replace_data
 from smet_compile.runtime import checkpoint_file
+from smet_compile.runtime.auto_step import manager_that_steps
 from smet_compile.runtime.in_optimizer import managers_left_out
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.parts import join_parts, split_parts
@@ -46,7 +47,6 @@ _LEFT, _NEXT = slice(8, 12), slice(16, 24)
 """Bytes of the state of torch's Mersenne twister: the words that are left, and the place of the next one."""
 
 
-@managers_left_out()
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -58,9 +58,9 @@ def save_checkpoint(
 
     Args:
         path: the file (its folder is made).
-        model: the model between two steps.
-        optimizer: its optimizer, or several. Each optimizer inside a wrapper or a list is saved with its own state.
-        manager: its topology manager, if it has one.
+        model: as it is between two steps.
+        optimizer: as it is then. Each optimizer inside a wrapper or a list is saved with its own state.
+        manager: as it is then. One that steps by itself is found, and need not be given.
         extra: anything else that the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and
             tuples of numbers, strings and tensors.
 
@@ -71,7 +71,9 @@ def save_checkpoint(
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
     reshard(model)
-    first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
+    manager = manager or manager_that_steps(model)
+    with managers_left_out():
+        first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
     saved = {
         "layouts": layouts_of(model),
         "model": model_entries(model),
@@ -86,7 +88,6 @@ def save_checkpoint(
     checkpoint_file.write(path, join_parts(model, saved))
 
 
-@managers_left_out()
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -104,6 +105,10 @@ def load_checkpoint(
     stays, with a warning.
 
     Args:
+        path: the file.
+        model: made sparse as the saved one was.
+        optimizer: None to load the weights alone.
+        manager: one that steps by itself is found, and need not be given where an optimizer is.
         override: names of the manager's settings (``"total_steps"``, ``"every"``, ...) that may differ from those of
             the saved run, which then goes on with this manager's.
 
@@ -113,13 +118,19 @@ def load_checkpoint(
     """
     _check_arguments("load_checkpoint", path, model, optimizer, manager)
     reshard(model)
+    saves_none = manager is None
+    if saves_none and optimizer is not None:
+        manager = manager_that_steps(model)
     if check_override(override) and manager is None:
         raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
     holders = [] if optimizer is None else state_holders(optimizer, model.parameters())
     with ExitStack() as stack:
+        stack.enter_context(managers_left_out())
         try:
             _read_names(saved, model)
+            if saves_none and saved["manager"] is None:
+                manager = None
             if manager is not None and manager.settings["density_schedule"] is not None:
                 stack.enter_context(_in_saved_stage(saved["model"], model, holders, manager))
             saved = split_parts(model, saved)

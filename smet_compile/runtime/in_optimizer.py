@@ -56,10 +56,12 @@ class InOptimizer:
         if self._manager is None or _leaves_out.get() or "param_groups" not in state:
             return None
         packed = [group[MANAGER] for group in state["param_groups"] if MANAGER in group]
-        if packed:
+        if packed and packed[0] != checkpoint_file.to_bytes(
+            self._manager.state_dict()
+        ):  # Accelerate loads what is there
             self._loaded = _unpacked(packed[0])
             self._manager.check_state_dict(self._loaded, override=self._override)
-        elif state.get("state"):
+        elif not packed:
             warnings.warn(
                 "TopologyManager: expected its state in that of the optimizer, got none, so its steps and history are "
                 "those that it had; load manager.state_dict() by itself where it was saved by itself, as older "

@@ -312,7 +312,7 @@ class TopologyManager(SavedManager):
         return event
 
     def metrics(self) -> dict[str, float]:
-        """Returns numbers to log: density, steps and updates so far, skipped blocks, and fractions of the last update.
+        """Returns numbers to log: density, bytes of compact weights, steps, updates, and fractions of the last update.
 
         The fractions are those of ``SiteEvent``, for all weights together. Skipped blocks are those of this rank's
         optimizers; reading them waits for the device.

@@ -82,19 +82,20 @@ def test_it_is_one_value_of_one_kind_from_the_first_step_on() -> None:
     assert "topology_manager" not in run[1].param_groups[0]
 
 
+@pytest.mark.parametrize(("half_way", "grow"), [(HALF, "random"), (HALF + 1, "gradient"), (HALF + 1, "momentum")])
 @pytest.mark.parametrize("make", [active, momentum])
 @pytest.mark.filterwarnings("ignore:.*process group.*:UserWarning", "ignore:.*torch.distributed.*:UserWarning")
-def test_torchs_distributed_checkpoint_brings_it(make: Any, tmp_path: Path) -> None:
-    whole, half = begin(make), begin(make)
+def test_torchs_distributed_checkpoint_brings_it(make: Any, half_way: int, grow: str, tmp_path: Path) -> None:
+    whole, half = begin(make, grow=grow), begin(make, grow=grow)
     go(whole, range(STEPS))
-    go(half, range(HALF))
+    go(half, range(half_way))
     model, optimizer = get_state_dict(half[0], half[1])
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)
-    resumed = begin(make)
+    resumed = begin(make, grow=grow)
     model, optimizer = get_state_dict(resumed[0], resumed[1])
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)
     set_state_dict(resumed[0], resumed[1], model_state_dict=model, optim_state_dict=optimizer)
-    go(resumed, range(HALF, STEPS))
+    go(resumed, range(half_way, STEPS))
     assert_alike(resumed, whole)
 
 
@@ -180,6 +181,24 @@ def test_our_own_checkpoint_holds_it_once(tmp_path: Path) -> None:
         smet.load_checkpoint(tmp_path / "state", *resumed)
     go(resumed, range(HALF, STEPS))
     assert_alike(resumed, whole)
+
+
+def test_our_own_checkpoint_finds_it(tmp_path: Path) -> None:
+    whole, half, resumed, longer = begin(), begin(), begin(), begin(total_steps=40)
+    go(whole, range(STEPS))
+    go(half, range(HALF))
+    smet.save_checkpoint(tmp_path / "state", *half[:2])
+    smet.load_checkpoint(tmp_path / "state", *resumed[:2])
+    go(resumed, range(HALF, STEPS))
+    assert_alike(resumed, whole)
+    with pytest.raises(ValueError, match="total_steps: expected 40 as in this manager, got 24"):
+        smet.load_checkpoint(tmp_path / "state", *longer[:2])
+    smet.load_checkpoint(tmp_path / "state", longer[0])
+    assert longer[2].num_steps == 0
+    plain = begin(auto_step=False)
+    smet.save_checkpoint(tmp_path / "without", *plain[:2])
+    smet.load_checkpoint(tmp_path / "without", *resumed[:2])
+    assert resumed[2].num_steps == STEPS
 
 
 def test_a_dense_optimizer_takes_the_state_of_a_sparse_one() -> None:
