@@ -39,7 +39,7 @@ smet.sparsify("model")  # error
 
 @pytest.mark.slow
 def test_a_type_checker_sees_classes_and_names_through_the_library(tmp_path: Path) -> None:
-    """It takes a minute without mypy's cache."""
+    """mypy reads torch for it, which takes a quarter of a minute and more."""
     api = pytest.importorskip("mypy.api")
     file = tmp_path / "program.py"
     file.write_text(PROGRAM)
