@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ConstantLR
 
+from smet_compile import sparsify
 from smet_compile.presets import build_preset
 
 Names = dict[str, Any]
@@ -37,10 +38,15 @@ def _step_number(names: Names) -> None:
     names["step"] = 400
 
 
+def _sparse_model(names: Names) -> None:
+    names["model"] = sparsify(build_preset("nano", vocabulary=64, device="cpu"), density=0.3)
+
+
 PREAMBLES: dict[tuple[str, str], Callable[[Names], None]] = {
     ("README.md", "smet_compile"): _model_and_loader,
     ("README.md", "Compiled"): _scheduler,
     ("README.md", "Two commands"): _corpus,
+    ("docs/saving.md", "A folder to share"): _sparse_model,
     ("README.md", "Stop, go on, leave"): _step_number,
 }
 """(page, heading) → what is put among the page's names before the first sample under that heading."""
