@@ -12,6 +12,7 @@ SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs t
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
 INDUCTOR = "it moves with every torch release, so one room follows it"
+ASKED_FOR = "each integration is imported only where somebody asks for it"
 EXTRA = "it comes with the extra `pretrain`, and the library works without it"
 
 
@@ -75,6 +76,8 @@ ONLY_IN = {  # package → the one folder that may import it, and why
     "typer": ("smet_compile/pretrain", EXTRA),
     "rich": ("smet_compile/pretrain", EXTRA),
     "matplotlib": ("smet_compile/pretrain", EXTRA),
+    "lightning": ("smet_compile/integrations", ASKED_FOR),
+    "torchtitan": ("smet_compile/integrations", ASKED_FOR),
 }
 
 
