@@ -156,7 +156,8 @@ def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: I
             with whole_parameters(module):
                 initializer(module)
             stand_ins.keep()
-    _expect_written(unwritten, sites, "materialize")
+    now = dict((*model.named_parameters(), *model.named_buffers()))  # an initialiser may replace a buffer
+    _expect_written([(name, now.get(name, tensor)) for name, tensor in unwritten], sites, "materialize")
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
