@@ -93,6 +93,8 @@ class SparseOptimizers(OptimizersContainer[Any]):
         pass
 
     manager: TopologyManager | None = None
+    _loaded: dict[str, Any] | None = None
+    """The manager's state from a checkpoint, of which the weights may not be loaded yet."""
 
     @staticmethod
     def _build_impl_kwargs(config: OptimizersContainer.Config) -> dict[str, Any]:
@@ -104,6 +106,10 @@ class SparseOptimizers(OptimizersContainer[Any]):
         (model,) = self.model_parts
         return lambda groups, **options: ActiveAdamW(groups, model=model, **options)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._resume()  # before the first gradient, which growth may ask for
+        super().zero_grad(set_to_none)
+
     def step(self, closure: Any = None) -> None:
         super().step(closure)
         if self.manager is not None:
@@ -111,6 +117,7 @@ class SparseOptimizers(OptimizersContainer[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torchtitan's flat state, with that of the manager under one key."""
+        self._resume()
         found = super().state_dict()
         return found if self.manager is None else found | {_KEY: _to_bytes(self.manager.state_dict())}
 
@@ -125,7 +132,13 @@ class SparseOptimizers(OptimizersContainer[Any]):
         state = torch.load(io.BytesIO(state_dict[_KEY]), weights_only=True)
         self.manager.check_state_dict(state)
         super().load_state_dict(others)
-        self.manager.load_state_dict(state)
+        self._loaded = state
+
+    def _resume(self) -> None:
+        """Gives the manager the state of a checkpoint, once the model has its topologies."""
+        state, self._loaded = self._loaded, None
+        if state is not None and self.manager is not None:
+            self.manager.load_state_dict(state)
 
 
 def _to_bytes(state: dict[str, Any]) -> bytes:
