@@ -28,7 +28,7 @@ from smet_compile.format import (
 )
 from smet_compile.ops import captures, gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
-from smet_compile.ops.torch_insides import replace_data
+from smet_compile.ops.torch_insides import is_exporting, replace_data
 from smet_compile.shards import is_sharded, local
 
 _FOR_ONE_STEP = {"update_sink": None, "collected": None, "reduced_over": ""}
@@ -393,5 +393,5 @@ class CompactWeight(nn.Module):
 def _is_exporting(compiling: bool) -> bool:
     """Tells whether ``torch.export`` or ``torch.onnx`` reads the weight, whose formats have no compact weights."""
     if compiling:
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
