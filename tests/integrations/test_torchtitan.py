@@ -31,7 +31,7 @@ SLABS = {f"*.{name}": (2, 0) for name in ("wq", "wk", "wv", "w1", "w3")} | {"*.w
 
 def run(world: int, folder: Path, *options: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns what came of several runs, one after the other, by ``world`` processes."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     port = 20000 + os.getpid() % 20000
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     common = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
@@ -86,7 +86,8 @@ def test_checkpointing_and_the_other_backend_change_nothing(tmp_path: Path) -> N
     ids=["fsdp", "fsdp_spmd_types", "fsdp_gradient", "tensor_parallel"],
 )
 def test_two_processes_are_as_one(here: dict[str, Any], alone: dict[str, Any], tmp_path: Path) -> None:
-    whole, resumed = run(2, tmp_path / "two", {"folder": "a", **here}, {"folder": "a", "load": 3, **here})
+    (whole,) = run(2, tmp_path / "two", {"folder": "a", **here})
+    (resumed,) = run(2, tmp_path / "two", {"folder": "a", "load": 3, **here})
     (one,) = run(1, tmp_path / "one", {"folder": "a", **alone})
     assert whole["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert whole["updates"] == one["updates"] == [2, 4]
