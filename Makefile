@@ -5,13 +5,14 @@ DEV := .venv-dev/bin/python
 # Threads that wait do not spin: on cores that others use too, that is four times faster.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 help:
 	@echo "make demo    pre-train a small LLaMA model at density 0.3 into runs/demo (about five minutes)"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and tests: what must be green before a commit"
 	@echo "             TORCHES='PYTHON ...': Pythons with other releases of torch, in which private names are looked up"
+	@echo "make docs    the documentation as a site in build/site, links checked"
 	@echo "make clean   remove the virtual environments and caches (not runs/)"
 	@echo "PYTHON=...   the Python to make environments with (3.11 or newer; now: $(PYTHON))"
 
@@ -28,6 +29,9 @@ check: .venv-dev/ready
 	$(DEV) -m mypy
 	$(DEV) -m pytest -n 2 --dist worksteal
 	@for python in $(TORCHES); do $$python -m tests.support.private_names --check || exit 1; done
+
+docs: .venv-dev/ready
+	$(DEV) docs/site/build.py
 
 clean:
 	rm -rf .venv-demo .venv-dev build .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

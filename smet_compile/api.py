@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,13 +29,14 @@ from smet_compile.convert.pruned import without_pruning
 from smet_compile.format import arguments
 from smet_compile.shards import reshard
 
+Model = TypeVar("Model", bound=nn.Module)
 _MAX_DENSITY_RATIO = 1.5
 """Factor by which the density of the whole model may exceed the requested one without a warning."""
 _STACKLEVEL = 4  # warnings name the line that calls sparsify
 
 
 def sparsify(
-    model: nn.Module,
+    model: Model,
     density: float | None = None,
     *,
     block_shape: int | Sequence[int] = 1,
@@ -50,7 +51,7 @@ def sparsify(
     seed: int = 0,
     dense_as_compact: bool = False,
     slabs: Mapping[str, tuple[int, int]] | None = None,
-) -> nn.Module:
+) -> Model:
     """Makes the linear weights of ``model`` compact, in place: stored and trained only where they are active.
 
     Sparse by default: weights of ``nn.Linear``, Hugging Face ``Conv1D``, the projections of

@@ -82,8 +82,10 @@ def correct_gradients(
     corrected, with a warning.
 
     Args:
-        model: a model with compact weights, in training mode. optimizer: what trains it, or several.
-        example, inputs: the arguments of its forward.
+        model: a model with compact weights, in training mode.
+        optimizer: the optimizer that trains it, or several.
+        example: the arguments of its forward.
+        inputs: the keyword arguments of its forward.
         depthwise: whether depthwise convolutions are corrected too.
         scale_steps: for Adam and the like, multiplies each finished step by the factor, weight decay included. This is
             not the paper's method, and compiled steps keep their gradients until ``optimizer.step()``.

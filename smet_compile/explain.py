@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from smet_compile.format import arguments
+from smet_compile.notebook import frame_of, html_lines, html_table, html_view
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import reshard
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from smet_compile.passes.verify import Outcome
 
 _FUSED, _NONE = "fused", "none"
+_HEADINGS = ("site", "forward", "input gradient", "weight gradient", "update")
 _AFTER_BACKWARD = "by the optimizer, after backward"
 _KEPT = "its gradient is an output of the graph, and kept until the optimizer's step"
 _SEVERAL_GRAPHS = "the step breaks into several graphs, so gradients are kept until the optimizer's step"
@@ -28,8 +30,11 @@ class SiteExplanation:
     """Explains one site. A part is "fused", "none" where it does not exist, or the reason why it is not fused.
 
     Args:
-        forward: the product with the weight. input_gradient: the gradient of the product's other factor.
-        weight_gradient: the gradient of the weight, compact where fused. update: the optimizer's update in backward.
+        name: the name of the weight.
+        forward: the product with the weight.
+        input_gradient: the gradient of the product's other factor.
+        weight_gradient: the gradient of the weight, compact where fused.
+        update: the optimizer's update in backward.
         kernels: part → the kernel that computes it, where it is fused (``SMET_COMPILE_KERNEL`` forces one).
         correction: what ``correct_gradients`` decided for it; None where it was not called.
     """
@@ -46,6 +51,10 @@ class SiteExplanation:
     def parts(self) -> dict[str, str]:
         names = ("forward", "input_gradient", "weight_gradient", "update")
         return {name.replace("_", " "): getattr(self, name) for name in names}
+
+    def cells(self) -> tuple[str, ...]:
+        """Returns a row of the table: the kernel of each part, "fused" where it is not known, "none" or "no"."""
+        return self.name, *(_cell(result, self.kernels.get(part)) for part, result in self.parts.items())
 
 
 @dataclass(frozen=True)
@@ -73,19 +82,39 @@ class Explanation:
                 found[site.name] = reasons
         return found
 
-    def __str__(self) -> str:
-        rows = [["site", "forward", "input gradient", "weight gradient", "update"]]
-        for site in self.sites:
-            cells = (_cell(result, site.kernels.get(part)) for part, result in site.parts.items())
-            rows.append([site.name, *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
+    def to_pandas(self) -> Any:
+        """Returns a ``DataFrame`` with a row for each site; a list of dicts where pandas is not installed.
+
+        Each part has two columns: the result, and the kernel that computes it (``forward``, ``forward_kernel``).
+        """
+        return frame_of([_record(site) for site in self.sites])
+
+    def _notes(self) -> list[str]:
+        lines = [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
         lines += [f"{site.name}: gradient {site.correction}" for site in self.sites if site.correction is not None]
         if not self.updates_fused:
             lines.append("update: by the optimizer after backward; compile_train_step fuses it into backward")
-        lines += [f"graph break: {reason}" for reason in self.graph_breaks]
-        return "\n".join(lines)
+        return lines + [f"graph break: {reason}" for reason in self.graph_breaks]
+
+    def __str__(self) -> str:
+        rows = [_HEADINGS, *(site.cells() for site in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        rows = [site.cells() for site in self.sites]
+        whole = len(self.sites) - len(self.not_fused)
+        title = f"{whole} of {len(self.sites)} sites are wholly fused"
+        return html_view(title, html_table(_HEADINGS, rows, left=range(5)), html_lines(self._notes()))
+
+
+def _record(site: SiteExplanation) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": site.name}
+    for part, result in site.parts.items():
+        column = part.replace(" ", "_")
+        found |= {column: result, f"{column}_kernel": site.kernels.get(part)}
+    return found | {"correction": site.correction}
 
 
 def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, **inputs: Any) -> Explanation:
@@ -99,7 +128,8 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
 
     Args:
         model: a model with compact weights, compiled or not; or a step that ``compile_train_step`` made.
-        example, inputs: the arguments of the call. A step takes one batch: keywords are put into one dict.
+        example: the arguments of the call. A step takes one batch.
+        inputs: the keyword arguments of the call, which are put into one dict for a step.
         strict: whether to raise where anything that could be fused is not.
 
     Raises:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
@@ -18,6 +19,22 @@ from smet_compile.ops import find_sites, reads, saved_weights
 from smet_compile.ops.plain_copy import plain_copy, whole_weight
 from smet_compile.ops.sites import check_sparsified, without_wrappers
 from smet_compile.shards import has_shards, make_whole, reshard
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@overload
+def export_dense(model: DataParallel[Model], layout: ExportLayout | None = None, *, keep: bool = True) -> Model: ...
+
+
+@overload
+def export_dense(
+    model: DistributedDataParallel, layout: ExportLayout | None = None, *, keep: bool = True
+) -> nn.Module: ...
+
+
+@overload
+def export_dense(model: Model, layout: ExportLayout | None = None, *, keep: bool = True) -> Model: ...
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,19 @@ from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import DrawsWhole, has_shards, is_nonzero, is_sharded, local
 
+Model = TypeVar("Model", bound=nn.Module)
 Initialize = Callable[[nn.Module], None]
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
 @torch.no_grad()
 def materialize(
-    model: nn.Module,
+    model: Model,
     *,
     seed: int = 0,
     device: torch.device | str | None = None,
     initialize: Initialize | None = None,
-) -> nn.Module:
+) -> Model:
     """Gives a model without data its first weights and topologies: after ``sparsify`` on the meta device, in place.
 
     Every module's parameters are drawn by its ``reset_parameters``, and then by ``_init_weights`` of the Hugging Face
@@ -45,8 +46,8 @@ def materialize(
     the same numbers, one module at a time, and keeps its rows, so that any number of ranks gets the model above.
 
     Args:
-        model: with compact weights, on the meta device or after ``to_empty``, which parts tied weights. seed: of
-            weights and topologies; the random state of torch is put back.
+        model: a model with compact weights, on the meta device or after ``to_empty``, which parts tied weights.
+        seed: the seed of weights and topologies; the random state of torch is put back.
         device: where the model goes from the meta device; default: the device of the mesh on which it is sharded, else
             torch's default device.
         initialize: takes a module and writes its own parameters and buffers, in place of the methods above.

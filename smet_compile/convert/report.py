@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -10,10 +10,12 @@ from torch import nn
 from smet_compile.convert.choose import KEEPS_EVERY_BLOCK
 from smet_compile.convert.find_weights import ALREADY_COMPACT, find_weights
 from smet_compile.format import arguments, block_sizes, count_active, positions_of
+from smet_compile.notebook import frame_of, html_lines, html_table, html_view
 from smet_compile.ops import CompactWeight, Site, find_sites
 from smet_compile.ops.sites import forget_dense, mark_dense
 
 _REASONS = "_smet_dense_reasons"
+_HEADINGS = ("weight", "shape", "block", "blocks", "active", "density", "bytes", "index bytes")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class SiteReport:
     index_bytes: int
     pattern: str | None = None
     correction: str | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """Returns a row of the table."""
+        return (
+            self.name,
+            _by_x(self.shape),
+            " ".join((_by_x(self.block_shape), *([self.pattern] if self.pattern else []))),
+            f"{self.num_blocks:,}",
+            f"{self.num_active:,}",
+            f"{self.density:.4f}",
+            f"{self.bytes:,}",
+            f"{self.index_bytes:,}",
+        )
 
 
 @dataclass(frozen=True)
@@ -80,37 +95,56 @@ class Report:
         """Returns plain data, ready for JSON."""
         return asdict(self) | {"density": self.density}
 
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("weight", "shape", "block", "blocks", "active", "density", "bytes", "index bytes"),
+    def to_pandas(self) -> Any:
+        """Returns a ``DataFrame`` with a row for each weight; a list of dicts where pandas is not installed.
+
+        A dense weight has its reason in ``dense_reason`` and no blocks; a compact one has None there.
+        """
+        compact = [asdict(site) | {"dense_reason": None} for site in self.sites]
+        blank = dict.fromkeys((field.name for field in fields(SiteReport)), None)
+        dense = [
+            blank
+            | {"name": w.name, "shape": w.shape, "density": 1.0, "bytes": w.bytes, "index_bytes": 0}
+            | {"dense_reason": w.reason}
+            for w in self.skipped
         ]
-        rows += [
-            (
-                site.name,
-                "x".join(map(str, site.shape)),
-                " ".join(("x".join(map(str, site.block_shape)), *([site.pattern] if site.pattern else []))),
-                f"{site.num_blocks:,}",
-                f"{site.num_active:,}",
-                f"{site.density:.4f}",
-                f"{site.bytes:,}",
-                f"{site.index_bytes:,}",
-            )
-            for site in self.sites
-        ]
-        lines = _table(rows)
-        lines += [
+        return frame_of(compact + dense)
+
+    def _totals(self) -> tuple[str, str]:
+        return (
             f"{len(self.sites)} compact weights: {self.values_bytes:,} bytes of values, "
             f"{self.index_bytes:,} of index; {self.dense_bytes:,} bytes of dense matrices",
             f"density of all matrices: {self.density:.4f} ({self.num_active_weights:,} of {self.num_weights:,})",
-        ]
-        rows = [("  " + site.name, site.correction) for site in self.sites if site.correction is not None]
-        if rows:
+        )
+
+    def _corrections(self) -> list[tuple[str, str]]:
+        return [(site.name, site.correction) for site in self.sites if site.correction is not None]
+
+    def __str__(self) -> str:
+        lines = [*_table([_HEADINGS, *(site.cells() for site in self.sites)]), *self._totals()]
+        if corrections := self._corrections():
+            rows: list[tuple[str, ...]] = [("  " + name, correction) for name, correction in corrections]
             lines += ["gradients, for batch norm:", *_table(rows, right=())]
         if self.skipped:
             lines += ["left dense:"]
-            rows = [("  " + w.name, "x".join(map(str, w.shape)), w.reason) for w in self.skipped]
+            rows = [("  " + w.name, _by_x(w.shape), w.reason) for w in self.skipped]
             lines += _table(rows, right=())
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        values, density = self._totals()
+        corrections = [f"{name}: gradient {correction}" for name, correction in self._corrections()]
+        dense = [(w.name, _by_x(w.shape), w.reason) for w in self.skipped]
+        return html_view(
+            density,
+            html_table(_HEADINGS, [site.cells() for site in self.sites], left=(0, 1, 2)),
+            html_lines([values, *corrections]),
+            html_table(("left dense", "shape", "reason"), dense, left=range(3)) if dense else "",
+        )
+
+
+def _by_x(numbers: tuple[int, ...]) -> str:
+    return "x".join(map(str, numbers))
 
 
 def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)) -> list[str]:

@@ -30,10 +30,13 @@ class Option:
     """Holds what a layout costs.
 
     Args:
-        mesh: the layout. batch: the sequences of a rank, or of the ranks of "tp" together.
+        mesh: the layout.
+        batch: the sequences of a rank, or of the ranks of "tp" together.
         rank_bytes: what the planner counts on the rank that has most: stored, gathered and saved for backward.
-        fits: whether the card has that memory. step: the seconds of a step.
-        moved: bytes that a switch to it sends from rank to rank, in all. switch_seconds: how long that takes.
+        fits: whether the card has that memory.
+        step: the seconds of a step.
+        moved: bytes that a switch to it sends from rank to rank, in all.
+        switch_seconds: how long that takes.
         gain: the seconds by which a step is shorter than at present; below 0 where it is longer.
         saved: the seconds that the remaining steps gain, less those of the switch.
 
@@ -76,8 +79,10 @@ class Advice:
     """Holds the result of ``advise``; ``print`` it for a table with a recommendation.
 
     Args:
-        options: the layouts, the fastest first. now: that of the run at present, if it was given.
-        remaining_steps: of the run. title: what was planned, in a line.
+        options: the layouts, the fastest first.
+        now: the layout of the run at present, if it was given.
+        remaining_steps: the number of steps that the run is still to make.
+        title: what was planned, in a line.
     """
 
     options: tuple[Option, ...]
@@ -162,7 +167,8 @@ def advise(
         meshes: layouts, each as ``plan(mesh=...)`` takes it.
         batch: sequences in a step over all ranks, which each layout shares out.
         card: one of "a100", "h100" and "h200", or a ``Card``.
-        now: the layout in which the run is at present. remaining_steps: how many steps it is still to make.
+        now: the layout in which the run is at present.
+        remaining_steps: how many steps it is still to make.
         settings: others as ``plan`` takes them: ``sequence``, ``tp_plan``, ``density`` (without it a dense model stays
             dense), ``block_shape``, ``dtype``, ``compiled``, ``inputs``, ``loss_fn``.
 

@@ -38,7 +38,10 @@ class TensorNote:
     """Describes one tensor.
 
     Args:
-        shape, dtype: of the whole. regions: by rank. parts: those of a compact weight; None for any other tensor.
+        shape: the shape of the whole tensor.
+        dtype: its dtype.
+        regions: the region of each rank, by rank.
+        parts: the parts of a compact weight; None for any other tensor.
         state: shape and dtype of each state that lies as a parameter does, by its key.
     """
 

@@ -22,7 +22,9 @@ class Run:
     """Holds what one rank has of a run.
 
     Args:
-        optimizer: one, or a list of them. manager: None in dense training.
+        model: the model.
+        optimizer: its optimizer, or a list of them.
+        manager: its topology manager; None in dense training.
         mesh: the ``DeviceMesh`` of all ranks that train.
         forward: what a step calls; the model, or what ``Blueprint.wrap`` made of it.
         others: further objects with a state, such as a learning-rate scheduler or a place in the data, by name.

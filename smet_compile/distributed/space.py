@@ -86,7 +86,8 @@ class Item:
 
     Args:
         shape: of the whole, with its rows in stored order. row_bytes, and width: of a row in all columns.
-        source, target: where it lies, and where it is to lie.
+        source: where it lies.
+        target: where it is to lie.
     """
 
     name: str
@@ -218,7 +219,9 @@ class SwitchPlan:
     Args:
         sent: bytes by (sender, receiver), without what stays on its rank.
         lower_bound: bytes that ranks need and do not store: no plan moves fewer.
-        stored_before, stored_after: bytes by rank. peak: the most bytes that a rank stores meanwhile, by rank.
+        stored_before: bytes that each rank stores before, by rank.
+        stored_after: bytes that each rank stores after, by rank.
+        peak: the most bytes that a rank stores meanwhile, by rank.
     """
 
     sent: dict[tuple[int, int], int]

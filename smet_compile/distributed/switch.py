@@ -29,7 +29,8 @@ class SwitchOptions:
     Args:
         keep_source: keeps the old state until every rank has verified the new one; the run is as it was where that
             fails. Otherwise each tensor is freed as soon as it has gone.
-        chunk_bytes: the most that is sent at a time. way: how ranks send it (``smet_compile.distributed.transfer``).
+        chunk_bytes: the most that is sent at a time.
+        way: how ranks send it (``smet_compile.distributed.transfer``).
     """
 
     keep_source: bool = False
@@ -50,8 +51,10 @@ class Switched:
     """Holds the outcome of a switch.
 
     Args:
-        run: None on a rank that takes no part in it. plan: what was to be sent. meter: what was counted.
-        seconds: of this rank, by phase: "agree", "plan", "transfer", "verify" (with ``keep_source``), "finish".
+        run: the run in its new layout; None on a rank that takes no part in it.
+        plan: what was to be sent.
+        meter: what was counted.
+        seconds: seconds of this rank, by phase: "agree", "plan", "transfer", "verify" (with ``keep_source``), "finish".
     """
 
     run: Run | None

@@ -40,7 +40,8 @@ class Transfer:
     """Moves tensors to their new layout, over all ranks of a process group.
 
     Args:
-        items: what moves, in the same order on all ranks. device: where this rank's tensors are.
+        items: what moves, in the same order on all ranks.
+        device: the device of this rank's tensors.
         read: returns what this rank stores of an item, contiguous; None where it stores nothing.
         keep: takes what this rank is to store of an item, once it is complete.
         release: frees what this rank stores of an item, once sent; None keeps it.

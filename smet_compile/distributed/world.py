@@ -32,8 +32,10 @@ class WorldOptions(SwitchOptions):
     """Says how a world treats wishes.
 
     Args:
-        keep_source, chunk_bytes, way: how the run moves. With ``keep_source`` a process that dies meanwhile costs
+        keep_source: keeps the old state until the new one is verified. A process that dies meanwhile then costs
             nothing but its part of the new layout: the others go on in the old one.
+        chunk_bytes: the most that is sent at a time.
+        way: how ranks send it, as ``SwitchOptions`` takes it.
         patience: seconds to wait for another process in a switch before it counts as gone.
         stall: seconds that a process which waits lets the run take for one step before it gives up.
         wish_file: path of a file that the first rank looks for before each step, and removes: a wish as JSON,
@@ -58,8 +60,10 @@ class Change:
     """Says what became of an order to switch.
 
     Args:
-        step: before which it was. mesh: of the run since then. went_back: whether the run is in its old layout again,
-            since a process failed meanwhile. pause: seconds from the end of the step before to the begin of the next.
+        step: the step before which it was.
+        mesh: the mesh of the run since then.
+        went_back: whether the run is in its old layout again, since a process failed meanwhile.
+        pause: seconds from the end of the step before to the begin of the next.
         switched: counts of the transfer.
     """
 
@@ -86,11 +90,14 @@ class World:
 
     Args:
         blueprint: how the run is made for a mesh.
-        mesh: the ranks that train, a list or a table of them, ascending. names: of the dimensions of the mesh.
+        mesh: the ranks that train, a list or a table of them, ascending.
+        names: the names of the dimensions of the mesh.
 
     Attributes:
-        number: of this process. run: what it has of the run; None while it has no part in it.
-        mesh: the mesh that trains, in numbers of processes. changes: the outcome of each order to switch so far.
+        number: the number of this process.
+        run: what it has of the run; None while it has no part in it.
+        mesh: the mesh that trains, in numbers of processes.
+        changes: the outcome of each order to switch so far.
         on_change: called with each ``Change`` on the processes that took part, those that have no part any more
             included: there a process closes its files, say.
 
@@ -300,7 +307,8 @@ def ask(address: str, mesh: Ranks, *, names: Sequence[str], seconds: float = 60.
     """Asks a run for another layout from outside, and returns what became of it; see ``World.ask``.
 
     Args:
-        address: ``world.address`` of one of its processes. seconds: how long to wait for the answer.
+        address: ``world.address`` of one of its processes.
+        seconds: how long to wait for the answer.
 
     Raises:
         ValueError: nobody answers there, or it is no mesh. TimeoutError: nothing was said in time.

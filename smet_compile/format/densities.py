@@ -32,8 +32,10 @@ def cubic_density(
     model keeps the density ``first`` until the first stage, and has ``last`` from ``end`` on.
 
     Args:
-        first: the density that the model begins with. last: that of the last stage; it may be the larger one.
-        begin, end: optimizer steps.
+        first: the density that the model begins with.
+        last: the density of the last stage; it may be the larger one.
+        begin: the optimizer step of the first change.
+        end: the optimizer step of the last change.
         num_stages: n, the number of changes. Each compiles the model anew.
 
     Raises:

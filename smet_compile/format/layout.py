@@ -117,6 +117,12 @@ class Layout:
     def num_groups(self) -> int:
         return -(-self.num_blocks // self.blocks_per_group)
 
+    def describe(self, num_active: int, pattern: str | None) -> str:
+        """Returns a line on a weight with this number of active blocks, for ``print(model)``."""
+        parts = [f"density={num_active / self.num_blocks:.4g}", f"block_shape={self.block_shape}"]
+        parts += [f"shape={self.shape}", f"num_active={num_active}"]
+        return ", ".join([*parts, *([f"pattern={pattern!r}"] if pattern else [])])
+
     def values_shape(self, num_active: int) -> tuple[int, ...]:
         """Returns the shape of the compact weight: (N,) for single weights, (N, bm, bn) for larger blocks."""
         return (num_active,) if self.single_weights else (num_active, *self.block_shape)

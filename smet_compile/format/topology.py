@@ -202,17 +202,17 @@ class Topology:
     def _read_states(self) -> tuple[int, int, int, int]:
         """Returns versions and addresses, one of which changes with every write and wherever ``tensor.data`` is set."""
         bits, lists = self.bits, self.lists
+        has_addresses = type(bits) is Tensor and type(lists) is Tensor  # a fake tensor warns where it is asked for one
         try:
-            return bits._version, bits.data_ptr(), lists._version, lists.data_ptr()
-        except RuntimeError:  # inference tensors have no version, fake tensors no address
+            if has_addresses:
+                return bits._version, bits.data_ptr(), lists._version, lists.data_ptr()
+            return bits._version, id(bits), lists._version, id(lists)
+        except RuntimeError:  # inference tensors have no version
             return -1, _address(bits), -1, _address(lists)
 
 
 def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return id(tensor)
+    return tensor.data_ptr() if type(tensor) is Tensor else id(tensor)
 
 
 def _lengths(layout: Layout, num_active: int) -> tuple[int | None, ...]:

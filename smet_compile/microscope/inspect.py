@@ -65,9 +65,10 @@ def inspect(
 
     Args:
         model: with compact weights, compiled or not. On the meta device the topologies must have data.
-        example, inputs: the arguments of its forward; without any, only what holds of each weight alone is found.
-        manager: its history says churn, survival and exploration. optimizer: the one that knows ages, or several;
-            default: those of the manager.
+        example: the arguments of its forward; without any, only what holds of each weight alone is found.
+        manager: the topology manager, whose history says churn, survival and exploration.
+        optimizer: the one that knows ages, or several; default: those of the manager.
+        inputs: the keyword arguments of its forward.
 
     Raises:
         ValueError: a model without compact weights; a topology without data.

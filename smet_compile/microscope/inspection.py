@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smet_compile.microscope.live_paths import Reach
 from smet_compile.microscope.per_site import Cohort, DeadUnits, SiteHistory, join_cohorts
+from smet_compile.notebook import frame_of, html_lines, html_table, html_view
 
 if TYPE_CHECKING:
     import networkx
@@ -21,9 +22,15 @@ class SiteInspection:
     """Describes one compact weight, a stack of S matrices (R, C).
 
     Args:
-        num_blocks, num_active: blocks, and how many are active, read back from the topology.
-        num_weights, num_active_weights: weights of the dense matrices, and those inside of active blocks.
-        dead: inputs and outputs without active weight. history: ages, churn, cohorts.
+        name: the name of the weight.
+        shape: the shape of the dense weight.
+        block_shape: the unit of sparsity, (bm, bn).
+        num_blocks: the number of blocks.
+        num_active: the number of active blocks, read back from the topology.
+        num_weights: the number of weights of the dense matrices.
+        num_active_weights: the number of those inside of active blocks.
+        dead: inputs and outputs without active weight.
+        history: ages, churn and cohorts.
         reach: None where the example does not use this weight, or the forward could not be recorded.
     """
 
@@ -79,6 +86,15 @@ class SiteInspection:
             _number(self.history.mean_age, ".1f"),
             _number(self.history.explored_fraction, ".4f"),
         )
+
+    def record(self) -> dict[str, Any]:
+        """Returns the numbers of the row under the names of attributes; None for what is not known."""
+        plain = "name", "shape", "block_shape", "density", "num_blocks", "num_active"
+        counts = "num_dead_inputs", "num_dead_outputs", "num_starved_inputs", "num_unread_outputs"
+        found = {name: getattr(self, name) for name in (*plain, *counts, "effective_density")}
+        churn = self.history.churn[-1][1] if self.history.churn else None
+        explored, mean_age = self.history.explored_fraction, self.history.mean_age
+        return found | {"churn_fraction": churn, "mean_age": mean_age, "explored_fraction": explored}
 
 
 @dataclass(frozen=True)
@@ -136,8 +152,17 @@ class Inspection:
         lines += [_path_line(self.path_log10_share), _age_line(self.age_counts), _survival_line(self.cohorts)]
         return [line for line in lines if line] + [f"note: {note}" for note in self.notes]
 
+    def to_pandas(self) -> Any:
+        """Returns a ``DataFrame`` with a row for each site; a list of dicts where pandas is not installed."""
+        return frame_of([site.record() for site in self.sites])
+
     def __str__(self) -> str:
         return "\n".join([*(_align(self.rows) if self.sites else []), *self.summary])
+
+    def _repr_html_(self) -> str:
+        title, *others = self.summary
+        headings, *rows = self.rows
+        return html_view(title, html_table(headings, rows) if rows else "", html_lines(others))
 
 
 def _number(value: float | None, form: str) -> str:

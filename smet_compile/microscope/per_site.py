@@ -71,7 +71,8 @@ class Cohort:
 
     Args:
         born_step: the step of that update; 0: the blocks active from the beginning.
-        num_grown: how many they were. num_active: how many of them are active now, never dropped since.
+        num_grown: how many they were.
+        num_active: how many of them are active now, never dropped since.
     """
 
     born_step: int

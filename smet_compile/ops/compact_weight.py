@@ -120,6 +120,9 @@ class CompactWeight(nn.Module):
         if assigned:
             self._accept()
 
+    def extra_repr(self) -> str:
+        return self.layout.describe(self.num_active, self.pattern)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Returns the shape of the dense weight."""

@@ -26,7 +26,8 @@ class Slot(NamedTuple):
     """Names a tensor of the weight's shape that the optimizer keeps in its state.
 
     Args:
-        name: its key in the state, such as "exp_avg". signed: False where it is never negative (a mean of squares).
+        name: its key in the state, such as "exp_avg".
+        signed: False where it is never negative (a mean of squares).
     """
 
     name: str
@@ -37,7 +38,9 @@ class Block(NamedTuple):
     """Holds the entries that a rule moves in one call. All tensors have one dtype, fp32 or fp64.
 
     Args:
-        weight, grad, slots: tensors of one shape; slots are in the order of ``Rule.slots``.
+        weight: the weights.
+        grad: their gradient, of the same shape.
+        slots: their state, tensors of the same shape in the order of ``Rule.slots``.
         rate: step size of each entry, lr · d^(-p) · min(1, age / W), with density d and W steps of warm-up, which are
             others for the initial blocks than for grown ones; broadcasts.
         of_age: the tensors that ``Rule.of_age`` returned, looked up at each entry's age; they broadcast.

@@ -18,11 +18,11 @@ class Card:
     """Holds what a card does in a second at most. A model's own rates, as measured, make better estimates.
 
     Args:
-        memory: "80GB", or bytes.
+        memory: the size of its memory, "80GB", or bytes.
         operations: floating-point operations a second of products in 16 bits.
-        bandwidth: bytes a second to and from its memory. link: bytes a second that it sends to another machine, while
-            it receives as many; 200 Gb/s are 25e9.
-        operations_32: of products in 32 bits; None where they are as fast.
+        bandwidth: bytes a second to and from its memory.
+        link: bytes a second that it sends to another machine, while it receives as many; 200 Gb/s are 25e9.
+        operations_32: operations a second of products in 32 bits; None where they are as fast.
         near: (cards in a machine, bytes a second that one sends to another one there). None where each card is reached
             by ``link`` alone.
     """

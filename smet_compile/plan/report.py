@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
 from smet_compile.format.densities import Stage
+from smet_compile.notebook import frame_of, html_lines, html_table, html_text, html_view
 from smet_compile.plan import rank_table
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
 from smet_compile.plan.mesh import check_mesh
@@ -28,6 +29,7 @@ _WITHOUT_RATIO = ("ages", "index", "buffers")
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _WORTH_A_WARNING = 0.02
 """Lists and ages that take less than this share of a run's bytes are not mentioned."""
+_HEADINGS = ("", "formula", "sparse", "dense", "ratio")
 _PRINTED_AS_EQUAL = 0.005
 """A cost that exceeds dense training's by no more than this share is printed as 1.00 times, and is not mentioned."""
 
@@ -68,8 +70,11 @@ class Plan:
 
     Args:
         title: what was planned, in a line.
-        density: of the weights made sparse, as asked for or solved for. batch, sequence: of a step.
-        sparse, dense: costs of this run, and of dense training with ``torch.optim.AdamW(fused=True)``.
+        density: the density of the weights made sparse, as asked for or solved for.
+        batch: the sequences of a step.
+        sequence: the tokens of a sequence; None where the inputs have none.
+        sparse: the costs of this run.
+        dense: the costs of dense training with ``torch.optim.AdamW(fused=True)``.
         formulas: row → sympy expression of ``sparse`` in d (density), b (batch), s (sequence), B (weights of a block)
             and the counts in ``symbols``. Those of what is stored differ from the exact bytes by at most
             ``rounding_bytes`` together; those of working and scratch hold near this batch, sequence and density.
@@ -109,6 +114,9 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Returns (row, formula, sparse, dense, sparse / dense) as text, without kinds that neither run has."""
+        return [self._row(*row) for row in self._numbers()]
+
+    def _numbers(self) -> list[tuple[str, float, float]]:
         rows: list[tuple[str, float, float]] = [
             (kind, self.sparse.stored[kind], self.dense.stored[kind])
             for kind in KINDS
@@ -116,7 +124,19 @@ class Plan:
         ]
         for name in ("persistent", "activations", "working", "peak", "operations"):
             rows.append((name, getattr(self.sparse, name), getattr(self.dense, name)))
-        return [self._row(*row) for row in rows]
+        return rows
+
+    def to_pandas(self) -> Any:
+        """Returns a ``DataFrame`` with the rows of the table in bytes; a list of dicts where pandas is not installed.
+
+        The row "operations" counts floating-point operations; ``formula`` is the text of the table.
+        """
+        return frame_of(
+            [
+                {"name": name, "formula": _formula_text(self.formulas.get(name)), "sparse": sparse, "dense": dense}
+                for name, sparse, dense in self._numbers()
+            ]
+        )
 
     def _row(self, name: str, sparse: float, dense: float) -> tuple[str, str, str, str, str]:
         text = operations_text if name == "operations" else bytes_text
@@ -140,7 +160,7 @@ class Plan:
         return "" if self.per_rank is None else rank_table.table_of(self.per_rank)
 
     def __str__(self) -> str:
-        table = [("", "formula", "sparse", "dense", "ratio"), *self.rows()]
+        table = [_HEADINGS, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
         lines = [self.title, ""]
         for row in table:
@@ -154,6 +174,15 @@ class Plan:
         lines += ["", self.rank_table()] if self.per_rank else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return html_view(
+            self.title,
+            html_table(_HEADINGS, self.rows(), left=(0, 1)),
+            html_lines([self.legend(), *(f"warning: {warning}" for warning in self.warnings)]),
+            html_text(self.stage_table() if self.stages else ""),
+            html_text(self.rank_table()),
+        )
 
 
 def _formula_text(formula: Expr | None) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from smet_compile.convert import Globs
+from smet_compile.convert.distribution import Distribute, Distribution
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.format.densities import DensitySchedule, check_density, check_density_schedule
@@ -24,8 +25,10 @@ from smet_compile.shards.styles import Style, styles_of
 _DENSITY = 0.3
 _PARTS = 10_000
 """Densities that are solved for are multiples of 1 / this number."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
+DtypeName = Literal["float32", "bfloat16", "float16", "float64"]
+OptimizerName = Literal["adamw", "lion", "sgd", "scale"]
 Dtype = torch.dtype | str | None
 
 
@@ -36,9 +39,9 @@ def plan(
     block_shape: int | Sequence[int] = 1,
     batch: int | None = None,
     sequence: int | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | DtypeName | None = None,
     moment_dtype: torch.dtype | Literal["int8", "float32", "bfloat16"] | None = None,
-    optimizer: str = "adamw",
+    optimizer: OptimizerName = "adamw",
     compiled: bool = True,
     fused_update: bool | None = None,
     checkpointing: bool = False,
@@ -46,7 +49,7 @@ def plan(
     include: Globs = None,
     exclude: Globs = None,
     rules: Mapping[str, float] | None = None,
-    distribution: str = "uniform",
+    distribution: Distribution | Mapping[str, float] | Distribute = "uniform",
     inputs: Inputs | None = None,
     loss_fn: LossFn | None = None,
     vocabulary: int = VOCABULARY,
@@ -66,20 +69,26 @@ def plan(
 
     Args:
         model: a dense model, one that is compact already (then without ``density``), or the name of a preset.
-        density, block_shape, include, exclude, rules, distribution: as ``sparsify`` takes them; density 0.3 unless
-            given or solved for.
-        batch, sequence: of a step, in sequences and tokens. Default: the preset's; batch 1 of a model.
-        dtype: of the weights. Default: a model's own; float32 of presets.
-        moment_dtype: of the moments: None (float32), a dtype, or "int8".
+        density: the density of the weights made sparse; 0.3 unless given or solved for.
+        block_shape: the unit of sparsity, as ``sparsify`` takes it.
+        batch: the sequences of a step. Default: the preset's; 1 of a model.
+        sequence: the tokens of a sequence. Default: the preset's.
+        dtype: the dtype of the weights. Default: a model's own; float32 of presets.
+        moment_dtype: the dtype of the moments: None (float32), a dtype, or "int8".
         optimizer: "adamw", "lion", "sgd" (with momentum) or "scale": decides how many moments are stored. The dense
             training beside it is AdamW's always.
-        compiled: by ``torch.compile``, else eager. fused_update: of ``compile_train_step``; default: as ``compiled``.
-        checkpointing: of activations, by the model's ``gradient_checkpointing_enable``.
+        compiled: whether ``torch.compile`` compiles the step, which else is eager.
+        fused_update: whether ``compile_train_step`` makes the update in backward; default: as ``compiled``.
+        checkpointing: whether activations are computed again, by the model's ``gradient_checkpointing_enable``.
         fits: "24GB", "22.5GiB" or bytes: solves for the largest density whose peak fits, or for the largest batch
             where a density is given (or the model is compact) and a batch is not.
+        include: globs of the weights to make sparse, as ``sparsify`` takes them.
+        exclude: globs of the weights to leave dense.
+        rules: glob → density.
+        distribution: how the density is shared out over the weights, as ``sparsify`` takes it.
         inputs: (batch, sequence) → what the model is called with. Default: ``input_ids`` and ``labels``.
         loss_fn: (model, inputs) → loss. Default: ``model(**inputs).loss``.
-        vocabulary: of a preset.
+        vocabulary: the number of words of a preset.
         density_schedule: as ``TopologyManager`` takes it: ``plan.stages`` holds the bytes of each stage. ``density`` is
             that of the beginning, and may be 1.
         mesh: ranks that share the parameters by FSDP2, and copies of them as in HSDP: ``{"dp": 64, "replicate": 2}``.
@@ -98,7 +107,7 @@ def plan(
     density = None if density is None else check_density("density", density)
     batch = None if batch is None else _count("batch", batch)
     sequence = None if sequence is None else _count("sequence", sequence, at_most=2**27)
-    optimizer = arguments.one_of("optimizer", optimizer, list(OPTIMIZERS))
+    arguments.one_of("optimizer", optimizer, list(OPTIMIZERS))
     compiled = arguments.flag("compiled", compiled)
     checkpointing = arguments.flag("checkpointing", checkpointing)
     if inputs is not None:
@@ -158,7 +167,7 @@ def _on_meta(
     model: nn.Module | str, dtype: Dtype, sequence: int | None, vocabulary: int
 ) -> tuple[nn.Module, str, int, int | None]:
     """Returns (the model on the meta device, its name, default batch, sequence)."""
-    wanted = _dtype("dtype", dtype, _DTYPES)
+    wanted = _dtype("dtype", dtype, DTYPES)
     if isinstance(model, nn.Module):
         return empty_copy(model, dtype=wanted), type(model).__name__, 1, sequence
     if not isinstance(model, str):

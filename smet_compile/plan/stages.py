@@ -18,8 +18,9 @@ class StagePlan:
 
     Args:
         step: the optimizer step from which on the run is in the stage; 0 for what it begins with.
-        density: of the weights made sparse.
-        stored: bytes by kind, exact. peak: the most bytes that tensors hold at once.
+        density: the density of the weights made sparse.
+        stored: bytes by kind, exact.
+        peak: the most bytes that tensors hold at once.
     """
 
     step: int

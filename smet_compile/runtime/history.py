@@ -20,13 +20,18 @@ class SiteEvent:
     """Describes one weight's part in an update or a density stage. All numbers but the ages count blocks.
 
     Args:
-        num_blocks: all. num_before, num_active: active before and after; equal in an update.
-        num_dropped: dropped in this update.
+        num_blocks: all blocks.
+        num_before: those active before.
+        num_active: those active after; in an update as many as before.
+        num_dropped: those dropped in this update.
         num_newcomers_dropped: of these, the ones that no earlier update could have dropped: those of the youngest
             generation that ``min_age`` does not protect.
-        num_grown, num_surviving: grown at the update before, and still active; 0 at the first update.
-        num_grown_earlier, num_surviving_earlier: the same for the update before that.
-        num_explored: ever active. num_moved: active now and not at the start.
+        num_grown: those grown at the update before; 0 at the first update.
+        num_surviving: of these, the ones still active.
+        num_grown_earlier: those grown at the update before that.
+        num_surviving_earlier: of these, the ones still active.
+        num_explored: those that were ever active.
+        num_moved: those active now and not at the start.
         mean_age: optimizer steps since the active blocks were grown, on average, before the update; None where the
             optimizer keeps no ages.
     """
@@ -100,8 +105,10 @@ class TopologyEvent:
     """Describes one topology update or density stage.
 
     Args:
-        step: the optimizer step before it. drop_fraction: what an update asked for; 0 for a stage.
-        sites: each weight's part. density: that of a stage; None for an update.
+        step: the optimizer step before it.
+        drop_fraction: the share that an update asked for; 0 for a stage.
+        sites: each weight's part.
+        density: the density of a stage; None for an update.
     """
 
     step: int

@@ -35,7 +35,8 @@ class TopologyContext:
     """Holds what a policy may look at, for one weight in one update.
 
     Args:
-        step: number of optimizer steps so far. every: steps between updates (ΔT).
+        step: number of optimizer steps so far.
+        every: steps between updates (ΔT).
         count: number of blocks to drop, or to grow.
         mask: (num_blocks,) bool, the active blocks before the update.
         half: "drop" or "grow", the half of the update that scores are wanted for.

@@ -20,15 +20,15 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "train_ten_lines.py",
+        "train_llama.py",
         "sparsify_trained_model.py",
         "train_resnet.py",
         *("__init__.py", "image_data.py", "resnet.py"),  # for train_resnet.py
     }
 
 
-def test_the_loss_of_the_ten_lines_falls() -> None:
-    printed = run_python(str(EXAMPLES / "train_ten_lines.py"), "--steps", "40")
+def test_the_loss_of_the_llama_falls() -> None:
+    printed = run_python(str(EXAMPLES / "train_llama.py"), "--steps", "40")
     losses = re.search(r"loss ([\d.]+) → ([\d.]+)", printed)
     assert losses, printed
     assert float(losses[2]) < float(losses[1]) - 1

@@ -1,4 +1,4 @@
-"""Provides the training loop of ten lines that every test uses."""
+"""Provides the training loop that every test uses."""
 
 from typing import Any
 

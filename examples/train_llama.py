@@ -3,7 +3,7 @@
 The model is Hugging Face's own class, unmodified; the text is the source code of Python's standard library,
 read as bytes. Needs the extra `pretrain` (for transformers).
 
-    python examples/train_ten_lines.py --steps 300
+    python examples/train_llama.py --steps 300
 """
 
 import argparse

@@ -1,0 +1,67 @@
+"""Shows a topology manager in notebooks: its settings, and what each update did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smet_compile.notebook import frame_of, html_lines, html_table, html_view
+from smet_compile.ops import Site
+from smet_compile.runtime.history import FRACTIONS, TopologyEvent
+
+_HEADINGS = {
+    "step": "step",
+    "density": "density",
+    "num_dropped": "dropped",
+    "num_added": "grown",
+    "churn_fraction": "churn",
+    "newcomer_fraction": "newcomers among the dropped",
+    "grown_survival_fraction": "survivors of the last grown",
+    "explored_fraction": "explored",
+    "moved_fraction": "moved",
+    "mean_age": "mean age",
+}
+
+
+class ShownManager:
+    """Knows how a ``TopologyManager``, which derives from it, is shown."""
+
+    sites: dict[str, Site]
+    history: list[TopologyEvent]
+    num_steps: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def next_update(self) -> int | None:
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """Returns a ``DataFrame`` with a row for each update; a list of dicts where pandas is not installed.
+
+        The numbers are those of all weights together, as in ``TopologyEvent.total``. ``density`` is that of a density
+        stage, and None for an update; ``history`` has the numbers of each weight.
+        """
+        return frame_of([_record(event) for event in self.history])
+
+    def _repr_html_(self) -> str:
+        upcoming = "none to come" if self.next_update is None else f"the next after step {self.next_update:,}"
+        title = f"{len(self.history):,} topology updates in {self.num_steps:,} steps, {upcoming}"
+        settings = ", ".join(f"{name} = {value}" for name, value in self.settings.items() if value is not None)
+        rows = [[_cell(record[name]) for name in _HEADINGS] for record in map(_record, self.history)]
+        table = html_table(tuple(_HEADINGS.values()), rows, left=()) if rows else ""
+        return html_view(title, html_lines([f"{len(self.sites)} compact weights", settings]), table)
+
+
+def _record(event: TopologyEvent) -> dict[str, Any]:
+    total = event.total
+    found = {"step": event.step, "density": event.density, "drop_fraction": event.drop_fraction}
+    names = "num_active", "num_dropped", "num_added", "num_newcomers_dropped", *FRACTIONS, "mean_age"
+    return found | {name: getattr(total, name) for name in names}
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
