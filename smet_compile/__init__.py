@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from smet_compile.correction import Correction, correct_gradients
     from smet_compile.explain import Explanation, explain
     from smet_compile.format.densities import cubic_density
+    from smet_compile.hub import load_compact, save_compact
     from smet_compile.microscope import Inspection, inspect
     from smet_compile.ops import Kernel, register_kernel, unregister_kernel
     from smet_compile.ops.rules import Rule, Slot, register_rule
@@ -73,6 +74,7 @@ __all__ = [
     "export_dense",
     "inspect",
     "load_checkpoint",
+    "load_compact",
     "masks",
     "materialize",
     "mix_growth",
@@ -83,6 +85,7 @@ __all__ = [
     "register_rule",
     "report",
     "save_checkpoint",
+    "save_compact",
     "scale_initial_",
     "sparsify",
     "unregister_kernel",
@@ -94,6 +97,7 @@ _NAMES_OF_MODULES = {
     "correction": ("Correction", "correct_gradients"),
     "explain": ("Explanation", "explain"),
     "format.densities": ("cubic_density",),
+    "hub": ("load_compact", "save_compact"),
     "microscope": ("Inspection", "inspect"),
     "ops": ("Kernel", "register_kernel", "unregister_kernel"),
     "ops.rules": ("Rule", "Slot", "register_rule"),

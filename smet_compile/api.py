@@ -137,7 +137,7 @@ def sparsify(
         )
         drawn = [draw(each, select, _rescales(each, select, rescale), seed) for each in selection.choices]
         _warn(model, selection, drawn)
-        _install_passes()
+        install_passes()
         make_compact(model, drawn, selection.dense_reasons)
         save_dense(model)
     return model
@@ -172,7 +172,7 @@ def _warn(model: nn.Module, selection: Selection, drawn: Sequence[Drawn]) -> Non
         _warn_if_rows_are_empty([choice for choice in selection.choices if choice.mask is None])
 
 
-def _install_passes() -> None:
+def install_passes() -> None:
     """Puts the compiler passes where ``torch.compile`` finds them.
 
     The import is here because it loads the compiler, which takes seconds, and only compact weights need it.

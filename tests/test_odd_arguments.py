@@ -206,6 +206,18 @@ def loaded(run: Run, argument: str, value: Any) -> None:
     smet.load_checkpoint(**(given | {argument: value}))
 
 
+def shared(run: Run, argument: str, value: Any) -> None:
+    given = {"model": run.model, "folder": "odd_folder", "manager": None} | {argument: value}
+    smet.save_compact(**given)
+    smet.load_compact(given["folder"], run.model)
+
+
+def taken(run: Run, argument: str, value: Any) -> None:
+    given = {"folder": "good_folder", "model": run.model, "device": None}
+    smet.save_compact(run.model, "good_folder")
+    smet.load_compact(**(given | {argument: value}))
+
+
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "warmup_steps", "initial_warmup_steps", "lr_density_exponent")
 OF_OPTIMIZER = ("params", "model", *OPTIONS, "moment_dtype", "stochastic_rounding", "seed")
 CHOICES = ("drop", "grow", "schedule", "min_age", "window", "ablation_threshold")
@@ -268,6 +280,8 @@ FUNCTIONS: dict[str, tuple[Call, tuple[str, ...]]] = {
     ),
     "save_checkpoint": (saved, ("path", "model", "optimizer", "manager", "extra")),
     "load_checkpoint": (loaded, ("path", "model", "optimizer", "manager")),
+    "save_compact": (shared, ("model", "folder", "manager")),
+    "load_compact": (taken, ("folder", "model", "device")),
 }
 COMPILES = {("explain", "strict"), ("plan", "compiled"), ("plan", "fused_update")}
 

@@ -41,7 +41,7 @@ GROUPS = {
     ],
     "Compiled steps": ["compile_train_step", "TrainStep", "explain", "Explanation"],
     "Batch norm": ["correct_gradients", "Correction"],
-    "Checkpoints": ["save_checkpoint", "load_checkpoint"],
+    "Checkpoints, and folders to share": ["save_checkpoint", "load_checkpoint", "save_compact", "load_compact"],
     "Planning": ["plan", "Plan"],
     "Looking inside": ["inspect", "Inspection"],
     "Rules and kernels of your own": [

@@ -62,7 +62,7 @@ def materialize(
     seed = arguments.seed_number("seed", seed)
     if initialize is not None:
         arguments.function("initialize", initialize, "of a module")
-    device = None if device is None else _data_device(device)
+    device = None if device is None else data_device(device)
     sites = find_sites(model)
     check_sparsified("materialize", model)
     for name, site in sites.items():
@@ -81,7 +81,38 @@ def materialize(
     return model
 
 
-def _data_device(device: torch.device | str) -> torch.device:
+@torch.no_grad()
+def allocate(model: nn.Module, device: torch.device | None) -> None:
+    """Gives a model on the meta device memory, which nobody has written yet, on ``device`` or torch's default one."""
+    _to_empty(model, torch.get_default_device() if device is None else device)
+
+
+@torch.no_grad()
+def fill_unsaved_buffers(model: nn.Module) -> None:
+    """Computes the buffers that no state dict holds, for a model that was allocated and loaded.
+
+    Their modules are initialised anew, as ``materialize`` does, parameters included: the state dict has to be loaded
+    once more.
+
+    Raises:
+        ValueError: a buffer that no ``reset_parameters`` and no ``_init_weights`` writes.
+    """
+    lists = {id(site.compact.lists) for site in find_sites(model).values()}
+    saved = model.state_dict().keys()
+    unsaved = {n: b for n, b in model.named_buffers() if n not in saved and id(b) not in lists and b.numel() > 0}
+    marked = {name: buffer for name, buffer in unsaved.items() if buffer.dtype != torch.bool}
+    for buffer in marked.values():
+        buffer.fill_(_unwritten_mark(buffer.dtype))
+    owners = {model.get_submodule(name.rpartition(".")[0]) for name in unsaved}
+    with torch.random.fork_rng():
+        for initializer, module in _initializers(model):
+            if module in owners:
+                initializer(module)
+    buffers = dict(model.named_buffers())  # some are replaced
+    _expect_written([(name, buffers[name]) for name in marked], {}, "buffers that no state dict holds")
+
+
+def data_device(device: torch.device | str) -> torch.device:
     """Returns ``device`` with its index. Raises ValueError for one that this machine lacks, or that holds no data."""
     try:
         tensor = torch.empty(0, device=device)
@@ -126,7 +157,8 @@ def _draw_all(model: nn.Module, sites: dict[str, Site], seed: int, initialize: I
             with whole_parameters(module):
                 initializer(module)
             stand_ins.keep()
-    _expect_written(unwritten, sites)
+    now = dict((*model.named_parameters(), *model.named_buffers()))  # an initialiser may replace a buffer
+    _expect_written([(name, now.get(name, tensor)) for name, tensor in unwritten], sites, "materialize")
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -192,7 +224,7 @@ def _unwritten_mark(dtype: torch.dtype) -> float:
     return limits.min if limits.min < 0 else limits.max
 
 
-def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site]) -> None:
+def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site], where: str) -> None:
     names = [name for name, site in sites.items() if not site.compact.has_data()]
     for name, tensor in marked:
         mark = _unwritten_mark(tensor.dtype)
@@ -201,6 +233,6 @@ def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"materialize: {', '.join(names[:3])}{more} were written by no reset_parameters and no _init_weights; pass "
-            "initialize=, a function of a module, or load a state dict"
+            f"{where}: {', '.join(names[:3])}{more} were written by no reset_parameters and no _init_weights; pass "
+            "initialize= to smet_compile.materialize, a function of a module, or load into a model with data"
         )

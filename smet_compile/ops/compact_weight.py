@@ -28,7 +28,7 @@ from smet_compile.format import (
 )
 from smet_compile.ops import captures, gate, reads, saved_weights
 from smet_compile.ops.growth import Collected
-from smet_compile.ops.torch_insides import replace_data
+from smet_compile.ops.torch_insides import is_exporting, replace_data
 from smet_compile.shards import is_sharded, local
 
 _FOR_ONE_STEP = {"update_sink": None, "collected": None, "reduced_over": ""}
@@ -38,6 +38,10 @@ _IS_KNOWN = "is_known"
 _NO_DATA = (
     "has no data yet (to_empty gives memory that nobody wrote); load a state dict or a checkpoint, or draw weights "
     "with smet_compile.materialize(model, seed=...)"
+)
+_EXPORTED = (
+    "expected a dense weight to export to another format, got a compact one, which only this library reads; export "
+    "the copy that smet_compile.export_dense(model) makes"
 )
 _WRITTEN = (
     "its topology was written from outside, by an average of models, say, which would add up rows that belong to "
@@ -233,6 +237,8 @@ class CompactWeight(nn.Module):
         if self.topology.is_meta and not values.is_meta:
             raise ValueError(f"{self.name}: {_NO_DATA}")
         tracing = torch.compiler.is_compiling()
+        if _is_exporting(tracing):
+            raise ValueError(f"{self.name}: {_EXPORTED}")
         if self.part is not None and (tracing or self.part.holds_all(values)):
             dtensor: Any = values
             here = self._unpack(dtensor.to_local(), tracing)
@@ -280,7 +286,15 @@ class CompactWeight(nn.Module):
                 f"{self.name}: expected a weight of shape {self.layout.shape}, got {tuple(dense.shape)}; "
                 "assign one of the dense shape"
             )
-        return torch.ops.smet.pack(dense, self.topology, self.lists, self.layout.text, self.num_active)
+        try:
+            return torch.ops.smet.pack(dense, self.topology, self.lists, self.layout.text, self.num_active)
+        except NotImplementedError as error:
+            if type(dense) in (Tensor, nn.Parameter):
+                raise
+            raise ValueError(
+                f"{self.name}: expected a plain tensor to assign, got a {type(dense).__name__}; quantize the copy that "
+                "smet_compile.export_dense(model) makes"
+            ) from error
 
     @torch.no_grad()
     def assign(self, values: Tensor, dense: Tensor) -> bool:
@@ -377,3 +391,10 @@ class CompactWeight(nn.Module):
             return None
         name = prefix.replace(".parametrizations", "").removesuffix(".0.")
         return f"{name}: topology: {error}; sparsify with the same block_shape, density and pattern"
+
+
+def _is_exporting(compiling: bool) -> bool:
+    """Tells whether ``torch.export`` or ``torch.onnx`` reads the weight, whose formats have no compact weights."""
+    if compiling:
+        return is_exporting()
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()

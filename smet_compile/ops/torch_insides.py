@@ -56,6 +56,14 @@ def register_autograd(
     library.impl(name, call, "Autograd", with_keyset=True)
 
 
+def is_exporting() -> bool:
+    """Tells whether ``torch.export`` is tracing.
+
+    Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in every compiled function.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 _ORDINARY_KEYS = {
     *("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA"),
     "ADInplaceOrView",

@@ -67,9 +67,25 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     Where tensors are sharded, all ranks call it, and the first of them writes; each sharded tensor is whole in memory
     for as long as it is written. Raises ValueError where it cannot; the file that was there before then stands.
     """
+    flattener = make_flattener()
+    write_flat(path, flattener.flatten(tree, "checkpoint"), flattener)
+
+
+def make_flattener() -> Flattener:
+    """Returns a flattener for the dtypes that a file can hold."""
+    return Flattener(frozenset(DTYPES.values()))
+
+
+def write_flat(path: str | os.PathLike[str], flat: Any, flattener: Flattener, content: str = "checkpoint") -> None:
+    """Writes the JSON ``flat``, and the tensors that ``flattener`` collected for it under their own names.
+
+    Args:
+        content: the word for the file in errors.
+    """
     path = Path(path)
-    flattener = Flattener(frozenset(DTYPES.values()))
-    body = json.dumps(flattener.flatten(tree, "checkpoint")).encode()
+    if _JSON in flattener.tensors:
+        raise ValueError(f"{_JSON}: expected a tensor of another name, got one of this; rename it in the model")
+    body = json.dumps(flat).encode()
     tensors = flattener.tensors | {_JSON: torch.frombuffer(bytearray(body), dtype=torch.uint8)}
     ranks = Ranks.of_tensors(tensors.values())
     whole = ((name, flattener.orders.get(name, _as_it_is)(make_whole(tensors[name]))) for name in sorted(tensors))
@@ -83,9 +99,9 @@ def write(path: str | os.PathLike[str], tree: dict[str, Any]) -> None:
     for _ in whole:  # other ranks send their shards also where this one does not write
         pass
     if not ranks.least([error is None], torch.device("cpu"))[0]:
-        kept = "the checkpoint saved before is whole" if path.exists() else "nothing was saved"
+        kept = f"the {content} saved before is whole" if path.exists() else "nothing was saved"
         reason = error or "another rank writes it"
-        raise ValueError(f"{path}: could not save the checkpoint ({reason}); {kept}; free some space") from error
+        raise ValueError(f"{path}: could not save the {content} ({reason}); {kept}; free some space") from error
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -100,12 +116,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint file, found none")
-    return _read_tree(str(path), lambda: _read_once(path))
+    tree: dict[str, Any] = read_tree(path)
+    return tree
 
 
 def to_bytes(tree: dict[str, Any]) -> bytes:
     """Returns the file that ``write`` makes of a tree without shards: the same bytes for the same tree."""
-    flattener = Flattener(frozenset(DTYPES.values()))
+    flattener = make_flattener()
     body = json.dumps(flattener.flatten(tree, "state")).encode()
     tensors = flattener.tensors | {_JSON: torch.frombuffer(bytearray(body), dtype=torch.uint8)}
     with tempfile.TemporaryFile() as file:
@@ -113,38 +130,42 @@ def to_bytes(tree: dict[str, Any]) -> bytes:
         return file.read()
 
 
-def from_bytes(name: str, data: bytes) -> dict[str, Any]:
+def from_bytes(name: str, data: bytes) -> Any:
     """Returns the tree of ``to_bytes``. Raises ValueError, which names ``name``, for other bytes."""
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        return _read_tree(name, lambda: _read_tensors(file.fileno()))
+        return _tree_of(name, "state", lambda: _read_tensors(file.fileno()))
 
 
-def _read_tree(path: str, read_tensors: Callable[[], tuple[dict[str, str], dict[str, Tensor]]]) -> dict[str, Any]:
+def read_tree(path: Path, content: str = "checkpoint") -> Any:
+    """Returns the JSON of a file with the tensors that it names in it, as ``read`` does."""
+    return _tree_of(str(path), content, lambda: _read_once(path))
+
+
+def _tree_of(path: str, content: str, read_tensors: Callable[[], tuple[dict[str, str], dict[str, Tensor]]]) -> Any:
     try:
         metadata, tensors = read_tensors()
         header = json.loads(metadata.get(_KEY, "null"), object_pairs_hook=_unique)
     except (OSError, ValueError, RuntimeError) as error:  # errors of JSON and its depth, of UTF-8 and of torch
-        raise ValueError(f"{path}: not a whole checkpoint ({error}); use another one") from error
+        raise ValueError(f"{path}: not a whole {content} ({error}); use another one") from error
     if header is None:
-        raise ValueError(f"{path}: expected a checkpoint of smet_compile, got another safetensors file")
+        raise ValueError(f"{path}: expected a {content} of smet_compile, got another safetensors file")
     version = header.get("version") if isinstance(header, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: expected a checkpoint of format version {FORMAT_VERSION} or older, got {version}; upgrade "
+            f"{path}: expected a {content} of format version {FORMAT_VERSION} or older, got {version}; upgrade "
             "smet_compile"
         )
     if type(version) is not int or version < 1 or header != {"version": version, "sha256": _checksum(version, tensors)}:
-        raise ValueError(f"{path}: the checkpoint was altered: its checksum does not match; use another one")
+        raise ValueError(f"{path}: the {content} was altered: its checksum does not match; use another one")
     if _JSON not in tensors:
-        raise ValueError(f"{path}: not a whole checkpoint (it has no {_JSON!r}); use another one")
+        raise ValueError(f"{path}: not a whole {content} (it has no {_JSON!r}); use another one")
     try:
         body = json.loads(bytes(as_bytes(tensors.pop(_JSON))), object_pairs_hook=_unique)
-        tree: dict[str, Any] = unflatten(body, tensors)
+        return unflatten(body, tensors)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({error}); use another one") from error
-    return tree
+        raise ValueError(f"{path}: not a whole {content} ({error}); use another one") from error
 
 
 def _read_once(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -115,7 +115,7 @@ PLACES = [
     (compact_module, "remember_reasons", 1),
     (compact_module, "note_dense_shape", 1),
     (parametrize, "_maybe_set", len(WEIGHTS) + 1),  # the largest weight takes its values
-    (api, "_install_passes", 1),
+    (api, "install_passes", 1),
 ]
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
+from torch.utils.data import DataLoader, TensorDataset
 
+from smet_compile import ActiveAdamW, sparsify
 from smet_compile.presets import build_preset
 
 Names = dict[str, Any]
@@ -43,11 +46,37 @@ def _trl(names: Names) -> None:
     pytest.importorskip("trl")
 
 
+def _sparse_model(names: Names) -> None:
+    names["model"] = sparsify(build_preset("nano", vocabulary=64, device="cpu"), density=0.3)
+
+
+def _lightning_module(names: Names) -> None:
+    """A module of the reader's, and a few batches for it."""
+    import lightning.pytorch as pl
+
+    class Net(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return nn.functional.mse_loss(self.layers(x), y)
+
+        def configure_optimizers(self) -> Any:
+            return ActiveAdamW(self, lr=1e-3)
+
+    names["Net"] = Net
+    names["loader"] = DataLoader(TensorDataset(torch.randn(24, 16), torch.randn(24, 4)), batch_size=4)
+
+
 PREAMBLES: dict[tuple[str, str], Callable[[Names], None]] = {
     ("docs/integrations.md", "TRL"): _trl,
     ("README.md", "smet_compile"): _model_and_loader,
     ("README.md", "Compiled"): _scheduler,
     ("README.md", "Two commands"): _corpus,
+    ("docs/lightning.md", "Lightning"): _lightning_module,
+    ("docs/saving.md", "A folder to share"): _sparse_model,
     ("README.md", "Stop, go on, leave"): _step_number,
 }
 """(page, heading) → what is put among the page's names before the first sample under that heading."""

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format", "shards"}
-ABOVE = {"distributed", "api", "train_step", "explain", "correction", "tracing", "plan", "microscope", "presets"}
+ABOVE = {"distributed", "api", "train_step", "explain", "correction", "tracing", "plan", "microscope", "presets", "hub"}
 SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
 INDUCTOR = "it moves with every torch release, so one room follows it"
+ASKED_FOR = "each integration is imported only where somebody asks for it"
 EXTRA = "it comes with the extra `pretrain`, and the library works without it"
 
 
@@ -57,6 +58,10 @@ ROOMS = {
     "integrations": Room(
         {"api", "convert", "runtime", "optim", "ops", "format"}, "each file fits the library into one other tool"
     ),
+    "hub": Room(
+        {"api", "convert", "runtime", "ops", "format", "shards"},
+        "it writes and reads a model, compact or to become so; nothing below knows of files to share",
+    ),
     "__init__": Room(ALL_ROOMS | ABOVE, "the door loads rooms as they are asked for; the main job stands above it"),
     "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__"}, "imports point down only"),
     "__main__": Room({"pretrain"}, "it is the main job's command line and nothing else"),
@@ -72,12 +77,15 @@ ONLY_IN = {  # package → the one folder that may import it, and why
     "typer": ("smet_compile/pretrain", EXTRA),
     "rich": ("smet_compile/pretrain", EXTRA),
     "matplotlib": ("smet_compile/pretrain", EXTRA),
+    "lightning": ("smet_compile/integrations", ASKED_FOR),
+    "torchtitan": ("smet_compile/integrations", ASKED_FOR),
 }
 
 
 ALSO_IN = {
     "smet_compile/tracing.py": "torch._inductor",  # a capture decomposes ops as Inductor does
     "smet_compile/integrations/transformers.py": "transformers",  # it is imported by itself
+    "smet_compile/hub/hugging_face.py": "transformers",  # where a model is built from its config alone
 }
 
 FREE = {"notebook"}
