@@ -95,7 +95,7 @@ def _parameter(name: str, kind: Any, declared: Any, default: Any = None) -> insp
 def _pretrain_parameters(option: Any) -> list[inspect.Parameter]:
     """Returns two paths and an option per field of `RunConfig`."""
     paths = {
-        "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
+        "out": "Folder of the new run. Default: runs/SHAPE-METHOD.",
         "resume": "Go on with the run in this folder; takes no other option but --shard.",
     }
     declared: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
@@ -141,7 +141,7 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool, bool]:
         config = folder.open()
     else:
         config = resolve(**{name: from_text(value, OPTION_TYPES[name]) for name, value in given.items()})
-        folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
+        folder = RunFolder(out or Path("runs") / f"{config.shape_name}-{config.method}")
         if not config.elastic:
             folder.expect_free()
     with catch_interrupt() as interrupt:

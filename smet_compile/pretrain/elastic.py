@@ -152,9 +152,7 @@ class ElasticRun:
         with world.together():
             if world.is_first:
                 _enter_when_free(self._files, lock)
-        training = Training(
-            own.model, own.optimizer, own.manager, TwoCallStep(own.model, own.optimizer, config.accumulate), world
-        )
+        training = Training(own.model, own.optimizer, own.manager, TwoCallStep(own.model, own.optimizer, config), world)
         training.peak_rates = self._peak_rates
         return Run(world, self._folder, lock, config, self._tokenizer, self._data, training)
 

@@ -280,7 +280,7 @@ def headline(run: Run, first: int) -> str:
     config = run.config
     ranks = "" if run.world.replicas is None else f", {config.shard} on {run.world}"
     return (
-        f"{config.preset}, {config.method}: {weights:,} stored weights{ranks}, {config.data}, {start}, in "
+        f"{config.shape_name}, {config.method}: {weights:,} stored weights{ranks}, {config.data}, {start}, in "
         f"{run.folder.path}"
     )
 

@@ -45,7 +45,7 @@ def write_report(folder: RunFolder) -> None:
 def _write(folder: RunFolder, config: RunConfig, records: list[Record]) -> None:
     images = draw_plots(records, folder.path)
     parts = [
-        f"# {config.method}, {config.preset}, {_sparsity(config)}",
+        f"# {config.method}, {config.shape_name}, {_sparsity(config)}",
         _result(config, records),
         *(f"![{CAPTIONS[name]}]({name})" for name in images if name == "loss.png"),
         "## Bytes",

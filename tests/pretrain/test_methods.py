@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import smet_compile as smet
 from smet_compile.pretrain.data import ByteTokenizer, open_data
 from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.metrics import of_kind, read_metrics
@@ -114,3 +115,43 @@ def test_a_density_that_leaves_too_little_to_grow_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="drop"):
         pretrain(small_config(tmp_path, density=0.9), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "grow"),
+    [({}, "random"), ({"method": "rigl-naive"}, "gradient"), ({"grow": "momentum"}, "momentum"),
+     ({"method": "smet-rigl", "grow": "random"}, "random")],
+    ids=str,
+)  # fmt: skip
+def test_growth_is_that_of_the_method_unless_it_is_given(options: dict[str, str], grow: str, tmp_path: Path) -> None:
+    training = build_training(small_config(tmp_path, **options), 256)
+    assert training.manager is not None and training.manager.settings["grow"] == grow
+
+
+def test_layers_share_the_density_out_as_asked(tmp_path: Path) -> None:
+    training = build_training(small_config(tmp_path, distribution="erk"), 256)
+    sites = smet.report(training.model).sites
+    assert len({round(site.density, 3) for site in sites}) > 1
+    assert sum(site.num_active for site in sites) / sum(site.num_blocks for site in sites) == pytest.approx(
+        0.3, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("method", ["smet", "dense"])
+def test_gradients_are_clipped_together_after_accumulation(method: str, tmp_path: Path) -> None:
+    norms = []
+    for clip in (0.0, 1e-3):
+        training = build_training(small_config(tmp_path, method=method, accumulate=2, clip=clip), 256)
+
+        def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+        training.optimizer.register_step_pre_hook(note)
+        train_step(training, torch.randint(256, (2, 2, 32)), 1e-3)
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(1e-3, rel=1e-2) and len(norms) == 2
+
+
+def test_a_compiled_step_is_given_the_norm(tmp_path: Path) -> None:
+    step = build_training(small_config(tmp_path, eager=False, clip=0.5), 256).step
+    assert isinstance(step, smet.TrainStep) and not step.fused and step.max_grad_norm == 0.5
