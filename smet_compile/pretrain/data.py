@@ -6,12 +6,9 @@ checkpoint can hold.
 
 import hashlib
 import os
-import random
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from glob import glob
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,10 +20,10 @@ import torch
 from smet_compile.format.arguments import described
 from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.corpus import read_texts, stdlib_paths, text_paths
 from smet_compile.pretrain.memory import expect_room_for_windows
 
 DATA_KINDS = "stdlib, text:GLOB or hf:NAME[:CONFIG]"
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 HELD_OUT_FRACTION = 0.05
 
 
@@ -133,43 +130,8 @@ def open_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
         paths = text_paths(rest)
     else:
         raise ValueError(f"--data: expected {DATA_KINDS}, got {config.data!r}; pass one of these")
-    return Data(*split_tokens(read_tokens(paths, tokenizer), config))
-
-
-def stdlib_paths() -> list[Path]:
-    """Returns the Python files of the standard library, without tests and installed packages, sorted."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
-
-
-def text_paths(pattern: str) -> list[Path]:
-    """Returns the files that match the glob `pattern`, sorted; a ValueError if there are none."""
-    paths = sorted(Path(name) for name in glob(pattern, recursive=True) if os.path.isfile(name))
-    if not paths:
-        found = "a folder; add /*.txt, say" if os.path.isdir(pattern) else "none; check the path and quote the glob"
-        raise ValueError(f"--data: expected files that match {pattern!r}, got {found}")
-    return paths
-
-
-def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> numpy.ndarray:
-    """Returns the tokens of all files, (T,), in an order that is mixed but always the same."""
-    datasets = require("datasets")
-    mixed = random.Random(0).sample(paths, len(paths))
-    files = datasets.Dataset.from_dict({"path": [os.fsencode(path) for path in mixed]}).to_iterable_dataset()
-    return numpy.concatenate([tokenizer.encode(example["text"]) for example in files.map(_read_text)])
-
-
-def _read_text(example: dict[str, bytes]) -> dict[str, str]:
-    path = os.fsdecode(example["path"])
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(
-            f"--data: expected files that can be read, got {path} ({error.strerror}); leave that file out"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"--data: expected text in UTF-8, got {path}, which holds NUL characters; leave that file out")
-    return {"text": text}
+    tokens = numpy.concatenate([tokenizer.encode(text) for text in read_texts(paths)])
+    return Data(*split_tokens(tokens, config))
 
 
 class WindowSource:
@@ -221,14 +183,14 @@ def split_tokens(tokens: numpy.ndarray, config: RunConfig) -> tuple[WindowSource
     windows = as_windows(rest, config.sequence)
     spaced = numpy.linspace(0, len(windows) - 1, min(config.eval_windows, len(windows))).astype(int)
     validation = torch.from_numpy(windows[spaced].astype(numpy.int64))
-    return WindowSource(train, config), validation, hashlib.sha256(tokens.tobytes()).hexdigest()
+    return WindowSource(train, config), validation, hashlib.sha256(tokens).hexdigest()
 
 
 class StreamSource:
     """Packs the documents of an `IterableDataset` into windows; starts over at the end of the stream."""
 
     def __init__(self, dataset: Any, tokenizer: Tokenizer, config: RunConfig) -> None:
-        self._dataset, self._tokenizer = dataset, tokenizer
+        self._dataset, self._tokenizer, self._column = dataset, tokenizer, config.column
         self._batch_shape = (config.accumulate, config.batch, config.sequence)
         self._left = numpy.zeros(0, dtype=numpy.int64)
         self._documents = self._read()
@@ -237,7 +199,7 @@ class StreamSource:
         for epoch in count(self._dataset.epoch):
             self._dataset.set_epoch(epoch)
             empty = True
-            for text in _texts(self._dataset):
+            for text in _texts(self._dataset, self._column):
                 empty = False
                 yield self._tokenizer.encode(text).astype(numpy.int64)
             if empty and not len(self._left):
@@ -273,7 +235,7 @@ class StreamSource:
         self._documents = self._read()
 
 
-def _texts(dataset: Any) -> Iterator[str]:
+def _texts(dataset: Any, column: str) -> Iterator[str]:
     """Yields the documents of a stream; ValueError where one cannot be read or holds no text."""
     examples = iter(dataset)
     while True:
@@ -283,13 +245,13 @@ def _texts(dataset: Any) -> Iterator[str]:
             return
         except Exception as error:
             raise ValueError(f"--data: the stream could not be read ({error}); check files and network") from error
-        if "text" not in example:
+        if column not in example:
             columns = ", ".join(map(str, example))
-            raise ValueError(f"--data: expected a column called text, got {columns}; rename the one to train on")
-        if not isinstance(example["text"], str):
-            found = described(example["text"])
-            raise ValueError(f"--data: expected text in the column text, got {found}; leave such rows out")
-        yield example["text"]
+            raise ValueError(f"--column: expected one of {columns}, got {column}; name the one to train on")
+        if not isinstance(example[column], str):
+            found = described(example[column])
+            raise ValueError(f"--data: expected text in the column {column}, got {found}; leave such rows out")
+        yield example[column]
 
 
 def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[StreamSource, torch.Tensor]:
@@ -327,7 +289,7 @@ def _load_splits(name: str, variant: str | None) -> dict[str, Any]:
 def _read_validation(dataset: Any, config: RunConfig, tokenizer: Tokenizer) -> tuple[torch.Tensor, int]:
     wanted = config.eval_windows * config.sequence
     parts: list[numpy.ndarray] = []
-    for text in _texts(dataset):
+    for text in _texts(dataset, config.column):
         parts.append(tokenizer.encode(text).astype(numpy.int64))
         if sum(map(len, parts)) >= wanted:
             break
