@@ -183,7 +183,7 @@ def split_tokens(tokens: numpy.ndarray, config: RunConfig) -> tuple[WindowSource
     windows = as_windows(rest, config.sequence)
     spaced = numpy.linspace(0, len(windows) - 1, min(config.eval_windows, len(windows))).astype(int)
     validation = torch.from_numpy(windows[spaced].astype(numpy.int64))
-    return WindowSource(train, config), validation, hashlib.sha256(tokens).hexdigest()
+    return WindowSource(train, config), validation, hashlib.sha256(tokens.data).hexdigest()
 
 
 class StreamSource:

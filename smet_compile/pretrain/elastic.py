@@ -21,6 +21,7 @@ from smet_compile.pretrain.loop import Run, StepLoop, Stop, explaining_failed_wr
 from smet_compile.pretrain.mesh_text import MeshText, fitting_mesh, parse_mesh
 from smet_compile.pretrain.metrics import MetricsLog, NoLog, is_finished, mend_metrics
 from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.trackers import expect_tracker, open_log
 from smet_compile.pretrain.training import (
     Training,
     TwoCallStep,
@@ -48,6 +49,7 @@ class ElasticRun:
             raise ValueError(f"--elastic: expected a sparse method, got {config.method}; pass --method smet")
         self._config, self._folder, self._stop = config, folder, stop
         self._given_console = console
+        expect_tracker(config.log)
         self._tokenizer = open_tokenizer(config.tokenizer)
         self._data = open_data(config, self._tokenizer)
         self._files = ExitStack()
@@ -159,7 +161,8 @@ class ElasticRun:
     def _open_loop(self, run: Run, first: int) -> None:
         """Opens the log and the display, on the first rank, and says where others find the run."""
         console = open_console(run.world, self._given_console)
-        log: MetricsLog = self._files.enter_context(MetricsLog(self._folder.metrics) if self.is_first else NoLog())
+        opened = open_log(self._folder, self._config, first) if self.is_first else NoLog()
+        log: MetricsLog = self._files.enter_context(opened)
         progress = self._files.enter_context(open_progress(console, first, self._config.steps))
         self._loop = StepLoop(run, log, progress, DeadUnitWarning(console))
         if self.is_first:

@@ -19,6 +19,7 @@ from smet_compile.pretrain.folder import RunFolder, RunLock
 from smet_compile.pretrain.memory import expect_enough_memory, explaining_lack_of_memory, measure
 from smet_compile.pretrain.metrics import MetricsLog, NoLog, event_values, is_finished, mend_metrics, read_metrics
 from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.trackers import expect_tracker, open_log
 from smet_compile.pretrain.training import (
     Training,
     build_training,
@@ -121,7 +122,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     console = open_console(world, console)
     with explaining_failed_writes(run.folder), explaining_lack_of_memory():
         warning = world.on_first(lambda: mend_metrics(run.folder.metrics, first, manager.history if manager else ()))
-        with _open_log(run) as log:
+        with _open_log(run, first) as log:
             print_plainly(console, headline(run, first))
             if world.replicas is not None and not run.config.eager:
                 print_plainly(console, "a sharded run does not compile its step yet: it trains as with --eager")
@@ -144,9 +145,9 @@ def open_console(world: World, console: Any) -> Any:
     return (console or make()) if world.is_first else make(quiet=True, file=StringIO())
 
 
-def _open_log(run: Run) -> MetricsLog:
+def _open_log(run: Run, first: int) -> MetricsLog:
     with run.world.together():
-        return MetricsLog(run.folder.metrics) if run.world.is_first else NoLog()
+        return open_log(run.folder, run.config, first) if run.world.is_first else NoLog()
 
 
 def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> bool:
@@ -183,6 +184,8 @@ class StepLoop:
             if event is not None:
                 log.write("topology", step, event=event_values(event))
                 self._density = active_fraction(training)
+                if config.log != "none" and training.manager is not None:
+                    log.track(step, {f"smet/{name}": value for name, value in training.manager.metrics().items()})
                 self._dead_units.check(training.model)
             next_update = training.manager.next_update if training.manager else None
             self._progress.update(Status(step, loss, self._speed, self._density, next_update))
@@ -228,6 +231,7 @@ def build_run(world: World, folder: RunFolder, lock: RunLock, config: RunConfig)
     with explaining_lack_of_memory():
         with world.together():
             expect_device(config.device)
+            expect_tracker(config.log)
             tokenizer = open_tokenizer(config.tokenizer)
             data = open_data(config, tokenizer)
             expect_enough_memory(config, tokenizer.vocab_size, world.size)
