@@ -11,6 +11,7 @@ from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import reshard
+from smet_compile.tables import table_lines
 from smet_compile.tracing import Captured, capture_graphs, leave_no_trace
 from smet_compile.train_step import TrainStep
 
@@ -78,8 +79,7 @@ class Explanation:
         for site in self.sites:
             cells = (_cell(result, site.kernels.get(part)) for part, result in site.parts.items())
             rows.append([site.name, *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = table_lines(rows, left=range(5))
         lines += [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
         lines += [f"{site.name}: gradient {site.correction}" for site in self.sites if site.correction is not None]
         if not self.updates_fused:

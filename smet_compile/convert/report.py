@@ -12,6 +12,7 @@ from smet_compile.convert.find_weights import ALREADY_COMPACT, find_weights
 from smet_compile.format import arguments, block_sizes, count_active, positions_of
 from smet_compile.ops import CompactWeight, Site, find_sites
 from smet_compile.ops.sites import forget_dense, mark_dense
+from smet_compile.tables import table_lines
 
 _REASONS = "_smet_dense_reasons"
 
@@ -97,7 +98,7 @@ class Report:
             )
             for site in self.sites
         ]
-        lines = _table(rows)
+        lines = table_lines(rows, left=(0, 1, 2))
         lines += [
             f"{len(self.sites)} compact weights: {self.values_bytes:,} bytes of values, "
             f"{self.index_bytes:,} of index; {self.dense_bytes:,} bytes of dense matrices",
@@ -105,23 +106,12 @@ class Report:
         ]
         rows = [("  " + site.name, site.correction) for site in self.sites if site.correction is not None]
         if rows:
-            lines += ["gradients, for batch norm:", *_table(rows, right=())]
+            lines += ["gradients, for batch norm:", *table_lines(rows, left=(0, 1))]
         if self.skipped:
             lines += ["left dense:"]
             rows = [("  " + w.name, "x".join(map(str, w.shape)), w.reason) for w in self.skipped]
-            lines += _table(rows, right=())
+            lines += table_lines(rows, left=(0, 1, 2))
         return "\n".join(lines)
-
-
-def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def remember_reasons(model: nn.Module, reasons: dict[str, str]) -> None:

@@ -1,16 +1,22 @@
-"""Builds the command line: `pretrain`, whose options are the fields of `RunConfig`, `plan` and `inspect`."""
+"""Builds the command line: `pretrain`, whose options are the fields of `RunConfig`, `plan`, and commands for runs."""
 
 import inspect
 import os
+import platform
 import sys
 import warnings
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+from rich.console import Console
+from rich.table import Table
+
 import smet_compile as smet
 from smet_compile.format.arguments import described
-from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError, require
+from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError
 from smet_compile.pretrain.config import (
     OPTION_TYPES,
     RunConfig,
@@ -24,9 +30,9 @@ from smet_compile.pretrain.config import (
 from smet_compile.pretrain.console import FAILED, as_cell, end_with_error, print_any_character, print_plainly
 from smet_compile.pretrain.elastic_commands import add_elastic_commands
 from smet_compile.pretrain.folder import RunFolder
-from smet_compile.pretrain.inspection import add_inspect_command
 from smet_compile.pretrain.loop import catch_interrupt, pretrain, resume
 from smet_compile.pretrain.report import summarize
+from smet_compile.pretrain.run_commands import add_run_commands
 from smet_compile.pretrain.world import is_first_process, is_reporter
 
 INTERRUPTED = 130
@@ -53,27 +59,33 @@ PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary"
 
 def main() -> None:
     """Runs `python -m smet_compile` and the `smet-compile` script."""
-    try:
-        make_app()()
-    except MissingExtraError as error:
-        sys.exit(f"error: {error}")
+    make_app()()
 
 
-def make_app() -> Any:
-    """Returns the typer application."""
-    typer = require("typer")
+def make_app() -> typer.Typer:
+    """Returns the application."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.callback()
-    def _about() -> None:
+    def _about(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print versions.", callback=_version, is_eager=True)
+        ] = False,
+    ) -> None:
         """Sparse training with smet_compile."""
         print_any_character()
 
-    app.command("pretrain")(_with_options(_pretrain, _pretrain_parameters(typer.Option)))
-    add_inspect_command(typer, app)
-    add_elastic_commands(typer, app)
-    app.command("plan")(_with_options(_plan, _plan_parameters(typer)))
+    app.command("pretrain")(_with_options(_pretrain, _pretrain_parameters()))
+    add_run_commands(app)
+    add_elastic_commands(app)
+    app.command("plan")(_with_options(_plan, _plan_parameters()))
     return app
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"smet-compile {smet.__version__}, Python {platform.python_version()}, torch {version('torch')}")
+        raise typer.Exit
 
 
 def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
@@ -92,7 +104,7 @@ def _parameter(name: str, kind: Any, declared: Any, default: Any = None) -> insp
     )
 
 
-def _pretrain_parameters(option: Any) -> list[inspect.Parameter]:
+def _pretrain_parameters() -> list[inspect.Parameter]:
     """Returns two paths and an option per field of `RunConfig`."""
     paths = {
         "out": "Folder of the new run. Default: runs/SHAPE-METHOD.",
@@ -101,7 +113,9 @@ def _pretrain_parameters(option: Any) -> list[inspect.Parameter]:
     declared: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
     declared |= {item.name: (METAVARS[OPTION_TYPES[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
     return [
-        _parameter(name, (str if metavar else bool) | None, option(help=text, show_default=False, metavar=metavar))
+        _parameter(
+            name, (str if metavar else bool) | None, typer.Option(help=text, show_default=False, metavar=metavar)
+        )
         for name, (metavar, text) in declared.items()
     ]
 
@@ -158,7 +172,7 @@ def _path(name: str, text: str | None) -> Path | None:
     return None if text is None else Path(check_text(option_name(name), text))
 
 
-def _plan_parameters(typer: Any) -> list[inspect.Parameter]:
+def _plan_parameters() -> list[inspect.Parameter]:
     """Returns the preset as an argument and an option per row of `PLAN_OPTIONS`; those that are False are flags."""
     models = typer.Argument(help=f"Model shape: {', '.join(PRESETS)}.")
     parameters = [_parameter("preset", str, models, inspect.Parameter.empty)]
@@ -220,12 +234,12 @@ def _print_plan(plan: smet.Plan) -> None:
         print(plan)
         return
     title = as_cell(plan.title, "table.title")
-    table = require("rich.table").Table("", "formula", title=title, title_justify="left")
+    table = Table("", "formula", title=title, title_justify="left")
     for heading in ("sparse", "dense", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in plan.rows():
         table.add_row(*map(as_cell, row))
-    console = require("rich.console").Console()
+    console = Console()
     console.print(table)
     print_plainly(console, plan.legend())
     if plan.stages:

@@ -5,8 +5,7 @@ checkpoint can hold.
 """
 
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -22,76 +21,10 @@ from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.corpus import read_texts, stdlib_paths, text_paths
 from smet_compile.pretrain.memory import expect_room_for_windows
+from smet_compile.pretrain.tokenizer import Tokenizer
 
 DATA_KINDS = "stdlib, text:GLOB or hf:NAME[:CONFIG]"
 HELD_OUT_FRACTION = 0.05
-
-
-class Tokenizer(Protocol):
-    """Turns text into token numbers; `encode` ends each document with a separator token."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> numpy.ndarray:
-        """Returns the tokens of one document, (T,), in the smallest unsigned type that holds the vocabulary."""
-        ...
-
-
-class ByteTokenizer:
-    """Takes UTF-8 bytes as tokens; documents end in a zero byte, which text does not contain."""
-
-    vocab_size = 256
-
-    def encode(self, text: str) -> numpy.ndarray:
-        """Returns the bytes of `text` and a closing zero, (T,) uint8."""
-        return numpy.frombuffer(text.encode(errors="replace") + b"\0", dtype=numpy.uint8)
-
-
-class FileTokenizer:
-    """Reads a Hugging Face tokenizer from a folder or a `tokenizer.json`."""
-
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = _load_tokenizer(path)
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may leave some out
-        if not self.vocab_size:
-            raise ValueError(
-                f"--tokenizer: expected a tokenizer with a vocabulary in {path}, got an empty one; train it first"
-            )
-        self._dtype = numpy.min_scalar_type(self.vocab_size - 1)
-        self._end = self._tokenizer.eos_token_id
-
-    def encode(self, text: str) -> numpy.ndarray:
-        """Returns the tokens of `text` and the tokenizer's end-of-text token where it has one, (T,)."""
-        try:
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:
-            raise ValueError(
-                f"--tokenizer: expected a tokenizer that takes any text, got {error}; give it an unknown token"
-            ) from error
-        return numpy.array(tokens if self._end is None else [*tokens, self._end], dtype=self._dtype)
-
-
-def _load_tokenizer(path: Path) -> Any:
-    transformers = require("transformers")
-    try:
-        if path.is_file():
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"--tokenizer: expected a Hugging Face tokenizer in {path}, got {error}; "
-            "pass its folder or its tokenizer.json"
-        ) from error
-
-
-def open_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer called `name`: "bytes", or a path; a ValueError if there is nothing at the path."""
-    if name == "bytes":
-        return ByteTokenizer()
-    path = Path(name)
-    if not os.path.exists(path):
-        raise ValueError(f"--tokenizer: expected bytes or an existing path, got {name!r}; check the path")
-    return FileTokenizer(path)
 
 
 class Source(Protocol):
@@ -130,8 +63,12 @@ def open_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
         paths = text_paths(rest)
     else:
         raise ValueError(f"--data: expected {DATA_KINDS}, got {config.data!r}; pass one of these")
-    tokens = numpy.concatenate([tokenizer.encode(text) for text in read_texts(paths)])
-    return Data(*split_tokens(tokens, config))
+    return Data(*split_tokens(read_tokens(paths, tokenizer), config))
+
+
+def read_tokens(paths: Sequence[Path], tokenizer: Tokenizer) -> numpy.ndarray:
+    """Returns the tokens of all files, (T,), in an order that is mixed but always the same."""
+    return numpy.concatenate([tokenizer.encode(text) for text in read_texts(paths)])
 
 
 class WindowSource:

@@ -15,12 +15,13 @@ import smet_compile as smet
 from smet_compile.distributed import Blueprint, Change, LostRun, World, WorldOptions, ask, begin_group
 from smet_compile.pretrain.config import DTYPES, METHODS, RunConfig
 from smet_compile.pretrain.console import DeadUnitWarning, open_progress, print_plainly
-from smet_compile.pretrain.data import open_data, open_tokenizer
+from smet_compile.pretrain.data import open_data
 from smet_compile.pretrain.folder import RunFolder, RunLock, write_atomically
 from smet_compile.pretrain.loop import Run, StepLoop, Stop, explaining_failed_writes, open_console, restore_run
 from smet_compile.pretrain.mesh_text import MeshText, fitting_mesh, parse_mesh
 from smet_compile.pretrain.metrics import MetricsLog, NoLog, is_finished, mend_metrics
 from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.tokenizer import open_tokenizer
 from smet_compile.pretrain.trackers import expect_tracker, open_log
 from smet_compile.pretrain.training import (
     Training,

@@ -1,41 +1,23 @@
 """Shows the topology of a pre-training run as a table and as plots: `python -m smet_compile inspect RUN`."""
 
-import dataclasses
-import warnings
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import smet_compile as smet
 from smet_compile.ops import Site, find_sites
-from smet_compile.presets import MissingExtraError, require
-from smet_compile.pretrain.console import as_cell, end_with_error
-from smet_compile.pretrain.data import open_tokenizer
-from smet_compile.pretrain.folder import RunFolder
-from smet_compile.pretrain.training import Training, build_training
+from smet_compile.presets import require
+from smet_compile.pretrain.console import print_line, print_table
+from smet_compile.pretrain.saved_run import open_run
+from smet_compile.pretrain.training import Training
 
 NUM_TOKENS = 8
 MOST_MAPS = 6
 MOST_PIXELS = 128
 Masks = dict[str, Tensor]
-
-
-def add_inspect_command(typer: Any, app: Any) -> None:
-    """Gives the application `app` the command `inspect`."""
-
-    def inspect(run: Path) -> None:
-        """Look inside a run: dead units, live paths, churn, ages; maps as PNG in its folder."""
-        try:
-            found, images = inspect_run(run)
-        except (ValueError, OSError, MissingExtraError) as error:
-            end_with_error(error)
-        print_inspection(found)
-        print(f"Plots in {run}: {', '.join(images)}")
-
-    inspect.__annotations__["run"] = Annotated[Path, typer.Argument(help="Folder of the run.")]
-    app.command("inspect")(inspect)
 
 
 def inspect_run(path: Path) -> tuple[smet.Inspection, list[str]]:
@@ -44,22 +26,14 @@ def inspect_run(path: Path) -> tuple[smet.Inspection, list[str]]:
     The topology before the first step is a function of the run's config and made again. Returns the inspection
     and the names of the PNG files; raises ValueError where there is no run, no checkpoint, or a dense one.
     """
-    folder = RunFolder(path)
-    if not folder.config.exists():
-        raise ValueError(f"RUN: expected the folder of a run (with config.json), got {path}; see pretrain --out")
-    config = dataclasses.replace(folder.open(), device="cpu", eager=True)
-    if config.method == "dense":
+    run = open_run(path)
+    if run.training.manager is None:
         raise ValueError(f"RUN: expected a sparse run, got a dense one in {path}; it has no topology to look at")
-    if not folder.checkpoint.exists():
-        raise ValueError(f"RUN: expected a checkpoint in {path}, found none; go on with it: {folder.resume_command}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were shown when the run began
-        training = build_training(config, open_tokenizer(config.tokenizer).vocab_size)
-    sites = find_sites(training.model)
+    sites = find_sites(run.training.model)
     shown = {name: sites[name] for name in evenly_chosen(list(sites))}
     before = masks_of(shown)
-    smet.load_checkpoint(folder.checkpoint, training.model, training.optimizer, training.manager)
-    found = inspect_training(training, min(NUM_TOKENS, config.sequence))
+    run.load(whole=True)
+    found = inspect_training(run.training, min(NUM_TOKENS, run.config.sequence))
     return found, draw_inspection(found, before, masks_of(shown), path)
 
 
@@ -69,21 +43,32 @@ def inspect_training(training: Training, num_tokens: int) -> smet.Inspection:
     return smet.inspect(training.model, input_ids=tokens, manager=training.manager)
 
 
-def print_inspection(found: smet.Inspection) -> None:
-    """Prints a table on a terminal, and plain text elsewhere."""
-    console = require("rich.console").Console()
-    if not console.is_terminal:
-        print(found)
-        return
-    head, *rows = found.rows
-    table = require("rich.table").Table(header_style="bold")
-    for number, title in enumerate(head):
-        table.add_column(as_cell(title), justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(as_cell, row))
-    console.print(table)
+def print_inspection(found: smet.Inspection, wide: bool = False) -> None:
+    """Prints a row for each sparse layer: its density, units and paths, or all that is known if `wide`."""
+    print_table(found.rows if wide else narrow_rows(found))
     for line in found.summary:
-        console.print(as_cell(line))
+        print_line(line)
+
+
+def narrow_rows(found: smet.Inspection) -> list[tuple[str, ...]]:
+    """Returns a table that 80 columns hold: a row for each sparse layer, up to four figures, the headings first."""
+    names = short_names([site.name for site in found.sites])
+    rows: list[tuple[str, ...]] = [("layer", "density", "dead units", "effective", "churn")]
+    for site in found.sites:
+        dead, units = site.num_dead_inputs + site.num_dead_outputs, site.dead.inputs.numel() + site.dead.outputs.numel()
+        effective = "-" if site.effective_density is None else f"{site.effective_density:.4f}"
+        churn = f"{site.history.churn[-1][1]:.4f}" if site.history.churn else "-"
+        rows.append((names[site.name], f"{site.density:.4f}", f"{dead}/{units}", effective, churn))
+    used = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows[1:])]
+    return [tuple(row[i] for i in used) for row in rows]
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Returns shorter names of weights: without what all begin with, and without "weight"."""
+    parts = {name: name.removesuffix(".weight").split(".") for name in names}
+    columns = zip(*(each[:-1] for each in parts.values()), strict=False)
+    num_shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return {name: ".".join(each[num_shared:]) for name, each in parts.items()}
 
 
 def masks_of(sites: dict[str, Site]) -> Masks:

@@ -9,16 +9,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import smet_compile as smet
 from smet_compile.format.arguments import described
-from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
-from smet_compile.pretrain.console import DeadUnitWarning, Progress, Status, open_progress, print_plainly
-from smet_compile.pretrain.data import Data, Tokenizer, open_data, open_tokenizer
+from smet_compile.pretrain.console import DeadUnitWarning, Display, Status, open_progress, print_plainly
+from smet_compile.pretrain.data import Data, open_data
 from smet_compile.pretrain.folder import RunFolder, RunLock
 from smet_compile.pretrain.memory import expect_enough_memory, explaining_lack_of_memory, measure
 from smet_compile.pretrain.metrics import MetricsLog, NoLog, event_values, is_finished, mend_metrics, read_metrics
 from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.tokenizer import Tokenizer, open_tokenizer
 from smet_compile.pretrain.trackers import expect_tracker, open_log
 from smet_compile.pretrain.training import (
     Training,
@@ -141,8 +143,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
 
 def open_console(world: World, console: Any) -> Any:
     """Returns the console to print to: a deaf one on a rank that is not the first."""
-    make = require("rich.console").Console
-    return (console or make()) if world.is_first else make(quiet=True, file=StringIO())
+    return (console or Console()) if world.is_first else Console(quiet=True, file=StringIO())
 
 
 def _open_log(run: Run, first: int) -> MetricsLog:
@@ -150,7 +151,7 @@ def _open_log(run: Run, first: int) -> MetricsLog:
         return open_log(run.folder, run.config, first) if run.world.is_first else NoLog()
 
 
-def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> bool:
+def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> bool:
     steps = StepLoop(run, log, progress, dead_units)
     for step in range(first + 1, run.config.steps + 1):
         if steps.take(step, stop):
@@ -162,7 +163,7 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
 class StepLoop:
     """Takes the steps of a run, and notes, shows, validates and saves what they do."""
 
-    def __init__(self, run: Run, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> None:
+    def __init__(self, run: Run, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> None:
         self._run, self._log, self._progress, self._dead_units = run, log, progress, dead_units
         run.training.model.train()
         self._density, self._speed = active_fraction(run.training), 0.0

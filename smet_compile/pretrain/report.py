@@ -65,11 +65,12 @@ def summarize(folder: RunFolder) -> str:
     """Returns one line: how well the run in `folder` predicts held-out text, and how many bytes its weights take."""
     records = read_metrics(folder.metrics)
     evals = of_kind(records, "eval")
-    perplexity = f"{_perplexity(evals[-1]['loss']):.4f}" if evals else "not recorded"
+    perplexity = f"{perplexity_of(evals[-1]['loss']):.4f}" if evals else "not recorded"
     return f"validation perplexity {perplexity}" + "".join(map(_bytes_sentence, of_kind(records, "bytes")[:1]))
 
 
-def _perplexity(loss: float) -> float:
+def perplexity_of(loss: float) -> float:
+    """Returns e to the loss, of a size that a float holds."""
     return math.exp(min(loss, MAX_EXPONENT))
 
 
@@ -104,7 +105,7 @@ def _validation_rows(config: RunConfig, records: list[Record]) -> list[list[str]
         return [["validation loss", "not recorded"]]
     loss = evals[-1]["loss"]
     rows = [
-        ["validation perplexity (per token)", f"{_perplexity(loss):.4f}"],
+        ["validation perplexity (per token)", f"{perplexity_of(loss):.4f}"],
         ["validation loss", f"{loss:.4f} nats per token"],
     ]
     if config.tokenizer == "bytes":
@@ -214,7 +215,7 @@ def _draw_loss(axes: Any, records: list[Record]) -> bool:
     train, evals = of_kind(records, "train"), of_kind(records, "eval")
     steps = [record["step"] for record in train]
     axes.plot(steps, [record["loss"] for record in train], color="0.8", linewidth=0.8, label="training, each step")
-    axes.plot(steps, _smoothed([record["loss"] for record in train]), color="C0", label="training, running mean")
+    axes.plot(steps, smoothed([record["loss"] for record in train]), color="C0", label="training, running mean")
     if evals:
         axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", color="C3", label="held-out text")
     for number, record in enumerate(of_kind(records, "topology")):
@@ -225,7 +226,8 @@ def _draw_loss(axes: Any, records: list[Record]) -> bool:
     return bool(train)
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
+    """Returns the mean of each value and those around it."""
     half = max(1, round(SMOOTHING_FRACTION * len(values) / 2))
     windows = [values[max(0, middle - half) : middle + half + 1] for middle in range(len(values))]
     return [sum(window) / len(window) for window in windows]

@@ -12,7 +12,8 @@ import torch
 from smet_compile.presets import MissingExtraError
 from smet_compile.pretrain.config import RunConfig, resolve
 from smet_compile.pretrain.corpus import FILES_AHEAD, read_texts, stdlib_paths, text_paths
-from smet_compile.pretrain.data import ByteTokenizer, Data, open_data, open_tokenizer
+from smet_compile.pretrain.data import Data, open_data
+from smet_compile.pretrain.tokenizer import ByteTokenizer, open_tokenizer
 from tests.pretrain.runs import small_config
 
 

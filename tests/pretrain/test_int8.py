@@ -5,7 +5,8 @@ import statistics
 import pytest
 
 from smet_compile.pretrain.config import resolve
-from smet_compile.pretrain.data import ByteTokenizer, open_data
+from smet_compile.pretrain.data import open_data
+from smet_compile.pretrain.tokenizer import ByteTokenizer
 from smet_compile.pretrain.training import build_training, learning_rate, train_step, validation_loss
 from tests.pretrain.runs import SMALL_MODEL
 

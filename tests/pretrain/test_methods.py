@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import smet_compile as smet
-from smet_compile.pretrain.data import ByteTokenizer, open_data
+from smet_compile.pretrain.data import open_data
 from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.metrics import of_kind, read_metrics
+from smet_compile.pretrain.tokenizer import ByteTokenizer
 from smet_compile.pretrain.training import build_training, train_step
 from tests.pretrain.runs import SMALL_MODEL, losses, moves, small_config
 
