@@ -104,7 +104,7 @@ def test_runs_side_by_side(run: Path, config: RunConfig, tmp_path: Path) -> None
     lines = result.output.splitlines()
     assert lines[0].split() == ["run", "step", "loss", "perplexity", "tokens/s", "bytes/weight"]
     assert lines[1].split()[1:3] == ["40/40", f"{losses(run)[-1][2]:.4f}"]
-    assert lines[3].split()[:2] == [f"{tmp_path.name}/short", "6/6"] and len(lines[3]) < 50 + len(lines[3].split()[0])
+    assert lines[3].split()[:2] == [f"{tmp_path.name}/short", "6/6"] and len(lines[3]) < 55 + len(lines[3].split()[0])
     assert any(line.startswith("density: 0.4 (") and "0.2 (" in line for line in lines)
     assert (tmp_path / "plots" / "x.png").read_bytes().startswith(b"\x89PNG")
 
