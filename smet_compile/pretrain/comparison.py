@@ -9,13 +9,16 @@ from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.folder import RunFolder, read_config
 from smet_compile.pretrain.metrics import Record, of_kind, read_metrics
-from smet_compile.pretrain.report import perplexity_of, smoothed
+from smet_compile.pretrain.model_config import name_of_model
+from smet_compile.pretrain.plots import smoothed
+from smet_compile.pretrain.report import perplexity_of
 
 HEAD = ("run", "step", "loss", "perplexity", "tokens/s", "bytes/weight")
 """The loss and the perplexity are those on held-out text."""
 NOT_COMPARED = ("device", "log", "save_every", "eval_every", "elastic", "eager", "every", "block_warmup")
 """Options in which runs may differ without a line of their own: they follow from others, or change no result."""
 LEAST_RATES = 3
+DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,12 @@ def differences(runs: list[ComparedRun]) -> list[str]:
     for name in vars(runs[0].config):
         values: dict[str, list[str]] = {}
         for run in runs:
-            value = run.config.shape_name if name == "model" else str(getattr(run.config, name))
-            values.setdefault(value, []).append(run.name)
+            values.setdefault(str(getattr(run.config, name)), []).append(run.name)
         if len(values) > 1 and name not in NOT_COMPARED:
-            lines.append(f"{name}: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items()))
+            shown = {
+                text if name != "model" or text == NO_MODEL else name_of_model(text): values[text] for text in values
+            }
+            lines.append(f"{name}: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in shown.items()))
     return lines
 
 
@@ -107,12 +112,12 @@ def _draw_losses(axes: Any, runs: list[ComparedRun]) -> None:
     """Draws training losses thin and held-out ones with points, over the tokens that were read."""
     shown = []
     for number, run in enumerate(runs):
-        color, tokens = f"C{number % 10}", run.config.step_tokens
+        color, tokens, dashes = f"C{number % 10}", run.config.step_tokens, DASHES[number // 10 % len(DASHES)]
         train = of_kind(run.records, "train")
         steps = [record["step"] * tokens for record in train]
         axes.plot(steps, smoothed([record["loss"] for record in train]), color=color, alpha=0.4, linewidth=1)
         held_out = run.losses
-        line = dict(color=color, marker="o", markersize=4, label=run.name)
+        line = dict(color=color, linestyle=dashes, marker="o", markersize=4, label=run.name)
         axes.plot([step * tokens for step, _ in held_out], [loss for _, loss in held_out], **line)
         shown += [loss for _, loss in held_out]
     if shown:
