@@ -87,11 +87,13 @@ def differences(runs: list[ComparedRun]) -> list[str]:
         for run in runs:
             values.setdefault(str(getattr(run.config, name)), []).append(run.name)
         if len(values) > 1 and name not in NOT_COMPARED:
-            shown = {
-                text if name != "model" or text == NO_MODEL else name_of_model(text): values[text] for text in values
-            }
-            lines.append(f"{name}: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in shown.items()))
+            lines.append(f"{name}: " + "; ".join(f"{_shown(v)} ({', '.join(names)})" for v, names in values.items()))
     return lines
+
+
+def _shown(value: str) -> str:
+    """Returns the kind of a model for its whole config, and any other value as it is."""
+    return name_of_model(value) if value.startswith("{") else value
 
 
 def draw_comparison(runs: list[ComparedRun], path: Path) -> None:
