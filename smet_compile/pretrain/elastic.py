@@ -165,7 +165,7 @@ class ElasticRun:
         opened = open_log(self._folder, self._config, first) if self.is_first else NoLog()
         log: MetricsLog = self._files.enter_context(opened)
         progress = self._files.enter_context(open_progress(console, first, self._config.steps))
-        self._loop = StepLoop(run, log, progress, DeadUnitWarning(console))
+        self._loop = StepLoop(run, first, log, progress, DeadUnitWarning(console))
         if self.is_first:
             about = {"address": self._world.address, "layout": str(self._mesh), "ranks": own_ranks(self._world)}
             write_atomically(self._folder.path / "world.json", lambda path: path.write_text(json.dumps(about) + "\n"))

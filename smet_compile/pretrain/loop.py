@@ -26,7 +26,7 @@ from smet_compile.pretrain.training import (
     Training,
     build_training,
     expect_device,
-    learning_rate,
+    rate_schedule,
     train_step,
     validation_loss,
 )
@@ -152,7 +152,7 @@ def _open_log(run: Run, first: int) -> MetricsLog:
 
 
 def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> bool:
-    steps = StepLoop(run, log, progress, dead_units)
+    steps = StepLoop(run, first, log, progress, dead_units)
     for step in range(first + 1, run.config.steps + 1):
         if steps.take(step, stop):
             return False
@@ -161,12 +161,13 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Display,
 
 
 class StepLoop:
-    """Takes the steps of a run, and notes, shows, validates and saves what they do."""
+    """Takes the steps of a run after the first `first` ones, and notes, shows, validates and saves what they do."""
 
-    def __init__(self, run: Run, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> None:
+    def __init__(self, run: Run, first: int, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> None:
         self._run, self._log, self._progress, self._dead_units = run, log, progress, dead_units
         run.training.model.train()
         self._density, self._speed = active_fraction(run.training), 0.0
+        self._schedule = rate_schedule(run.training, run.config, first)
         metrics = run.folder.metrics
         self._known = run.world.on_first(lambda: {(each["kind"], each["step"]) for each in read_metrics(metrics)})
         self._is_measured = any(kind == "bytes" for kind, _ in self._known)
@@ -175,9 +176,10 @@ class StepLoop:
         """Takes one step, counted from 1; returns whether to stop after it."""
         run, log, config, training = self._run, self._log, self._run.config, self._run.training
         began = time.perf_counter()
-        rate = learning_rate(config, step - 1)
+        rate = self._schedule.get_last_lr()[0]
         batch = run.world.rows_of(run.data.train.batch(step - 1)).to(config.device)
-        loss, event = train_step(training, batch, rate)
+        loss, event = train_step(training, batch)
+        self._schedule.step()
         seconds = time.perf_counter() - began
         self._speed = _smoothed(self._speed, config.step_tokens / seconds)
         with run.world.together():

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import smet_compile as smet
 from smet_compile.convert.distribution import Distribution
@@ -169,13 +170,20 @@ def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> to
     )
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Returns the rate of step `step` (from 0): linear warm-up to `lr`, then a cosine to 10% of it."""
+def rate_fraction(config: RunConfig, step: int) -> float:
+    """Returns the rate of step `step` (from 0) over the peak: linear warm-up to 1, then a cosine to 10%."""
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine)
+    return FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine
+
+
+def rate_schedule(training: Training, config: RunConfig, first: int = 0) -> LambdaLR:
+    """Gives all parameter groups the rate of the step after the first `first` ones; `step()` goes on to the next."""
+    for group, peak in zip(training.optimizer.param_groups, training.peak_rates, strict=True):
+        group["initial_lr"] = peak
+    return LambdaLR(training.optimizer, lambda step: rate_fraction(config, step), last_epoch=first - 1)
 
 
 class TwoCallStep:
@@ -226,15 +234,11 @@ def _explaining_failed_compilation() -> Iterator[None]:
 Outcome = tuple[float, smet.TopologyEvent | None]
 
 
-def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
+def train_step(training: Training, batch: Tensor) -> Outcome:
     """Takes one step on (accumulate, batch, sequence) tokens; returns its mean loss and topology update, if any.
 
     Each rank gives its rows of the micro-batches; the loss is the mean of all.
-
-    `rate` is that of linear layers at density 1; the other groups follow in proportion.
     """
-    for group, peak in zip(training.optimizer.param_groups, training.peak_rates, strict=True):
-        group["lr"] = rate * (peak / training.peak_rates[0])
     with _explaining_failed_compilation():
         losses = [training.step({"input_ids": micro_batch, "labels": micro_batch}) for micro_batch in batch]
     event = training.manager.step() if training.manager else None

@@ -9,7 +9,7 @@ import pytest
 
 from smet_compile.pretrain.config import OPTION_TYPES, resolve
 from smet_compile.pretrain.folder import read_config, write_config
-from smet_compile.pretrain.training import learning_rate
+from smet_compile.pretrain.training import build_training, rate_fraction, rate_schedule
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,20 @@ def test_a_config_is_written_whole_and_leaves_no_other_file(tmp_path: Path, monk
 
 def test_the_learning_rate_rises_then_falls_to_a_tenth() -> None:
     config = resolve(steps=100, warmup=10, lr=1.0)
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = [rate_fraction(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and max(rates) == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert learning_rate(resolve(steps=1), 0) > 0
+    assert rate_fraction(resolve(steps=1), 0) > 0
+
+
+def test_a_schedule_that_begins_later_gives_the_same_rates(tmp_path: Path) -> None:
+    config = resolve(preset="nano", steps=12, warmup=3, lr=1e-2, embedding_lr=3e-2, device="cpu", eager=True)
+    training = build_training(config, 256)
+    whole, found = rate_schedule(training, config), []
+    for _ in range(12):
+        found.append(whole.get_last_lr())
+        training.optimizer.step()
+        whole.step()
+    assert found[2] == [1e-2, 3e-2, 3e-2][: len(found[2])]
+    assert [rate_schedule(training, config, first).get_last_lr() for first in range(12)] == found

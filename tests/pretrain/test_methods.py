@@ -9,7 +9,7 @@ from smet_compile.pretrain.data import open_data
 from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.metrics import of_kind, read_metrics
 from smet_compile.pretrain.tokenizer import ByteTokenizer
-from smet_compile.pretrain.training import build_training, train_step
+from smet_compile.pretrain.training import build_training, rate_schedule, train_step
 from tests.pretrain.runs import SMALL_MODEL, losses, moves, small_config
 
 pytestmark = SMALL_MODEL
@@ -55,7 +55,7 @@ def test_bfloat16(moments: str, tmp_path: Path) -> None:
     training = build_training(config, 256)
     assert {parameter.dtype for parameter in training.model.parameters()} == {torch.bfloat16}
     batch = open_data(config, ByteTokenizer()).train.batch(0)
-    train_step(training, batch, 1e-3)
+    train_step(training, batch)
     states = training.optimizer.state.values()
     stored = "uint8" if moments == "int8" else moments
     assert {state["exp_avg_sq"].dtype for state in states} == {getattr(torch, stored)}
@@ -74,11 +74,12 @@ def test_smet_and_its_baselines_differ_only_as_they_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["smet", "set-naive", "dense"])
 def test_embeddings_have_a_rate_of_their_own(method: str, tmp_path: Path) -> None:
-    config = small_config(tmp_path, method=method, lr=1e-3, embedding_lr=8e-3)
+    config = small_config(tmp_path, method=method, lr=1e-3, embedding_lr=8e-3, warmup=2)
     training = build_training(config, 256)
+    rate_schedule(training, config)
     batch = open_data(config, ByteTokenizer()).train.batch(0)
     before = training.model.model.embed_tokens.weight.detach().clone()
-    train_step(training, batch, 5e-4)
+    train_step(training, batch)
     assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx([5e-4, 4e-3, 4e-3])
     moved = (training.model.model.embed_tokens.weight.detach() - before).abs().max()
     assert float(moved) == pytest.approx(4e-3, rel=0.01)
@@ -95,8 +96,8 @@ def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
     batch = open_data(config, ByteTokenizer()).train.batch(0)
     one = build_training(config, 256)
     two = build_training(small_config(tmp_path, method="dense", batch=2, accumulate=2), 256)
-    loss, _ = train_step(one, batch, 1e-3)
-    accumulated, _ = train_step(two, batch.view(2, 2, -1), 1e-3)
+    loss, _ = train_step(one, batch)
+    accumulated, _ = train_step(two, batch.view(2, 2, -1))
     assert accumulated == pytest.approx(loss, rel=1e-6)
     for ours, theirs in zip(two.model.parameters(), one.model.parameters(), strict=True):
         moments = [run.optimizer.state[p]["exp_avg"] for run, p in ((two, ours), (one, theirs))]
@@ -149,7 +150,7 @@ def test_gradients_are_clipped_together_after_accumulation(method: str, tmp_path
             norms.append(float(torch.nn.utils.get_total_norm(grads)))
 
         training.optimizer.register_step_pre_hook(note)
-        train_step(training, torch.randint(256, (2, 2, 32)), 1e-3)
+        train_step(training, torch.randint(256, (2, 2, 32)))
     assert norms[0] > 0.1 and norms[1] == pytest.approx(1e-3, rel=1e-2) and len(norms) == 2
 
 

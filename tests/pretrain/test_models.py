@@ -41,7 +41,7 @@ def test_models_of_every_kind_train(name: str, tmp_path: Path) -> None:
     training = build_training(config, 256)
     assert type(training.model).__name__.lower().startswith(name)
     batch = torch.randint(256, (1, 2, 32))
-    found = [train_step(training, batch, 5e-3) for _ in range(4)]
+    found = [train_step(training, batch) for _ in range(4)]
     assert found[-1][0] < found[0][0] and training.manager is not None and len(training.manager.history) > 1
 
 
