@@ -127,10 +127,14 @@ def slabs_of(config: RunConfig, model: nn.Module) -> dict[str, tuple[int, int]] 
     heads: int = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     if heads % config.slabs:
         raise ValueError(
-            f"--slabs: expected a number that divides the {heads} heads of keys of {config.shape_name}, got "
+            f"--slabs: expected a number that divides the {heads} heads of keys of {_shape_text(config)}, got "
             f"{config.slabs}; pass another --slabs, or another N of --shard tp=N"
         )
     return {name: (config.slabs, 0 if style == "colwise" else 1) for name, style in styles_of(model).items()}
+
+
+def _shape_text(config: RunConfig) -> str:
+    return f"preset {config.preset}" if config.model == NO_MODEL else f"this {config.shape_name}"
 
 
 def expect_device(device: str) -> None:
