@@ -13,7 +13,7 @@ from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import interval
 from benchmarks.studies.reports.made import how_made
-from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 Losses = dict[float, float]
@@ -186,7 +186,7 @@ def _figure(part: Part, dense: Losses):
             kind = "single weights" if block == "1" else f"tiles of {block}"
             tidy(axes, xscale="log", title=f"{kind}, d = {density:g}", ylim=(lowest - 0.05, lowest + 0.8))
             axes.tick_params(axis="x", labelsize=7)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    legend_above(figure, grid[0, 0])
     figure.supxlabel("rate of the sparse weights, α / d^p (dense: α)")
     figure.supylabel("held-out loss (nats per byte)")
     return figure
