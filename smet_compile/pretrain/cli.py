@@ -36,6 +36,17 @@ from smet_compile.pretrain.run_commands import add_run_commands
 from smet_compile.pretrain.world import is_first_process, is_reporter
 
 INTERRUPTED = 130
+FIRST_IN_PANEL = {
+    "out": "Folder",
+    "preset": "Model",
+    "method": "Sparsity",
+    "steps": "Training",
+    "every": "Topology updates",
+    "data": "Text",
+    "dtype": "Numbers and processes",
+    "seed": "Record",
+}
+"""Panels of the help by the first of their options, which follow in the order of `RunConfig`."""
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: None}
 PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("density", "FLOAT", None, "Active fraction. Default: 0.3, or what --fits finds."),
@@ -112,16 +123,17 @@ def _pretrain_parameters() -> list[inspect.Parameter]:
     }
     declared: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
     declared |= {item.name: (METAVARS[OPTION_TYPES[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
-    return [
-        _parameter(
-            name, (str if metavar else bool) | None, typer.Option(help=text, show_default=False, metavar=metavar)
-        )
-        for name, (metavar, text) in declared.items()
-    ]
+    parameters, panel = [], ""
+    for name, (metavar, text) in declared.items():
+        panel = FIRST_IN_PANEL.get(name, panel)
+        flag = [] if metavar else [option_name(name)]  # without it, typer adds a --no- beside it
+        option = typer.Option(*flag, help=text, show_default=False, metavar=metavar, rich_help_panel=panel)
+        parameters.append(_parameter(name, (str if metavar else bool) | None, option))
+    return parameters
 
 
 def _pretrain(**options: Any) -> None:
-    """Pre-train a LLaMA with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
+    """Pre-train a language model with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
         folder, finished, prints = _run(given)

@@ -15,8 +15,8 @@ from smet_compile.pretrain.report import perplexity_of
 
 HEAD = ("run", "step", "loss", "perplexity", "tokens/s", "bytes/weight")
 """The loss and the perplexity are those on held-out text."""
-NOT_COMPARED = ("device", "log", "save_every", "eval_every", "elastic", "eager", "every", "block_warmup")
-"""Options in which runs may differ without a line of their own: they follow from others, or change no result."""
+NOT_COMPARED = ("device", "log", "save_every", "eval_every", "elastic", "eager")
+"""Options in which runs may differ without a line of their own: they change no result."""
 LEAST_RATES = 3
 DASHES = ("-", "--", ":")
 

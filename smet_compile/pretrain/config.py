@@ -70,10 +70,10 @@ class RunConfig:
     """Holds all settings of a pre-training run, checked at construction; `resolve` fills in those that are left out."""
 
     preset: str = _option(f"Model shape: {', '.join(PRESETS)}. Default: tiny.", known=PRESETS)
-    method: str = _option(f"Training method: {', '.join(METHODS)}. Default: smet.", known=METHODS)
     model: str = _option(
         "config.json of any Hugging Face causal model, for its shape; --preset then gives steps, batch and rate."
     )
+    method: str = _option(f"Training method: {', '.join(METHODS)}. Default: smet.", known=METHODS)
     density: float = _option("Active fraction of each sparse weight, in (0, 1]. Default: 0.3.", above=0, at_most=1)
     block: str = _option("Block of sparsity: 1 (single weights), 16 (16x16 tiles), 1x16 (runs). Default: 1.")
     distribution: str = _option(

@@ -16,7 +16,7 @@ from smet_compile.format import arguments
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.tokenizer import Tokenizer, open_tokenizer
-from smet_compile.pretrain.training import Training, build_training
+from smet_compile.pretrain.training import Training, build_training, expect_device
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class SavedRun:
 def open_run(path: Path, device: str = "cpu") -> SavedRun:
     """Builds the model of the run in folder `path`, whatever ranks trained it, on one device.
 
-    Raises ValueError where there is no run or no checkpoint.
+    Raises ValueError where there is no run or no checkpoint, and for a device that this machine lacks.
     """
     folder = RunFolder(path)
     if not folder.config.exists():
@@ -46,6 +46,7 @@ def open_run(path: Path, device: str = "cpu") -> SavedRun:
     if not folder.checkpoint.exists():
         raise ValueError(f"RUN: expected a checkpoint in {path}, found none; go on with it: {folder.resume_command}")
     config = dataclasses.replace(folder.open(), device=device, eager=True)
+    expect_device(device)
     tokenizer = open_tokenizer(config.tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were shown when the run began

@@ -93,6 +93,21 @@ def test_help_needs_neither_datasets_nor_transformers() -> None:
         assert option in result.stdout
 
 
+def test_the_help_is_legible_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    shown = call("--help").output.splitlines()
+    assert max(map(len, shown)) <= 80 and not any("--no-" in line for line in shown)
+    assert [line.split()[1] for line in shown if line.startswith("╭─")][:4] == [
+        "Options",
+        "Folder",
+        "Model",
+        "Sparsity",
+    ]
+    (line,) = [line for line in shown if "Peak learning rate at density" in line]
+    assert line.index("Peak") < 42
+
+
 def wait_for_steps(folder: Path, steps: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

@@ -126,6 +126,7 @@ def test_a_sweep_of_rates_is_drawn_by_rate(tmp_path: Path) -> None:
         (["export", "{run}", "{}/x", "--format", "zip"], "--format: expected one of dense"),
         (["generate", "{run}", "a", "--tokens", "many"], "--tokens: expected a whole number of at least 1, got 'many'"),
         (["generate", "{run}", "a", "--temperature", "-1"], "--temperature: expected a finite number of at least 0"),
+        (["generate", "{run}", "a", "--device", "cuda:99"], "--device: expected a device of this machine such as cpu"),
         (["compare", "{run}", "{}"], "RUN: expected the folder of a run"),
     ],
 )
