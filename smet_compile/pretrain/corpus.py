@@ -23,7 +23,8 @@ def stdlib_paths() -> list[Path]:
 
 def text_paths(pattern: str) -> list[Path]:
     """Returns the files that match the glob `pattern`, sorted; a ValueError if there are none."""
-    paths = sorted(Path(name) for name in glob(pattern, recursive=True) if os.path.isfile(name))
+    names = [name for name in glob(pattern, recursive=True) if os.path.isfile(name)]
+    paths = [Path(name) for name in sorted(names, key=lambda name: name.split(os.sep))]  # as paths themselves compare
     if not paths:
         found = "a folder; add /*.txt, say" if os.path.isdir(pattern) else "none; check the path and quote the glob"
         raise ValueError(f"--data: expected files that match {pattern!r}, got {found}")
@@ -73,14 +74,15 @@ def _open(path: Path) -> int:
 
 def _read(path: Path, handle: int) -> tuple[Path, bytes]:
     try:
-        parts = [os.read(handle, os.fstat(handle).st_size + 1)]
-        while parts[-1]:
-            parts.append(os.read(handle, PIECE_BYTES))
+        size = os.fstat(handle).st_size
+        content = os.read(handle, size + 1)
+        while len(content) != size and (more := os.read(handle, PIECE_BYTES)):
+            content += more
     except OSError as error:
         raise _unreadable(path, error) from error
     finally:
         os.close(handle)
-    return path, b"".join(parts)
+    return path, content
 
 
 def _unreadable(path: Path, error: OSError) -> ValueError:
