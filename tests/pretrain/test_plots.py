@@ -1,4 +1,4 @@
-"""What the plots show is what the records and topologies say."""
+"""The plots show what the records and topologies say."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`export`, `generate`, `compare` and `--version`, on short runs."""
+"""The commands `export`, `generate` and `compare`, and `--version`, do what they say with short runs."""
 
 import shutil
 import sys
