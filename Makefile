@@ -33,7 +33,7 @@ clean:
 	rm -rf .venv-demo .venv-dev build .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
 
 .venv-demo/ready: EXTRAS := pretrain
-.venv-dev/ready: EXTRAS := pretrain,dev
+.venv-dev/ready: EXTRAS := dev
 
 .venv-demo/ready .venv-dev/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ": name another one, make PYTHON=python3.12 ...")'

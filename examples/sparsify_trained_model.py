@@ -38,14 +38,12 @@ def loss_at_random(model: nn.Module, text: Tensor, size: int, generator: torch.G
     return cross_entropy(model(windows[:, :-1]), windows[:, -1])
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, steps: int, manager=None) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         loss_at_random(model, text, 256, generator).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if manager is not None:
-            manager.step()
 
 
 @torch.no_grad()
@@ -74,8 +72,8 @@ def main() -> None:
 
     # A new optimizer for the new parameters; a model that is trained already wants gentler steps than 1/d.
     optimizer = smet.ActiveAdamW(model, lr=1e-3, lr_density_exponent=0.5, warmup_steps=20)
-    manager = smet.TopologyManager(model, optimizer, total_steps=args.steps // 3, every=25, grow="gradient")
-    train(model, optimizer, training, args.steps // 3, manager)
+    smet.TopologyManager(model, optimizer, total_steps=args.steps // 3, every=25, grow="gradient")
+    train(model, optimizer, training, args.steps // 3)
     sparse_loss = validate("sparse, fine-tuned", model, held_out)
 
     with tempfile.TemporaryDirectory() as folder:

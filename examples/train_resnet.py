@@ -45,7 +45,6 @@ for epoch in range(args.epochs):
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        manager.step()
         losses.append(loss.item())
         print(f"\repoch {epoch + 1}  step {len(losses)}/{steps}  loss {losses[-1]:.3f} ", end="", flush=True)
     accuracies.append(accuracy(model, *held_out))

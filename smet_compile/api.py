@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from smet_compile.convert import (
     Choice,
@@ -18,6 +19,7 @@ from smet_compile.convert import (
     draw,
     make_compact,
     report,
+    save_dense,
 )
 from smet_compile.convert.active_blocks import NUM_NAMED, SELECTS, Select, check_no_density_for_nonzero
 from smet_compile.convert.choose import Selection
@@ -98,7 +100,10 @@ def sparsify(
         ValueError: a density outside (0, 1], a block shape that is not positive or far larger than the matrices, a
             glob or rule that matches nothing, a weight that is compact already or sharded, nothing to make sparse,
             "nonzero" with a density or without data, a pattern that a weight or another argument does not allow, or a
-            mask of another shape or name, all true or all false. The model is then unchanged.
+            mask of another shape or name, all true or all false; a model that DistributedDataParallel wraps already.
+            The model is then unchanged.
+
+    A Hugging Face model saves dense weights from now on: ``save_pretrained`` writes what ``export_dense`` returns.
 
     The model is unchanged too where a warning is made an error, where a module refuses its new weight, and where memory
     runs out: all checks come first, and the largest weight is packed first. Only after an interrupt (Ctrl-C) in
@@ -112,6 +117,7 @@ def sparsify(
     rescale = None if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
     dense_as_compact = arguments.flag("dense_as_compact", dense_as_compact)
+    _check_unwrapped(model)
     reshard(model)  # a model that FSDP2 has gathered for a forward would look whole
     with _given(model, masks) as given:
         selection = choose(
@@ -132,7 +138,16 @@ def sparsify(
         _warn(model, selection, drawn)
         _install_passes()
         make_compact(model, drawn, selection.dense_reasons)
+        save_dense(model)
     return model
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "sparsify: expected a model before it is wrapped, got DistributedDataParallel, which has made memory for "
+            "gradients of dense weights; call sparsify first, then DistributedDataParallel or accelerator.prepare"
+        )
 
 
 def _given(model: nn.Module, masks: Any) -> Any:

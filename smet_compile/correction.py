@@ -19,7 +19,7 @@ from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
 from smet_compile.ops.plain_copy import without_data
 from smet_compile.ops.row_scale import has_equal_fan_in
-from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, is_depthwise, wrapped_child
+from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, is_depthwise, without_wrappers
 from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveOptimizer
 from smet_compile.optim.parameters import check_initialised
 from smet_compile.optim.scaled_steps import scale_steps as scale_steps_of
@@ -97,7 +97,7 @@ def correct_gradients(
     """
     arguments.module("correct_gradients", model)
     depthwise, wants_steps = arguments.flag("depthwise", depthwise), arguments.flag("scale_steps", scale_steps)
-    owner = _unwrapped(model)
+    owner = without_wrappers(model)
     check_sparsified("correct_gradients", owner)
     check_initialised("correct_gradients", owner)
     for name, site in find_sites(owner).items():
@@ -132,13 +132,6 @@ def correct_gradients(
         scale_steps_of(each, [sites[name] for name, holder in cancelling.items() if wants_steps and holder is each])
     texts = {name: str(site.compact.correction) for name, site in sites.items()}
     return Correction(texts, tuple(name for name, reason in reasons.items() if not reason))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Returns the model inside of ``torch.compile``, data parallelism and other wrappers."""
-    while (child := wrapped_child(model)) is not None:
-        model = model.get_submodule(child)
-    return model
 
 
 def _check_scaling(model: nn.Module, cancelling: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def compile_train_step(
         step = smet.compile_train_step(model, optimizer)
         for batch in loader:
             loss = step(batch)
-            scheduler.step(); manager.step()
+            scheduler.step()
 
     A step may fail: something raises in its forward, backward or update, or Ctrl-C ends it. Then every gradient of the
     model is dropped, also one that was there before or that earlier calls accumulated. Accumulation begins anew with

@@ -5,7 +5,8 @@ other depths that fit, and for each density the widest sparse model whose weight
 fit. Narrow models want higher rates than the wide one that rates were tuned on: dense ones are tried at three, sparse
 ones at two, and the best counts. All are compared after the same tokens; and after the time that the dense model took,
 by step times measured side by side (`equal_memory_times.json`), each with a schedule of that length. The tables are of
-seed 0.
+seed 0, and dense rates of the small budget are at the edge of what was tried. No model reads more than four bytes of
+text for each weight: with so little, what a model can hold does not count, so this says nothing of longer training.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import processor
 from benchmarks.studies.case import Shape
 from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.replica import COMMON, Replica
@@ -181,6 +182,7 @@ def train_together(cases: Sequence[Replica], eager: bool = False) -> list[dict]:
             "movement": asdict(replicas.movements[index]),
             "seconds": round(seconds, 1),
             "torch": torch.__version__,
+            "processor": processor(),
         }
         for index, case in enumerate(cases)
     ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from benchmarks.measuring import processor
 from benchmarks.studies.case import Case
 from benchmarks.studies.corpus import VOCABULARY, Corpus
 from benchmarks.studies.probe import Probe
@@ -157,6 +158,7 @@ def train(case: Case, eager: bool = False) -> dict:
         "seconds": round(time.perf_counter() - began, 1),
         "windows": [asdict(window) for window in probe.windows] if probe else [],
         "torch": torch.__version__,
+        "processor": processor(),
     }
 
 

@@ -6,6 +6,7 @@ from smet_compile.convert.compact import draw, make_compact
 from smet_compile.convert.export import export_dense
 from smet_compile.convert.masks import masks
 from smet_compile.convert.materialize import materialize
+from smet_compile.convert.pretrained import save_dense
 from smet_compile.convert.report import Report, report
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "masks",
     "materialize",
     "report",
+    "save_dense",
 ]

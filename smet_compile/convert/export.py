@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
+from smet_compile.convert.pretrained import forget_to_save_dense
 from smet_compile.convert.report import forget_reasons
 from smet_compile.format import arguments
 from smet_compile.ops import find_sites, reads, saved_weights
-from smet_compile.ops.plain_copy import plain_copy, unwrapped, whole_weight
-from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.plain_copy import plain_copy, whole_weight
+from smet_compile.ops.sites import check_sparsified, without_wrappers
 from smet_compile.shards import has_shards, make_whole, reshard
 
 
@@ -48,7 +49,7 @@ def export_dense(model: nn.Module, layout: ExportLayout | None = None, *, keep: 
     if layout is not None:
         arguments.one_of("layout", layout, EXPORT_LAYOUTS)
     keep = arguments.flag("keep", keep)
-    model = unwrapped(model)
+    model = without_wrappers(model)
     check_sparsified("export_dense", model)
     reads.settle_live()
     reshard(model)
@@ -63,6 +64,7 @@ def export_dense(model: nn.Module, layout: ExportLayout | None = None, *, keep: 
     for module in dense.modules():
         saved_weights.uninstall(module)
         forget_reasons(module)
+    forget_to_save_dense(dense)
     if layout is not None and keep:
         convert(exported, layout)
     return dense

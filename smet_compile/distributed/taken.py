@@ -18,6 +18,7 @@ from smet_compile.distributed.run import Run, data_rank
 from smet_compile.distributed.space import Item
 from smet_compile.distributed.streams import Stream
 from smet_compile.ops import canonical_name, find_sites
+from smet_compile.runtime import managers_left_out
 from smet_compile.shards import Rows, is_sharded, local, reshard, unwrap
 
 _WHOLE = ("births", "scales")
@@ -115,7 +116,8 @@ def _note_of(run: Run) -> Note:
     names = {id(parameter): canonical_name(model, name) for name, parameter in model.named_parameters()}
     small: dict[str, dict[str, Any]] = {}
     for optimizer in run.optimizers:
-        saved = optimizer.state_dict()
+        with managers_left_out():
+            saved = optimizer.state_dict()
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         for parameter, number in zip(_parameters_of(optimizer), numbers, strict=True):
             name, state = names[id(parameter)], saved["state"].get(number, {})

@@ -18,7 +18,7 @@ from smet_compile.microscope.recording import Recording, record_forward
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
 from smet_compile.ops.plain_copy import without_data
-from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified
+from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, without_wrappers
 from smet_compile.runtime import TopologyManager
 from smet_compile.shards import reshard
 
@@ -73,7 +73,7 @@ def inspect(
         ValueError: a model without compact weights; a topology without data.
     """
     arguments.module("inspect", model)
-    owner: nn.Module = getattr(model, "_orig_mod", model)
+    owner: nn.Module = without_wrappers(model)
     if manager is not None and not isinstance(manager, TopologyManager):
         raise ValueError(
             f"manager: expected a TopologyManager or None, got {arguments.described(manager)}; give an input of "

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+MANAGER = "topology_manager"
+"""The key in an optimizer's first parameter group under which the state of a topology manager travels."""
 _LARGEST = 2**62
 _LARGEST_OF: dict[type, float] = {int: _LARGEST, float: sys.float_info.max}
 
@@ -156,7 +158,7 @@ def _check_group(where: str, group: dict[str, Any], ours: dict[str, Any], option
         if option not in group:
             raise ValueError(f"{where}: expected {option!r} in every group; load the state of {owner}")
     for option, value in group.items():
-        if option in ("params", "param_names"):
+        if option in ("params", "param_names", MANAGER):
             continue
         if option in ours:
             check_alike(f"{where}.{option}", value, ours[option])

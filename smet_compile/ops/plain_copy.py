@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smet_compile.format import Part, unpack_bits
 from smet_compile.ops.compact_weight import CompactWeight
-from smet_compile.ops.sites import Site, find_sites, wrapped_child
+from smet_compile.ops.sites import Site, find_sites, without_wrappers
 from smet_compile.shards import Unsharded, forget_shards
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -40,7 +40,7 @@ def plain_copy(model: nn.Module, tensors: Mapping[int, Any] | None = None) -> nn
             copies[id(kept)] = kept
     begun = _begin_copies(model, copies)
     for module in reversed(list(model.modules())):  # what is inside first
-        inner = unwrapped(module)
+        inner = without_wrappers(module)
         if inner is not module:
             copies[id(module)] = copy.deepcopy(inner, copies)
     for replica, attributes in begun:
@@ -58,7 +58,7 @@ def _begin_copies(model: nn.Module, copies: dict[int, Any]) -> list[tuple[nn.Mod
     """
     begun = []
     for module in model.modules():
-        plain = Unsharded.of(module) if unwrapped(module) is module else None
+        plain = Unsharded.of(module) if without_wrappers(module) is module else None
         if plain is not None:
             copies[id(module)] = plain.kind.__new__(plain.kind)
             begun.append((copies[id(module)], plain.attributes))
@@ -91,15 +91,6 @@ def whole_weight(site: Site, part: Part, bits: Tensor) -> CompactWeight:
     compact = CompactWeight(part.whole, mask, site.num_active_in_whole, site.name)
     compact.parameter_order = site.compact.parameter_order
     return compact
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module that ``torch.compile`` or data parallelism wraps; ``module`` itself where none does."""
-    while (child := wrapped_child(module)) is not None:
-        inner = module._modules[child]
-        assert inner is not None
-        module = inner
-    return module
 
 
 def _objects_in(model: nn.Module) -> Iterator[Any]:

@@ -154,6 +154,13 @@ def wrapped_child(module: nn.Module) -> str | None:
     return None
 
 
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Returns the module that ``torch.compile`` or data parallelism wraps; ``module`` itself where none does."""
+    while (child := wrapped_child(module)) is not None:
+        module = module.get_submodule(child)
+    return module
+
+
 def canonical_name(model: nn.Module, name: str) -> str:
     """Returns the qualified name of a module, parameter or buffer of ``model`` without the names of wrappers.
 
@@ -176,10 +183,21 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """Returns every compact weight of ``model`` by its canonical name, which is that in the plain dense model."""
     sites = {}
     for prefix, module in model.named_modules():
+        _refuse_flattened(module)
         for tensor_name in compact_names(module):
             name = canonical_name(model, f"{prefix}.{tensor_name}" if prefix else tensor_name)
             sites[name] = Site(name, module, tensor_name)
     return sites
+
+
+def _refuse_flattened(module: nn.Module) -> None:
+    flattening = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if flattening is not None and isinstance(module, flattening):
+        raise ValueError(
+            "model: expected modules of its own, DistributedDataParallel or fully_shard, got FullyShardedDataParallel, "
+            "which makes one flat parameter of weights whose rows belong together; call sparsify, then fully_shard of "
+            "torch.distributed.fsdp (docs/sharding.md)"
+        )
 
 
 def mark_dense(module: nn.Module) -> None:
@@ -192,8 +210,12 @@ def forget_dense(module: nn.Module) -> None:
     module.__dict__.pop(_AT_DENSITY_ONE, None)
 
 
+def is_sparsified(model: nn.Module) -> bool:
+    """Tells whether ``sparsify`` was called for the model, at density 1 too."""
+    return bool(find_sites(model)) or any(_AT_DENSITY_ONE in module.__dict__ for module in model.modules())
+
+
 def check_sparsified(where: str, model: nn.Module) -> None:
     """Raises ValueError for a model that was never sparsified. One at density 1 passes, as a dense baseline."""
-    if find_sites(model) or any(_AT_DENSITY_ONE in module.__dict__ for module in model.modules()):
-        return
-    raise ValueError(f"{where}: expected a model with compact weights, got one with none; sparsify it")
+    if not is_sparsified(model):
+        raise ValueError(f"{where}: expected a model with compact weights, got one with none; sparsify it")

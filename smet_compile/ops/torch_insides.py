@@ -134,6 +134,15 @@ def is_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def after_backward(callback: Callable[[], None]) -> None:
+    """Calls ``callback`` now, or at the end of the backward that autograd runs in this thread."""
+    if not is_in_backward():
+        callback()
+        return
+    variable: Any = torch.autograd.Variable
+    variable._execution_engine.queue_callback(callback)
+
+
 def run_first_in_backward(tensor: Tensor) -> None:
     """Makes autograd run the node that made ``tensor`` before all others that are ready.
 

@@ -217,7 +217,7 @@ def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[Str
 
 
 def _load_splits(name: str, variant: str | None) -> dict[str, Any]:
-    datasets = require("datasets")
+    datasets = require("datasets", "'smet-compile[hub]'")
     try:
         with TemporaryDirectory() as cache:
             return dict(datasets.load_dataset(name, variant, streaming=True, cache_dir=cache))

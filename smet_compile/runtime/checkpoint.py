@@ -20,6 +20,8 @@ from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.ops.torch_insides import replace_data
 from smet_compile.runtime import checkpoint_file
+from smet_compile.runtime.auto_step import manager_that_steps
+from smet_compile.runtime.in_optimizer import managers_left_out
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.parts import join_parts, split_parts
 from smet_compile.runtime.saved_correction import check_correction, correction_entries, restore_correction
@@ -56,8 +58,9 @@ def save_checkpoint(
 
     Args:
         path: the file (its folder is made).
-        model, optimizer, manager: as they are between two steps. Each optimizer inside a wrapper or a list is saved
-            with its own state.
+        model: as it is between two steps.
+        optimizer: as it is then. Each optimizer inside a wrapper or a list is saved with its own state.
+        manager: as it is then. One that steps by itself is found, and need not be given.
         extra: anything else that the run needs, such as a scheduler's ``state_dict()``: nested dicts, lists and
             tuples of numbers, strings and tensors.
 
@@ -68,7 +71,9 @@ def save_checkpoint(
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)
     reshard(model)
-    first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
+    manager = manager or manager_that_steps(model)
+    with managers_left_out():
+        first, *others = [optimizer_entry(model, each) for each in state_holders(optimizer, model.parameters())]
     saved = {
         "layouts": layouts_of(model),
         "model": model_entries(model),
@@ -100,6 +105,10 @@ def load_checkpoint(
     stays, with a warning.
 
     Args:
+        path: the file.
+        model: made sparse as the saved one was.
+        optimizer: None to load the weights alone.
+        manager: one that steps by itself is found, and need not be given where an optimizer is.
         override: names of the manager's settings (``"total_steps"``, ``"every"``, ...) that may differ from those of
             the saved run, which then goes on with this manager's.
 
@@ -109,13 +118,19 @@ def load_checkpoint(
     """
     _check_arguments("load_checkpoint", path, model, optimizer, manager)
     reshard(model)
+    saves_none = manager is None
+    if saves_none and optimizer is not None:
+        manager = manager_that_steps(model)
     if check_override(override) and manager is None:
         raise ValueError("override: expected a manager whose settings differ, got none; pass manager=")
     saved = checkpoint_file.read(path)
     holders = [] if optimizer is None else state_holders(optimizer, model.parameters())
     with ExitStack() as stack:
+        stack.enter_context(managers_left_out())
         try:
             _read_names(saved, model)
+            if saves_none and saved["manager"] is None:
+                manager = None
             if manager is not None and manager.settings["density_schedule"] is not None:
                 stack.enter_context(_in_saved_stage(saved["model"], model, holders, manager))
             saved = split_parts(model, saved)

@@ -17,7 +17,8 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,30 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint file, found none")
+    return _read_tree(str(path), lambda: _read_once(path))
+
+
+def to_bytes(tree: dict[str, Any]) -> bytes:
+    """Returns the file that ``write`` makes of a tree without shards: the same bytes for the same tree."""
+    flattener = Flattener(frozenset(DTYPES.values()))
+    body = json.dumps(flattener.flatten(tree, "state")).encode()
+    tensors = flattener.tensors | {_JSON: torch.frombuffer(bytearray(body), dtype=torch.uint8)}
+    with tempfile.TemporaryFile() as file:
+        _write_tensors(file.fileno(), tensors, sorted(tensors.items()))
+        return file.read()
+
+
+def from_bytes(name: str, data: bytes) -> dict[str, Any]:
+    """Returns the tree of ``to_bytes``. Raises ValueError, which names ``name``, for other bytes."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return _read_tree(name, lambda: _read_tensors(file.fileno()))
+
+
+def _read_tree(path: str, read_tensors: Callable[[], tuple[dict[str, str], dict[str, Tensor]]]) -> dict[str, Any]:
     try:
-        metadata, tensors = _read_once(path)
+        metadata, tensors = read_tensors()
         header = json.loads(metadata.get(_KEY, "null"), object_pairs_hook=_unique)
     except (OSError, ValueError, RuntimeError) as error:  # errors of JSON and its depth, of UTF-8 and of torch
         raise ValueError(f"{path}: not a whole checkpoint ({error}); use another one") from error

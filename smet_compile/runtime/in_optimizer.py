@@ -1,41 +1,83 @@
-"""Lets the manager's state travel in the state dict of an optimizer, so that whoever saves the one saves the other."""
+"""Lets the manager's state travel in the state dict of an optimizer, so that whoever saves the one saves the other.
+
+It is one value, bytes, in the first parameter group, from the first step on: ``torch.distributed.checkpoint`` keeps the
+groups of an optimizer but no other keys, and takes trees apart by the structure that a fresh run has.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from smet_compile.ops.loaded import MANAGER, kind_of
+from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager_state import SavedManager
 
-KEY = "topology_manager"
+_leaves_out: ContextVar[bool] = ContextVar("leaves_out", default=False)
+
+
+@contextmanager
+def managers_left_out() -> Iterator[None]:
+    """Saves and loads optimizers without the managers in them, for who saves managers by themselves."""
+    token = _leaves_out.set(True)
+    try:
+        yield
+    finally:
+        _leaves_out.reset(token)
 
 
 class InOptimizer:
     """Adds the manager's state to what an optimizer saves, and takes it out of what it loads."""
 
-    def __init__(self, manager: SavedManager, optimizer: Any) -> None:
-        self._manager = manager
+    def __init__(self, manager: SavedManager, optimizer: Any, override: Iterable[str]) -> None:
+        self._manager: SavedManager | None = manager
+        self._override = override
         self._loaded: dict[str, Any] | None = None
         optimizer.register_state_dict_post_hook(self._add)
         optimizer.register_load_state_dict_pre_hook(self._take)
         optimizer.register_load_state_dict_post_hook(self._give)
+        packed = optimizer.param_groups[0].pop(MANAGER, None)
+        if packed is not None:  # the optimizer was loaded before it had a manager
+            manager.load_state_dict(_unpacked(packed), override=override)
+
+    def stop(self) -> None:
+        """Adds and takes nothing from now on."""
+        self._manager = None
 
     def _add(self, _: Any, state: dict[str, Any]) -> None:
-        state[KEY] = self._manager.state_dict()
+        if self._manager is not None and not _leaves_out.get():
+            state["param_groups"][0][MANAGER] = checkpoint_file.to_bytes(self._manager.state_dict())
 
-    def _take(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        self._loaded = state.get(KEY)
-        if self._loaded is None:
+    def _take(self, _: Any, state: dict[str, Any]) -> dict[str, Any] | None:
+        self._loaded = None
+        if self._manager is None or _leaves_out.get() or "param_groups" not in state:
+            return None
+        packed = [group[MANAGER] for group in state["param_groups"] if MANAGER in group]
+        if packed and packed[0] != checkpoint_file.to_bytes(
+            self._manager.state_dict()
+        ):  # Accelerate loads what is there
+            self._loaded = _unpacked(packed[0])
+            self._manager.check_state_dict(self._loaded, override=self._override)
+        elif not packed:
             warnings.warn(
-                "TopologyManager: expected its state in that of the optimizer, got none, so its history and its steps "
-                "begin anew; the file was saved without save_with_optimizer: load the manager's state by itself",
+                "TopologyManager: expected its state in that of the optimizer, got none, so its steps and history are "
+                "those that it had; load manager.state_dict() by itself where it was saved by itself, as older "
+                "versions did and as flattened state dicts of torch.distributed.checkpoint need it",
                 stacklevel=2,
             )
-        else:
-            self._manager.check_state_dict(self._loaded)
-        return {key: value for key, value in state.items() if key != KEY}
+        groups = [{key: value for key, value in group.items() if key != MANAGER} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
 
     def _give(self, _: Any) -> None:
-        if self._loaded is not None:
-            self._manager.load_state_dict(self._loaded)
-            self._loaded = None
+        if self._manager is not None and self._loaded is not None:
+            self._manager.load_state_dict(self._loaded, override=self._override)
+        self._loaded = None
+
+
+def _unpacked(packed: Any) -> dict[str, Any]:
+    if not isinstance(packed, bytes):
+        raise ValueError(f"{MANAGER}: expected the bytes that a manager saves in its optimizer, got {kind_of(packed)}")
+    return checkpoint_file.from_bytes(MANAGER, packed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import check_sparsified
-from smet_compile.ops.torch_insides import outside_graphs
+from smet_compile.ops.torch_insides import after_backward, outside_graphs
 from smet_compile.runtime.advice import (
     IdleCalls,
     check_ablation,
@@ -29,6 +29,7 @@ from smet_compile.runtime.advice import (
     warn_of_stillness,
     warn_of_tiles,
 )
+from smet_compile.runtime.auto_step import all_stepped, steps_by_itself, take_over
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
 from smet_compile.runtime.in_optimizer import InOptimizer
@@ -47,6 +48,7 @@ from smet_compile.runtime.schedules import (
     make_schedule,
     name_of_schedule,
 )
+from smet_compile.runtime.settings import check_override
 from smet_compile.runtime.stages import DensityStages, check_one_process
 from smet_compile.runtime.update import Move, Rules, check_moves, check_start, choose_move, find_ranks, make_and_record
 from smet_compile.shards import reshard
@@ -61,7 +63,8 @@ class TopologyManager(SavedManager):
     By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
     Parts of a block are carried over to the next update. Tiles stay where they are unless a ``schedule`` is given.
 
-    Call ``step()`` once per training step, after ``optimizer.step()``::
+    It steps by itself after each step of the optimizer, and its state is saved with the optimizer's. To step it at
+    another moment, take ``auto_step=False`` and call ``step()`` once per training step::
 
         loss.backward(); optimizer.step(); optimizer.zero_grad(); manager.step()
 
@@ -101,7 +104,11 @@ class TopologyManager(SavedManager):
             takes the place of an update that is due with it, and does not wait: a weight whose gradient is not finite,
             or did not come, goes by "magnitude" and "random".
         auto_step: steps by itself, at the end of each training step of the optimizer, or of the last of several that
-            hold compact weights. Calls of ``step()`` then change nothing, and return what happened since the last one.
+            hold compact weights; saves and loads its state with the optimizer's. Calls of ``step()`` then change
+            nothing, and return what happened since the last one. By default it does, unless the optimizer is wrapped by
+            one that acts after it (Lookahead, SAM, ZeRO).
+        override: names of settings (``"total_steps"``, ``"every"``, ...) in which a saved run may differ that is loaded
+            with the optimizer's state; it then goes on with this manager's.
 
     Raises:
         ValueError: a model without compact weights; an optimizer that does not hold them, or keeps a state that
@@ -131,7 +138,8 @@ class TopologyManager(SavedManager):
         ablation_threshold: float | None = None,
         seed: int = 0,
         density_schedule: DensitySchedule | None = None,
-        auto_step: bool = False,
+        auto_step: bool | None = None,
+        override: Iterable[str] = (),
     ) -> None:
         arguments.module("model", model)
         if not find_optimizers(optimizer, model.parameters()):
@@ -170,9 +178,12 @@ class TopologyManager(SavedManager):
         self.optimizer = optimizer
         self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
         self._listeners: dict[int, StepListener] = {}
-        self.auto_step = arguments.flag("auto_step", auto_step)
+        self._weights = {id(site.values) for site in self.sites.values()}
+        auto_step = None if auto_step is None else arguments.flag("auto_step", auto_step)
+        self.auto_step = steps_by_itself(auto_step, self._optimizers.found, self._weights)
+        self._override = check_override(override)
         self._last_event: TopologyEvent | None = None
-        self._steps_itself = False
+        self._steps_itself = self._made_steps = False
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
         self._num_new_steps = 0
@@ -185,6 +196,7 @@ class TopologyManager(SavedManager):
         self._owed = dict.fromkeys(self.sites, 0.0)
         self._was_called = self._warned_of_newcomers = False
         self._trace = Trace(self.sites, self.min_age)
+        self._in_optimizer: InOptimizer | None = None
         self._listen()
         if schedule is None and len(self._moving) < len(self.sites):
             warn_of_tiles(len(self.sites) - len(self._moving), len(self.sites))
@@ -218,8 +230,20 @@ class TopologyManager(SavedManager):
 
     def _listen(self) -> None:
         """Listens to optimizers, which keep it alive with ``auto_step``, and collects gradients for the next update."""
+        if self.auto_step:
+            take_over(self, self._weights)
         self._listen_to_optimizers()
         self._prepare_next_step()
+        if self.auto_step:
+            self._in_optimizer = InOptimizer(self, self._optimizers.stepping[0].optimizer, self._override)
+
+    def retire(self) -> None:
+        """Makes it step, save and load no longer by itself."""
+        self.auto_step, self._was_called = False, True
+        for listener in self._listeners.values():
+            listener.stop()
+        if self._in_optimizer is not None:
+            self._in_optimizer.stop()
 
     def _listen_to_optimizers(self) -> None:
         for found in self._optimizers.stepping:
@@ -239,19 +263,17 @@ class TopologyManager(SavedManager):
         if self._is_due(self.num_steps + num_new + 1):
             self._trained.read_counts()
         if self.auto_step:
-            self._step_if_all_did(num_new)
+            if all_stepped(self._optimizers.stepping, self._weights, self._new_steps_of):
+                after_backward(self._step_by_itself)
         elif not self._was_called and self.next_update is not None:
             warn_of_no_call(num_new, self.schedule.every)
 
-    def _step_if_all_did(self, num_new: int) -> None:
-        values = {id(site.values) for site in self.sites.values()}
-        ours = [found.optimizer for found in self._optimizers.stepping if found.steps & values]
-        if all(self._new_steps_of[id(each)] == num_new for each in ours):
-            self._steps_itself = True
-            try:
-                self._last_event = self.step() or self._last_event
-            finally:
-                self._steps_itself = False
+    def _step_by_itself(self) -> None:
+        self._steps_itself = True
+        try:
+            self._last_event = self.step() or self._last_event
+        finally:
+            self._steps_itself = False
 
     @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
     @torch.no_grad()
@@ -261,9 +283,11 @@ class TopologyManager(SavedManager):
         With ``auto_step`` it returns the last thing that happened since the last call.
         """
         if self.auto_step and not self._steps_itself:
-            event, self._last_event = self._last_event, None
+            if not self._made_steps:
+                self._idle_calls.add(found.name for found in self._optimizers.stepping)
+            event, self._last_event, self._made_steps = self._last_event, None, False
             return event
-        self._was_called = True
+        self._was_called = self._made_steps = True
         reshard(self.model)
         self._optimizers.check_weights()
         if not self._num_new_steps:
@@ -288,20 +312,12 @@ class TopologyManager(SavedManager):
         return event
 
     def metrics(self) -> dict[str, float]:
-        """Returns numbers to log: density, steps and updates so far, skipped blocks, and fractions of the last update.
+        """Returns numbers to log: density, bytes of compact weights, steps, updates, and fractions of the last update.
 
         The fractions are those of ``SiteEvent``, for all weights together. Skipped blocks are those of this rank's
         optimizers; reading them waits for the device.
         """
         return flat_metrics(self.sites, self.history, self.num_steps, self.optimizers)
-
-    def save_with_optimizer(self) -> None:
-        """Has the manager's state travel in ``optimizer.state_dict()``, and be restored by ``load_state_dict``.
-
-        So whatever saves the optimizer saves the manager: Trainer, Accelerate, Lightning. It is the first optimizer
-        that makes steps; the key is "topology_manager". ``torch.distributed.checkpoint`` leaves unknown keys out.
-        """
-        InOptimizer(self, self._optimizers.stepping[0].optimizer)
 
     def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""

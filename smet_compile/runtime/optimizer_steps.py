@@ -37,6 +37,7 @@ class StepListener:
     """
 
     def __init__(self, found: FoundOptimizer, callback: Callable[[Any], None], keeps_alive: bool = False) -> None:
+        self._callback: Callable[[], Callable[[Any], None] | None]
         self._callback = (lambda: callback) if keeps_alive else weakref.WeakMethod(callback)
         self._had_state = True
         self._has_begun = True
@@ -50,6 +51,10 @@ class StepListener:
                 "super().__init__(params, defaults)"
             ) from None
         prepare()
+
+    def stop(self) -> None:
+        """Calls and keeps alive nothing from now on."""
+        self._callback = lambda: None
 
 
 @outside_graphs(_ADVICE)

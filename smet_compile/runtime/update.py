@@ -105,7 +105,7 @@ class Rules:
         bands = bands_of(site.layout)
         size = patterns.group_size(site.compact.pattern, bands[0].layout)
         num_groups = bands[0].layout.num_blocks // size
-        inactive = ~site.mask()
+        inactive = ~unpack_bits(site.compact.topology, site.layout.num_blocks)  # may be loaded, but not yet accepted
         most_inactive = max(int(band.cut(inactive).view(-1, size).sum(1).max()) for band in bands)
         num_active = site.num_active // len(bands)
         num_kept = _KEPT_PER_GROWN * max(math.floor(largest_fraction * num_active) + 1, num_grown)

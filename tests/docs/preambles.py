@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR
 
@@ -37,7 +38,13 @@ def _step_number(names: Names) -> None:
     names["step"] = 400
 
 
+def _trl(names: Names) -> None:
+    """A library that the tests of the other pages do without."""
+    pytest.importorskip("trl")
+
+
 PREAMBLES: dict[tuple[str, str], Callable[[Names], None]] = {
+    ("docs/integrations.md", "TRL"): _trl,
     ("README.md", "smet_compile"): _model_and_loader,
     ("README.md", "Compiled"): _scheduler,
     ("README.md", "Two commands"): _corpus,

@@ -38,7 +38,7 @@ def follow(
     twin = DenseTwin(twin_model, {"weight": TwinSite(grid, site.compact.mask().clone())}, rule)
     optimizer = smet.ActiveAdamW(model, lr=1e-2, betas=betas, **warmups)
     manager = smet.TopologyManager(
-        model, optimizer, total_steps=10**6, every=every, drop_fraction=drop, schedule="constant"
+        model, optimizer, total_steps=10**6, every=every, drop_fraction=drop, schedule="constant", auto_step=False
     )
     generator = torch.Generator().manual_seed(0)
     ages = torch.empty(0)

@@ -28,7 +28,9 @@ def make(row: Row, block_shape: tuple[int, int] = (1, 1), dtype: torch.dtype = t
     torch.manual_seed(0)
     model = smet.sparsify(RaggedNet().to(dtype), density=0.5, block_shape=block_shape, seed=3)
     optimizer = row.make(model, **more)
-    manager = smet.TopologyManager(model, optimizer, total_steps=200, every=10, drop_fraction=0.4, schedule="cosine")
+    manager = smet.TopologyManager(
+        model, optimizer, auto_step=False, total_steps=200, every=10, drop_fraction=0.4, schedule="cosine"
+    )
     return model, optimizer, manager
 
 

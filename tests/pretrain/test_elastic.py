@@ -108,6 +108,7 @@ def test_a_run_moves_and_takes_a_process_in(tmp_path: Path) -> None:
     assert found == pytest.approx(wanted, abs=1e-2) and found[:20] == pytest.approx(wanted[:20], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     run, log, data = tmp_path / "run", tmp_path / "log", text_in(tmp_path / "text")
     options = [*OPTIONS, "--steps", "150", "--save-every", "20", "--data", data]

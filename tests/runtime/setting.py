@@ -1,4 +1,4 @@
-"""Makes the model, optimizer and manager of the runtime tests."""
+"""Makes the model, optimizer and manager of the runtime tests; its step is called, so that tests look before it."""
 
 from typing import Any
 
@@ -14,5 +14,5 @@ def make(
 ) -> tuple[nn.Module, torch.optim.Optimizer, smet.TopologyManager]:
     model = smet.sparsify(two_layers(dropout), density=density, block_shape=block_shape)
     made = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5) if optimizer is None else optimizer(model)
-    given = {"total_steps": 1000, "every": 3, "schedule": "cosine"} | options
+    given = {"total_steps": 1000, "every": 3, "schedule": "cosine", "auto_step": False} | options
     return model, made, smet.TopologyManager(model, made, **given)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
+from tests.support.wrappers import Lookahead
 
 STEPS, EVERY = 24, 4
 
@@ -186,3 +188,84 @@ def test_a_flag_is_a_flag() -> None:
     model = sparse_net()
     with pytest.raises(ValueError, match="auto_step: expected True or False, got 'yes'"):
         manager_of(model, one(model)[0], "yes")
+
+
+def test_it_is_the_default_but_for_wrappers_that_act_afterwards() -> None:
+    model = sparse_net()
+    plain = smet.ActiveAdamW(model, 1e-2)
+    assert smet.TopologyManager(model, plain, total_steps=STEPS, every=EVERY).auto_step
+    model = sparse_net()
+    wrapped = Lookahead(smet.ActiveAdamW(model, 1e-2), k=2)
+    assert not smet.TopologyManager(model, wrapped, total_steps=STEPS, every=EVERY).auto_step
+    with pytest.raises(ValueError, match=r"auto_step: expected False for Lookahead, which wraps .* call manager.step"):
+        manager_of(model, wrapped, True)
+
+
+@pytest.mark.parametrize("pause", [3, 100])
+def test_an_optimizer_that_pauses_holds_up_nothing(pause: int) -> None:
+    """The second makes one step in ``pause``; steps of the first are counted, and its weight moves."""
+    model = sparse_net()
+    first, second = two(model)
+    manager = manager_of(model, [first, second], True)
+    before = find_sites(model)["first.weight"].compact.topology.clone()
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        first.step()
+        if step % pause == pause - 1:
+            second.step()
+        first.zero_grad()
+        second.zero_grad()
+    assert manager.num_steps >= 20 and manager.history
+    assert not torch.equal(find_sites(model)["first.weight"].compact.topology, before)
+
+
+def test_steps_in_backward_change_the_topology_at_its_end() -> None:
+    model, twin = sparse_net(), sparse_net()
+    each = {p: torch.optim.SGD([p], 1e-2, momentum=0.9) for p in model.parameters()}
+    together = torch.optim.SGD(twin.parameters(), 1e-2, momentum=0.9)
+    manager, other = manager_of(model, each, True), manager_of(twin, together, True)
+
+    def update(parameter: nn.Parameter) -> None:
+        each[parameter].step()
+        each[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        loss_of(twin, step).backward()
+        together.step()
+        together.zero_grad()
+    assert [e.to_dict() for e in manager.history] == [e.to_dict() for e in other.history] and len(manager.history) == 4
+    assert all(torch.equal(tensor, state_of(twin)[name]) for name, tensor in state_of(model).items())
+
+
+def test_of_two_managers_the_later_one_steps() -> None:
+    model = sparse_net()
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    first = manager_of(model, optimizer, True)
+    with pytest.warns(UserWarning, match="another manager, made before, which no longer steps by itself"):
+        second = manager_of(model, optimizer, True)
+    gone = weakref.ref(first)
+    for step in range(EVERY):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not first.history and first.num_steps == 0 and len(second.history) == 1
+    assert first.step() is None
+    del first
+    gc.collect()
+    assert gone() is None
+    other = smet.ActiveAdamW(model, 1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manager_of(model, other, True)
+    assert not second.auto_step
+
+
+def test_calls_warn_where_the_optimizer_makes_no_step() -> None:
+    model = sparse_net()
+    manager = smet.TopologyManager(model, smet.ActiveAdamW(model, 1e-2), total_steps=STEPS, every=EVERY)
+    with pytest.warns(UserWarning, match=r"step\(\) was called 10 times and no step of the optimizer"):
+        for _ in range(10):
+            manager.step()

@@ -129,7 +129,7 @@ def test_an_optimizer_that_is_not_elementwise_is_refused_by_name(make_optimizer:
     except ValueError:
         return
     with pytest.raises(ValueError, match=named):
-        manager = smet.TopologyManager(model, optimizer, total_steps=100, every=1)
+        manager = smet.TopologyManager(model, optimizer, auto_step=False, total_steps=100, every=1)
         loss_on(model, 0).backward()
         optimizer.step(lambda: loss_on(model, 0)) if "lbfgs" in named else optimizer.step()
         before = {k: v.clone() for k, v in model.state_dict().items()}

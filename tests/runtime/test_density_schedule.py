@@ -106,7 +106,7 @@ def test_data_parallelism_is_refused(one_rank: None, monkeypatch: pytest.MonkeyP
     wrapped = DistributedDataParallel(model)
     with pytest.raises(ValueError, match="without data parallelism, got DistributedDataParallel"):
         smet.TopologyManager(wrapped, optimizer, total_steps=100, density_schedule=STAGES)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, density_schedule=STAGES)
+    manager = smet.TopologyManager(model, optimizer, auto_step=False, total_steps=100, density_schedule=STAGES)
     train(model, optimizer, manager, steps=2)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     loss_on(model, 2).backward()

@@ -41,7 +41,7 @@ OPTIMIZERS = {
 def staged(density: float, stages: Any, block_shape: Any = 1, **options: Any) -> tuple[Any, Any, Any]:
     model = smet.sparsify(two_layers(), density, block_shape=block_shape, dense_as_compact=True)
     optimizer = options.pop("optimizer", OPTIMIZERS["active"])(model)
-    given = {"total_steps": 100, "schedule": "none", "density_schedule": stages} | options
+    given = {"total_steps": 100, "schedule": "none", "density_schedule": stages, "auto_step": False} | options
     return model, optimizer, smet.TopologyManager(model, optimizer, **given)
 
 
@@ -155,7 +155,14 @@ def test_the_memory_of_what_goes_is_freed(name: str) -> None:
     model = smet.sparsify(nn.Linear(400, 300, bias=False), 1.0, dense_as_compact=True)
     optimizer = OPTIMIZERS[name](model)
     manager = smet.TopologyManager(
-        model, optimizer, total_steps=9, every=2, density_schedule=[(3, 0.1)], grow="gradient", drop="saliency"
+        model,
+        optimizer,
+        auto_step=False,
+        total_steps=9,
+        every=2,
+        density_schedule=[(3, 0.1)],
+        grow="gradient",
+        drop="saliency",
     )
     for step in range(4):
         model(torch.randn(4, 400)).square().mean().backward()

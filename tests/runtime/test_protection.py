@@ -112,7 +112,9 @@ def test_torch_optimizers_have_protected_newcomers_too() -> None:
     """The manager itself remembers what it grew."""
     model = smet.sparsify(nn.Sequential(nn.Linear(20, 20)), density=0.4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=1, min_age=2, schedule="constant")
+    manager = smet.TopologyManager(
+        model, optimizer, auto_step=False, total_steps=100, every=1, min_age=2, schedule="constant"
+    )
     for _ in range(5):
         model(torch.randn(4, 20)).square().mean().backward()
         optimizer.step()

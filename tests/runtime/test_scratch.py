@@ -13,7 +13,9 @@ def peak_of_an_update(num_layers: int, block_shape: Any, grow: str) -> int:
     model = nn.Sequential(*[nn.Linear(128, 128, bias=False) for _ in range(num_layers)])
     smet.sparsify(model, density=0.5, block_shape=block_shape)
     optimizer = smet.ActiveAdamW(model, lr=1e-2)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, grow=grow, schedule="cosine")
+    manager = smet.TopologyManager(
+        model, optimizer, auto_step=False, total_steps=100, every=2, grow=grow, schedule="cosine"
+    )
     peak_bytes = 0
     for _ in range(4):
         model(model[0].weight.detach()).square().mean().backward()

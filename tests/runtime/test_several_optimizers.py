@@ -32,7 +32,7 @@ def sparse_layers() -> nn.Module:
 
 
 def manage(model: nn.Module, optimizer: Any, **options: Any) -> smet.TopologyManager:
-    return smet.TopologyManager(model, optimizer, **{"total_steps": 1000, "every": 3, **options})
+    return smet.TopologyManager(model, optimizer, **{"total_steps": 1000, "every": 3, "auto_step": False, **options})
 
 
 @pytest.mark.parametrize("grow", ["random", "gradient"])

@@ -47,7 +47,7 @@ def mixed() -> nn.Module:
 def managed(model: nn.Module, **options: Any) -> Run:
     """Returns a run whose manager has the default schedule unless ``options`` hold one, and would soon move."""
     optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=3)
-    given = {"total_steps": 100, "every": 1, "drop_fraction": 0.3} | options
+    given = {"total_steps": 100, "every": 1, "drop_fraction": 0.3, "auto_step": False} | options
     return model, optimizer, smet.TopologyManager(model, optimizer, **given)
 
 

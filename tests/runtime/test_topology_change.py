@@ -37,7 +37,7 @@ def look(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Seen]:
 def update_and_judge(model: nn.Module, optimizer: torch.optim.Optimizer, grow: str) -> int:
     """Three steps, an update after the third; returns the number of dropped blocks."""
     manager = smet.TopologyManager(
-        model, optimizer, total_steps=100, every=3, drop_fraction=0.3, grow=grow, schedule="cosine"
+        model, optimizer, auto_step=False, total_steps=100, every=3, drop_fraction=0.3, grow=grow, schedule="cosine"
     )
     train(model, optimizer, manager, steps=2)
     loss = (model(torch.randn(9, 12)) ** 2).mean()

@@ -139,7 +139,9 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
         model, optimizer, manager = make("plain")
         wrapped = nn.parallel.DistributedDataParallel(model)
         another = smet.ActiveAdamW(wrapped, lr=1e-2, warmup_steps=3)
-        assert list(smet.TopologyManager(wrapped, another, total_steps=100).sites) == list(manager.sites)
+        assert list(smet.TopologyManager(wrapped, another, total_steps=100, auto_step=False).sites) == list(
+            manager.sites
+        )
         train(wrapped, optimizer, manager, steps=3)
         smet.save_checkpoint(tmp_path / "a", wrapped, optimizer, manager)
         other = make("plain", seed=7)

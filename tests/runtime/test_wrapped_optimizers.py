@@ -49,7 +49,7 @@ def make(make_optimizer: Make, every: int = 3) -> tuple[nn.Module, Any, smet.Top
     torch.manual_seed(0)
     model = smet.sparsify(two_layers(), density=0.4)
     optimizer = make_optimizer(model)
-    return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=1000, every=every)
+    return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=1000, every=every, auto_step=False)
 
 
 def train_step(model: nn.Module, optimizer: Any, step: int) -> None:
@@ -213,9 +213,9 @@ def test_accelerate_accumulates(accelerator: Accelerator, prepare_first: bool) -
     plain = active(model)
     if prepare_first:
         model, optimizer = accelerator.prepare(model, plain)
-        manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=3)
+        manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=3, auto_step=False)
     else:
-        manager = smet.TopologyManager(model, plain, total_steps=1000, every=3)
+        manager = smet.TopologyManager(model, plain, total_steps=1000, every=3, auto_step=False)
         model, optimizer = accelerator.prepare(model, plain)
     for step in range(18):
         with accelerator.accumulate(model):

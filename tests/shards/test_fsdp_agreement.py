@@ -23,7 +23,7 @@ def update_with(rank: int, world: int, change: str, **options_of_shards: Any) ->
     model = shard(sparse_net(torch.float32, seed=seed), **options_of_shards)
     optimizer = smet.ActiveAdamW(model, 1e-2)
     options = {"seed": 1} if last and change == "seed of the manager" else {}
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, **options)
+    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=2, auto_step=False, **options)
     before = {name: site.compact.topology.clone() for name, site in find_sites(model).items()}
     for step in range(2):
         put_gradients(model, step)
@@ -109,7 +109,9 @@ def traffic(rank: int, world: int, density: float | None) -> Any:
         smet.sparsify(model, density, exclude="head")
     shard(model, mesh=init_device_mesh("cpu", (world,)))
     optimizer = torch.optim.SGD(model.parameters(), 0.1) if density is None else smet.ActiveAdamW(model, 1e-2)
-    manager = None if density is None else smet.TopologyManager(model, optimizer, total_steps=10, every=2)
+    manager = (
+        None if density is None else smet.TopologyManager(model, optimizer, auto_step=False, total_steps=10, every=2)
+    )
     tokens = torch.zeros(2, 4, dtype=torch.int64)
     of_steps = []
     for _ in range(2):

@@ -108,6 +108,8 @@ def save_pretrained(rank: int, world: int, folder: Path) -> Any:
     for block in sharded.model.layers:
         fully_shard(block)
     fully_shard(sharded)
+    with pytest.raises(ValueError, match="save_pretrained: expected a model that is whole on each rank"):
+        sharded.save_pretrained(folder)
     dense = smet.export_dense(sharded, keep=rank == 0)
     if rank > 0:
         return all(parameter.is_meta for parameter in dense.parameters())

@@ -108,7 +108,9 @@ def test_the_memory_of_what_goes_is_freed(how: str) -> None:
     """The code compiled for the stage before holds no memory."""
     model = smet.sparsify(nn.Sequential(nn.Linear(200, 150, bias=False)), 1.0, dense_as_compact=True)
     optimizer, x = smet.ActiveAdamW(model), torch.randn(4, 200)
-    manager = smet.TopologyManager(model, optimizer, total_steps=9, schedule="none", density_schedule=[(2, 0.1)])
+    manager = smet.TopologyManager(
+        model, optimizer, auto_step=False, total_steps=9, schedule="none", density_schedule=[(2, 0.1)]
+    )
     step = smet.compile_train_step(model, optimizer, lambda model, x: model(x).square().mean())
     step.compile(backend="aot_eager")
     compiled = torch.compile(model, backend="aot_eager")

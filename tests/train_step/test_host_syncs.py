@@ -44,8 +44,8 @@ OF_GRADIENT_GROWTH = {
     "runtime/update.py:collect _local_scalar_dense": "the size of buffers, in the step before",
 }
 OF_A_LOOKED_AT_STEP = {
-    "runtime/optimizer_steps.py:read_scalars tolist": "whether gradients are finite; before and after it, the counts of "
-    "updates in backward",
+    "runtime/optimizer_steps.py:read_scalars tolist": "whether gradients are finite; before and after it, the counts "
+    "of updates in backward",
     "ops/sinks.py:at_first _local_scalar_dense": "these counts, where none was read before",
 }
 OF_ANOTHER_OPTIMIZER = {"runtime/fresh_state.py:first_written _local_scalar_dense": "what a fresh state holds; once"}
@@ -64,7 +64,7 @@ def single(step: int) -> Batch:
 def trained(block: int, grow: str) -> tuple[Any, Any, smet.TopologyManager]:
     model = sparse(block_shape=block).float()
     optimizer = active(model)
-    options: Any = {"total_steps": 100, "every": EVERY, "grow": grow, "schedule": "cosine"}
+    options: Any = {"total_steps": 100, "every": EVERY, "grow": grow, "schedule": "cosine", "auto_step": False}
     return model, optimizer, smet.TopologyManager(model, optimizer, **options)
 
 
@@ -121,7 +121,7 @@ def test_compiled_steps(make_optimizer: Any, of_host_tensors: int, monkeypatch: 
     monkeypatch.setenv("SMET_COMPILE_KERNEL", "torch")
     model = sparse().float()
     optimizer = make_optimizer(model)
-    manager = smet.TopologyManager(model, optimizer, total_steps=100, every=EVERY)
+    manager = smet.TopologyManager(model, optimizer, auto_step=False, total_steps=100, every=EVERY)
     step = smet.compile_train_step(model, optimizer)
     in_updates: set[str] = set()
     for number in range(2 * EVERY):

@@ -17,6 +17,7 @@ _HEADINGS = [
     "model",
     "width x layers",
     "weights if dense",
+    "bytes of text for each",
     "bytes",
     "step time",
     "loss, same tokens",
@@ -52,7 +53,7 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
             cost = measured[str(budget)][rival.name]
             tokens = best(records, study.same_tokens(scale, rival, scale.seeds[0]))
             time = best(records, study.same_time(scale, rival, cost, scale.seeds[0]))
-            rows.append(_row(rival, cost, tokens, time))
+            rows.append(_row(rival, scale, cost, tokens, time))
             bars.append((_name(rival), tokens, time))
             points += [(rival, tokens)] if tokens else []
         page.text(f"## Budget: a dense model of width {budget}, {max(r.num_bytes for r in rivals) / 1e6:.1f} MB")
@@ -78,13 +79,15 @@ def _kind(density: float, block: str) -> str:
     return f"d = {density:g}, {'single weights' if block == '1' else f'tiles of {block}'}"
 
 
-def _row(rival: study.Candidate, cost: float, tokens: float | None, time: float | None) -> list[str]:
+def _row(rival: study.Candidate, scale: Scale, cost: float, tokens: float | None, time: float | None) -> list[str]:
     from benchmarks.studies.reports.made import parameters
 
     weights = parameters(Case(shape=rival.shape, steps=1, rate=1e-3))
     losses = ["—" if each is None else f"{each:.4f}" for each in (tokens, time)]
+    text = scale.memory_steps * rival.shape.sequence * rival.shape.batch / weights
     size = f"{rival.shape.hidden} x {rival.shape.layers}"
-    return [_name(rival), size, f"{weights / 1e6:.2f}M", f"{rival.num_bytes / 1e6:.2f} MB", f"{cost:.2f}", *losses]
+    stored = f"{rival.num_bytes / 1e6:.2f} MB"
+    return [_name(rival), size, f"{weights / 1e6:.2f}M", f"{text:.1f}", stored, f"{cost:.2f}", *losses]
 
 
 def _by_bytes(points: list[tuple[study.Candidate, float]], scale: Scale):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.measuring import processor
 from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
 
@@ -16,16 +15,21 @@ def parameters(case: Case) -> int:
     return sum(p.numel() for p in build_model(case, "meta").parameters())
 
 
+UNNAMED = "AMD EPYC"
+"""The processor of all records that were made before they named it."""
+
+
 def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
     """Writes the paragraph for the page."""
     done = [records[case.key] for case in dict.fromkeys(cases) if case.key in records]
     hours = sum(record["seconds"] for record in done) / 3600
     by_shape = {case.shape: case for case in cases}
     missing = len(dict.fromkeys(cases)) - len(done)
+    processors = " and ".join(sorted({record.get("processor", UNNAMED) for record in done})) or "?"
     what = f"{len(done)} runs, {hours:.1f} hours of one thread in all"
     return (
         f"Made by `python -m benchmarks.studies {name}`: {what}{f' ({missing} runs are missing)' if missing else ''}. "
-        f"{processor()}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over bytes of "
+        f"{processors}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over bytes of "
         f"the Python standard library's source, {cases[0].shape.batch * cases[0].shape.sequence} bytes a step, "
         f"{_range([case.steps for case in cases])} steps; losses are in nats per byte on 65,000 held-out bytes, the "
         f"same for every run. Records: `docs/results/studies/{name}.jsonl`."

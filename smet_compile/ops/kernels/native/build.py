@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from smet_compile.ops.threads import warn_of_spinning
 from smet_compile.ops.torch_insides import warn_once
 
 _HERE = Path(__file__).parent
@@ -58,6 +59,7 @@ def compiler() -> list[str] | None:
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """Compiles and loads ``name``.cpp; None where that fails, with a warning unless no compiler is installed."""
+    warn_of_spinning()
     cxx = compiler()
     if cxx is None or os.name != "posix":
         if os.environ.get("CXX"):
