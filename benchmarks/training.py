@@ -15,7 +15,7 @@ from benchmarks import chosen
 from benchmarks.layer import DENSITY, Block
 from benchmarks.measuring import llama
 from smet_compile.ops import find_sites
-from smet_compile.pretrain.data import stdlib_paths
+from smet_compile.pretrain.corpus import stdlib_paths
 
 DENSE, TWO_CALLS, FUSED = "dense", "two calls", "fused update"
 BYTES = 256

@@ -24,6 +24,7 @@ from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveOptimizer
 from smet_compile.optim.parameters import check_initialised
 from smet_compile.optim.scaled_steps import scale_steps as scale_steps_of
 from smet_compile.shards import has_shards, reshard
+from smet_compile.tables import table_lines
 from smet_compile.tracing import leave_no_trace
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -48,8 +49,7 @@ class Correction:
     corrected: tuple[str, ...]
 
     def __str__(self) -> str:
-        width = max(map(len, self.sites), default=0)
-        rows = [f"{name.ljust(width)}  {reason}" for name, reason in self.sites.items()]
+        rows = table_lines(list(self.sites.items()), left=(0, 1))
         return "\n".join([*rows, f"{len(self.corrected)} of {len(self.sites)} sites are corrected"])
 
 

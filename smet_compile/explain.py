@@ -12,6 +12,7 @@ from smet_compile.notebook import frame_of, html_lines, html_table, html_view
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.shards import reshard
+from smet_compile.tables import table_lines
 from smet_compile.tracing import Captured, capture_graphs, leave_no_trace
 from smet_compile.train_step import TrainStep
 
@@ -98,9 +99,7 @@ class Explanation:
 
     def __str__(self) -> str:
         rows = [_HEADINGS, *(site.cells() for site in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *self._notes()])
+        return "\n".join([*table_lines(rows, left=range(5)), *self._notes()])
 
     def _repr_html_(self) -> str:
         rows = [site.cells() for site in self.sites]

@@ -88,16 +88,14 @@ def build_preset(
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """Says that a library of the `pretrain` extra is not installed, and how to install it."""
+    """Says that a library which the main job needs is not installed, and how to install it."""
 
 
-def require(name: str) -> ModuleType:
+def require(name: str, package: str = "'smet-compile[pretrain]'") -> ModuleType:
     """Imports module `name`, or raises `MissingExtraError` with the command that installs it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != name.partition(".")[0]:
             raise
-        raise MissingExtraError(
-            f"{name} is needed for this but not installed; run: pip install 'smet-compile[pretrain]'"
-        ) from error
+        raise MissingExtraError(f"{name} is needed for this but not installed; run: pip install {package}") from error

@@ -7,7 +7,9 @@ from functools import lru_cache
 import numpy
 import torch
 
-from smet_compile.pretrain.data import HELD_OUT_FRACTION, as_windows, open_tokenizer, read_tokens, stdlib_paths
+from smet_compile.pretrain.corpus import stdlib_paths
+from smet_compile.pretrain.data import HELD_OUT_FRACTION, as_windows, read_tokens
+from smet_compile.pretrain.tokenizer import open_tokenizer
 
 VOCABULARY = 256
 

@@ -13,6 +13,7 @@ from smet_compile.format import arguments, block_sizes, count_active, positions_
 from smet_compile.notebook import frame_of, html_lines, html_table, html_view
 from smet_compile.ops import CompactWeight, Site, find_sites
 from smet_compile.ops.sites import forget_dense, mark_dense
+from smet_compile.tables import table_lines
 
 _REASONS = "_smet_dense_reasons"
 _HEADINGS = ("weight", "shape", "block", "blocks", "active", "density", "bytes", "index bytes")
@@ -121,14 +122,14 @@ class Report:
         return [(site.name, site.correction) for site in self.sites if site.correction is not None]
 
     def __str__(self) -> str:
-        lines = [*_table([_HEADINGS, *(site.cells() for site in self.sites)]), *self._totals()]
+        lines = [*table_lines([_HEADINGS, *(site.cells() for site in self.sites)], left=(0, 1, 2)), *self._totals()]
         if corrections := self._corrections():
             rows: list[tuple[str, ...]] = [("  " + name, correction) for name, correction in corrections]
-            lines += ["gradients, for batch norm:", *_table(rows, right=())]
+            lines += ["gradients, for batch norm:", *table_lines(rows, left=range(3))]
         if self.skipped:
             lines += ["left dense:"]
             rows = [("  " + w.name, _by_x(w.shape), w.reason) for w in self.skipped]
-            lines += _table(rows, right=())
+            lines += table_lines(rows, left=range(3))
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -145,17 +146,6 @@ class Report:
 
 def _by_x(numbers: tuple[int, ...]) -> str:
     return "x".join(map(str, numbers))
-
-
-def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = (3, 4, 5, 6, 7)) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def remember_reasons(model: nn.Module, reasons: dict[str, str]) -> None:

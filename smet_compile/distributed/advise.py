@@ -19,6 +19,7 @@ from smet_compile.plan.report import Plan
 from smet_compile.plan.request import plan
 from smet_compile.plan.step_time import StepTime, step_time
 from smet_compile.plan.stored import bytes_text
+from smet_compile.tables import table_lines
 
 _HEAD = ("layout", "a rank", "fits", "compute", "links", "step", "moved", "switch", "gain a step", "gain / switch")
 _NUM_PLAIN = 6
@@ -124,15 +125,7 @@ class Advice:
     def __str__(self) -> str:
         head = list(_HEAD if self.now is not None else _HEAD[:_NUM_PLAIN])
         rows = [head, *(each.cells() for each in self.options)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self.title, "", *lines, "", self.recommendation()])
+        return "\n".join([self.title, "", *table_lines(rows), "", self.recommendation()])
 
 
 def advise(

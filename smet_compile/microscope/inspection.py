@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from smet_compile.microscope.live_paths import Reach
 from smet_compile.microscope.per_site import Cohort, DeadUnits, SiteHistory, join_cohorts
 from smet_compile.notebook import frame_of, html_lines, html_table, html_view
+from smet_compile.tables import table_lines
 
 if TYPE_CHECKING:
     import networkx
@@ -157,7 +158,7 @@ class Inspection:
         return frame_of([site.record() for site in self.sites])
 
     def __str__(self) -> str:
-        return "\n".join([*(_align(self.rows) if self.sites else []), *self.summary])
+        return "\n".join([*(table_lines(self.rows) if self.sites else []), *self.summary])
 
     def _repr_html_(self) -> str:
         title, *others = self.summary
@@ -167,16 +168,6 @@ class Inspection:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a line for each row: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *figures in rows:
-        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return lines
 
 
 def _path_line(log10_share: float | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from smet_compile.plan.per_rank import PerRank, RankCost
 from smet_compile.plan.stored import Bytes, bytes_text
+from smet_compile.tables import table_lines
 
 Row = tuple[str, str, str, str]
 _WITHOUT_RATIO = ("plain parameters", "ages", "buffers")
@@ -16,7 +17,7 @@ _USUAL_STEPS = 100
 
 def table_of(per_rank: PerRank) -> str:
     """Returns three tables: what a rank stores, what it sends in a step, and what it sends in a topology update."""
-    tables = _aligned(list(_all_rows(per_rank)))
+    tables = "\n".join(table_lines(list(_all_rows(per_rank))))
     step, update = (sum(traffic.values()) for traffic in (per_rank.sparse.traffic.step, per_rank.sparse.traffic.update))
     if step and update:
         tables += f"\nan update every {_USUAL_STEPS} steps adds {update / step / _USUAL_STEPS:.1%} to what is sent"
@@ -36,13 +37,6 @@ def _all_rows(per_rank: PerRank) -> Iterator[Row]:
         yield "sent in a topology update", "sparse", "", ""
         update = {"rows (estimate)" if kind == "rows" else kind: n for kind, n in sparse.traffic.update.items()}
         yield from _rows(_with_sum(update) | {"more to grow by gradient": sparse.traffic.growth}, {})
-
-
-def _aligned(rows: list[Row]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]).rstrip() for row in rows
-    )
 
 
 def _rows(sparse: Bytes, dense: Bytes) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stages import StagePlan, plan_stages, table_of
 from smet_compile.plan.stored import KINDS, Bytes, Recipe, Stored, bytes_text, operations_text, total_bytes
 from smet_compile.plan.timeline import Amount, LayeredTimeline, Point
+from smet_compile.tables import table_lines
 
 if TYPE_CHECKING:
     from sympy import Expr, Symbol
@@ -161,15 +162,7 @@ class Plan:
 
     def __str__(self) -> str:
         table = [_HEADINGS, *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = [self.title, ""]
-        for row in table:
-            cells = [
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        lines += ["", self.legend()]
+        lines = [self.title, "", *table_lines(table, left=(0, 1)), "", self.legend()]
         lines += ["", self.stage_table()] if self.stages else []
         lines += ["", self.rank_table()] if self.per_rank else []
         lines += [f"warning: {warning}" for warning in self.warnings]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from smet_compile.format.densities import Stage, counts_of_stages
 from smet_compile.plan.run import PlannedRun, peak_of
 from smet_compile.plan.stored import Bytes, bytes_text, total_bytes
+from smet_compile.tables import table_lines
 
 _COLUMNS = ("weights", "gradients", "moments", "ages", "index")
 
@@ -55,7 +56,6 @@ def table_of(stages: Sequence[StagePlan]) -> str:
     for stage in stages:
         parts = *(stage.stored[kind] for kind in _COLUMNS), stage.persistent, stage.peak
         rows.append((f"{stage.step:,}", f"{stage.density:.3g}", *map(bytes_text, parts)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = table_lines(rows, left=())
     highest = max(stages, key=lambda stage: stage.peak)
     return "\n".join([*lines, f"highest peak: {bytes_text(highest.peak)}, from step {highest.step:,}"])

@@ -1,16 +1,22 @@
-"""Builds the command line: `pretrain`, whose options are the fields of `RunConfig`, `plan` and `inspect`."""
+"""Builds the command line: `pretrain`, whose options are the fields of `RunConfig`, `plan`, and commands for runs."""
 
 import inspect
 import os
+import platform
 import sys
 import warnings
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+from rich.console import Console
+from rich.table import Table
+
 import smet_compile as smet
 from smet_compile.format.arguments import described
-from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError, require
+from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError
 from smet_compile.pretrain.config import (
     OPTION_TYPES,
     RunConfig,
@@ -24,12 +30,23 @@ from smet_compile.pretrain.config import (
 from smet_compile.pretrain.console import FAILED, as_cell, end_with_error, print_any_character, print_plainly
 from smet_compile.pretrain.elastic_commands import add_elastic_commands
 from smet_compile.pretrain.folder import RunFolder
-from smet_compile.pretrain.inspection import add_inspect_command
 from smet_compile.pretrain.loop import catch_interrupt, pretrain, resume
 from smet_compile.pretrain.report import summarize
+from smet_compile.pretrain.run_commands import add_run_commands
 from smet_compile.pretrain.world import is_first_process, is_reporter
 
 INTERRUPTED = 130
+FIRST_IN_PANEL = {
+    "out": "Folder",
+    "preset": "Model",
+    "method": "Sparsity",
+    "steps": "Training",
+    "every": "Topology updates",
+    "data": "Text",
+    "dtype": "Numbers and processes",
+    "seed": "Record",
+}
+"""Panels of the help by the first of their options, which follow in the order of `RunConfig`."""
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: None}
 PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("density", "FLOAT", None, "Active fraction. Default: 0.3, or what --fits finds."),
@@ -53,27 +70,33 @@ PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary"
 
 def main() -> None:
     """Runs `python -m smet_compile` and the `smet-compile` script."""
-    try:
-        make_app()()
-    except MissingExtraError as error:
-        sys.exit(f"error: {error}")
+    make_app()()
 
 
-def make_app() -> Any:
-    """Returns the typer application."""
-    typer = require("typer")
+def make_app() -> typer.Typer:
+    """Returns the application."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.callback()
-    def _about() -> None:
+    def _about(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print versions.", callback=_version, is_eager=True)
+        ] = False,
+    ) -> None:
         """Sparse training with smet_compile."""
         print_any_character()
 
-    app.command("pretrain")(_with_options(_pretrain, _pretrain_parameters(typer.Option)))
-    add_inspect_command(typer, app)
-    add_elastic_commands(typer, app)
-    app.command("plan")(_with_options(_plan, _plan_parameters(typer)))
+    app.command("pretrain")(_with_options(_pretrain, _pretrain_parameters()))
+    add_run_commands(app)
+    add_elastic_commands(app)
+    app.command("plan")(_with_options(_plan, _plan_parameters()))
     return app
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"smet-compile {smet.__version__}, Python {platform.python_version()}, torch {version('torch')}")
+        raise typer.Exit
 
 
 def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
@@ -92,22 +115,25 @@ def _parameter(name: str, kind: Any, declared: Any, default: Any = None) -> insp
     )
 
 
-def _pretrain_parameters(option: Any) -> list[inspect.Parameter]:
+def _pretrain_parameters() -> list[inspect.Parameter]:
     """Returns two paths and an option per field of `RunConfig`."""
     paths = {
-        "out": "Folder of the new run. Default: runs/PRESET-METHOD.",
+        "out": "Folder of the new run. Default: runs/SHAPE-METHOD.",
         "resume": "Go on with the run in this folder; takes no other option but --shard.",
     }
     declared: dict[str, tuple[Any, str]] = {name: ("PATH", text) for name, text in paths.items()}
     declared |= {item.name: (METAVARS[OPTION_TYPES[item.name]], item.metadata["help"]) for item in fields(RunConfig)}
-    return [
-        _parameter(name, (str if metavar else bool) | None, option(help=text, show_default=False, metavar=metavar))
-        for name, (metavar, text) in declared.items()
-    ]
+    parameters, panel = [], ""
+    for name, (metavar, text) in declared.items():
+        panel = FIRST_IN_PANEL.get(name, panel)
+        flag = [] if metavar else [option_name(name)]  # without it, typer adds a --no- beside it
+        option = typer.Option(*flag, help=text, show_default=False, metavar=metavar, rich_help_panel=panel)
+        parameters.append(_parameter(name, (str if metavar else bool) | None, option))
+    return parameters
 
 
 def _pretrain(**options: Any) -> None:
-    """Pre-train a LLaMA with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
+    """Pre-train a language model with sparse weights; metrics, checkpoints, plots and report.md go into a folder."""
     given = {name: value for name, value in options.items() if value is not None}
     try:
         folder, finished, prints = _run(given)
@@ -141,7 +167,7 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool, bool]:
         config = folder.open()
     else:
         config = resolve(**{name: from_text(value, OPTION_TYPES[name]) for name, value in given.items()})
-        folder = RunFolder(out or Path("runs") / f"{config.preset}-{config.method}")
+        folder = RunFolder(out or Path("runs") / f"{config.shape_name}-{config.method}")
         if not config.elastic:
             folder.expect_free()
     with catch_interrupt() as interrupt:
@@ -158,7 +184,7 @@ def _path(name: str, text: str | None) -> Path | None:
     return None if text is None else Path(check_text(option_name(name), text))
 
 
-def _plan_parameters(typer: Any) -> list[inspect.Parameter]:
+def _plan_parameters() -> list[inspect.Parameter]:
     """Returns the preset as an argument and an option per row of `PLAN_OPTIONS`; those that are False are flags."""
     models = typer.Argument(help=f"Model shape: {', '.join(PRESETS)}.")
     parameters = [_parameter("preset", str, models, inspect.Parameter.empty)]
@@ -220,12 +246,12 @@ def _print_plan(plan: smet.Plan) -> None:
         print(plan)
         return
     title = as_cell(plan.title, "table.title")
-    table = require("rich.table").Table("", "formula", title=title, title_justify="left")
+    table = Table("", "formula", title=title, title_justify="left")
     for heading in ("sparse", "dense", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in plan.rows():
         table.add_row(*map(as_cell, row))
-    console = require("rich.console").Console()
+    console = Console()
     console.print(table)
     print_plainly(console, plan.legend())
     if plan.stages:

@@ -4,19 +4,24 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
+from smet_compile.convert.distribution import Distribution
 from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.format.patterns import check_pattern, n_of_m
 from smet_compile.presets import PRESETS, find_preset
+from smet_compile.pretrain.model_config import NO_MODEL, name_of_model, read_model_config
 from smet_compile.runtime.policies import GrowName
 from smet_compile.runtime.schedules import DEFAULT_SCHEDULE, SCHEDULES, Schedule, find_min_age
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOMENT_DTYPES: dict[str, Any] = {**DTYPES, "int8": "int8"}
+DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
+GROWTHS: tuple[str, ...] = get_args(GrowName)
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 LONGEST_SIDE = 65_536
 ADVICE = {int: "pass a whole number such as 400", float: "pass a number such as 0.3"}
 DIGITS = {
@@ -28,7 +33,7 @@ MOST_DIGITS = 80
 
 @dataclass(frozen=True)
 class Method:
-    """Describes a training method: `grow` goes to `TopologyManager`; `naive` picks `NaiveAdamW`."""
+    """Describes a training method: `grow` is the default of `--grow`; `naive` picks `NaiveAdamW`."""
 
     grow: GrowName = "random"
     naive: bool = False
@@ -65,9 +70,15 @@ class RunConfig:
     """Holds all settings of a pre-training run, checked at construction; `resolve` fills in those that are left out."""
 
     preset: str = _option(f"Model shape: {', '.join(PRESETS)}. Default: tiny.", known=PRESETS)
+    model: str = _option(
+        "config.json of any Hugging Face causal model, for its shape; --preset then gives steps, batch and rate."
+    )
     method: str = _option(f"Training method: {', '.join(METHODS)}. Default: smet.", known=METHODS)
     density: float = _option("Active fraction of each sparse weight, in (0, 1]. Default: 0.3.", above=0, at_most=1)
     block: str = _option("Block of sparsity: 1 (single weights), 16 (16x16 tiles), 1x16 (runs). Default: 1.")
+    distribution: str = _option(
+        f"How layers share the density out: {', '.join(DISTRIBUTIONS)}. Default: uniform.", known=DISTRIBUTIONS
+    )
     steps: int = _option("Optimizer steps. Default: by preset.", at_least=1)
     batch: int = _option("Sequences in a micro-batch. Default: by preset.", at_least=1)
     accumulate: int = _option("Micro-batches in a step. Default: by preset.", at_least=1)
@@ -78,6 +89,7 @@ class RunConfig:
     )
     lr_density_exponent: float = _option("p: a weight of density d trains at lr / d**p. Default: 1.")
     weight_decay: float = _option("Decoupled weight decay of matrices. Default: 0.", at_least=0)
+    clip: float = _option("Largest norm of all gradients together; 0 clips none. Default: 0.", at_least=0)
     warmup: int = _option("Learning-rate warm-up in steps. Default: 5% of --steps.", at_least=0)
     every: int = _option("Steps between topology updates. Default: 100, less in runs under 1600 steps.", at_least=1)
     block_warmup: int = _option("Warm-up of a grown block in steps (smet). Default: --every.", at_least=0)
@@ -92,9 +104,13 @@ class RunConfig:
         f"How that share falls: {', '.join(SCHEDULES)} (it stays). Default: cosine; none for static, smet with tiles.",
         known=SCHEDULES,
     )
+    grow: str = _option(
+        f"How new blocks are chosen: {', '.join(GROWTHS)}. Default: random, gradient for -rigl.", known=GROWTHS
+    )
     min_age: int = _option("Steps for which a grown block is not dropped. Default: 2 updates, if they fit.", at_least=0)
     pattern: str = _option("Which blocks may be active: none, fan_in, or N:M such as 2:4. Default: none.")
-    data: str = _option("stdlib, text:GLOB or hf:NAME[:CONFIG]. Default: stdlib.")
+    data: str = _option("stdlib, text:GLOB, or hf:NAME[:CONFIG], a data set or folder to stream. Default: stdlib.")
+    column: str = _option("Column of hf: data that holds the text. Default: text.")
     tokenizer: str = _option("bytes, or the path of a Hugging Face tokenizer. Default: bytes.")
     dtype: str = _option(f"Weights: {', '.join(DTYPES)}. Default: float32.", known=DTYPES)
     moment_dtype: str = _option(
@@ -115,6 +131,7 @@ class RunConfig:
     )
     eager: bool = _option("Train without torch.compile: no compile time, more memory. Default: compiled.")
     seed: int = _option("Seed of weights, topology and batches. Default: 0.", at_least=0)
+    log: str = _option(f"Where metrics go, too: {', '.join(TRACKERS)}. Default: none.", known=TRACKERS)
     save_every: int = _option("Steps between checkpoints. Default: 10% of --steps, at most 1000.", at_least=1)
     eval_every: int = _option("Steps between validations. Default: 10% of --steps, at most 1000.", at_least=1)
     eval_windows: int = _option("Sequences of held-out text in a validation. Default: 256.", at_least=1)
@@ -122,6 +139,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in OPTION_TYPES:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        object.__setattr__(self, "model", read_model_config(self.model))
         parse_block(self.block, "--block")
         if self.method == STATIC and self.schedule != "none":
             raise ValueError(
@@ -145,6 +163,11 @@ class RunConfig:
                 f"--shard: expected tp=N with an N that divides the run's {self.slabs} slabs, got {self.shard}; pass "
                 "another N, or begin a new run with --slabs"
             )
+
+    @property
+    def shape_name(self) -> str:
+        """Returns the name of the model's shape: the preset, or the kind of model that `model` describes."""
+        return self.preset if self.model == NO_MODEL else name_of_model(self.model)
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -262,6 +285,11 @@ def _default_schedule(given: dict[str, Any]) -> str:
     return "none" if stays else DEFAULT_SCHEDULE
 
 
+def _default_growth(given: dict[str, Any]) -> str:
+    method = METHODS.get(given.get("method", "smet"))
+    return method.grow if method else "random"
+
+
 def _default_min_age(every: int, given: dict[str, Any]) -> int:
     fractions = given.get("drop_fraction", 0.2), given.get("final_drop_fraction", 0.005)
     return find_min_age(None, Schedule(every, 0.0, *fractions))
@@ -286,16 +314,17 @@ def resolve(**given: Any) -> RunConfig:
     every = given.get("every", max(1, min(100, steps // 16)))
     tenth = max(1, min(1000, steps // 10))
     defaults = {
-        "preset": "tiny", "method": "smet", "density": _default_density(given), "block": "1",
-        "steps": steps, "batch": preset.batch, "accumulate": preset.accumulate, "sequence": preset.sequence,
-        "lr": preset.lr, "embedding_lr": given.get("lr", preset.lr), "lr_density_exponent": 1.0,
-        "weight_decay": 0.0, "warmup": steps // 20,
+        "preset": "tiny", "method": "smet", "model": NO_MODEL, "density": _default_density(given), "block": "1",
+        "distribution": "uniform", "steps": steps, "batch": preset.batch, "accumulate": preset.accumulate,
+        "sequence": preset.sequence, "lr": preset.lr, "embedding_lr": given.get("lr", preset.lr),
+        "lr_density_exponent": 1.0, "weight_decay": 0.0, "clip": 0.0, "warmup": steps // 20,
         "every": every, "block_warmup": every, "initial_block_warmup": given.get("block_warmup", every),
         "drop_fraction": 0.2, "final_drop_fraction": 0.005, "schedule": _default_schedule(given),
-        "min_age": _default_min_age(every, given), "pattern": "none", "data": "stdlib", "tokenizer": "bytes",
+        "grow": _default_growth(given), "min_age": _default_min_age(every, given), "pattern": "none",
+        "data": "stdlib", "column": "text", "tokenizer": "bytes",
         "dtype": "float32", "moment_dtype": given.get("dtype", "float32"),
         "device": "cuda" if torch.cuda.is_available() else "cpu", "shard": "fsdp" if given.get("elastic") else "none",
-        "slabs": _default_slabs(given), "elastic": False, "eager": False, "seed": 0,
+        "slabs": _default_slabs(given), "elastic": False, "eager": False, "seed": 0, "log": "none",
         "save_every": tenth, "eval_every": tenth, "eval_windows": 256,
     }  # fmt: skip
     config = RunConfig(**(defaults | given))

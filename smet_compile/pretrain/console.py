@@ -6,16 +6,21 @@ and then elsewhere.
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any, NoReturn, Protocol
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from smet_compile.microscope import dead_units
 from smet_compile.ops import find_sites
-from smet_compile.presets import require
+from smet_compile.tables import table_lines
 
 PLAIN_LINES = 20
 PLAIN_SECONDS = 30.0
@@ -28,9 +33,29 @@ def print_plainly(console: Any, text: str) -> None:
     console.print(as_cell(text), soft_wrap=True)
 
 
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows, headings first, as a table of the terminal's width, and as plain text where there is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        print("\n".join(table_lines(rows)))
+        return
+    table = Table(header_style="bold")
+    for number, title in enumerate(rows[0]):
+        table.add_column(as_cell(title), justify="right" if number else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(as_cell, row))
+    console.print(table)
+
+
+def print_line(text: str) -> None:
+    """Prints a line, broken between words where a terminal is narrower."""
+    console = Console()
+    console.print(as_cell(text), soft_wrap=not console.is_terminal)
+
+
 def as_cell(text: str, style: str = "") -> Any:
     """Returns `text` for a cell or a title of a rich table, in which square brackets are square brackets."""
-    return require("rich.text").Text(text, style)
+    return Text(text, style)
 
 
 def end_with_error(error: Exception) -> NoReturn:
@@ -60,10 +85,10 @@ class Status:
         return f"loss {self.loss:.3f}  {self.tokens_per_second:,.0f} tok/s  density {self.density:.3f}  {update}"
 
 
-class Progress(Protocol):
+class Display(Protocol):
     """Shows a `Status` after each step, between `with` and its end."""
 
-    def __enter__(self) -> "Progress": ...
+    def __enter__(self) -> "Display": ...
 
     def __exit__(self, *error: object) -> None: ...
 
@@ -73,16 +98,18 @@ class Progress(Protocol):
 
 
 class LiveProgress(AbstractContextManager["LiveProgress"]):
-    """Shows a bar that rewrites its line."""
+    """Shows a bar with the time that is left, and the status in a line below, as wide as the terminal."""
 
     def __init__(self, console: Any, first: int, steps: int) -> None:
-        bars = require("rich.progress")
-        columns = (
-            bars.BarColumn(bar_width=8),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.description}", markup=False),
+        self._bar = _BarOverStatus(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
         )
-        self._bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task("starting", total=steps, completed=first)
 
     def __enter__(self) -> "LiveProgress":
@@ -95,6 +122,15 @@ class LiveProgress(AbstractContextManager["LiveProgress"]):
     def update(self, status: Status) -> None:
         """Moves the bar."""
         self._bar.update(self._task, completed=status.step, description=str(status))
+
+
+class _BarOverStatus(Progress):
+    """Draws the bar of its task, and the description below it."""
+
+    def get_renderables(self) -> Iterable[Any]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield as_cell(task.description)
 
 
 class PlainProgress(AbstractContextManager["PlainProgress"]):
@@ -115,7 +151,7 @@ class PlainProgress(AbstractContextManager["PlainProgress"]):
             self._printed = time.monotonic()
 
 
-def open_progress(console: Any, first: int, steps: int) -> Progress:
+def open_progress(console: Any, first: int, steps: int) -> Display:
     """Returns the progress display that suits the console (a `rich.console.Console`)."""
     return (LiveProgress if console.is_terminal else PlainProgress)(console, first, steps)
 

@@ -5,13 +5,9 @@ checkpoint can hold.
 """
 
 import hashlib
-import os
-import random
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from glob import glob
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,78 +19,12 @@ import torch
 from smet_compile.format.arguments import described
 from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
+from smet_compile.pretrain.corpus import read_texts, stdlib_paths, text_paths
 from smet_compile.pretrain.memory import expect_room_for_windows
+from smet_compile.pretrain.tokenizer import Tokenizer
 
 DATA_KINDS = "stdlib, text:GLOB or hf:NAME[:CONFIG]"
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 HELD_OUT_FRACTION = 0.05
-
-
-class Tokenizer(Protocol):
-    """Turns text into token numbers; `encode` ends each document with a separator token."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> numpy.ndarray:
-        """Returns the tokens of one document, (T,), in the smallest unsigned type that holds the vocabulary."""
-        ...
-
-
-class ByteTokenizer:
-    """Takes UTF-8 bytes as tokens; documents end in a zero byte, which text does not contain."""
-
-    vocab_size = 256
-
-    def encode(self, text: str) -> numpy.ndarray:
-        """Returns the bytes of `text` and a closing zero, (T,) uint8."""
-        return numpy.frombuffer(text.encode(errors="replace") + b"\0", dtype=numpy.uint8)
-
-
-class FileTokenizer:
-    """Reads a Hugging Face tokenizer from a folder or a `tokenizer.json`."""
-
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = _load_tokenizer(path)
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may leave some out
-        if not self.vocab_size:
-            raise ValueError(
-                f"--tokenizer: expected a tokenizer with a vocabulary in {path}, got an empty one; train it first"
-            )
-        self._dtype = numpy.min_scalar_type(self.vocab_size - 1)
-        self._end = self._tokenizer.eos_token_id
-
-    def encode(self, text: str) -> numpy.ndarray:
-        """Returns the tokens of `text` and the tokenizer's end-of-text token where it has one, (T,)."""
-        try:
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:
-            raise ValueError(
-                f"--tokenizer: expected a tokenizer that takes any text, got {error}; give it an unknown token"
-            ) from error
-        return numpy.array(tokens if self._end is None else [*tokens, self._end], dtype=self._dtype)
-
-
-def _load_tokenizer(path: Path) -> Any:
-    transformers = require("transformers")
-    try:
-        if path.is_file():
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"--tokenizer: expected a Hugging Face tokenizer in {path}, got {error}; "
-            "pass its folder or its tokenizer.json"
-        ) from error
-
-
-def open_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer called `name`: "bytes", or a path; a ValueError if there is nothing at the path."""
-    if name == "bytes":
-        return ByteTokenizer()
-    path = Path(name)
-    if not os.path.exists(path):
-        raise ValueError(f"--tokenizer: expected bytes or an existing path, got {name!r}; check the path")
-    return FileTokenizer(path)
 
 
 class Source(Protocol):
@@ -136,40 +66,14 @@ def open_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
     return Data(*split_tokens(read_tokens(paths, tokenizer), config))
 
 
-def stdlib_paths() -> list[Path]:
-    """Returns the Python files of the standard library, without tests and installed packages, sorted."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
-
-
-def text_paths(pattern: str) -> list[Path]:
-    """Returns the files that match the glob `pattern`, sorted; a ValueError if there are none."""
-    paths = sorted(Path(name) for name in glob(pattern, recursive=True) if os.path.isfile(name))
-    if not paths:
-        found = "a folder; add /*.txt, say" if os.path.isdir(pattern) else "none; check the path and quote the glob"
-        raise ValueError(f"--data: expected files that match {pattern!r}, got {found}")
-    return paths
-
-
-def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> numpy.ndarray:
+def read_tokens(paths: Sequence[Path], tokenizer: Tokenizer) -> numpy.ndarray:
     """Returns the tokens of all files, (T,), in an order that is mixed but always the same."""
-    datasets = require("datasets")
-    mixed = random.Random(0).sample(paths, len(paths))
-    files = datasets.Dataset.from_dict({"path": [os.fsencode(path) for path in mixed]}).to_iterable_dataset()
-    return numpy.concatenate([tokenizer.encode(example["text"]) for example in files.map(_read_text)])
-
-
-def _read_text(example: dict[str, bytes]) -> dict[str, str]:
-    path = os.fsdecode(example["path"])
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(
-            f"--data: expected files that can be read, got {path} ({error.strerror}); leave that file out"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"--data: expected text in UTF-8, got {path}, which holds NUL characters; leave that file out")
-    return {"text": text}
+    joined, kind = bytearray(), numpy.dtype(numpy.uint8)  # grows in place, where joining parts takes twice the memory
+    for text in read_texts(paths):
+        tokens = tokenizer.encode(text)
+        joined += tokens.data
+        kind = tokens.dtype
+    return numpy.frombuffer(joined, kind)
 
 
 class WindowSource:
@@ -221,14 +125,14 @@ def split_tokens(tokens: numpy.ndarray, config: RunConfig) -> tuple[WindowSource
     windows = as_windows(rest, config.sequence)
     spaced = numpy.linspace(0, len(windows) - 1, min(config.eval_windows, len(windows))).astype(int)
     validation = torch.from_numpy(windows[spaced].astype(numpy.int64))
-    return WindowSource(train, config), validation, hashlib.sha256(tokens.tobytes()).hexdigest()
+    return WindowSource(train, config), validation, hashlib.sha256(tokens.data).hexdigest()
 
 
 class StreamSource:
     """Packs the documents of an `IterableDataset` into windows; starts over at the end of the stream."""
 
     def __init__(self, dataset: Any, tokenizer: Tokenizer, config: RunConfig) -> None:
-        self._dataset, self._tokenizer = dataset, tokenizer
+        self._dataset, self._tokenizer, self._column = dataset, tokenizer, config.column
         self._batch_shape = (config.accumulate, config.batch, config.sequence)
         self._left = numpy.zeros(0, dtype=numpy.int64)
         self._documents = self._read()
@@ -237,7 +141,7 @@ class StreamSource:
         for epoch in count(self._dataset.epoch):
             self._dataset.set_epoch(epoch)
             empty = True
-            for text in _texts(self._dataset):
+            for text in _texts(self._dataset, self._column):
                 empty = False
                 yield self._tokenizer.encode(text).astype(numpy.int64)
             if empty and not len(self._left):
@@ -273,7 +177,7 @@ class StreamSource:
         self._documents = self._read()
 
 
-def _texts(dataset: Any) -> Iterator[str]:
+def _texts(dataset: Any, column: str) -> Iterator[str]:
     """Yields the documents of a stream; ValueError where one cannot be read or holds no text."""
     examples = iter(dataset)
     while True:
@@ -283,13 +187,13 @@ def _texts(dataset: Any) -> Iterator[str]:
             return
         except Exception as error:
             raise ValueError(f"--data: the stream could not be read ({error}); check files and network") from error
-        if "text" not in example:
+        if column not in example:
             columns = ", ".join(map(str, example))
-            raise ValueError(f"--data: expected a column called text, got {columns}; rename the one to train on")
-        if not isinstance(example["text"], str):
-            found = described(example["text"])
-            raise ValueError(f"--data: expected text in the column text, got {found}; leave such rows out")
-        yield example["text"]
+            raise ValueError(f"--column: expected one of {columns}, got {column}; name the one to train on")
+        if not isinstance(example[column], str):
+            found = described(example[column])
+            raise ValueError(f"--data: expected text in the column {column}, got {found}; leave such rows out")
+        yield example[column]
 
 
 def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[StreamSource, torch.Tensor]:
@@ -313,7 +217,7 @@ def open_stream(spec: str, config: RunConfig, tokenizer: Tokenizer) -> tuple[Str
 
 
 def _load_splits(name: str, variant: str | None) -> dict[str, Any]:
-    datasets = require("datasets")
+    datasets = require("datasets", "'smet-compile[hub]'")
     try:
         with TemporaryDirectory() as cache:
             return dict(datasets.load_dataset(name, variant, streaming=True, cache_dir=cache))
@@ -327,7 +231,7 @@ def _load_splits(name: str, variant: str | None) -> dict[str, Any]:
 def _read_validation(dataset: Any, config: RunConfig, tokenizer: Tokenizer) -> tuple[torch.Tensor, int]:
     wanted = config.eval_windows * config.sequence
     parts: list[numpy.ndarray] = []
-    for text in _texts(dataset):
+    for text in _texts(dataset, config.column):
         parts.append(tokenizer.encode(text).astype(numpy.int64))
         if sum(map(len, parts)) >= wanted:
             break

@@ -15,12 +15,14 @@ import smet_compile as smet
 from smet_compile.distributed import Blueprint, Change, LostRun, World, WorldOptions, ask, begin_group
 from smet_compile.pretrain.config import DTYPES, METHODS, RunConfig
 from smet_compile.pretrain.console import DeadUnitWarning, open_progress, print_plainly
-from smet_compile.pretrain.data import open_data, open_tokenizer
+from smet_compile.pretrain.data import open_data
 from smet_compile.pretrain.folder import RunFolder, RunLock, write_atomically
 from smet_compile.pretrain.loop import Run, StepLoop, Stop, explaining_failed_writes, open_console, restore_run
 from smet_compile.pretrain.mesh_text import MeshText, fitting_mesh, parse_mesh
 from smet_compile.pretrain.metrics import MetricsLog, NoLog, is_finished, mend_metrics
 from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.tokenizer import open_tokenizer
+from smet_compile.pretrain.trackers import expect_tracker, open_log
 from smet_compile.pretrain.training import (
     Training,
     TwoCallStep,
@@ -48,6 +50,7 @@ class ElasticRun:
             raise ValueError(f"--elastic: expected a sparse method, got {config.method}; pass --method smet")
         self._config, self._folder, self._stop = config, folder, stop
         self._given_console = console
+        expect_tracker(config.log)
         self._tokenizer = open_tokenizer(config.tokenizer)
         self._data = open_data(config, self._tokenizer)
         self._files = ExitStack()
@@ -152,18 +155,17 @@ class ElasticRun:
         with world.together():
             if world.is_first:
                 _enter_when_free(self._files, lock)
-        training = Training(
-            own.model, own.optimizer, own.manager, TwoCallStep(own.model, own.optimizer, config.accumulate), world
-        )
+        training = Training(own.model, own.optimizer, own.manager, TwoCallStep(own.model, own.optimizer, config), world)
         training.peak_rates = self._peak_rates
         return Run(world, self._folder, lock, config, self._tokenizer, self._data, training)
 
     def _open_loop(self, run: Run, first: int) -> None:
         """Opens the log and the display, on the first rank, and says where others find the run."""
         console = open_console(run.world, self._given_console)
-        log: MetricsLog = self._files.enter_context(MetricsLog(self._folder.metrics) if self.is_first else NoLog())
+        opened = open_log(self._folder, self._config, first) if self.is_first else NoLog()
+        log: MetricsLog = self._files.enter_context(opened)
         progress = self._files.enter_context(open_progress(console, first, self._config.steps))
-        self._loop = StepLoop(run, log, progress, DeadUnitWarning(console))
+        self._loop = StepLoop(run, first, log, progress, DeadUnitWarning(console))
         if self.is_first:
             about = {"address": self._world.address, "layout": str(self._mesh), "ranks": own_ranks(self._world)}
             write_atomically(self._folder.path / "world.json", lambda path: path.write_text(json.dumps(about) + "\n"))

@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
+
+import typer
 
 from smet_compile.format.arguments import described
 from smet_compile.presets import MissingExtraError
@@ -11,7 +13,7 @@ from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.loop import catch_interrupt
 
 
-def add_elastic_commands(typer: Any, app: Any) -> None:
+def add_elastic_commands(app: typer.Typer) -> None:
     """Adds both commands to the typer application."""
     folder = typer.Argument(help="Folder of a run that was begun with --elastic.", metavar="RUN", show_default=False)
     layout = typer.Argument(help='Such as "fsdp=4", "hsdp=2,fsdp=2" or "fsdp=2,tp=2".', show_default=False)

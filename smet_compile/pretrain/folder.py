@@ -26,6 +26,8 @@ from smet_compile.pretrain.world import start_command
 
 LOCK_MARK = "smet_compile pretrain"
 MOST_LOCK_BYTES = 500
+FIRST_OPTIONS = ("preset", "method", "density", "block", "steps", "batch", "sequence", "lr", "every", "seed")
+"""Options that every version has written: a file with fewer than half of them is not that of a run."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -65,16 +67,21 @@ def write_config(path: Path, config: RunConfig) -> None:
 def read_config(path: Path) -> RunConfig:
     """Returns the config that `write_config` wrote, in this version or an older one.
 
-    An option that is missing, such as one that was added later, gets the default that follows from the others. Raises
-    ValueError, which names the file and the option, for unknown options (of a newer version) and wrong values.
+    An option that is missing, such as one that was added later, gets the default that follows from the others: an
+    option is added with the default under which older runs go on as they were. Raises ValueError, which names the file
+    and the option, for unknown options (of a newer version), wrong values, and a file that is no run's.
     """
     values = _read_json(path)
-    wrong = set(values) - OPTION_TYPES.keys()
-    if 2 * len(values) < len(OPTION_TYPES):
-        wrong |= OPTION_TYPES.keys() - set(values)
-    if wrong:
-        raise ValueError(f"{path}: expected exactly the options of this version, got another set "
-                         f"({', '.join(sorted(wrong))}); resume with the version that wrote it")  # fmt: skip
+    missing = [name for name in FIRST_OPTIONS if name not in values]
+    if 2 * len(missing) > len(FIRST_OPTIONS):
+        raise ValueError(f"{path}: expected the options of a run, got a file without {', '.join(missing)}; restore it")
+    unknown = {name: value for name, value in values.items() if name not in OPTION_TYPES}
+    if unknown:
+        named = ", ".join(f"{name}: {described(value)}" for name, value in sorted(unknown.items()))
+        raise ValueError(
+            f"{path}: expected options that this version knows, got {named}; resume with the version that wrote them, "
+            "or take them out of the file to go on without them"
+        )
     try:
         return resolve(**values)
     except ValueError as error:

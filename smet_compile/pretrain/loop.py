@@ -9,21 +9,24 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import smet_compile as smet
 from smet_compile.format.arguments import described
-from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
-from smet_compile.pretrain.console import DeadUnitWarning, Progress, Status, open_progress, print_plainly
-from smet_compile.pretrain.data import Data, Tokenizer, open_data, open_tokenizer
+from smet_compile.pretrain.console import DeadUnitWarning, Display, Status, open_progress, print_plainly
+from smet_compile.pretrain.data import Data, open_data
 from smet_compile.pretrain.folder import RunFolder, RunLock
 from smet_compile.pretrain.memory import expect_enough_memory, explaining_lack_of_memory, measure
 from smet_compile.pretrain.metrics import MetricsLog, NoLog, event_values, is_finished, mend_metrics, read_metrics
 from smet_compile.pretrain.report import write_report
+from smet_compile.pretrain.tokenizer import Tokenizer, open_tokenizer
+from smet_compile.pretrain.trackers import expect_tracker, open_log
 from smet_compile.pretrain.training import (
     Training,
     build_training,
     expect_device,
-    learning_rate,
+    rate_schedule,
     train_step,
     validation_loss,
 )
@@ -121,7 +124,7 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
     console = open_console(world, console)
     with explaining_failed_writes(run.folder), explaining_lack_of_memory():
         warning = world.on_first(lambda: mend_metrics(run.folder.metrics, first, manager.history if manager else ()))
-        with _open_log(run) as log:
+        with _open_log(run, first) as log:
             print_plainly(console, headline(run, first))
             if world.replicas is not None and not run.config.eager:
                 print_plainly(console, "a sharded run does not compile its step yet: it trains as with --eager")
@@ -140,17 +143,16 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
 
 def open_console(world: World, console: Any) -> Any:
     """Returns the console to print to: a deaf one on a rank that is not the first."""
-    make = require("rich.console").Console
-    return (console or make()) if world.is_first else make(quiet=True, file=StringIO())
+    return (console or Console()) if world.is_first else Console(quiet=True, file=StringIO())
 
 
-def _open_log(run: Run) -> MetricsLog:
+def _open_log(run: Run, first: int) -> MetricsLog:
     with run.world.together():
-        return MetricsLog(run.folder.metrics) if run.world.is_first else NoLog()
+        return open_log(run.folder, run.config, first) if run.world.is_first else NoLog()
 
 
-def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> bool:
-    steps = StepLoop(run, log, progress, dead_units)
+def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> bool:
+    steps = StepLoop(run, first, log, progress, dead_units)
     for step in range(first + 1, run.config.steps + 1):
         if steps.take(step, stop):
             return False
@@ -159,12 +161,13 @@ def _train(run: Run, first: int, stop: Stop, log: MetricsLog, progress: Progress
 
 
 class StepLoop:
-    """Takes the steps of a run, and notes, shows, validates and saves what they do."""
+    """Takes the steps of a run after the first `first` ones, and notes, shows, validates and saves what they do."""
 
-    def __init__(self, run: Run, log: MetricsLog, progress: Progress, dead_units: DeadUnitWarning) -> None:
+    def __init__(self, run: Run, first: int, log: MetricsLog, progress: Display, dead_units: DeadUnitWarning) -> None:
         self._run, self._log, self._progress, self._dead_units = run, log, progress, dead_units
         run.training.model.train()
         self._density, self._speed = active_fraction(run.training), 0.0
+        self._schedule = rate_schedule(run.training, run.config, first)
         metrics = run.folder.metrics
         self._known = run.world.on_first(lambda: {(each["kind"], each["step"]) for each in read_metrics(metrics)})
         self._is_measured = any(kind == "bytes" for kind, _ in self._known)
@@ -173,9 +176,10 @@ class StepLoop:
         """Takes one step, counted from 1; returns whether to stop after it."""
         run, log, config, training = self._run, self._log, self._run.config, self._run.training
         began = time.perf_counter()
-        rate = learning_rate(config, step - 1)
+        rate = self._schedule.get_last_lr()[0]
         batch = run.world.rows_of(run.data.train.batch(step - 1)).to(config.device)
-        loss, event = train_step(training, batch, rate)
+        loss, event = train_step(training, batch)
+        self._schedule.step()
         seconds = time.perf_counter() - began
         self._speed = _smoothed(self._speed, config.step_tokens / seconds)
         with run.world.together():
@@ -183,6 +187,8 @@ class StepLoop:
             if event is not None:
                 log.write("topology", step, event=event_values(event))
                 self._density = active_fraction(training)
+                if config.log != "none" and training.manager is not None:
+                    log.track(step, {f"smet/{name}": value for name, value in training.manager.metrics().items()})
                 self._dead_units.check(training.model)
             next_update = training.manager.next_update if training.manager else None
             self._progress.update(Status(step, loss, self._speed, self._density, next_update))
@@ -228,6 +234,7 @@ def build_run(world: World, folder: RunFolder, lock: RunLock, config: RunConfig)
     with explaining_lack_of_memory():
         with world.together():
             expect_device(config.device)
+            expect_tracker(config.log)
             tokenizer = open_tokenizer(config.tokenizer)
             data = open_data(config, tokenizer)
             expect_enough_memory(config, tokenizer.vocab_size, world.size)
@@ -280,7 +287,7 @@ def headline(run: Run, first: int) -> str:
     config = run.config
     ranks = "" if run.world.replicas is None else f", {config.shard} on {run.world}"
     return (
-        f"{config.preset}, {config.method}: {weights:,} stored weights{ranks}, {config.data}, {start}, in "
+        f"{config.shape_name}, {config.method}: {weights:,} stored weights{ranks}, {config.data}, {start}, in "
         f"{run.folder.path}"
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from smet_compile.presets import find_preset
 from smet_compile.pretrain.config import DTYPES, RunConfig
+from smet_compile.pretrain.model_config import NO_MODEL, num_layers_of
 from smet_compile.pretrain.training import GradientBytes, Training, build_model, dense_optimizer
 
 BYTE_KINDS = ("weights", "gradients", "moments", "index", "ages")
@@ -80,9 +81,14 @@ def expect_enough_memory(config: RunConfig, vocab_size: int, num_ranks: int = 1)
 
     `num_ranks` processes, each with a device of its own, share a micro-batch.
     """
-    preset, (rows, columns) = find_preset(config.preset), config.block_shape
+    (rows, columns), own = config.block_shape, config.model != NO_MODEL
+    if not config.elastic:
+        weights = sum(parameter.nbytes for parameter in build_model(config, vocab_size, "meta").parameters())
+        name = "--model" if own else "--preset"
+        _expect_room(name, "the dense weights, from which sparse ones are made,", weights, _device_bytes(config.device))
+    num_layers = num_layers_of(config.model) if own else find_preset(config.preset).layers
     logits = config.batch // num_ranks * config.sequence * vocab_size * DTYPES[config.dtype].itemsize
-    blocks = preset.layers * SPARSE_WEIGHTS_IN_LAYER * rows * columns * DTYPES[config.dtype].itemsize
+    blocks = num_layers * SPARSE_WEIGHTS_IN_LAYER * rows * columns * DTYPES[config.dtype].itemsize
     _expect_room("--batch x --sequence", "the logits of a micro-batch", logits, _device_bytes(config.device))
     _expect_room("--block", "one block of each sparse weight", blocks, _device_bytes(config.device))
     _expect_room(

@@ -111,6 +111,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def track(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Does nothing: a file takes records alone."""
+
     def sync(self) -> None:
         """Returns when all that was written is on disk: a checkpoint is never ahead of its log."""
         self.expect_in_place()

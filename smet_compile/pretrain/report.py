@@ -1,20 +1,15 @@
-"""Makes report.md and the plots of a run from its folder alone."""
+"""Makes report.md of a run, with its plots, from its folder alone."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-from smet_compile.presets import require
 from smet_compile.pretrain.config import RunConfig
 from smet_compile.pretrain.folder import RunFolder, read_config, write_atomically
 from smet_compile.pretrain.memory import BYTE_KINDS
 from smet_compile.pretrain.metrics import Record, count_steps, of_kind, ranges_text, read_metrics, steps_without_record
+from smet_compile.pretrain.model_config import NO_MODEL
+from smet_compile.pretrain.plots import CAPTIONS, draw_plots
 
-CAPTIONS = {
-    "loss.png": "Loss; dotted lines are topology updates",
-    "churn.png": "Blocks moved by each topology update, by layer",
-    "bytes.png": "Bytes by kind beside dense AdamW",
-}
 COLUMNS = (
     "The last five columns are means over the layers: the share, in what was dropped, of newcomers that no earlier "
     "update could have dropped; the share of the blocks grown two updates before that are still active; the age of "
@@ -24,7 +19,6 @@ COLUMNS = (
 ONLY_SPARSE = ("index", "ages")
 MAX_TABLE_ROWS = 24
 MAX_EXPONENT = 700
-SMOOTHING_FRACTION = 0.02
 
 
 def write_report(folder: RunFolder) -> None:
@@ -45,7 +39,7 @@ def write_report(folder: RunFolder) -> None:
 def _write(folder: RunFolder, config: RunConfig, records: list[Record]) -> None:
     images = draw_plots(records, folder.path)
     parts = [
-        f"# {config.method}, {config.preset}, {_sparsity(config)}",
+        f"# {config.method}, {config.shape_name}, {_sparsity(config)}",
         _result(config, records),
         *(f"![{CAPTIONS[name]}]({name})" for name in images if name == "loss.png"),
         "## Bytes",
@@ -55,7 +49,7 @@ def _write(folder: RunFolder, config: RunConfig, records: list[Record]) -> None:
         *_topology(records),
         *(f"![{CAPTIONS[name]}]({name})" for name in images if name == "churn.png"),
         "## Settings",
-        _table(["option", "value"], [[name, str(value)] for name, value in vars(config).items()]),
+        _table(["option", "value"], _settings(config)),
     ]
     text = ("\n\n".join(parts) + "\n").encode(errors="backslashreplace")
     write_atomically(folder.report, lambda temporary: temporary.write_bytes(text))
@@ -65,11 +59,12 @@ def summarize(folder: RunFolder) -> str:
     """Returns one line: how well the run in `folder` predicts held-out text, and how many bytes its weights take."""
     records = read_metrics(folder.metrics)
     evals = of_kind(records, "eval")
-    perplexity = f"{_perplexity(evals[-1]['loss']):.4f}" if evals else "not recorded"
+    perplexity = f"{perplexity_of(evals[-1]['loss']):.4f}" if evals else "not recorded"
     return f"validation perplexity {perplexity}" + "".join(map(_bytes_sentence, of_kind(records, "bytes")[:1]))
 
 
-def _perplexity(loss: float) -> float:
+def perplexity_of(loss: float) -> float:
+    """Returns e to the loss, of a size that a float holds."""
     return math.exp(min(loss, MAX_EXPONENT))
 
 
@@ -82,6 +77,12 @@ def _bytes_sentence(record: Record) -> str:
 
 def _sparsity(config: RunConfig) -> str:
     return "dense" if config.method == "dense" else f"density {config.density:g}, block {config.block}"
+
+
+def _settings(config: RunConfig) -> list[list[str]]:
+    own = {} if config.model == NO_MODEL else {"model": f"{config.shape_name}, as config.json has it"}
+    shown = vars(config) | own
+    return [[name, str(value)] for name, value in shown.items()]
 
 
 def _result(config: RunConfig, records: list[Record]) -> str:
@@ -104,7 +105,7 @@ def _validation_rows(config: RunConfig, records: list[Record]) -> list[list[str]
         return [["validation loss", "not recorded"]]
     loss = evals[-1]["loss"]
     rows = [
-        ["validation perplexity (per token)", f"{_perplexity(loss):.4f}"],
+        ["validation perplexity (per token)", f"{perplexity_of(loss):.4f}"],
         ["validation loss", f"{loss:.4f} nats per token"],
     ]
     if config.tokenizer == "bytes":
@@ -192,84 +193,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _escaped(cell: str) -> str:
     """Keeps the characters of a path from ending a cell or a row."""
     return " ".join(cell.splitlines()).replace("|", "\\|")
-
-
-def draw_plots(records: list[Record], folder: Path) -> list[str]:
-    """Writes the PNG files that the metrics allow into `folder`; returns their names."""
-    require("matplotlib").use("Agg")
-    drawings = {"loss.png": _draw_loss, "churn.png": _draw_churn, "bytes.png": _draw_bytes}
-    return [name for name, draw in drawings.items() if _draw(draw, records, folder / name)]
-
-
-def _draw(draw: Any, records: list[Record], path: Path) -> bool:
-    figures = require("matplotlib.figure")
-    figure = figures.Figure(figsize=(8, 4.5), layout="constrained")
-    drawn = draw(figure.subplots(), records)
-    if drawn:
-        figure.savefig(path, dpi=120)
-    return drawn
-
-
-def _draw_loss(axes: Any, records: list[Record]) -> bool:
-    train, evals = of_kind(records, "train"), of_kind(records, "eval")
-    steps = [record["step"] for record in train]
-    axes.plot(steps, [record["loss"] for record in train], color="0.8", linewidth=0.8, label="training, each step")
-    axes.plot(steps, _smoothed([record["loss"] for record in train]), color="C0", label="training, running mean")
-    if evals:
-        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", color="C3", label="held-out text")
-    for number, record in enumerate(of_kind(records, "topology")):
-        label = "topology update" if number == 0 else None
-        axes.axvline(record["step"], color="C2", alpha=0.5, linewidth=0.7, linestyle=":", label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
-    return bool(train)
-
-
-def _smoothed(values: list[float]) -> list[float]:
-    half = max(1, round(SMOOTHING_FRACTION * len(values) / 2))
-    windows = [values[max(0, middle - half) : middle + half + 1] for middle in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
-def _draw_churn(axes: Any, records: list[Record]) -> bool:
-    events = [record["event"] for record in of_kind(records, "topology")]
-    if not events:
-        return False
-    names = list(events[0]["sites"])
-    if not names:
-        return False
-    churn = [[_churn(event, name) for event in events] for name in names]
-    image = axes.imshow(churn, aspect="auto", interpolation="nearest", cmap="viridis")
-    axes.figure.colorbar(image, label="blocks moved / active blocks")
-    shown = range(0, len(names), -(-len(names) // 14))
-    axes.set_yticks(list(shown), [names[i].removeprefix("model.").removesuffix(".weight") for i in shown], fontsize=7)
-    marked = range(0, len(events), -(-len(events) // 10))
-    axes.set_xticks(list(marked), [str(events[i]["step"]) for i in marked])
-    axes.set(xlabel="topology update at step")
-    return True
-
-
-def _churn(event: dict[str, Any], name: str) -> float:
-    return event["sites"][name]["churn_fraction"] if name in event["sites"] else math.nan
-
-
-def _draw_bytes(axes: Any, records: list[Record]) -> bool:
-    found = of_kind(records, "bytes")
-    if not found:
-        return False
-    bars = {
-        f"{label}\n{who}": found[0][scope][key]
-        for scope, label in (("sparse", "sparse layers"), ("all", "whole model"))
-        for key, who in (("run", "this run"), ("dense", "dense AdamW"))
-        if found[0][scope]["num_weights"]
-    }
-    if not bars:
-        return False
-    below = [0.0] * len(bars)
-    for kind in BYTE_KINDS:
-        heights = [counts[kind] / 2**20 for counts in bars.values()]
-        axes.bar(list(bars), heights, bottom=below, label=kind, width=0.6)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.set(ylabel="MiB")
-    axes.legend()
-    return True

@@ -8,12 +8,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import smet_compile as smet
+from smet_compile.convert.distribution import Distribution
 from smet_compile.format.arguments import described
 from smet_compile.presets import build_preset
 from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method, RunConfig
+from smet_compile.pretrain.model_config import NO_MODEL, build_from_config
 from smet_compile.pretrain.world import ALONE, World, set_gradient_sync
+from smet_compile.runtime.policies import GrowName
 from smet_compile.runtime.schedules import ScheduleName
 from smet_compile.shards import reshard
 from smet_compile.shards.styles import styles_of
@@ -25,16 +29,17 @@ class GradientBytes:
     """Notes the bytes of each gradient at an optimizer's first step: 0 where an update was fused into backward."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._bytes: dict[nn.Parameter, int] = {}
-        self._handle = optimizer.register_step_pre_hook(self._note)
+        self._bytes: dict[nn.Parameter, int] | None = None
+        optimizer.register_step_pre_hook(self._note)
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._handle.remove()
+        if self._bytes is not None:  # a hook cannot remove itself: the optimizer is walking through its hooks
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._bytes = {p: p.grad.nbytes for p in parameters if p.grad is not None}
 
     def bytes_of(self, parameter: nn.Parameter) -> int:
-        return self._bytes.get(parameter, 0)
+        return (self._bytes or {}).get(parameter, 0)
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Training:
 
 
 def build_model(config: RunConfig, vocab_size: int, device: str) -> nn.Module:
-    """Returns an unmodified Hugging Face `LlamaForCausalLM` of the preset's shape; on "meta" it takes no memory."""
+    """Returns an unmodified Hugging Face model of the preset's or the config's shape; on "meta" it takes no memory."""
+    if config.model != NO_MODEL:
+        return build_from_config(config.model, vocab_size, config.sequence, DTYPES[config.dtype], device)
     return build_preset(config.preset, vocab_size, config.sequence, DTYPES[config.dtype], device)
 
 
@@ -81,7 +88,15 @@ def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> 
 def sparsify_as(config: RunConfig, model: nn.Module, slabs: dict[str, tuple[int, int]] | None) -> None:
     """Makes a model sparse as the options say."""
     pattern = None if config.pattern == "none" else config.pattern
-    smet.sparsify(model, config.density, block_shape=config.block_shape, pattern=pattern, seed=config.seed, slabs=slabs)
+    smet.sparsify(
+        model,
+        config.density,
+        block_shape=config.block_shape,
+        distribution=cast(Distribution, config.distribution),
+        pattern=pattern,
+        seed=config.seed,
+        slabs=slabs,
+    )
 
 
 def sparse_parts(config: RunConfig, model: nn.Module) -> tuple[torch.optim.Optimizer, smet.TopologyManager]:
@@ -96,7 +111,7 @@ def sparse_parts(config: RunConfig, model: nn.Module) -> tuple[torch.optim.Optim
         every=config.every,
         drop_fraction=config.drop_fraction,
         final_drop_fraction=config.final_drop_fraction,
-        grow=method.grow,
+        grow=cast(GrowName, config.grow),
         schedule=cast(ScheduleName, config.schedule),
         min_age=config.min_age,
         seed=config.seed,
@@ -108,13 +123,18 @@ def slabs_of(config: RunConfig, model: nn.Module) -> dict[str, tuple[int, int]] 
     """Returns the slabs of each weight that tensor parallelism may cut: rows or columns, by the model's own plan."""
     if config.slabs == 1:
         return None
-    heads: int = cast(Any, model.config).num_key_value_heads
+    shape: Any = cast(Any, model.config).get_text_config()
+    heads: int = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     if heads % config.slabs:
         raise ValueError(
-            f"--slabs: expected a number that divides the {heads} heads of keys of preset {config.preset}, got "
+            f"--slabs: expected a number that divides the {heads} heads of keys of {_shape_text(config)}, got "
             f"{config.slabs}; pass another --slabs, or another N of --shard tp=N"
         )
     return {name: (config.slabs, 0 if style == "colwise" else 1) for name, style in styles_of(model).items()}
+
+
+def _shape_text(config: RunConfig) -> str:
+    return f"preset {config.preset}" if config.model == NO_MODEL else f"this {config.shape_name}"
 
 
 def expect_device(device: str) -> None:
@@ -154,22 +174,30 @@ def _sparse_optimizer(config: RunConfig, method: Method, model: nn.Module) -> to
     )
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Returns the rate of step `step` (from 0): linear warm-up to `lr`, then a cosine to 10% of it."""
+def rate_fraction(config: RunConfig, step: int) -> float:
+    """Returns the rate of step `step` (from 0) over the peak: linear warm-up to 1, then a cosine to 10%."""
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+        return (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine)
+    return FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine
+
+
+def rate_schedule(training: Training, config: RunConfig, first: int = 0) -> LambdaLR:
+    """Gives all parameter groups the rate of the step after the first `first` ones; `step()` goes on to the next."""
+    for group, peak in zip(training.optimizer.param_groups, training.peak_rates, strict=True):
+        group["initial_lr"] = peak
+    return LambdaLR(training.optimizer, lambda step: rate_fraction(config, step), last_epoch=first - 1)
 
 
 class TwoCallStep:
     """Calls `loss.backward()`, and after `accumulate` of them `optimizer.step()`, as any training script does."""
 
-    def __init__(self, model: Callable[..., Any], optimizer: torch.optim.Optimizer, accumulate: int) -> None:
+    def __init__(self, model: Callable[..., Any], optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.accumulate = accumulate
+        self.accumulate = config.accumulate
+        self.clip = config.clip
         self._num_accumulated = 0
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
@@ -180,6 +208,8 @@ class TwoCallStep:
         (loss / self.accumulate).backward()
         if is_last:
             self._num_accumulated = 0
+            if self.clip:
+                smet.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach()
@@ -187,10 +217,10 @@ class TwoCallStep:
 
 def _step(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> Callable[..., Tensor]:
     if config.eager or world.replicas is not None:
-        return TwoCallStep(model, optimizer, config.accumulate)
+        return TwoCallStep(model, optimizer, config)
     if config.method == "dense":
-        return TwoCallStep(torch.compile(model), optimizer, config.accumulate)
-    return smet.compile_train_step(model, optimizer, accumulate=config.accumulate)
+        return TwoCallStep(torch.compile(model), optimizer, config)
+    return smet.compile_train_step(model, optimizer, accumulate=config.accumulate, max_grad_norm=config.clip or None)
 
 
 @contextmanager
@@ -208,15 +238,11 @@ def _explaining_failed_compilation() -> Iterator[None]:
 Outcome = tuple[float, smet.TopologyEvent | None]
 
 
-def train_step(training: Training, batch: Tensor, rate: float) -> Outcome:
+def train_step(training: Training, batch: Tensor) -> Outcome:
     """Takes one step on (accumulate, batch, sequence) tokens; returns its mean loss and topology update, if any.
 
     Each rank gives its rows of the micro-batches; the loss is the mean of all.
-
-    `rate` is that of linear layers at density 1; the other groups follow in proportion.
     """
-    for group, peak in zip(training.optimizer.param_groups, training.peak_rates, strict=True):
-        group["lr"] = rate * (peak / training.peak_rates[0])
     with _explaining_failed_compilation():
         losses = [training.step({"input_ids": micro_batch, "labels": micro_batch}) for micro_batch in batch]
     event = training.manager.step() if training.manager else None

@@ -9,7 +9,7 @@ import pytest
 
 from smet_compile.pretrain.config import OPTION_TYPES, resolve
 from smet_compile.pretrain.folder import read_config, write_config
-from smet_compile.pretrain.training import learning_rate
+from smet_compile.pretrain.training import build_training, rate_fraction, rate_schedule
 
 
 @pytest.mark.parametrize(
@@ -109,16 +109,33 @@ def written(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_the_config_of_a_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"preset": "tiny"}')
-    with pytest.raises(ValueError, match=r"expected exactly the options of this version.*density"):
-        read_config(path)
-    path = written(tmp_path, densty=0.3, model_type="llama")
     with pytest.raises(
-        ValueError, match=r"config\.json: expected exactly .*\(densty, model_type\); resume with the ver"
+        ValueError, match=r"config\.json: expected the options of a run, got a file without method, den"
     ):
         read_config(path)
+
+
+def test_an_option_of_a_newer_version_is_named_with_its_value(tmp_path: Path) -> None:
+    path = written(tmp_path, densty=0.3, model_type="llama")
+    with pytest.raises(
+        ValueError,
+        match=r"config\.json: expected options .*, got densty: 0\.3, model_type: 'llama'; resume with .*take",
+    ):
+        read_config(path)
+
+
+def test_a_run_of_the_first_version_goes_on(tmp_path: Path) -> None:
+    """Its file has none of the options that were added since, however many those become."""
+    path = tmp_path / "config.json"
+    old = {"preset": "nano", "method": "smet-rigl", "density": 0.3, "block": "1", "steps": 40, "batch": 4}
+    old |= {"accumulate": 1, "sequence": 32, "lr": 3e-3, "every": 2, "seed": 0}
+    path.write_text(json.dumps(old))
+    config = read_config(path)
+    assert (config.grow, config.distribution, config.clip, config.model) == ("gradient", "uniform", 0.0, "none")
+    assert (config.log, config.column, config.pattern) == ("none", "text", "none")
 
 
 @pytest.mark.parametrize("name", OPTION_TYPES)
@@ -203,8 +220,20 @@ def test_a_config_is_written_whole_and_leaves_no_other_file(tmp_path: Path, monk
 
 def test_the_learning_rate_rises_then_falls_to_a_tenth() -> None:
     config = resolve(steps=100, warmup=10, lr=1.0)
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = [rate_fraction(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and max(rates) == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-    assert learning_rate(resolve(steps=1), 0) > 0
+    assert rate_fraction(resolve(steps=1), 0) > 0
+
+
+def test_a_schedule_that_begins_later_gives_the_same_rates(tmp_path: Path) -> None:
+    config = resolve(preset="nano", steps=12, warmup=3, lr=1e-2, embedding_lr=3e-2, device="cpu", eager=True)
+    training = build_training(config, 256)
+    whole, found = rate_schedule(training, config), []
+    for _ in range(12):
+        found.append(whole.get_last_lr())
+        training.optimizer.step()
+        whole.step()
+    assert found[2] == [1e-2, 3e-2, 3e-2][: len(found[2])]
+    assert [rate_schedule(training, config, first).get_last_lr() for first in range(12)] == found

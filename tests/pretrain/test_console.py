@@ -1,7 +1,9 @@
 import io
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from smet_compile.pretrain.console import Status, open_progress
 
@@ -20,6 +22,13 @@ def test_a_file_gets_a_few_plain_lines() -> None:
     assert lines[0] == "step 1/200  loss 2.500  12,346 tok/s  density 0.300  next update 30"
     assert lines[-1].startswith("step 200/200") and lines[-1].endswith("no more updates")
     assert "\x1b" not in "".join(lines)
+
+
+def test_at_80_columns_the_bar_is_long_and_tells_the_time_left() -> None:
+    frames = Text.from_ansi(shown(terminal=True, steps=200)).plain.splitlines()
+    bar, status = next((above, below) for above, below in pairwise(frames) if "200/200" in above)
+    assert bar.count("━") > 40 and " left 0:00" in bar and len(bar) == 80
+    assert status.strip() == "loss 2.500  12,346 tok/s  density 0.300  no more updates"
 
 
 @pytest.mark.parametrize("part", ["loss 2.500", "12,346 tok/s", "density 0.300", "200/200", "\x1b["])

@@ -1,4 +1,6 @@
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,11 @@ import numpy
 import pytest
 import torch
 
+from smet_compile.presets import MissingExtraError
 from smet_compile.pretrain.config import RunConfig, resolve
-from smet_compile.pretrain.data import ByteTokenizer, Data, open_data, open_tokenizer, stdlib_paths, text_paths
+from smet_compile.pretrain.corpus import FILES_AHEAD, read_texts, stdlib_paths, text_paths
+from smet_compile.pretrain.data import Data, open_data
+from smet_compile.pretrain.tokenizer import ByteTokenizer, open_tokenizer
 from tests.pretrain.runs import small_config
 
 
@@ -133,10 +138,10 @@ def test_files_that_are_no_text_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"--data: expected files that match .*, got a folder; add /\*\.txt, say"):
         open_bytes(resolve(preset="nano", data=f"text:{tmp_path}"))
 
-    def refuse(*_: object, **__: object) -> str:
+    def refuse(*_: object, **__: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises(
         ValueError, match=r"--data: expected files that can be read, got .*a\.txt \(Permission denied\)"
     ):
@@ -155,7 +160,7 @@ def test_a_vocabulary_that_leaves_numbers_out(tmp_path: Path) -> None:
         tokenizer.encode("other")
 
 
-def open_folder(folder: Path, **changes: int) -> Data:
+def open_folder(folder: Path, **changes: Any) -> Data:
     config: RunConfig = resolve(preset="nano", data=f"hf:{folder}", eval_windows=4, **changes)
     return open_data(config, ByteTokenizer())
 
@@ -212,7 +217,7 @@ def test_a_stream_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
 
 def test_a_data_set_without_text(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"content": "x", "id": 1}\n')
-    with pytest.raises(ValueError, match="--data: expected a column called text, got content, id"):
+    with pytest.raises(ValueError, match="--column: expected one of content, id, got text; name the one to train on"):
         open_folder(tmp_path)
 
 
@@ -242,3 +247,49 @@ def test_a_position_of_another_stream_is_refused(state: dict[str, Any], tmp_path
     write_split(tmp_path, "train")
     with pytest.raises(ValueError, match="--resume: expected a position in this run's stream, got another"):
         open_folder(tmp_path).train.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a\r\nb\rc\n", b"caf\xe9\r\n", b"\xef\xbb\xbfx", "é\r\n…".encode(), b"x" * 70_000]
+)
+def test_a_file_is_read_as_python_reads_text(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    expected = (tmp_path / "x.txt").read_text(encoding="utf-8", errors="replace")
+    assert list(read_texts([tmp_path / "x.txt"])) == [expected]
+
+
+def test_more_files_than_are_asked_for_at_once(tmp_path: Path) -> None:
+    for number in range(FILES_AHEAD + 5):
+        (tmp_path / f"{number}.txt").write_text(str(number))
+    found = list(read_texts(text_paths(f"{tmp_path}/*.txt")))
+    assert sorted(map(int, found)) == list(range(FILES_AHEAD + 5)) and found != sorted(found)
+    assert found == list(read_texts(text_paths(f"{tmp_path}/*.txt")))
+
+
+def test_no_file_stays_open_where_one_cannot_be_read(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text("words")
+    paths = text_paths(f"{tmp_path}/*.txt")
+    (tmp_path / "4.txt").unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match=r"--data: expected files that can be read, got .*4\.txt \(No such file"):
+        list(read_texts(paths))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_stream_of_another_format_and_column(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"content": [f"document {number} " * 5 for number in range(40)], "id": list(range(40))}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "train.parquet"))
+    data = open_folder(tmp_path, column="content")
+    assert as_text(data.validation).startswith("document 0 ")
+    assert as_text(data.train.batch(0)).startswith("document ")
+
+
+def test_only_streams_want_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local files are read by Python alone."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    open_bytes(small_config(tmp_path))
+    with pytest.raises(MissingExtraError, match="datasets is needed"):
+        open_folder(tmp_path)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 import smet_compile as smet
 from smet_compile.pretrain.cli import make_app
-from smet_compile.pretrain.inspection import inspect_run, print_inspection
+from smet_compile.pretrain.inspection import inspect_run, print_inspection, short_names
 from smet_compile.pretrain.loop import pretrain, resume
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, moves, small_config
 
@@ -18,8 +19,8 @@ pytestmark = SMALL_MODEL
 IMAGES = ("topology_maps.png", "ages.png", "topology_churn.png")
 
 
-def call(folder: Path) -> Result:
-    return CliRunner().invoke(make_app(), ["inspect", str(folder)])
+def call(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(make_app(), ["inspect", str(folder), *options])
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,36 @@ def found(run: Path) -> smet.Inspection:
 
 
 def test_a_run_is_printed_and_drawn(run: Path) -> None:
-    result = call(run)
+    result = call(run, "--wide")
     assert result.exit_code == 0, result.output
     assert re.search(r"model\.layers\.1\.mlp\.down_proj\.weight +32x88 +0\.2", result.output)
     assert re.search(r"input-output paths alive: a share of 10\^-\d", result.output)
     assert result.output.rstrip().endswith(f"Plots in {run}: {', '.join(IMAGES)}")
     for name in IMAGES:
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_80_columns_hold_a_row_for_each_layer(run: Path, found: smet.Inspection) -> None:
+    head, *rows = call(run).output.splitlines()[: 1 + len(found.sites)]
+    assert head.split() == ["layer", "density", "dead", "units", "effective", "churn"]
+    assert rows[0].split()[0] == "0.self_attn.q_proj" and len(rows) == 14 and max(map(len, rows)) <= 80
+    site = found["model.layers.1.mlp.down_proj.weight"]
+    num_dead = site.num_dead_inputs + site.num_dead_outputs
+    assert rows[-1].split()[:3] == ["1.mlp.down_proj", f"{site.density:.4f}", f"{num_dead}/120"]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["model.layers.0.q.weight", "model.layers.1.q.weight"], ["0.q", "1.q"]),
+        (["a.weight", "b.weight"], ["a", "b"]),
+        (["model.a.weight"], ["a"]),
+        (["m.experts.gate_up_proj", "m.experts.down_proj"], ["gate_up_proj", "down_proj"]),
+        ([], []),
+    ],
+)
+def test_names_are_as_short_as_they_may_be(names: list[str], short: list[str]) -> None:
+    assert list(short_names(names).values()) == short
 
 
 def test_the_last_checkpoint_is_inspected(run: Path, found: smet.Inspection) -> None:
@@ -55,11 +79,12 @@ def test_the_last_checkpoint_is_inspected(run: Path, found: smet.Inspection) -> 
 
 
 def test_on_a_terminal_it_is_a_table(found: smet.Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=240)
-    monkeypatch.setattr("rich.console.Console", lambda: console)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("smet_compile.pretrain.console.Console", lambda: console)
     print_inspection(found)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "┃" in shown and "model.layers.0.self_attn.q_proj.weight" in shown and "paths alive" in shown
+    assert "┃" in shown and "0.self_attn.q_proj" in shown and "paths alive" in shown
+    assert max(len(Text.from_ansi(line)) for line in shown.splitlines()) <= 80
 
 
 def test_a_run_that_was_stopped_before_any_update(tmp_path: Path) -> None:

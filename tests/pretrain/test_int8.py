@@ -5,8 +5,9 @@ import statistics
 import pytest
 
 from smet_compile.pretrain.config import resolve
-from smet_compile.pretrain.data import ByteTokenizer, open_data
-from smet_compile.pretrain.training import build_training, learning_rate, train_step, validation_loss
+from smet_compile.pretrain.data import open_data
+from smet_compile.pretrain.tokenizer import ByteTokenizer
+from smet_compile.pretrain.training import build_training, rate_schedule, train_step, validation_loss
 from tests.pretrain.runs import SMALL_MODEL
 
 pytestmark = SMALL_MODEL
@@ -20,8 +21,10 @@ def loss_after_training(moments: str, block: str, seed: int, num_steps: int) -> 
     )  # fmt: skip
     training, data = build_training(config, 256), open_data(config, ByteTokenizer())
     before = validation_loss(training, data.validation, config)
+    schedule = rate_schedule(training, config)
     for step in range(num_steps):
-        train_step(training, data.train.batch(step), learning_rate(config, step))
+        train_step(training, data.train.batch(step))
+        schedule.step()
     assert training.manager is not None and len(training.manager.history) > 5
     return before, validation_loss(training, data.validation, config)
 

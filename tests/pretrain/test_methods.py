@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from smet_compile.pretrain.data import ByteTokenizer, open_data
+import smet_compile as smet
+from smet_compile.pretrain.data import open_data
 from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.metrics import of_kind, read_metrics
-from smet_compile.pretrain.training import build_training, train_step
+from smet_compile.pretrain.tokenizer import ByteTokenizer
+from smet_compile.pretrain.training import build_training, rate_schedule, train_step
 from tests.pretrain.runs import SMALL_MODEL, losses, moves, small_config
 
 pytestmark = SMALL_MODEL
@@ -53,7 +55,7 @@ def test_bfloat16(moments: str, tmp_path: Path) -> None:
     training = build_training(config, 256)
     assert {parameter.dtype for parameter in training.model.parameters()} == {torch.bfloat16}
     batch = open_data(config, ByteTokenizer()).train.batch(0)
-    train_step(training, batch, 1e-3)
+    train_step(training, batch)
     states = training.optimizer.state.values()
     stored = "uint8" if moments == "int8" else moments
     assert {state["exp_avg_sq"].dtype for state in states} == {getattr(torch, stored)}
@@ -72,11 +74,12 @@ def test_smet_and_its_baselines_differ_only_as_they_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["smet", "set-naive", "dense"])
 def test_embeddings_have_a_rate_of_their_own(method: str, tmp_path: Path) -> None:
-    config = small_config(tmp_path, method=method, lr=1e-3, embedding_lr=8e-3)
+    config = small_config(tmp_path, method=method, lr=1e-3, embedding_lr=8e-3, warmup=2)
     training = build_training(config, 256)
+    rate_schedule(training, config)
     batch = open_data(config, ByteTokenizer()).train.batch(0)
     before = training.model.model.embed_tokens.weight.detach().clone()
-    train_step(training, batch, 5e-4)
+    train_step(training, batch)
     assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx([5e-4, 4e-3, 4e-3])
     moved = (training.model.model.embed_tokens.weight.detach() - before).abs().max()
     assert float(moved) == pytest.approx(4e-3, rel=0.01)
@@ -93,8 +96,8 @@ def test_accumulation_is_one_larger_batch(tmp_path: Path) -> None:
     batch = open_data(config, ByteTokenizer()).train.batch(0)
     one = build_training(config, 256)
     two = build_training(small_config(tmp_path, method="dense", batch=2, accumulate=2), 256)
-    loss, _ = train_step(one, batch, 1e-3)
-    accumulated, _ = train_step(two, batch.view(2, 2, -1), 1e-3)
+    loss, _ = train_step(one, batch)
+    accumulated, _ = train_step(two, batch.view(2, 2, -1))
     assert accumulated == pytest.approx(loss, rel=1e-6)
     for ours, theirs in zip(two.model.parameters(), one.model.parameters(), strict=True):
         moments = [run.optimizer.state[p]["exp_avg"] for run, p in ((two, ours), (one, theirs))]
@@ -114,3 +117,43 @@ def test_a_density_that_leaves_too_little_to_grow_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="drop"):
         pretrain(small_config(tmp_path, density=0.9), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "grow"),
+    [({}, "random"), ({"method": "rigl-naive"}, "gradient"), ({"grow": "momentum"}, "momentum"),
+     ({"method": "smet-rigl", "grow": "random"}, "random")],
+    ids=str,
+)  # fmt: skip
+def test_growth_is_that_of_the_method_unless_it_is_given(options: dict[str, str], grow: str, tmp_path: Path) -> None:
+    training = build_training(small_config(tmp_path, **options), 256)
+    assert training.manager is not None and training.manager.settings["grow"] == grow
+
+
+def test_layers_share_the_density_out_as_asked(tmp_path: Path) -> None:
+    training = build_training(small_config(tmp_path, distribution="erk"), 256)
+    sites = smet.report(training.model).sites
+    assert len({round(site.density, 3) for site in sites}) > 1
+    assert sum(site.num_active for site in sites) / sum(site.num_blocks for site in sites) == pytest.approx(
+        0.3, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("method", ["smet", "dense"])
+def test_gradients_are_clipped_together_after_accumulation(method: str, tmp_path: Path) -> None:
+    norms = []
+    for clip in (0.0, 1e-3):
+        training = build_training(small_config(tmp_path, method=method, accumulate=2, clip=clip), 256)
+
+        def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+        training.optimizer.register_step_pre_hook(note)
+        train_step(training, torch.randint(256, (2, 2, 32)))
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(1e-3, rel=1e-2) and len(norms) == 2
+
+
+def test_a_compiled_step_is_given_the_norm(tmp_path: Path) -> None:
+    step = build_training(small_config(tmp_path, eager=False, clip=0.5), 256).step
+    assert isinstance(step, smet.TrainStep) and not step.fused and step.max_grad_norm == 0.5

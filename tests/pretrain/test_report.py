@@ -45,7 +45,7 @@ def test_the_report_says_what_was_measured(folder: Path) -> None:
 def measured(config: RunConfig) -> dict[str, dict]:
     training = build_training(config, 256)
     batch = torch.randint(256, (1, 2, 32))
-    train_step(training, batch, 1e-3)
+    train_step(training, batch)
     assert all(parameter.grad is None for parameter in training.model.parameters())
     return {"training": training, **measure(training, config, 256)}
 

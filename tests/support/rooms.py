@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 ALL_ROOMS = {"runtime", "convert", "passes", "optim", "ops", "format", "shards"}
 ABOVE = {"distributed", "api", "train_step", "explain", "correction", "tracing", "plan", "microscope", "presets", "hub"}
+TABLES = "it writes rows of text, whatever they say"
 SIDE_BY_SIDE = "convert, passes and optim never import one another: what needs two goes into api.py"
 UNTOUCHED_GRAPH = "a topology change must not touch the graph"
 KERNELS = "the library imports and runs on machines without a GPU or a compiler"
@@ -26,12 +27,13 @@ ROOMS = {
     "notebook": Room(set(), "it shows texts and numbers, whatever they say"),
     "format": Room({"shards"}, "everything stands on the format, so it stands on torch alone"),
     "ops": Room({"format", "shards"}, "what is computed does not know who asks for it"),
-    "convert": Room({"ops", "format", "shards"}, SIDE_BY_SIDE),
+    "tables": Room(set(), TABLES),
+    "convert": Room({"ops", "format", "shards", "tables"}, SIDE_BY_SIDE),
     "passes": Room({"ops", "format"}, f"{SIDE_BY_SIDE}; {UNTOUCHED_GRAPH}"),
     "optim": Room({"ops", "format", "shards"}, SIDE_BY_SIDE),
     "runtime": Room({"ops", "format", "shards"}, f"{UNTOUCHED_GRAPH}, and optimizers are spoken to through a protocol"),
     "distributed": Room(
-        {"runtime", "convert", "plan", "ops", "format", "shards"},
+        {"runtime", "convert", "plan", "ops", "format", "shards", "tables"},
         "it moves a whole run from ranks to ranks, whatever it is, and asks the planner which suit it",
     ),
     "api": Room(ALL_ROOMS, "imports point down only"),
@@ -40,19 +42,20 @@ ROOMS = {
     ),
     "tracing": Room({"passes"}, "it captures a graph and runs the passes on it, whatever the model and its reader"),
     "explain": Room(
-        {"ops", "passes", "tracing", "train_step", "format", "shards"},
+        {"ops", "passes", "tracing", "train_step", "format", "shards", "tables"},
         "it asks the passes what they did, and changes nothing",
     ),
     "correction": Room(
-        {"microscope", "tracing", "optim", "ops", "format", "shards"},
+        {"microscope", "tracing", "optim", "ops", "format", "shards", "tables"},
         "it reads from a forward what feeds batch norm, and marks sites; what to do with the marks is known below",
     ),
     "microscope": Room(
-        {"runtime", "tracing", "ops", "format", "shards"}, "it looks at a model and at its history, and changes nothing"
+        {"runtime", "tracing", "ops", "format", "shards", "tables"},
+        "it looks at a model and at its history, and changes nothing",
     ),
     "presets": Room({"format"}, "a shape and its model know nothing of sparsity"),
     "plan": Room(
-        {"convert", "passes", "optim", "ops", "format", "shards", "train_step", "tracing", "presets"},
+        {"convert", "passes", "optim", "ops", "format", "shards", "train_step", "tracing", "presets", "tables"},
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
     ),
     "integrations": Room(
@@ -63,7 +66,7 @@ ROOMS = {
         "it writes and reads a model, compact or to become so; nothing below knows of files to share",
     ),
     "__init__": Room(ALL_ROOMS | ABOVE, "the door loads rooms as they are asked for; the main job stands above it"),
-    "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__"}, "imports point down only"),
+    "pretrain": Room(ALL_ROOMS | ABOVE | {"__init__", "tables"}, "imports point down only"),
     "__main__": Room({"pretrain"}, "it is the main job's command line and nothing else"),
 }
 
@@ -74,8 +77,8 @@ ONLY_IN = {  # package → the one folder that may import it, and why
     "torch._inductor": ("smet_compile/passes", INDUCTOR),
     "transformers": ("smet_compile/pretrain", EXTRA),
     "datasets": ("smet_compile/pretrain", EXTRA),
-    "typer": ("smet_compile/pretrain", EXTRA),
-    "rich": ("smet_compile/pretrain", EXTRA),
+    "typer": ("smet_compile/pretrain", "the command line is the main job's"),
+    "rich": ("smet_compile/pretrain", "what is shown on a terminal is the main job's; tables of text come from tables"),
     "matplotlib": ("smet_compile/pretrain", EXTRA),
     "lightning": ("smet_compile/integrations", ASKED_FOR),
     "torchtitan": ("smet_compile/integrations", ASKED_FOR),
@@ -83,6 +86,7 @@ ONLY_IN = {  # package → the one folder that may import it, and why
 
 
 ALSO_IN = {
+    "smet_compile/tables.py": "rich",  # a table of text anywhere
     "smet_compile/tracing.py": "torch._inductor",  # a capture decomposes ops as Inductor does
     "smet_compile/integrations/transformers.py": "transformers",  # it is imported by itself
     "smet_compile/hub/hugging_face.py": "transformers",  # where a model is built from its config alone

@@ -10,7 +10,7 @@ from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import Interval, interval
 from benchmarks.studies.reports.made import how_made
-from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 _HEADINGS = [
@@ -106,7 +106,7 @@ def _by_bytes(points: list[tuple[study.Candidate, float]], scale: Scale):
         color = {} if density == 1 else {"color": f"C{study.DENSITIES.index(density)}"}
         axes.plot(*zip(*found, strict=True), style, markersize=4, label=_kind(density, block), **color)
     tidy(axes, xlabel="weights, gradients, moments, ages, index (MB)", ylabel="held-out loss (nats per byte)")
-    axes.legend(fontsize=8)
+    legend_above(figure, axes, columns=3)
     return figure
 
 
@@ -122,5 +122,5 @@ def _figure(panels: dict[int, list[tuple[str, float | None, float | None]]]):
         tidy(axes, title=f"budget: dense width {budget}", xlabel="held-out loss (nats per byte)")
     for label, color in (("same tokens", "C0"), ("same time", "C1")):
         row[0].plot([], [], "o", color=color, label=label, markersize=4)
-    row[0].legend(fontsize=8)
+    legend_above(figure, row[0])
     return figure

@@ -13,7 +13,7 @@ from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import interval
 from benchmarks.studies.reports.made import how_made
-from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 Losses = dict[float, float]
@@ -112,7 +112,11 @@ def _write_part(page: Page, part: Part, title: str) -> None:
     if not dense:
         return
     page.text(title, f"Dense is best at α = {best_rate(dense):.2g} (loss {min(dense.values()):.4f}).")
-    page.figure(_figure(part, dense), "Held-out loss by base rate, density and p", "" if part.plain_rate else "_one")
+    page.figure(
+        _figure(part, dense),
+        "Held-out loss by the rate of sparse weights, density and p",
+        "" if part.plain_rate else "_one",
+    )
     page.text("One base rate for all densities. " + _REGRET)
     page.table(
         ["p", *(f"α = {rate:g}" for rate in study.RATES)],
@@ -163,7 +167,10 @@ def _row(label: list[str], losses: Losses) -> list[str]:
 
 
 def _figure(part: Part, dense: Losses):
-    figure, lowest = new_figure(height=5.5), min(dense.values())
+    """Draws losses over the rate of sparse weights, where the curves of all p meet and have their minima inside."""
+    figure = new_figure(height=5.8)
+    sparse = [part.sparse(exponent, *kind) for kind in part.kinds for exponent in study.EXPONENTS]
+    lowest = min(loss for losses in (dense, *sparse) for loss in losses.values())
     densities = sorted({density for density, _ in part.kinds}, reverse=True)
     grid = figure.subplots(len(study.BLOCKS), len(densities), sharex=True, sharey=True, squeeze=False)
     for row, block in zip(grid, study.BLOCKS, strict=True):
@@ -174,12 +181,12 @@ def _figure(part: Part, dense: Losses):
             axes.plot(list(dense), list(dense.values()), "k--", linewidth=1, label="dense")
             for exponent in study.EXPONENTS:
                 losses = part.sparse(exponent, density, block)
-                axes.plot(list(losses), list(losses.values()), "o-", markersize=3, label=f"p = {exponent:g}")
+                rates = [rate / density**exponent for rate in losses]
+                axes.plot(rates, list(losses.values()), "o-", markersize=3, label=f"p = {exponent:g}")
             kind = "single weights" if block == "1" else f"tiles of {block}"
             tidy(axes, xscale="log", title=f"{kind}, d = {density:g}", ylim=(lowest - 0.05, lowest + 0.8))
-            axes.set_xticks(study.RATES, [f"{rate:g}" for rate in study.RATES], fontsize=7)
-            axes.set_xticks([], minor=True)
-    grid[0, 0].legend(fontsize=8)
-    figure.supxlabel("base rate α")
+            axes.tick_params(axis="x", labelsize=7)
+    legend_above(figure, grid[0, 0])
+    figure.supxlabel("rate of the sparse weights, α / d^p (dense: α)")
     figure.supylabel("held-out loss (nats per byte)")
     return figure

@@ -44,6 +44,13 @@ def new_figure(width: float = _WIDTH, height: float = _HEIGHT) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def legend_above(figure: Any, axes: Any, columns: int = 5) -> None:
+    """Puts the legend of some axes above the figure, where it hides nothing."""
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False, fontsize=8
+    )
+
+
 def tidy(axes: Any, **settings: Any) -> None:
     """Sets labels, removes the box, and draws a light grid."""
     axes.set(**settings)

@@ -11,7 +11,7 @@ from benchmarks.studies.records import Records
 from benchmarks.studies.reports.differences import difference
 from benchmarks.studies.reports.interval import Interval, interval
 from benchmarks.studies.reports.made import how_made, parameters
-from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 # Perplexity over dense at d = .5, .25, .1 after one epoch, by model size: scaling law of the method's group
@@ -158,5 +158,5 @@ def _figure(records: Records, scale: Scale):
     tidy(axes, xscale="log", xlabel="density", ylabel="held-out loss above dense (nats per byte)", xticks=DENSITIES)
     axes.set_xticks([], minor=True)
     axes.set_xticklabels([f"{d:g}" for d in DENSITIES])
-    axes.legend(fontsize=8)
+    legend_above(figure, axes)
     return figure

@@ -11,7 +11,7 @@ from benchmarks.studies.probe import LENGTH, Window, rise
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import Interval, interval
 from benchmarks.studies.reports.made import how_made
-from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 _SHOWN = ("naive SET", "naive RigL", "rate scaling only", "age only", "SMET")
@@ -99,7 +99,7 @@ def _figure(records: Records, scale: Scale):
         axes.axhline(0, color="k", linewidth=0.8, linestyle="--")
         tidy(axes, title=f"ΔT = {every}, d = {density:g}", xlabel="steps after the update")
     row[0].set_ylabel("loss with the update − without")
-    row[0].legend(fontsize=8)
+    legend_above(figure, row[0])
     return figure
 
 

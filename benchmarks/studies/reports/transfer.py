@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.studies import topology as study
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.learning_rate import best_rate
-from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 _TEXT = (
@@ -44,14 +44,22 @@ def add(page: Page, records: Records, scale: Scale) -> None:
 
 
 def _figure(records: Records, scale: Scale, widths: dict[int, int]) -> Any:
-    figure = new_figure(height=3.4)
-    for axes, (width, hidden) in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths.items(), strict=True):
-        for density in study.TRANSFER_DENSITIES:
-            found = losses(records, scale, density, width)
+    figure = new_figure(height=3.6)
+    found_in = {
+        width: {density: losses(records, scale, density, width) for density in study.TRANSFER_DENSITIES}
+        for width in widths
+    }
+    drawn = {width: found for width, found in found_in.items() if any(found.values())}
+    if not drawn:
+        return figure
+    row = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, (width, by_density) in zip(row, drawn.items(), strict=True):
+        hidden = widths[width]
+        for density, found in by_density.items():
             axes.plot(list(found), list(found.values()), "o-", markersize=4, label=f"d = {density:g}")
         tidy(axes, xscale="log", title=f"width {hidden}", xlabel="base rate over that of all others")
         axes.set_xticks(study.TRANSFER_FACTORS, [f"{factor:g}" for factor in study.TRANSFER_FACTORS])
         axes.set_xticks([], minor=True)
-    figure.axes[0].set_ylabel("held-out loss (nats per byte)")
-    figure.axes[-1].legend(fontsize=8)
+    row[0].set_ylabel("held-out loss (nats per byte)")
+    legend_above(figure, row[0])
     return figure
