@@ -16,13 +16,8 @@ from smet_compile.convert.report import DenseReport, Report
 from smet_compile.notebook import frame_of, html_lines, html_table, html_text, html_view
 from smet_compile.plan.report import Cost
 from smet_compile.plan.stored import KINDS
-from smet_compile.runtime.shown_manager import ShownManager
 
 Rows = list[dict[str, Any]]
-
-
-class Shown(smet.TopologyManager, ShownManager):
-    """A manager that shows itself."""
 
 
 class Cells(HTMLParser):
@@ -64,9 +59,9 @@ def model() -> nn.Module:
     return smet.sparsify(layers, 0.5, block_shape=(1, 4), exclude="2.*")
 
 
-def trained(model: nn.Module, inputs: Tensor) -> Shown:
+def trained(model: nn.Module, inputs: Tensor) -> smet.TopologyManager:
     optimizer = smet.ActiveAdamW(model, lr=1e-2)
-    manager = Shown(model, optimizer, total_steps=16, every=3, drop_fraction=0.3, auto_step=False)
+    manager = smet.TopologyManager(model, optimizer, total_steps=16, every=3, drop_fraction=0.3, auto_step=False)
     for _ in range(7):
         model(inputs).square().mean().backward()
         optimizer.step()
@@ -152,7 +147,7 @@ def test_a_manager_shows_what_each_update_did(model: nn.Module) -> None:
 
 
 def test_a_manager_without_updates_has_no_table(model: nn.Module) -> None:
-    manager = Shown(model, smet.ActiveAdamW(model), total_steps=12, schedule="none")
+    manager = smet.TopologyManager(model, smet.ActiveAdamW(model), total_steps=12, schedule="none")
     page = manager._repr_html_()
     assert "0 topology updates in 0 steps, none to come" in page
     assert Cells(page).tables == [] and records(manager) == []

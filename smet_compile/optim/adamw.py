@@ -66,7 +66,10 @@ class ActiveAdamW(ActiveOptimizer):
 
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
-        lr: α, a number or a 0-d tensor. betas: β1, β2. eps: ε. weight_decay: λ.
+        lr: α, a number or a 0-d tensor.
+        betas: β1 and β2.
+        eps: ε.
+        weight_decay: λ.
         common: ``warmup_steps`` (W, 100), ``initial_warmup_steps`` (that of the blocks to start from, as W),
             ``lr_density_exponent`` (p, 1), ``moment_dtype``, ``stochastic_rounding``, ``model`` and ``seed``; see
             ``CommonOptions``.

@@ -28,7 +28,8 @@ def clip_grad_norm_(
 
     Args:
         parameters: a model, or parameters; those without a gradient are left out.
-        max_norm: the largest norm that is left as it is. norm_type: p of the p-norm, or ``math.inf`` for the largest.
+        max_norm: the largest norm that is left as it is.
+        norm_type: p of the p-norm, or ``math.inf`` for the largest.
         error_if_nonfinite: whether a norm that is not finite is an error instead of a factor that is not finite.
 
     Returns: the norm, a tensor without dimensions, the same on every rank.

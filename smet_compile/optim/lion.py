@@ -38,7 +38,9 @@ class ActiveLion(ActiveOptimizer):
 
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
-        lr: α, a number or a 0-d tensor. betas: β1, β2. weight_decay: λ.
+        lr: α, a number or a 0-d tensor.
+        betas: β1 and β2.
+        weight_decay: λ.
         common: see ``CommonOptions``; W is 100 and p is 1 unless given.
     """
 

@@ -30,8 +30,9 @@ class CommonOptions(TypedDict, total=False):
         moment_dtype: dtype of the state: None for fp32 (fp64 for fp64 weights), torch.bfloat16, or "int8" for one byte
             each and a scale for every tile or 1024 dense weights.
         stochastic_rounding: whether to round bf16 weights, and bf16 or 8-bit state, stochastically (None: yes) or to
-            nearest. seed: the seed of that.
+            nearest.
         model: the module that owns the parameters, where these are given instead of it.
+        seed: the seed of stochastic rounding.
     """
 
     warmup_steps: int

@@ -47,7 +47,10 @@ class ActiveScale(ActiveOptimizer):
 
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
-        lr: α, a number or a 0-d tensor. momentum: of the head. weight_decay: λ. betas: of AdamW.
+        lr: α, a number or a 0-d tensor.
+        momentum: the momentum of the head.
+        weight_decay: λ.
+        betas: β1 and β2 of AdamW.
         common: see ``CommonOptions``. W is 0 unless given, and p 1/2: d C numbers of one norm move an output by the
             root of their count.
     """

@@ -40,7 +40,10 @@ class ActiveSGD(ActiveOptimizer):
 
     Args:
         params: the model; or parameters or parameter groups, with ``model=`` given.
-        lr: α, a number or a 0-d tensor. momentum: μ. weight_decay: λ. nesterov: looks one step ahead.
+        lr: α, a number or a 0-d tensor.
+        momentum: μ.
+        weight_decay: λ.
+        nesterov: whether the step looks one step ahead.
         common: see ``CommonOptions``; W is 100 and p is 0 unless given, since a gradient's size does not follow the
             density as that of Adam's step does.
     """

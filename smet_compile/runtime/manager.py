@@ -49,6 +49,7 @@ from smet_compile.runtime.schedules import (
     name_of_schedule,
 )
 from smet_compile.runtime.settings import check_override
+from smet_compile.runtime.shown_manager import ShownManager
 from smet_compile.runtime.stages import DensityStages, check_one_process
 from smet_compile.runtime.update import Move, Rules, check_moves, check_start, choose_move, find_ranks, make_and_record
 from smet_compile.shards import reshard
@@ -57,7 +58,7 @@ _ROUNDING = 1e-9
 """A sum of shares may miss a whole number by this share of a block."""
 
 
-class TopologyManager(SavedManager):
+class TopologyManager(SavedManager, ShownManager):
     """Drops a share ζ of the blocks of each compact weight every ``every`` steps, and grows as many elsewhere.
 
     By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
@@ -83,7 +84,8 @@ class TopologyManager(SavedManager):
             compact weights that an ``ActiveAdamW`` does not hold, others made with the same model are taken too.
         total_steps: length of the run, in optimizer steps.
         every: steps between updates (ΔT).
-        drop_fraction, final_drop_fraction: ζ at the start and at the end of the updates.
+        drop_fraction: ζ at the start of the updates.
+        final_drop_fraction: ζ at their end.
         stop_fraction: share of the run after which there is no update.
         drop: which blocks go, those of smallest "magnitude" (mean \\|w\\|), "relative_magnitude" (over the age of young
             blocks), "saliency" (mean \\|w · gradient\\|), "momentum", or "random"; or a policy, a function

@@ -12,8 +12,7 @@ import pytest
 import smet_compile as smet
 import smet_compile.distributed as distributed
 
-_LATER = {"ActiveAdamW", "ActiveLion", "ActiveSGD", "ActiveScale", "NaiveAdamW", "TopologyManager", "clip_grad_norm_"}
-_NAMES = {name: getattr(smet, name) for name in smet.__all__ if name not in _LATER} | {
+_NAMES = {name: getattr(smet, name) for name in smet.__all__} | {
     f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__
 }
 
