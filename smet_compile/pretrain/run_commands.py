@@ -69,10 +69,11 @@ def add_run_commands(app: typer.Typer) -> None:
         dest: Annotated[Path, typer.Argument(help="New folder.", metavar="DEST", show_default=False)],
         kind: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = "dense",
     ) -> None:
-        """Write the model of a run, and its tokenizer, as a folder that from_pretrained loads."""
+        """Write the model of a run, and its tokenizer, as a folder that from_pretrained loads, or load_compact."""
         with _one_line_errors():
             export_run(run, dest, kind)
-            print(f'Written. Load it: AutoModelForCausalLM.from_pretrained("{dest}")')
+            load = "AutoModelForCausalLM.from_pretrained" if kind == "dense" else "smet_compile.load_compact"
+            print(f'Written. Load it: {load}("{dest}")')
 
 
 def _show(text: str) -> None:

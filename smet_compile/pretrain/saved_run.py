@@ -80,8 +80,8 @@ def export_run(path: Path, destination: Path, kind: str = "dense") -> None:
     """Writes the model of a run, and its tokenizer, into a new folder, which appears whole or not at all.
 
     "dense" is a plain Hugging Face model: `AutoModelForCausalLM.from_pretrained` loads it, and
-    `AutoTokenizer.from_pretrained` the tokenizer. "compact" is what `smet.load_compact` reads; `from_pretrained` refuses
-    it.
+    `AutoTokenizer.from_pretrained` the tokenizer. "compact" is what `smet.load_compact` reads, and
+    `from_pretrained` refuses.
 
     Raises ValueError for another format, a folder with files in it, or a run that cannot be opened.
     """

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import smet_compile as smet
 from smet_compile.pretrain.cli import make_app
 from smet_compile.pretrain.comparison import differences, rates_of, read_runs
 from smet_compile.pretrain.config import RunConfig
@@ -16,6 +17,7 @@ from smet_compile.pretrain.loop import pretrain
 from smet_compile.pretrain.saved_run import open_run
 from smet_compile.pretrain.tokenizer import ByteTokenizer
 from tests.pretrain.runs import SMALL_MODEL, StopAfter, losses, small_config
+from tests.support.snapshots import assert_same
 
 pytestmark = SMALL_MODEL
 
@@ -60,6 +62,14 @@ def test_a_dense_run_is_exported_too(config: RunConfig, tmp_path: Path) -> None:
     pretrain(small_config(tmp_path, method="dense"), tmp_path / "run", StopAfter(2))
     assert call("export", tmp_path / "run", tmp_path / "model").exit_code == 0
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_compact_export_loads_as_it_was(run: Path, tmp_path: Path) -> None:
+    result = call("export", run, tmp_path / "model", "--format", "compact")
+    assert result.exit_code == 0 and "smet_compile.load_compact" in result.output, result.output
+    loaded, own = smet.load_compact(tmp_path / "model"), open_run(run).load()
+    assert_same(dict(loaded.state_dict()), dict(own.state_dict()))
+    assert "density" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_text_of_a_run(run: Path) -> None:
@@ -123,7 +133,7 @@ def test_a_sweep_of_rates_is_drawn_by_rate(tmp_path: Path) -> None:
     [
         (["export", "{}/none", "{}/x"], "RUN: expected the folder of a run"),
         (["export", "{run}", "{run}"], "DEST: expected a new or empty folder"),
-        (["export", "{run}", "{}/x", "--format", "zip"], "--format: expected one of dense"),
+        (["export", "{run}", "{}/x", "--format", "zip"], "--format: expected one of dense, compact"),
         (["generate", "{run}", "a", "--tokens", "many"], "--tokens: expected a whole number of at least 1, got 'many'"),
         (["generate", "{run}", "a", "--temperature", "-1"], "--temperature: expected a finite number of at least 0"),
         (["generate", "{run}", "a", "--device", "cuda:99"], "--device: expected a device of this machine such as cpu"),
