@@ -115,6 +115,13 @@ def test_without_transformers_a_model_is_asked_for(folder: Path, monkeypatch: py
         smet.load_compact(folder)
 
 
+def test_the_hub_reads_the_card(folder: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "smet_compile" and "sparse-training" in card.data.tags
+    assert "# LlamaForCausalLM, sparse" in card.text
+
+
 def test_compressed_tensors_no_longer_reads_bitmasks() -> None:
     """Its format "sparse-bitmask" is a name without a compressor, so nobody could read a file of that format."""
     base = pytest.importorskip("compressed_tensors.compressors.base")
