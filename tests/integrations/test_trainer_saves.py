@@ -1,4 +1,4 @@
-"""What the Trainer saves of a sparse model loads by from_pretrained, from every folder that it writes."""
+"""Every folder that the Trainer writes of a sparse model loads by from_pretrained."""
 
 from pathlib import Path
 from typing import Any

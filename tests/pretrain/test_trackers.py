@@ -72,11 +72,13 @@ def test_a_run_goes_on_under_its_name(tmp_path: Path, trackio: FakeTrackio) -> N
     assert [step for step, _ in trackio.curve("train/loss")] == list(range(1, 13))
 
 
-def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(tmp_path: Path, trackio: FakeTrackio) -> None:
+def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
+    tmp_path: Path, trackio: FakeTrackio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 
-    trackio.log = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(trackio, "log", fail)
     with pytest.warns(UserWarning, match=r"--log trackio: nothing more is sent there \(no route to host\)") as caught:
         assert pretrain(small_config(tmp_path, log="trackio"), tmp_path / "run", console=quiet())
     assert len([each for each in caught if "--log" in str(each.message)]) == 1
