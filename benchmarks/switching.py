@@ -57,7 +57,9 @@ def build(mesh: DeviceMesh, width: int) -> nn.Module:
 def optimize(model: nn.Module) -> tuple[torch.optim.Optimizer, smet.TopologyManager]:
     """Makes optimizer and manager."""
     optimizer = smet.ActiveAdamW(model, 1e-3, warmup_steps=5)
-    return optimizer, smet.TopologyManager(model, optimizer, total_steps=1000, every=100, schedule="cosine")
+    return optimizer, smet.TopologyManager(
+        model, optimizer, total_steps=1000, every=100, schedule="cosine", auto_step=False
+    )
 
 
 def blueprint(width: int) -> Blueprint:

@@ -52,7 +52,9 @@ def build(mesh: DeviceMesh) -> nn.Module:
 def optimize(model: nn.Module) -> tuple[torch.optim.Optimizer, smet.TopologyManager]:
     """Makes optimizer and manager."""
     optimizer = smet.ActiveAdamW(model, 1e-3)
-    return optimizer, smet.TopologyManager(model, optimizer, total_steps=1000, every=100, schedule="cosine")
+    return optimizer, smet.TopologyManager(
+        model, optimizer, total_steps=1000, every=100, schedule="cosine", auto_step=False
+    )
 
 
 def timed_step(run: Any) -> float:

@@ -100,7 +100,7 @@ class _Training:
         self._model = _layers(check, side, layers, check.size(block, 16)).bfloat16()
         self._optimizer = smet.ActiveAdamW(self._model, lr=1e-3, warmup_steps=2)
         self._manager = smet.TopologyManager(
-            self._model, self._optimizer, total_steps=100, every=EVERY, schedule="cosine"
+            self._model, self._optimizer, total_steps=100, every=EVERY, schedule="cosine", auto_step=False
         )
         self._step = smet.compile_train_step(self._model, self._optimizer, lambda model, x: model(x).square().mean())
         self._step.compile(mode=mode)

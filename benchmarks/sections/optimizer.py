@@ -95,7 +95,7 @@ def aged_optimizer(
         matrices = [nn.Linear(side, side, bias=False, dtype=kind.dtype) for _ in range(num_matrices)]
     model = smet.sparsify(nn.Sequential(*matrices), DENSITY, block_shape=kind.block)
     optimizer = smet.ActiveAdamW(model, moment_dtype=kind.moment_dtype)
-    manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=1, schedule="cosine")
+    manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=1, schedule="cosine", auto_step=False)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     for _ in range(num_updates):

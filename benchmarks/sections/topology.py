@@ -38,7 +38,9 @@ def _row(block: Block, grow: str, settings: Settings, clock: Clock) -> Row:
     shape = settings.size(SHAPE, QUICK_SHAPE)
     dense = training(Recipe(DENSE, shape, 0, torch.float32, settings.device))
     run = training(Recipe(FUSED, shape, block, torch.float32, settings.device))
-    manager = smet.TopologyManager(run.model, run.optimizer, total_steps=10**6, every=2, grow=grow, schedule="cosine")
+    manager = smet.TopologyManager(
+        run.model, run.optimizer, auto_step=False, total_steps=10**6, every=2, grow=grow, schedule="cosine"
+    )
     turns = [_turn(dense, run, manager, clock) for _ in range(WARMUP + settings.repeats)][WARMUP:]
     scoring = [turn.scored - turn.plain if grow == "gradient" else 0.0 for turn in turns]
     costs = [scored + turn.update for scored, turn in zip(scoring, turns, strict=True)]

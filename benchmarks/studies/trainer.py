@@ -102,6 +102,7 @@ def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         schedule="cosine",
         min_age=0,
         seed=case.seed,
+        auto_step=False,  # a probe looks between the two steps
     )
 
 

@@ -115,6 +115,7 @@ def sparse_parts(config: RunConfig, model: nn.Module) -> tuple[torch.optim.Optim
         schedule=cast(ScheduleName, config.schedule),
         min_age=config.min_age,
         seed=config.seed,
+        auto_step=False,  # it steps when gradients are gone, and checkpoints hold its state
     )
     return optimizer, manager
 

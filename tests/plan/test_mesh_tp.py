@@ -173,7 +173,7 @@ def traffic(rank: int, world: int, tp: int, kind: str) -> tuple[Fraction, list[C
     optimizers = optimizers_of(model, moment_dtype)
     manager = smet.TopologyManager(
         model, optimizers, total_steps=20, every=EVERY, schedule="constant", drop_fraction=DROP_FRACTION,
-        grow="gradient", min_age=0,
+        grow="gradient", min_age=0, auto_step=False,
     )  # fmt: skip
     found: list[Counter[str]] = []
     for step in range(2 * EVERY):

@@ -63,7 +63,7 @@ def traffic(rank: int, world: int, kind: str, replicas: int, grow: str) -> list[
     optimizers = optimizers_of(model, moment_dtype)
     manager = smet.TopologyManager(
         model, optimizers, total_steps=20, every=EVERY, schedule="constant", drop_fraction=DROP_FRACTION, grow=grow,
-        min_age=0,
+        min_age=0, auto_step=False,
     )  # fmt: skip
     found: list[Counter[str]] = []
     for step in range(2 * EVERY):

@@ -73,7 +73,14 @@ def train(run: Run) -> dict[str, Any]:
         optimizer = smet.ActiveSGD(model, lr=run.rate, momentum=0.9, weight_decay=1e-4, warmup_steps=0)
         growth, total = GROWTHS[run.growth], run.epochs * steps
         manager = smet.TopologyManager(
-            model, optimizer, total_steps=total, every=15, grow=growth, drop_fraction=0.1, seed=run.seed
+            model,
+            optimizer,
+            auto_step=False,
+            total_steps=total,
+            every=15,
+            grow=growth,
+            drop_fraction=0.1,
+            seed=run.seed,
         )
     if run.corrects:
         smet.correct_gradients(model, optimizer, images[:BATCH])
