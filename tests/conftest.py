@@ -1,4 +1,7 @@
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: workers share cores
 
 import pytest
 import torch
