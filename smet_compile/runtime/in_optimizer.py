@@ -56,9 +56,8 @@ class InOptimizer:
         if self._manager is None or _leaves_out.get() or "param_groups" not in state:
             return None
         packed = [group[MANAGER] for group in state["param_groups"] if MANAGER in group]
-        if packed and packed[0] != checkpoint_file.to_bytes(
-            self._manager.state_dict()
-        ):  # Accelerate loads what is there
+        own = checkpoint_file.to_bytes(self._manager.state_dict())
+        if packed and packed[0] != own:  # Accelerate loads an optimizer's own state into it
             self._loaded = _unpacked(packed[0])
             self._manager.check_state_dict(self._loaded, override=self._override)
         elif not packed:

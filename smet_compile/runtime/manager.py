@@ -180,7 +180,6 @@ class TopologyManager(SavedManager, ShownManager):
         self.optimizer = optimizer
         self._optimizers = ManagedOptimizers(optimizer, model, self.sites)
         self._listeners: dict[int, StepListener] = {}
-        self._weights = {id(site.values) for site in self.sites.values()}
         auto_step = None if auto_step is None else arguments.flag("auto_step", auto_step)
         self.auto_step = steps_by_itself(auto_step, self._optimizers.found, self._weights)
         self._override = check_override(override)
@@ -204,6 +203,10 @@ class TopologyManager(SavedManager, ShownManager):
             warn_of_tiles(len(self.sites) - len(self._moving), len(self.sites))
         if self._moving:
             warn_of_stillness(self._moving, self.schedule, total_steps)
+
+    @property
+    def _weights(self) -> set[int]:
+        return {id(site.values) for site in self.sites.values()}  # found anew: a copy has other weights
 
     @property
     def optimizers(self) -> list[Any]:

@@ -263,6 +263,23 @@ def test_of_two_managers_the_later_one_steps() -> None:
     assert not second.auto_step
 
 
+@pytest.mark.parametrize("make", [one, two])
+def test_a_copy_of_a_run_and_the_run_step_each_for_itself(make: Any) -> None:
+    model = sparse_net()
+    optimizers = make(model)
+    first = model, optimizers, manager_of(model, optimizers, True)
+    other = copy.deepcopy(first)
+    for run in (first, other):
+        for step in range(STEPS):
+            loss_of(run[0], step).backward()
+            for optimizer in run[1]:
+                optimizer.step()
+                optimizer.zero_grad()
+    for _, _, manager in (first, other):
+        assert manager.auto_step and manager.num_steps == STEPS and len(manager.history) == 4
+    assert all(torch.equal(tensor, other[0].state_dict()[name]) for name, tensor in first[0].state_dict().items())
+
+
 def test_calls_warn_where_the_optimizer_makes_no_step() -> None:
     model = sparse_net()
     manager = smet.TopologyManager(model, smet.ActiveAdamW(model, 1e-2), total_steps=STEPS, every=EVERY)
