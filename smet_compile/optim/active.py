@@ -1,7 +1,7 @@
 """Defines ActiveOptimizer, the base of all optimizers here: everything but the rule and its options.
 
 A step reuses each parameter's ``Update`` of the step before where only gradient and rate have changed, makes the others
-anew, and then makes all updates by one call of ``ops.choose.update_all``.
+anew, and then makes all updates by one call of ``make_updates``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from smet_compile.format import TopologyChange, arguments
 from smet_compile.format.arguments import described, flag, seed_number
 from smet_compile.ops import captures
-from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.loaded import Saved, check_groups
@@ -32,6 +31,7 @@ from smet_compile.optim.parameters import (
     check_initialised,
     describe_parameters,
     find_misfit,
+    make_updates,
     not_trained,
     warn_of_untrained,
 )
@@ -169,7 +169,7 @@ class ActiveOptimizer(Optimizer):
             warn_of_untrained(type(self).__name__, self._model)
         if any(captures.is_capturing(update.values.device) for update in ready[:1]):
             captures.note(update.values for update in ready)
-        update_all(ready)
+        make_updates(ready)
         for known in self._ready.values():
             if known.parameter.grad is not None:
                 known.count_change()

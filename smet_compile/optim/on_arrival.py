@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from smet_compile.ops.choose import update_all
 from smet_compile.ops.sinks import count_by
 from smet_compile.optim.active import ActiveOptimizer
+from smet_compile.optim.parameters import make_updates
 
 
 class UpdatesOnArrival:
@@ -55,5 +55,5 @@ class UpdatesOnArrival:
         self._optimizer.check_parameter(parameter)
         update = self._optimizer.update_of(parameter, group)
         count_by(self._optimizer, parameter, update.step, update.num_skipped)
-        update_all([update])
+        make_updates([update])
         parameter.grad = None

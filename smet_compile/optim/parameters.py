@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
 from smet_compile.ops import Site, canonical_name, find_sites
+from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
 from smet_compile.ops.optimizers import registered_holders
 from smet_compile.ops.rules import Rule
@@ -291,3 +292,12 @@ class ReadyUpdate:
             check_ages(known.name, update.generation, update.births, values.shape[0])
         update.grad, update.lr = grad, rate
         return update
+
+
+def make_updates(updates: list[Update]) -> None:
+    """Makes the updates. Those that are kept for the next step then hold no gradient, which may be freed."""
+    try:
+        update_all(updates)
+    finally:
+        for update in updates:
+            update.grad = update.values

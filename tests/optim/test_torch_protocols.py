@@ -1,6 +1,8 @@
 """An active optimizer is a torch.optim.Optimizer in schedulers, groups, hooks, scaling, clipping and closures."""
 
 import copy
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -175,3 +177,36 @@ def test_a_parameter_without_gradient_is_skipped() -> None:
     train(model, optimizer, steps=3)
     assert same_bits(frozen.detach(), before[0]) and same_bits(unused.detach(), before[1])
     assert frozen not in optimizer.state or not optimizer.state[frozen]
+
+
+@pytest.mark.parametrize("block_shape", [1, 4])
+@pytest.mark.parametrize("kind", [smet.ActiveAdamW, smet.ActiveScale, smet.ActiveSGD])
+def test_no_gradient_outlives_zero_grad(kind: type[torch.optim.Optimizer], block_shape: int) -> None:
+    """Otherwise two sets of gradients are in memory during the next backward."""
+    model = smet.sparsify(two_layers(), density=0.5, block_shape=block_shape)
+    optimizer = kind(model, lr=1e-2)
+    for step in range(2):
+        loss_on(model, step).backward()
+        gradients = [weakref.ref(p.grad) for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [gradient() for gradient in gradients] == [None] * len(gradients)
+
+
+def test_no_gradient_outlives_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One update fails for want of memory, say: the gradients that were read are let go as well."""
+    model, optimizer = make()
+    loss_on(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_on(model, 1).backward()
+    gradients = [weakref.ref(p.grad) for p in model.parameters()]
+
+    def fail(updates: list[Any]) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("smet_compile.optim.parameters.update_all", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert [gradient() for gradient in gradients] == [None] * len(gradients)
