@@ -6,6 +6,7 @@ A study that was stopped goes on where it was: every finished run is a line of `
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from benchmarks.studies import equal_memory, learning_rate, moments, quality, sensitivity, spikes, topology
 from benchmarks.studies.case import Case
+from benchmarks.studies.estimate import forecast
 from benchmarks.studies.records import Records
 from benchmarks.studies.replica_runner import run_replicas
 from benchmarks.studies.reports import differences
@@ -31,13 +33,14 @@ class Study:
     """Its cases, in order of importance, and its page.
 
     Args:
-        prepare: measures what the cases depend on.
+        prepare: measures what the cases depend on. measure: measures what only the page needs, after the runs.
         run: trains what is missing. workers, seeds: how many processes and seeds, unless the command line says.
     """
 
     cases: Callable[[Scale, Path], list[Any]]
     write: Callable[[Records, Scale, Path], None]
     prepare: Callable[[Scale, Path], None] = lambda scale, folder: None
+    measure: Callable[[Scale, Path], None] = lambda scale, folder: None
     run: Callable[[Sequence[Any], Records, int, float, bool], None] = run
     workers: int = 2
     seeds: int = 3
@@ -51,7 +54,7 @@ STUDIES = {
     learning_rate.NAME: _plain(learning_rate.cases, learning_rate_page.write),
     spikes.NAME: _plain(spikes.cases, spikes_page.write),
     quality.NAME: _plain(quality.cases, quality_page.write),
-    equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare),
+    equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare, equal_memory.measure),
     sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
     moments.NAME: _plain(moments.cases, differences.write_moments),
     topology.NAME: Study(
@@ -78,9 +81,19 @@ def main() -> None:
         study, scale = STUDIES[name], SCALES[options.scale]
         records = Records(folder / f"{name}.jsonl")
         study.prepare(scale, folder)
-        cases = [case for case in study.cases(scale, folder) if case.seed < (options.seeds or study.seeds)]
-        study.run(cases, records, options.workers or study.workers, options.minutes, scale.eager)
+        end, workers = time.monotonic() + 60 * options.minutes, options.workers or study.workers
+        cases: list[Any] = []
+        while (found := _chosen(study, scale, folder, options.seeds)) != cases:  # rates may decide what is run next
+            cases = found
+            print(f"{name}: {forecast(cases, records, workers)}", flush=True)
+            study.run(cases, records, workers, (end - time.monotonic()) / 60, scale.eager)
+        if time.monotonic() < end:
+            study.measure(scale, folder)
         study.write(records, scale, options.folder)
+
+
+def _chosen(study: Study, scale: Scale, folder: Path, seeds: int | None) -> list[Any]:
+    return [case for case in study.cases(scale, folder) if case.seed < (seeds or study.seeds)]
 
 
 if __name__ == "__main__":

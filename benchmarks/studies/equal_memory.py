@@ -1,157 +1,173 @@
-"""Asks: is a wide sparse model better than a dense one, at equal bytes of training state?
+"""Asks: which way of training has the lowest loss for given bytes of training state, and for given time?
 
-A budget is what a dense model of a given width needs: weights, gradients, moments. Against it stand dense models of
-other depths that fit, and for each density the widest sparse model whose weights, gradients, moments, ages and index
-fit. Narrow models want higher rates than the wide one that rates were tuned on: dense ones are tried at three, sparse
-ones at two, and the best counts. All are compared after the same tokens; and after the time that the dense model took,
-by step times measured side by side (`equal_memory_times.json`), each with a schedule of that length. The tables are of
-seed 0, and dense rates of the small budget are at the edge of what was tried. No model reads more than four bytes of
-text for each weight: with so little, what a model can hold does not count, so this says nothing of longer training.
+A budget is what a dense model of a given width needs with AdamW in fp32: weights, gradients, moments. Against it stand
+dense models with the optimizers that people use to save memory, and sparse models with single weights, each as wide as
+fits, three layers deep; bytes are counted from tensors. All read the same text: 512 bytes a step in windows of 256.
+Peak rates are factors of .106 / (d · width) for linear layers, tried by twos until a lower and a higher one are worse,
+in one seed at the shorter length; at the longer length half the best is tried too. Embeddings and norms have .004.
+Sparse AdamW runs move their topology as the defaults do; those with SCALE, whose weights have no age, are static.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from functools import lru_cache
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import smet_compile as smet
 from benchmarks.ratios import Clock, in_turns
-from benchmarks.studies.case import Case, Shape
+from benchmarks.studies.case import Case
+from benchmarks.studies.contestants import CONTESTANTS, MODELS, REFERENCE, Fitted, case_of, fit, peaks, read
+from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import RATE, tuned
+from benchmarks.studies.trainer import build, compiled, two_calls
 
 NAME = "equal_memory"
-TIMES = "equal_memory_times.json"
-DENSITIES = (0.5, 0.25, 0.1)
-BLOCKS = ("1", "32")
-DEPTHS = (2 / 3, 1, 4 / 3)  # of dense models, over that of the model which sets the budget
-RATES = (RATE, 2 * RATE)
-DENSE_RATES = (*RATES, 4 * RATE)
-_WIDTH_STEP = 16
-_REPEATS = 7
+MEASURED = "equal_memory_measured.json"
+FACTORS = (0.5, 1.0, 2.0)
+MOST_FACTORS = 6
+LONG = ("dense, AdamW, fp32", "dense, AdamW, bf16", "dense, 8-bit AdamW, bf16", "dense, SCALE, bf16",
+        "d 0.25, AdamW, bf16", "d 0.25, 8-bit AdamW, bf16", "d 0.5, SCALE, bf16")  # fmt: skip
+FEW = ("dense, AdamW, fp32", "dense, 8-bit AdamW, bf16", "dense, SCALE, bf16",
+       "d 0.25, AdamW, bf16", "d 0.5, SCALE, bf16")  # fmt: skip
+_REPEATS = 15
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Describes a model that fits the budget of a dense model of width ``budget``, and its bytes."""
+class Turn:
+    """Describes runs of one budget and length. Turns are made in order; ``place`` is the length's in the scale."""
 
     budget: int
-    density: float
-    block: str
-    shape: Shape
-    num_bytes: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.density} {self.block} {self.shape.hidden}x{self.shape.layers}"
+    place: int
+    names: tuple[str, ...]
 
 
-def shape_of(scale: Scale, hidden: int, layers: int) -> Shape:
-    return replace(scale.large, hidden=hidden, intermediate=5 * hidden // 2, layers=layers)
-
-
-@lru_cache
-def training_bytes(shape: Shape, density: float, block: str) -> int:
-    """Counts the bytes of weights, gradients, moments, ages and index, as the planner does."""
-    from benchmarks.studies.trainer import build_model
-
-    case = tuned(shape, 1, density, block, 0)
-    model = build_model(case, "meta")
-    given = {"block_shape": case.block_shape, "batch": 1, "sequence": shape.sequence, "compiled": False}
-    found = smet.plan(model, 0.5, **given).dense if density == 1 else smet.plan(model, density, **given).sparse
-    return sum(number for kind, number in found.stored.items() if kind != "buffers")
-
-
-@lru_cache
-def candidates(scale: Scale) -> tuple[Candidate, ...]:
-    found = []
-    for budget in scale.budgets:
-        limit = training_bytes(shape_of(scale, budget, scale.large.layers), 1.0, "1")
-        depths = {round(scale.large.layers * depth) for depth in DEPTHS}
-        kinds = [(1.0, "1", layers) for layers in sorted(depths)]
-        kinds += [(density, block, scale.large.layers) for block in BLOCKS for density in DENSITIES]
-        found += [_widest(scale, budget, limit, *kind) for kind in kinds]
-    return tuple(found)
-
-
-def _widest(scale: Scale, budget: int, limit: int, density: float, block: str, layers: int) -> Candidate:
-    """Finds the widest model within the limit by bisection, since bytes grow with the width."""
-    low, high = 1, scale.widest // _WIDTH_STEP
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = training_bytes(shape_of(scale, middle * _WIDTH_STEP, layers), density, block) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    shape = shape_of(scale, low * _WIDTH_STEP, layers)
-    return Candidate(budget, density, block, shape, training_bytes(shape, density, block))
-
-
-def measure_times(scale: Scale, path: Path) -> None:
-    """Measures a compiled step of every candidate, by turns with the dense model that sets its budget."""
-    from benchmarks.studies.trainer import build, compiled, two_calls
-
-    times: dict[str, dict[str, float]] = {}
-    clock = Clock(torch.device(scale.large.device))
-    torch.set_num_threads(1)
-    for budget in scale.budgets:
-        rivals = [c for c in candidates(scale) if c.budget == budget]
-        rivals.sort(key=lambda c: (c.density != 1, c.shape.layers != scale.large.layers))
-        works = []
-        for rival in rivals:
-            tokens = torch.randint(256, (rival.shape.batch, rival.shape.sequence), device=rival.shape.device)
-            trainee = build(tuned(rival.shape, 1, rival.density, rival.block, 0))
-            step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
-            works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
-        pairs = in_turns(works[0], works[1:], _REPEATS, clock, warmup=3)
-        times[str(budget)] = {rivals[0].name: 1.0} | {
-            rival.name: sorted(pair.costs)[_REPEATS // 2] for rival, pair in zip(rivals[1:], pairs, strict=True)
-        }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(times, indent=1) + "\n")
+def turns(scale: Scale) -> list[Turn]:
+    """Returns the turns, those that say most first."""
+    plan = [(0, 0, tuple(CONTESTANTS)), (0, 1, LONG), (1, 0, LONG), (1, 1, FEW), (2, 0, FEW)]
+    return [Turn(scale.budgets[budget], *rest) for budget, *rest in plan if budget < len(scale.budgets)]
 
 
 def prepare(scale: Scale, folder: Path) -> None:
-    if not (folder / TIMES).exists():
-        measure_times(scale, folder / TIMES)
+    names: dict[int, Sequence[str]] = {}
+    for turn in turns(scale):
+        names.setdefault(turn.budget, turn.names)
+    fit(scale, folder, names)
 
 
-def times(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns by budget and candidate the time of a step over that of the dense model that sets the budget."""
-    return json.loads((folder / TIMES).read_text())
-
-
-def same_tokens(scale: Scale, candidate: Candidate, seed: int) -> list[Case]:
-    rates = DENSE_RATES if candidate.density == 1 else RATES
-    return [_run(scale.memory_steps, candidate, rate, seed) for rate in rates]
-
-
-def same_time(scale: Scale, candidate: Candidate, cost: float, seed: int) -> list[Case]:
-    """Returns runs as long in time; ``cost`` is a step's time over that of the dense model that sets the budget."""
-    steps = round(scale.memory_steps / cost)
-    return [_run(steps, candidate, case.rate, seed) for case in same_tokens(scale, candidate, seed)]
-
-
-def _run(steps: int, candidate: Candidate, rate: float, seed: int) -> Case:
-    return tuned(candidate.shape, steps, candidate.density, candidate.block, seed, rate=rate)
-
-
-def is_main(scale: Scale, candidate: Candidate) -> bool:
-    """Tells whether it is run with every seed: the dense model of the budget, and single weights at density .25."""
-    is_budget = candidate.density == 1 and candidate.shape.layers == scale.large.layers
-    return is_budget or (candidate.density == 0.25 and candidate.block == "1")
+def models(folder: Path) -> dict[tuple[int, str], Fitted]:
+    """Returns the models that were found to fit, by budget and contestant."""
+    return {(each.budget, each.name): each for each in read(folder / MODELS)}
 
 
 def cases(scale: Scale, folder: Path) -> list[Case]:
-    measured = times(folder)
-    found = []
+    """Returns the runs that can be named by now: seeds follow rates, and a turn follows the one before."""
+    records, fitted = Records(folder / f"{NAME}.jsonl"), models(folder)
+    found: list[Case] = []
+    for turn in turns(scale):
+        rivals = [fitted[turn.budget, name] for name in turn.names if (turn.budget, name) in fitted]
+        searches = [search(scale, rival, turn.place, records) for rival in rivals]
+        found += [case for each in searches for case in each.cases]
+        chosen = [
+            case_of(rival.shape, rival.name, scale.memory_steps[turn.place], each.best, seed)
+            for seed in scale.seeds
+            for rival, each in zip(rivals, searches, strict=True)
+            if each.best is not None
+        ]
+        found += chosen
+        if any(case.key not in records for case in found):
+            break
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Search:
+    """Holds the runs that look for a contestant's rate, and the best factor, None where runs are missing.
+
+    ``inside``: whether a lower and a higher rate are worse.
+    """
+
+    cases: tuple[Case, ...]
+    best: float | None
+    inside: bool = False
+
+
+def search(scale: Scale, rival: Fitted, place: int, records: Records) -> Search:
+    """Looks for the best rate in the first seed: both ways at the first length, downwards from there at others."""
+    if place == 0:
+        return _descend(scale, rival, place, records, list(FACTORS))
+    before = search(scale, rival, place - 1, records)
+    if before.best is None:
+        return Search((), None)
+    return _descend(scale, rival, place, records, [before.best / 2, before.best])
+
+
+def _descend(scale: Scale, rival: Fitted, place: int, records: Records, factors: list[float]) -> Search:
+    """Tries more factors beyond the best one for as long as that is at an end of those that were tried."""
+    steps = scale.memory_steps[place]
+    while True:
+        tried = {f: case_of(rival.shape, rival.name, steps, f, scale.seeds[0]) for f in sorted(factors)}
+        if any(case.key not in records for case in tried.values()):
+            return Search(tuple(tried.values()), None)
+        best = min(tried, key=lambda factor: _loss(records, tried[factor]))
+        beyond = best / 2 if best == min(tried) else best * 2 if best == max(tried) and place == 0 else None
+        if beyond is None or len(factors) == MOST_FACTORS:
+            return Search(tuple(tried.values()), best, beyond is None)
+        factors.append(beyond)
+
+
+def _loss(records: Records, case: Case) -> float:
+    loss = records[case.key]["loss"]
+    return math.inf if loss is None else loss
+
+
+def losses(scale: Scale, rival: Fitted, place: int, records: Records) -> dict[int, float]:
+    """Returns the losses at the best rate by seed, of the seeds that ended."""
+    found = search(scale, rival, place, records)
+    return {} if found.best is None else dict(_by_seed(scale, rival, place, found.best, records))
+
+
+def _by_seed(scale: Scale, rival: Fitted, place: int, factor: float, records: Records) -> Iterator[tuple[int, float]]:
     for seed in scale.seeds:
-        for candidate in candidates(scale):
-            cost = measured[str(candidate.budget)][candidate.name]
-            if seed == scale.seeds[0]:
-                found += same_tokens(scale, candidate, seed) + same_time(scale, candidate, cost, seed)
-            elif is_main(scale, candidate):
-                found += same_tokens(scale, candidate, seed)
-    return found
+        key = case_of(rival.shape, rival.name, scale.memory_steps[place], factor, seed).key
+        if key in records and records[key]["loss"] is not None:
+            yield seed, records[key]["loss"]
+
+
+def measure(scale: Scale, folder: Path) -> None:
+    """Measures what only the page needs, of every model: its peaks, and its step's time in one thread.
+
+    Times are those of compiled steps, by turns with the dense model that sets the budget, over that model's.
+    """
+    found = measured(folder)
+    torch.set_num_threads(1)
+    for budget in scale.budgets:
+        rivals = [each for (its_budget, _), each in models(folder).items() if its_budget == budget]
+        if {rival.name for rival in rivals} <= found.get(str(budget), {}).keys():
+            continue
+        costs = _step_times(scale, sorted(rivals, key=lambda rival: rival.name != REFERENCE))
+        found[str(budget)] = {rival.name: {"cost": costs[rival.name], "peaks": peaks(rival)} for rival in rivals}
+        (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _step_times(scale: Scale, rivals: Sequence[Fitted]) -> dict[str, float]:
+    """Returns by contestant the time of a step over that of the first."""
+    works = []
+    for rival in rivals:
+        tokens = torch.randint(256, (rival.shape.batch, rival.shape.sequence), device=rival.shape.device)
+        trainee = build(case_of(rival.shape, rival.name, 1))
+        step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
+        works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
+    pairs = in_turns(works[0], works[1:], _REPEATS, Clock(torch.device(scale.memory.device)), warmup=3)
+    costs = [1.0, *(sorted(pair.costs)[_REPEATS // 2] for pair in pairs)]
+    return {rival.name: cost for rival, cost in zip(rivals, costs, strict=True)}
+
+
+def measured(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns by budget and contestant its "cost", a step's time, and its "peaks"; nothing where they are missing."""
+    path = folder / MEASURED
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -16,7 +16,8 @@ class Scale:
         tiny: so few weights that ``long_steps`` read ten bytes or more for each: there the number of weights counts.
         *_steps: lengths of the runs; ``tiny_steps`` of those that change one setting.
         replicas: of the models that train side by side, so small that many runs of 20 bytes for each weight are cheap.
-        budgets, widest: widths of the dense models that set the budgets of `equal_memory`, and the largest it tries.
+        memory: of `equal_memory`, whose width each contestant sets. memory_steps: its lengths, shorter ones first.
+        budgets, widest: widths of the dense models that set the budgets there, and the largest it tries.
         eager: without compiler.
     """
 
@@ -28,7 +29,8 @@ class Scale:
     tiny_steps: int
     quality_steps: int
     long_steps: int
-    memory_steps: int
+    memory: Shape
+    memory_steps: tuple[int, ...]
     budgets: tuple[int, ...]
     widest: int
     replicas: Shape
@@ -51,8 +53,9 @@ SCALES = {
         tiny_steps=2000,
         quality_steps=1000,
         long_steps=5000,
-        memory_steps=1000,
-        budgets=(64, 112),
+        memory=replace(_LARGE, sequence=256, batch=2),
+        memory_steps=(4000, 16_000),
+        budgets=(64, 112, 192),
         widest=1024,
         replicas=replace(_SMALL, hidden=48, intermediate=96, heads=3, layers=2),
     ),
@@ -65,7 +68,8 @@ SCALES = {
         tiny_steps=4000,
         quality_steps=10_000,
         long_steps=40_000,
-        memory_steps=10_000,
+        memory=_GPU,
+        memory_steps=(10_000, 40_000),
         budgets=(256, 512),
         widest=4096,
         replicas=replace(_GPU, hidden=192, intermediate=384, heads=6, layers=4),
@@ -79,7 +83,8 @@ SCALES = {
         tiny_steps=8,
         quality_steps=4,
         long_steps=6,
-        memory_steps=4,
+        memory=replace(_QUICK, hidden=64, intermediate=160),
+        memory_steps=(4, 8),
         budgets=(64,),
         widest=256,
         replicas=replace(_QUICK, hidden=24, intermediate=48, heads=3),

@@ -14,14 +14,13 @@ import smet_compile as smet
 from benchmarks.measuring import processor
 from benchmarks.studies.case import Case
 from benchmarks.studies.corpus import VOCABULARY, Corpus
+from benchmarks.studies.optimizers import DTYPES, make_optimizer
 from benchmarks.studies.probe import Probe
 from benchmarks.studies.scattered import scatter
-from benchmarks.studies.seeded import SeededAdamW
 
 FINAL_RATE = 0.1
 FINAL_WINDOWS, CURVE_WINDOWS, PROBE_WINDOWS, NUM_CURVE_POINTS = 1024, 128, 8, 10
 Step = Callable[[dict[str, Tensor]], Tensor]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": "int8"}
 
 
 @dataclass
@@ -49,7 +48,7 @@ def build_model(case: Case, device: str | None = None) -> nn.Module:
     )
     torch.manual_seed(case.seed)
     with torch.device(device or shape.device):
-        return LlamaForCausalLM(config).to(_DTYPES[case.dtype])
+        return LlamaForCausalLM(config).to(DTYPES[case.dtype])
 
 
 def build(case: Case) -> Trainee:
@@ -57,36 +56,20 @@ def build(case: Case) -> Trainee:
     model = build_model(case)
     # sparsify keeps these objects: they then hold the active weights
     matrices = [layer.weight for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
-    if case.density == 1:
-        return Trainee(model, torch.optim.AdamW(_groups(case, model, matrices), weight_decay=0.0), None)
-    smet.sparsify(
-        model,
-        case.density,
-        block_shape=case.block_shape,
-        distribution=case.distribution,
-        rescale=case.rescale,
-        seed=case.seed,
-    )
-    if not case.even:
-        scatter(model, case.seed)
-    kind = SeededAdamW if case.seeded_moments else smet.ActiveAdamW if case.local_age else smet.NaiveAdamW
-    optimizer = kind(
-        _groups(case, model, matrices),
-        model=model,
-        warmup_steps=case.block_warmup,
-        lr_density_exponent=case.exponent,
-        moment_dtype=_DTYPES[case.moment_dtype],
-        seed=case.seed,
-    )
-    return Trainee(model, optimizer, _manager(case, model, optimizer) if case.every else None)
-
-
-def _groups(case: Case, model: nn.Module, matrices: list[nn.Parameter]) -> list[dict]:
-    """Returns two groups: the linear layers' weights, and all others, which may have a rate of their own."""
-    in_layers = {id(weight) for weight in matrices}
-    plain = [p for p in model.parameters() if id(p) not in in_layers]
-    own = case.rate if case.plain_rate is None else case.plain_rate
-    return [{"params": matrices, "lr": case.rate}, {"params": plain, "lr": own}]
+    if case.density < 1:
+        smet.sparsify(
+            model,
+            case.density,
+            block_shape=case.block_shape,
+            distribution=case.distribution,
+            rescale=case.rescale,
+            seed=case.seed,
+        )
+        if not case.even:
+            scatter(model, case.seed)
+    optimizer = make_optimizer(case, model, matrices)
+    moves = case.density < 1 and case.every > 0
+    return Trainee(model, optimizer, _manager(case, model, optimizer) if moves else None)
 
 
 def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> smet.TopologyManager:
@@ -100,7 +83,7 @@ def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         stop_fraction=case.stop_fraction,
         grow=case.grow,
         schedule="cosine",
-        min_age=0,
+        min_age=case.min_age,
         seed=case.seed,
         auto_step=False,  # a probe looks between the two steps
     )
@@ -192,7 +175,7 @@ def _probe(case: Case, trainee: Trainee, corpus: Corpus, feed: Feed) -> Probe | 
 
 def compiled(trainee: Trainee) -> Step:
     """Returns a function that makes one optimizer step on a batch; for a dense model it is plain torch."""
-    if trainee.manager is None and isinstance(trainee.optimizer, torch.optim.AdamW):
+    if not smet.report(trainee.model).sites:
         return two_calls(torch.compile(trainee.model), trainee.optimizer)
     return smet.compile_train_step(trainee.model, trainee.optimizer)
 

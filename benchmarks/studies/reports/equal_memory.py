@@ -2,125 +2,183 @@
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.studies import equal_memory as study
 from benchmarks.studies.case import Case
+from benchmarks.studies.contestants import REFERENCE, Fitted, case_of
 from benchmarks.studies.records import Records
-from benchmarks.studies.reports.interval import Interval, interval
-from benchmarks.studies.reports.made import how_made
+from benchmarks.studies.reports.interval import interval
+from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
+_IN_16_BITS = "dense, AdamW, bf16"
 _HEADINGS = [
-    "model",
-    "width x layers",
-    "weights if dense",
-    "bytes of text for each",
-    "bytes",
-    "step time",
-    "loss, same tokens",
-    "loss, same time",
-]
-
-
-def best(records: Records, cases: list[Case]) -> float | None:
-    """Returns the lowest loss of all rates, once all were tried; a run that diverged has none."""
-    if any(case.key not in records for case in cases):
-        return None
-    losses = [records[case.key]["loss"] for case in cases]
-    return min((loss for loss in losses if loss is not None), default=None)
-
-
-def over_seeds(records: Records, scale: Scale, budget: int) -> Interval | None:
-    """Returns the loss of single weights at density .25 less the dense model's, after the same tokens."""
-    dense, sparse = (c for c in study.candidates(scale) if c.budget == budget and study.is_main(scale, c))
-    pairs = [[best(records, study.same_tokens(scale, c, seed)) for c in (sparse, dense)] for seed in scale.seeds]
-    found = [a - b for a, b in pairs if a is not None and b is not None]
-    return interval(found) if found else None
+    "contestant", "width", "weights if dense", "bytes of text for each", "MB", "rate", "loss",
+    f"less {REFERENCE}", f"less {_IN_16_BITS}",
+]  # fmt: skip
+_NOTES = (
+    "*Rate*: the best factor of the rule's rate; `<` or `>` where it lies at an end of what was tried. Differences are "
+    "paired by seed: mean and 95% interval (Student's t), in bold where the interval excludes zero; a number without "
+    "an interval is one seed. A dash is a run that is still missing."
+)
+_PACKAGES = (
+    "GaLore and APOLLO are their authors' code (galore-torch, apollo-torch), 8-bit AdamW and AdamW in bf16 are "
+    "torchao's. All round bf16 weights stochastically; around the authors' code this study does it. Ranks: a quarter "
+    "of the width, 1 for APOLLO-Mini. Projections are counted."
+)
+_PEAKS = (
+    "The most bytes that tensors hold in an eager step, by torch's allocator, in MB: what is stored, and activations "
+    "in windows of the study's length, at micro-batches of 1 and 8 windows, without and with activation checkpointing. "
+    "A wide sparse model fits the budget of a narrow dense one until activations count."
+)
+_TIME = (
+    "A step's time is that of compiled steps in one thread, measured by turns with the dense model that sets the "
+    "budget (`equal_memory_measured.json`). *Time to the loss*: the time a contestant needs for the loss that this "
+    "dense model has after its longer run, over that model's; lengths between the two that were run are interpolated "
+    "in the logarithm of the steps, each length with a schedule of its own. `<`: the shorter run is below that loss "
+    "already. `>`: the longer one is not."
+)
 
 
 def write(records: Records, scale: Scale, folder: Path) -> None:
+    studies = records.path.parent
     page = Page(study.NAME, "Dense and sparse at equal memory", folder)
-    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, records.path.parent), records))
-    measured = study.times(records.path.parent)
-    panels, points = {}, []
-    for budget in scale.budgets:
-        rivals = [c for c in study.candidates(scale) if c.budget == budget]
-        rows, bars = [], []
-        for rival in rivals:
-            cost = measured[str(budget)][rival.name]
-            tokens = best(records, study.same_tokens(scale, rival, scale.seeds[0]))
-            time = best(records, study.same_time(scale, rival, cost, scale.seeds[0]))
-            rows.append(_row(rival, scale, cost, tokens, time))
-            bars.append((_name(rival), tokens, time))
-            points += [(rival, tokens)] if tokens else []
-        page.text(f"## Budget: a dense model of width {budget}, {max(r.num_bytes for r in rivals) / 1e6:.1f} MB")
-        page.table(_HEADINGS, rows)
-        if difference := over_seeds(records, scale, budget):
-            page.text(f"Single weights at density 0.25 less dense, same tokens, {difference.num} seeds: "
-                      f"{difference.format(3)}.")  # fmt: skip
-        panels[budget] = bars
-    page.figure(_figure(panels), "Held-out loss of all models of a budget")
-    page.figure(
-        _by_bytes(points, scale), "Held-out loss after the same tokens, by bytes of training state", "_by_bytes"
-    )
+    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES, _PACKAGES)
+    fitted, measured = study.models(studies), study.measured(studies)
+    for turn in study.turns(scale):
+        rivals = [fitted[turn.budget, name] for name in turn.names if (turn.budget, name) in fitted]
+        if not rivals:
+            continue
+        steps = scale.memory_steps[turn.place]
+        largest = max(rival.total for rival in rivals)
+        page.text(f"## {largest / 1e6:.1f} MB, {steps:,} steps", _text_read(scale, turn.place))
+        page.table(_HEADINGS, [_row(scale, rival, turn.place, records, fitted) for rival in rivals])
+    page.figure(_curves(scale, records, fitted), "Held-out loss over the text that was read, mean of the seeds")
+    page.text("## With activations", _PEAKS)
+    page.table(*_peaks(fitted, measured))
+    page.text("## Equal time", _TIME)
+    page.table(["budget", "contestant", "time of a step", "time to the loss"], _times(scale, records, fitted, measured))
     page.write()
 
 
-def _name(rival: study.Candidate) -> str:
-    return f"dense, {rival.shape.layers} layers" if rival.density == 1 else _kind(rival.density, rival.block)
+def _text_read(scale: Scale, place: int) -> str:
+    read = scale.memory_steps[place] * scale.memory.batch * scale.memory.sequence
+    return f"{read / 1e6:.1f} MB of text."
 
 
-def _kind(density: float, block: str) -> str:
-    if density == 1:
-        return "dense"
-    return f"d = {density:g}, {'single weights' if block == '1' else f'tiles of {block}'}"
-
-
-def _row(rival: study.Candidate, scale: Scale, cost: float, tokens: float | None, time: float | None) -> list[str]:
-    from benchmarks.studies.reports.made import parameters
-
+def _row(scale: Scale, rival: Fitted, place: int, records: Records, fitted: dict[tuple[int, str], Fitted]) -> list[str]:
     weights = parameters(Case(shape=rival.shape, steps=1, rate=1e-3))
-    losses = ["—" if each is None else f"{each:.4f}" for each in (tokens, time)]
-    text = scale.memory_steps * rival.shape.sequence * rival.shape.batch / weights
-    size = f"{rival.shape.hidden} x {rival.shape.layers}"
-    stored = f"{rival.num_bytes / 1e6:.2f} MB"
-    return [_name(rival), size, f"{weights / 1e6:.2f}M", f"{text:.1f}", stored, f"{cost:.2f}", *losses]
+    text = scale.memory_steps[place] * scale.memory.batch * scale.memory.sequence / weights
+    found, losses = study.search(scale, rival, place, records), study.losses(scale, rival, place, records)
+    rate = "—" if found.best is None else f"{found.best:g}"
+    if found.best is not None and not found.inside:
+        tried = [case.rate for case in found.cases]
+        best = case_of(rival.shape, rival.name, 1, found.best).rate
+        rate = f"{'<' if best == min(tried) else '>'} {rate}"
+    loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
+    others = [fitted.get((rival.budget, name)) for name in (REFERENCE, _IN_16_BITS)]
+    differences = [
+        _difference(losses, study.losses(scale, other, place, records)) if other and other != rival else ""
+        for other in others
+    ]
+    size = [f"{rival.shape.hidden}", f"{weights / 1e6:.2f}M", f"{text:.1f}", f"{rival.total / 1e6:.2f}"]
+    return [rival.name, *size, rate, loss, *differences]
 
 
-def _by_bytes(points: list[tuple[study.Candidate, float]], scale: Scale):
-    """Draws, for models of the budgets' depth, the loss after the same tokens over the bytes of training."""
-    figure = new_figure(width=6.5, height=3.8)
-    axes = figure.subplots()
-    for block, density in [("1", 1.0), *itertools.product(study.BLOCKS, study.DENSITIES)]:
-        found = [
-            (rival.num_bytes / 1e6, loss)
-            for rival, loss in points
-            if (rival.density, rival.block, rival.shape.layers) == (density, block, scale.large.layers)
-        ]
-        if not found:
+def _difference(losses: dict[int, float], others: dict[int, float]) -> str:
+    pairs = [losses[seed] - others[seed] for seed in losses if seed in others]
+    if not pairs:
+        return "—"
+    found = interval(pairs)
+    return f"**{found.format()}**" if found.excludes_zero and found.num > 1 else found.format()
+
+
+def _peaks(
+    fitted: dict[tuple[int, str], Fitted], measured: dict[str, dict[str, dict[str, Any]]]
+) -> tuple[list[str], list[list[str]]]:
+    kinds = ("1", "8", "1, checkpointed", "8, checkpointed")
+    stored = ("weights", "gradients", "states and index")
+    rows = []
+    for (budget, name), each in fitted.items():
+        peaks = measured.get(str(budget), {}).get(name, {}).get("peaks", {})
+        numbers = [f"{each.bytes[kind] / 1e6:.2f}" for kind in stored]
+        rows.append([f"{budget}", name, *numbers, *(f"{peaks[kind] / 1e6:.1f}" if peaks else "—" for kind in kinds)])
+    return ["budget: dense width", "contestant", *stored, *(f"peak, batch {kind}" for kind in kinds)], rows
+
+
+def _times(
+    scale: Scale,
+    records: Records,
+    fitted: dict[tuple[int, str], Fitted],
+    measured: dict[str, dict[str, dict[str, Any]]],
+) -> list[list[str]]:
+    rows = []
+    for (budget, name), rival in fitted.items():
+        if found := measured.get(str(budget), {}).get(name):
+            reference = fitted[budget, REFERENCE]
+            to_loss = _time_to_loss(scale, records, rival, reference, found["cost"])
+            rows.append([f"{budget}", name, f"{found['cost']:.2f}", to_loss])
+    return rows
+
+
+def _time_to_loss(scale: Scale, records: Records, rival: Fitted, reference: Fitted, cost: float) -> str:
+    short, long = scale.memory_steps
+    target = _mean(study.losses(scale, reference, 1, records))
+    first, last = (_mean(study.losses(scale, rival, place, records)) for place in (0, 1))
+    if target is None or first is None:
+        return "—"
+    if first <= target:
+        return f"< {cost * short / long:.2f}"
+    if last is None:
+        return "—"
+    return f"> {cost:.2f}" if last > target else f"{cost * steps_to(target, (short, first), (long, last)) / long:.2f}"
+
+
+def steps_to(target: float, first: tuple[int, float], last: tuple[int, float]) -> float:
+    """Returns the steps at which a line through two (steps, loss) points over log(steps) meets the target."""
+    (short, high), (long, low) = first, last
+    return short * (long / short) ** ((high - target) / (high - low))
+
+
+def _mean(losses: dict[int, float]) -> float | None:
+    return sum(losses.values()) / len(losses) if losses else None
+
+
+def _curves(scale: Scale, records: Records, fitted: dict[tuple[int, str], Fitted]) -> Any:
+    """Draws the held-out loss within the longest runs that there are, a panel for each budget."""
+    budgets = sorted({budget for budget, _ in fitted})
+    figure = new_figure(height=4.6)
+    row = figure.subplots(1, len(budgets), squeeze=False)[0]
+    colors = {name: f"C{place % 10}" for place, name in enumerate(study.LONG)}
+    for axes, budget in zip(row, budgets, strict=True):
+        for name, color in colors.items():
+            points = _curve(scale, records, fitted.get((budget, name)))
+            if points:
+                axes.plot(*zip(*points, strict=True), "-o" if name.startswith("d ") else "--",
+                          color=color, markersize=3, label=name)  # fmt: skip
+        axes.set_xscale("log")
+        tidy(axes, title=f"{fitted[budget, REFERENCE].total / 1e6:.1f} MB", xlabel="text read (MB)")
+    row[0].set_ylabel("held-out loss (nats per byte)")
+    legend_above(figure, row[0], columns=4)
+    return figure
+
+
+def _curve(scale: Scale, records: Records, rival: Fitted | None) -> Sequence[tuple[float, float]]:
+    """Returns (MB of text, loss) of the longest length that has runs, the mean of the seeds."""
+    a_step = scale.memory.batch * scale.memory.sequence / 1e6
+    for place in (1, 0):
+        found = study.search(scale, rival, place, records) if rival else None
+        if rival is None or found is None or found.best is None:
             continue
-        style = "k--o" if density == 1 else "-o" if block == "1" else ":s"
-        color = {} if density == 1 else {"color": f"C{study.DENSITIES.index(density)}"}
-        axes.plot(*zip(*found, strict=True), style, markersize=4, label=_kind(density, block), **color)
-    tidy(axes, xlabel="weights, gradients, moments, ages, index (MB)", ylabel="held-out loss (nats per byte)")
-    legend_above(figure, axes, columns=3)
-    return figure
-
-
-def _figure(panels: dict[int, list[tuple[str, float | None, float | None]]]):
-    figure = new_figure(height=4.2)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (budget, bars) in zip(row, panels.items(), strict=True):
-        for place, (_, *found) in enumerate(reversed(bars)):
-            for each, color, shift in zip(found, ("C0", "C1"), (0.12, -0.12), strict=True):
-                if each is not None:
-                    axes.plot(each, place + shift, "o", color=color, markersize=4)
-        axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)], fontsize=8)
-        tidy(axes, title=f"budget: dense width {budget}", xlabel="held-out loss (nats per byte)")
-    for label, color in (("same tokens", "C0"), ("same time", "C1")):
-        row[0].plot([], [], "o", color=color, label=label, markersize=4)
-    legend_above(figure, row[0])
-    return figure
+        keys = [case_of(rival.shape, rival.name, scale.memory_steps[place], found.best, seed).key
+                for seed in scale.seeds]  # fmt: skip
+        curves = [records[key]["curve"] for key in keys if key in records and records[key]["loss"] is not None]
+        if curves:
+            means = [(steps, [curve[i][1] for curve in curves]) for i, (steps, _) in enumerate(curves[0])]
+            return [(steps * a_step, math.fsum(values) / len(values)) for steps, values in means]
+    return []

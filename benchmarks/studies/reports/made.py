@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.records import Records
+from benchmarks.studies.trainer import FINAL_WINDOWS
 
 
 def parameters(case: Case) -> int:
@@ -31,8 +32,9 @@ def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
         f"Made by `python -m benchmarks.studies {name}`: {what}{f' ({missing} runs are missing)' if missing else ''}. "
         f"{processors}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over bytes of "
         f"the Python standard library's source, {cases[0].shape.batch * cases[0].shape.sequence} bytes a step, "
-        f"{_range([case.steps for case in cases])} steps; losses are in nats per byte on 65,000 held-out bytes, the "
-        f"same for every run. Records: `docs/results/studies/{name}.jsonl`."
+        f"{_range([case.steps for case in cases])} steps; losses are in nats per byte on "
+        f"{FINAL_WINDOWS * cases[0].shape.sequence // 1000},000 held-out bytes, the same for every run. Records: "
+        f"`docs/results/studies/{name}.jsonl`."
     )
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import __main__ as command
-from benchmarks.studies import equal_memory, learning_rate, quality, spikes
+from benchmarks.studies import contestants, equal_memory, learning_rate, quality, spikes
 from benchmarks.studies.case import Case
+from benchmarks.studies.contestants import Fitted
 from benchmarks.studies.probe import LENGTH
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import interval
@@ -35,8 +36,9 @@ def made_up(case: Case, loss: float) -> dict:
          "losses": [loss, loss + jump + 1e-3 * (step + case.seed), *flat[2:]]} for step in (40, 60)
     ] + [{"step": 50, "is_null": True, "without": flat, "after_drop": None, "losses": flat}]  # fmt: skip
     return {
-        "key": case.key, "case": asdict(case), "loss": loss, "curve": [], "train": [], "density": case.density,
-        "seconds": 1.0, "windows": windows if case.probe and case.every else [], "torch": "2.13.0",
+        "key": case.key, "case": asdict(case), "loss": loss, "curve": [[case.steps, loss]], "train": [],
+        "density": case.density, "seconds": 1.0, "torch": "2.13.0",
+        "windows": windows if case.probe and case.every else [],
         "movement": {"dropped": 40, "grown": 40, "judged": 30, "dropped_at_first": 10, "newly_active": 20,
                      "active": 100, "explored": 150, "blocks": 400},
     }  # fmt: skip
@@ -52,14 +54,26 @@ def fill(name: str, folder: Path) -> Records:
     study = command.STUDIES[name]
     records = Records(folder / "studies" / f"{name}.jsonl")
     if name == equal_memory.NAME:
-        records.path.parent.mkdir()
-        costs = {c.name: 1.5 for c in equal_memory.candidates(SCALE)}
-        times = {str(SCALE.budgets[0]): costs}
-        (records.path.parent / equal_memory.TIMES).write_text(json.dumps(times))
-    for case in study.cases(SCALE, records.path.parent):
-        if case.key not in records:
+        make_up_models(records.path.parent)
+    while missing := [case for case in study.cases(SCALE, records.path.parent) if case.key not in records]:
+        for case in missing:
             records.add(made_up(case, loss_of(case)))
     return records
+
+
+def make_up_models(folder: Path) -> None:
+    """Gives every contestant the model that sets the budget, and twice its time."""
+    folder.mkdir()
+    shape = contestants.shape_of(SCALE, 64)
+    models = [
+        Fitted(name, 64, shape, {"weights": 700_000, "gradients": 700_000, "states and index": 1_400_000})
+        for name in contestants.CONTESTANTS
+    ]
+    (folder / contestants.MODELS).write_text(json.dumps([asdict(model) for model in models]))
+    peaks = {"1": 3_000_000, "8": 9_000_000, "1, checkpointed": 3_000_000, "8, checkpointed": 5_000_000}
+    costs = dict.fromkeys(contestants.CONTESTANTS, 2.0) | {contestants.REFERENCE: 1.0}
+    measured = {"64": {name: {"cost": cost, "peaks": peaks} for name, cost in costs.items()}}
+    (folder / equal_memory.MEASURED).write_text(json.dumps(measured))
 
 
 @pytest.mark.parametrize("name", command.STUDIES)
@@ -105,16 +119,6 @@ def test_quality_is_above_dense_of_the_same_seed(tmp_path: Path) -> None:
     sparse, dense = (loss_of(quality.sparse_case(SCALE, 0.25, "1", 0)), loss_of(quality.dense_case(SCALE, 0)))
     assert found is not None and found.num == 2
     assert found.mean == pytest.approx(sparse - dense) and found.half == pytest.approx(0, abs=1e-9)
-
-
-def test_all_that_compete_fit_the_budget() -> None:
-    budget = SCALE.budgets[0]
-    limit = equal_memory.training_bytes(equal_memory.shape_of(SCALE, budget, SCALE.large.layers), 1.0, "1")
-    found = equal_memory.candidates(SCALE)
-    assert {(c.density, c.block) for c in found} >= {(d, b) for d in (0.5, 0.25, 0.1) for b in ("1", "32")}
-    for each in found:
-        wider = replace(each.shape, hidden=each.shape.hidden + 16, intermediate=5 * (each.shape.hidden + 16) // 2)
-        assert each.num_bytes <= limit < equal_memory.training_bytes(wider, each.density, each.block)
 
 
 def test_interval_by_hand() -> None:

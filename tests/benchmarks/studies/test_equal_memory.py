@@ -1,0 +1,217 @@
+"""Contestants fit their budgets by counted tensors, rates are searched both ways, others' optimizers round."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.studies import contestants, equal_memory
+from benchmarks.studies.case import Case
+from benchmarks.studies.contestants import Fitted, case_of, shape_of, training_bytes
+from benchmarks.studies.estimate import forecast, seconds
+from benchmarks.studies.optimizers import In16Bits, is_installed, make_optimizer
+from benchmarks.studies.records import Records
+from benchmarks.studies.reports.equal_memory import steps_to
+from benchmarks.studies.scale import SCALES
+from benchmarks.studies.trainer import build, build_model, two_calls
+
+SCALE = SCALES["quick"]
+SHAPE = shape_of(SCALE, 32)
+
+pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:UserWarning")
+
+
+def counts(case: Case) -> tuple[int, int, int]:
+    """Returns the numbers of all parameters, of those in vectors, and of those in the output head."""
+    model = build_model(case)
+    sizes = [(p.numel(), p.dim()) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, dim in sizes if dim == 1), model.lm_head.weight.numel()
+
+
+def small(number: int) -> Any:
+    """Allows for counters and the frequencies of rotary embeddings: far less than a byte for each weight."""
+    return pytest.approx(number, abs=2500)
+
+
+def test_bytes_of_dense_training() -> None:
+    case = case_of(SHAPE, "dense, AdamW, fp32", 1)
+    n, _, _ = counts(case)
+    found = training_bytes(case)
+    assert (found["weights"], found["gradients"]) == (4 * n, 4 * n) and found["states and index"] == small(8 * n)
+
+
+def test_bytes_of_a_rule_without_moments() -> None:
+    """SCALE keeps the momentum of the head and two moments of vectors, in the dtype of the weights or wider."""
+    case = case_of(SHAPE, "dense, SCALE, bf16", 1)
+    n, vectors, head = counts(case)
+    found = training_bytes(case)
+    assert (found["weights"], found["gradients"]) == (2 * n, 2 * n)
+    assert 2 * head <= found["states and index"] <= 4 * head + 8 * vectors + 2500
+
+
+def test_bytes_of_sparse_training() -> None:
+    """Active weights alone have a value, a gradient, two moments and an age; each weight has a bit of index."""
+    case = case_of(SHAPE, "d 0.25, AdamW, bf16", 1)
+    n, _, _ = counts(case)
+    linear = SHAPE.layers * (4 * SHAPE.hidden**2 + 3 * SHAPE.hidden * SHAPE.intermediate)
+    active = linear // 4 + n - linear
+    found = training_bytes(case)
+    assert found["weights"] == found["gradients"] == pytest.approx(2 * active, abs=64)
+    ages, index = linear // 4, linear // 8
+    assert 4 * active + ages + index <= found["states and index"] <= 4 * active + ages + index + 25_000
+
+
+def test_the_largest_model_that_fits(tmp_path: Path) -> None:
+    name = "d 0.25, AdamW, bf16"
+    contestants.fit(SCALE, tmp_path, {64: (name,)})
+    [found] = contestants.read(tmp_path / contestants.MODELS)
+    limit = sum(training_bytes(case_of(shape_of(SCALE, 64), contestants.REFERENCE, 1)).values())
+    wider = shape_of(SCALE, found.shape.hidden + 8)
+    assert found.total <= limit < sum(training_bytes(case_of(wider, name, 1)).values())
+    before = (tmp_path / contestants.MODELS).read_text()
+    contestants.fit(SCALE, tmp_path, {64: (name,)})
+    assert (tmp_path / contestants.MODELS).read_text() == before
+
+
+def test_the_peak_holds_what_is_stored_and_activations() -> None:
+    case = case_of(shape_of(SCALE, 64), "dense, AdamW, fp32", 1)
+    stored = sum(training_bytes(case).values())
+    one, many, checkpointed = (contestants.step_peak(case, *kind) for kind in ((1, False), (64, False), (64, True)))
+    assert 0.7 * stored < one < checkpointed < many  # the gradients come one after another
+
+
+def rival(name: str = "dense, AdamW, fp32") -> Fitted:
+    return Fitted(name, 64, SHAPE, {"weights": 1})
+
+
+def record(case: Case, loss: float | None) -> dict[str, Any]:
+    return {"key": case.key, "case": asdict(case), "loss": loss, "seconds": 3.0, "torch": "2.13.0"}
+
+
+def search_for(best: float, records: Records, place: int = 0) -> equal_memory.Search:
+    """Searches with losses that are least at the factor ``best``."""
+    while (found := equal_memory.search(SCALE, rival(), place, records)).best is None:
+        for step in range(place + 1):
+            for case in equal_memory.search(SCALE, rival(), step, records).cases:
+                if case.key not in records:
+                    factor = case.rate * SHAPE.hidden / contestants.RATE_TIMES_WIDTH
+                    records.add(record(case, abs(factor / best - best / factor)))
+    return found
+
+
+@pytest.mark.parametrize(("best", "num"), [(1.0, 3), (0.5, 4), (4.0, 5), (0.125, 6)])
+def test_rates_are_tried_until_both_neighbours_are_worse(best: float, num: int, tmp_path: Path) -> None:
+    found = search_for(best, Records(tmp_path / "records.jsonl"))
+    assert (found.best, len(found.cases), found.inside) == (best, num, True)
+
+
+def test_a_search_ends_at_the_end_of_what_is_tried(tmp_path: Path) -> None:
+    found = search_for(1e6, Records(tmp_path / "records.jsonl"))
+    assert len(found.cases) == equal_memory.MOST_FACTORS and not found.inside and found.best == 16.0
+
+
+def test_the_longer_length_tries_lower_rates_alone(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    search_for(1.0, records)
+    found = search_for(0.5, records, place=1)
+    assert found.best == 0.5 and found.inside
+    assert sorted(case.rate for case in found.cases) == [
+        factor * contestants.RATE_TIMES_WIDTH / SHAPE.hidden for factor in (0.25, 0.5, 1.0)
+    ]
+
+
+def test_a_run_that_diverged_is_never_the_best(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    for case in equal_memory.search(SCALE, rival(), 0, records).cases:
+        factor = case.rate * SHAPE.hidden / contestants.RATE_TIMES_WIDTH
+        records.add(record(case, None if factor > 1 else 2 - factor))
+    assert equal_memory.search(SCALE, rival(), 0, records).best == 1.0
+
+
+def test_seeds_follow_rates_and_long_runs_follow_short_ones(tmp_path: Path) -> None:
+    names = ("dense, AdamW, fp32", "dense, GaLore, bf16")
+    path = tmp_path / f"{equal_memory.NAME}.jsonl"
+    models = [asdict(replace(rival(name), shape=SHAPE)) for name in names]
+    (tmp_path / contestants.MODELS).write_text(json.dumps(models))
+    records, order = Records(path), []
+    while missing := [case for case in equal_memory.cases(SCALE, tmp_path) if case.key not in records]:
+        order.append([(case.optimizer, case.steps, case.seed) for case in missing])
+        for case in missing:
+            factor = case.rate * SHAPE.hidden / contestants.RATE_TIMES_WIDTH
+            records.add(record(case, abs(factor - 1)))
+    assert order == [
+        3 * [("adamw", 4, 0)] + 3 * [("galore", 4, 0)],
+        [("adamw", 4, 1), ("galore", 4, 1)],
+        2 * [("adamw", 8, 0)],
+        [("adamw", 8, 1)],
+    ]
+
+
+def test_steps_to_a_loss_by_hand() -> None:
+    assert steps_to(2.0, (100, 2.0), (1600, 1.0)) == 100
+    assert steps_to(1.5, (100, 2.0), (1600, 1.0)) == pytest.approx(400)
+
+
+def test_a_forecast_follows_runs_of_the_same_kind(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    case = case_of(SHAPE, "dense, AdamW, fp32", 100)
+    linear = SHAPE.layers * (4 * SHAPE.hidden**2 + 3 * SHAPE.hidden * SHAPE.intermediate)
+    assert seconds(case, records) == pytest.approx(1.5 + 100 * 6 * linear * SHAPE.batch * SHAPE.sequence / 3e10)
+    records.add(record(replace(case, steps=30), 1.0))
+    assert seconds(case, records) == pytest.approx(10.0)
+    others = [replace(case, seed=seed) for seed in range(1080)]
+    assert "1080 of 1080 runs are missing: about 3.0 hours of one thread, 1.5 with 2" in forecast(others, records, 2)
+
+
+class Halving(torch.optim.Optimizer):
+    """Moves every weight by the rate times half of its gradient, and keeps the gradient."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                assert p.dtype == p.grad.dtype == torch.float32
+                self.state[p]["kept"] = p.grad / 2
+                p.sub_(group["lr"] * self.state[p]["kept"])
+
+
+def test_rounding_around_an_optimizer_keeps_the_mean() -> None:
+    weight = nn.Parameter(torch.ones(200_000, dtype=torch.bfloat16))
+    optimizer = Halving([weight], lr=1e-3)  # a step of 1e-3, an eighth of what bf16 can tell apart above 1
+    In16Bits(optimizer, seed=0)
+    for _ in range(3):
+        weight.grad = torch.full_like(weight, -2.0)
+        optimizer.step()
+        assert weight.dtype == weight.grad.dtype == optimizer.state[weight]["kept"].dtype == torch.bfloat16
+    assert weight.float().mean().item() == pytest.approx(1.003, abs=1e-4)
+    assert set(weight.unique().tolist()) <= {1.0, 1.0078125, 1.015625, 1.0234375}
+
+
+@pytest.mark.parametrize("name", contestants.CONTESTANTS)
+def test_every_contestant_learns(name: str) -> None:
+    """The losses of one batch fall; packages that are not installed are named."""
+    case = case_of(shape_of(SCALE, 32), name, 8)
+    if not is_installed(case.optimizer):
+        with pytest.raises(ValueError, match="pip install galore-torch apollo-torch"):
+            build(case)
+        return
+    trainee = build(case)
+    tokens = torch.arange(16).repeat(2, 1)
+    step = two_calls(trainee.model, trainee.optimizer)
+    with torch.compiler.set_stance("force_eager"):
+        losses = [step({"input_ids": tokens, "labels": tokens}).item() for _ in range(6)]
+    assert losses[-1] < losses[0] - 0.1
+    assert {p.dtype for p in trainee.model.parameters()} == {getattr(torch, case.dtype)}
+
+
+def test_an_unknown_optimizer_is_named() -> None:
+    case = replace(case_of(SHAPE, "dense, AdamW, fp32", 1), optimizer="adan")
+    with pytest.raises(ValueError, match=r"optimizer: expected adamw or one of .*galore.*, got 'adan'"):
+        make_optimizer(case, build_model(case), [])
