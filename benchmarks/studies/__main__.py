@@ -12,15 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies import equal_memory, learning_rate, moments, quality, sensitivity, spikes, topology
+from benchmarks.studies import (
+    equal_memory,
+    learning_rate,
+    longer,
+    moments,
+    quality,
+    sensitivity,
+    sizes,
+    spikes,
+    topology,
+)
 from benchmarks.studies.case import Case
 from benchmarks.studies.estimate import forecast
+from benchmarks.studies.race import run_race
 from benchmarks.studies.records import Records
 from benchmarks.studies.replica_runner import run_replicas
 from benchmarks.studies.reports import differences
 from benchmarks.studies.reports import equal_memory as equal_memory_page
 from benchmarks.studies.reports import learning_rate as learning_rate_page
+from benchmarks.studies.reports import longer as longer_page
 from benchmarks.studies.reports import quality as quality_page
+from benchmarks.studies.reports import sizes as sizes_page
 from benchmarks.studies.reports import spikes as spikes_page
 from benchmarks.studies.reports import topology as topology_page
 from benchmarks.studies.reports.page import PAGES
@@ -52,7 +65,9 @@ def _plain(cases: Callable[[Scale], list[Case]], write: Callable[[Records, Scale
 
 STUDIES = {
     learning_rate.NAME: _plain(learning_rate.cases, learning_rate_page.write),
-    spikes.NAME: _plain(spikes.cases, spikes_page.write),
+    spikes.NAME: Study(lambda scale, folder: spikes.cases(scale), spikes_page.write, seeds=5),
+    sizes.NAME: _plain(sizes.cases, sizes_page.write),
+    longer.NAME: Study(longer.cases, longer_page.write, longer.prepare, run=run_race, workers=1),
     quality.NAME: _plain(quality.cases, quality_page.write),
     equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare, equal_memory.measure),
     sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
@@ -71,9 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--workers", type=int, help="processes at once, one thread each (2; topology: 1)")
+    parser.add_argument("--workers", type=int, help="processes at once, one thread each (2; topology, longer: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new run after so long")
-    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology: 5)")
+    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology, spikes: 5)")
     parser.add_argument("--folder", type=Path, default=PAGES, help="of the pages; records are in its folder studies/")
     options = parser.parse_args()
     folder = options.folder / "studies"

@@ -6,10 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 
+from benchmarks.studies.byte_pairs import BYTES
+from benchmarks.studies.corpus import STDLIB
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Describes a LLaMA over bytes, and how much text one step reads."""
+    """Describes a LLaMA, and how many tokens one step reads."""
 
     hidden: int
     intermediate: int
@@ -27,16 +30,18 @@ class Case:
     Args:
         rate: peak learning rate α, after ``warmup`` of the steps; then ``decay``: "cosine" to a tenth, or "constant".
         plain_rate: of embeddings, output embeddings and norms, at their peak; None: as all others.
-        density: 1 is dense training; then nothing below matters but ``optimizer``, ``dtype``, ``probe``, ``seed``.
+        density: 1 is dense training; then nothing below matters but ``optimizer``, ``dtype``, ``seed``, ``text`` and
+            ``vocabulary``.
         block: "1", "1x16", "16": as in `pretrain`.
         even: whether rows and columns of tiles fill evenly at the start, as `sparsify` has it, or by chance.
         exponent: p of d^(-p). local_age: bias correction by the block's age (SMET), or by the step count (naive).
         block_warmup: W. every: ΔT, 0 for a static topology. grow: "random", "gradient".
         drop_fraction, final_drop_fraction: ζ, by cosine; equal ones are constant.
-        min_age: the age below which a block is never dropped.
+        min_age: a block that was grown is not dropped before it is so many steps old.
         seeded_moments: a grown block starts with the mean second moment of the others, instead of 0.
         optimizer: "adamw", or another of `optimizers.py`. moment_dtype, dtype: of moments and weights.
         probe: whether to follow the loss of one fixed batch around the updates.
+        text: what `Corpus` reads. vocabulary: 256 for bytes; more for as many byte pairs, learnt from the text.
     """
 
     shape: Shape
@@ -58,13 +63,15 @@ class Case:
     drop_fraction: float = 0.2
     final_drop_fraction: float = 0.005
     stop_fraction: float = 0.75
-    min_age: int = 0
     seeded_moments: bool = False
     optimizer: str = "adamw"
     dtype: str = "float32"
     moment_dtype: str = "float32"
     probe: bool = False
     seed: int = 0
+    min_age: int = 0
+    text: str = STDLIB
+    vocabulary: int = BYTES
 
     @property
     def key(self) -> str:

@@ -20,13 +20,10 @@ from benchmarks.measuring import peak_allocated, storages
 from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.optimizers import is_installed
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import PLAIN_RATE
+from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
 from benchmarks.studies.trainer import build, two_calls
 
 MODELS = "equal_memory_models.json"
-RATE_TIMES_WIDTH = 0.106
-"""Product of the best peak rate of linear layers and d · width, in all earlier sweeps whose best rate lay inside."""
-
 PROTECTED = {"every": 100, "block_warmup": 100, "min_age": 200}
 _BF16 = {"dtype": "bfloat16", "moment_dtype": "bfloat16"}
 _STATIC = {"every": 0}

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.studies.byte_pairs import BYTES
 from benchmarks.studies.case import Case
 
 DROPS = ("magnitude", "relative", "saliency", "momentum")
 GROWS = ("random", "gradient", "momentum")
 PATTERNS = (None, "fan_in")
 SPARSE = ("all", "feed_forward")
-COMMON = ("shape", "steps", "warmup", "decay")
+COMMON = ("shape", "steps", "warmup", "decay", "text")
 """Settings that all replicas which train side by side share."""
 _FIXED = {"distribution": "uniform", "even": True, "seeded_moments": False, "dtype": "float32",
-          "moment_dtype": "float32", "probe": False}  # fmt: skip
+          "moment_dtype": "float32", "probe": False, "vocabulary": BYTES}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,6 @@ class Replica(Case):
     Args:
         topology_seed: decides the first topology and random growth; None: ``seed``.
         first_warmup: W of the blocks that are active from the start; None: ``block_warmup``, as for newcomers.
-        min_age: a block that was grown is not dropped before it is so many steps old.
         drop: what the dropped blocks are least in: "magnitude" |w|; "relative", |w| over age, up to an age of 4 ΔT;
             "saliency" |w g|; "momentum" |m|.
         grow: "random", or what the grown blocks are largest in: "gradient"; "momentum", its mean with weights 0.9^k.
@@ -38,7 +38,6 @@ class Replica(Case):
 
     topology_seed: int | None = None
     first_warmup: int | None = None
-    min_age: int = 0
     drop: str = "magnitude"
     window: int = 1
     pattern: str | None = None

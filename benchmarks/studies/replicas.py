@@ -14,12 +14,11 @@ from torch import Tensor
 
 from benchmarks.measuring import processor
 from benchmarks.studies.case import Shape
-from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.replica import COMMON, Replica
 from benchmarks.studies.replica_model import ManyModels, initial_values
 from benchmarks.studies.replica_optimizer import Aging, Masked, Moments, step_masked, step_plain
 from benchmarks.studies.replica_topology import Movement, Reading, Topology
-from benchmarks.studies.trainer import FINAL_WINDOWS, schedule
+from benchmarks.studies.trainer import FINAL_WINDOWS, corpus_of, schedule
 
 _WINDOWS_AT_ONCE = 32
 _NUM_MEANS = 50  # of the training loss, in a record
@@ -44,7 +43,7 @@ class Replicas:
         self._plain = {name: part for name, part in self.parts.items() if name not in self._masked}
         self._plain_rates = self._column([c.rate if c.plain_rate is None else c.plain_rate for c in cases]).flatten()
         self._aging = Aging(self._column([c.local_age for c in cases]), self._column([c.block_warmup for c in cases]))
-        self._corpora = {seed: Corpus(self.shape.sequence, seed) for seed in sorted({case.seed for case in cases})}
+        self._corpora = {case.seed: corpus_of(case) for case in cases}
         models = ManyModels(self.shape, list(self.parts), [case.head_scale for case in cases])
         self._losses = self._compile(models.losses)
         self._step_masked, self._step_plain = self._compile(step_masked), self._compile(step_plain)
@@ -170,7 +169,7 @@ def train_together(cases: Sequence[Replica], eager: bool = False) -> list[dict]:
     began, replicas = time.perf_counter(), Replicas(cases, eager)
     losses = torch.stack([_reported(replicas, step) for step in range(cases[0].steps)]).T.tolist()
     replicas.finish()
-    held_out = replicas.held_out()
+    held_out, text = replicas.held_out(), corpus_of(cases[0]).describe()
     seconds = (time.perf_counter() - began) / len(cases)
     return [
         {
@@ -179,6 +178,7 @@ def train_together(cases: Sequence[Replica], eager: bool = False) -> list[dict]:
             "loss": held_out[index] if math.isfinite(losses[index][-1]) else None,
             "train": _means(losses[index], max(1, case.steps // _NUM_MEANS)),
             "density": _density(replicas.topologies[index]),
+            "text": text,
             "movement": asdict(replicas.movements[index]),
             "seconds": round(seconds, 1),
             "torch": torch.__version__,

@@ -8,6 +8,7 @@ from benchmarks.studies.case import Case, Shape
 
 PLAIN_RATE = 4e-3  # of embeddings, output embeddings and norms
 RATE = 5e-4  # of the linear layers, dense; sparse ones get RATE / d^p
+RATE_TIMES_WIDTH = 0.106  # peak rate of linear layers · d · width: fits all earlier sweeps whose best rate lay inside
 EXPONENTS = {"1": 1.0, "1x16": 1.0, "16": 1.0, "32": 1.0, "64": 0.5}  # p, by block
 _UPDATES, _EVERY = 20, 100
 

@@ -7,6 +7,8 @@ of `probe.py`, fixed before any run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
 from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, RATE
@@ -16,11 +18,14 @@ DROP_FRACTION = 0.1
 DEFAULT = (100, 0.25)
 SETTINGS = (DEFAULT, (25, 0.25), (100, 0.1))  # ΔT, density
 
-# What each method takes from SMET: local age, warm-up, rate scaled by density.
+PROTECTED_UPDATES = 2
+
+# What each method takes from SMET: local age, warm-up, rate scaled by density; ``min_age`` in updates.
 _NAIVE = {"local_age": False, "block_warmup": 0, "exponent": 0.0}
 METHODS: dict[str, dict] = {
     "naive SET": _NAIVE,
     "SMET": {},
+    "SMET, protected": {"min_age": PROTECTED_UPDATES},
     "naive RigL": _NAIVE | {"grow": "gradient"},
     "SMET, gradient growth": {"grow": "gradient"},
     "age only": _NAIVE | {"local_age": True},
@@ -30,7 +35,7 @@ METHODS: dict[str, dict] = {
     "static": {"every": 0},
     "dense": {"density": 1.0, "every": 0},
 }
-IN_ALL_SETTINGS = ("naive SET", "SMET", "naive RigL", "rate scaling only")
+IN_ALL_SETTINGS = ("naive SET", "SMET", "naive RigL", "rate scaling only", "SMET, protected")
 
 
 def case(scale: Scale, method: str, every: int, density: float, seed: int) -> Case:
@@ -50,13 +55,18 @@ def case(scale: Scale, method: str, every: int, density: float, seed: int) -> Ca
         "probe": True,
         "seed": seed,
     }
-    return Case(**(options | METHODS[method]))
+    found = Case(**(options | METHODS[method]))
+    return replace(found, min_age=found.min_age * every)
 
 
 def cases(scale: Scale) -> list[Case]:
-    """Returns the runs: all methods in two seeds, those of the conclusions in three, other settings in one."""
-    first, *others = scale.seeds
-    found = [case(scale, method, *DEFAULT, first) for method in METHODS]
-    found += [case(scale, method, *setting, first) for setting in SETTINGS[1:] for method in IN_ALL_SETTINGS]
-    found += [case(scale, method, *DEFAULT, seed) for seed in others for method in IN_ALL_SETTINGS]
-    return found + [case(scale, method, *DEFAULT, others[0]) for method in METHODS if method not in IN_ALL_SETTINGS]
+    """Returns the runs: those of the conclusions in five seeds, all other methods and settings in three."""
+    found = [case(scale, method, *DEFAULT, seed) for seed in scale.many_seeds for method in IN_ALL_SETTINGS]
+    found += [case(scale, method, *DEFAULT, seed) for seed in scale.seeds for method in METHODS]
+    found += [
+        case(scale, method, *setting, seed)
+        for seed in scale.seeds
+        for setting in SETTINGS[1:]
+        for method in IN_ALL_SETTINGS
+    ]
+    return list(dict.fromkeys(found))

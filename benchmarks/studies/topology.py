@@ -16,12 +16,11 @@ from typing import Any
 from benchmarks.studies.case import Shape
 from benchmarks.studies.replica import Replica
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import PLAIN_RATE
+from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
 
 NAME = "topology"
 NUM_SEEDS = 5
 BYTES_PER_WEIGHT = 20
-RATE_TIMES_WIDTH = 0.106
 RATE_FACTORS = (1 / 1.5, 1.5)
 DENSITIES = (0.25, 0.1)
 EVERY, DROP_FRACTION, WINDOW = 100, 0.2, 50

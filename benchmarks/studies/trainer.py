@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import smet_compile as smet
 from benchmarks.measuring import processor
 from benchmarks.studies.case import Case
-from benchmarks.studies.corpus import VOCABULARY, Corpus
+from benchmarks.studies.cloze import Cloze
+from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.optimizers import DTYPES, make_optimizer
 from benchmarks.studies.probe import Probe
 from benchmarks.studies.scattered import scatter
@@ -32,13 +33,17 @@ class Trainee:
     manager: smet.TopologyManager | None
 
 
+def corpus_of(case: Case) -> Corpus:
+    return Corpus(case.shape.sequence, case.seed, case.text, case.vocabulary)
+
+
 def build_model(case: Case, device: str | None = None) -> nn.Module:
     """Makes an unmodified Hugging Face LLaMA of the case's shape, its weights drawn from the case's seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = case.shape
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=case.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_attention_heads=shape.heads,
@@ -102,18 +107,20 @@ def schedule(case: Case, step: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
-    """Returns the mean loss per predicted byte, in nats, over (count, sequence) windows."""
+    """Returns the mean loss per predicted token, in nats, over (count, sequence) windows."""
     losses = [model(input_ids=part, labels=part).loss.double() * len(part) for part in windows.split(batch)]
     return float(torch.stack(losses).sum() / len(windows))
 
 
 def train(case: Case, eager: bool = False) -> dict:
-    """Trains and returns the record: the case, its losses, active blocks, time. ``eager``: without the compiler.
+    """Trains and returns the record: the case, its losses, cloze, text, time. ``eager``: without the compiler.
+
+    Losses are in nats per byte; those of training, ``train``, in nats per token.
 
     A run whose loss is no longer finite ends there, with the loss None: that is its result.
     """
     torch._dynamo.reset()
-    corpus, trainee = Corpus(case.shape.sequence, case.seed), build(case)
+    corpus, trainee = corpus_of(case), build(case)
     step_fn = two_calls(trainee.model, trainee.optimizer) if eager else compiled(trainee)
     feed = Feed(case, corpus, [group["lr"] for group in trainee.optimizer.param_groups])
     probe = _probe(case, trainee, corpus, feed)
@@ -130,12 +137,15 @@ def train(case: Case, eager: bool = False) -> dict:
         if not math.isfinite(losses[-1]):
             break
         if (step + 1) % max(1, case.steps // NUM_CURVE_POINTS) == 0:
-            curve.append([step + 1, held_out_loss(trainee.model, windows[:: FINAL_WINDOWS // CURVE_WINDOWS], 32)])
+            some = held_out_loss(trainee.model, windows[:: FINAL_WINDOWS // CURVE_WINDOWS], 32)
+            curve.append([step + 1, some / corpus.bytes_per_token])
     finite = len(losses) == case.steps and math.isfinite(losses[-1])
     return {
         "key": case.key,
         "case": asdict(case),
-        "loss": held_out_loss(trainee.model, windows, 32) if finite else None,
+        "loss": held_out_loss(trainee.model, windows, 32) / corpus.bytes_per_token if finite else None,
+        "cloze": Cloze.of(corpus).ask(trainee.model, case.shape.device) if finite else None,
+        "text": corpus.describe(),
         "curve": curve,
         "train": _means(losses, max(1, case.steps // 50)),
         "density": _density(trainee),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # Two-sided 95% quantiles by degrees of freedom; beyond, 1.96 + 2.372 / df + 2.82 / df² is right to 0.001.
@@ -36,3 +36,16 @@ def interval(numbers: Sequence[float]) -> Interval:
     freedom = num - 1
     quantile = _QUANTILES[freedom - 1] if freedom <= len(_QUANTILES) else 1.96 + 2.372 / freedom + 2.82 / freedom**2
     return Interval(mean, quantile * statistics.stdev(numbers) / math.sqrt(num), num)
+
+
+def paired(ours: Mapping[int, float], others: Mapping[int, float]) -> Interval | None:
+    """Returns the interval of the differences over the seeds that both have; None where there is none."""
+    seeds = sorted(ours.keys() & others.keys())
+    return interval([ours[seed] - others[seed] for seed in seeds]) if seeds else None
+
+
+def bold(value: Interval | None, digits: int = 4) -> str:
+    """Writes a difference, in bold where its interval excludes zero; a dash where there is none."""
+    if value is None:
+        return "—"
+    return f"**{value.format(digits)}**" if value.excludes_zero else value.format(digits)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.studies.byte_pairs import BYTES
 from benchmarks.studies.case import Case
+from benchmarks.studies.corpus import ENVIRONMENT, STDLIB
 from benchmarks.studies.records import Records
-from benchmarks.studies.trainer import FINAL_WINDOWS
 
 
 def parameters(case: Case) -> int:
@@ -15,6 +16,8 @@ def parameters(case: Case) -> int:
 
     return sum(p.numel() for p in build_model(case, "meta").parameters())
 
+
+_NAMES = {STDLIB: "the Python standard library's source", ENVIRONMENT: "all Python source of the environment"}
 
 UNNAMED = "AMD EPYC"
 """The processor of all records that were made before they named it."""
@@ -30,12 +33,36 @@ def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
     what = f"{len(done)} runs, {hours:.1f} hours of one thread in all"
     return (
         f"Made by `python -m benchmarks.studies {name}`: {what}{f' ({missing} runs are missing)' if missing else ''}. "
-        f"{processors}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over bytes of "
-        f"the Python standard library's source, {cases[0].shape.batch * cases[0].shape.sequence} bytes a step, "
-        f"{_range([case.steps for case in cases])} steps; losses are in nats per byte on "
-        f"{FINAL_WINDOWS * cases[0].shape.sequence // 1000},000 held-out bytes, the same for every run. Records: "
-        f"`docs/results/studies/{name}.jsonl`."
+        f"{processors}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over "
+        f"{_tokens(cases)}, {_range([case.steps for case in cases])} steps. Losses are in nats per byte of held-out "
+        f"text, the same for every run. {texts_read(done)} Records: `docs/results/studies/{name}.jsonl`."
     )
+
+
+def texts_read(records: Sequence[dict]) -> str:
+    """Names each text by hash and size, with the number of runs that read it."""
+    runs: dict[str, int] = {}
+    for record in records:
+        text, case = record.get("text"), record["case"]
+        if text:
+            read = f"{_name(text['name'])}, {text['num_bytes']:,} bytes with SHA-256 {text['sha256']}…"
+        else:
+            read = f"{_name(case.get('text', STDLIB))}, of which these older records keep no hash"
+        runs[read] = runs.get(read, 0) + 1
+    if not runs:
+        return "No text was read yet."
+    return f"Text: {'; '.join(f'{read} (runs: {num})' for read, num in runs.items())}."
+
+
+def _name(text: str) -> str:
+    return _NAMES.get(text, f"the files in `{text}`")
+
+
+def _tokens(cases: Sequence[Case]) -> str:
+    """Describes what a step reads: "bytes, 512 a step" or "1024 byte pairs, 512 a step"."""
+    vocabularies = sorted({case.vocabulary for case in cases})
+    kinds = ["bytes" if each == BYTES else f"{each} byte pairs and bytes" for each in vocabularies]
+    return f"{' and '.join(kinds)}, {_range([case.shape.batch * case.shape.sequence for case in cases])} a step"
 
 
 def _models(cases: list[Case]) -> str:

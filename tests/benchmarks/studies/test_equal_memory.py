@@ -17,6 +17,7 @@ from benchmarks.studies.optimizers import In16Bits, is_installed, make_optimizer
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.equal_memory import steps_to
 from benchmarks.studies.scale import SCALES
+from benchmarks.studies.settings import RATE_TIMES_WIDTH
 from benchmarks.studies.trainer import build, build_model, two_calls
 
 SCALE = SCALES["quick"]
@@ -98,7 +99,7 @@ def search_for(best: float, records: Records, place: int = 0) -> equal_memory.Se
         for step in range(place + 1):
             for case in equal_memory.search(SCALE, rival(), step, records).cases:
                 if case.key not in records:
-                    factor = case.rate * SHAPE.hidden / contestants.RATE_TIMES_WIDTH
+                    factor = case.rate * SHAPE.hidden / RATE_TIMES_WIDTH
                     records.add(record(case, abs(factor / best - best / factor)))
     return found
 
@@ -120,14 +121,14 @@ def test_the_longer_length_tries_lower_rates_alone(tmp_path: Path) -> None:
     found = search_for(0.5, records, place=1)
     assert found.best == 0.5 and found.inside
     assert sorted(case.rate for case in found.cases) == [
-        factor * contestants.RATE_TIMES_WIDTH / SHAPE.hidden for factor in (0.25, 0.5, 1.0)
+        factor * RATE_TIMES_WIDTH / SHAPE.hidden for factor in (0.25, 0.5, 1.0)
     ]
 
 
 def test_a_run_that_diverged_is_never_the_best(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
     for case in equal_memory.search(SCALE, rival(), 0, records).cases:
-        factor = case.rate * SHAPE.hidden / contestants.RATE_TIMES_WIDTH
+        factor = case.rate * SHAPE.hidden / RATE_TIMES_WIDTH
         records.add(record(case, None if factor > 1 else 2 - factor))
     assert equal_memory.search(SCALE, rival(), 0, records).best == 1.0
 
@@ -141,7 +142,7 @@ def test_seeds_follow_rates_and_long_runs_follow_short_ones(tmp_path: Path) -> N
     while missing := [case for case in equal_memory.cases(SCALE, tmp_path) if case.key not in records]:
         order.append([(case.optimizer, case.steps, case.seed) for case in missing])
         for case in missing:
-            factor = case.rate * SHAPE.hidden / contestants.RATE_TIMES_WIDTH
+            factor = case.rate * SHAPE.hidden / RATE_TIMES_WIDTH
             records.add(record(case, abs(factor - 1)))
     assert order == [
         3 * [("adamw", 4, 0)] + 3 * [("galore", 4, 0)],

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import __main__ as command
-from benchmarks.studies import contestants, equal_memory, learning_rate, quality, spikes
+from benchmarks.studies import contestants, equal_memory, learning_rate, longer, quality, sizes, spikes
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import Fitted
 from benchmarks.studies.probe import LENGTH
 from benchmarks.studies.records import Records
-from benchmarks.studies.reports.interval import interval
+from benchmarks.studies.reports.interval import interval, paired
 from benchmarks.studies.reports.learning_rate import best_rate, parts
+from benchmarks.studies.reports.longer import targets, time_to_loss
+from benchmarks.studies.reports.made import texts_read
 from benchmarks.studies.reports.quality import excess
-from benchmarks.studies.reports.spikes import seen
+from benchmarks.studies.reports.sizes import by_seed
+from benchmarks.studies.reports.spikes import over_seeds, runs
 from benchmarks.studies.runner import run
 from benchmarks.studies.scale import SCALES
 
@@ -41,7 +44,16 @@ def made_up(case: Case, loss: float) -> dict:
         "windows": windows if case.probe and case.every else [],
         "movement": {"dropped": 40, "grown": 40, "judged": 30, "dropped_at_first": 10, "newly_active": 20,
                      "active": 100, "explored": 150, "blocks": 400},
-    }  # fmt: skip
+        "text": {"name": case.text, "num_bytes": 12345, "sha256": "0123456789abcdef", "bytes_per_token": 1.0},
+        "cloze": {"places": 10, "exact": 0.5 - 0.1 * loss, "nats_per_byte": loss / 2},
+        "step_seconds": case.steps * [0.5],
+    } | ({"curve": curve_to(case, loss)} if case.vocabulary > 256 else {})  # fmt: skip
+
+
+def curve_to(case: Case, loss: float) -> list[list[float]]:
+    """A curve as races have it, which falls by a straight line; a sparse step takes half as long."""
+    points = range(0, case.steps + 1, 2)
+    return [[n, n * (1.0 if case.density == 1 else 0.5), loss + 1 - n / case.steps] for n in points]
 
 
 def loss_of(case: Case) -> float:
@@ -55,6 +67,12 @@ def fill(name: str, folder: Path) -> Records:
     records = Records(folder / "studies" / f"{name}.jsonl")
     if name == equal_memory.NAME:
         make_up_models(records.path.parent)
+    if name == longer.NAME:
+        rates = Records(records.path.parent / longer.RATES)
+        for model in longer.MODELS:
+            while factors := longer.missing_factors(rates, SCALE, model):
+                for case in (longer.rate_case(SCALE, model, factor) for factor in factors):
+                    rates.add(made_up(case, loss_of(case)))
     while missing := [case for case in study.cases(SCALE, records.path.parent) if case.key not in records]:
         for case in missing:
             records.add(made_up(case, loss_of(case)))
@@ -107,10 +125,114 @@ def test_the_power_that_made_the_losses_is_found(tmp_path: Path) -> None:
 
 def test_spikes_are_differences_of_pairs(tmp_path: Path) -> None:
     records = fill(spikes.NAME, tmp_path)
-    naive, smet = (seen(records, SCALE, method, *spikes.DEFAULT) for method in ("naive SET", "SMET"))
-    assert naive is not None and smet is not None and len(naive.updates) == 2 * len(naive.nulls) == 2 * len(SCALE.seeds)
-    assert naive.rise.mean == pytest.approx(0.5 + 0.0505, abs=1e-6)
-    assert naive.rise.excludes_zero and naive.rise.mean > 5 * smet.rise.mean
+    naive, smet = (runs(records, SCALE, method, *spikes.DEFAULT) for method in ("naive SET", "SMET"))
+    assert [len(run.updates) for run in naive.values()] == [2, 2] and [len(run.nulls) for run in naive.values()] == [
+        1,
+        1,
+    ]
+    rise, smaller = over_seeds(naive, "rise"), over_seeds(smet, "rise")
+    assert rise is not None and smaller is not None and rise.num == len(SCALE.seeds)
+    assert rise.mean == pytest.approx(0.5 + 0.0505, abs=1e-6)
+    assert rise.half == pytest.approx(12.706 * 0.0005, abs=1e-5)  # of two seeds, whose windows count as one number each
+    assert rise.excludes_zero and rise.mean > 5 * smaller.mean
+
+
+def test_newcomers_are_protected_in_steps_of_the_setting() -> None:
+    for every, density in spikes.SETTINGS:
+        assert spikes.case(SCALE, "SMET, protected", every, density, 0).min_age == 2 * every
+        assert spikes.case(SCALE, "SMET", every, density, 0).min_age == 0
+
+
+def test_conclusions_on_spikes_rest_on_five_seeds() -> None:
+    scale = SCALES["cpu"]
+    seeds: dict[str, set[int]] = {method: set() for method in spikes.METHODS}
+    for case in spikes.cases(scale):
+        for method in spikes.METHODS:
+            if case == spikes.case(scale, method, *spikes.DEFAULT, case.seed):
+                seeds[method].add(case.seed)
+    assert {method: len(each) for method, each in seeds.items()} == {
+        method: 5 if method in spikes.IN_ALL_SETTINGS else 3 for method in spikes.METHODS
+    }
+
+
+def test_old_records_of_studies_are_still_theirs() -> None:
+    found = Records(Path("docs/results/studies/spikes.jsonl"))
+    keys = {case.key for case in spikes.cases(SCALES["cpu"])}
+    assert {record["key"] for record in found} <= keys
+    assert all(Case.from_dict(record["case"]).key == record["key"] for record in found)
+
+
+def test_pages_name_what_was_read() -> None:
+    case = Case(shape=SCALE.small, steps=2, rate=1e-3)
+    named, other = (made_up(replace(case, text=text), 1.0) for text in ("stdlib", "texts/some"))
+    nameless = {name: value for name, value in named.items() if name != "text"}
+    found = texts_read([named, other, named, nameless])
+    assert "the Python standard library's source, 12,345 bytes with SHA-256 0123456789abcdef… (runs: 2)" in found
+    assert "the files in `texts/some`, 12,345 bytes" in found and "keep no hash (runs: 1)" in found
+
+
+def test_sizes_are_compared_by_seed(tmp_path: Path) -> None:
+    records = fill(sizes.NAME, tmp_path)
+    kind = ("naive SET", 0.1)
+    losses, exact = (by_seed(records, SCALE, kind, one_size, name) for name in ("loss", "exact"))
+    assert losses == {seed: loss_of(one_size(kind, seed)) for seed in SCALE.seeds}
+    assert exact == {seed: pytest.approx(0.5 - 0.1 * loss) for seed, loss in losses.items()}
+    difference = paired(losses, by_seed(records, SCALE, sizes.DENSE, one_size))
+    assert difference is not None and difference.num == 2 and difference.mean == pytest.approx(0.3 * 0.9 + more(kind))
+
+
+def one_size(kind: sizes.Kind, seed: int) -> Case:
+    return sizes.case(SCALE, 1, kind, seed)
+
+
+def more(kind: sizes.Kind) -> float:
+    """What the rate of a kind adds to its made-up loss beyond dense."""
+    first, dense = one_size(kind, 0), one_size(sizes.DENSE, 0)
+    return loss_of(first) - loss_of(dense) - 0.3 * (1 - first.density)
+
+
+def test_methods_of_a_size_differ_in_the_rule_alone() -> None:
+    scale = SCALES["cpu"]
+    for size, (shape, _) in enumerate(scale.sizes):
+        found = {kind: sizes.case(scale, size, kind, 0) for kind in sizes.KINDS}
+        for (_, density), case in found.items():
+            assert case.rate * case.density**-case.exponent == pytest.approx(0.106 / (density * shape.hidden))
+        smet, naive, gradient = (found[method, 0.25] for method in sizes.METHODS)
+        assert (smet.min_age, smet.local_age, smet.block_warmup) == (100, True, 50)
+        assert replace(naive, local_age=True, block_warmup=50, min_age=100) == smet
+        assert gradient == replace(naive, grow="gradient")
+
+
+def test_the_largest_size_is_cut_first() -> None:
+    scale = SCALES["cpu"]
+    last = sizes.cases(scale)[-2 * len(sizes.KINDS) :]
+    assert {case.shape for case in last} == {scale.sizes[-1][0]} and {case.seed for case in last} == {1, 2}
+
+
+def test_time_to_loss_by_hand() -> None:
+    curve = [[0, 0.0, 5.0], [10, 2.0, 3.0], [20, 4.0, 3.5], [30, 7.0, 2.0]]
+    assert time_to_loss(curve, 5.0) == (0, 0.0)
+    assert time_to_loss(curve, 4.0) == (5, 1.0)
+    assert time_to_loss(curve, 2.75) == (25, 5.5)
+    assert time_to_loss(curve, 1.0) is None
+
+
+def test_every_model_reaches_the_targets() -> None:
+    ends = {"a": 2.0, "b": 1.0}
+    case = Case(shape=SCALE.small, steps=8, rate=1e-3)
+    found = {name: {"curve": curve_to(case, end)} for name, end in ends.items()}
+    assert targets(found) == [2.75, 2.75, 2.25, 2.0]
+    assert all(time_to_loss(record["curve"], loss) for record in found.values() for loss in targets(found))
+
+
+def test_a_best_rate_at_an_end_is_tried_beyond(tmp_path: Path) -> None:
+    rates, model = Records(tmp_path / "rates.jsonl"), longer.SPARSE
+    for factor, loss in ((0.5, 3.0), (1.0, 2.5), (2.0, None)):
+        assert longer.missing_factors(rates, SCALE, model)
+        rates.add(made_up(longer.rate_case(SCALE, model, factor), 1.0) | {"loss": loss})
+    assert longer.missing_factors(rates, SCALE, model) == [] and longer.best_factor(rates, SCALE, model) == 1.0
+    rates.add(made_up(longer.rate_case(SCALE, model, 0.5), 2.0))
+    assert longer.missing_factors(rates, SCALE, model) == [0.25]
 
 
 def test_quality_is_above_dense_of_the_same_seed(tmp_path: Path) -> None:

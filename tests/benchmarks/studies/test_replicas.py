@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ SINGLE = {
     "dense": {"density": 1.0},
     "random growth": {},
     "gradient growth": {"grow": "gradient"},
+    "protected": {"min_age": 28},
     "tiles, naive": {"block": "4", "drop_fraction": 0.3, "local_age": False, "block_warmup": 0},
     "static, one rate, not rescaled": {"every": 0, "plain_rate": None, "rescale": False, "seed": 1},
 }  # fmt: skip
@@ -76,6 +78,18 @@ def test_records_of_replicas() -> None:
     assert moved["dropped"] >= moved["judged"] >= moved["dropped_at_first"]
     assert moved["active"] + moved["newly_active"] <= moved["explored"] <= moved["active"] + moved["grown"]
     assert moving["train"][-1] < moving["train"][0] - 1
+
+
+def test_replicas_of_one_batch_read_one_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(2_000 * "ab")
+    case = replace(RUN, steps=4)
+    ours, standard = (
+        train_together([each], eager=True)[0]["text"] for each in (replace(case, text=str(tmp_path)), case)
+    )
+    assert ours["name"] == str(tmp_path) and ours["num_bytes"] == 4_001
+    assert standard["name"] == "stdlib" and standard["sha256"] != ours["sha256"]
+    with pytest.raises(ValueError, match="text: expected one for all replicas"):
+        Replicas([case, replace(case, text=str(tmp_path))], eager=True)
 
 
 def test_a_replica_that_diverges_has_no_loss_and_harms_no_other() -> None:

@@ -1,6 +1,7 @@
 """A case trains as it says, and its record holds what the pages read."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.probe import LENGTH, Probe, Window
 from benchmarks.studies.scale import SCALES
 from benchmarks.studies.seeded import SeededAdamW
-from benchmarks.studies.trainer import build, schedule, train
+from benchmarks.studies.trainer import build, corpus_of, schedule, train
 
 CASE = Case(shape=SCALES["quick"].small, steps=20, rate=1e-2, density=0.25, every=5, block_warmup=5)
 
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:U
         {"plain_rate": 3e-3},
         {"block": "4", "even": False},
         {"every": 0},
+        {"min_age": 10},
+        {"vocabulary": 300},
     ],
     ids=str,
 )
@@ -41,6 +44,27 @@ def test_trains(change: dict) -> None:
     assert record["curve"][-1][0] == case.steps and record["curve"][-1][1] < record["curve"][0][1]
     assert record["density"] == pytest.approx(case.density, abs=0.01)
     assert Case.from_dict(record["case"]) == case and record["key"] == case.key
+    assert record["cloze"]["places"] > 10 and 0 < record["cloze"]["nats_per_byte"] < 5.6
+    assert record["text"]["name"] == "stdlib" and record["text"]["num_bytes"] > 1e6
+
+
+def test_newcomers_are_as_old_as_the_case_says() -> None:
+    managers = [build(replace(CASE, min_age=age)).manager for age in (0, 10)]
+    assert [manager.min_age for manager in managers if manager] == [0, 10]
+
+
+def test_losses_of_byte_pairs_are_per_byte() -> None:
+    case = replace(CASE, vocabulary=300)
+    corpus, record = corpus_of(case), train(case, eager=True)
+    assert record["text"] == corpus.describe() and corpus.bytes_per_token > 1.2
+    assert record["curve"][-1][1] * corpus.bytes_per_token == pytest.approx(record["train"][-1], abs=0.8)
+
+
+def test_a_folder_is_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(20_000 * "ab")
+    first, other = (train(replace(CASE, text=text), eager=True) for text in (str(tmp_path), "stdlib"))
+    assert first["loss"] < 3 < other["loss"]  # two letters are soon learnt
+    assert first["text"]["num_bytes"] == 40_001 and first["cloze"]["places"] == 0
 
 
 def test_a_run_is_a_function_of_its_case() -> None:

@@ -1,0 +1,54 @@
+"""Asks whether the method keeps its place beside dense training and the naive rule as models grow, without tuning.
+
+Three sizes with the same settings: the peak rate of linear layers is .106 / (d · width) for every method, which other
+studies found for other models (docs/results/topology.md); embeddings and norms have one rate; ΔT and W are 50 steps,
+and newcomers are protected for two updates. Naive methods train at the same rate per density, without local age,
+warm-up or protection. At the smallest size all rates are tried lower and higher as well, and two other texts are read:
+all Python source of the environment, and natural language (`python -m benchmarks.studies.debian_text texts/debian`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.studies.case import Case
+from benchmarks.studies.corpus import ENVIRONMENT
+from benchmarks.studies.scale import Scale
+from benchmarks.studies.settings import PLAIN_RATE
+from benchmarks.studies.topology import RATE_FACTORS, rate_of
+
+NAME = "sizes"
+EVERY = 50
+DENSITIES = (0.25, 0.1)
+_NAIVE: dict[str, Any] = {"local_age": False, "block_warmup": 0}
+METHODS: dict[str, dict[str, Any]] = {
+    "SMET": {"min_age": 2 * EVERY},
+    "naive SET": _NAIVE,
+    "naive RigL": _NAIVE | {"grow": "gradient"},
+}
+Kind = tuple[str, float]
+DENSE: Kind = ("dense", 1.0)
+KINDS: tuple[Kind, ...] = (DENSE, *((method, density) for density in DENSITIES for method in METHODS))
+TEXTS = (ENVIRONMENT, "texts/debian")
+OF_TEXTS: tuple[Kind, ...] = (DENSE, ("SMET", 0.25), ("naive SET", 0.25))
+OF_RATES: tuple[Kind, ...] = (DENSE, *((method, 0.25) for method in METHODS))
+
+
+def case(scale: Scale, size: int, kind: Kind, seed: int, rate_factor: float = 1.0, **options: Any) -> Case:
+    """Returns a run of the size of that number, of a method at a density."""
+    (shape, steps), (method, density) = scale.sizes[size], kind
+    if density < 1:
+        options |= {"density": density, "every": EVERY, "block_warmup": EVERY} | METHODS[method]
+    return Case(
+        shape=shape, steps=steps, rate=rate_factor * rate_of(shape), plain_rate=PLAIN_RATE, seed=seed, **options
+    )
+
+
+def cases(scale: Scale) -> list[Case]:
+    """Returns the runs; those of the largest size come last, seed by seed, since they are the first to be cut."""
+    *smaller, largest = range(len(scale.sizes))
+    found = [case(scale, size, kind, seed) for size in smaller for seed in scale.seeds for kind in KINDS]
+    found += [case(scale, 0, kind, scale.seeds[0], factor) for kind in OF_RATES for factor in RATE_FACTORS]
+    found += [case(scale, largest, kind, scale.seeds[0]) for kind in KINDS]
+    found += [case(scale, 0, kind, seed, text=text) for text in TEXTS for seed in scale.seeds for kind in OF_TEXTS]
+    return found + [case(scale, largest, kind, seed) for seed in scale.seeds[1:] for kind in KINDS]
