@@ -66,6 +66,11 @@ class Advantage:
         return tokens_to_reach(self.sparse_loss, self.dense_weights) / self.tokens
 
     @property
+    def dense_time_to_loss(self) -> float:
+        """Returns the time that dense takes to the loss of the sparse model, over the time of the sparse model."""
+        return self.break_even_time / self.time_ratio
+
+    @property
     def break_even_share(self) -> float:
         """Returns the share of ``at_equal_tokens`` at which neither is ahead at equal time.
 

@@ -43,6 +43,10 @@ def _break_even(found: EqualBytes) -> Iterator[str]:
         f"tokens: {count_text(one.tokens)}, and {count_text(one.dense_tokens_in_time)} of the dense model in equal "
         f"time: a token takes {one.time_ratio:.3g} times as long in the sparse one"
     )
+    if math.isinf(one.dense_time_to_loss):
+        yield "to the loss of the sparse model: the dense one never comes"
+    else:
+        yield f"to the loss of the sparse model: the dense one takes {one.dense_time_to_loss:.3g} times its time"
     if one.at_equal_tokens <= 0:
         yield "dense is predicted to be no worse at equal tokens, and so at equal time unless sparse is faster"
         return
@@ -68,7 +72,7 @@ def _assumptions(found: EqualBytes) -> Iterator[str]:
     yield f"assumed: {learn}{speed}, time goes with operations"
     yield "assumed: one recipe for both, no gradients that updates in backward use up; activations are not counted"
     yield (
-        f"uncertain: the law missed models outside its fit by {PREDICTION_ERROR:g} (root mean square), so differences "
+        f"uncertain: the law missed runs outside its fit by {PREDICTION_ERROR:g} (root mean square), so differences "
         f"below {LEAST_DIFFERENCE:g} are not told apart"
     )
     if found.outside_fit:

@@ -7,7 +7,7 @@ linear layers go with the factor's square, those of embeddings, head, norms and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from smet_compile.format import arguments
@@ -87,7 +87,7 @@ class EqualBytes:
         blocks: "single weights", "runs" or "tiles".
         sparse_efficiency: the assumed rate of products with compact weights over that of dense ones; None where they
             take as long as those of the dense twin.
-        all_trained: False where some weights are not trained.
+        unlike_fit: what the model has that no model of the law's fit had.
     """
 
     advantage: Advantage
@@ -96,7 +96,7 @@ class EqualBytes:
     width: float
     blocks: str
     sparse_efficiency: float | None
-    all_trained: bool = True
+    unlike_fit: tuple[str, ...] = ()
 
     @property
     def break_even_efficiency(self) -> float:
@@ -105,7 +105,7 @@ class EqualBytes:
 
     @property
     def outside_fit(self) -> list[str]:
-        """Returns the numbers that lie outside those of the runs that the law was fitted to."""
+        """Returns in what the run lies outside those that the law was fitted to."""
         one = self.advantage
         of_fit = (
             ("weights", (one.dense_weights, one.num_weights), FITTED_WEIGHTS),
@@ -117,7 +117,7 @@ class EqualBytes:
             for name, numbers, (least, most) in of_fit
             if min(numbers) < least or max(numbers) > most
         ]
-        return found if self.all_trained else [*found, "weights that are not trained: all were in the fit"]
+        return [*found, *self.unlike_fit]
 
     def at(self, tokens: float, sparse_efficiency: float | None = None) -> EqualBytes:
         """Returns the same two models after other tokens, and at another efficiency if given.
@@ -175,8 +175,15 @@ def compare_at_equal_bytes(run: PlannedRun, batch: int, tokens: float, sparse_ef
         tokens=tokens,
         time_ratio=operations.time_ratio(sparse_efficiency),
     )
-    all_trained = all(stored.trained for stored, _ in described)
-    return EqualBytes(advantage, operations, num_bytes, width, blocks, sparse_efficiency, all_trained)
+    unlike_fit = tuple(_unlike_fit(described))
+    return EqualBytes(advantage, operations, num_bytes, width, blocks, sparse_efficiency, unlike_fit)
+
+
+def _unlike_fit(described: Iterable[_Described]) -> Iterator[str]:
+    if not all(stored.trained for stored, _ in described):
+        yield "weights that are not trained"
+    if any(known.layout is not None and known.layout.num_matrices > 1 for _, known in described):
+        yield "a mixture of experts"
 
 
 def _operations(run: PlannedRun, batch: int, described: list[_Described], width: float) -> Operations:

@@ -64,6 +64,9 @@ def test_break_even_is_where_the_sign_changes(density: float, per_weight: float,
     assert (one.at_equal_time > 0) == (one.time_ratio < one.break_even_time)
     assert (one.at_equal_time > 0) == (one.break_even_share < 1)
     assert (one.at_equal_time > 0) == (one.tokens > one.tokens_to_break_even)
+    assert (one.at_equal_time > 0) == (one.dense_time_to_loss > 1)
+    reached = one.dense_time_to_loss * one.dense_tokens_in_time
+    assert predict_loss(one.dense_weights, reached) == pytest.approx(one.sparse_loss)
     assert replace(one, time_ratio=one.break_even_time).at_equal_time == pytest.approx(0, abs=1e-12)
     assert replace(one, tokens=one.tokens_to_break_even).at_equal_time == pytest.approx(0, abs=1e-12)
     kept = one.dense_loss - one.break_even_share * one.at_equal_tokens
@@ -98,4 +101,4 @@ def test_without_an_advantage_there_is_nothing_to_keep_enough_of() -> None:
 def test_dense_may_never_catch_up() -> None:
     """More tokens bring the dense model nearer to its limit, which the sparse one has passed."""
     one = Advantage(4e9, 0.25, 1e9, 1e14, 100.0)
-    assert one.break_even_time == math.inf and one.at_equal_time > 0
+    assert one.break_even_time == one.dense_time_to_loss == math.inf and one.at_equal_time > 0

@@ -194,7 +194,21 @@ def test_what_lies_outside_the_fit_is_named() -> None:
     assert thin is not None and any(each.startswith("density: 0.049") for each in thin.outside_fit)
     frozen = Small(WIDTH)
     frozen.embedding.weight.requires_grad_(False)
-    assert planned(model=frozen).outside_fit[-1].startswith("weights that are not trained")
+    assert planned(model=frozen).outside_fit[-1] == "weights that are not trained"
+
+
+def test_a_mixture_of_experts_lies_outside_the_fit() -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, num_local_experts=4,
+            )
+        )  # fmt: skip
+    plan = smet.plan(model, 0.25, block_shape=16, batch=2, sequence=32, compiled=False, tokens=1e9)
+    assert plan.equal_bytes is not None and "a mixture of experts" in plan.equal_bytes.outside_fit
+    assert "; a mixture of experts" in plan.equal_bytes_table()
 
 
 def test_the_plan_prints_it_only_when_asked() -> None:
@@ -211,6 +225,7 @@ def test_the_lines_say_the_side_and_what_is_assumed() -> None:
     assert "times as wide" in table[0] and table[0].endswith("weights for 1.27B at density 0.25")
     assert table[2].split()[:2] == ["equal", "tokens"] and table[2].endswith("sparse is ahead")
     assert table[3].split()[:2] == ["equal", "time"] and table[3].endswith("too close to tell")
+    assert any(line.startswith("to the loss of the sparse model: the dense one takes 1.") for line in table)
     assert any(line.startswith("tiles have to keep 0.") for line in table)
     assumed = " ".join(line for line in table if line.startswith("assumed: "))
     for part in ("2606.01155", "single weights", "tiles learn like", "at 0.7 of", "activations are not counted"):
