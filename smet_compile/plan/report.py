@@ -11,7 +11,8 @@ from smet_compile.convert import describe_empty_rows
 from smet_compile.format import Layout
 from smet_compile.format.densities import Stage
 from smet_compile.notebook import frame_of, html_lines, html_table, html_text, html_view
-from smet_compile.plan import rank_table
+from smet_compile.plan import advantage_table, rank_table
+from smet_compile.plan.equal_bytes import EqualBytes, compare_at_equal_bytes
 from smet_compile.plan.formulas import Formulas, density_shares, expression, rounding_bytes
 from smet_compile.plan.mesh import check_mesh
 from smet_compile.plan.per_rank import PerRank, has_cut_codes
@@ -85,6 +86,8 @@ class Plan:
         stages: the cost of each density stage, that before the first included; empty without a density schedule.
             All other numbers are those of the first.
         per_rank: what a rank of the mesh stores and sends, here and in dense training; None without a mesh.
+        equal_bytes: this run beside the dense model of as many bytes, by predicted loss; None without tokens,
+            and where no weight is sparse.
     """
 
     title: str
@@ -99,6 +102,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     stages: tuple[StagePlan, ...] = ()
     per_rank: PerRank | None = None
+    equal_bytes: EqualBytes | None = None
     _placement: Placement | None = field(default=None, repr=False, compare=False)
 
     def on_mesh(self, mesh: Mapping[str, int]) -> PerRank:
@@ -160,11 +164,16 @@ class Plan:
         """Returns the bytes that a rank of the mesh stores and sends; an empty text without a mesh."""
         return "" if self.per_rank is None else rank_table.table_of(self.per_rank)
 
+    def equal_bytes_table(self) -> str:
+        """Returns on which side the run is beside the dense model of as many bytes; an empty text without tokens."""
+        return "" if self.equal_bytes is None else advantage_table.table_of(self.equal_bytes)
+
     def __str__(self) -> str:
         table = [_HEADINGS, *self.rows()]
         lines = [self.title, "", *table_lines(table, left=(0, 1)), "", self.legend()]
         lines += ["", self.stage_table()] if self.stages else []
         lines += ["", self.rank_table()] if self.per_rank else []
+        lines += ["", self.equal_bytes_table()] if self.equal_bytes else []
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -175,6 +184,7 @@ class Plan:
             html_lines([self.legend(), *(f"warning: {warning}" for warning in self.warnings)]),
             html_text(self.stage_table() if self.stages else ""),
             html_text(self.rank_table()),
+            html_text(self.equal_bytes_table()),
         )
 
 
@@ -196,6 +206,8 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
     formulas, symbols = _formulas(run, stored, point)
     placement = Placement(run, batch)
     placed = None if run.request.mesh is None else placement.on(run.request.mesh)
+    tokens, efficiency = run.request.tokens, run.request.sparse_efficiency
+    compared = compare_at_equal_bytes(run, batch, tokens, efficiency) if tokens is not None and run.sites else None
     return Plan(
         title=_title(run, batch),
         density=run.density,
@@ -209,6 +221,7 @@ def make_plan(run: PlannedRun, batch: int, stages: Sequence[Stage] = ()) -> Plan
         warnings=tuple([*_run_warnings(run), *_cost_warnings(sparse, dense), *_rank_warnings(run, placed)]),
         stages=tuple(plan_stages(run, stages, batch)),
         per_rank=placed,
+        equal_bytes=compared,
         _placement=placement,
     )
 
@@ -259,6 +272,8 @@ def _block_text(layout: Layout) -> str:
 
 
 def _run_warnings(run: PlannedRun) -> Iterator[str]:
+    if run.request.tokens is not None and not run.sites:
+        yield "no weight is sparse, so nothing is compared with a dense model of as many bytes"
     if run.breaks:
         yield (
             "the step breaks into several graphs, so activations and scratch are those of an eager step, and no update "

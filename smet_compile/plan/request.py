@@ -14,6 +14,7 @@ from smet_compile.format import arguments
 from smet_compile.format.arguments import described
 from smet_compile.format.densities import DensitySchedule, check_density, check_density_schedule
 from smet_compile.ops import find_sites
+from smet_compile.plan.equal_bytes import check_comparison
 from smet_compile.plan.mesh import check_mesh
 from smet_compile.plan.report import Plan, make_plan
 from smet_compile.plan.run import PlannedRun, Request
@@ -56,6 +57,8 @@ def plan(
     density_schedule: DensitySchedule | None = None,
     mesh: Mapping[str, int] | None = None,
     tp_plan: Mapping[str, Style] | None = None,
+    tokens: float | None = None,
+    sparse_efficiency: float | None = None,
 ) -> Plan:
     """Plans a training step: bytes by kind, peak memory and operations, as formulas and numbers beside dense training.
 
@@ -99,6 +102,10 @@ def plan(
         tp_plan: which ``nn.Linear`` layers "tp" cuts: globs over names of modules → "colwise" (rows of the weight) or
             "rowwise" (columns), as ``parallelize_module`` has them. Default: the plan that a model of Hugging Face
             brings; its embeddings and head stay whole on every rank of "tp".
+        tokens: those that a language model reads, each once. ``plan.equal_bytes`` then compares it, by the loss that
+            a scaling law predicts, with the dense model of as many bytes: after as many tokens, and in as much time.
+        sparse_efficiency: the rate of products with compact weights over that of dense ones on your card, counting
+            active operations alone. Default: 0.7 for tiles, else as long as the products of a dense model as wide.
 
     Raises:
         ValueError: an argument out of range, an unknown preset, as ``sparsify`` does, a model that cannot be run on
@@ -124,6 +131,7 @@ def plan(
             f"mesh: expected none beside {'density_schedule' if stages else 'fits'}, got both; plan a mesh and read "
             "plan.per_rank"
         )
+    tokens, sparse_efficiency = _check_comparison(tokens, sparse_efficiency, bool(stages))
     if fused_update is not None and arguments.flag("fused_update", fused_update) and not compiled:
         raise ValueError("fused_update: expected False for eager training (compiled=False), got True; compile the step")
     on_meta, name, default_batch, sequence = _on_meta(model, dtype, sequence, vocabulary)
@@ -133,6 +141,10 @@ def plan(
     if is_compact and density is not None:
         raise ValueError(f"density: expected none for a model that is compact already, got {density}; leave it out")
     _check_inputs(on_meta, inputs, sequence)
+    if tokens is not None and sequence is None:
+        raise ValueError(
+            "tokens: expected a language model, with sequence=, got none; leave tokens out, or pass sequence="
+        )
     if checkpointing and not hasattr(on_meta, "gradient_checkpointing_enable"):
         raise ValueError(
             "checkpointing: expected a model with gradient_checkpointing_enable, got "
@@ -152,6 +164,8 @@ def plan(
         | {"dense_as_compact": bool(stages)},
         mesh=checked_mesh,
         tp_plan=tp_plan,
+        tokens=tokens,
+        sparse_efficiency=sparse_efficiency,
     )
     chosen = None if is_compact else _DENSITY if density is None else density
     if limit is None:
@@ -176,6 +190,25 @@ def _on_meta(
     preset = find_preset(model, "model")
     sequence = sequence or preset.sequence
     return build_preset(model, vocabulary, sequence, wanted or torch.float32), model, preset.batch, sequence
+
+
+def _check_comparison(
+    tokens: float | None, sparse_efficiency: float | None, has_stages: bool
+) -> tuple[float | None, float | None]:
+    """Checks the arguments of the comparison with a dense model of as many bytes."""
+    if tokens is None and sparse_efficiency is None:
+        return None, None
+    if tokens is None:
+        raise ValueError(
+            f"sparse_efficiency: expected none without tokens, got {described(sparse_efficiency)}; pass tokens=, which "
+            "the run reads"
+        )
+    if has_stages:
+        raise ValueError(
+            "tokens: expected none beside density_schedule, got both: the scaling law is one of constant density; "
+            "leave one out"
+        )
+    return check_comparison(tokens, sparse_efficiency)
 
 
 def _dtype(argument: str, given: Any, known: Mapping[str, Any]) -> Any:

@@ -50,6 +50,8 @@ class Request:
         selection: the other arguments of ``sparsify`` that decide which weights are chosen.
         mesh: the ranks among which parameters are shared; None for one device.
         tp_plan: which layers tensor parallelism cuts, and how; None for the model's own plan.
+        tokens: those that the run reads, to compare it with the dense model of as many bytes; None for no comparison.
+        sparse_efficiency: the rate of products with compact weights over that of dense ones; None for the default.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Request:
     selection: dict[str, Any]
     mesh: Mesh | None = None
     tp_plan: Mapping[str, str] | None = None
+    tokens: float | None = None
+    sparse_efficiency: float | None = None
 
     def choices(self, model: nn.Module, density: float, slabs: Mapping[str, Slabs] | None = None) -> list[Choice]:
         """Returns the weights of the dense ``model`` that ``sparsify`` would make compact, with slabs by their names.

@@ -64,8 +64,17 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("vocabulary", "INTEGER", str(VOCABULARY), "Words of the tokenizer."),
     ("density_schedule", None, None, "1000:0.5,2000:0.25: density stages, each STEP:DENSITY."),
     ("mesh", None, None, "dp=64, dp=8,replicate=2 or dp=8,tp=4: what each rank stores and sends."),
+    ("tokens", "FLOAT", None, "Tokens of the run, 20e9: predicted loss beside a dense model of as many bytes."),
+    (
+        "sparse_efficiency",
+        "FLOAT",
+        None,
+        "Rate of sparse products over that of dense ones, for --tokens. Default: 0.7 for tiles.",
+    ),
 )
-PLANNED_NUMBERS = {"density": float, "batch": int, "sequence": int, "vocabulary": int}
+PLANNED_NUMBERS = {
+    "density": float, "batch": int, "sequence": int, "vocabulary": int, "tokens": float, "sparse_efficiency": float,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -258,6 +267,8 @@ def _print_plan(plan: smet.Plan) -> None:
         print_plainly(console, plan.stage_table())
     if plan.per_rank:
         print_plainly(console, plan.rank_table())
+    if plan.equal_bytes:
+        print_plainly(console, plan.equal_bytes_table())
     for warning in plan.warnings:
         console.print(as_cell("warning: ", "yellow"), end="")
         print_plainly(console, warning)

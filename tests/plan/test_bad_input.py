@@ -44,6 +44,14 @@ CASES = [
     ({"block_shape": 4096}, "block_shape: expected blocks that save memory|nothing to make sparse"),
     ({"rules": [("*", 0.5)]}, "rules: expected a dict from globs to densities"),
     ({"include": 3}, "include: expected a glob or a list of globs"),
+    ({"sparse_efficiency": 0.7}, "sparse_efficiency: expected none without tokens, got 0.7; pass tokens="),
+    ({"tokens": 1e9, "sparse_efficiency": 0}, r"sparse_efficiency: expected a number in \(0, 100\], got 0"),
+    ({"tokens": 1e9, "sparse_efficiency": "fast"}, "sparse_efficiency: expected a number in .*got 'fast'"),
+    ({"tokens": 0}, "tokens: expected a number in .*got 0; pass 20e9, say"),
+    ({"tokens": "20B"}, "tokens: expected a number in .*got '20B'"),
+    ({"tokens": float("nan")}, "tokens: expected a number in .*got nan"),
+    ({"tokens": True}, "tokens: expected a number in .*got True"),
+    ({"tokens": 1e9, "density": 1.0, "density_schedule": [(10, 0.5)]}, "tokens: expected none beside density_schedule"),
     ({"mesh": 8}, "mesh: expected a dict from dimensions to numbers of ranks, got 8"),
     ({"mesh": {}}, "mesh: expected a dict from dimensions to numbers of ranks, got {}"),
     ({"mesh": [("dp", 8)]}, "mesh: expected a dict from dimensions to numbers of ranks, got"),
@@ -82,6 +90,17 @@ def test_a_model_that_takes_no_tokens_needs_inputs() -> None:
         smet.plan(nn.Linear(8, 8), 0.5)
     with pytest.raises(ValueError, match=r"Linear cannot be run on shapes alone: .*; see inputs= and loss_fn="):
         smet.plan(nn.Linear(8, 8), 0.5, inputs=lambda b, s: torch.zeros(b, 9), loss_fn=lambda m, x: m(x).sum())
+
+
+def test_only_a_language_model_reads_tokens() -> None:
+    step = {"inputs": lambda b, s: torch.zeros(b, 8), "loss_fn": lambda m, x: m(x).sum(), "compiled": False}
+    with pytest.raises(
+        ValueError, match="tokens: expected a language model, with sequence=, got none; leave tokens out"
+    ):
+        smet.plan(nn.Linear(8, 8), 0.5, tokens=1e9, **step)
+    of_tokens = {"inputs": lambda b, s: torch.zeros(b, s, 8), "sequence": 16}
+    with pytest.raises(ValueError, match="tokens: expected a language model with linear layers beside its embedding"):
+        smet.plan(nn.Linear(8, 8), 0.5, tokens=1e9, include="*", **(step | of_tokens))
 
 
 def test_checkpointing_needs_a_model_that_has_it() -> None:

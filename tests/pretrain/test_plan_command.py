@@ -39,6 +39,14 @@ def test_a_mesh_may_cut_layers() -> None:
         assert f"\n{row} " in out
 
 
+def test_tokens_add_the_dense_model_of_as_many_bytes() -> None:
+    plain = ("nano", "--density", "0.25", "--block", "8", "--eager")
+    _, without, _ = call(*plain)
+    code, out, _ = call(*plain, "--tokens", "2e9", "--sparse-efficiency", "0.5")
+    assert code == 0 and out.startswith(without.rstrip()) and "as many bytes" not in without
+    assert "\nbeside a dense model of as many bytes (" in out and "sparse products run at 0.5 of the rate" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +57,8 @@ def test_a_mesh_may_cut_layers() -> None:
         (["nano", "--mesh", "dp=0"], "error: --mesh: expected a whole number of at least 1, got 0"),
         (["nano", "--mesh", "dp=2,dp=4"], "error: --mesh: expected each dimension once"),
         (["nano", "--mesh", "dp=2,tp=3"], "error: model.layers.0.self_attn.q_proj.weight: expected rows that 3 slabs"),
+        (["nano", "--eager", "--sparse-efficiency", "0.5"], "error: sparse_efficiency: expected none without tokens"),
+        (["nano", "--eager", "--tokens", "many"], "error: --tokens: expected a finite number, got 'many'"),
         (["nano", "--eager", "--fits", "1kB"], "error: fits: expected at least"),
     ],
 )
