@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.studies import (
     equal_memory,
+    equal_time,
     learning_rate,
     longer,
     moments,
@@ -30,6 +31,7 @@ from benchmarks.studies.records import Records
 from benchmarks.studies.replica_runner import run_replicas
 from benchmarks.studies.reports import differences
 from benchmarks.studies.reports import equal_memory as equal_memory_page
+from benchmarks.studies.reports import equal_time as equal_time_page
 from benchmarks.studies.reports import learning_rate as learning_rate_page
 from benchmarks.studies.reports import longer as longer_page
 from benchmarks.studies.reports import quality as quality_page
@@ -70,6 +72,7 @@ STUDIES = {
     longer.NAME: Study(longer.cases, longer_page.write, longer.prepare, run=run_race, workers=1),
     quality.NAME: _plain(quality.cases, quality_page.write),
     equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare, equal_memory.measure),
+    equal_time.NAME: Study(equal_time.cases, equal_time_page.write, equal_time.prepare),
     sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
     moments.NAME: _plain(moments.cases, differences.write_moments),
     topology.NAME: Study(

@@ -33,6 +33,8 @@ class Case:
         density: 1 is dense training; then nothing below matters but ``optimizer``, ``dtype``, ``seed``, ``text`` and
             ``vocabulary``.
         block: "1", "1x16", "16": as in `pretrain`.
+        sparse: "all" linear layers, or those of the "feed_forward" parts alone.
+        dense_from: share of the steps after which the model becomes dense; 1: it does not.
         even: whether rows and columns of tiles fill evenly at the start, as `sparsify` has it, or by chance.
         exponent: p of d^(-p). local_age: bias correction by the block's age (SMET), or by the step count (naive).
         block_warmup: W. every: ΔT, 0 for a static topology. grow: "random", "gradient".
@@ -52,6 +54,8 @@ class Case:
     decay: str = "cosine"
     density: float = 1.0
     block: str = "1"
+    sparse: str = "all"
+    dense_from: float = 1.0
     distribution: str = "uniform"
     rescale: bool = True
     even: bool = True

@@ -11,7 +11,6 @@ Sparse AdamW runs move their topology as the defaults do; those with SCALE, whos
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,16 @@ from typing import Any
 import torch
 
 from benchmarks.ratios import Clock, in_turns
+from benchmarks.studies import rates
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import CONTESTANTS, MODELS, REFERENCE, Fitted, case_of, fit, peaks, read
+from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
 from benchmarks.studies.trainer import build, compiled, two_calls
 
 NAME = "equal_memory"
 MEASURED = "equal_memory_measured.json"
-FACTORS = (0.5, 1.0, 2.0)
-MOST_FACTORS = 6
 LONG = ("dense, AdamW, fp32", "dense, AdamW, bf16", "dense, 8-bit AdamW, bf16", "dense, SCALE, bf16",
         "d 0.25, AdamW, bf16", "d 0.25, 8-bit AdamW, bf16", "d 0.5, SCALE, bf16")  # fmt: skip
 FEW = ("dense, AdamW, fp32", "dense, 8-bit AdamW, bf16", "dense, SCALE, bf16",
@@ -84,45 +83,18 @@ def cases(scale: Scale, folder: Path) -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-@dataclass(frozen=True)
-class Search:
-    """Holds the runs that look for a contestant's rate, and the best factor, None where runs are missing.
-
-    ``inside``: whether a lower and a higher rate are worse.
-    """
-
-    cases: tuple[Case, ...]
-    best: float | None
-    inside: bool = False
-
-
 def search(scale: Scale, rival: Fitted, place: int, records: Records) -> Search:
     """Looks for the best rate in the first seed: both ways at the first length, downwards from there at others."""
+
+    def case_at(factor: float) -> Case:
+        return case_of(rival.shape, rival.name, scale.memory_steps[place], factor, scale.seeds[0])
+
     if place == 0:
-        return _descend(scale, rival, place, records, list(FACTORS))
+        return rates.search(case_at, records)
     before = search(scale, rival, place - 1, records)
     if before.best is None:
         return Search((), None)
-    return _descend(scale, rival, place, records, [before.best / 2, before.best])
-
-
-def _descend(scale: Scale, rival: Fitted, place: int, records: Records, factors: list[float]) -> Search:
-    """Tries more factors beyond the best one for as long as that is at an end of those that were tried."""
-    steps = scale.memory_steps[place]
-    while True:
-        tried = {f: case_of(rival.shape, rival.name, steps, f, scale.seeds[0]) for f in sorted(factors)}
-        if any(case.key not in records for case in tried.values()):
-            return Search(tuple(tried.values()), None)
-        best = min(tried, key=lambda factor: _loss(records, tried[factor]))
-        beyond = best / 2 if best == min(tried) else best * 2 if best == max(tried) and place == 0 else None
-        if beyond is None or len(factors) == MOST_FACTORS:
-            return Search(tuple(tried.values()), best, beyond is None)
-        factors.append(beyond)
-
-
-def _loss(records: Records, case: Case) -> float:
-    loss = records[case.key]["loss"]
-    return math.inf if loss is None else loss
+    return rates.search(case_at, records, (before.best / 2, before.best), upwards=False)
 
 
 def losses(scale: Scale, rival: Fitted, place: int, records: Records) -> dict[int, float]:

@@ -14,7 +14,7 @@ PATTERNS = (None, "fan_in")
 SPARSE = ("all", "feed_forward")
 COMMON = ("shape", "steps", "warmup", "decay", "text")
 """Settings that all replicas which train side by side share."""
-_FIXED = {"distribution": "uniform", "even": True, "seeded_moments": False, "dtype": "float32",
+_FIXED = {"distribution": "uniform", "even": True, "dense_from": 1.0, "seeded_moments": False, "dtype": "float32",
           "moment_dtype": "float32", "probe": False, "vocabulary": BYTES}  # fmt: skip
 
 
@@ -30,7 +30,6 @@ class Replica(Case):
         grow: "random", or what the grown blocks are largest in: "gradient"; "momentum", its mean with weights 0.9^k.
         window: number of the last steps whose gradients are summed for "gradient", "momentum" and "saliency".
         pattern: "fan_in": every row of blocks keeps as many active ones as it starts with, equally many within one.
-        sparse: "all" linear layers, or those of the "feed_forward" parts alone.
         permuted: the inputs and outputs of every layer are in a random order of their own, as its blocks see them.
         accumulate_counts: the fraction of a block that rounding down leaves over is added to the next count.
         spread: factor on the initial values of linear layers. head_scale: factor on the logits.
@@ -41,7 +40,6 @@ class Replica(Case):
     drop: str = "magnitude"
     window: int = 1
     pattern: str | None = None
-    sparse: str = "all"
     permuted: bool = False
     accumulate_counts: bool = False
     spread: float = 1.0

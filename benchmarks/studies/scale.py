@@ -36,6 +36,7 @@ class Scale:
         sizes: shapes of three sizes, and the steps of each.
         race: of the longer run.
         memory: of `equal_memory`, whose width each contestant sets. memory_steps: its lengths, shorter ones first.
+        timed: of `equal_time`, and the dense model's steps there.
         budgets, widest: widths of the dense models that set the budgets there, and the largest it tries.
         seeds: of most studies. many_seeds: of what a conclusion about spikes rests on.
         eager: without compiler.
@@ -51,6 +52,7 @@ class Scale:
     long_steps: int
     memory: Shape
     memory_steps: tuple[int, ...]
+    timed: tuple[Shape, int]
     budgets: tuple[int, ...]
     widest: int
     replicas: Shape
@@ -79,6 +81,7 @@ SCALES = {
         long_steps=5000,
         memory=replace(_LARGE, sequence=256, batch=2),
         memory_steps=(4000, 16_000),
+        timed=(replace(_LARGE, sequence=256, batch=4), 2000),
         budgets=(64, 112, 192),
         widest=1024,
         replicas=replace(_SMALL, hidden=48, intermediate=96, heads=3, layers=2),
@@ -106,6 +109,7 @@ SCALES = {
         long_steps=40_000,
         memory=_GPU,
         memory_steps=(10_000, 40_000),
+        timed=(replace(_GPU, hidden=1024, intermediate=2752, heads=16), 10_000),
         budgets=(256, 512),
         widest=4096,
         replicas=replace(_GPU, hidden=192, intermediate=384, heads=6, layers=4),
@@ -133,6 +137,7 @@ SCALES = {
         long_steps=6,
         memory=replace(_QUICK, hidden=64, intermediate=160),
         memory_steps=(4, 8),
+        timed=(replace(_QUICK, hidden=64, intermediate=128), 8),
         budgets=(64,),
         widest=256,
         replicas=replace(_QUICK, hidden=24, intermediate=48, heads=3),

@@ -68,12 +68,13 @@ def build(case: Case) -> Trainee:
             block_shape=case.block_shape,
             distribution=case.distribution,
             rescale=case.rescale,
+            exclude="*.self_attn.*" if case.sparse == "feed_forward" else None,
             seed=case.seed,
         )
         if not case.even:
             scatter(model, case.seed)
     optimizer = make_optimizer(case, model, matrices)
-    moves = case.density < 1 and case.every > 0
+    moves = case.density < 1 and (case.every > 0 or case.dense_from < 1)
     return Trainee(model, optimizer, _manager(case, model, optimizer) if moves else None)
 
 
@@ -82,12 +83,13 @@ def _manager(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         model,
         optimizer,
         total_steps=case.steps,
-        every=case.every,
+        every=case.every or case.steps,
         drop_fraction=case.drop_fraction,
         final_drop_fraction=case.final_drop_fraction,
         stop_fraction=case.stop_fraction,
         grow=case.grow,
-        schedule="cosine",
+        schedule="cosine" if case.every else "none",
+        density_schedule=[(round(case.dense_from * case.steps), 1.0)] if case.dense_from < 1 else None,
         min_age=case.min_age,
         seed=case.seed,
         auto_step=False,  # a probe looks between the two steps

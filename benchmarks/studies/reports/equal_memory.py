@@ -11,20 +11,21 @@ from benchmarks.studies import equal_memory as study
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import REFERENCE, Fitted, case_of
 from benchmarks.studies.records import Records
-from benchmarks.studies.reports.interval import interval
+from benchmarks.studies.reports.interval import bold, paired
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 _IN_16_BITS = "dense, AdamW, bf16"
 _HEADINGS = [
-    "contestant", "width", "weights if dense", "bytes of text for each", "MB", "rate", "loss",
+    "contestant", "width", "weights if dense", "bytes of text for each", "MB", "rate", "identifiers", "loss",
     f"less {REFERENCE}", f"less {_IN_16_BITS}",
 ]  # fmt: skip
 _NOTES = (
     "*Rate*: the best factor of the rule's rate; `<` or `>` where it lies at an end of what was tried. Differences are "
     "paired by seed: mean and 95% interval (Student's t), in bold where the interval excludes zero; a number without "
-    "an interval is one seed. A dash is a run that is still missing."
+    "an interval is one seed. *Identifiers*: the share that is predicted exactly of identifiers that stood before in "
+    "the same window of held-out text. A dash is a run that is still missing."
 )
 _PACKAGES = (
     "GaLore and APOLLO are their authors' code (galore-torch, apollo-torch), 8-bit AdamW and AdamW in bf16 are "
@@ -83,19 +84,19 @@ def _row(scale: Scale, rival: Fitted, place: int, records: Records, fitted: dict
     loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
     others = [fitted.get((rival.budget, name)) for name in (REFERENCE, _IN_16_BITS)]
     differences = [
-        _difference(losses, study.losses(scale, other, place, records)) if other and other != rival else ""
+        bold(paired(losses, study.losses(scale, other, place, records))) if other and other != rival else ""
         for other in others
     ]
     size = [f"{rival.shape.hidden}", f"{weights / 1e6:.2f}M", f"{text:.1f}", f"{rival.total / 1e6:.2f}"]
-    return [rival.name, *size, rate, loss, *differences]
+    return [rival.name, *size, rate, _identifiers(scale, rival, place, found.best, records), loss, *differences]
 
 
-def _difference(losses: dict[int, float], others: dict[int, float]) -> str:
-    pairs = [losses[seed] - others[seed] for seed in losses if seed in others]
-    if not pairs:
-        return "—"
-    found = interval(pairs)
-    return f"**{found.format()}**" if found.excludes_zero and found.num > 1 else found.format()
+def _identifiers(scale: Scale, rival: Fitted, place: int, factor: float | None, records: Records) -> str:
+    """Returns the mean over the seeds at the best rate."""
+    steps = scale.memory_steps[place]
+    keys = [case_of(rival.shape, rival.name, steps, factor, seed).key for seed in scale.seeds] if factor else []
+    shares = [records[key]["cloze"]["exact"] for key in keys if key in records and records[key]["cloze"]]
+    return f"{100 * sum(shares) / len(shares):.1f}%" if shares else "—"
 
 
 def _peaks(

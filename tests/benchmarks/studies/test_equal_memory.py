@@ -14,6 +14,7 @@ from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import Fitted, case_of, shape_of, training_bytes
 from benchmarks.studies.estimate import forecast, seconds
 from benchmarks.studies.optimizers import In16Bits, is_installed, make_optimizer
+from benchmarks.studies.rates import MOST_FACTORS, Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.equal_memory import steps_to
 from benchmarks.studies.scale import SCALES
@@ -93,7 +94,7 @@ def record(case: Case, loss: float | None) -> dict[str, Any]:
     return {"key": case.key, "case": asdict(case), "loss": loss, "seconds": 3.0, "torch": "2.13.0"}
 
 
-def search_for(best: float, records: Records, place: int = 0) -> equal_memory.Search:
+def search_for(best: float, records: Records, place: int = 0) -> Search:
     """Searches with losses that are least at the factor ``best``."""
     while (found := equal_memory.search(SCALE, rival(), place, records)).best is None:
         for step in range(place + 1):
@@ -112,7 +113,7 @@ def test_rates_are_tried_until_both_neighbours_are_worse(best: float, num: int, 
 
 def test_a_search_ends_at_the_end_of_what_is_tried(tmp_path: Path) -> None:
     found = search_for(1e6, Records(tmp_path / "records.jsonl"))
-    assert len(found.cases) == equal_memory.MOST_FACTORS and not found.inside and found.best == 16.0
+    assert len(found.cases) == MOST_FACTORS and not found.inside and found.best == 16.0
 
 
 def test_the_longer_length_tries_lower_rates_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import __main__ as command
-from benchmarks.studies import contestants, equal_memory, learning_rate, longer, quality, sizes, spikes
+from benchmarks.studies import contestants, equal_memory, equal_time, learning_rate, longer, quality, sizes, spikes
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import Fitted
 from benchmarks.studies.probe import LENGTH
@@ -67,6 +67,10 @@ def fill(name: str, folder: Path) -> Records:
     records = Records(folder / "studies" / f"{name}.jsonl")
     if name == equal_memory.NAME:
         make_up_models(records.path.parent)
+    if name == equal_time.NAME:
+        records.path.parent.mkdir()
+        costs = {rival.name: 0.5 + 0.25 * place for place, rival in enumerate(equal_time.RIVALS)}
+        (records.path.parent / equal_time.STEPS).write_text(json.dumps(costs))
     if name == longer.NAME:
         rates = Records(records.path.parent / longer.RATES)
         for model in longer.MODELS:

@@ -1,0 +1,129 @@
+"""Asks: which sparse model is ahead of the dense one after as much time?
+
+Static tiles make a step shorter, so that a sparse model reads more text in the time that the dense one takes; or they
+make a wider model as fast. Tried are tiles at two densities, tiles in feed-forward layers alone beside dense attention,
+tiles for four fifths of the time of which the last fifth of the steps is dense, larger tiles in a model twice as wide,
+and single weights. The time of a step is that of a compiled one in one thread, measured by turns with the dense
+model's (`equal_time_steps.json`). Every run has a schedule of its own length. Peak rates are factors of
+.106 / (d · width) for linear layers, tried by twos in one seed until a lower and a higher one are worse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ratios import Clock, in_turns
+from benchmarks.studies import rates
+from benchmarks.studies.case import Case, Shape
+from benchmarks.studies.rates import Search
+from benchmarks.studies.records import Records
+from benchmarks.studies.scale import Scale
+from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
+from benchmarks.studies.trainer import build, compiled, two_calls
+
+NAME = "equal_time"
+STEPS = "equal_time_steps.json"
+_DENSE_FROM = 0.8
+_REPEATS = 15
+_STATIC: dict[str, Any] = {"every": 0}
+_QUARTER = _STATIC | {"density": 0.25, "block": "16"}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Describes a contestant: the width of its model over the dense one's, and fields of its case."""
+
+    name: str
+    widening: int
+    options: dict[str, Any]
+
+    def case(self, scale: Scale, steps: int, factor: float = 1.0, seed: int = 0) -> Case:
+        shape = wider(scale.timed[0], self.widening)
+        rate = factor * RATE_TIMES_WIDTH / shape.hidden
+        return Case(shape=shape, steps=steps, rate=rate, plain_rate=PLAIN_RATE, seed=seed, **self.options)
+
+
+DENSE = Rival("dense", 1, {})
+TILES = Rival("tiles of 16, d 0.25", 1, _QUARTER)
+THEN_DENSE = Rival("tiles of 16, d 0.25, then dense", 1, _QUARTER | {"dense_from": _DENSE_FROM})
+RIVALS = (
+    DENSE,
+    Rival("tiles of 16, d 0.5", 1, _QUARTER | {"density": 0.5}),
+    TILES,
+    THEN_DENSE,
+    Rival("tiles of 16, d 0.25, in feed-forward", 1, _QUARTER | {"sparse": "feed_forward"}),
+    Rival("tiles of 32, d 0.25, twice as wide", 2, _QUARTER | {"block": "32"}),
+    Rival("single weights, d 0.25", 1, _QUARTER | {"block": "1"}),
+)
+
+
+def wider(shape: Shape, factor: int) -> Shape:
+    """Returns the shape with more heads of the same size, and a wider intermediate layer."""
+    sizes = {"hidden": shape.hidden, "intermediate": shape.intermediate, "heads": shape.heads}
+    return replace(shape, **{name: factor * size for name, size in sizes.items()})
+
+
+def prepare(scale: Scale, folder: Path) -> None:
+    """Measures the steps of all contestants, once."""
+    if (folder / STEPS).exists():
+        return
+    torch.set_num_threads(1)
+    timed = [rival for rival in RIVALS if rival is not THEN_DENSE]
+    works = []
+    for rival in timed:
+        case = rival.case(scale, 1)
+        trainee = build(case)
+        step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
+        tokens = torch.randint(256, (case.shape.batch, case.shape.sequence), device=case.shape.device)
+        works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
+    pairs = in_turns(works[0], works[1:], _REPEATS, Clock(torch.device(scale.timed[0].device)), warmup=3)
+    costs = {timed[0].name: 1.0}
+    costs |= {rival.name: sorted(pair.costs)[_REPEATS // 2] for rival, pair in zip(timed[1:], pairs, strict=True)}
+    costs[THEN_DENSE.name] = _DENSE_FROM * costs[TILES.name] + (1 - _DENSE_FROM)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STEPS).write_text(json.dumps(costs, indent=1) + "\n")
+
+
+def costs(folder: Path) -> dict[str, float]:
+    """Returns by contestant the time of a step, on average over a run, over that of the dense model's."""
+    return json.loads((folder / STEPS).read_text())
+
+
+def steps_of(scale: Scale, cost: float) -> int:
+    """Returns the number of steps that take as long as those of the dense model."""
+    return round(scale.timed[1] / cost)
+
+
+def search(scale: Scale, rival: Rival, cost: float, records: Records) -> Search:
+    return rates.search(lambda factor: rival.case(scale, steps_of(scale, cost), factor, scale.seeds[0]), records)
+
+
+def cases(scale: Scale, folder: Path) -> list[Case]:
+    """Returns the runs that can be named by now: rates of all contestants, then seeds of those whose rate is known."""
+    records, measured = Records(folder / f"{NAME}.jsonl"), costs(folder)
+    searches = [(rival, search(scale, rival, measured[rival.name], records)) for rival in RIVALS]
+    found = [case for _, each in searches for case in each.cases]
+    for seed in scale.seeds:
+        found += [
+            rival.case(scale, steps_of(scale, measured[rival.name]), each.best, seed)
+            for rival, each in searches
+            if each.best is not None
+        ]
+    return list(dict.fromkeys(found))
+
+
+def losses(scale: Scale, rival: Rival, cost: float, records: Records) -> dict[int, float]:
+    """Returns the losses at the best rate by seed, of the seeds that ended."""
+    best = search(scale, rival, cost, records).best
+    if best is None:
+        return {}
+    keys: Sequence[tuple[int, str]] = [
+        (seed, rival.case(scale, steps_of(scale, cost), best, seed).key) for seed in scale.seeds
+    ]
+    return {seed: records[key]["loss"] for seed, key in keys if key in records and records[key]["loss"] is not None}

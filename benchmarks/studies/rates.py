@@ -1,0 +1,47 @@
+"""Looks for the best rate of a run by factors of two, until a lower and a higher one are worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.studies.case import Case
+from benchmarks.studies.records import Records
+
+FACTORS = (0.5, 1.0, 2.0)
+MOST_FACTORS = 6
+
+
+@dataclass(frozen=True)
+class Search:
+    """Holds the runs that look for a rate, and the best factor, None where runs are missing.
+
+    ``inside``: whether a lower and a higher rate are worse.
+    """
+
+    cases: tuple[Case, ...]
+    best: float | None
+    inside: bool = False
+
+
+def search(
+    case_at: Callable[[float], Case], records: Records, factors: Sequence[float] = FACTORS, upwards: bool = True
+) -> Search:
+    """Tries the factors, and more beyond the best one for as long as that is at an end of those that were tried.
+
+    ``case_at`` returns the run at a factor. ``upwards``: whether factors above the given ones are tried.
+    """
+    tried = {factor: case_at(factor) for factor in factors}
+    while all(case.key in records for case in tried.values()):
+        best = min(sorted(tried), key=lambda factor: _loss(records, tried[factor]))
+        beyond = best / 2 if best == min(tried) else best * 2 if best == max(tried) and upwards else None
+        if beyond is None or len(tried) == MOST_FACTORS:
+            return Search(tuple(tried.values()), best, beyond is None)
+        tried[beyond] = case_at(beyond)
+    return Search(tuple(tried.values()), None)
+
+
+def _loss(records: Records, case: Case) -> float:
+    loss = records[case.key]["loss"]
+    return math.inf if loss is None else loss

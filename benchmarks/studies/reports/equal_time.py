@@ -1,0 +1,61 @@
+"""Writes the page of the study at equal time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies import equal_time as study
+from benchmarks.studies.records import Records
+from benchmarks.studies.reports.interval import bold, paired
+from benchmarks.studies.reports.made import how_made, parameters
+from benchmarks.studies.reports.page import Page, new_figure, tidy
+from benchmarks.studies.scale import Scale
+
+_HEADINGS = [
+    "contestant", "width", "weights if dense", "time of a step", "steps", "bytes of text for each weight", "rate",
+    "loss", "less dense",
+]  # fmt: skip
+_NOTES = (
+    "*Rate*: the best factor of the rule's rate. Differences are paired by seed: mean and 95% interval (Student's t), "
+    "in bold where the interval excludes zero; a number without an interval is one seed. A dash is a run that is still "
+    "missing."
+)
+
+
+def write(records: Records, scale: Scale, folder: Path) -> None:
+    studies = records.path.parent
+    page = Page(study.NAME, "Dense and sparse after as much time", folder)
+    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES)
+    costs = study.costs(studies)
+    page.table(_HEADINGS, [_row(scale, rival, costs[rival.name], records, costs) for rival in study.RIVALS])
+    page.figure(_figure(scale, costs, records), "Held-out loss over time, of the first seed at the best rate")
+    page.write()
+
+
+def _row(scale: Scale, rival: study.Rival, cost: float, records: Records, costs: dict[str, float]) -> list[str]:
+    case = rival.case(scale, study.steps_of(scale, cost))
+    weights, found = parameters(case), study.search(scale, rival, cost, records)
+    text = case.steps * case.shape.batch * case.shape.sequence / weights
+    losses = study.losses(scale, rival, cost, records)
+    others = study.losses(scale, study.DENSE, costs[study.DENSE.name], records)
+    rate = "—" if found.best is None else f"{found.best:g}" if found.inside else f"{found.best:g}, at the end"
+    loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
+    difference = "" if rival is study.DENSE else bold(paired(losses, others))
+    size = [f"{case.shape.hidden}", f"{weights / 1e6:.2f}M", f"{cost:.2f}", f"{case.steps}", f"{text:.1f}"]
+    return [rival.name, *size, rate, loss, difference]
+
+
+def _figure(scale: Scale, costs: dict[str, float], records: Records) -> Any:
+    figure = new_figure(width=7.5, height=4.2)
+    axes = figure.subplots()
+    for rival in study.RIVALS:
+        best = study.search(scale, rival, costs[rival.name], records).best
+        if best is None:
+            continue
+        case = rival.case(scale, study.steps_of(scale, costs[rival.name]), best, scale.seeds[0])
+        points = [(step / case.steps, loss) for step, loss in records[case.key]["curve"]]
+        axes.plot(*zip(*points, strict=True), "--" if rival is study.DENSE else "-o", markersize=3, label=rival.name)
+    tidy(axes, xlabel="share of the time", ylabel="held-out loss (nats per byte)")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
