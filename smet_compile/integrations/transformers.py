@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -22,6 +23,7 @@ from smet_compile.runtime import TopologyManager
 from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 
 _PREFIX = "smet/"
+_OF_THE_MODEL = ("density_schedule", "ablation_threshold")
 _ADDED_OTHERWISE = (
     "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)] or add_callback; make "
     "the Trainer without it, then call sparse_training(trainer, density=...)"
@@ -74,6 +76,7 @@ def sparse_training(
     if "total_steps" not in managed:
         managed["total_steps"] = _num_steps(trainer)
     if density is not None:
+        _rehearse(trainer, optimizer_class, options, managed)
         own = {name: value for name, value in options.items() if name in _options_of(sparsify)}
         sparsify(trainer.model, density, **own)
     if trainer.optimizer is None:
@@ -246,6 +249,33 @@ def _options_of(called: Any) -> set[str]:
     return (names | (set(CommonOptions.__annotations__) if is_optimizer else set())) - given
 
 
+def _rehearse(trainer: Trainer, optimizer_class: Any, options: dict[str, Any], of_manager: dict[str, Any]) -> None:
+    """Makes optimizer and manager of a small model, so that wrong options are refused while the trainer's is dense.
+
+    What depends on the model itself is refused later: density stages, ablation, a drop fraction that is too large.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = sparsify(nn.Sequential(nn.Linear(32, 32, bias=False)), 0.1)
+        optimizer: Any = torch.optim.AdamW(small.parameters())
+        if _is_active(optimizer_class):
+            optimizer = optimizer_class(small, **_options_of_optimizer(trainer, optimizer_class, options))
+        known = {name: value for name, value in of_manager.items() if name not in _OF_THE_MODEL}
+        TopologyManager(small, optimizer, **known)
+
+
+def _options_of_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns rate and options of an active optimizer: the trainer's, and those that were passed by name."""
+    args = trainer.args
+    chosen: dict[str, Any] = {"lr": args.learning_rate}
+    if trainer.optimizer_cls_and_kwargs is None:
+        chosen |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    else:
+        chosen |= trainer.optimizer_cls_and_kwargs[1]
+    names = _options_of(optimizer_class) - {"seed"}
+    return chosen | {name: value for name, value in options.items() if name in names}
+
+
 def _make_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[str, Any]) -> None:
     """Gives the trainer its optimizer, now instead of in ``train()``."""
     if not _is_active(optimizer_class):
@@ -258,13 +288,7 @@ def _make_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[str, A
         {"params": [p for name, p in named if (name in decaying) is decays], "weight_decay": decay}
         for decays, decay in ((True, args.weight_decay), (False, 0.0))
     ]
-    chosen: dict[str, Any] = {"lr": args.learning_rate}
-    if trainer.optimizer_cls_and_kwargs is None:
-        chosen |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    else:
-        chosen |= trainer.optimizer_cls_and_kwargs[1]
-    names = _options_of(optimizer_class) - {"seed"}
-    chosen |= {name: value for name, value in options.items() if name in names} | {"model": model}
+    chosen = _options_of_optimizer(trainer, optimizer_class, options) | {"model": model}
     trainer.optimizer = optimizer_class([group for group in groups if group["params"]], **chosen)
 
 

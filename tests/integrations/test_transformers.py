@@ -256,6 +256,10 @@ def with_endless_data(trainer: Trainer) -> None:
         (with_sparse_model, 0.3, {}, "density: expected None for a model that is sparse already, got 0.3"),
         (None, None, {}, "density: expected the active share, such as 0.3, got None"),
         (None, 0.3, {"evry": 5}, "evry: expected an option of sparsify, TopologyManager or ActiveAdamW"),
+        (None, 0.3, {"every": 0}, "every: expected"),
+        (None, 0.3, {"drop": "magnitudes"}, "drop: expected"),
+        (None, 0.3, {"warmup_steps": -1}, "warmup_steps: expected"),
+        (None, 0.3, {"moment_dtype": "int4"}, "moment_dtype: expected"),
         (with_sparse_model, None, {"exclude": "lm_head"}, "exclude: expected no option of sparsify for a sparse model"),
         (with_model_init, 0.3, {}, "trainer: expected one made with model=, got model_init="),
         (with_adafactor, 0.3, {}, "optim: expected AdamW without optim_args, got 'adafactor'"),
@@ -270,10 +274,10 @@ def test_mistakes_are_named(change: Any, density: Any, options: Any, message: st
     trainer = trainer_in(tmp_path)
     if change is not None:
         change(trainer)
-    before = list(find_sites(trainer.model))
+    before, random = list(find_sites(trainer.model)), torch.get_rng_state()
     with pytest.raises(ValueError, match=re.escape(message)):
         sparse_training(trainer, density, **options)
-    assert list(find_sites(trainer.model)) == before
+    assert list(find_sites(trainer.model)) == before and torch.equal(torch.get_rng_state(), random)
 
 
 def test_what_changes_afterwards_is_refused(tmp_path: Path) -> None:
