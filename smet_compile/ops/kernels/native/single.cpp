@@ -1,95 +1,17 @@
 // Multiplies with single weights, and with runs along a row. No dense weight is made: tokens lie along the vectors, and
-// an active weight multiplies some vectors of tokens at a time, read from a transposed block of the input that stays in
-// a core's cache (L2). The columns of active weights are read from the bits once, for all tokens.
-//
-// Shape suffixes: T tokens, I inputs, O outputs, R rows, C columns.
+// an active weight multiplies some vectors of tokens at a time, read from a transposed block of the input. The columns of
+// active weights are read from the bits once, for all tokens. A piece of a line is short, so that its tokens come from L1:
+// from L2 they would come at half the speed.
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
-#include "entries.h"
-#include "transpose.h"
-#include "vectors.h"
+#include "products.h"
+#include "runs.h"
 
 namespace {
 
-constexpr int64_t TOKENS = 64;              // of a block: as many sums of one line as registers hold
-constexpr int VECTORS = TOKENS / LANES;
-constexpr int64_t BYTES_OF_TOKENS = TOKENS * sizeof(float);
-constexpr int64_t BYTES_OF_BLOCKS = 1 << 22;
-constexpr int64_t MAX_BLOCKS = 16;
 constexpr int64_t WEIGHTS_AT_ONCE = 1 << 20;
-constexpr int64_t MAX_LINES = 128;           // of a chunk
-constexpr int64_t PLACES = 192;             // of a piece: their tokens stay near L1
-constexpr int64_t STRIP = 64;               // columns that are transposed as one task
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Masked {
-    const float* input;         // (T, I)
-    const float* values;        // (N,) or (N, 1, bn)
-    const float* bias;          // (O,) or null
-    float* out;                 // (T, O)
-    Active weight;
-    int64_t num_tokens, input_stride, out_stride, transposed, num_threads;
-};
-
-struct Sampled {
-    const float* left;          // (T, R)
-    const float* right;         // (T, C)
-    float* out;                 // (N,) or (N, 1, bn)
-    Active weight;
-    int64_t num_tokens, left_stride, right_stride, num_threads;
-};
-
-// Holds some blocks of tokens, transposed: [block][column][token], zeros after the last token.
-class Blocks {
-  public:
-    Blocks(const float* tokens, int64_t stride, int64_t num_tokens, int64_t cols)
-        : tokens_(tokens), stride_(stride), num_tokens_(num_tokens), cols_(cols) {}
-
-    static int64_t at_once(int64_t cols, int64_t num_tokens) {
-        const int64_t fitting = BYTES_OF_BLOCKS / (cols * BYTES_OF_TOKENS);
-        return std::max<int64_t>(1, std::min({fitting, MAX_BLOCKS, ceil_div(num_tokens, TOKENS)}));
-    }
-
-    void hold(int64_t num_blocks) {
-        bytes_.reset(new char[num_blocks * cols_ * BYTES_OF_TOKENS + 64]);
-        held_ = (float*)(((uintptr_t)bytes_.get() + 63) / 64 * 64);
-    }
-
-    const float* block(int64_t number) const { return held_ + number * cols_ * TOKENS; }
-
-    // Transposes the blocks whose tokens begin at first_token. All threads of a parallel region call it.
-    void fill(int64_t first_token, int64_t num_blocks) {
-        const int64_t strips = ceil_div(cols_, STRIP);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t task = 0; task < num_blocks * strips; task++) {
-            const int64_t col = task % strips * STRIP, token = first_token + task / strips * TOKENS;
-            const int64_t width = std::min(STRIP, cols_ - col), height = std::min(TOKENS, num_tokens_ - token);
-            float* to = held_ + (task / strips * cols_ + col) * TOKENS;
-            if (height < TOKENS) std::memset(to, 0, width * BYTES_OF_TOKENS);
-            transpose(tokens_ + token * stride_ + col, stride_, height, width, to, TOKENS);
-        }
-    }
-
-  private:
-    const float* const tokens_;
-    const int64_t stride_, num_tokens_, cols_;
-    std::unique_ptr<char[]> bytes_;
-    float* held_ = nullptr;
-};
-
-inline const Vector* at(const float* tokens, const Entry& entry) {
-    return (const Vector*)((const char*)tokens + entry.offset);
-}
-
-// Calls use(number of vectors, known to the compiler) for some tokens, at most a block of them.
-template <int SIZE = VECTORS, class Use>
-void with_vectors_of(int64_t tokens, Use use) {
-    if constexpr (SIZE > 1)
-        if (tokens <= (SIZE - 1) * LANES) return with_vectors_of<SIZE - 1>(tokens, use);
-    use(std::integral_constant<int, SIZE>());
-}
+constexpr int64_t PLACES = 192;             // of a piece
 
 // Returns how many lines make a chunk: as many as leave each thread something to do.
 int64_t lines_of_chunk(int64_t lines, int64_t num_threads) {
@@ -134,7 +56,7 @@ void multiply(const Masked& m, const Entries& entries, const float* block, int64
     alignas(64) float sums[MAX_LINES * TOKENS];
     const int64_t tokens = std::min(TOKENS, m.num_tokens - token);
     const float* bias = m.bias ? m.bias + line : nullptr;
-    with_vectors_of(tokens, [&](auto size) { add_up<size>(entries, block, chunk, lines, bias, sums); });
+    with_constant<VECTORS>(ceil_div(tokens, LANES), [&](auto size) { add_up<size>(entries, block, chunk, lines, bias, sums); });
     transpose(sums, TOKENS, lines, tokens, m.out + token * m.out_stride + line, m.out_stride);
 }
 
@@ -268,18 +190,21 @@ void sampled(const Sampled& m) {
                     const int64_t token = first + number * TOKENS, row = task / pieces * size;
                     const float* grads = lefts.block(number) + row * TOKENS;
                     const int64_t rows = std::min(size, last - line - row);
-                    with_vectors_of(std::min(TOKENS, m.num_tokens - token), [&](auto vectors) {
+                    const int64_t tokens = std::min(TOKENS, m.num_tokens - token);
+                    with_constant<VECTORS>(ceil_div(tokens, LANES), [&](auto vectors) {
                         differentiate<vectors>(m, entries, grads, rights.block(number), token > 0, task * size, rows);
                     });
                 }
         }
     }
-    clear_edges(m);
 }
 
 }  // namespace
 
 extern "C" {
-void masked_fp32(const Masked* m) { masked(*m); }
-void sampled_fp32(const Sampled* m) { sampled(*m); }
+void masked_fp32(const Masked* m) { fill_vectors(m->weight) ? masked_runs(*m) : masked(*m); }
+void sampled_fp32(const Sampled* m) {
+    fill_vectors(m->weight) && m->num_tokens ? sampled_runs(*m) : sampled(*m);
+    clear_edges(*m);
+}
 }
