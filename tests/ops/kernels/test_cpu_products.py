@@ -40,7 +40,7 @@ TILES = [  # sizes that are not multiples of anything; widths of part of a vecto
     ((2, 90, 70), (64, 32)),
 ]
 OTHERS = [((37, 29), (1, 1)), ((3, 70, 50), (1, 1)), ((64, 1030), (1, 1)), ((64, 48), (1, 16)), ((37, 29), (16, 1))]
-SINGLE = [  # rows that begin within a byte; several chunks and pieces; runs over an edge, and in two pieces; whole vectors
+SINGLE = [  # rows that begin within a byte; several chunks and pieces; runs over an edge, cut in two, of whole vectors
     ((37, 29), (1, 1)),
     ((3, 70, 50), (1, 1)),
     ((200, 1030), (1, 1)),
