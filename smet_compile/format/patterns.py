@@ -172,7 +172,7 @@ def _protected_last(scores_N: Tensor, protected_N: Tensor) -> tuple[Tensor, int]
     """Returns scores above which those of protected blocks lie, which are infinite, and the number of these."""
     scores = scores_N if scores_N.is_floating_point() else scores_N.double()
     finite = scores.clamp(max=torch.finfo(scores.dtype).max)
-    return finite.masked_fill_(protected_N, torch.inf), int(protected_N.sum())
+    return finite.masked_fill_(protected_N, torch.inf), int(protected_N.count_nonzero())
 
 
 def grow_largest(scores: Tensor, mask: Tensor, dropped: Tensor, group_size: int) -> Tensor:

@@ -17,7 +17,7 @@ def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> T
 
     The CPU draws them, so that a run is the same on every device. The caller makes sure that enough are free.
     """
-    free = int(taken.numel() - taken.sum())
+    free = taken.numel() - int(taken.count_nonzero())
     assert count <= free
     if 4 * count > free:
         chosen = torch.randperm(free, generator=generator)[:count].to(taken.device)
@@ -27,7 +27,7 @@ def sample_positions(taken: Tensor, count: int, generator: torch.Generator) -> T
     while drawn.numel() < count:
         tries = 2 * (count - drawn.numel()) * taken.numel() // free + 8
         fresh = torch.randint(taken.numel(), (tries,), generator=generator).to(taken.device)
-        is_drawn[fresh] = True
+        is_drawn.index_fill_(0, fresh, True)
         drawn = positions_of(is_drawn.logical_and_(~taken))
     return drawn[torch.randperm(drawn.numel(), generator=generator)[:count].to(taken.device)]
 

@@ -40,7 +40,7 @@ TILES = [  # sizes that are not multiples of anything; widths of part of a vecto
     ((2, 90, 70), (64, 32)),
 ]
 OTHERS = [((37, 29), (1, 1)), ((3, 70, 50), (1, 1)), ((64, 1030), (1, 1)), ((64, 48), (1, 16)), ((37, 29), (16, 1))]
-SINGLE = [  # rows that begin within a byte; several chunks and pieces; runs over an edge, and in two pieces
+SINGLE = [  # rows that begin within a byte; several chunks and pieces; runs over an edge, cut in two, of whole vectors
     ((37, 29), (1, 1)),
     ((3, 70, 50), (1, 1)),
     ((200, 1030), (1, 1)),
@@ -48,6 +48,9 @@ SINGLE = [  # rows that begin within a byte; several chunks and pieces; runs ove
     ((64, 48), (1, 16)),
     ((3, 37, 29), (1, 8)),
     ((30, 850), (1, 40)),
+    ((300, 850), (1, 16)),
+    ((3, 137, 75), (1, 32)),
+    ((70, 300), (1, 128)),
 ]
 
 
@@ -129,7 +132,7 @@ def test_16_bits_are_multiplied_in_fp32_where_the_processor_does_not(
     assert set(seen) == {dtype if multiplies else torch.float32}
 
 
-@pytest.mark.parametrize("block_shape", [(8, 16), (16, 8), (1, 1), (1, 8)], ids=str)
+@pytest.mark.parametrize("block_shape", [(8, 16), (16, 8), (1, 1), (1, 8), (1, 16)], ids=str)
 @pytest.mark.parametrize("ends", [[6, 13, 20], [0, 20, 20], [4, 4, 11], [0, 0, 0]], ids=str)
 @every_dtype
 @pytest.mark.parametrize("name", ["cpu_tiles", "cpu_single", "cpu_expand"])

@@ -114,7 +114,7 @@ struct Scratch {
     std::vector<uint32_t> places;  // what is hashed for the noise of each entry
 
     explicit Scratch(int64_t n)
-        : grad(n), w(n), m(n), v(n), step(n), unbias(n), decay(n), places(n + 16) {}
+        : grad(n), w(n), m(n), v(n), step(n), unbias(n), decay(n), places(n + BEHIND) {}
 };
 
 // Returns the numbers first ... first + n as fp32: in place if they are fp32, else widened into `scratch`.

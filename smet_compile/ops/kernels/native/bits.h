@@ -18,7 +18,8 @@ struct List {
 // Returns `count` bits, at most 64; position is a multiple of 8.
 inline uint64_t bits_at(const uint8_t* all, int64_t position, int64_t count) {
     uint64_t bits = 0;
-    std::memcpy(&bits, all + position / 8, (count + 7) / 8);
+    if (count > 56) std::memcpy(&bits, all + position / 8, 8);  // one load, where a copy of unknown size takes many
+    else std::memcpy(&bits, all + position / 8, (count + 7) / 8);
     return count < 64 ? bits & ((uint64_t(1) << count) - 1) : bits;
 }
 

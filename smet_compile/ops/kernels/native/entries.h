@@ -65,10 +65,13 @@ struct Active {
     }
 };
 
-// Is an active weight: where its tokens begin, in bytes, and the number that multiplies them.
+// Is an active weight: where its tokens begin, in bytes, and the number that multiplies them, or its own in `values`.
 struct Entry {
     uint32_t offset;
-    float weight;
+    union {
+        float weight;
+        uint32_t number;
+    };
 };
 
 // Says how the lines are cut.
@@ -79,7 +82,7 @@ struct Cut {
 
 class Entries {
   public:
-    // Lists lines [first, last), with all threads. Without values, the entries of rows have no weights.
+    // Lists lines [first, last), with all threads. Without values, entries hold their numbers in `values`.
     Entries(const Active& active, const float* values, const Cut& cut, int64_t first, int64_t last, int num_threads)
         : active_(active), cut_(cut), first_(first), last_(last), num_threads_(num_threads) {
         const int64_t across = cut.by_row ? active.cols : active.rows;
@@ -141,6 +144,13 @@ class Entries {
         }
     }
 
+    Entry made(int64_t across, const float* values, int64_t n) const {
+        Entry entry = {uint32_t(across * cut_.bytes_of_tokens), {}};
+        if (values) entry.weight = values[n];
+        else entry.number = uint32_t(n);
+        return entry;
+    }
+
     int64_t slot_of(int64_t line, int64_t piece) const {
         return slot((line - first_) / cut_.lines_of_chunk, piece, (line - first_) % cut_.lines_of_chunk);
     }
@@ -161,7 +171,7 @@ class Entries {
             Entry *const first = entries_.get() + starts_[slot], *entry = first;
             active_.visit(row, begin, end, [&](int64_t column, int64_t n) {
                 if (entry == first) first_values_[slot] = n;
-                *entry++ = {uint32_t(column * cut_.bytes_of_tokens), values ? values[n] : 0.0f};
+                *entry++ = made(column, values, n);
             });
         });
     }
@@ -169,7 +179,7 @@ class Entries {
     void fill_columns(const float* values) {
         std::vector<int64_t> next(starts_);
         for_columns([&](int64_t slot, int64_t row, int64_t n) {
-            entries_[next[slot]++] = {uint32_t(row * cut_.bytes_of_tokens), values[n]};
+            entries_[next[slot]++] = made(row, values, n);
         });
     }
 

@@ -41,6 +41,16 @@ struct BitsOfByte {
 };
 constexpr BitsOfByte bits_of_byte;
 
+// Holds the numbers of the bits of a word.
+struct NumbersOfBits {
+    uint8_t numbers[64] = {};
+
+    constexpr NumbersOfBits() {
+        for (int bit = 0; bit < 64; bit++) numbers[bit] = uint8_t(bit);
+    }
+};
+constexpr NumbersOfBits numbers_of_bits;
+
 // Writes 8 small numbers, each xor the same one.
 inline void write_eight(uint32_t* to, const uint8_t* numbers, uint32_t other) {
 #if defined(__AVX2__)
@@ -52,9 +62,20 @@ inline void write_eight(uint32_t* to, const uint8_t* numbers, uint32_t other) {
 }
 
 // Writes what is hashed for the bits that are set in a word, and returns the end. The lowest 6 bits of the word's place
-// are 0, so that xor adds a bit's number to it. Up to 16 numbers behind the end are overwritten.
+// are 0, so that xor adds a bit's number to it. Up to BEHIND numbers behind the end are overwritten.
+constexpr int64_t BEHIND = 32;
 inline uint32_t* list_bits(uint32_t* to, uint64_t word, uint32_t place_and_key) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VBMI2__)
+    alignas(64) uint8_t found[64];
+    const __m512i numbers = _mm512_loadu_si512(&numbers_of_bits), other = _mm512_set1_epi32(int32_t(place_and_key));
+    _mm512_store_si512(found, _mm512_maskz_compress_epi8(word, numbers));
+    const int count = __builtin_popcountll(word);
+    for (int i = 0; i < 32 || i < count; i += 16) {
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)(found + i)));
+        _mm512_storeu_si512(to + i, _mm512_xor_si512(wide, other));
+    }
+    return to + count;
+#elif defined(__AVX512F__)
     const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (uint32_t at = 0; word; word >>= 16, at += 16) {
         const __m512i found = _mm512_maskz_compress_epi32(__mmask16(word), numbers);

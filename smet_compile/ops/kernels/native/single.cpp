@@ -1,162 +1,17 @@
 // Multiplies with single weights, and with runs along a row. No dense weight is made: tokens lie along the vectors, and
-// an active weight multiplies some vectors of tokens at a time, read from a transposed block of the input that stays in
-// a core's cache (L2). The columns of active weights are read from the bits once, for all tokens.
-//
-// Shape suffixes: T tokens, I inputs, O outputs, R rows, C columns.
+// an active weight multiplies some vectors of tokens at a time, read from a transposed block of the input. The columns of
+// active weights are read from the bits once, for all tokens. A piece of a line is short, so that its tokens come from L1:
+// from L2 they would come at half the speed.
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
-#include "entries.h"
-#include "vectors.h"
+#include "products.h"
+#include "runs.h"
 
 namespace {
 
-constexpr int64_t TOKENS = 64;              // of a block: as many sums of one line as registers hold
-constexpr int VECTORS = TOKENS / LANES;
-constexpr int64_t BYTES_OF_TOKENS = TOKENS * sizeof(float);
-constexpr int64_t BYTES_OF_BLOCKS = 1 << 22;
-constexpr int64_t MAX_BLOCKS = 16;
 constexpr int64_t WEIGHTS_AT_ONCE = 1 << 20;
-constexpr int64_t MAX_LINES = 64;           // of a chunk
-constexpr int64_t PLACES = 768;             // of a piece: their tokens fit in L2
-constexpr int64_t STRIP = 64;               // columns that are transposed as one task
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Masked {
-    const float* input;         // (T, I)
-    const float* values;        // (N,) or (N, 1, bn)
-    const float* bias;          // (O,) or null
-    float* out;                 // (T, O)
-    Active weight;
-    int64_t num_tokens, input_stride, out_stride, transposed, num_threads;
-};
-
-struct Sampled {
-    const float* left;          // (T, R)
-    const float* right;         // (T, C)
-    float* out;                 // (N,) or (N, 1, bn)
-    Active weight;
-    int64_t num_tokens, left_stride, right_stride, num_threads;
-};
-
-inline void transpose_8x8(const float* from, int64_t stride, float* to, int64_t to_stride) {
-#if defined(__AVX__)
-    __m256 a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * stride);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
-            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xEE);
-        }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-    }
-#else
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * stride + j];
-#endif
-}
-
-// Writes to[column][row] for each from[row][column], 16 x 16 numbers at a time: they are whole cache lines of both.
-void transpose(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
-    for (int64_t row = 0; row < rows; row += 16)
-        for (int64_t col = 0; col < cols; col += 16)
-            for (int64_t i = row; i < std::min(row + 16, rows); i += 8)
-                for (int64_t j = col; j < std::min(col + 16, cols); j += 8) {
-                    if (i + 8 <= rows && j + 8 <= cols) {
-                        transpose_8x8(from + i * stride + j, stride, to + j * to_stride + i, to_stride);
-                        continue;
-                    }
-                    for (int64_t k = i; k < std::min(i + 8, rows); k++)
-                        for (int64_t l = j; l < std::min(j + 8, cols); l++)
-                            to[l * to_stride + k] = from[k * stride + l];
-                }
-}
-
-// Holds some blocks of tokens, transposed: [block][column][token], zeros after the last token.
-class Blocks {
-  public:
-    Blocks(const float* tokens, int64_t stride, int64_t num_tokens, int64_t cols)
-        : tokens_(tokens), stride_(stride), num_tokens_(num_tokens), cols_(cols) {}
-
-    static int64_t at_once(int64_t cols, int64_t num_tokens) {
-        const int64_t fitting = BYTES_OF_BLOCKS / (cols * BYTES_OF_TOKENS);
-        return std::max<int64_t>(1, std::min({fitting, MAX_BLOCKS, ceil_div(num_tokens, TOKENS)}));
-    }
-
-    void hold(int64_t num_blocks) {
-        bytes_.reset(new char[num_blocks * cols_ * BYTES_OF_TOKENS + 64]);
-        held_ = (float*)(((uintptr_t)bytes_.get() + 63) / 64 * 64);
-    }
-
-    const float* block(int64_t number) const { return held_ + number * cols_ * TOKENS; }
-
-    // Transposes the blocks whose tokens begin at first_token. All threads of a parallel region call it.
-    void fill(int64_t first_token, int64_t num_blocks) {
-        const int64_t strips = ceil_div(cols_, STRIP);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t task = 0; task < num_blocks * strips; task++) {
-            const int64_t col = task % strips * STRIP, token = first_token + task / strips * TOKENS;
-            const int64_t width = std::min(STRIP, cols_ - col), height = std::min(TOKENS, num_tokens_ - token);
-            float* to = held_ + (task / strips * cols_ + col) * TOKENS;
-            if (height < TOKENS) std::memset(to, 0, width * BYTES_OF_TOKENS);
-            transpose(tokens_ + token * stride_ + col, stride_, height, width, to, TOKENS);
-        }
-    }
-
-  private:
-    const float* const tokens_;
-    const int64_t stride_, num_tokens_, cols_;
-    std::unique_ptr<char[]> bytes_;
-    float* held_ = nullptr;
-};
-
-inline const Vector* at(const float* tokens, const Entry& entry) {
-    return (const Vector*)((const char*)tokens + entry.offset);
-}
-
-// Asks for the tokens of an entry that follows soon: they come from L2.
-template <int SIZE>
-inline void prefetch(const float* tokens, const Entry* entry) {
-    const char* x = (const char*)at(tokens, entry[Entries::AHEAD]);
-#pragma GCC unroll 8
-    for (int64_t byte = 0; byte < SIZE * int64_t(sizeof(Vector)); byte += 64) __builtin_prefetch(x + byte);
-}
-
-// Adds the products of a line's entries with SIZE vectors of tokens to `sums`; where `first`, to `start` instead.
-template <int SIZE>
-void add_line(const Entry* entry, const Entry* end, const float* tokens, bool first, float start, float* sums) {
-    Vector sum[SIZE];
-#pragma GCC unroll 8
-    for (int v = 0; v < SIZE; v++) sum[v] = first ? Vector{} + start : *(const Vector*)(sums + v * LANES);
-    for (; entry < end; entry++) {
-        prefetch<SIZE>(tokens, entry);
-        const Vector* x = at(tokens, *entry);
-        const float weight = entry->weight;
-#pragma GCC unroll 8
-        for (int v = 0; v < SIZE; v++) sum[v] += weight * x[v];
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < SIZE; v++) *(Vector*)(sums + v * LANES) = sum[v];
-}
-
-using AddLine = void (*)(const Entry*, const Entry*, const float*, bool, float, float*);
-template <int SIZE>
-AddLine add_line_of(int64_t vectors) {
-    if constexpr (SIZE > 1) return vectors < SIZE ? add_line_of<SIZE - 1>(vectors) : add_line<SIZE>;
-    else return add_line<1>;
-}
+constexpr int64_t PLACES = 192;             // of a piece
 
 // Returns how many lines make a chunk: as many as leave each thread something to do.
 int64_t lines_of_chunk(int64_t lines, int64_t num_threads) {
@@ -170,19 +25,38 @@ int64_t lines_at_once(const Active& weight, int64_t lines, int64_t size) {
     return std::max<int64_t>(1, int64_t(WEIGHTS_AT_ONCE / per_line) / size) * size;
 }
 
-// Multiplies one block of tokens with a chunk of lines, whose number of the first is `line`.
+// Multiplies one block of tokens with a chunk of lines, whose number of the first is `line`, and writes the sums of line i
+// to sums[i * TOKENS]. A sum stays in registers for a piece of the line.
+template <int SIZE>
+void add_up(const Entries& entries, const float* block, int64_t chunk, int64_t lines, const float* bias, float* sums) {
+    for (int64_t piece = 0; piece < entries.num_pieces(); piece++) {
+        const int64_t slot = entries.slot(chunk, piece, 0);
+        const Entry* entry = entries.begin(slot);
+        for (int64_t i = 0; i < lines; i++) {
+            const Entry* const end = entries.end(slot + i);
+            if (piece && entry == end) continue;
+            Vector sum[SIZE];
+#pragma GCC unroll 8
+            for (int v = 0; v < SIZE; v++)
+                sum[v] = piece ? *(Vector*)(sums + i * TOKENS + v * LANES) : Vector{} + (bias ? bias[i] : 0.0f);
+            for (; entry < end; entry++) {
+                const Vector* x = at(block, *entry);
+                const float weight = entry->weight;
+#pragma GCC unroll 8
+                for (int v = 0; v < SIZE; v++) sum[v] += weight * x[v];
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < SIZE; v++) *(Vector*)(sums + i * TOKENS + v * LANES) = sum[v];
+        }
+    }
+}
+
 void multiply(const Masked& m, const Entries& entries, const float* block, int64_t token, int64_t chunk, int64_t line,
               int64_t lines) {
     alignas(64) float sums[MAX_LINES * TOKENS];
     const int64_t tokens = std::min(TOKENS, m.num_tokens - token);
-    const AddLine add = add_line_of<VECTORS>(ceil_div(tokens, LANES));
-    for (int64_t piece = 0; piece < entries.num_pieces(); piece++)
-        for (int64_t i = 0; i < lines; i++) {
-            const int64_t slot = entries.slot(chunk, piece, i);
-            const Entry *begin = entries.begin(slot), *end = entries.end(slot);
-            if (piece && begin == end) continue;
-            add(begin, end, block, piece == 0, m.bias ? m.bias[line + i] : 0.0f, sums + i * TOKENS);
-        }
+    const float* bias = m.bias ? m.bias + line : nullptr;
+    with_constant<VECTORS>(ceil_div(tokens, LANES), [&](auto size) { add_up<size>(entries, block, chunk, lines, bias, sums); });
     transpose(sums, TOKENS, lines, tokens, m.out + token * m.out_stride + line, m.out_stride);
 }
 
@@ -240,18 +114,16 @@ inline Four add_lanes(const Vector* sums) {
 #endif
 }
 
-// Adds the products of a row's gradient with the tokens of its entries to `out`, or writes them there.
+// Adds the products of a row's gradient with the tokens of its entries to `out`, or writes them there. Four entries are
+// multiplied at a time; those that follow the last are read and left out.
 template <int SIZE>
-void dot_line(const Entry* entry, int64_t count, const float* grad, const float* tokens, bool adds, float* out) {
+[[gnu::noinline]] void dot_line(const Entry* entry, const Entry* end, const float* grad, const float* tokens, bool adds, float* out) {
     Vector g[SIZE];
 #pragma GCC unroll 8
     for (int v = 0; v < SIZE; v++) g[v] = *(const Vector*)(grad + v * LANES);
-    const Entry* end = entry + count;
-    for (; entry + 4 <= end; entry += 4, out += 4) {
+    for (; entry < end; entry += 4, out += 4) {
         const Vector *x0 = at(tokens, entry[0]), *x1 = at(tokens, entry[1]);
         const Vector *x2 = at(tokens, entry[2]), *x3 = at(tokens, entry[3]);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) prefetch<SIZE>(tokens, entry + i);
         Vector sums[4] = {g[0] * x0[0], g[0] * x1[0], g[0] * x2[0], g[0] * x3[0]};
 #pragma GCC unroll 8
         for (int v = 1; v < SIZE; v++) {
@@ -261,24 +133,10 @@ void dot_line(const Entry* entry, int64_t count, const float* grad, const float*
             sums[3] += g[v] * x3[v];
         }
         const Four total = add_lanes(sums);
-        *(Four*)out = adds ? *(Four*)out + total : total;
+        if (entry + 4 <= end) *(Four*)out = adds ? *(Four*)out + total : total;
+        else
+            for (int i = 0; i < end - entry; i++) out[i] = adds ? out[i] + total[i] : total[i];
     }
-    for (; entry < end; entry++, out++) {
-        const Vector* x = at(tokens, *entry);
-        Vector sums[4] = {};
-#pragma GCC unroll 8
-        for (int v = 0; v < SIZE; v++) sums[v % 2] += g[v] * x[v];
-        sums[0] += sums[1];
-        const float total = add_lanes(sums)[0];
-        *out = adds ? *out + total : total;
-    }
-}
-
-using DotLine = void (*)(const Entry*, int64_t, const float*, const float*, bool, float*);
-template <int SIZE>
-DotLine dot_line_of(int64_t vectors) {
-    if constexpr (SIZE > 1) return vectors < SIZE ? dot_line_of<SIZE - 1>(vectors) : dot_line<SIZE>;
-    else return dot_line<1>;
 }
 
 // Sets what hangs over the edge to zero, also where left or right are not finite.
@@ -292,17 +150,15 @@ void clear_edges(const Sampled& m) {
             std::fill(m.out + n * weight.bn + inside, m.out + (n + 1) * weight.bn, 0.0f);
 }
 
-// Adds to the gradients of a chunk of rows what one block of tokens gives.
-void differentiate(const Sampled& m, const Entries& entries, const float* grads, const float* block, int64_t token,
-                   int64_t chunk, int64_t rows) {
-    const DotLine dot = dot_line_of<VECTORS>(ceil_div(std::min(TOKENS, m.num_tokens - token), LANES));
-    for (int64_t piece = 0; piece < entries.num_pieces(); piece++)
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t slot = entries.slot(chunk, piece, i), count = entries.end(slot) - entries.begin(slot);
-            if (count == 0) continue;
-            float* out = m.out + entries.first_value(slot);
-            dot(entries.begin(slot), count, grads + i * TOKENS, block, token > 0, out);
-        }
+// Adds to the gradients of some rows' pieces, from `slot` on, what one block of tokens gives.
+template <int SIZE>
+void differentiate(const Sampled& m, const Entries& entries, const float* grads, const float* block, bool adds,
+                   int64_t slot, int64_t rows) {
+    for (int64_t i = 0; i < rows; i++) {
+        const Entry *begin = entries.begin(slot + i), *end = entries.end(slot + i);
+        if (begin == end) continue;
+        dot_line<SIZE>(begin, end, grads + i * TOKENS, block, adds, m.out + entries.first_value(slot + i));
+    }
 }
 
 void sampled(const Sampled& m) {
@@ -327,22 +183,28 @@ void sampled(const Sampled& m) {
             lefts.fill(first, num_blocks);
             rights.fill(first, num_blocks);
 #pragma omp barrier
+            const int64_t pieces = entries.num_pieces();
 #pragma omp for schedule(dynamic)
-            for (int64_t chunk = 0; chunk < entries.num_chunks(); chunk++)
+            for (int64_t task = 0; task < entries.num_chunks() * pieces; task++)
                 for (int64_t number = 0; number < num_blocks; number++) {
-                    const int64_t token = first + number * TOKENS, row = chunk * size;
+                    const int64_t token = first + number * TOKENS, row = task / pieces * size;
                     const float* grads = lefts.block(number) + row * TOKENS;
                     const int64_t rows = std::min(size, last - line - row);
-                    differentiate(m, entries, grads, rights.block(number), token, chunk, rows);
+                    const int64_t tokens = std::min(TOKENS, m.num_tokens - token);
+                    with_constant<VECTORS>(ceil_div(tokens, LANES), [&](auto vectors) {
+                        differentiate<vectors>(m, entries, grads, rights.block(number), token > 0, task * size, rows);
+                    });
                 }
         }
     }
-    clear_edges(m);
 }
 
 }  // namespace
 
 extern "C" {
-void masked_fp32(const Masked* m) { masked(*m); }
-void sampled_fp32(const Sampled* m) { sampled(*m); }
+void masked_fp32(const Masked* m) { fill_vectors(m->weight) ? masked_runs(*m) : masked(*m); }
+void sampled_fp32(const Sampled* m) {
+    fill_vectors(m->weight) && m->num_tokens ? sampled_runs(*m) : sampled(*m);
+    clear_edges(*m);
+}
 }
