@@ -94,7 +94,7 @@ class TopologyManager(SavedManager, ShownManager):
         schedule: how ζ falls: "cosine", "linear", "constant" (``drop_fraction`` throughout), "none" (static), or a
             function step → ζ. By default "cosine", and tiles stay where they are, with a warning: those that moved
             trained worse (docs/choosing.md).
-        min_age: optimizer steps for which a newly grown block is not dropped; by default two updates (2 ΔT).
+        min_age: optimizer steps for which a newly grown block is not dropped; by default 2 ΔT, or ΔT where ζ > 1/3.
         window: steps before an update over which gradients are added up, for policies that ask for them; by default
             what the policy says: 1 for "gradient" and "saliency", 10 for "momentum" growth.
         ablation_threshold: for the pattern "fan_in", rows of blocks of which fewer than this share are salient (not

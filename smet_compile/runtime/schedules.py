@@ -145,8 +145,9 @@ def name_of_schedule(schedule: str | Callable[[int], float] | None, num_moving: 
 def find_min_age(min_age: int | None, schedule: Schedule) -> int:
     """Returns how many optimizer steps newly grown blocks are protected; by default 2 ΔT.
 
-    Each update that may not drop the newcomers of m updates before it needs (m + 1) ζ ≤ 1. The default is shorter where
-    2 ΔT would leave too few blocks.
+    Each update that may not drop the newcomers of m updates before it needs (m + 1) ζ ≤ 1. The default leaves at least
+    twice as many as it drops, (m + 2) ζ ≤ 1, else it protects nobody: where every block that is not new has to go,
+    models trained worse (docs/choosing.md).
 
     Raises:
         ValueError: a given age that leaves fewer unprotected blocks than an update drops.
@@ -154,7 +155,7 @@ def find_min_age(min_age: int | None, schedule: Schedule) -> int:
     fraction, every = schedule.largest_fraction, schedule.every
     longest = every * math.floor(1 / fraction + 1e-9) if fraction else None
     if min_age is None:
-        return 2 * every if longest is None else min(2 * every, longest)
+        return 2 * every if longest is None else min(2 * every, max(every, longest - every))
     if longest is not None and min_age > longest:
         raise ValueError(
             f"min_age: expected at most {longest} steps, got {min_age}: an update every {every} steps drops "

@@ -88,8 +88,8 @@ def test_an_age_that_leaves_nothing_to_drop(min_age: int, longest: int) -> None:
     assert make(drop_fraction=0.5, density=0.4, min_age=longest)[2].min_age == longest
 
 
-@pytest.mark.parametrize(("fraction", "expected"), [(0.2, 6), (0.5, 6), (0.6, 3)])
-def test_two_updates_are_the_default_where_that_is_possible(fraction: float, expected: int) -> None:
+@pytest.mark.parametrize(("fraction", "expected"), [(0.2, 6), (1 / 3, 6), (0.4, 3), (0.5, 3), (0.6, 3)])
+def test_two_updates_are_the_default_where_enough_is_left_to_choose_from(fraction: float, expected: int) -> None:
     assert make(drop_fraction=fraction, density=0.3)[2].min_age == expected
 
 
