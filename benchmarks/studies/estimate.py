@@ -21,7 +21,7 @@ def seconds(case: Case, records: Records) -> float:
     alike = [
         record["seconds"] / record["case"]["steps"]
         for record in records
-        if all(record["case"].get(name) == value for name, value in _likeness(case).items())
+        if all(record["case"].get(name, value) == value for name, value in _likeness(case).items())
     ]
     return case.steps * (statistics.median(alike) if alike else _counted(case))
 
