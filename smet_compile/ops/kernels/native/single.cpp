@@ -25,8 +25,8 @@ int64_t lines_at_once(const Active& weight, int64_t lines, int64_t size) {
     return std::max<int64_t>(1, int64_t(WEIGHTS_AT_ONCE / per_line) / size) * size;
 }
 
-// Multiplies one block of tokens with a chunk of lines, whose number of the first is `line`, and writes the sums of line i
-// to sums[i * TOKENS]. A sum stays in registers for a piece of the line.
+// Multiplies one block of tokens with a chunk of lines. The sums of line i are at sums[i * TOKENS]; they stay in registers
+// for a piece of the line.
 template <int SIZE>
 void add_up(const Entries& entries, const float* block, int64_t chunk, int64_t lines, const float* bias, float* sums) {
     for (int64_t piece = 0; piece < entries.num_pieces(); piece++) {
@@ -51,12 +51,15 @@ void add_up(const Entries& entries, const float* block, int64_t chunk, int64_t l
     }
 }
 
+// Writes the products of one block of tokens with a chunk of lines, the first of which is `line`.
 void multiply(const Masked& m, const Entries& entries, const float* block, int64_t token, int64_t chunk, int64_t line,
               int64_t lines) {
     alignas(64) float sums[MAX_LINES * TOKENS];
     const int64_t tokens = std::min(TOKENS, m.num_tokens - token);
     const float* bias = m.bias ? m.bias + line : nullptr;
-    with_constant<VECTORS>(ceil_div(tokens, LANES), [&](auto size) { add_up<size>(entries, block, chunk, lines, bias, sums); });
+    with_constant<VECTORS>(ceil_div(tokens, LANES), [&](auto size) {
+        add_up<size>(entries, block, chunk, lines, bias, sums);
+    });
     transpose(sums, TOKENS, lines, tokens, m.out + token * m.out_stride + line, m.out_stride);
 }
 
