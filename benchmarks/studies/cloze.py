@@ -1,10 +1,10 @@
 """Asks a model for identifiers that stood before in the same window of held-out text.
 
 A place is the second or a later occurrence of an identifier of at least five characters that is no keyword, whole
-within the window. Given all text before it, the model has to predict every token of it. Greedy decoding writes the
-identifier exactly where each of its tokens has the highest score with the true ones before it, so that one pass over
-the window answers for all places in it. With byte pairs only places count that begin and end with a token; the first
-token may have a space before. The places are the same for every model and seed.
+within the window; in natural language it is a word. Given all text before it, the model has to predict each of its
+tokens. Greedy decoding writes the identifier exactly where each of them has the highest score with the true ones before
+it, so that one pass over the window answers for all places in it. With byte pairs only places count that begin and end
+with a token; the first token may have a space before. The places are the same for every model and seed.
 """
 
 from __future__ import annotations

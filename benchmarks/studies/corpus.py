@@ -94,7 +94,7 @@ class _Parts:
     bytes_per_token: float
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _parts(text: str, vocabulary: int) -> _Parts:
     content = _read(text)
     source = Source(text, len(content), hashlib.sha256(content.data).hexdigest()[:16])

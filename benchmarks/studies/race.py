@@ -24,7 +24,7 @@ _BATCH = 16
 
 
 @dataclass
-class Runner:
+class Rival:
     """Holds one of the models, the processor seconds and the loss of every step, and held-out losses by step."""
 
     case: Case
@@ -36,7 +36,7 @@ class Runner:
     points: list[tuple[int, float]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, case: Case, eager: bool) -> Runner:
+    def of(cls, case: Case, eager: bool) -> Rival:
         trainee = build(case)
         if case.density == 1:
             groups = [{"params": group["params"], "lr": group["lr"]} for group in trainee.optimizer.param_groups]
@@ -89,20 +89,20 @@ class Runner:
 def race(cases: Sequence[Case], points: int, eager: bool = False) -> list[dict]:
     """Trains cases of one length in turns, and returns their records, each with a curve of so many points."""
     torch._dynamo.reset()
-    runners = [Runner.of(case, eager) for case in cases]
-    steps, corpus = cases[0].steps, runners[0].feed.corpus
+    rivals = [Rival.of(case, eager) for case in cases]
+    steps, corpus = cases[0].steps, rivals[0].feed.corpus
     some = corpus.held_out(CURVE_WINDOWS)
-    for runner in runners:
-        runner.look(some)
+    for rival in rivals:
+        rival.look(some)
     for step in range(steps):
-        for runner in runners:
-            runner.advance(step)
+        for rival in rivals:
+            rival.advance(step)
         if (step + 1) % max(1, steps // points) == 0 or step + 1 == steps:
-            for runner in runners:
-                runner.look(some)
-            told = ", ".join(f"{each.points[-1][1]:.4f} in {each.charged(step + 1):.0f} s" for each in runners)
+            for rival in rivals:
+                rival.look(some)
+            told = ", ".join(f"{each.points[-1][1]:.4f} in {each.charged(step + 1):.0f} s" for each in rivals)
             print(f"step {step + 1} of {steps}: {told}", flush=True)
-    return [runner.record() for runner in runners]
+    return [rival.record() for rival in rivals]
 
 
 def run_race(

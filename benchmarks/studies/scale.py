@@ -86,9 +86,9 @@ SCALES = {
         widest=1024,
         replicas=replace(_SMALL, hidden=48, intermediate=96, heads=3, layers=2),
         sizes=(
-            (replace(_CONTEXT, hidden=64, intermediate=160, heads=4, layers=4), 2000),
-            (replace(_CONTEXT, hidden=160, intermediate=400, heads=5, layers=5), 1000),
-            (replace(_CONTEXT, hidden=288, intermediate=720, heads=9, layers=5), 500),
+            (replace(_CONTEXT, hidden=64, intermediate=160, heads=4, layers=4), 1500),
+            (replace(_CONTEXT, hidden=160, intermediate=400, heads=5, layers=5), 800),
+            (replace(_CONTEXT, hidden=288, intermediate=720, heads=9, layers=5), 400),
         ),
         race=Race(
             wide=replace(_CONTEXT, hidden=1024, intermediate=2688, heads=16, layers=2),

@@ -4,7 +4,7 @@ Three sizes with the same settings: the peak rate of linear layers is .106 / (d 
 studies found for other models (docs/results/topology.md); embeddings and norms have one rate; ΔT and W are 50 steps,
 and newcomers are protected for two updates. Naive methods train at the same rate per density, without local age,
 warm-up or protection. At the smallest size all rates are tried lower and higher as well, and two other texts are read:
-all Python source of the environment, and natural language (`python -m benchmarks.studies.debian_text texts/debian`).
+natural language (`python -m benchmarks.studies.debian_text texts/debian`), and all Python source of the environment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 Kind = tuple[str, float]
 DENSE: Kind = ("dense", 1.0)
 KINDS: tuple[Kind, ...] = (DENSE, *((method, density) for density in DENSITIES for method in METHODS))
-TEXTS = (ENVIRONMENT, "texts/debian")
+TEXTS = ("texts/debian", ENVIRONMENT)
 OF_TEXTS: tuple[Kind, ...] = (DENSE, ("SMET", 0.25), ("naive SET", 0.25))
 OF_RATES: tuple[Kind, ...] = (DENSE, *((method, 0.25) for method in METHODS))
 
@@ -45,10 +45,11 @@ def case(scale: Scale, size: int, kind: Kind, seed: int, rate_factor: float = 1.
 
 
 def cases(scale: Scale) -> list[Case]:
-    """Returns the runs; those of the largest size come last, seed by seed, since they are the first to be cut."""
+    """Returns the runs; the largest size at the lowest density comes last, and is the first to be cut."""
     *smaller, largest = range(len(scale.sizes))
+    first, last = ([kind for kind in KINDS if (kind[1] == DENSITIES[-1]) == is_last] for is_last in (False, True))
     found = [case(scale, size, kind, seed) for size in smaller for seed in scale.seeds for kind in KINDS]
+    found += [case(scale, largest, kind, seed) for seed in scale.seeds for kind in first]
     found += [case(scale, 0, kind, scale.seeds[0], factor) for kind in OF_RATES for factor in RATE_FACTORS]
-    found += [case(scale, largest, kind, scale.seeds[0]) for kind in KINDS]
     found += [case(scale, 0, kind, seed, text=text) for text in TEXTS for seed in scale.seeds for kind in OF_TEXTS]
-    return found + [case(scale, largest, kind, seed) for seed in scale.seeds[1:] for kind in KINDS]
+    return found + [case(scale, largest, kind, seed) for seed in scale.seeds for kind in last]

@@ -10,6 +10,7 @@ import smet_compile as smet
 from benchmarks.studies import cloze
 from benchmarks.studies import longer as study
 from benchmarks.studies.case import Case
+from benchmarks.studies.race import FINAL_WINDOWS
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
@@ -68,7 +69,7 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     beside = records.path.parent
     rates, cases = Records(beside / study.RATES), study.cases(scale, beside)
     page = Page(study.NAME, "A longer run: time to loss", folder)
-    page.text(study.__doc__ or "", how_made(study.NAME, cases, records), _READ)
+    page.text(study.__doc__ or "", how_made(study.NAME, cases, records, FINAL_WINDOWS), _READ)
     found = runs(records, scale, beside)
     page.text("## The models")
     page.table(

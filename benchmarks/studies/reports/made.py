@@ -23,8 +23,8 @@ UNNAMED = "AMD EPYC"
 """The processor of all records that were made before they named it."""
 
 
-def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
-    """Writes the paragraph for the page."""
+def how_made(name: str, cases: Sequence[Case], records: Records, windows: int | None = None) -> str:
+    """Writes the paragraph for the page. ``windows``: the number held out for a loss, by default that of `train`."""
     done = [records[case.key] for case in dict.fromkeys(cases) if case.key in records]
     hours = sum(record["seconds"] for record in done) / 3600
     by_shape = {case.shape: case for case in cases}
@@ -34,8 +34,9 @@ def how_made(name: str, cases: Sequence[Case], records: Records) -> str:
     return (
         f"Made by `python -m benchmarks.studies {name}`: {what}{f' ({missing} runs are missing)' if missing else ''}. "
         f"{processors}, torch {done[0]['torch'] if done else '?'}. {_models(list(by_shape.values()))} over "
-        f"{_tokens(cases)}, {_range([case.steps for case in cases])} steps. Losses are in nats per byte of held-out "
-        f"text, the same for every run. {texts_read(done)} Records: `docs/results/studies/{name}.jsonl`."
+        f"{_tokens(cases)}, {_range([case.steps for case in cases])} steps. Losses are in nats per byte over "
+        f"{_held_out(cases, windows)} held-out tokens, the same for every run of a text. "
+        f"{texts_read(done)} Records: `docs/results/studies/{name}.jsonl`."
     )
 
 
@@ -52,6 +53,12 @@ def texts_read(records: Sequence[dict]) -> str:
     if not runs:
         return "No text was read yet."
     return f"Text: {'; '.join(f'{read} (runs: {num})' for read, num in runs.items())}."
+
+
+def _held_out(cases: Sequence[Case], windows: int | None) -> str:
+    from benchmarks.studies.trainer import FINAL_WINDOWS
+
+    return _range([(windows or FINAL_WINDOWS) * case.shape.sequence for case in cases])
 
 
 def _name(text: str) -> str:
@@ -79,4 +86,4 @@ def _models(cases: list[Case]) -> str:
 
 def _range(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low} to {high}"
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

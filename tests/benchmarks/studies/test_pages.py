@@ -209,8 +209,12 @@ def test_methods_of_a_size_differ_in_the_rule_alone() -> None:
 
 def test_the_largest_size_is_cut_first() -> None:
     scale = SCALES["cpu"]
-    last = sizes.cases(scale)[-2 * len(sizes.KINDS) :]
-    assert {case.shape for case in last} == {scale.sizes[-1][0]} and {case.seed for case in last} == {1, 2}
+    *others, last = scale.sizes
+    found = sizes.cases(scale)
+    assert {(case.shape, case.density) for case in found[-9:]} == {(last[0], 0.1)}
+    assert (last[0], 0.1) not in {(case.shape, case.density) for case in found[:-9]}
+    small = found[: len(others) * 3 * len(sizes.KINDS)]
+    assert {case.shape for case in small} == {shape for shape, _ in others} and len(found) == len(set(found))
 
 
 def test_time_to_loss_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.studies import longer
 from benchmarks.studies.case import Case
-from benchmarks.studies.race import NUM_POINTS, Runner, race, run_race
+from benchmarks.studies.race import NUM_POINTS, Rival, race, run_race
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.longer import stored_bytes, write
 from benchmarks.studies.scale import SCALES
@@ -35,8 +35,8 @@ def test_a_race_trains_each_as_alone() -> None:
 
 
 def test_a_step_is_charged_its_own_time() -> None:
-    runner = Runner.of(longer.case(SCALE, longer.DENSE, 1.0), eager=True)
-    inner = runner.step
+    rival = Rival.of(longer.case(SCALE, longer.DENSE, 1.0), eager=True)
+    inner = rival.step
 
     def slow(batch: dict) -> object:
         end = time.process_time() + 0.05
@@ -44,20 +44,20 @@ def test_a_step_is_charged_its_own_time() -> None:
             pass
         return inner(batch)
 
-    runner.advance(0)
+    rival.advance(0)
     time.sleep(0.2)  # costs no processor time
     end = time.process_time() + 0.2
     while time.process_time() < end:  # another model's step
         pass
-    runner.step = slow
-    runner.advance(1)
-    assert 0.05 <= runner.seconds[1] < 0.15 and runner.charged(2) == sum(runner.seconds)
+    rival.step = slow
+    rival.advance(1)
+    assert 0.05 <= rival.seconds[1] < 0.15 and rival.charged(2) == sum(rival.seconds)
 
 
 def test_steps_that_compile_count_as_the_others() -> None:
-    runner = Runner.of(longer.case(SCALE, longer.DENSE, 1.0), eager=True)
-    runner.seconds = [9.0, 8.0, 7.0, 1.0, 3.0, 2.0]
-    assert [runner.charged(num) for num in range(7)] == [0.0, 2.0, 4.0, 6.0, 7.0, 10.0, 12.0]
+    rival = Rival.of(longer.case(SCALE, longer.DENSE, 1.0), eager=True)
+    rival.seconds = [9.0, 8.0, 7.0, 1.0, 3.0, 2.0]
+    assert [rival.charged(num) for num in range(7)] == [0.0, 2.0, 4.0, 6.0, 7.0, 10.0, 12.0]
 
 
 def test_the_start_of_a_run_is_the_run_that_chooses_its_rate() -> None:
@@ -91,5 +91,6 @@ def test_the_study_from_rates_to_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(records[cases[0].key]["curve"]) == 1 + min(NUM_POINTS, SCALE.race.steps)
     write(records, SCALE, tmp_path)
     page = (tmp_path / "longer.md").read_text()
-    assert "are missing" not in page and "not reached" not in page and "e9bb" not in page.split("SHA-256")[0]
+    assert "are missing" not in page and "not reached" not in page
+    assert f"SHA-256 {records[cases[0].key]['text']['sha256']}…" in page
     assert (tmp_path / "figures" / "longer.png").stat().st_size > 5000
