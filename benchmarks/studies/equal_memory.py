@@ -47,15 +47,17 @@ class Turn:
 
 def turns(scale: Scale) -> list[Turn]:
     """Returns the turns, those that say most first."""
-    plan = [(0, 0, tuple(CONTESTANTS)), (0, 1, LONG), (1, 0, LONG), (1, 1, FEW), (2, 0, FEW)]
+    plan = [(0, 0, LONG), (0, 0, tuple(CONTESTANTS)), (0, 1, LONG), (1, 0, LONG), (1, 1, FEW), (2, 0, FEW)]
     return [Turn(scale.budgets[budget], *rest) for budget, *rest in plan if budget < len(scale.budgets)]
 
 
+def tables(scale: Scale) -> list[Turn]:
+    """Returns a turn for each budget and length, with all contestants that it has."""
+    return list({(turn.budget, turn.place): turn for turn in turns(scale)}.values())
+
+
 def prepare(scale: Scale, folder: Path) -> None:
-    names: dict[int, Sequence[str]] = {}
-    for turn in turns(scale):
-        names.setdefault(turn.budget, turn.names)
-    fit(scale, folder, names)
+    fit(scale, folder, {turn.budget: turn.names for turn in tables(scale) if turn.place == 0})
 
 
 def models(folder: Path) -> dict[tuple[int, str], Fitted]:

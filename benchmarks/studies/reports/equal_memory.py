@@ -51,7 +51,7 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page = Page(study.NAME, "Dense and sparse at equal memory", folder)
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES, _PACKAGES)
     fitted, measured = study.models(studies), study.measured(studies)
-    for turn in study.turns(scale):
+    for turn in study.tables(scale):
         rivals = [fitted[turn.budget, name] for name in turn.names if (turn.budget, name) in fitted]
         if not rivals:
             continue
