@@ -63,10 +63,14 @@ def at_rest() -> int:
 
 
 def storages() -> list[torch.UntypedStorage]:
-    """Returns the storage of every tensor that Python knows of, each once, without fake ones."""
+    """Returns the storage of every tensor that Python knows of, each once, without fake and sparse ones."""
     found = {}
     for each in gc.get_objects():
-        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
+        if (
+            type(each) in (torch.Tensor, torch.nn.Parameter)
+            and each.device.type == "cpu"
+            and each.layout == torch.strided
+        ):
             found[each.untyped_storage()._cdata] = each.untyped_storage()
     return list(found.values())
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.measuring import storages
 from benchmarks.studies import contestants, equal_memory
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import Fitted, case_of, shape_of, training_bytes
@@ -219,3 +220,11 @@ def test_an_unknown_optimizer_is_named() -> None:
     case = replace(case_of(SHAPE, "dense, AdamW, fp32", 1), optimizer="adan")
     with pytest.raises(ValueError, match=r"optimizer: expected adamw or one of .*galore.*, got 'adan'"):
         make_optimizer(case, build_model(case), [])
+
+
+def test_tensors_without_a_storage_of_their_own_are_not_counted() -> None:
+    others = torch.eye(3).to_sparse_csr(), torch.eye(3).to_sparse(), torch.empty(3, device="meta")
+    before = {storage.data_ptr() for storage in storages()}
+    mine = torch.zeros(123)
+    assert mine.untyped_storage().data_ptr() in {storage.data_ptr() for storage in storages()} - before
+    assert len(others) == 3
