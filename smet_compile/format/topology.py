@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +92,7 @@ def _ones(words: Tensor) -> Tensor:
 def positions_of(mask: Tensor, count: int | None = None) -> Tensor:
     """Returns the positions (N,) int64 of the active blocks, row-major. Given their ``count`` it waits for no GPU."""
     if type(mask) is Tensor and not _is_asynchronous(mask.device):
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))  # takes a seventh of the time of ``mask.nonzero()``
+        return torch.from_numpy(mask.numpy().ravel().nonzero()[0])  # takes a seventh of the time of ``mask.nonzero()``
     if count is None or not _is_asynchronous(mask.device):
         return mask.nonzero().squeeze(1)
     return torch.nonzero_static(mask, size=count).squeeze(1)

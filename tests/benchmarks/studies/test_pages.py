@@ -190,7 +190,7 @@ def one_size(kind: sizes.Kind, seed: int) -> Case:
 
 
 def more(kind: sizes.Kind) -> float:
-    """What the rate of a kind adds to its made-up loss beyond dense."""
+    """Returns how much a kind adds to its made-up loss beyond dense."""
     first, dense = one_size(kind, 0), one_size(sizes.DENSE, 0)
     return loss_of(first) - loss_of(dense) - 0.3 * (1 - first.density)
 

@@ -1,4 +1,4 @@
-"""What the studies read: files of a folder, whole and once each; byte pairs that give the text back."""
+"""Studies read the files of a folder, whole and once each; byte pairs give the text back."""
 
 import gzip
 import hashlib
