@@ -11,21 +11,17 @@ Sparse AdamW runs move their topology as the defaults do; those with SCALE, whos
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.ratios import Clock, in_turns
 from benchmarks.studies import rates
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import CONTESTANTS, MODELS, REFERENCE, Fitted, case_of, fit, peaks, read
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.trainer import build, compiled, two_calls
+from benchmarks.studies.step_costs import step_costs
 
 NAME = "equal_memory"
 MEASURED = "equal_memory_measured.json"
@@ -33,7 +29,6 @@ LONG = ("dense, AdamW, fp32", "dense, AdamW, bf16", "dense, 8-bit AdamW, bf16", 
         "d 0.25, AdamW, bf16", "d 0.25, 8-bit AdamW, bf16", "d 0.5, SCALE, bf16")  # fmt: skip
 FEW = ("dense, AdamW, fp32", "dense, 8-bit AdamW, bf16", "dense, SCALE, bf16",
        "d 0.25, AdamW, bf16", "d 0.5, SCALE, bf16")  # fmt: skip
-_REPEATS = 15
 
 
 @dataclass(frozen=True)
@@ -101,15 +96,10 @@ def search(scale: Scale, rival: Fitted, place: int, records: Records) -> Search:
 
 def losses(scale: Scale, rival: Fitted, place: int, records: Records) -> dict[int, float]:
     """Returns the losses at the best rate by seed, of the seeds that ended."""
-    found = search(scale, rival, place, records)
-    return {} if found.best is None else dict(_by_seed(scale, rival, place, found.best, records))
-
-
-def _by_seed(scale: Scale, rival: Fitted, place: int, factor: float, records: Records) -> Iterator[tuple[int, float]]:
-    for seed in scale.seeds:
-        key = case_of(rival.shape, rival.name, scale.memory_steps[place], factor, seed).key
-        if key in records and records[key]["loss"] is not None:
-            yield seed, records[key]["loss"]
+    best, steps = search(scale, rival, place, records).best, scale.memory_steps[place]
+    if best is None:
+        return {}
+    return rates.losses([case_of(rival.shape, rival.name, steps, best, seed) for seed in scale.seeds], records)
 
 
 def measure(scale: Scale, folder: Path) -> None:
@@ -118,27 +108,16 @@ def measure(scale: Scale, folder: Path) -> None:
     Times are those of compiled steps, by turns with the dense model that sets the budget, over that model's.
     """
     found = measured(folder)
-    torch.set_num_threads(1)
     for budget in scale.budgets:
         rivals = [each for (its_budget, _), each in models(folder).items() if its_budget == budget]
         if {rival.name for rival in rivals} <= found.get(str(budget), {}).keys():
             continue
-        costs = _step_times(scale, sorted(rivals, key=lambda rival: rival.name != REFERENCE))
-        found[str(budget)] = {rival.name: {"cost": costs[rival.name], "peaks": peaks(rival)} for rival in rivals}
+        rivals.sort(key=lambda rival: rival.name != REFERENCE)
+        costs = step_costs([case_of(rival.shape, rival.name, 1) for rival in rivals], scale.eager)
+        found[str(budget)] = {
+            rival.name: {"cost": cost, "peaks": peaks(rival)} for rival, cost in zip(rivals, costs, strict=True)
+        }
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _step_times(scale: Scale, rivals: Sequence[Fitted]) -> dict[str, float]:
-    """Returns by contestant the time of a step over that of the first."""
-    works = []
-    for rival in rivals:
-        tokens = torch.randint(256, (rival.shape.batch, rival.shape.sequence), device=rival.shape.device)
-        trainee = build(case_of(rival.shape, rival.name, 1))
-        step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
-        works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
-    pairs = in_turns(works[0], works[1:], _REPEATS, Clock(torch.device(scale.memory.device)), warmup=3)
-    costs = [1.0, *(sorted(pair.costs)[_REPEATS // 2] for pair in pairs)]
-    return {rival.name: cost for rival, cost in zip(rivals, costs, strict=True)}
 
 
 def measured(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -11,26 +11,21 @@ model's (`equal_time_steps.json`). Every run has a schedule of its own length. P
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.ratios import Clock, in_turns
 from benchmarks.studies import rates
 from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
 from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
-from benchmarks.studies.trainer import build, compiled, two_calls
+from benchmarks.studies.step_costs import step_costs
 
 NAME = "equal_time"
 STEPS = "equal_time_steps.json"
 _DENSE_FROM = 0.8
-_REPEATS = 15
 _STATIC: dict[str, Any] = {"every": 0}
 _QUARTER = _STATIC | {"density": 0.25, "block": "16"}
 
@@ -73,18 +68,9 @@ def prepare(scale: Scale, folder: Path) -> None:
     """Measures the steps of all contestants, once."""
     if (folder / STEPS).exists():
         return
-    torch.set_num_threads(1)
     timed = [rival for rival in RIVALS if rival is not THEN_DENSE]
-    works = []
-    for rival in timed:
-        case = rival.case(scale, 1)
-        trainee = build(case)
-        step = two_calls(trainee.model, trainee.optimizer) if scale.eager else compiled(trainee)
-        tokens = torch.randint(256, (case.shape.batch, case.shape.sequence), device=case.shape.device)
-        works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
-    pairs = in_turns(works[0], works[1:], _REPEATS, Clock(torch.device(scale.timed[0].device)), warmup=3)
-    costs = {timed[0].name: 1.0}
-    costs |= {rival.name: sorted(pair.costs)[_REPEATS // 2] for rival, pair in zip(timed[1:], pairs, strict=True)}
+    measured = step_costs([rival.case(scale, 1) for rival in timed], scale.eager)
+    costs = {rival.name: cost for rival, cost in zip(timed, measured, strict=True)}
     costs[THEN_DENSE.name] = _DENSE_FROM * costs[TILES.name] + (1 - _DENSE_FROM)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STEPS).write_text(json.dumps(costs, indent=1) + "\n")
@@ -123,7 +109,4 @@ def losses(scale: Scale, rival: Rival, cost: float, records: Records) -> dict[in
     best = search(scale, rival, cost, records).best
     if best is None:
         return {}
-    keys: Sequence[tuple[int, str]] = [
-        (seed, rival.case(scale, steps_of(scale, cost), best, seed).key) for seed in scale.seeds
-    ]
-    return {seed: records[key]["loss"] for seed, key in keys if key in records and records[key]["loss"] is not None}
+    return rates.losses([rival.case(scale, steps_of(scale, cost), best, seed) for seed in scale.seeds], records)

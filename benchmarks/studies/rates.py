@@ -42,6 +42,12 @@ def search(
     return Search(tuple(tried.values()), None)
 
 
+def losses(cases: Sequence[Case], records: Records) -> dict[int, float]:
+    """Returns the losses by seed, of the runs that ended with one."""
+    ended = [records[case.key] for case in cases if case.key in records]
+    return {record["case"]["seed"]: record["loss"] for record in ended if record["loss"] is not None}
+
+
 def _loss(records: Records, case: Case) -> float:
     loss = records[case.key]["loss"]
     return math.inf if loss is None else loss

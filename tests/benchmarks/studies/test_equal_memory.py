@@ -87,6 +87,19 @@ def test_the_peak_holds_what_is_stored_and_activations() -> None:
     assert 0.7 * stored < one < checkpointed < many  # the gradients come one after another
 
 
+def test_steps_and_peaks_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_memory, "peaks", lambda model: {"1": len(model.name)})
+    names = ("d 0.25, AdamW, bf16", contestants.REFERENCE)
+    (tmp_path / contestants.MODELS).write_text(json.dumps([asdict(rival(name)) for name in names]))
+    equal_memory.measure(SCALE, tmp_path)
+    found = equal_memory.measured(tmp_path)["64"]
+    assert found[contestants.REFERENCE]["cost"] == 1.0 and found[names[0]]["cost"] > 0
+    assert {name: each["peaks"]["1"] for name, each in found.items()} == {name: len(name) for name in names}
+    before = (tmp_path / equal_memory.MEASURED).read_text()
+    equal_memory.measure(SCALE, tmp_path)
+    assert (tmp_path / equal_memory.MEASURED).read_text() == before
+
+
 def rival(name: str = "dense, AdamW, fp32") -> Fitted:
     return Fitted(name, 64, SHAPE, {"weights": 1})
 
