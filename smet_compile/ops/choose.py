@@ -3,7 +3,7 @@
 By default the first kernel of the list is taken that can compute the case and is profitable there.
 
 ``SMET_COMPILE_KERNEL`` forces one wherever it can be used: ``reference`` (``ops.law``), ``torch`` (``ops.plain``),
-``cpu_tiles``, ``cpu_single``, ``cpu_expand``, ``cpu_rows`` and ``cpu_adamw`` (C++), ``triton_tiles``,
+``cpu_tiles``, ``cpu_single``, ``cpu_expand``, ``cpu_rows``, ``cpu_adamw`` and ``cpu_scale`` (C++), ``triton_tiles``,
 ``triton_expand``, ``triton_adamw`` and, by its own name alone, ``triton_tma``; or one that was registered. ``cpu`` and
 ``triton`` stand for any whose name begins so. Where a forced kernel has the op but cannot compute the case, the default
 is taken, and a warning names the case and the kernel used. ``triton_fused`` joins a weight gradient and its update in

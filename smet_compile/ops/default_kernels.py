@@ -138,6 +138,7 @@ DEFAULT_KERNELS = [
     Kernel("cpu_expand", _functions(f"{NATIVE}.expand", *_PRODUCTS, *_MOVES), _refusal_of(f"{NATIVE}.expand")),
     Kernel("cpu_rows", _functions(f"{NATIVE}.rows", "scale_rows"), _refusal_of(f"{NATIVE}.rows")),
     Kernel("cpu_adamw", _functions(f"{NATIVE}.adamw", "update_all"), _refusal_of(f"{NATIVE}.adamw")),
+    Kernel("cpu_scale", _functions(f"{NATIVE}.scale", "update_all"), _refusal_of(f"{NATIVE}.scale")),
     Kernel(
         "torch",
         {

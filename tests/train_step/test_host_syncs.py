@@ -16,7 +16,7 @@ from tests.support.host_syncs import host_syncs, waiting_ops
 from tests.train_step.setting import Batch, active, batch_of, sparse
 
 EVERY = 4
-CPU_KERNEL = "ops/kernels/native/adamw.py:update_all _local_scalar_dense"
+CPU_KERNEL = "ops/kernels/native/jobs.py:update_all _local_scalar_dense"
 OF_A_MOVE = {
     "format/topology.py:positions_of nonzero": "the blocks that are active, dropped and moved, by position",
     "format/topology.py:count_active _local_scalar_dense": "the new bits are checked, and counted for the history",

@@ -34,7 +34,8 @@ from smet_compile.ops.torch_insides import warn_once
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-_MORE_FLAGS = {"adamw": ("-ffp-contract=off",)}  # rounds as plain torch does, bit for bit
+_EXACT = ("-ffp-contract=off",)  # rounds as plain torch does, bit for bit
+_MORE_FLAGS = {"adamw": _EXACT, "scale": _EXACT}
 _loads = itertools.count()
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _PREFIX = "smet_compile_workplace_"
