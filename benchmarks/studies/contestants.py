@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,10 +71,24 @@ def shape_of(scale: Scale, hidden: int) -> Shape:
     return replace(scale.memory, hidden=hidden, intermediate=5 * hidden // 2)
 
 
-def case_of(shape: Shape, name: str, steps: int, factor: float = 1.0, seed: int = 0) -> Case:
-    """Returns a run of a contestant at ``factor`` times the rate of the rule .106 / (d · width)."""
-    rate = factor * RATE_TIMES_WIDTH / shape.hidden
-    return Case(shape=shape, steps=steps, rate=rate, plain_rate=PLAIN_RATE, seed=seed, **CONTESTANTS[name])
+class Factors(NamedTuple):
+    """Holds the factors of the two peak rates.
+
+    Args:
+        linear: of the rule .106 / (d · width), for linear layers. plain: of .004, for all other parameters.
+    """
+
+    linear: float
+    plain: float
+
+
+UNCHANGED = Factors(1.0, 1.0)
+
+
+def case_of(shape: Shape, name: str, steps: int, factors: Factors = UNCHANGED, seed: int = 0) -> Case:
+    """Returns a run of a contestant."""
+    rate, plain = factors.linear * RATE_TIMES_WIDTH / shape.hidden, factors.plain * PLAIN_RATE
+    return Case(shape=shape, steps=steps, rate=rate, plain_rate=plain, seed=seed, **CONTESTANTS[name])
 
 
 def training_bytes(case: Case) -> dict[str, int]:

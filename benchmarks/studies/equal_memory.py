@@ -3,8 +3,9 @@
 A budget is what a dense model of a given width needs with AdamW in fp32: weights, gradients, moments. Against it stand
 dense models with the optimizers that people use to save memory, and sparse models with single weights, each as wide as
 fits, three layers deep; bytes are counted from tensors. All read the same text: 512 bytes a step in windows of 256.
-Peak rates are factors of .106 / (d · width) for linear layers, tried by twos until a lower and a higher one are worse,
-in one seed at the shorter length; at the longer length half the best is tried too. Embeddings and norms have .004.
+Peak rates are factors of .106 / (d · width) for linear layers, and then of .004 for all other parameters. Each is tried
+by twos until a lower and a higher one are worse, in one seed at the shorter length; larger budgets take the second from
+the smallest. At the longer length half the first is tried too.
 Sparse AdamW runs move their topology as the defaults do; those with SCALE, whose weights have no age, are static.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import rates
 from benchmarks.studies.case import Case
-from benchmarks.studies.contestants import CONTESTANTS, MODELS, REFERENCE, Fitted, case_of, fit, peaks, read
+from benchmarks.studies.contestants import CONTESTANTS, MODELS, REFERENCE, Factors, Fitted, case_of, fit, peaks, read
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
@@ -60,46 +62,95 @@ def models(folder: Path) -> dict[tuple[int, str], Fitted]:
     return {(each.budget, each.name): each for each in read(folder / MODELS)}
 
 
+@dataclass(frozen=True)
+class Found:
+    """Holds the runs that look for the rates of a contestant.
+
+    Args:
+        best: the best factors, None where runs are missing.
+        linear, plain: the searches of each, None where it was not made.
+    """
+
+    cases: tuple[Case, ...]
+    best: Factors | None
+    linear: Search | None = None
+    plain: Search | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Reads rates and losses from the runs that ended. ``models``: by budget and contestant."""
+
+    scale: Scale
+    records: Records
+    models: dict[tuple[int, str], Fitted]
+
+    @classmethod
+    def read(cls, scale: Scale, folder: Path) -> Results:
+        return cls(scale, Records(folder / f"{NAME}.jsonl"), models(folder))
+
+    def rivals(self, turn: Turn) -> list[Fitted]:
+        """Returns the models of a turn, those that are known."""
+        return [self.models[turn.budget, name] for name in turn.names if (turn.budget, name) in self.models]
+
+    def search(self, rival: Fitted, place: int) -> Found:
+        """Looks for the best rates in the first seed: both ways at the first length, downwards from there at others."""
+        if place > 0:
+            before = self.search(rival, place - 1).best
+            return Found((), None) if before is None else self._search_lower(rival, place, before)
+        smallest = self.models.get((self.scale.budgets[0], rival.name), rival)
+        if smallest == rival:
+            return self._search_both(rival)
+        known = self.search(smallest, 0).best
+        return Found((), None) if known is None else self._search_linear(rival, known.plain)
+
+    def _search_both(self, rival: Fitted) -> Found:
+        first = self._search_linear(rival, 1.0)
+        if first.best is None:
+            return first
+        linear = first.best.linear
+        plain = rates.search(lambda factor: self._tried(rival, 0, Factors(linear, factor)), self.records)
+        best = None if plain.best is None else Factors(linear, plain.best)
+        return Found(tuple(dict.fromkeys(first.cases + plain.cases)), best, first.linear, plain)
+
+    def _search_linear(self, rival: Fitted, plain: float) -> Found:
+        found = rates.search(lambda factor: self._tried(rival, 0, Factors(factor, plain)), self.records)
+        return Found(found.cases, None if found.best is None else Factors(found.best, plain), found)
+
+    def _search_lower(self, rival: Fitted, place: int, before: Factors) -> Found:
+        found = rates.search(
+            lambda factor: self._tried(rival, place, Factors(factor, before.plain)),
+            self.records,
+            (before.linear / 2, before.linear),
+            upwards=False,
+        )
+        return Found(found.cases, None if found.best is None else Factors(found.best, before.plain), found)
+
+    def _tried(self, rival: Fitted, place: int, factors: Factors) -> Case:
+        return case_of(rival.shape, rival.name, self.scale.memory_steps[place], factors, self.scale.seeds[0])
+
+    def best_runs(self, rival: Fitted, place: int) -> list[Case]:
+        """Returns the runs at the best rates, one for each seed; none while the rates are not known."""
+        best, steps = self.search(rival, place).best, self.scale.memory_steps[place]
+        return [] if best is None else [case_of(rival.shape, rival.name, steps, best, s) for s in self.scale.seeds]
+
+    def losses(self, rival: Fitted, place: int) -> dict[int, float]:
+        """Returns the losses at the best rates by seed, of the seeds that ended."""
+        return rates.losses(self.best_runs(rival, place), self.records)
+
+
 def cases(scale: Scale, folder: Path) -> list[Case]:
     """Returns the runs that can be named by now: seeds follow rates, and a turn follows the one before."""
-    records, fitted = Records(folder / f"{NAME}.jsonl"), models(folder)
+    results = Results.read(scale, folder)
     found: list[Case] = []
     for turn in turns(scale):
-        rivals = [fitted[turn.budget, name] for name in turn.names if (turn.budget, name) in fitted]
-        searches = [search(scale, rival, turn.place, records) for rival in rivals]
-        found += [case for each in searches for case in each.cases]
-        chosen = [
-            case_of(rival.shape, rival.name, scale.memory_steps[turn.place], each.best, seed)
-            for seed in scale.seeds
-            for rival, each in zip(rivals, searches, strict=True)
-            if each.best is not None
-        ]
-        found += chosen
-        if any(case.key not in records for case in found):
+        rivals = results.rivals(turn)
+        found += [case for rival in rivals for case in results.search(rival, turn.place).cases]
+        by_rival = [results.best_runs(rival, turn.place) for rival in rivals]
+        found += [case for of_seed in zip_longest(*by_rival) for case in of_seed if case]
+        if any(case.key not in results.records for case in found):
             break
     return list(dict.fromkeys(found))
-
-
-def search(scale: Scale, rival: Fitted, place: int, records: Records) -> Search:
-    """Looks for the best rate in the first seed: both ways at the first length, downwards from there at others."""
-
-    def case_at(factor: float) -> Case:
-        return case_of(rival.shape, rival.name, scale.memory_steps[place], factor, scale.seeds[0])
-
-    if place == 0:
-        return rates.search(case_at, records)
-    before = search(scale, rival, place - 1, records)
-    if before.best is None:
-        return Search((), None)
-    return rates.search(case_at, records, (before.best / 2, before.best), upwards=False)
-
-
-def losses(scale: Scale, rival: Fitted, place: int, records: Records) -> dict[int, float]:
-    """Returns the losses at the best rate by seed, of the seeds that ended."""
-    best, steps = search(scale, rival, place, records).best, scale.memory_steps[place]
-    if best is None:
-        return {}
-    return rates.losses([case_of(rival.shape, rival.name, steps, best, seed) for seed in scale.seeds], records)
 
 
 def measure(scale: Scale, folder: Path) -> None:

@@ -17,12 +17,13 @@ MOST_FACTORS = 6
 class Search:
     """Holds the runs that look for a rate, and the best factor, None where runs are missing.
 
-    ``inside``: whether a lower and a higher rate are worse.
+    ``inside``: whether a lower and a higher rate are worse. ``highest``: of the factors that were tried.
     """
 
     cases: tuple[Case, ...]
     best: float | None
     inside: bool = False
+    highest: float = math.inf
 
 
 def search(
@@ -37,7 +38,7 @@ def search(
         best = min(sorted(tried), key=lambda factor: _loss(records, tried[factor]))
         beyond = best / 2 if best == min(tried) else best * 2 if best == max(tried) and upwards else None
         if beyond is None or len(tried) == MOST_FACTORS:
-            return Search(tuple(tried.values()), best, beyond is None)
+            return Search(tuple(tried.values()), best, beyond is None, max(tried))
         tried[beyond] = case_at(beyond)
     return Search(tuple(tried.values()), None)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.studies import equal_memory as study
 from benchmarks.studies.case import Case
-from benchmarks.studies.contestants import REFERENCE, Fitted, case_of
+from benchmarks.studies.contestants import REFERENCE, Fitted
+from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import bold, paired
 from benchmarks.studies.reports.made import how_made, parameters
@@ -18,11 +19,12 @@ from benchmarks.studies.scale import Scale
 
 _IN_16_BITS = "dense, AdamW, bf16"
 _HEADINGS = [
-    "contestant", "width", "weights if dense", "bytes of text for each", "MB", "rate", "identifiers", "loss",
+    "contestant", "width", "weights if dense", "bytes of text for each", "MB", "rates", "identifiers", "loss",
     f"less {REFERENCE}", f"less {_IN_16_BITS}",
 ]  # fmt: skip
 _NOTES = (
-    "*Rate*: the best factor of the rule's rate; `<` or `>` where it lies at an end of what was tried. Differences are "
+    "*Rates*: the best factors for linear layers and for all other parameters; `<` or `>` where one lies at an end of "
+    "what was tried. Differences are "
     "paired by seed: mean and 95% interval (Student's t), in bold where the interval excludes zero; a number without "
     "an interval is one seed. *Identifiers*: the share that is predicted exactly of identifiers that stood before in "
     "the same window of held-out text. A dash is a run that is still missing."
@@ -50,20 +52,20 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     studies = records.path.parent
     page = Page(study.NAME, "Dense and sparse at equal memory", folder)
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES, _PACKAGES)
-    fitted, measured = study.models(studies), study.measured(studies)
+    results, measured = study.Results(scale, records, study.models(studies)), study.measured(studies)
     for turn in study.tables(scale):
-        rivals = [fitted[turn.budget, name] for name in turn.names if (turn.budget, name) in fitted]
+        rivals = results.rivals(turn)
         if not rivals:
             continue
         steps = scale.memory_steps[turn.place]
         largest = max(rival.total for rival in rivals)
         page.text(f"## {largest / 1e6:.1f} MB, {steps:,} steps", _text_read(scale, turn.place))
-        page.table(_HEADINGS, [_row(scale, rival, turn.place, records, fitted) for rival in rivals])
-    page.figure(_curves(scale, records, fitted), "Held-out loss over the text that was read, mean of the seeds")
+        page.table(_HEADINGS, [_row(results, rival, turn.place) for rival in rivals])
+    page.figure(_curves(results), "Held-out loss over the text that was read, mean of the seeds")
     page.text("## With activations", _PEAKS)
-    page.table(*_peaks(fitted, measured))
+    page.table(*_peaks(results.models, measured))
     page.text("## Equal time", _TIME)
-    page.table(["budget", "contestant", "time of a step", "time to the loss"], _times(scale, records, fitted, measured))
+    page.table(["budget", "contestant", "time of a step", "time to the loss"], _times(results, measured))
     page.write()
 
 
@@ -72,30 +74,38 @@ def _text_read(scale: Scale, place: int) -> str:
     return f"{read / 1e6:.1f} MB of text."
 
 
-def _row(scale: Scale, rival: Fitted, place: int, records: Records, fitted: dict[tuple[int, str], Fitted]) -> list[str]:
+def _row(results: study.Results, rival: Fitted, place: int) -> list[str]:
     weights = parameters(Case(shape=rival.shape, steps=1, rate=1e-3))
+    scale = results.scale
     text = scale.memory_steps[place] * scale.memory.batch * scale.memory.sequence / weights
-    found, losses = study.search(scale, rival, place, records), study.losses(scale, rival, place, records)
-    rate = "—" if found.best is None else f"{found.best:g}"
-    if found.best is not None and not found.inside:
-        tried = [case.rate for case in found.cases]
-        best = case_of(rival.shape, rival.name, 1, found.best).rate
-        rate = f"{'<' if best == min(tried) else '>'} {rate}"
+    losses = results.losses(rival, place)
     loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
-    others = [fitted.get((rival.budget, name)) for name in (REFERENCE, _IN_16_BITS)]
+    others = [results.models.get((rival.budget, name)) for name in (REFERENCE, _IN_16_BITS)]
     differences = [
-        bold(paired(losses, study.losses(scale, other, place, records))) if other and other != rival else ""
-        for other in others
+        bold(paired(losses, results.losses(other, place))) if other and other != rival else "" for other in others
     ]
     size = [f"{rival.shape.hidden}", f"{weights / 1e6:.2f}M", f"{text:.1f}", f"{rival.total / 1e6:.2f}"]
-    return [rival.name, *size, rate, _identifiers(scale, rival, place, found.best, records), loss, *differences]
+    found = results.search(rival, place)
+    return [rival.name, *size, _rates(found), _identifiers(results, rival, place), loss, *differences]
 
 
-def _identifiers(scale: Scale, rival: Fitted, place: int, factor: float | None, records: Records) -> str:
+def _rates(found: study.Found) -> str:
+    if found.best is None:
+        return "—"
+    return f"{_marked(found.best.linear, found.linear)}, {_marked(found.best.plain, found.plain)}"
+
+
+def _marked(factor: float, search: Search | None) -> str:
+    """Returns the factor, marked where it lies at an end of what was tried."""
+    if search is None or search.inside:
+        return f"{factor:g}"
+    return f"{'>' if search.highest == factor else '<'} {factor:g}"
+
+
+def _identifiers(results: study.Results, rival: Fitted, place: int) -> str:
     """Returns the mean over the seeds at the best rate."""
-    steps = scale.memory_steps[place]
-    keys = [case_of(rival.shape, rival.name, steps, factor, seed).key for seed in scale.seeds] if factor else []
-    shares = [records[key]["cloze"]["exact"] for key in keys if key in records and records[key]["cloze"]]
+    known = [results.records[case.key] for case in results.best_runs(rival, place) if case.key in results.records]
+    shares = [record["cloze"]["exact"] for record in known if record["cloze"]]
     return f"{100 * sum(shares) / len(shares):.1f}%" if shares else "—"
 
 
@@ -112,25 +122,19 @@ def _peaks(
     return ["budget: dense width", "contestant", *stored, *(f"peak, batch {kind}" for kind in kinds)], rows
 
 
-def _times(
-    scale: Scale,
-    records: Records,
-    fitted: dict[tuple[int, str], Fitted],
-    measured: dict[str, dict[str, dict[str, Any]]],
-) -> list[list[str]]:
+def _times(results: study.Results, measured: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
     rows = []
-    for (budget, name), rival in fitted.items():
+    for (budget, name), rival in results.models.items():
         if found := measured.get(str(budget), {}).get(name):
-            reference = fitted[budget, REFERENCE]
-            to_loss = _time_to_loss(scale, records, rival, reference, found["cost"])
+            to_loss = _time_to_loss(results, rival, found["cost"])
             rows.append([f"{budget}", name, f"{found['cost']:.2f}", to_loss])
     return rows
 
 
-def _time_to_loss(scale: Scale, records: Records, rival: Fitted, reference: Fitted, cost: float) -> str:
-    short, long = scale.memory_steps
-    target = _mean(study.losses(scale, reference, 1, records))
-    first, last = (_mean(study.losses(scale, rival, place, records)) for place in (0, 1))
+def _time_to_loss(results: study.Results, rival: Fitted, cost: float) -> str:
+    short, long = results.scale.memory_steps
+    target = _mean(results.losses(results.models[rival.budget, REFERENCE], 1))
+    first, last = (_mean(results.losses(rival, place)) for place in (0, 1))
     if target is None or first is None:
         return "—"
     if first <= target:
@@ -150,35 +154,33 @@ def _mean(losses: dict[int, float]) -> float | None:
     return sum(losses.values()) / len(losses) if losses else None
 
 
-def _curves(scale: Scale, records: Records, fitted: dict[tuple[int, str], Fitted]) -> Any:
+def _curves(results: study.Results) -> Any:
     """Draws the held-out loss within the longest runs that there are, a panel for each budget."""
-    budgets = sorted({budget for budget, _ in fitted})
+    budgets = sorted({budget for budget, _ in results.models})
     figure = new_figure(height=4.6)
     row = figure.subplots(1, len(budgets), squeeze=False)[0]
     colors = {name: f"C{place % 10}" for place, name in enumerate(study.LONG)}
     for axes, budget in zip(row, budgets, strict=True):
         for name, color in colors.items():
-            points = _curve(scale, records, fitted.get((budget, name)))
+            points = _curve(results, results.models.get((budget, name)))
             if points:
                 axes.plot(*zip(*points, strict=True), "-o" if name.startswith("d ") else "--",
                           color=color, markersize=3, label=name)  # fmt: skip
         axes.set_xscale("log")
-        tidy(axes, title=f"{fitted[budget, REFERENCE].total / 1e6:.1f} MB", xlabel="text read (MB)")
+        size = results.models[budget, REFERENCE].total / 1e6
+        tidy(axes, title=f"{size:.1f} MB", xlabel="text read (MB)")
     row[0].set_ylabel("held-out loss (nats per byte)")
     legend_above(figure, row[0], columns=4)
     return figure
 
 
-def _curve(scale: Scale, records: Records, rival: Fitted | None) -> Sequence[tuple[float, float]]:
+def _curve(results: study.Results, rival: Fitted | None) -> Sequence[tuple[float, float]]:
     """Returns (MB of text, loss) of the longest length that has runs, the mean of the seeds."""
-    a_step = scale.memory.batch * scale.memory.sequence / 1e6
+    a_step = results.scale.memory.batch * results.scale.memory.sequence / 1e6
     for place in (1, 0):
-        found = study.search(scale, rival, place, records) if rival else None
-        if rival is None or found is None or found.best is None:
-            continue
-        keys = [case_of(rival.shape, rival.name, scale.memory_steps[place], found.best, seed).key
-                for seed in scale.seeds]  # fmt: skip
-        curves = [records[key]["curve"] for key in keys if key in records and records[key]["loss"] is not None]
+        runs = results.best_runs(rival, place) if rival else []
+        known = [results.records[case.key] for case in runs if case.key in results.records]
+        curves = [record["curve"] for record in known if record["loss"] is not None]
         if curves:
             means = [(steps, [curve[i][1] for curve in curves]) for i, (steps, _) in enumerate(curves[0])]
             return [(steps * a_step, math.fsum(values) / len(values)) for steps, values in means]

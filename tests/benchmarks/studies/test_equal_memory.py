@@ -12,14 +12,15 @@ from torch import nn
 from benchmarks.measuring import storages
 from benchmarks.studies import contestants, equal_memory
 from benchmarks.studies.case import Case
-from benchmarks.studies.contestants import Fitted, case_of, shape_of, training_bytes
+from benchmarks.studies.contestants import Factors, Fitted, case_of, shape_of, training_bytes
+from benchmarks.studies.equal_memory import Results
 from benchmarks.studies.estimate import forecast, seconds
 from benchmarks.studies.optimizers import In16Bits, is_installed, make_optimizer
-from benchmarks.studies.rates import MOST_FACTORS, Search
+from benchmarks.studies.rates import MOST_FACTORS
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.equal_memory import steps_to
 from benchmarks.studies.scale import SCALES
-from benchmarks.studies.settings import RATE_TIMES_WIDTH
+from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
 from benchmarks.studies.trainer import build, build_model, two_calls
 
 SCALE = SCALES["quick"]
@@ -108,44 +109,63 @@ def record(case: Case, loss: float | None) -> dict[str, Any]:
     return {"key": case.key, "case": asdict(case), "loss": loss, "seconds": 3.0, "torch": "2.13.0"}
 
 
-def search_for(best: float, records: Records, place: int = 0) -> Search:
-    """Searches with losses that are least at the factor ``best``."""
-    while (found := equal_memory.search(SCALE, rival(), place, records)).best is None:
-        for step in range(place + 1):
-            for case in equal_memory.search(SCALE, rival(), step, records).cases:
-                if case.key not in records:
-                    factor = case.rate * SHAPE.hidden / RATE_TIMES_WIDTH
-                    records.add(record(case, abs(factor / best - best / factor)))
+def factors_of(case: Case) -> Factors:
+    assert case.plain_rate is not None
+    linear, plain = case.rate * case.shape.hidden / RATE_TIMES_WIDTH, case.plain_rate / PLAIN_RATE
+    return Factors(round(linear, 6), round(plain, 6))
+
+
+def search_for(best: Factors, records: Records, place: int = 0, model: Fitted | None = None) -> equal_memory.Found:
+    """Searches with losses that are least at the factors ``best``."""
+    smallest, model = rival(), model or rival()
+    results = Results(SCALE, records, {(each.budget, each.name): each for each in (smallest, model)})
+    while (found := results.search(model, place)).best is None:
+        searched = [results.search(each, step) for each in (smallest, model) for step in range(place + 1)]
+        for case in (case for each in searched for case in each.cases):
+            if case.key not in records:
+                pairs = zip(factors_of(case), best, strict=True)
+                records.add(record(case, sum(abs(x / y - y / x) for x, y in pairs)))
     return found
 
 
-@pytest.mark.parametrize(("best", "num"), [(1.0, 3), (0.5, 4), (4.0, 5), (0.125, 6)])
-def test_rates_are_tried_until_both_neighbours_are_worse(best: float, num: int, tmp_path: Path) -> None:
-    found = search_for(best, Records(tmp_path / "records.jsonl"))
-    assert (found.best, len(found.cases), found.inside) == (best, num, True)
+@pytest.mark.parametrize(("linear", "num"), [(1.0, 3), (0.5, 4), (4.0, 5), (0.125, 6)])
+def test_rates_are_tried_until_both_neighbours_are_worse(linear: float, num: int, tmp_path: Path) -> None:
+    found = search_for(Factors(linear, 2.0), Records(tmp_path / "records.jsonl"))
+    assert found.best == (linear, 2.0) and found.linear and found.linear.inside and found.plain and found.plain.inside
+    assert len(found.linear.cases) == num and len(found.cases) == num + 3  # those at the other rate's factor 1 are one
+    assert {factors_of(case).plain for case in found.linear.cases} == {1.0}
+    assert sorted(map(factors_of, found.plain.cases)) == [(linear, plain) for plain in (0.5, 1.0, 2.0, 4.0)]
 
 
 def test_a_search_ends_at_the_end_of_what_is_tried(tmp_path: Path) -> None:
-    found = search_for(1e6, Records(tmp_path / "records.jsonl"))
-    assert len(found.cases) == MOST_FACTORS and not found.inside and found.best == 16.0
+    found = search_for(Factors(1e6, 1.0), Records(tmp_path / "records.jsonl"))
+    assert found.linear and len(found.linear.cases) == MOST_FACTORS and not found.linear.inside
+    assert found.best == (16.0, 1.0)
 
 
-def test_the_longer_length_tries_lower_rates_alone(tmp_path: Path) -> None:
+def test_the_longer_length_tries_lower_rates_of_linear_layers_alone(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
-    search_for(1.0, records)
-    found = search_for(0.5, records, place=1)
-    assert found.best == 0.5 and found.inside
-    assert sorted(case.rate for case in found.cases) == [
-        factor * RATE_TIMES_WIDTH / SHAPE.hidden for factor in (0.25, 0.5, 1.0)
-    ]
+    search_for(Factors(1.0, 2.0), records)
+    found = search_for(Factors(0.5, 2.0), records, place=1)
+    assert found.best == (0.5, 2.0) and found.linear and found.linear.inside
+    assert sorted(map(factors_of, found.cases)) == [(linear, 2.0) for linear in (0.25, 0.5, 1.0)]
+
+
+def test_a_larger_budget_takes_the_rate_of_other_parameters_from_the_smallest(tmp_path: Path) -> None:
+    larger = replace(rival(), budget=96, shape=shape_of(SCALE, 48))
+    found = search_for(Factors(0.5, 4.0), Records(tmp_path / "records.jsonl"), model=larger)
+    assert found.best == (0.5, 4.0) and {case.shape.hidden for case in found.cases} == {48}
+    assert sorted(map(factors_of, found.cases)) == [(linear, 4.0) for linear in (0.25, 0.5, 1.0, 2.0)]
 
 
 def test_a_run_that_diverged_is_never_the_best(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
-    for case in equal_memory.search(SCALE, rival(), 0, records).cases:
-        factor = case.rate * SHAPE.hidden / RATE_TIMES_WIDTH
-        records.add(record(case, None if factor > 1 else 2 - factor))
-    assert equal_memory.search(SCALE, rival(), 0, records).best == 1.0
+    results = Results(SCALE, records, {})
+    for case in results.search(rival(), 0).cases:
+        linear = factors_of(case).linear
+        records.add(record(case, None if linear > 1 else 2 - linear))
+    found = results.search(rival(), 0).linear
+    assert found is not None and found.best == 1.0
 
 
 def test_seeds_follow_rates_and_long_runs_follow_short_ones(tmp_path: Path) -> None:
@@ -157,12 +177,13 @@ def test_seeds_follow_rates_and_long_runs_follow_short_ones(tmp_path: Path) -> N
     while missing := [case for case in equal_memory.cases(SCALE, tmp_path) if case.key not in records]:
         order.append([(case.optimizer, case.steps, case.seed) for case in missing])
         for case in missing:
-            factor = case.rate * SHAPE.hidden / RATE_TIMES_WIDTH
-            records.add(record(case, abs(factor - 1)))
+            records.add(record(case, sum(abs(factor - 1) for factor in factors_of(case))))
     assert order == [
         3 * [("adamw", 4, 0)],
+        2 * [("adamw", 4, 0)],
         [("adamw", 4, 1)],
         3 * [("galore", 4, 0)],
+        2 * [("galore", 4, 0)],
         [("galore", 4, 1)],
         2 * [("adamw", 8, 0)],
         [("adamw", 8, 1)],
