@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import equal_memory as study
-from benchmarks.studies.case import Case
-from benchmarks.studies.contestants import REFERENCE, Fitted
+from benchmarks.studies.contestants import REFERENCE, Fitted, case_of
+from benchmarks.studies.estimate import linear_weights
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import bold, paired
@@ -19,15 +19,16 @@ from benchmarks.studies.scale import Scale
 
 _IN_16_BITS = "dense, AdamW, bf16"
 _HEADINGS = [
-    "contestant", "width", "weights if dense", "bytes of text for each", "MB", "rates", "identifiers", "loss",
+    "contestant", "width", "weights", "stored", "bytes of text for each", "MB", "rates", "identifiers", "loss",
     f"less {REFERENCE}", f"less {_IN_16_BITS}",
 ]  # fmt: skip
 _NOTES = (
-    "*Rates*: the best factors for linear layers and for all other parameters; `<` or `>` where one lies at an end of "
-    "what was tried. Differences are "
-    "paired by seed: mean and 95% interval (Student's t), in bold where the interval excludes zero; a number without "
-    "an interval is one seed. *Identifiers*: the share that is predicted exactly of identifiers that stood before in "
-    "the same window of held-out text. A dash is a run that is still missing."
+    "*Weights*: those of the model, active or not; *stored*: those that have a value. Of both it is said how much "
+    "text each has read. *Rates*: the best factors for linear layers and for all other parameters; `<` or `>` where "
+    "one lies at an end of what was tried. Differences are paired by seed: mean and 95% interval (Student's t), in "
+    "bold where the interval excludes zero; a number without an interval is one seed. *Identifiers*: the share that "
+    "is predicted exactly of identifiers that stood before in the same window of held-out text. A dash: runs are "
+    "still missing."
 )
 _PACKAGES = (
     "GaLore and APOLLO are their authors' code (galore-torch, apollo-torch), 8-bit AdamW and AdamW in bf16 are "
@@ -75,16 +76,18 @@ def _text_read(scale: Scale, place: int) -> str:
 
 
 def _row(results: study.Results, rival: Fitted, place: int) -> list[str]:
-    weights = parameters(Case(shape=rival.shape, steps=1, rate=1e-3))
-    scale = results.scale
-    text = scale.memory_steps[place] * scale.memory.batch * scale.memory.sequence / weights
+    scale, case = results.scale, case_of(rival.shape, rival.name, 1)
+    weights = parameters(case)
+    stored = weights - round((1 - case.density) * linear_weights(rival.shape))
+    text = scale.memory_steps[place] * scale.memory.batch * scale.memory.sequence
     losses = results.losses(rival, place)
     loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
     others = [results.models.get((rival.budget, name)) for name in (REFERENCE, _IN_16_BITS)]
     differences = [
         bold(paired(losses, results.losses(other, place))) if other and other != rival else "" for other in others
     ]
-    size = [f"{rival.shape.hidden}", f"{weights / 1e6:.2f}M", f"{text:.1f}", f"{rival.total / 1e6:.2f}"]
+    counts = [f"{weights / 1e6:.2f}M", f"{stored / 1e6:.2f}M", f"{text / weights:.1f}, {text / stored:.1f}"]
+    size = [f"{rival.shape.hidden}", *counts, f"{rival.total / 1e6:.2f}"]
     found = results.search(rival, place)
     return [rival.name, *size, _rates(found), _identifiers(results, rival, place), loss, *differences]
 
