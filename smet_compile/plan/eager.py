@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -103,8 +104,12 @@ class EagerFollower(TorchDispatchMode):
                 self._products[_key(out)] = coefficient, term
 
     def _count_compact(self, tokens: Tensor, layout: Layout, num_active: int) -> None:
-        """Counts the active share of a product with a compact weight, or of its weight gradient."""
-        coefficient, term = self.degrees.of_product(2 * tokens.shape[0] * layout.num_weights)
+        """Counts the active share of a product with a compact weight, or of its weight gradient.
+
+        A token is multiplied by one matrix, also where there are several.
+        """
+        num_tokens, of_matrix = math.prod(tokens.shape[:-1]), layout.num_weights // layout.num_matrices
+        coefficient, term = self.degrees.of_product(2 * num_tokens * of_matrix)
         _add(self.dense_operations, term, coefficient)
         _add(self.operations, term._replace(compact=True), coefficient * num_active / layout.num_blocks)
 
@@ -144,6 +149,8 @@ def _num_operations(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
         sdpa_flop_count,
     )
 
+    if packet is _aten._grouped_mm:
+        return 2 * int(args[0].numel()) * int(args[1].shape[-1])
     if packet is _ATTENTION:
         return int(sdpa_flop_count(*(each.shape for each in args[:3])))
     if packet is _ATTENTION_BACKWARD:

@@ -44,3 +44,21 @@ def test_an_eager_step_multiplies_directly() -> None:
         unpacked = smet.plan("nano", 0.25, **options).sparse
     assert plan.operations == unpacked.operations
     assert plan.peak < unpacked.peak
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts_multiply_the_tokens_that_come_to_them(compiled: bool) -> None:
+    """A token is multiplied by the three matrices of two experts of four, in each of two layers."""
+    transformers = pytest.importorskip("transformers")
+    hidden, inner, tokens, words = 32, 48, 2 * 16, 64
+    config = transformers.MixtralConfig(
+        vocab_size=words, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2, experts_implementation="grouped_mm",
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    plan = smet.plan(model, 0.25, block_shape=8, batch=2, sequence=16, compiled=compiled)
+    layers = 6 * tokens * 2 * (4 * hidden**2 + 2 * 3 * hidden * inner)
+    others = 6 * tokens * (2 * 4 * hidden + words * hidden) + 2 * (2 + 5) * 2 * hidden * 2 * 16**2
+    rotary = pytest.approx(0, abs=1000)
+    assert plan.dense.operations - (layers + others) == rotary
+    assert plan.sparse.operations - (layers / 4 + others) == rotary
