@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from smet_compile.format import arguments
+from smet_compile.ops.tile_speed import tile_speed
 from smet_compile.optim.parameters import Parameter, describe_parameters
 from smet_compile.plan.advantage import Advantage
 from smet_compile.plan.run import PlannedRun
@@ -18,8 +19,6 @@ from smet_compile.plan.scaling_law import FITTED_DENSITIES, FITTED_TOKENS, FITTE
 from smet_compile.plan.stored import Recipe, Stored, bytes_of
 from smet_compile.plan.timeline import Amount
 
-TILE_EFFICIENCY = 0.7
-"""The rate of products with tiles over that of dense products, where none is given. No card has confirmed it."""
 _PRODUCTS, _OPERATIONS_OF_A_PRODUCT = 3, 2
 """A linear layer multiplies forward and for two gradients; each weight is multiplied and added for every token."""
 _Described = tuple[Stored, Parameter]
@@ -152,10 +151,11 @@ def compare_at_equal_bytes(run: PlannedRun, batch: int, tokens: float, sparse_ef
 
     Raises ValueError for a model without linear layers.
     """
-    layout = next(iter(run.sites.values())).layout
+    first = next(iter(run.sites.values()))
+    layout = first.layout
     blocks = "tiles" if layout.tiles else "single weights" if layout.single_weights else "runs"
     if layout.tiles and sparse_efficiency is None:
-        sparse_efficiency = TILE_EFFICIENCY
+        sparse_efficiency = tile_speed(first.values.dtype, layout)
     described = list(zip(run.stored(), describe_parameters(run.model).values(), strict=True))
     layers = [stored for stored, known in described if _is_layer(known)]
     num_in_layers = sum(each.num_weights for each in layers)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.format import Layout
+from smet_compile.ops.kernels.triton import supports
 from smet_compile.plan.equal_bytes import ByWidth, EqualBytes, Operations, count_text
 from smet_compile.plan.stored import resident_bytes
 
@@ -79,16 +81,28 @@ def test_operations_by_hand() -> None:
 
 def test_the_time_of_tiles_and_of_single_weights() -> None:
     layers, head = 3 * WIDTH**2, WORDS * WIDTH
-    tiles, single = planned(), planned(block_shape=1)
+    tiles, single = planned(block_shape=16), planned(block_shape=1)
     dense = layers * tiles.width**2 + head * tiles.width
-    assert tiles.blocks == "tiles" and tiles.sparse_efficiency == 0.7
-    assert tiles.advantage.time_ratio == pytest.approx((layers / 4 / 0.7 + head) / dense)
-    faster = planned(sparse_efficiency=0.9)
+    assert tiles.blocks == "tiles" and tiles.sparse_efficiency == 0.5
+    assert tiles.advantage.time_ratio == pytest.approx((layers / 4 / 0.5 + head) / dense)
+    faster = planned(block_shape=16, sparse_efficiency=0.9)
     assert faster.advantage.time_ratio == pytest.approx((layers / 4 / 0.9 + head) / dense)
     dense = layers * single.width**2 + head * single.width
     assert single.blocks == "single weights" and single.sparse_efficiency is None
     assert single.advantage.time_ratio == pytest.approx((layers + head) / dense)
     assert planned(block_shape=1, sparse_efficiency=0.5).advantage.time_ratio < single.advantage.time_ratio
+    narrow = planned(block_shape=8)
+    assert narrow.blocks == "tiles" and narrow.sparse_efficiency is None, "no kernel multiplies them as tiles"
+
+
+def test_the_assumed_speed_of_tiles_is_that_by_which_kernels_are_chosen() -> None:
+    """So the plan and the choice of kernels cannot contradict each other."""
+    for block_shape, dtype, expected in ((64, "bfloat16", 0.4), ((128, 256), "bfloat16", 0.55), (64, "float32", 0.5)):
+        model = smet.plan("60m", 0.25, block_shape=block_shape, dtype=dtype, batch=1, compiled=False, tokens=1e9)
+        assert model.equal_bytes is not None and model.equal_bytes.sparse_efficiency == expected
+        layout, stored = Layout.of((512, 512), (64, 64) if block_shape == 64 else (128, 256)), getattr(torch, dtype)
+        assert supports.tiles_are_profitable(stored, layout, expected - 0.01)
+        assert not supports.tiles_are_profitable(stored, layout, expected)
 
 
 def test_sparse_products_are_never_slower_than_those_of_the_twin() -> None:
@@ -221,7 +235,8 @@ def test_the_plan_prints_it_only_when_asked() -> None:
 
 
 def test_the_lines_say_the_side_and_what_is_assumed() -> None:
-    table = smet.plan("1b", 0.25, block_shape=64, batch=1, compiled=False, tokens=8e9).equal_bytes_table().splitlines()
+    options: dict[str, Any] = {"batch": 1, "compiled": False, "tokens": 8e9, "sparse_efficiency": 0.7}
+    table = smet.plan("1b", 0.25, block_shape=64, **options).equal_bytes_table().splitlines()
     assert "times as wide" in table[0] and table[0].endswith("weights for 1.27B at density 0.25")
     assert table[2].split()[:2] == ["equal", "tokens"] and table[2].endswith("sparse is ahead")
     assert table[3].split()[:2] == ["equal", "time"] and table[3].endswith("too close to tell")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smet_compile.format import Layout
+from smet_compile.ops.tile_speed import tile_speed
 
 OPS = ("masked_matmul", "sampled_matmul", "unpack", "pack")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,21 +120,10 @@ def on_device(kernel: Any, device: torch.device) -> Any:
     return kernel if device.type == "cpu" or _has_one_gpu() else _OnDevice(kernel, device)
 
 
-_EFFICIENCY = {128: 0.55, 64: 0.40, 32: 0.20, 16: 0.10}
-"""Speed of products of tiles per useful operation over that of a dense product, by the narrower side of a tile.
-
-By arithmetic, for Hopper: products are bound by what they read from the L2 cache. No card has confirmed it yet.
-"""
-_EFFICIENCY_WITHOUT_TENSOR_CORES = 0.5
-"""A guess for fp32: arithmetic bounds both products, and the vendor's is the better one."""
-
-
 def tiles_are_profitable(dtype: torch.dtype, layout: Layout, density: float) -> bool:
     """Tells whether multiplying active tiles alone is faster than a dense product with the expanded weight."""
-    side = max((known for known in _EFFICIENCY if known <= min(layout.block_shape)), default=None)
-    if side is None:
-        return False
-    return density < (_EFFICIENCY[side] if dtype.itemsize == 2 else _EFFICIENCY_WITHOUT_TENSOR_CORES)
+    speed = tile_speed(dtype, layout)
+    return speed is not None and density < speed
 
 
 class MaskedSizes(NamedTuple):
