@@ -162,7 +162,7 @@ def _curves(results: study.Results) -> Any:
     budgets = sorted({budget for budget, _ in results.models})
     figure = new_figure(height=4.6)
     row = figure.subplots(1, len(budgets), squeeze=False)[0]
-    colors = {name: f"C{place % 10}" for place, name in enumerate(study.LONG)}
+    colors = {name: f"C{place % 10}" for place, name in enumerate(study.FIRST)}
     for axes, budget in zip(row, budgets, strict=True):
         for name, color in colors.items():
             points = _curve(results, results.models.get((budget, name)))

@@ -168,7 +168,7 @@ def test_a_run_that_diverged_is_never_the_best(tmp_path: Path) -> None:
     assert found is not None and found.best == 1.0
 
 
-def test_seeds_follow_rates_and_long_runs_follow_short_ones(tmp_path: Path) -> None:
+def test_seeds_follow_rates_and_turns_follow_one_another(tmp_path: Path) -> None:
     names = ("dense, AdamW, fp32", "dense, GaLore, bf16")
     path = tmp_path / f"{equal_memory.NAME}.jsonl"
     models = [asdict(replace(rival(name), shape=SHAPE)) for name in names]
@@ -182,11 +182,11 @@ def test_seeds_follow_rates_and_long_runs_follow_short_ones(tmp_path: Path) -> N
         3 * [("adamw", 4, 0)],
         2 * [("adamw", 4, 0)],
         [("adamw", 4, 1)],
+        2 * [("adamw", 8, 0)],
+        [("adamw", 8, 1)],
         3 * [("galore", 4, 0)],
         2 * [("galore", 4, 0)],
         [("galore", 4, 1)],
-        2 * [("adamw", 8, 0)],
-        [("adamw", 8, 1)],
     ]
 
 
