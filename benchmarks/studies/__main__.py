@@ -71,7 +71,9 @@ STUDIES = {
     sizes.NAME: _plain(sizes.cases, sizes_page.write),
     longer.NAME: Study(longer.cases, longer_page.write, longer.prepare, run=run_race, workers=1),
     quality.NAME: _plain(quality.cases, quality_page.write),
-    equal_memory.NAME: Study(equal_memory.cases, equal_memory_page.write, equal_memory.prepare, equal_memory.measure),
+    equal_memory.NAME: Study(
+        equal_memory.cases, equal_memory_page.write, equal_memory.prepare, equal_memory.measure, seeds=5
+    ),
     equal_time.NAME: Study(equal_time.cases, equal_time_page.write, equal_time.prepare),
     sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
     moments.NAME: _plain(moments.cases, differences.write_moments),
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--workers", type=int, help="processes at once, one thread each (2; topology, longer: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new run after so long")
-    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology, spikes: 5)")
+    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology, spikes, equal_memory: 5)")
     parser.add_argument("--folder", type=Path, default=PAGES, help="of the pages; records are in its folder studies/")
     options = parser.parse_args()
     folder = options.folder / "studies"

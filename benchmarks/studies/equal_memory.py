@@ -5,8 +5,9 @@ dense models with the optimizers that people use to save memory, and sparse mode
 fits, three layers deep; bytes are counted from tensors. All read the same text: 512 bytes a step in windows of 256.
 Peak rates are factors of .106 / (d · width) for linear layers, and then of .004 for all other parameters. Each is tried
 by twos until a lower and a higher one are worse, in one seed at the shorter length; larger budgets take the second from
-the smallest. At the longer length half the first is tried too.
-Sparse AdamW runs move their topology as the defaults do; those with SCALE, whose weights have no age, are static.
+the smallest. At the longer length half the first is tried too. Contestants that run there have five seeds, others
+three. Sparse AdamW runs move their topology as the defaults do; those with SCALE, whose weights have no age, are
+static.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ class Results:
     def best_runs(self, rival: Fitted, place: int) -> list[Case]:
         """Returns the runs at the best rates, one for each seed; none while the rates are not known."""
         best, steps = self.search(rival, place).best, self.scale.memory_steps[place]
-        return [] if best is None else [case_of(rival.shape, rival.name, steps, best, s) for s in self.scale.seeds]
+        seeds = self.scale.many_seeds if rival.name in LONG else self.scale.seeds
+        return [] if best is None else [case_of(rival.shape, rival.name, steps, best, seed) for seed in seeds]
 
     def losses(self, rival: Fitted, place: int) -> dict[int, float]:
         """Returns the losses at the best rates by seed, of the seeds that ended."""

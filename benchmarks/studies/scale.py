@@ -38,7 +38,7 @@ class Scale:
         memory: of `equal_memory`, whose width each contestant sets. memory_steps: its lengths, shorter ones first.
         timed: of `equal_time`, and the dense model's steps there.
         budgets, widest: widths of the dense models that set the budgets there, and the largest it tries.
-        seeds: of most studies. many_seeds: of what a conclusion about spikes rests on.
+        seeds: of most studies. many_seeds: of what conclusions about spikes and equal memory rest on.
         eager: without compiler.
     """
 
