@@ -158,33 +158,33 @@ def _mean(losses: dict[int, float]) -> float | None:
 
 
 def _curves(results: study.Results) -> Any:
-    """Draws the held-out loss within the longest runs that there are, a panel for each budget."""
+    """Draws the held-out loss within the longest runs that a budget has, a panel for each."""
     budgets = sorted({budget for budget, _ in results.models})
     figure = new_figure(height=4.6)
     row = figure.subplots(1, len(budgets), squeeze=False)[0]
     colors = {name: f"C{place % 10}" for place, name in enumerate(study.FIRST)}
     for axes, budget in zip(row, budgets, strict=True):
-        for name, color in colors.items():
-            points = _curve(results, results.models.get((budget, name)))
-            if points:
+        place = max((turn.place for turn in study.tables(results.scale) if turn.budget == budget), default=0)
+        rivals = {name: results.models[budget, name] for name in colors if (budget, name) in results.models}
+        while place and not any(_curve(results, rival, place) for rival in rivals.values()):
+            place -= 1
+        for name, rival in rivals.items():
+            if points := _curve(results, rival, place):
                 axes.plot(*zip(*points, strict=True), "-o" if name.startswith("d ") else "--",
-                          color=color, markersize=3, label=name)  # fmt: skip
-        axes.set_xscale("log")
+                          color=colors[name], markersize=3, label=name)  # fmt: skip
         size = results.models[budget, REFERENCE].total / 1e6
-        tidy(axes, title=f"{size:.1f} MB", xlabel="text read (MB)")
+        tidy(axes, title=f"{size:.1f} MB, runs of {results.scale.memory_steps[place]:,} steps", xlabel="text read (MB)")
     row[0].set_ylabel("held-out loss (nats per byte)")
     legend_above(figure, row[0], columns=4)
     return figure
 
 
-def _curve(results: study.Results, rival: Fitted | None) -> Sequence[tuple[float, float]]:
-    """Returns (MB of text, loss) of the longest length that has runs, the mean of the seeds."""
+def _curve(results: study.Results, rival: Fitted, place: int) -> Sequence[tuple[float, float]]:
+    """Returns (MB of text, loss) within the runs of a length, the mean of the seeds."""
     a_step = results.scale.memory.batch * results.scale.memory.sequence / 1e6
-    for place in (1, 0):
-        runs = results.best_runs(rival, place) if rival else []
-        known = [results.records[case.key] for case in runs if case.key in results.records]
-        curves = [record["curve"] for record in known if record["loss"] is not None]
-        if curves:
-            means = [(steps, [curve[i][1] for curve in curves]) for i, (steps, _) in enumerate(curves[0])]
-            return [(steps * a_step, math.fsum(values) / len(values)) for steps, values in means]
-    return []
+    known = [results.records[case.key] for case in results.best_runs(rival, place) if case.key in results.records]
+    curves = [record["curve"] for record in known if record["loss"] is not None]
+    if not curves:
+        return []
+    means = [(steps, [curve[i][1] for curve in curves]) for i, (steps, _) in enumerate(curves[0])]
+    return [(steps * a_step, math.fsum(values) / len(values)) for steps, values in means]
