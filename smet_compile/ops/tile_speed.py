@@ -7,7 +7,7 @@ import torch
 from smet_compile.format import Layout
 
 _BY_SIDE = {128: 0.55, 64: 0.40, 32: 0.20, 16: 0.10}
-"""By the narrower side of a tile, by arithmetic, for Hopper: products are bound by what they read from the L2 cache."""
+"""Holds speeds by the narrower side of a tile, from arithmetic for Hopper: reads from L2 bound the products."""
 _WITHOUT_TENSOR_CORES = 0.5
 """A guess for fp32: arithmetic bounds both products, and the vendor's is the better one."""
 
