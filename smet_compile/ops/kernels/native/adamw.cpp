@@ -6,10 +6,9 @@
 
 #include "ages.h"
 #include "codes.h"
+#include "stored.h"
 
 namespace {
-
-enum Kind : int64_t { FP32 = 0, BF16 = 1, CODES = 2 };
 
 constexpr int64_t AT_ONCE = 256, LARGE = 256;  // entries; blocks of LARGE or more are updated one by one
 
@@ -27,8 +26,6 @@ struct Update {
     int64_t first_place;        // of a shard of a plain parameter
     double rate, beta1, beta2, eps, weight_decay;
 };
-
-inline bool is_finite(float x) { return (bits_of(x) & 0x7F800000) != 0x7F800000; }
 
 // θ ← θ - (step · m / (√(v · unbias) + ε) + decay · θ), where step is the rate over one bias correction, unbias one over
 // the other, and decay the rate times λ. They depend on a block's age: see Rule.
@@ -102,12 +99,6 @@ int64_t move_each(
     return finite;
 }
 
-bool all_finite(int64_t n, const float* grad) {
-    int32_t finite = 0;
-    for (int64_t i = 0; i < n; i++) finite += is_finite(grad[i]);
-    return finite == n;
-}
-
 // Memory for one unit of work, in a core's cache.
 struct Scratch {
     std::vector<float> grad, w, m, v, step, unbias, decay;
@@ -116,14 +107,6 @@ struct Scratch {
     explicit Scratch(int64_t n)
         : grad(n), w(n), m(n), v(n), step(n), unbias(n), decay(n), places(n + BEHIND) {}
 };
-
-// Returns the numbers first ... first + n as fp32: in place if they are fp32, else widened into `scratch`.
-float* widened(void* storage, int64_t kind, int64_t first, int64_t n, float* scratch) {
-    if (kind == FP32) return (float*)storage + first;
-    const auto* from = (const uint16_t*)storage + first;
-    for (int64_t i = 0; i < n; i++) scratch[i] = widen(from[i]);
-    return scratch;
-}
 
 struct Worker {
     const Update& u;

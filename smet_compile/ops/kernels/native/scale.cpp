@@ -7,10 +7,9 @@
 #include <vector>
 
 #include "noise.h"
+#include "stored.h"
 
 namespace {
-
-enum Kind : int64_t { FP32 = 0, BF16 = 1 };
 
 constexpr int64_t NUM_PARTS = 16;  // of the lines, whose squares add up in this order with any number of threads
 
@@ -24,22 +23,6 @@ struct Update {
     int64_t units_are_columns, weight_kind, moment_kind, rounds, seed;
     double rate, momentum, weight_decay;
 };
-
-inline bool is_finite(float x) { return (bits_of(x) & 0x7F800000) != 0x7F800000; }
-
-bool all_finite(int64_t n, const float* x) {
-    int32_t finite = 0;
-    for (int64_t i = 0; i < n; i++) finite += is_finite(x[i]);
-    return finite == n;
-}
-
-// Returns the numbers first ... first + n as fp32: in place if they are fp32, else widened into `scratch`.
-float* widened(void* storage, int64_t kind, int64_t first, int64_t n, float* scratch) {
-    if (kind == FP32) return (float*)storage + first;
-    const auto* from = (const uint16_t*)storage + first;
-    for (int64_t i = 0; i < n; i++) scratch[i] = widen(from[i]);
-    return scratch;
-}
 
 // Memory for one piece of work, in a core's cache.
 struct Scratch {
