@@ -19,11 +19,11 @@ from smet_compile.ops.optimizers import find_optimizers, registered_holders
 from smet_compile.ops.sites import is_sparsified
 from smet_compile.optim import ActiveAdamW, ActiveOptimizer
 from smet_compile.optim.options import CommonOptions
+from smet_compile.plan.shapes import empty_copy
 from smet_compile.runtime import TopologyManager
 from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 
 _PREFIX = "smet/"
-_OF_THE_MODEL = ("density_schedule", "ablation_threshold")
 _ADDED_OTHERWISE = (
     "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)] or add_callback; make "
     "the Trainer without it, then call sparse_training(trainer, density=...)"
@@ -72,16 +72,16 @@ def sparse_training(
             f"export: expected a Hugging Face model, got {type(trainer.model).__name__}; leave it out, and call "
             "smet.export_dense(model) after training"
         )
-    managed = {name: value for name, value in options.items() if name in _options_of(TopologyManager)}
-    if "total_steps" not in managed:
-        managed["total_steps"] = _num_steps(trainer)
+    if "total_steps" not in options:
+        options["total_steps"] = _num_steps(trainer)
     if density is not None:
-        _rehearse(trainer, optimizer_class, options, managed)
-        own = {name: value for name, value in options.items() if name in _options_of(sparsify)}
-        sparsify(trainer.model, density, **own)
-    if trainer.optimizer is None:
-        _make_optimizer(trainer, optimizer_class, options)
-    manager = TopologyManager(trainer.model, trainer.optimizer, **managed)
+        _rehearse(trainer, optimizer_class, options, density)
+        _sparsify(trainer.model, density, options)
+    if trainer.optimizer is None and _is_active(optimizer_class):
+        trainer.optimizer = _active_optimizer(trainer, trainer.model, optimizer_class, options)
+    elif trainer.optimizer is None:
+        trainer.create_optimizer()
+    manager = _make_manager(trainer.model, trainer.optimizer, options)
     if manager.settings["density_schedule"] is not None:
         trainer.model.register_load_state_dict_pre_hook(_take_stage)
     callback = SmetCallback(manager, export)
@@ -249,19 +249,28 @@ def _options_of(called: Any) -> set[str]:
     return (names | (set(CommonOptions.__annotations__) if is_optimizer else set())) - given
 
 
-def _rehearse(trainer: Trainer, optimizer_class: Any, options: dict[str, Any], of_manager: dict[str, Any]) -> None:
-    """Makes optimizer and manager of a small model, so that wrong options are refused while the trainer's is dense.
-
-    What depends on the model itself is refused later: density stages, ablation, a drop fraction that is too large.
-    """
+def _rehearse(trainer: Trainer, optimizer_class: Any, options: dict[str, Any], density: float) -> None:
+    """Does all of it with a copy of the model without weights, so that what is wrong is refused while it is dense."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small = sparsify(nn.Sequential(nn.Linear(32, 32, bias=False)), 0.1)
-        optimizer: Any = torch.optim.AdamW(small.parameters())
+        model = empty_copy(trainer.model)
+        _sparsify(model, density, options)
+        for site in find_sites(model).values():
+            site.compact.register_buffer("topology", torch.zeros_like(site.compact.topology, device="cpu"))
         if _is_active(optimizer_class):
-            optimizer = optimizer_class(small, **_options_of_optimizer(trainer, optimizer_class, options))
-        known = {name: value for name, value in of_manager.items() if name not in _OF_THE_MODEL}
-        TopologyManager(small, optimizer, **known)
+            optimizer = _active_optimizer(trainer, model, optimizer_class, options)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters())
+        _make_manager(model, optimizer, options)
+
+
+def _sparsify(model: Any, density: float, options: dict[str, Any]) -> None:
+    sparsify(model, density, **{name: value for name, value in options.items() if name in _options_of(sparsify)})
+
+
+def _make_manager(model: Any, optimizer: Any, options: dict[str, Any]) -> TopologyManager:
+    own = {name: value for name, value in options.items() if name in _options_of(TopologyManager)}
+    return TopologyManager(model, optimizer, **own)
 
 
 def _options_of_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -276,20 +285,16 @@ def _options_of_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[
     return chosen | {name: value for name, value in options.items() if name in names}
 
 
-def _make_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[str, Any]) -> None:
-    """Gives the trainer its optimizer, now instead of in ``train()``."""
-    if not _is_active(optimizer_class):
-        trainer.create_optimizer()
-        return
-    args, model = trainer.args, trainer.model
+def _active_optimizer(trainer: Trainer, model: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
+    """Returns the optimizer that the trainer would make in ``train()``, for a model that is its own or a copy."""
     decaying = set(trainer.get_decay_parameter_names(model))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in named if (name in decaying) is decays], "weight_decay": decay}
-        for decays, decay in ((True, args.weight_decay), (False, 0.0))
+        for decays, decay in ((True, trainer.args.weight_decay), (False, 0.0))
     ]
     chosen = _options_of_optimizer(trainer, optimizer_class, options) | {"model": model}
-    trainer.optimizer = optimizer_class([group for group in groups if group["params"]], **chosen)
+    return optimizer_class([group for group in groups if group["params"]], **chosen)
 
 
 def _num_steps(trainer: Trainer) -> int:

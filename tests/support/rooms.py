@@ -59,7 +59,8 @@ ROOMS = {
         "it makes a step without memory and counts what that comes to; nothing below asks what a run will cost",
     ),
     "integrations": Room(
-        {"api", "convert", "runtime", "optim", "ops", "format"}, "each file fits the library into one other tool"
+        {"api", "convert", "runtime", "optim", "plan", "ops", "format"},
+        "each file fits the library into one other tool",
     ),
     "hub": Room(
         {"api", "convert", "runtime", "ops", "format", "shards"},
