@@ -1,5 +1,6 @@
 """Newcomers are protected until ``min_age``, and events say how many are dropped as soon as they can be."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.runtime.advice import warn_of_newcomers
 from tests.runtime.setting import make
 from tests.support.masked import masks_of
 from tests.support.training import train
@@ -65,11 +67,21 @@ def test_events_count_newcomers_survivors_and_movement(min_age: int) -> None:
     assert total.num_newcomers_dropped > 0 and total.num_surviving_earlier > 0
 
 
-def test_most_of_what_is_dropped_is_new_warns_once() -> None:
+def test_nearly_all_that_is_dropped_is_new_warns_once() -> None:
     model, optimizer, manager = make(min_age=0)
     with pytest.warns(UserWarning, match=r"of 38 blocks.*newcomers.*min_age \(now 0 steps\)") as caught:
         train(model, optimizer, manager, steps=30)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(("num_newcomers", "warns"), [(0, False), (80, False), (89, False), (90, True), (100, True)])
+def test_newcomers_that_go_again_warn_where_they_are_nearly_all(num_newcomers: int, warns: bool) -> None:
+    event, _, _ = next(follow(30))
+    site = dataclasses.replace(event.sites[NAMES[0]], num_dropped=100, num_newcomers_dropped=num_newcomers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert warn_of_newcomers(dataclasses.replace(event, sites={NAMES[0]: site}), min_age=6) is warns
+    assert len(caught) == warns
 
 
 def test_an_update_may_find_fewer_blocks_than_it_asks_for() -> None:
