@@ -22,8 +22,8 @@ from smet_compile.format import arguments
 from smet_compile.integrations.options import split_options
 from smet_compile.ops import find_sites
 from smet_compile.runtime import TopologyManager
+from smet_compile.runtime.metrics import LOGGED
 
-_PREFIX = "smet/"
 _MANAGER = "manager"
 
 
@@ -138,7 +138,7 @@ class SparseTraining(Callback):
         self.manager.step()
         every = int(getattr(trainer, "log_every_n_steps", 0))
         if every > 0 and not trainer.barebones and self.manager.num_steps % every == 0:
-            numbers = {f"{_PREFIX}{name}": value for name, value in self.manager.metrics().items()}
+            numbers = self.manager.metrics(LOGGED)
             pl_module.log_dict(numbers, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,8 +25,8 @@ from smet_compile.integrations.options import split_options
 from smet_compile.ops import find_sites
 from smet_compile.optim import ActiveAdamW
 from smet_compile.runtime import TopologyManager
+from smet_compile.runtime.metrics import LOGGED
 
-_PREFIX = "smet/"
 _KEY = "topology_manager"
 _ACTIVE = "ActiveAdamW"
 _BACKENDS = ("partial_dtensor", "spmd_types")
@@ -157,7 +157,7 @@ class SparseMetrics(MetricsProcessor):
 
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
         manager = getattr(self.optimizers, "manager", None)
-        numbers = {} if manager is None else {f"{_PREFIX}{name}": value for name, value in manager.metrics().items()}
+        numbers = {} if manager is None else manager.metrics(LOGGED)
         super().log(*args, extra_metrics={**(extra_metrics or {}), **numbers}, **kwargs)
 
 

@@ -21,9 +21,9 @@ from smet_compile.optim import ActiveAdamW, ActiveOptimizer
 from smet_compile.optim.options import CommonOptions
 from smet_compile.plan.shapes import empty_copy
 from smet_compile.runtime import TopologyManager
+from smet_compile.runtime.metrics import LOGGED
 from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 
-_PREFIX = "smet/"
 _ADDED_OTHERWISE = (
     "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)] or add_callback; make "
     "the Trainer without it, then call sparse_training(trainer, density=...)"
@@ -126,7 +126,7 @@ class SmetCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Adds the numbers of the topology to what is logged."""
         if logs is not None and "loss" in logs:
-            numbers = {f"{_PREFIX}{name}": value for name, value in self.manager.metrics().items()}
+            numbers = self.manager.metrics(LOGGED)
             logs.update(numbers)
             if state.log_history:
                 state.log_history[-1].update(numbers)

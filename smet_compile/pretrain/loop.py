@@ -31,6 +31,7 @@ from smet_compile.pretrain.training import (
     validation_loss,
 )
 from smet_compile.pretrain.world import OtherRankError, World, open_world
+from smet_compile.runtime.metrics import LOGGED
 
 Stop = Callable[[], bool]
 SPEED_MEMORY = 0.9
@@ -188,7 +189,7 @@ class StepLoop:
                 log.write("topology", step, event=event_values(event))
                 self._density = active_fraction(training)
                 if config.log != "none" and training.manager is not None:
-                    log.track(step, {f"smet/{name}": value for name, value in training.manager.metrics().items()})
+                    log.track(step, training.manager.metrics(LOGGED))
                 self._dead_units.check(training.model)
             next_update = training.manager.next_update if training.manager else None
             self._progress.update(Status(step, loss, self._speed, self._density, next_update))

@@ -35,7 +35,6 @@ from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
 from smet_compile.runtime.in_optimizer import InOptimizer
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
-from smet_compile.runtime.metrics import flat_metrics
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.policies import DropName, GrowName, Policy
 from smet_compile.runtime.resizing import choose_resize
@@ -315,14 +314,6 @@ class TopologyManager(SavedManager, ShownManager):
         if event is not None and stage is None and not self._warned_of_newcomers:
             self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
         return event
-
-    def metrics(self) -> dict[str, float]:
-        """Returns numbers to log: density, bytes of compact weights, steps, updates, and fractions of the last update.
-
-        The fractions are those of ``SiteEvent``, for all weights together. Skipped blocks are those of this rank's
-        optimizers; reading them waits for the device.
-        """
-        return flat_metrics(self.sites, self.history, self.num_steps, self.optimizers)
 
     def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""

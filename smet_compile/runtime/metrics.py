@@ -13,6 +13,9 @@ from smet_compile.runtime.history import FRACTIONS, TopologyEvent
 from smet_compile.runtime.optimizer_steps import read_scalars
 from smet_compile.shards import local
 
+LOGGED = "smet/"
+"""What the names of numbers begin with in the logs of trainers."""
+
 
 def flat_metrics(
     sites: Mapping[str, Site], history: list[TopologyEvent], num_steps: int, optimizers: Iterable[Any]

@@ -1,4 +1,4 @@
-"""Shows a topology manager in notebooks: its settings, and what each update did."""
+"""Shows a topology manager: its numbers for whoever logs them, its settings and updates in notebooks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from smet_compile.notebook import frame_of, html_lines, html_table, html_view
 from smet_compile.ops import Site
 from smet_compile.runtime.history import FRACTIONS, TopologyEvent
+from smet_compile.runtime.metrics import flat_metrics
 
 _HEADINGS = {
     "step": "step",
@@ -36,6 +37,22 @@ class ShownManager:
     @property
     def next_update(self) -> int | None:
         raise NotImplementedError
+
+    @property
+    def optimizers(self) -> list[Any]:
+        raise NotImplementedError
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Returns numbers to log: density, bytes of compact weights, steps, updates, and fractions of the last update.
+
+        The fractions are those of ``SiteEvent``, for all weights together. Skipped blocks are those of this rank's
+        optimizers; reading them waits for the device.
+
+        Args:
+            prefix: what each name begins with; integrations log with "smet/".
+        """
+        found = flat_metrics(self.sites, self.history, self.num_steps, self.optimizers)
+        return {f"{prefix}{name}": value for name, value in found.items()}
 
     def to_pandas(self) -> Any:
         """Returns a ``DataFrame`` with a row for each update; a list of dicts where pandas is not installed.

@@ -76,7 +76,9 @@ def test_compact_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
         site.values.nbytes + site.compact.topology.nbytes + sum(each.nbytes for each in state[site.values].values())
         for site in sites
     )
-    assert callback.manager.metrics()["compact_bytes"] == expected > 3 * 4 * sum(site.num_active for site in sites)
+    numbers = callback.manager.metrics()
+    assert numbers["compact_bytes"] == expected > 3 * 4 * sum(site.num_active for site in sites)
+    assert callback.manager.metrics("a/") == {f"a/{name}": value for name, value in numbers.items()}
 
 
 @pytest.mark.slow
