@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.ratios import Clock, in_turns
 from benchmarks.studies.case import Case
+from benchmarks.studies.products import fast_products
 from benchmarks.studies.trainer import build, compiled, two_calls
 
 _REPEATS = 15
@@ -26,5 +27,7 @@ def step_costs(cases: Sequence[Case], eager: bool) -> list[float]:
         step = two_calls(trainee.model, trainee.optimizer) if eager else compiled(trainee)
         tokens = torch.randint(256, (case.shape.batch, case.shape.sequence), device=case.shape.device)
         works.append(lambda step=step, tokens=tokens: step({"input_ids": tokens, "labels": tokens}))
-    pairs = in_turns(works[0], works[1:], _REPEATS, Clock(torch.device(cases[0].shape.device)), warmup=3)
+    device = cases[0].shape.device
+    with fast_products(device):
+        pairs = in_turns(works[0], works[1:], _REPEATS, Clock(torch.device(device)), warmup=3)
     return [1.0, *(statistics.median(pair.costs) for pair in pairs)]

@@ -18,6 +18,7 @@ from benchmarks.studies.cloze import Cloze
 from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.optimizers import DTYPES, make_optimizer
 from benchmarks.studies.probe import Probe
+from benchmarks.studies.products import fast_products
 from benchmarks.studies.scattered import scatter
 
 FINAL_RATE = 0.1
@@ -122,6 +123,11 @@ def train(case: Case, eager: bool = False) -> dict:
 
     A run whose loss is no longer finite ends there, with the loss None: that is its result.
     """
+    with fast_products(case.shape.device):
+        return _train(case, eager)
+
+
+def _train(case: Case, eager: bool) -> dict:
     torch._dynamo.reset()
     corpus, trainee = corpus_of(case), build(case)
     step_fn = two_calls(trainee.model, trainee.optimizer) if eager else compiled(trainee)
