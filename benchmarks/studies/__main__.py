@@ -6,6 +6,7 @@ A study that was stopped goes on where it was: every finished run is a line of `
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Study:
     write: Callable[[Records, Scale, Path], None]
     prepare: Callable[[Scale, Path], None] = lambda scale, folder: None
     measure: Callable[[Scale, Path], None] = lambda scale, folder: None
-    run: Callable[[Sequence[Any], Records, int, float, bool], None] = run
+    run: Callable[[Callable[[], Sequence[Any]], Records, int, float, bool], None] = run
     workers: int = 2
     seeds: int = 3
 
@@ -102,11 +103,9 @@ def main() -> None:
         records = Records(folder / f"{name}.jsonl")
         study.prepare(scale, folder)
         end, workers = time.monotonic() + 60 * options.minutes, options.workers or study.workers
-        cases: list[Any] = []
-        while (found := _chosen(study, scale, folder, options.seeds)) != cases:  # rates may decide what is run next
-            cases = found
-            print(f"{name}: {forecast(cases, records, workers)}", flush=True)
-            study.run(cases, records, workers, (end - time.monotonic()) / 60, scale.eager)
+        chosen = functools.partial(_chosen, study, scale, folder, options.seeds)
+        print(f"{name}: {forecast(chosen(), records, workers)}", flush=True)
+        study.run(chosen, records, workers, options.minutes, scale.eager)
         if time.monotonic() < end:
             study.measure(scale, folder)
         study.write(records, scale, options.folder)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -106,11 +106,16 @@ def race(cases: Sequence[Case], points: int, eager: bool = False) -> list[dict]:
 
 
 def run_race(
-    cases: Sequence[Case], records: Records, workers: int, minutes: float = float("inf"), eager: bool = False
+    cases: Callable[[], Sequence[Case]],
+    records: Records,
+    workers: int,
+    minutes: float = float("inf"),
+    eager: bool = False,
 ) -> None:
     """Trains all cases together on one thread, unless every one has a record or ``minutes`` is 0."""
-    if minutes > 0 and not all(case.key in records for case in cases):
-        add_race(cases, records, NUM_POINTS, eager)
+    found = cases()
+    if minutes > 0 and not all(case.key in records for case in found):
+        add_race(found, records, NUM_POINTS, eager)
 
 
 def add_race(cases: Sequence[Case], records: Records, points: int, eager: bool) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.studies.records import Records
 from benchmarks.studies.replica import COMMON, Replica
@@ -28,10 +28,14 @@ def batches(cases: Sequence[Replica], size: int = SIZE) -> list[list[Replica]]:
 
 
 def run_replicas(
-    cases: Sequence[Replica], records: Records, workers: int, minutes: float = float("inf"), eager: bool = False
+    cases: Callable[[], Sequence[Replica]],
+    records: Records,
+    workers: int,
+    minutes: float = float("inf"),
+    eager: bool = False,
 ) -> None:
     """Trains what is missing, in order; after ``minutes`` no batch is begun, and a later call goes on."""
-    missing = [case for case in dict.fromkeys(cases) if case.key not in records]
+    missing = [case for case in dict.fromkeys(cases()) if case.key not in records]
     end = time.monotonic() + 60 * minutes
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ[name] = "1"

@@ -266,11 +266,20 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     other = replace(case, seed=1)
     Records(path).add(made_up(case, 1.5))
     path.write_text(path.read_text() + '{"key": "torn')  # a machine that stopped while it wrote
-    run([case, other, other], Records(path), workers=1, eager=True)
+    run(lambda: [case, other, other], Records(path), workers=1, eager=True)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first["loss"] == 1.5 and second["case"]["seed"] == 1 and 5 < second["loss"] < 6
-    run([replace(case, seed=2)], Records(path), workers=1, eager=True, minutes=0)
+    run(lambda: [replace(case, seed=2)], Records(path), workers=1, eager=True, minutes=0)
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_results_decide_what_is_run_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = Records(tmp_path / "some.jsonl")
+    first, second = (Case(shape=SCALES["quick"].small, steps=4, rate=rate, every=0) for rate in (1e-2, 2e-2))
+    broken = replace(first, optimizer="none of these")
+    run(lambda: [broken, first, *([second] if first.key in records else [])], records, workers=1, eager=True)
+    assert [record["key"] for record in Records(records.path)] == [first.key, second.key]
+    assert capsys.readouterr().out.count("ValueError: optimizer: expected") == 1
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,9 @@ def test_the_study_from_rates_to_page(tmp_path: Path, monkeypatch: pytest.Monkey
     rates = Records(folder / longer.RATES)
     assert all(not longer.missing_factors(rates, SCALE, model) for model in longer.MODELS)
     cases, records = longer.cases(SCALE, folder), Records(folder / "longer.jsonl")
-    run_race(cases, records, 1, 0, True)
+    run_race(lambda: cases, records, 1, 0, True)
     assert not list(records)
-    run_race(cases, records, 1, eager=True)
+    run_race(lambda: cases, records, 1, eager=True)
     assert [record["key"] for record in records] == [case.key for case in cases]
     assert len(records[cases[0].key]["curve"]) == 1 + min(NUM_POINTS, SCALE.race.steps)
     write(records, SCALE, tmp_path)

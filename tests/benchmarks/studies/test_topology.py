@@ -125,10 +125,10 @@ def test_a_page_of_some_runs_names_what_was_cut(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     records = records_of(tmp_path, {TINY: 1.5})
-    run_replicas([TINY, replace(TINY, seed=1), TINY], records, workers=1, eager=True)
+    run_replicas(lambda: [TINY, replace(TINY, seed=1), TINY], records, workers=1, eager=True)
     first, second = (json.loads(line) for line in records.path.read_text().splitlines())
     assert first["loss"] == 1.5 and second["case"]["seed"] == 1 and 5 < second["loss"] < 6
-    run_replicas([replace(TINY, seed=2)], records, workers=1, eager=True, minutes=0)
+    run_replicas(lambda: [replace(TINY, seed=2)], records, workers=1, eager=True, minutes=0)
     assert len(records.path.read_text().splitlines()) == 2
 
 
