@@ -36,7 +36,7 @@ class Scale:
         sizes: shapes of three sizes, and the steps of each.
         race: of the longer run.
         memory: of `equal_memory`, whose width each contestant sets. memory_steps: its lengths, shorter ones first.
-        timed: of `equal_time`, and the dense model's steps there.
+        timed: of `equal_time`, so narrow that the steps read bytes enough for each weight; and the dense model's steps.
         budgets, widest: widths of the dense models that set the budgets there, and the largest it tries.
         seeds: of most studies. many_seeds: of what conclusions about spikes and equal memory rest on.
         eager: without compiler.
@@ -81,7 +81,7 @@ SCALES = {
         long_steps=5000,
         memory=replace(_LARGE, sequence=256, batch=2),
         memory_steps=(4000, 16_000),
-        timed=(replace(_LARGE, sequence=256, batch=4), 2000),
+        timed=(replace(_LARGE, hidden=160, intermediate=400, sequence=256, batch=4), 3000),
         budgets=(64, 112, 192),
         widest=1024,
         replicas=replace(_SMALL, hidden=48, intermediate=96, heads=3, layers=2),
