@@ -20,6 +20,7 @@ from smet_compile.api import sparsify
 from smet_compile.convert import export_dense
 from smet_compile.format import arguments
 from smet_compile.integrations.options import split_options
+from smet_compile.integrations.rehearsal import rehearse_options
 from smet_compile.ops import find_sites
 from smet_compile.runtime import TopologyManager
 from smet_compile.runtime.metrics import LOGGED
@@ -52,10 +53,10 @@ class SparseTraining(Callback):
         manager: the topology manager, once ``fit`` has begun.
 
     Raises:
-        ValueError: an option that neither knows. In ``fit``: a strategy other than one device or
-            DistributedDataParallel, a precision plugin that replaces layers, a callback that averages weights; a
-            density for a module that is sparse, or none for one that is dense; layers that the module makes in
-            ``setup``; a run without a length; another setting than that of the run that is resumed.
+        ValueError: an option that neither knows, or a value that no model takes. In ``fit``: a strategy other than one
+            device or DistributedDataParallel, a precision plugin that replaces layers, a callback that averages
+            weights; a density for a module that is sparse, or none for one that is dense; layers that the module makes
+            in ``setup``; a run without a length; another setting than that of the run that is resumed.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class SparseTraining(Callback):
         functions: dict[str, Any] = {"sparsify": sparsify, "TopologyManager": TopologyManager}
         split = split_options(options, functions, {"self", "model", "optimizer", "density", "auto_step"})
         self._of_sparsify, self._of_manager = split["sparsify"], split["TopologyManager"]
+        rehearse_options(self._of_manager)
         self._density = density
         self._export = None if export is None else Path(arguments.path("export", export))
         self._override = tuple(override)

@@ -22,6 +22,7 @@ from torchtitan.trainer import Trainer
 from smet_compile.api import sparsify
 from smet_compile.convert import materialize
 from smet_compile.integrations.options import split_options
+from smet_compile.integrations.rehearsal import rehearse_options
 from smet_compile.ops import find_sites
 from smet_compile.optim import ActiveAdamW
 from smet_compile.runtime import TopologyManager
@@ -51,13 +52,14 @@ def sparse_training(config: Trainer.Config, density: float, **options: Any) -> T
             ``training.steps`` if it is left out. Options of ``ActiveAdamW`` go into the ``optimizer_kwargs`` of groups.
 
     Raises:
-        ValueError: an option that neither knows, or an optimizer other than Adam and AdamW. When the trainer is made:
-            pipeline, expert or context parallelism, the backend "full_dtensor", a model whose ``parallelize_fn`` has no
-            activation checkpointing, a seed checkpoint.
+        ValueError: an option that neither knows, a value that no model takes, or an optimizer other than Adam and
+            AdamW. When the trainer is made: pipeline, expert or context parallelism, the backend "full_dtensor", a
+            model whose ``parallelize_fn`` has no activation checkpointing, a seed checkpoint.
     """
     functions: dict[str, Any] = {"sparsify": sparsify, "TopologyManager": TopologyManager}
     given = {"self", "model", "optimizer", "density", "auto_step"}
     split = split_options(options, functions, given)
+    rehearse_options(split["TopologyManager"])
     groups = config.optimizer.param_groups
     for group in groups:
         if group.optimizer_name not in ("Adam", "AdamW", _ACTIVE):

@@ -14,12 +14,12 @@ from transformers import Trainer, TrainerCallback
 
 from smet_compile.api import sparsify
 from smet_compile.format.arguments import described
+from smet_compile.integrations.rehearsal import rehearse
 from smet_compile.ops import find_sites
 from smet_compile.ops.optimizers import find_optimizers, registered_holders
 from smet_compile.ops.sites import is_sparsified
 from smet_compile.optim import ActiveAdamW, ActiveOptimizer
 from smet_compile.optim.options import CommonOptions
-from smet_compile.plan.shapes import empty_copy
 from smet_compile.runtime import TopologyManager
 from smet_compile.runtime.metrics import LOGGED
 from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
@@ -28,6 +28,8 @@ _ADDED_OTHERWISE = (
     "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)] or add_callback; make "
     "the Trainer without it, then call sparse_training(trainer, density=...)"
 )
+_OF_TRAINER = {"params", "model", "optimizer_dict"}
+"""What the trainer takes out of an optimizer's options to say what it holds."""
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Names of torch's AdamW in ``TrainingArguments(optim=...)``, the default among them."""
 
@@ -75,13 +77,19 @@ def sparse_training(
     if "total_steps" not in options:
         options["total_steps"] = _num_steps(trainer)
     if density is not None:
-        _rehearse(trainer, optimizer_class, options, density)
-        _sparsify(trainer.model, density, options)
+        rehearse(
+            trainer.model,
+            density,
+            _some(options, sparsify),
+            _some(options, TopologyManager),
+            lambda model: _rehearsed_optimizer(trainer, model, optimizer_class, options),
+        )
+        sparsify(trainer.model, density, **_some(options, sparsify))
     if trainer.optimizer is None and _is_active(optimizer_class):
         trainer.optimizer = _active_optimizer(trainer, trainer.model, optimizer_class, options)
     elif trainer.optimizer is None:
         trainer.create_optimizer()
-    manager = _make_manager(trainer.model, trainer.optimizer, options)
+    manager = TopologyManager(trainer.model, trainer.optimizer, **_some(options, TopologyManager))
     if manager.settings["density_schedule"] is not None:
         trainer.model.register_load_state_dict_pre_hook(_take_stage)
     callback = SmetCallback(manager, export)
@@ -249,28 +257,25 @@ def _options_of(called: Any) -> set[str]:
     return (names | (set(CommonOptions.__annotations__) if is_optimizer else set())) - given
 
 
-def _rehearse(trainer: Trainer, optimizer_class: Any, options: dict[str, Any], density: float) -> None:
-    """Does all of it with a copy of the model without weights, so that what is wrong is refused while it is dense."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = empty_copy(trainer.model)
-        _sparsify(model, density, options)
-        for site in find_sites(model).values():
-            site.compact.register_buffer("topology", torch.zeros_like(site.compact.topology, device="cpu"))
-        if _is_active(optimizer_class):
-            optimizer = _active_optimizer(trainer, model, optimizer_class, options)
-        else:
-            optimizer = torch.optim.AdamW(model.parameters())
-        _make_manager(model, optimizer, options)
+def _some(options: dict[str, Any], called: Any) -> dict[str, Any]:
+    """Returns the options that something takes."""
+    return {name: value for name, value in options.items() if name in _options_of(called)}
 
 
-def _sparsify(model: Any, density: float, options: dict[str, Any]) -> None:
-    sparsify(model, density, **{name: value for name, value in options.items() if name in _options_of(sparsify)})
-
-
-def _make_manager(model: Any, optimizer: Any, options: dict[str, Any]) -> TopologyManager:
-    own = {name: value for name, value in options.items() if name in _options_of(TopologyManager)}
-    return TopologyManager(model, optimizer, **own)
+def _rehearsed_optimizer(trainer: Trainer, model: Any, optimizer_class: Any, options: dict[str, Any]) -> Any:
+    """Returns the optimizer of a copy of the model. Raises ValueError for what its class does not take."""
+    if _is_active(optimizer_class):
+        return _active_optimizer(trainer, model, optimizer_class, options)
+    chosen = dict(trainer.optimizer_cls_and_kwargs[1])
+    if chosen.keys() & _OF_TRAINER:
+        return torch.optim.AdamW(model.parameters())
+    try:
+        return optimizer_class(model.parameters(), **chosen)
+    except TypeError as error:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs: expected options of {optimizer_class.__name__}, got {', '.join(chosen)}: "
+            f"{error}; make the trainer anew with others"
+        ) from error
 
 
 def _options_of_optimizer(trainer: Trainer, optimizer_class: Any, options: dict[str, Any]) -> dict[str, Any]:

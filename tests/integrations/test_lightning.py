@@ -238,6 +238,14 @@ def test_mistakes_are_named(module: Any, arguments: Any, options: Any, message: 
         trainer_in(tmp_path, SparseTraining(**arguments), **options).fit(module(), loader())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("grow", "gradients"), ("every", 0), ("drop_fraction", 1.0), ("min_age", -1)]
+)
+def test_a_wrong_value_is_refused_before_there_is_a_module(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        SparseTraining(0.3, **{name: value})
+
+
 @pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"])
 def test_averages_of_weights_are_refused_by_name(name: str, tmp_path: Path) -> None:
     averaging = getattr(pl.callbacks, name)(**({"swa_lrs": 1e-2} if name.startswith("S") else {}))

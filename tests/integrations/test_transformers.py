@@ -221,6 +221,10 @@ def with_adafactor(trainer: Trainer) -> None:
     trainer.args.optim = "adafactor"
 
 
+def with_wrong_options(trainer: Trainer) -> None:
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1, "momentumm": 0.9})
+
+
 def sparse_before(trainer: Trainer) -> None:
     sparse(trainer)
 
@@ -261,6 +265,7 @@ def with_endless_data(trainer: Trainer) -> None:
         (None, 0.3, {"every": 0}, "every: expected"),
         (None, 0.3, {"drop": "magnitudes"}, "drop: expected"),
         (None, 0.3, {"block_shape": 0}, "block_shape: expected"),
+        (with_wrong_options, 0.3, {}, "optimizer_cls_and_kwargs: expected options of SGD, got lr, momentumm"),
         (None, 0.6, {"drop_fraction": 0.9, "min_age": 0}, "a drop fraction of 0.9 needs"),
         (None, 0.3, {"density_schedule": [(5, 0.3)]}, "density_schedule: expected stages that change the model"),
         (None, 0.3, {"ablation_threshold": 0.3}, 'ablation_threshold: expected a weight with the pattern "fan_in"'),
@@ -284,6 +289,26 @@ def test_mistakes_are_named(change: Any, density: Any, options: Any, message: st
     with pytest.raises(ValueError, match=re.escape(message)):
         sparse_training(trainer, density, **options)
     assert list(find_sites(trainer.model)) == before and torch.equal(torch.get_rng_state(), random)
+
+
+def test_masks_say_where_weights_are_active(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, max_steps=2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    mask = torch.rand(trainer.model.get_parameter(name).shape) < 0.3
+    sparse_training(trainer, 0.3, masks={name: mask}, schedule="none")
+    trainer.train()
+    assert torch.equal(smet.masks(trainer.model)[name], mask)
+
+
+def test_a_model_that_cannot_be_copied_becomes_sparse(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, max_steps=2)
+    trainer.model.of_a_graph = torch.ones(1, requires_grad=True) * 2
+    with pytest.raises(ValueError, match="every: expected"):
+        sparse_training(trainer, 0.3, every=0)
+    assert not find_sites(trainer.model)
+    sparse_training(trainer, 0.3)
+    trainer.train()
+    assert find_sites(trainer.model)
 
 
 def test_what_changes_afterwards_is_refused(tmp_path: Path) -> None:
