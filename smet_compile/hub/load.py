@@ -44,7 +44,8 @@ def load_compact(
     Args:
         model: a dense model of the same class and sizes, whose weights become compact in place and are overwritten;
             or one that is compact in the same way, sharded or not. Default: for a Hugging Face model one that is built
-            from the ``config.json`` in the folder, in the dtypes of the file and without dense weights in memory.
+            from the ``config.json`` in the folder, in the dtypes of the file and without dense weights in memory; as
+            by ``from_pretrained``, it is in evaluation mode.
             Buffers that no file holds are those of a fresh model.
         device: where a model goes that has no data yet: one that is built here, or given on the meta device. Default:
             torch's default device.
@@ -63,7 +64,7 @@ def load_compact(
             "repository first, with huggingface_hub.snapshot_download"
         )
     content = read(path / FILE)
-    loaded = hugging_face.build(path) if model is None else model
+    loaded = hugging_face.build(path).eval() if model is None else model
     plain = without_wrappers(loaded)
     if model is None:
         _take_dtypes(plain, content)

@@ -118,6 +118,11 @@ def register_rule(rule: Rule) -> Rule:
     return rule
 
 
+def known_slots() -> set[str]:
+    """Returns the names of the state slots of all registered rules."""
+    return {slot.name for rule in _rules.values() for slot in rule.slots}
+
+
 def find_rule(name: str) -> Rule:
     """Returns the registered rule of this name."""
     rule = _rules.get(name)

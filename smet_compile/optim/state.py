@@ -19,7 +19,7 @@ from smet_compile.format import TopologyChange, positions_of
 from smet_compile.ops import Site, captures
 from smet_compile.ops.law import num_scales
 from smet_compile.ops.law_of_updates import decode_slot
-from smet_compile.ops.rules import Slot
+from smet_compile.ops.rules import Slot, known_slots
 from smet_compile.optim.options import MOST_STEPS
 from smet_compile.shards import Rows, local
 
@@ -240,7 +240,9 @@ def check_state(name: str, parameter: nn.Parameter, kind: StateKind, state: Any)
     wanted |= {count: (torch.int64, ()) for count in _COUNTS}
     has_ages = kind.site is not None and kind.has_ages
     keys = wanted.keys() | ({"generation", "births"} if has_ages else set())
-    if set(state) != keys:
+    others = set(state) - keys  # those of a wrapper round the optimizer, such as slow weights
+    is_wrong = others & (known_slots() | _GENERIC) or any(state[key].shape not in (shape, ()) for key in others)
+    if is_wrong or not keys <= set(state):
         raise ValueError(
             f"{name}: expected a state of {', '.join(sorted(keys))}, got {', '.join(map(str, state)) or 'none'}; load "
             "the state of the same optimizer and a model made sparse in the same way"

@@ -141,6 +141,60 @@ def test_scaled_steps_under_adam(kind: str) -> None:
     assert smet.compile_train_step(model, optimizer, loss_of).fused, "a second call decides anew"
 
 
+@pytest.mark.parametrize("options", [{}, {"density_schedule": [(3, 0.2)]}], ids=str)
+def test_steps_are_scaled_before_the_topology_changes(options: dict[str, Any]) -> None:
+    """A manager that was made first acts after the scaling, as one that was made after it does."""
+    found = []
+    for manager_first in (True, False):
+        torch.manual_seed(0)
+        model = sparse_net()
+        optimizer = smet.ActiveAdamW(model, lr=1e-2)
+        order = [
+            lambda model=model, optimizer=optimizer: smet.TopologyManager(
+                model, optimizer, total_steps=20, every=3, **options
+            ),
+            lambda model=model, optimizer=optimizer: smet.correct_gradients(
+                model, optimizer, images(), scale_steps=True
+            ),
+        ]
+        kept = [make() for make in (order if manager_first else order[::-1])]
+        for _ in range(4):
+            loss_of(model, images()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert kept
+        found.append(model.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+def test_scaled_steps_keep_their_mean_in_bf16() -> None:
+    """A step is one last bit or none, so a factor has to change how often; rounding to the nearest undid it."""
+
+    def norm_of(width: int = 256) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width))
+        return smet.sparsify(net, 0.1).bfloat16()
+
+    x = torch.randn(32, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    moves = {}
+    for is_scaled in (True, False):
+        model = norm_of()
+        optimizer = smet.ActiveAdamW(model, lr=2e-4, warmup_steps=0)
+        if is_scaled:
+            smet.correct_gradients(model, optimizer, x, scale_steps=True)
+        site = find_sites(model)["0.weight"]
+        before = site.values.detach().double()
+        model(x).float().square().mul(torch.linspace(0, 1, 256)).sum().backward()
+        optimizer.step()
+        moves[is_scaled] = (site.values.detach().double() - before).abs()
+    factors = block_factors(site.compact.active, torch.float64)
+    for few in (True, False):
+        rows = factors < 0.9 if few else factors > 1.1
+        found, expected = (moves[True][rows].sum() / moves[False][rows].sum()).item(), factors[rows].mean().item()
+        assert found == pytest.approx(expected, abs=0.06), (found, expected)
+
+
 def sparse_start(name: str) -> Tensor:
     torch.manual_seed(0)
     return find_sites(sparse_net())[name].values.detach()

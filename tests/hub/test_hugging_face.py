@@ -54,7 +54,8 @@ def test_the_class_is_built_from_its_configuration(make: Callable[[], Any], tmp_
     model = smet.sparsify(make(), 0.3).eval()
     smet.save_compact(model, tmp_path)
     state = torch.get_rng_state()
-    loaded = smet.load_compact(tmp_path).eval()
+    loaded = smet.load_compact(tmp_path)
+    assert not loaded.training  # as by from_pretrained
     assert torch.equal(torch.get_rng_state(), state)
     assert type(loaded) is type(model) and find_sites(loaded).keys() == find_sites(model).keys()
     for name, tensor in model.state_dict().items():

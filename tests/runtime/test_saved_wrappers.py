@@ -34,6 +34,7 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "lookahead": lambda model: Lookahead(adamw(model)),
     "lookahead_of_active": lambda model: Lookahead(smet.ActiveAdamW(model, lr=1e-2)),
     "lookahead_inside": lambda model: LookaheadInside(adamw(model), k=2),
+    "lookahead_inside_active": lambda model: LookaheadInside(smet.ActiveAdamW(model, lr=1e-2), k=2),
     "sam": lambda model: SAM(model.parameters(), torch.optim.AdamW, lr=1e-2),
     "bound": lambda model: Bound(adamw(model)),
     "proxy": lambda model: Proxy(adamw(model)),
