@@ -20,7 +20,7 @@ from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
 from smet_compile.format import slabs
-from smet_compile.ops import CompactWeight, direct, reads, saved_weights
+from smet_compile.ops import CompactWeight, direct, loading, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.shards import is_sharded, local
@@ -138,6 +138,7 @@ def _pack(drawn: Drawn) -> None:
         tensor.grad = None
         if compact.rescale:
             local(tensor).mul_(math.sqrt(drawn.choice.layout.num_blocks / drawn.choice.num_active))
+        loading.install(chain)
     except BaseException:
         chain[0] = placeholder
         if tensor.shape != dense.shape:

@@ -26,7 +26,7 @@ from smet_compile.format import (
     unpack_bits,
     write_lists,
 )
-from smet_compile.ops import captures, gate, reads, saved_weights
+from smet_compile.ops import captures, gate, loading, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import is_exporting, replace_data
 from smet_compile.shards import is_sharded, local
@@ -114,7 +114,7 @@ class CompactWeight(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; a topology that is assigned is checked, and becomes that of the values."""
         assigned = name == "topology" and isinstance(value, Tensor) and not gate.is_traced(value)
-        if assigned and (error := self._topology_error(value)):
+        if assigned and (error := self.topology_error(value)):
             raise ValueError(f"{self.name}: topology: {error}")
         super().__setattr__(name, value)
         if assigned:
@@ -167,12 +167,12 @@ class CompactWeight(nn.Module):
 
     def set_bits(self, bits: Tensor) -> None:
         """Changes the active blocks in place, to those of bits (ceil(num_blocks / 8),) uint8."""
-        if error := self._topology_error(bits):
+        if error := self.topology_error(bits):
             raise ValueError(f"{self.name}: {error}")
         self.topology.copy_(bits)
         self._accept()
 
-    def _topology_error(self, bits: Tensor) -> str | None:
+    def topology_error(self, bits: Tensor) -> str | None:
         """Says why ``bits`` cannot be this weight's topology, by their form or by its pattern; None where they can."""
         error = gate.topology_error(bits, self.layout, self.num_active)
         if error is not None or bits.is_meta or (self.pattern is None and self.layout.slabs is None):
@@ -369,28 +369,17 @@ class CompactWeight(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         bits = state_dict.get(prefix + "topology")
-        if self.part is not None and bits is not None and is_sharded(bits):
-            bits = local(bits)[0]
-            state_dict = {**state_dict, prefix + "topology": bits}
-        error = self._misfit(bits, prefix)
+        if bits is self.topology:  # others were refused (``loading``)
+            return
+        error = loading.misfit(self, bits, loading.name_of(prefix.removesuffix("0.")))
         if error is not None:
             args[-1].append(error)
             return
+        if bits is not None:
+            state_dict = {**state_dict, prefix + "topology": loading.bits_here(self, bits)}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if bits is not None and not bits.is_meta:
             self._accept()
-
-    def _misfit(self, bits: Tensor | None, prefix: str) -> str | None:
-        """Says why ``bits`` cannot be this weight's topology; None where they can."""
-        if bits is None or bits.is_meta:
-            return None
-        if self.part is not None and bits.dim() == 2:
-            bits = bits[self.part.band.number]
-        error = self._topology_error(bits)
-        if error is None:
-            return None
-        name = prefix.replace(".parametrizations", "").removesuffix(".0.")
-        return f"{name}: topology: {error}; sparsify with the same block_shape, density and pattern"
 
 
 def _is_exporting(compiling: bool) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from smet_compile.ops import CompactWeight, canonical_name, find_sites
+from smet_compile.ops import CompactWeight, canonical_name, find_sites, loading
 from smet_compile.ops.loaded import Saved, check_alike, check_groups, check_integer, check_keys, kind_of
 from smet_compile.runtime.tree import set_versions, versions_of
 from smet_compile.shards import cut_like, is_sharded
@@ -82,9 +82,10 @@ def check_model(saved: dict[str, Any], layouts: dict[str, Any], metadata: Any, m
                 "model, density or dtype"
             )
     for raw, module in model.named_modules():
-        if hasattr(module, "_misfit"):
-            prefix = f"{canonical_name(model, raw)}."
-            if misfit := module._misfit(saved.get(prefix + "topology"), prefix):
+        if isinstance(module, CompactWeight):
+            name = canonical_name(model, raw)
+            weight = loading.name_of(name.removesuffix("0"))
+            if misfit := loading.misfit(module, saved.get(f"{name}.topology"), weight):
                 raise ValueError(misfit)
     _check_metadata(metadata)
 

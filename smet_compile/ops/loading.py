@@ -1,0 +1,85 @@
+"""Loads the values and the topology of a compact weight together or not at all.
+
+A row of the values belongs to whichever block the topology names. Values with another topology are other weights, so
+whatever does not fit is refused before ``nn.Module.load_state_dict`` writes the first of the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smet_compile.shards import is_sharded, local
+
+_VALUES, _BITS = "original", "0.topology"
+_TOGETHER = (
+    "a row of the values belongs to the block that the topology names. Save and load the whole model.state_dict(), not "
+    "its parameters alone"
+)
+
+
+def install(chain: nn.Module) -> None:
+    """Has ``chain``, the parametrizations of a compact weight, check its part of a state dict before it is loaded."""
+    chain.register_load_state_dict_pre_hook(_refuse_parts)
+
+
+def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Refuses values or a topology that do not fit, each other or the weight: what is there now then stays."""
+    values, bits = state.get(prefix + _VALUES), state.get(prefix + _BITS)
+    error = _error_of(chain, values, bits, prefix)
+    if error is None:
+        return
+    args[-1].append(error)
+    for key, present in ((_VALUES, chain.original), (_BITS, chain[0].topology)):
+        if prefix + key in state:
+            state[prefix + key] = present
+
+
+def _error_of(chain: Any, values: Any, bits: Any, prefix: str) -> str | None:
+    """Says why values and topology of a state dict cannot be loaded; None where they can, or are not in it."""
+    name, compact = name_of(prefix), chain[0]
+    if values is None and bits is None:
+        return None
+    if not all(isinstance(each, Tensor | None) for each in (values, bits)):
+        return f"{name}: expected tensors, got {type(values).__name__} and {type(bits).__name__}; {_TOGETHER}"
+    if values is None:
+        is_present = compact.has_data() and torch.equal(bits_here(compact, bits), compact.topology)
+        return None if is_present else f"{name}: expected values with the topology, got a topology alone; {_TOGETHER}"
+    if bits is None:
+        return f"{name}: expected a topology with the values, got values alone; {_TOGETHER}"
+    if values.shape != chain.original.shape:
+        return (
+            f"{name}: expected values of shape {tuple(chain.original.shape)}, got {tuple(values.shape)}; sparsify with "
+            "the same block_shape, density and pattern"
+        )
+    return misfit(compact, bits, name)
+
+
+def misfit(compact: Any, bits: Tensor | None, name: str) -> str | None:
+    """Says why ``bits`` cannot be the topology of the compact weight ``name``; None where they can.
+
+    ``bits`` are those of the weight here, or of all parts of it that tensor parallelism made.
+    """
+    if bits is None or bits.is_meta:
+        return None
+    error: str | None = compact.topology_error(bits_here(compact, bits))
+    if error is None:
+        return None
+    return f"{name}: topology: {error}; sparsify with the same block_shape, density and pattern"
+
+
+def bits_here(compact: Any, bits: Tensor) -> Tensor:
+    """Returns the bits of the part of a weight that tensor parallelism left here; others as they are."""
+    if compact.part is None or bits.dim() != 2:
+        return bits
+    if is_sharded(bits):
+        here: Tensor = local(bits)[0]
+        return here
+    return bits[compact.part.band.number]
+
+
+def name_of(prefix: str) -> str:
+    """Returns the name of a weight from the prefix of its parametrizations in a state dict."""
+    return prefix.replace("parametrizations.", "").removesuffix(".")

@@ -1,0 +1,80 @@
+"""What does not belong to a compact weight is refused before anything of it is loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import smet_compile as smet
+from smet_compile.ops import find_sites
+from tests.support.small_models import two_layers
+from tests.support.snapshots import assert_same, snapshot
+
+VALUES, BITS = "0.parametrizations.weight.original", "0.parametrizations.weight.0.topology"
+
+
+def build(seed: int = 0, block_shape: Any = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return smet.sparsify(two_layers(), density=0.5, block_shape=block_shape, seed=seed)
+
+
+def parameters_alone(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def without(key: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+    return lambda model: {name: tensor for name, tensor in model.state_dict().items() if name != key}
+
+
+@pytest.mark.parametrize("block_shape", [1, (4, 4)], ids=str)
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("part", [parameters_alone, without(BITS)], ids=["parameters", "one weight"])
+def test_values_alone_are_refused(part: Callable[..., Any], seed: int, block_shape: Any) -> None:
+    model = build(seed, block_shape)
+    before = find_sites(model)["0.weight"].values.detach().clone()
+    with pytest.raises(RuntimeError, match=r"0.weight: expected a topology with the values, got values alone; .*whole"):
+        model.load_state_dict(part(build(0, block_shape)), strict=False)
+    assert torch.equal(find_sites(model)["0.weight"].values, before)
+
+
+def test_a_topology_alone_is_refused_unless_it_is_the_one_that_is_there() -> None:
+    model, other = build(7), build(0)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"0.weight: expected values with the topology, got a topology alone"):
+        model.load_state_dict({BITS: other.state_dict()[BITS]}, strict=False)
+    assert_same(snapshot(model), before)
+    model.load_state_dict({BITS: model.state_dict()[BITS].clone()}, strict=False)
+    assert_same(snapshot(model), before)
+
+
+def test_neither_of_the_two_may_miss_where_keys_may_miss() -> None:
+    model, other = build(7), build(0)
+    rest = {name: tensor for name, tensor in other.state_dict().items() if name not in (VALUES, BITS)}
+    before = snapshot(model)
+    missing = model.load_state_dict(rest, strict=False).missing_keys
+    assert missing == [VALUES, BITS]
+    assert torch.equal(model[0].weight, build(7)[0].weight) and torch.equal(model[3].weight, other[3].weight)
+    model.load_state_dict(build(7).state_dict())
+    assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_values_stay_where_the_topology_does_not_fit(assign: bool) -> None:
+    model, state = build(), build(7).state_dict()
+    state[BITS] = state[BITS].clone().zero_()
+    before, values = snapshot(model), find_sites(model)["0.weight"].values
+    rest = {name: tensor for name, tensor in state.items() if name in (VALUES, BITS)}
+    with pytest.raises(RuntimeError, match=r"0.weight: topology: expected 120 active blocks"):
+        model.load_state_dict(rest, strict=False, assign=assign)
+    assert_same(snapshot(model), before)
+    assert find_sites(model)["0.weight"].values is values
+
+
+def test_the_topology_stays_where_the_values_do_not_fit() -> None:
+    model, state = build(), build(7).state_dict()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"0.weight: expected values of shape \(120,\), got \(119,\)"):
+        model.load_state_dict({VALUES: state[VALUES][1:], BITS: state[BITS]}, strict=False)
+    assert_same(snapshot(model), before)
