@@ -6,14 +6,16 @@ whatever does not fit is refused before ``nn.Module.load_state_dict`` writes the
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smet_compile.format import Layout
 from smet_compile.shards import is_sharded, local
 
-_VALUES, _BITS = "original", "0.topology"
+_VALUES, _BITS, _LAYOUT = "original", "0.topology", "smet_layout"
 _TOGETHER = (
     "a row of the values belongs to the block that the topology names. Save and load the whole model.state_dict(), not "
     "its parameters alone"
@@ -22,13 +24,28 @@ _TOGETHER = (
 
 def install(chain: nn.Module) -> None:
     """Has ``chain``, the parametrizations of a compact weight, check its part of a state dict before it is loaded."""
+    chain.register_state_dict_post_hook(_note_layout)
     chain.register_load_state_dict_pre_hook(_refuse_parts)
 
 
-def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _note_layout(chain: Any, _: dict[str, Any], __: str, metadata: dict[str, Any]) -> None:
+    """Notes in the metadata of a state dict, where modules note their versions, how the weight is cut into blocks."""
+    metadata[_LAYOUT] = _cut_of(chain[0])
+
+
+def _cut_of(compact: Any) -> str:
+    """Returns shape, matrix and block shape of the whole weight as a text.
+
+    Pattern and slabs, which restrict the active blocks alone, are left out: every topology is checked against them.
+    """
+    layout: Layout = compact.layout if compact.part is None else compact.part.whole
+    return dataclasses.replace(layout, slabs=None).text
+
+
+def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
     """Refuses values or a topology that do not fit, each other or the weight: what is there now then stays."""
     values, bits = state.get(prefix + _VALUES), state.get(prefix + _BITS)
-    error = _error_of(chain, values, bits, prefix)
+    error = _error_of(chain, values, bits, prefix) or _layout_error(chain, values, metadata, prefix)
     if error is None:
         return
     args[-1].append(error)
@@ -55,6 +72,18 @@ def _error_of(chain: Any, values: Any, bits: Any, prefix: str) -> str | None:
             "the same block_shape, density and pattern"
         )
     return misfit(compact, bits, name)
+
+
+def _layout_error(chain: Any, values: Any, metadata: dict[str, Any], prefix: str) -> str | None:
+    """Says why values were saved of a weight that is cut otherwise; None where they were not, or nothing is known."""
+    own = _cut_of(chain[0])
+    saved = metadata.get(_LAYOUT, own)
+    if values is None or saved == own:
+        return None
+    return (
+        f"{name_of(prefix)}: expected a weight of shape, matrix and block shape {own}, got one of {saved!s:.80}; load "
+        "it into a model of the same shapes, sparsified with the same block_shape"
+    )
 
 
 def misfit(compact: Any, bits: Tensor | None, name: str) -> str | None:

@@ -1,5 +1,7 @@
 """What does not belong to a compact weight is refused before anything of it is loaded."""
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -78,3 +80,50 @@ def test_the_topology_stays_where_the_values_do_not_fit() -> None:
     with pytest.raises(RuntimeError, match=r"0.weight: expected values of shape \(120,\), got \(119,\)"):
         model.load_state_dict({VALUES: state[VALUES][1:], BITS: state[BITS]}, strict=False)
     assert_same(snapshot(model), before)
+
+
+def linear(inputs: int, outputs: int, block_shape: Any = 1) -> nn.Module:
+    return smet.sparsify(nn.Linear(inputs, outputs, bias=False), density=0.3, block_shape=block_shape)
+
+
+def convolution(inputs: int, kernel: int) -> nn.Module:
+    return smet.sparsify(nn.Conv2d(inputs, 16, kernel, bias=False), density=0.3, include=["*"])
+
+
+OTHER_SHAPES = [
+    (linear(16, 32), linear(32, 16)),
+    (linear(64, 64, (1, 4)), linear(128, 32, (1, 4))),
+    (linear(64, 64, (2, 8)), linear(64, 64, (8, 2))),
+    (convolution(8, 3), convolution(72, 1)),
+]
+
+
+@pytest.mark.parametrize(("saved", "model"), OTHER_SHAPES, ids=["transposed", "runs", "blocks", "convolutions"])
+def test_a_weight_of_another_shape_is_refused(saved: nn.Module, model: nn.Module) -> None:
+    state = saved.state_dict()
+    if next(iter(state.values())).shape != next(model.parameters()).shape:  # blocks of the same size, the other way up
+        state["parametrizations.weight.original"] = state["parametrizations.weight.original"].mT.contiguous()
+    for given in (state, copy.deepcopy(state), saved_and_read(state)):
+        before = snapshot(model)
+        with pytest.raises(RuntimeError, match=r"weight: expected a weight of shape, matrix and block shape \d+x\d+"):
+            model.load_state_dict(given)
+        assert_same(snapshot(model), before)
+    model.load_state_dict(dict(state))  # nothing says of which shape it is
+
+
+def saved_and_read(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_a_weight_of_the_same_shape_loads_with_what_is_noted_of_it() -> None:
+    model = smet.sparsify(nn.Linear(16, 32), density=0.3, pattern="fan_in")
+    unrestricted = smet.sparsify(nn.Linear(16, 32), density=0.3, seed=5)
+    state = model.state_dict()
+    assert state._metadata["parametrizations.weight"]["smet_layout"] == "32x16 32x16 1x1"
+    unrestricted.load_state_dict(state)
+    assert torch.equal(unrestricted.weight, model.weight)
+    names_of_a_wrapper = {f"module.{name}": tensor for name, tensor in state.items()}
+    nn.ModuleDict({"module": unrestricted}).load_state_dict(names_of_a_wrapper)
