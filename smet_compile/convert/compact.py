@@ -20,7 +20,7 @@ from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
 from smet_compile.format import slabs
-from smet_compile.ops import CompactWeight, direct, loading, reads, saved_weights
+from smet_compile.ops import CompactWeight, direct, following, loading, reads, saved_weights
 from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.shards import is_sharded, local
@@ -238,11 +238,12 @@ def _check_moments_in_every_step() -> None:
 
 @outside_graphs("an optimizer's step is checked in eager mode; compile what calls it without fullgraph=True")
 def check_moments(optimizer: Optimizer, *_: Any) -> None:
-    """Raises ValueError before a step with moments from before ``sparsify``.
+    """Raises ValueError before a step with moments from before ``sparsify``, or of another topology (``following``).
 
     The parameter of such an optimizer now has compact values, and moments of the dense shape belong to other weights.
     Some of torch's optimizers would fail half way through a step, the fused ones not at all.
     """
+    following.begin_step(optimizer)
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         dense_shape = parameter.__dict__.get(_DENSE_SHAPE) if is_sharded(parameter) else _dense_shapes.get(parameter)
         if dense_shape is None or parameter.shape == dense_shape:

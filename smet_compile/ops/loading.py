@@ -7,15 +7,16 @@ whatever does not fit is refused before ``nn.Module.load_state_dict`` writes the
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from smet_compile.format import Layout
+from smet_compile.ops import following, gate
 from smet_compile.shards import is_sharded, local
 
-_VALUES, _BITS, _LAYOUT = "original", "0.topology", "smet_layout"
+_VALUES, _BITS, _LAYOUT, _LEFT = "original", "0.topology", "smet_layout", "left_by_load"
 _TOGETHER = (
     "a row of the values belongs to the block that the topology names. Save and load the whole model.state_dict(), not "
     "its parameters alone"
@@ -23,9 +24,13 @@ _TOGETHER = (
 
 
 def install(chain: nn.Module) -> None:
-    """Has ``chain``, the parametrizations of a compact weight, check its part of a state dict before it is loaded."""
+    """Has ``chain``, the parametrizations of a compact weight, check its part of a state dict before it is loaded.
+
+    What is kept for each block follows a topology that was loaded (``following``).
+    """
     chain.register_state_dict_post_hook(_note_layout)
     chain.register_load_state_dict_pre_hook(_refuse_parts)
+    chain.register_load_state_dict_post_hook(_follow_topology)
 
 
 def _note_layout(chain: Any, _: dict[str, Any], __: str, metadata: dict[str, Any]) -> None:
@@ -46,12 +51,35 @@ def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, metadata: dict
     """Refuses values or a topology that do not fit, each other or the weight: what is there now then stays."""
     values, bits = state.get(prefix + _VALUES), state.get(prefix + _BITS)
     error = _error_of(chain, values, bits, prefix) or _layout_error(chain, values, metadata, prefix)
+    chain[0].__dict__[_LEFT] = _Left.of(chain[0]) if error is None and bits is not None and not bits.is_meta else None
     if error is None:
         return
     args[-1].append(error)
     for key, present in ((_VALUES, chain.original), (_BITS, chain[0].topology)):
         if prefix + key in state:
             state[prefix + key] = present
+
+
+class _Left(NamedTuple):
+    """Holds the bits of the topology that is there before another one is loaded; None where they are not known."""
+
+    bits: Tensor | None
+
+    @classmethod
+    def of(cls, compact: Any) -> _Left | None:
+        """Notes the topology that the rows of the values belong to; None where there is nothing to load into."""
+        topology = compact.topology
+        if gate.is_traced(topology):
+            return None
+        return cls(topology.clone() if compact.has_data() else None)
+
+
+def _follow_topology(chain: Any, _: Any) -> None:
+    compact = chain[0]
+    left: _Left | None = compact.__dict__.pop(_LEFT, None)
+    if left is not None:
+        after = compact.topology.clone()
+        following.follow(compact.name, chain.original, compact.layout.num_blocks, left.bits, after, compact.part)
 
 
 def _error_of(chain: Any, values: Any, bits: Any, prefix: str) -> str | None:

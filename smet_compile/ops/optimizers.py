@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from smet_compile.ops import following
 from smet_compile.shards import is_nonzero
 
 _OWN = frozenset({"state", "param_groups", "defaults", "step"})
@@ -222,6 +223,7 @@ _num_registered = itertools.count()
 def register(optimizer: Any) -> None:
     """Lets ``registered_holders`` and ``siblings`` find an optimizer for as long as somebody keeps it."""
     _registered[next(_num_registered)] = optimizer
+    following.watch(optimizer)
 
 
 def registered_holders(parameters: Iterable[nn.Parameter]) -> list[Any]:

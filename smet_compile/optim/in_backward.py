@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from smet_compile.ops import captures
+from smet_compile.ops import captures, following
 from smet_compile.ops.choose import update_kernel_of
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.optimizers import inner_optimizers
@@ -113,6 +113,7 @@ class _Active:
         self._addresses = _Addresses()
 
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
+        following.check_state(self._optimizer)
         self._optimizer.check_parameter(values)
         made_state = not self._optimizer.state.get(values)
         update = self._optimizer.update_of(values, group)
@@ -139,6 +140,7 @@ class _TorchOptim:
     counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, values: nn.Parameter, group: dict[str, Any]) -> BackwardUpdate:
+        following.check_state(self.optimizer)
         new_state = {} if self.optimizer.state.get(values) else self.new_state(values, group)
         if new_state:
             captures.refuse_in_capture(values.device, "the optimizer's state")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
-from smet_compile.ops import canonical_name, find_sites
+from smet_compile.ops import canonical_name, find_sites, following
 from smet_compile.ops.loaded import check_keys, check_tensor, kind_of
 from smet_compile.ops.optimizers import find_optimizers, state_holders
 from smet_compile.ops.torch_insides import replace_data
@@ -98,9 +98,10 @@ def load_checkpoint(
 ) -> Any:
     """Loads what ``save_checkpoint`` wrote into a model made sparse in the same way; returns ``extra``.
 
-    Parameters keep their storage, so an optimizer or a compiled model that holds them goes on. A manager with a
-    ``density_schedule`` first brings weights to the number of blocks that they have in the file. With an optimizer
-    given, torch's random states are restored as well, and the run continues as if never stopped. What
+    Parameters keep their storage, so an optimizer or a compiled model that holds them goes on: moments and ages stay
+    with their weights, and weights that were not active get new ones. A manager with a ``density_schedule`` first
+    brings weights to the number of blocks that they have in the file. With an optimizer given, its state and torch's
+    random states are restored as well, and the run continues as if never stopped. What
     ``correct_gradients`` decided is restored too. Where it was called for this model before and decided otherwise, that
     stays, with a warning.
 
@@ -285,19 +286,20 @@ def all_or_nothing(model: nn.Module, optimizers: list[Any], manager: TopologyMan
     references = [*_compact_dicts(model), *of_optimizers, *of_manager]
     before = [dict(entries) for entries in references]
     random = random_states()
-    try:
-        yield
-    except BaseException:
-        for entries, content in zip(references, before, strict=True):
-            entries.clear()
-            entries.update(content)
-        _restore(tensors)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, state in extra:
-            module.set_extra_state(state)
-        restore_random_states(random)
-        raise
+    with following.deferred():
+        try:
+            yield
+        except BaseException:
+            for entries, content in zip(references, before, strict=True):
+                entries.clear()
+                entries.update(content)
+            _restore(tensors)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for module, state in extra:
+                module.set_extra_state(state)
+            restore_random_states(random)
+            raise
 
 
 @torch.no_grad()

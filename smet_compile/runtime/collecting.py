@@ -77,6 +77,11 @@ class GradientCollection:
             elif self._decay < 1:
                 self._given[name][1].scale_(self._decay)
 
+    def forget(self, name: str) -> None:
+        """Forgets what was collected for a weight, which has another topology now."""
+        if name in self._given:
+            self._given[name][1].forget()
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Returns what was collected in earlier steps of the window, by weight."""
         given = self._given.items() if self.window > 1 else ()

@@ -260,6 +260,19 @@ class Trace:
             mean_age=mean_age,
         )
 
+    def follow(self, name: str, bits: Tensor, is_start: bool) -> None:
+        """Records a topology of the site that was loaded, bits on the CPU, in the place of the one before.
+
+        Blocks that were grown and are not active now are forgotten: no update dropped them.
+
+        Args:
+            is_start: the run begins with it.
+        """
+        if is_start:
+            self._initial[name], self._explored[name] = bits.clone(), bits.clone()
+        self._explored[name] |= bits
+        self._grown[name] = [(born, grown & bits) for born, grown in self._grown[name]]
+
     def _judged_first(self, name: str, step: int) -> list[Tensor]:
         """Returns the generations that an update after ``step`` may drop, and none before it could."""
         grown = self._grown[name]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.format.densities import DensitySchedule, Stage
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import Site, find_sites, following
 from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import after_backward, outside_graphs
@@ -194,6 +194,7 @@ class TopologyManager(SavedManager, ShownManager):
         changing = self.sites if self._stages else self._moving
         self._collection = GradientCollection(model, changing, self._rules, window, self.schedule.largest_fraction)
         self._owed = dict.fromkeys(self.sites, 0.0)
+        self._awaited: dict[str, int] = {}
         self._was_called = self._warned_of_newcomers = False
         self._trace = Trace(self.sites, self.min_age)
         self._in_optimizer: InOptimizer | None = None
@@ -236,6 +237,7 @@ class TopologyManager(SavedManager, ShownManager):
         """Listens to optimizers, which keep it alive with ``auto_step``, and collects gradients for the next update."""
         if self.auto_step:
             take_over(self, self._weights)
+        following.keep(self)
         self._listen_to_optimizers()
         self._prepare_next_step()
         if self.auto_step:
@@ -250,6 +252,8 @@ class TopologyManager(SavedManager, ShownManager):
             self._in_optimizer.stop()
 
     def _listen_to_optimizers(self) -> None:
+        for found in self._optimizers.found:
+            following.watch(found.optimizer)
         for found in self._optimizers.stepping:
             if id(found.optimizer) not in self._listeners:
                 self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step, self.auto_step)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
+from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
+from smet_compile.ops.following import Load
 from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import TopologyEvent, Trace, check_history
+from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.optimizer_steps import TrainedParameters
 from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages
@@ -27,9 +32,12 @@ class SavedManager:
     _num_postponed: int
     _num_new_steps: int
     _owed: dict[str, float]
+    _awaited: dict[str, int]
+    """The weights whose topology is expected next, since the record of it was loaded, and the step of that."""
     _moving: dict[str, Site]
     _collection: GradientCollection
     _stages: DensityStages
+    _optimizers: ManagedOptimizers
     _trace: Trace
     _trained: TrainedParameters
 
@@ -69,6 +77,32 @@ class SavedManager:
         self._stages.resume(self.num_steps)
         self._prepare_next_step()
         self._collection.load_state_dict(state["collected"])
+        self._awaited = dict.fromkeys(self.sites, self.num_steps)
+
+    def record_load(self, load: Load) -> None:
+        """Notes a topology that was loaded into a weight, unless the record of it was loaded since the last step."""
+        site = self._site_of(load.values)
+        if site is None:
+            return
+        is_awaited = self._awaited.pop(site.name, None) == self.num_steps + self._num_new_steps
+        if load.changes and not is_awaited:
+            bits = site.bits_of_whole(load.after).cpu()
+            self._trace.follow(site.name, bits, is_start=not (self.history or self.num_steps))
+            self._collection.forget(site.name)
+
+    def holders_of(self, values: nn.Parameter) -> list[Any]:
+        """Returns the optimizers that hold ``values``, wrappers among them."""
+        return [each.optimizer for each in self._optimizers.found if id(values) in each.holds]
+
+    def move_state(self, load: Load, change: TopologyChange) -> None:
+        """Moves the state that the optimizers keep for a weight; raises ValueError where it cannot follow."""
+        site = self._site_of(load.values)
+        if site is not None and any(each.state_of(load.values) for each in self._optimizers.found):
+            self._optimizers.find()
+            self._optimizers.state.follow(site, change)
+
+    def _site_of(self, values: nn.Parameter) -> Site | None:
+        return next((site for site in self.sites.values() if site.values_maybe is values), None)
 
     def check_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
         """Raises ValueError where ``load_state_dict`` would."""

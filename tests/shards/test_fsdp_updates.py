@@ -54,7 +54,7 @@ def net(kind: Kind) -> nn.Module:
     return smet.sparsify(model, 2.4 / 6 if kind.block_shape == 4 else 0.03, block_shape=kind.block_shape, include="2")
 
 
-def train(rank: int, world: int, name: str) -> list[str]:
+def train(rank: int, world: int, name: str, goes_back: bool = False) -> list[str]:
     """Returns the names of what differs between the sharded model and the whole one."""
     kind = KINDS[name]
     runs = []
@@ -67,8 +67,13 @@ def train(rank: int, world: int, name: str) -> list[str]:
         optimizer = kind.make(model, 1e-2, moment_dtype=kind.moment_dtype, warmup_steps=3)
         manager = smet.TopologyManager(model, optimizer, total_steps=100, every=3, schedule="cosine")
         runs.append((model, optimizer, manager))
+    best: dict[int, dict[str, torch.Tensor]] = {}
     for step in range(10):
         for model, optimizer, manager in runs:
+            if goes_back and step == 2:
+                best[id(model)] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            if goes_back and step == 8:  # the state moves back with the weights
+                model.load_state_dict(best[id(model)])
             put_gradients(model, step)
             optimizer.step()
             manager.step()
@@ -89,6 +94,11 @@ def is_same(expected: torch.Tensor, got: torch.Tensor, kind: Kind) -> bool:
 @pytest.mark.parametrize(("world", "name"), [(3 + number % 2, name) for number, name in enumerate(KINDS)])
 def test_shards_are_updated_as_whole_parameters(world: int, name: str) -> None:
     assert processes.run(world, train, name) == [[]] * world
+
+
+@pytest.mark.parametrize(("world", "name"), [(3, "fp32 runs"), (2, "bf16"), (2, "8-bit tiles")])
+def test_state_follows_weights_that_are_loaded_alone(world: int, name: str) -> None:
+    assert processes.run(world, train, name, True) == [[]] * world
 
 
 def refused(rank: int, world: int) -> str:

@@ -48,7 +48,7 @@ def put_gradients(model: nn.Module, step: int) -> None:
         site.values.grad = site.rows.wrap(site.values, rows[site.rows.here].clone())
 
 
-def run(rank: int, world: int, tp: int, kind: str) -> list[str]:
+def run(rank: int, world: int, tp: int, kind: str, goes_back: bool = False) -> list[str]:
     dtype, block_shape, moment_dtype, make = KINDS[kind]
     model, _ = parallel_net(dtype, tp, world // tp, block_shape, fully=world > tp)
     models = model, whole_net(dtype, block_shape)
@@ -60,8 +60,13 @@ def run(rank: int, world: int, tp: int, kind: str) -> list[str]:
         optimizer = make(each, 1e-2, moment_dtype=moment_dtype, warmup_steps=3)
         manager = smet.TopologyManager(each, optimizer, total_steps=100, every=3, schedule="cosine", min_age=3)
         runs.append((each, optimizer, manager))
+    best: dict[int, dict[str, Tensor]] = {}
     for step in range(10):
         for each, optimizer, manager in runs:
+            if goes_back and step == 2:
+                best[id(each)] = {name: tensor.clone() for name, tensor in each.state_dict().items()}
+            if goes_back and step == 8:  # the state moves back with the weights
+                each.load_state_dict(best[id(each)])
             put_gradients(each, step)
             optimizer.step()
             manager.step()
@@ -79,6 +84,12 @@ def run(rank: int, world: int, tp: int, kind: str) -> list[str]:
 @pytest.mark.parametrize(("world", "tp"), [(4, 2), (4, 4)])
 def test_updates_are_those_of_whole_weights(world: int, tp: int, kind: str) -> None:
     assert processes.run(world, run, tp, kind) == [[]] * world
+
+
+@pytest.mark.parametrize("kind", ["fp32 tiles", "bf16", "8-bit tiles"])
+@pytest.mark.parametrize(("world", "tp"), [(4, 2), (2, 2)])
+def test_state_follows_weights_that_are_loaded_alone(world: int, tp: int, kind: str) -> None:
+    assert processes.run(world, run, tp, kind, True) == [[]] * world
 
 
 def unequal(rank: int, world: int) -> dict[str, Any]:
