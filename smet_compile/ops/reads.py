@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
 from smet_compile.shards import is_sharded
 
 _READ, _ALIAS, _ALIAS_VERSION = "_smet_read", "alias", "alias_version"
+_IS_DETACHED = "is_detached"
+_TENSOR: Any = Tensor
 _STACKLEVEL = 5  # the line that drops the last reference to the read, or uses the weight next
 
 
@@ -64,17 +66,51 @@ _live: dict[int, weakref.ref[Tensor]] = {}
 class WeightRead(Tensor):
     """Represents the dense weight that ``module.weight`` returns: an ordinary tensor, whose changes in place are kept.
 
-    ``detach()`` and ``.data`` return aliases of the same kind, ``numpy()`` an array that cannot be written to.
+    ``requires_grad_`` freezes the weight, or has it trained again, as that of a parameter does: it acts on the values,
+    and so on later reads, while a graph that has this read stays as it is. ``detach()`` and ``.data`` return aliases
+    of the same kind, which may become leaves of their own, ``numpy()`` an array that cannot be written to.
     """
 
     __torch_function__ = NO_TORCH_FUNCTION
 
     def detach(self) -> Tensor:
-        return _as_read(super().detach(), self.__dict__["source"])
+        return _as_read(super().detach(), self.__dict__["source"], is_detached=True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if self.__dict__.get(_IS_DETACHED):
+            super().requires_grad_(requires_grad)
+        else:
+            self.__dict__["source"].values.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        is_required: bool = _TENSOR.requires_grad.__get__(self)
+        return is_required
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.requires_grad_(requires_grad)
+
+    @property
+    def grad(self) -> Tensor | None:
+        gradient: Tensor | None = _TENSOR.grad.__get__(self)
+        return gradient
+
+    @grad.setter
+    def grad(self, gradient: Tensor | None) -> None:
+        if not self.__dict__.get(_IS_DETACHED) and not self.retains_grad:
+            name = self.__dict__["source"].compact.name
+            module, dot, tensor = name.rpartition(".")
+            raise ValueError(
+                f"{name}: expected the gradient of a parameter to be set, got that of a weight that was read, which is "
+                f"made anew at every read; set that of the values, {module}{dot}parametrizations.{tensor}.original.grad"
+            )
+        _TENSOR.grad.__set__(self, gradient)
 
     @property
     def data(self) -> Tensor:
-        return _as_read(_plain_data(self), self.__dict__["source"])
+        return _as_read(_plain_data(self), self.__dict__["source"], is_detached=True)
 
     @data.setter
     def data(self, replacement: Tensor) -> None:
@@ -135,9 +171,9 @@ def watch(compact: _CompactWeight, values: Tensor, dense: Tensor) -> Tensor:
     return _as_read(dense, _Source(compact, values, values._version, node))
 
 
-def _as_read(dense: Tensor, source: _Source) -> Tensor:
+def _as_read(dense: Tensor, source: _Source, is_detached: bool = False) -> Tensor:
     dense.__class__ = WeightRead
-    dense.__dict__.update(source=source, version=dense._version)
+    dense.__dict__.update({"source": source, "version": dense._version, _IS_DETACHED: is_detached})
     _live[id(dense)] = weakref.ref(dense)
     return dense
 
