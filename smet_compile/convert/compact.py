@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
@@ -20,7 +19,7 @@ from smet_compile.convert.choose import Choice
 from smet_compile.convert.find_weights import Weight
 from smet_compile.convert.report import num_active_weights, remember_reasons
 from smet_compile.format import slabs
-from smet_compile.ops import CompactWeight, direct, following, loading, reads, saved_weights
+from smet_compile.ops import CompactWeight, direct, following, loading, saved_weights, shared_class
 from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import outside_graphs
 from smet_compile.shards import is_sharded, local
@@ -80,11 +79,10 @@ def make_compact(model: nn.Module, drawn: Sequence[Drawn], reasons: Mapping[str,
     try:
         for each in drawn:
             weight = each.choice.weight
-            parametrize.register_parametrization(weight.module, weight.tensor_name, _Placeholder(), unsafe=True)
-            reads.accept_parameters(weight.module, parametrizations)
+            shared_class.register(weight.module, weight.tensor_name, _Placeholder())
             each.compact.train(weight.module.training)
         for each in drawn:
-            if each.choice.weight.tensor_name != "weight" or not direct.install(each.choice.weight.module):
+            if each.choice.weight.tensor_name != "weight" or not direct.is_installed(each.choice.weight.module):
                 saved_weights.install(each.choice.weight.module, owner=True)
         saved_weights.install(model)
         remember_reasons(model, dict(reasons))
@@ -196,7 +194,7 @@ class _ModuleBefore:
     def __init__(self, module: nn.Module, names: set[str]) -> None:
         self.module = module
         self._names = names
-        self._class = type(module)
+        self._class, self._plain_class = type(module), shared_class.plain_class(module)
         self._parameters = dict(module._parameters)
         self._hooks: dict[str, dict[Any, Any]] = {name: dict(getattr(module, name)) for name in _HOOKS}
 
@@ -206,10 +204,8 @@ class _ModuleBefore:
         for name in self._names - kept:
             if name in chains:
                 del chains[name]
-            if isinstance(vars(type(module)).get(name), property):
-                delattr(type(module), name)
-        if type(module) is not self._class and len(chains) == 0:
-            module.__class__ = self._class
+        module.__class__ = shared_class.shared_class(self._plain_class, chains) if kept else self._class
+        if len(chains) == 0:
             module._modules.pop("parametrizations", None)
         module._parameters.clear()
         module._parameters.update((name, p) for name, p in self._parameters.items() if name not in kept)

@@ -9,13 +9,12 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.utils import parametrize
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
 from smet_compile.convert.pretrained import forget_to_save_dense
 from smet_compile.convert.report import forget_reasons
 from smet_compile.format import arguments
-from smet_compile.ops import find_sites, reads, saved_weights
+from smet_compile.ops import find_sites, reads, saved_weights, shared_class
 from smet_compile.ops.plain_copy import plain_copy, whole_weight
 from smet_compile.ops.sites import check_sparsified, without_wrappers
 from smet_compile.shards import has_shards, make_whole, reshard
@@ -75,8 +74,7 @@ def export_dense(model: nn.Module, layout: ExportLayout | None = None, *, keep: 
     for name, site in find_sites(dense).items():
         order = site.compact.parameter_order
         exported.append(Exported(name, site.module, site.tensor_name, site.layout))
-        _give_own_class(site.module)
-        parametrize.remove_parametrizations(site.module, site.tensor_name, leave_parametrized=True)
+        shared_class.make_plain(site.module, site.tensor_name)
         _restore_order(site.module, order)
     for module in dense.modules():
         saved_weights.uninstall(module)
@@ -120,10 +118,3 @@ def _restore_order(module: nn.Module, order: list[str]) -> None:
     module._parameters.clear()
     for name in sorted(parameters, key=lambda name: places.get(name, len(places))):
         module._parameters[name] = parameters[name]
-
-
-def _give_own_class(module: nn.Module) -> None:
-    """Gives ``module`` a copy of its class: the original shares the class, and removal of parametrizations edits it."""
-    shared = type(module)
-    body = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, body)

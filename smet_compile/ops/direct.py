@@ -1,10 +1,11 @@
 """Makes linear layers multiply with their values in eager mode, instead of unpacking the weight for each product.
 
 It concerns ``nn.Linear`` and Hugging Face's ``Conv1D``, also subclasses, whose forward is that class's own. The forward
-is replaced in the class that ``parametrize`` made for the module. The module reads its weight as before where somebody
-has to see that: a compiler or another tracer, a transform of ``torch.func``, forward-mode AD, a ``TorchFunctionMode``,
-a further parametrization, a hook on the parametrization, a policy that collects the dense gradient, tensors of unusual
-kinds; and where no kernel does better than torch's own products. What else reads ``module.weight`` unpacks it.
+is replaced in the class that ``shared_class`` makes for such modules. The module reads its weight as before where
+somebody has to see that: a compiler or another tracer, a transform of ``torch.func``, forward-mode AD, a
+``TorchFunctionMode``, a further parametrization, a hook on the parametrization, a policy that collects the dense
+gradient, tensors of unusual kinds; and where no kernel does better than torch's own products. What else reads
+``module.weight`` unpacks it.
 
 ``SMET_COMPILE_EAGER=unpack`` in the environment, or ``with unpacked():``, makes every module read its weight.
 """
@@ -55,20 +56,20 @@ def _is_on() -> bool:
     return setting is None
 
 
-def install(module: nn.Module) -> bool:
-    """Makes ``module``, whose weight is parametrized, multiply directly if its forward is one of the two known ones.
+def install(own: Any) -> None:
+    """Makes modules of the class ``own`` multiply directly if the forward of its base is one of the two known ones.
 
-    The changed class was made for this module by ``parametrize``; only copies share it. A second call has no effect.
-
-    Returns: whether calls of ``module`` go through the new forward.
+    The class was made for modules whose weight is parametrized.
     """
-    own: Any = type(module)
     parent = own.__mro__[1]
-    if "forward" not in vars(own):
-        if parent.forward is _linear_forward:
-            own.forward = _forward_of_linear(parent)
-        elif parent.forward is _conv1d_forward():
-            own.forward = _forward_of_conv1d(parent)
+    if parent.forward is _linear_forward:
+        own.forward = _forward_of_linear(parent)
+    elif parent.forward is _conv1d_forward():
+        own.forward = _forward_of_conv1d(parent)
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Tells whether calls of ``module`` go through a forward that multiplies directly."""
     return getattr(module.forward, "__code__", None) in _CODES
 
 

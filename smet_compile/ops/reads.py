@@ -255,15 +255,15 @@ def _not_kept(compact: _CompactWeight, problem: str) -> ValueError:
     return ValueError(f"{compact.name}: the weight that was read {problem}")
 
 
-def accept_parameters(module: nn.Module, chains: Callable[[nn.Module], Any]) -> None:
-    """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for the compact weights of ``module``.
+def accept_parameters(own: type[nn.Module], chains: Callable[[nn.Module], Any]) -> None:
+    """Makes ``module.weight = nn.Parameter(...)`` assign as a tensor does, for compact weights of modules of a class.
 
-    ``chains(module)`` returns the parametrizations of a module by tensor name. ``nn.Module`` would raise a KeyError,
-    since it has no such parameter. The changed class was made for this module by ``parametrize``; only copies share it.
+    ``nn.Module`` would raise a KeyError, since it has no such parameter.
+
+    Args:
+        own: the class, which was made for modules with parametrizations.
+        chains: returns the parametrizations of a module by tensor name.
     """
-    own = type(module)
-    if "__setattr__" in vars(own):
-        return
     assign_tensor = own.__setattr__
 
     def assign(self: nn.Module, name: str, value: Any) -> None:

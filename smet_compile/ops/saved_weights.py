@@ -342,7 +342,9 @@ def run(forward: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
         _forwards.exit(module)
 
 
-_OF_MODEL, _OF_OWNER = (_enter, _exit), (_enter_owner, _exit_owner)
+_OF_MODEL, _OF_OWNER = (-1, _enter, _exit), (-2, _enter_owner, _exit_owner)
+"""The key of the hooks, and the hooks. torch gives each hook a key of its own, counted from zero, and a compiled graph
+belongs to the keys that it was traced with: by those, equal blocks would share no graph."""
 
 
 def install(module: nn.Module, owner: bool = False) -> None:
@@ -350,19 +352,20 @@ def install(module: nn.Module, owner: bool = False) -> None:
 
     The ``owner`` of a compact weight gets separate functions, which run in eager mode after a graph break.
     """
-    enter, leave = _OF_OWNER if owner else _OF_MODEL
-    if enter not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(enter, prepend=True)
-        module.register_forward_hook(leave, always_call=True)
+    key, enter, leave = _OF_OWNER if owner else _OF_MODEL
+    before: Any = module._forward_pre_hooks
+    if key not in before:
+        before[key] = enter
+        before.move_to_end(key, last=False)
+        module._forward_hooks[key] = leave
+        module._forward_hooks_always_called[key] = True
 
 
 def uninstall(module: nn.Module) -> None:
     """Removes the hooks of ``module``."""
-    for enter, leave in (_OF_MODEL, _OF_OWNER):
-        for hooks, ours in ((module._forward_pre_hooks, enter), (module._forward_hooks, leave)):
-            for key in [k for k, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+    for key, _, _ in (_OF_MODEL, _OF_OWNER):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+            hooks.pop(key, None)
 
 
 RUN_IN_EAGER = (_enter_owner, _exit_owner)

@@ -119,6 +119,19 @@ def is_traced_or_transformed() -> bool:
         return True
 
 
+def read_once(module: torch.nn.Module, name: str, read: Callable[[], Any]) -> Any:
+    """Returns ``read()``; within ``torch.nn.utils.parametrize.cached()`` what it returned at the first read there."""
+    if not torch.nn.utils.parametrize._cache_enabled:
+        return read()
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("Cannot trace a model while caching parametrizations.")
+    cache: Any = torch.nn.utils.parametrize._cache
+    key = id(module), name
+    if cache.get(key) is None:
+        cache[key] = read()
+    return cache[key]
+
+
 def _a_mode_sees_functions() -> bool:
     modes = torch.overrides._get_current_function_mode_stack()
     return any(not isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)

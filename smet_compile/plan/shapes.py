@@ -197,7 +197,7 @@ def find_repeats(model: nn.Module, kind_of: Callable[[str], Any] = lambda name: 
 
 
 def _kind(layer: nn.Module, prefix: str, kind_of: Callable[[str], Any]) -> Any:
-    # By the names of classes: each parametrized module has a class of its own.
+    # By the names of classes: torch makes one for each module that it parametrizes.
     modules = [(name, type(module).__name__) for name, module in layer.named_modules()]
     parameters = [
         (name, parameter.shape, parameter.dtype, parameter.requires_grad, kind_of(f"{prefix}.{name}"))

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 import smet_compile as smet
 from smet_compile import api
 from smet_compile.convert import compact as compact_module
-from smet_compile.ops import CompactWeight, direct, find_sites, saved_weights
+from smet_compile.ops import CompactWeight, direct, find_sites, saved_weights, shared_class
 from tests.support.small_models import ToyExperts
 from tests.support.snapshots import assert_same
 from tests.support.states import structure
@@ -105,13 +105,13 @@ def fails_at(function: Any, call: int, after: bool, error: type[BaseException]) 
 PLACES = [
     (CompactWeight, "right_inverse", len(WEIGHTS)),  # packs the last weight for trial
     (CompactWeight, "_derive", len(WEIGHTS)),
-    (parametrize, "register_parametrization", 1),
-    (parametrize, "register_parametrization", len(WEIGHTS)),
-    (parametrize, "_inject_new_class", 3),
-    (parametrize, "_inject_property", len(WEIGHTS)),
+    (shared_class, "register", 1),
+    (shared_class, "register", len(WEIGHTS)),
+    (parametrize, "ParametrizationList", 3),
+    (shared_class, "shared_class", len(WEIGHTS)),
     (saved_weights, "install", 2),
     (saved_weights, "install", len(WEIGHTS) - NUM_LINEAR + 1),
-    (direct, "install", NUM_LINEAR),
+    (direct, "is_installed", NUM_LINEAR),
     (compact_module, "remember_reasons", 1),
     (compact_module, "note_dense_shape", 1),
     (parametrize, "_maybe_set", len(WEIGHTS) + 1),  # the largest weight takes its values
@@ -225,7 +225,7 @@ def test_memory_that_is_gone_midway(call: int) -> None:
 
 def interrupted_at(line: int, call: Callable[[], Any]) -> KeyboardInterrupt | None:
     """Runs ``call`` until that line is reached of the code that changes models, here and in torch."""
-    num_lines, watched = 0, ("convert/compact.py", "parametrize.py", "saved_weights.py")
+    num_lines, watched = 0, ("convert/compact.py", "shared_class.py", "parametrize.py", "saved_weights.py")
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal num_lines
