@@ -74,12 +74,14 @@ class Capture:
 
         import_module("torch._inductor.lowering")  # the decomposition of max_pool2d uses it without an import
         placeholders = dynamo.graph.find_nodes(op="placeholder")
-        captured = Captured([_source(node) for node in placeholders], [_example(node) for node in placeholders])
-        self.graphs.append(captured)
+        graphs, number = self.graphs, len(self.graphs)
+        graphs.append(Captured([_source(node) for node in placeholders], [_example(node) for node in placeholders]))
 
+        # Dynamo keeps these functions, so they reach what they capture through the list, which can be emptied.
         def partition(
             joint: fx.GraphModule, joint_inputs: Any, **options: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            captured = graphs[number]
             captured.reports = self._run_passes(joint)
             captured.joint = _copy(joint)
             halves: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
@@ -89,6 +91,7 @@ class Capture:
             return halves
 
         def infer(graph: fx.GraphModule, example: Any) -> Any:
+            captured = graphs[number]
             captured.reports = self._run_passes(graph)
             captured.joint = captured.forward = graph
             return make_boxed_func(graph.forward)
@@ -163,8 +166,11 @@ def capture_graphs(
             if fullgraph:
                 raise SeveralGraphsError(_first_line(str(error))) from error
             raise
+        finally:  # Dynamo keeps every backend
+            graphs = backend.graphs.copy()
+            backend.graphs.clear()
     breaks = [reason for reason, count in counters["graph_break"].items() if count > before.get(reason, 0)]
-    return backend.graphs, [_first_line(reason) for reason in breaks]
+    return graphs, [_first_line(reason) for reason in breaks]
 
 
 def _first_line(reason: str) -> str:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.tracing import Captured
+from tests.support.living_modules import num_living
 
 FUSED = ["fused", "fused", "fused"]
 UPDATE = "update"
@@ -134,3 +136,36 @@ def test_a_compiled_model_and_keyword_inputs(x: Tensor) -> None:
 def test_a_model_without_sites(x: Tensor) -> None:
     with pytest.raises(ValueError, match="explain: expected a model with compact weights, got one with none"):
         smet.explain(Net(), x)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_nothing_of_a_model_that_was_explained_stays(x: Tensor, breaks: bool) -> None:
+    before = num_living(nn.Linear, Captured)
+    for _ in range(2):
+        model = make()
+        model.breaks = breaks
+        smet.explain(model, x)
+        del model
+        assert num_living(nn.Linear, Captured) == before
+
+
+def test_nothing_of_a_call_that_fails_stays(x: Tensor) -> None:
+    model, before = make(), num_living(nn.Linear, Captured)
+    with pytest.raises(RuntimeError):
+        smet.explain(model, x[:, :3])
+    with pytest.raises(ZeroDivisionError):
+        smet.explain(Fails(model), x)
+    assert num_living(nn.Linear, Captured) == before
+
+
+class Fails(nn.Module):
+    """Fails after a graph break, when one graph was captured."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = self.model(x)
+        torch._dynamo.graph_break()
+        return loss * (1 / 0)
