@@ -82,9 +82,14 @@ class GradientCollection:
         if name in self._given:
             self._given[name][1].forget()
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns what was collected in earlier steps of the window, by weight."""
-        given = self._given.items() if self.window > 1 else ()
+    def state_dict(self, within_step: bool = False) -> dict[str, dict[str, Any]]:
+        """Returns what was collected in earlier steps of the window, by weight.
+
+        Args:
+            within_step: an optimizer made a step that the manager has not counted yet, so that a window of one step may
+                hold something.
+        """
+        given = self._given.items() if self.window > 1 or within_step else ()
         return {name: join_collected(site, collected)._asdict() for name, (site, collected) in given}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:

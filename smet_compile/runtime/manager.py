@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +34,7 @@ from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
 from smet_compile.runtime.in_optimizer import InOptimizer
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
+from smet_compile.runtime.new_steps import NewSteps
 from smet_compile.runtime.optimizer_steps import StepListener, TrainedParameters
 from smet_compile.runtime.policies import DropName, GrowName, Policy
 from smet_compile.runtime.resizing import choose_resize
@@ -186,8 +186,7 @@ class TopologyManager(SavedManager, ShownManager):
         self._steps_itself = self._made_steps = False
         self.num_steps = 0
         self.history: list[TopologyEvent] = []
-        self._num_new_steps = 0
-        self._new_steps_of: Counter[int] = Counter()
+        self._new_steps = NewSteps()
         self._idle_calls = IdleCalls(model)
         self._num_postponed = 0
         self._trained = TrainedParameters()
@@ -261,20 +260,15 @@ class TopologyManager(SavedManager, ShownManager):
 
     def _after_optimizer_step(self, optimizer: Any) -> None:
         """Counts the step and looks at its gradients, which a closure makes in it and ``zero_grad`` soon takes away."""
-        if not self._num_new_steps:
-            self._new_steps_of.clear()
-        self._new_steps_of[id(optimizer)] += 1
-        num_new = self._new_steps_of[id(optimizer)]
-        self._num_new_steps = max(self._num_new_steps, num_new)
-        if self._is_due(self.num_steps + num_new):
+        is_alone = len(self._optimizers.stepping) == 1
+        if self._is_due(self._new_steps.add(optimizer, self.num_steps, is_alone)):
             self._trained.look_at_step(optimizer)
-        if self._is_due(self.num_steps + num_new + 1):
-            self._trained.read_counts()
+        self._read_counts()
         if self.auto_step:
-            if all_stepped(self._optimizers.stepping, self._weights, self._new_steps_of):
+            if all_stepped(self._optimizers.stepping, self._weights, self._new_steps.of):
                 after_backward(self._step_by_itself)
         elif not self._was_called and self.next_update is not None:
-            warn_of_no_call(num_new, self.schedule.every)
+            warn_of_no_call(self._new_steps.num, self.schedule.every)
 
     def _step_by_itself(self) -> None:
         self._steps_itself = True
@@ -298,22 +292,24 @@ class TopologyManager(SavedManager, ShownManager):
         self._was_called = self._made_steps = True
         reshard(self.model)
         self._optimizers.check_weights()
-        if not self._num_new_steps:
+        if not self._new_steps.num:
             self._idle_calls.add(found.name for found in self._optimizers.stepping)
             return None
         self._idle_calls.count = 0
-        step = self.num_steps + self._num_new_steps
+        step = self.num_steps + self._new_steps.num
         due = self._is_due(step)
         if due or self.num_steps == 0:
             self._optimizers.find()
             self._listen_to_optimizers()
         stage = self._stages.find_due(step)
         event = self._enter(stage, step) if stage else self._update(step) if due else None
-        self.num_steps, self._num_new_steps = step, 0
+        self.num_steps = step
+        self._new_steps.begin_anew()
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
         if self._num_postponed == MOST_POSTPONED_STEPS:
             self._give_up()
-        self._trained.forget()
+        if event is not None:
+            self._trained.forget()
         self._collect_gradients(afresh=event is not None)
         if event is not None and stage is None and not self._warned_of_newcomers:
             self._warned_of_newcomers = warn_of_newcomers(event, self.min_age)
@@ -322,21 +318,27 @@ class TopologyManager(SavedManager, ShownManager):
     def _prepare_next_step(self) -> None:
         """Prepares for the next step, where an update is due after it."""
         self._collect_gradients(afresh=True)
-        if self._is_due(self.num_steps + 1):
+        self._read_counts()
+
+    def _read_counts(self) -> None:
+        """Reads the counts of updates made in backward, where the next step of an optimizer may be looked at."""
+        if self._is_due(self._new_steps.next_looked_at(self.num_steps)):
             self._trained.read_counts()
 
     def _give_up(self) -> None:
         """Leaves out an update that was postponed too often, with a warning."""
         self._num_postponed = 0
         warn_of_left_out(MOST_POSTPONED_STEPS, self.model, self._trained.not_finite, self.next_update)
+        self._trained.forget()
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window
         self._collection.growth = self._stages.growth_after(self.num_steps)
-        self._collection.advance(window > 0 and self._is_due(self.num_steps + window), afresh)
+        upcoming = self.num_steps + window - 1 + self._new_steps.num_last
+        self._collection.advance(window > 0 and self._is_due(upcoming), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
-        """Changes every weight that moves and was trained in this step; None where there was none.
+        """Changes every weight that moves and was trained by the last step of its optimizer; None where there is none.
 
         All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
         """
@@ -386,10 +388,13 @@ class TopologyManager(SavedManager, ShownManager):
         return trained and self._collection.has_gradient(site)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_listeners": {}}
+        new_steps = self._new_steps.state_dict(self.model, self._optimizers.stepping, self._trained)
+        return self.__dict__ | {"_listeners": {}, "_new_steps_of_original": new_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied optimizer has lost its hooks, a copied weight its listener.
         self.__dict__.update(state)
         self._optimizers.find()
+        new_steps = self.__dict__.pop("_new_steps_of_original")
+        self._new_steps.load_state_dict(new_steps, self.model, self._optimizers.stepping, self._trained)
         self._listen()

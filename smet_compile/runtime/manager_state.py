@@ -14,23 +14,27 @@ from smet_compile.ops.loaded import check_integer, check_keys, check_number
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import TopologyEvent, Trace, check_history
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
+from smet_compile.runtime.new_steps import NewSteps
 from smet_compile.runtime.optimizer_steps import TrainedParameters
 from smet_compile.runtime.settings import check_override, check_settings
 from smet_compile.runtime.stages import DensityStages
 
 MOST_POSTPONED_STEPS = 10
 """Number of steps for which an update waits for finite gradients."""
+_NO_NEW_STEPS: dict[str, Any] = {"num": 0, "num_last": 1, "of": {}, "trained": [], "not_finite": []}
 
 
 class SavedManager:
     """Knows the state of a ``TopologyManager``, which derives from it."""
 
+    model: nn.Module
     sites: dict[str, Site]
     history: list[TopologyEvent]
     num_steps: int
     _settings: dict[str, Any]
     _num_postponed: int
-    _num_new_steps: int
+    _new_steps: NewSteps
+    _optimizers: ManagedOptimizers
     _owed: dict[str, float]
     _awaited: dict[str, int]
     """The weights whose topology is expected next, since the record of it was loaded, and the step of that."""
@@ -50,8 +54,9 @@ class SavedManager:
             "settings": dict(self._settings),
             "num_steps": self.num_steps,
             "num_postponed": self._num_postponed,
+            "new_steps": self._new_steps.state_dict(self.model, self._optimizers.stepping, self._trained),
             "owed": dict(self._owed),
-            "collected": self._collection.state_dict(),
+            "collected": self._collection.state_dict(within_step=self._new_steps.num > 0),
             "history": [event.to_dict() for event in self.history],
             "trace": self._trace.state_dict(),
         }
@@ -69,7 +74,8 @@ class SavedManager:
         """
         self.check_state_dict(state, override=override)
         self.num_steps = state["num_steps"]
-        self._num_new_steps = 0
+        new_steps = state.get("new_steps", _NO_NEW_STEPS)
+        self._new_steps.load_state_dict(new_steps, self.model, self._optimizers.stepping, self._trained)
         self._owed = {name: float(blocks) for name, blocks in state["owed"].items()}
         self._num_postponed = state["num_postponed"] if self._moving else 0
         self.history = [TopologyEvent.from_dict(event) for event in state["history"]]
@@ -107,7 +113,7 @@ class SavedManager:
     def check_state_dict(self, state: dict[str, Any], *, override: Iterable[str] = ()) -> None:
         """Raises ValueError where ``load_state_dict`` would."""
         parts = ("num_steps", "num_postponed", "owed", "collected", "history", "trace")
-        check_keys("manager", state, parts, ("settings",))
+        check_keys("manager", state, parts, ("settings", "new_steps"))  # older versions did not save these
         check_settings(state.get("settings", {}), self._settings, override)
         check_integer("num_steps", state["num_steps"])
         check_integer("num_postponed", state["num_postponed"], 0, MOST_POSTPONED_STEPS - 1)
@@ -117,11 +123,12 @@ class SavedManager:
         num_steps = state["num_steps"]
         self._collection.check_state_dict(state["collected"], self._stages.growth_after(num_steps))
         counts = check_history(state["history"], num_steps, self.sites)
+        self._new_steps.check_state_dict(state.get("new_steps", _NO_NEW_STEPS), self.model, num_steps)
         if "density_schedule" not in check_override(override):
             self._stages.check_state({name: each[0] for name, each in counts.items()}, num_steps)
         self._trace.check_state_dict(state["trace"], num_steps, counts)
 
     def parts_of_state(self) -> list[dict[str, Any]]:
         """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
-        parts = self._trace, self._trained, self._stages
+        parts = self._trace, self._trained, self._stages, self._new_steps
         return [self.__dict__, *(part.__dict__ for part in parts), *self._collection.parts_of_state()]

@@ -86,7 +86,7 @@ def _is_captured(optimizer: Any) -> bool:
 
 
 class TrainedParameters:
-    """Holds which parameters the optimizers' step trained, and which of their gradients were not finite.
+    """Holds which parameters the last step of each optimizer trained, and which of their gradients were not finite.
 
     It looks at a step from within the optimizer's hook, while its gradients are there. A gradient that an update in
     backward consumed is there no more; what is left are the counts of such updates. They are read before and after a
@@ -101,6 +101,11 @@ class TrainedParameters:
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return any(id(parameter) in trained for trained in self._trained.values())
+
+    @property
+    def ids(self) -> set[int]:
+        """Returns the ids of the trained parameters."""
+        return {key for trained in self._trained.values() for key in trained}
 
     @property
     def not_finite(self) -> list[nn.Parameter]:
@@ -123,14 +128,18 @@ class TrainedParameters:
         now = _read_counts({p: counts[p] for p in parameters if p in counts})
         changes = {p: self._changes(p, counts[p], now[p]) for p in now}
         trained = [p for p in parameters if p.grad is not None or (p in changes and changes[p][0])]
-        self._trained[id(optimizer)] = {id(p) for p in trained}
         broken = _with_broken_gradient(trained)
-        self._not_finite[id(optimizer)] = [p for p in trained if (p in changes and changes[p][1]) or id(p) in broken]
+        not_finite = [p for p in trained if (p in changes and changes[p][1]) or id(p) in broken]
+        self.set_step(optimizer, trained, not_finite)
+
+    def set_step(self, optimizer: Any, trained: list[nn.Parameter], not_finite: list[nn.Parameter]) -> None:
+        """Notes what the last step of ``optimizer`` trained, in place of what one before it did."""
+        self._trained[id(optimizer)] = {id(p) for p in trained}
+        self._not_finite[id(optimizer)] = not_finite
 
     def forget(self) -> None:
-        """Forgets the step; called before the next one."""
-        self._trained.clear()
-        self._not_finite.clear()
+        """Forgets all steps; called after an update, for which each optimizer has to step anew."""
+        self._trained, self._not_finite = {}, {}
 
     def _counts(self) -> dict[nn.Parameter, UpdateCounts]:
         return {p: counts for optimizer in self._optimizers for p, counts in counts_of(optimizer).items()}
