@@ -333,7 +333,7 @@ class TopologyManager(SavedManager, ShownManager):
 
     def _collect_gradients(self, afresh: bool) -> None:
         window = self._collection.window
-        self._collection.growth = self._stages.growth_after(self.num_steps)
+        self._collection.growth = self._stages.growth_after(self.num_steps, self._new_steps.num_last)
         upcoming = self.num_steps + window - 1 + self._new_steps.num_last
         self._collection.advance(window > 0 and self._is_due(upcoming), afresh)
 

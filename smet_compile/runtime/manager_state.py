@@ -121,9 +121,11 @@ class SavedManager:
         for name, blocks in state["owed"].items():
             check_number(f"owed[{name!r}]", blocks, 0, 1)
         num_steps = state["num_steps"]
-        self._collection.check_state_dict(state["collected"], self._stages.growth_after(num_steps))
         counts = check_history(state["history"], num_steps, self.sites)
-        self._new_steps.check_state_dict(state.get("new_steps", _NO_NEW_STEPS), self.model, num_steps)
+        new_steps = state.get("new_steps", _NO_NEW_STEPS)
+        self._new_steps.check_state_dict(new_steps, self.model, num_steps)
+        growth = self._stages.growth_after(num_steps, new_steps["num_last"])
+        self._collection.check_state_dict(state["collected"], growth)
         if "density_schedule" not in check_override(override):
             self._stages.check_state({name: each[0] for name, each in counts.items()}, num_steps)
         self._trace.check_state_dict(state["trace"], num_steps, counts)

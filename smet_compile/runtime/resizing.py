@@ -40,7 +40,7 @@ def _shrunk(
 ) -> Tensor:
     mask = context.mask
     positions = positions_of(mask)
-    ranks_N = _ranks(check_scores(rules.drop(context.site, context), context)) + 1
+    ranks_N = _ranks(check_scores(rules.drop(context.site, context), context), context.generator) + 1
     if protected is not None:
         ranks_N += positions.numel() * protected[positions]
     ranks = ranks_N.new_zeros(mask.numel()).index_copy_(0, positions, ranks_N)
@@ -52,11 +52,16 @@ def _extended(rules: Rules, context: TopologyContext, num_active: int, group_siz
     if rules.grow is policies.random and patterns.has_room(mask, num_active, group_size):
         more = patterns.grow_more_random(site.layout, mask, context.count, group_size, context.generator)
         return torch.cat((positions_of(mask), more))
-    ranks = _ranks(check_scores(rules.grow(site, context), context))
+    ranks = _ranks(check_scores(rules.grow(site, context), context), context.generator)
     return patterns.select_resized(ranks + mask.numel() * mask, mask, num_active, group_size)
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """Returns the place of each score in ascending order, so that no score is too large to be exceeded."""
-    order = scores.argsort(stable=True)
+def _ranks(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns the place of each score in ascending order, so that no score is too large to be exceeded.
+
+    Equal scores come in random order: by position they would fill, or empty, the matrix row by row. Where a stage grows
+    more blocks than gradients were kept for, all others have one score.
+    """
+    shuffled = torch.randperm(scores.numel(), generator=generator).to(scores.device)
+    order = shuffled[scores[shuffled].argsort(stable=True)]
     return torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))

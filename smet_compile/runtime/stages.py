@@ -63,18 +63,20 @@ class DensityStages:
         """Notes that the model is in this stage now."""
         self._num_made = self.stages.index(stage) + 1
 
-    def growth_after(self, step: int) -> dict[str, int]:
-        """Returns how many blocks each weight grows in the first stage after ``step``, from what it has now."""
-        number = self._number_at(step) + 1
+    def growth_after(self, step: int, num_steps: int = 1) -> dict[str, int]:
+        """Returns how many blocks each weight grows in the next stage that the model takes, from what it has now.
+
+        That is one that should be over at ``step``, if the model is not in it yet, or that comes in the next
+        ``num_steps`` steps; else the first one after these.
+        """
+        number = max(self._number_made(step) + 1, self._number_at(step + num_steps))
         if number > len(self.stages):
             return {}
         return {name: max(0, count - self._sites[name].num_active) for name, count in self._counts[number].items()}
 
     def resume(self, step: int) -> None:
         """Notes that ``step`` steps were made. If the model is not in the stage of that step, that stage is due."""
-        self._num_made = self._number_at(step)
-        if self.stages and any(self._sites[name].num_active != n for name, n in self._counts[self._num_made].items()):
-            self._num_made = max(0, self._num_made - 1)
+        self._num_made = self._number_made(step)
 
     def check_state(self, first: Mapping[str, int], step: int) -> None:
         """Raises ValueError where weights that began with ``first`` blocks are not in the stage of ``step`` now."""
@@ -91,6 +93,13 @@ class DensityStages:
                         f"{name}: expected {count:,} active blocks {when} by this density_schedule, got {got[name]:,}; "
                         'sparsify with the density that the run began with, or pass override=("density_schedule",)'
                     )
+
+    def _number_made(self, step: int) -> int:
+        """Returns the number of stages that are over after ``step``, without the last of them if it is yet to come."""
+        number = self._number_at(step)
+        if self.stages and any(self._sites[name].num_active != n for name, n in self._counts[number].items()):
+            return max(0, number - 1)
+        return number
 
     def _number_at(self, step: int) -> int:
         return sum(stage.step <= step for stage in self.stages)

@@ -248,6 +248,47 @@ def test_growth_by_gradient_takes_the_largest(block_shape: Any) -> None:
         assert scores[mask & ~before[name]].min() >= scores[~mask].max() - 1e-7
 
 
+def assert_grows_the_largest(run: tuple[Any, Any, Any], step: int) -> None:
+    """Makes the step, in which a stage grows blocks; checks them against the gradient of the dense model."""
+    model, optimizer, manager = run
+    plain = fill_masked(two_layers(), model)
+    loss_on(plain, step).backward()
+    before, grids = masks_of(model), grids_of(model)
+    train(model, optimizer, manager, first=step)
+    assert manager.history[-1].step == step + 1 and manager.history[-1].density == 0.6
+    for name, mask in masks_of(model).items():
+        scores = grids[name].mean(plain.get_parameter(name).grad.abs())
+        assert scores[mask & ~before[name]].min() >= scores[~mask].max() - 1e-7
+
+
+@pytest.mark.parametrize("stages", [[(3, 0.6)], [(2, 0.3), (3, 0.6)], [(3, 0.3), (6, 0.6)]], ids=str)
+def test_an_overdue_stage_grows_by_gradient_too(stages: Any, tmp_path: Path) -> None:
+    """A schedule that replaces the saved one has a stage that should be over, or two that come in one step."""
+    saved = staged(0.2, [(60, 0.6)], grow="gradient")
+    train(*saved, steps=5)
+    smet.save_checkpoint(tmp_path / "run", *saved)
+    run = staged(0.2, stages, grow="gradient")
+    smet.load_checkpoint(tmp_path / "run", *run, override=("density_schedule",))
+    assert_grows_the_largest(run, 5)
+
+
+def test_blocks_of_one_score_change_at_random() -> None:
+    """By position a stage would fill the last rows, and empty the first."""
+
+    def equal(site: Any, context: Any) -> Tensor:
+        return torch.zeros(context.scores_shape)
+
+    for density, stages in DIRECTIONS.values():
+        model, optimizer, manager = staged(density, [stages[0]], drop=equal, grow=equal)
+        before = masks_of(model)["0.weight"]
+        train(model, optimizer, manager, steps=2)
+        changed = (masks_of(model)["0.weight"] ^ before).view(20, 12).sum(1)
+        assert changed.sum() in (72, 120) and bool((changed > 0).all()) and bool((changed < 12).all())
+        again = staged(density, [stages[0]], drop=equal, grow=equal)
+        train(*again, steps=2)
+        assert same_bits(masks_of(again[0])["0.weight"], masks_of(model)["0.weight"])
+
+
 def test_a_weight_without_a_gradient_follows_too() -> None:
     model, optimizer, manager = staged(0.2, [(2, 0.5)], grow="gradient", drop="momentum")
     find_sites(model)["3.weight"].values.requires_grad_(False)
