@@ -44,6 +44,7 @@ class GradientCollection:
         self._rules, self._largest_fraction = rules, largest_fraction
         self._decay = min((policy.decay for policy in rules.asking), default=1.0)
         self._given: dict[str, tuple[Site, Collected]] = {}
+        self._of_original: dict[str, Collected] = {}
         self.growth: Mapping[str, int] = {}
         self._stop_when_gone()
 
@@ -119,8 +120,16 @@ class GradientCollection:
         """Returns the dicts that hold what ``load_state_dict`` changes, for whoever has to put it back."""
         return [self.__dict__, self._given]
 
+    def fill_as_original(self) -> None:
+        """Fills the buffers of a copy, once ``advance`` gave them, with what those of the original held."""
+        for name, (_, collected) in self._given.items():
+            for buffer, value in zip(collected, self._of_original.get(name, collected), strict=True):
+                buffer.copy_(value)
+        self._of_original = {}
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_given": {}}
+        held = {name: collected for name, (_, collected) in self._given.items()}
+        return self.__dict__ | {"_given": {}, "_of_original": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -398,3 +398,4 @@ class TopologyManager(SavedManager, ShownManager):
         new_steps = self.__dict__.pop("_new_steps_of_original")
         self._new_steps.load_state_dict(new_steps, self.model, self._optimizers.stepping, self._trained)
         self._listen()
+        self._collection.fill_as_original()

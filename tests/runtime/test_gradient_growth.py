@@ -16,7 +16,8 @@ from smet_compile.runtime import update
 from tests.ops.call_forms import ReadTwice
 from tests.support.masked import fill_masked, grids_of, masks_of
 from tests.support.small_models import two_layers
-from tests.support.training import loss_on
+from tests.support.snapshots import assert_same, snapshot
+from tests.support.training import loss_on, train
 from tests.support.weight_watch import WeightSized, dense_sizes
 
 
@@ -177,3 +178,22 @@ def test_no_dense_gradient_outlives_backward() -> None:
     with Watch():
         loss_on(sparse, 0).backward()
     assert kept and all(storage.expired() for storage in kept)
+
+
+@pytest.mark.parametrize(
+    "policies", [{"grow": "momentum"}, {"grow": "gradient", "drop": "saliency", "window": 4}], ids=str
+)
+@pytest.mark.parametrize("num_steps", [3, 10, 13])
+def test_a_copy_has_what_was_collected(num_steps: int, policies: dict[str, Any]) -> None:
+    """The run is copied before the window of the update after step 12 is open, in it, and after that update."""
+    torch.manual_seed(0)
+    model = smet.sparsify(two_layers(), 0.4)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2)
+    manager = smet.TopologyManager(model, optimizer, total_steps=1000, every=12, min_age=0, **policies)
+    run = model, optimizer, manager
+    train(model, optimizer, steps=num_steps)
+    copied = copy.deepcopy(run)
+    for each in (run, copied):
+        train(each[0], each[1], first=num_steps, steps=26 - num_steps)
+    assert [event.step for event in copied[2].history] == [12, 24]
+    assert_same(snapshot(*copied), snapshot(*run))
