@@ -19,11 +19,13 @@ from smet_compile.optim.parameters import find_output_head
 from smet_compile.plan.mesh import Mesh
 from smet_compile.plan.shapes import (
     EagerRun,
+    Repeats,
     Step,
     empty_copy,
     find_repeats,
     layers_of_parameters,
     representative,
+    run_checked,
     run_compiled,
     run_eager,
     run_repeated,
@@ -104,8 +106,20 @@ class PlannedRun:
         self.output_head = find_output_head(self.model)
         num_blocks = sum(site.layout.num_blocks for site in self.sites.values())
         self.density = density or sum(site.num_active for site in self.sites.values()) / num_blocks
-        self.repeats = find_repeats(self.model, self._num_active_of)
         self._choices_at: dict[float, dict[str, Choice]] = {}
+
+    @cached_property
+    def repeats(self) -> list[Repeats]:
+        """Returns the lists of layers of which a few are run for all."""
+        return self._checked[0]
+
+    @cached_property
+    def _checked(self) -> tuple[list[Repeats], list[tuple[int, EagerRun]]]:
+        found = find_repeats(self.model, self._num_active_of)
+        return run_checked(self.model, found, self._run_eager, self.request.name)
+
+    def _run_eager(self, model: nn.Module) -> EagerRun:
+        return run_eager(model, self.request.step, self.degrees)
 
     def _num_active_of(self, name: str) -> int:
         return self.model.get_parameter(name).shape[0] if name.endswith(".original") else 0
@@ -147,11 +161,11 @@ class PlannedRun:
     @cached_property
     def eager(self) -> list[tuple[int, EagerRun]]:
         """Returns (factor, eager run) pairs, whose weighted sum is the whole model."""
-        return self._eager(self.model)
+        repeats, runs = self._checked
+        return runs if self.repeats is repeats else self._eager(self.model)
 
     def _eager(self, model: nn.Module) -> list[tuple[int, EagerRun]]:
-        run = partial(run_eager, step=self.request.step, degrees=self.degrees)
-        return run_repeated(model, self.repeats, run, self.request.name)
+        return run_repeated(model, self.repeats, self._run_eager, self.request.name)
 
     def _compiled(self, model: nn.Module, fused: bool) -> LayeredTimeline:
         run = partial(run_compiled, step=self.request.step, degrees=self.degrees, fused=fused)

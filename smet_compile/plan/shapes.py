@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -82,11 +84,18 @@ def empty_copy(model: nn.Module, device: str = "meta", dtype: torch.dtype | None
 
 @dataclass(frozen=True)
 class EagerRun:
-    """Holds a step that was followed, the names of the parameters that it gave a gradient, and sizes of activations."""
+    """Holds a step that was followed.
+
+    Args:
+        trained: the names of the parameters that it gave a gradient.
+        layers: sizes of activations.
+        calls: how often it called each module inside of a list of modules, by name.
+    """
 
     followed: EagerFollower
     trained: set[str]
     layers: LayerTraffic
+    calls: Counter[str]
 
 
 def run_eager(model: nn.Module, step: Step, degrees: Degrees) -> EagerRun:
@@ -95,13 +104,32 @@ def run_eager(model: nn.Module, step: Step, degrees: Degrees) -> EagerRun:
         fake = _fake_copy(model, step)
         layers = LayerTraffic(degrees)
         layers.follow(fake)
+        calls = _count_calls(fake)
         batch = step.batch(degrees)
         with EagerFollower(degrees) as followed, shown_as_ops():
             loss = step.loss(fake, batch)
             followed.begin_backward()
             loss.backward()
         del loss
-    return EagerRun(followed, {name for name, p in fake.named_parameters() if p.grad is not None}, layers)
+    return EagerRun(followed, {name for name, p in fake.named_parameters() if p.grad is not None}, layers, calls)
+
+
+def _count_calls(model: nn.Module) -> Counter[str]:
+    """Returns a counter of the calls of each module inside of a list, by name, which counts from now on."""
+    calls: Counter[str] = Counter()
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, module in model.named_modules():
+        if _is_inside(name, lists) and "parametrizations" not in name.split("."):
+            module.register_forward_pre_hook(partial(_count_call, calls, name))
+    return calls
+
+
+def _count_call(calls: Counter[str], name: str, *_: Any) -> None:
+    calls[name] += 1
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def run_compiled(model: nn.Module, step: Step, degrees: Degrees, fused: bool) -> Timeline:
@@ -191,7 +219,7 @@ def find_repeats(model: nn.Module, kind_of: Callable[[str], Any] = lambda name: 
             continue
         kinds = [_kind(layer, f"{name}.{i}", kind_of) for i, layer in enumerate(module)]
         kept = 1 if kinds[0] == kinds[1] else 2
-        if all(kind == kinds[kept] for kind in kinds[kept:]):
+        if all(kind == kinds[kept - 1] for kind in kinds[kept:]):
             found.append(Repeats(name, kept, len(module) - kept))
     return found
 
@@ -220,6 +248,56 @@ def run_repeated(
     for each in repeats:
         runs.append((each.extra, _run_or_explain(_shortened(model, repeats, longer=each), run, name)))
     return runs
+
+
+def run_checked(
+    model: nn.Module, repeats: list[Repeats], run: Callable[[nn.Module], EagerRun], name: str
+) -> tuple[list[Repeats], list[tuple[int, EagerRun]]]:
+    """Runs models with fewer layers, as ``run_repeated`` does; returns the lists that may be shortened, and the runs.
+
+    A list may be shortened where a layer more is called, and trained, as the one before it is, and changes nothing in
+    the other lists. That is not so where a model goes through two lists together, or counts layers by their number.
+
+    Raises ValueError, which names the model by ``name``, where the whole model cannot be run either.
+    """
+    lists = [repeat.name for repeat in repeats]
+    while repeats:
+        short = _run_or_none(_shortened(model, repeats), run)
+        if short is None:
+            break
+        longer = [(each, _run_or_none(_shortened(model, repeats, longer=each), run)) for each in repeats]
+        sound = [(each, one) for each, one in longer if one is not None and _adds_a_layer(each, lists, short, one)]
+        if len(sound) == len(repeats):
+            factor = 1 - sum(repeat.extra for repeat in repeats)
+            return repeats, [(factor, short), *((each.extra, one) for each, one in sound)]
+        repeats = [each for each, _ in sound]
+    return [], [(1, _run_or_explain(model, run, name))]
+
+
+def _run_or_none(model: nn.Module, run: Callable[[nn.Module], Run]) -> Run | None:
+    try:
+        return run(model)
+    except Exception:  # whatever it is: the whole model may not have it
+        return None
+
+
+def _adds_a_layer(repeat: Repeats, lists: list[str], short: EagerRun, longer: EagerRun) -> bool:
+    """Returns whether the additional layer does what the one before it does, and nothing else in the lists changes."""
+    before, new = (f"{repeat.name}.{number}" for number in (repeat.kept - 1, repeat.kept))
+    others = {
+        name for name in short.calls | longer.calls if _is_inside(name, lists) and not _is_inside(f"{name}.", [new])
+    }
+    return (
+        _of_layer(new, longer.calls) == _of_layer(before, longer.calls)
+        and _of_layer(new, longer.trained) == _of_layer(before, longer.trained)
+        and all(short.calls[name] == longer.calls[name] for name in others)
+    )
+
+
+def _of_layer(layer: str, names: Iterable[str]) -> Counter[str]:
+    """Returns the names inside of a layer, its own as the empty one, with their counts, which are 1 in a set."""
+    counts = names if isinstance(names, Counter) else Counter(names)
+    return Counter({name.removeprefix(layer): n for name, n in counts.items() if f"{name}.".startswith(f"{layer}.")})
 
 
 def _run_or_explain(model: nn.Module, run: Callable[[nn.Module], Run], name: str) -> Run:
