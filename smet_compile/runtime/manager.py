@@ -192,8 +192,7 @@ class TopologyManager(SavedManager, ShownManager):
         self._trained = TrainedParameters()
         changing = self.sites if self._stages else self._moving
         self._collection = GradientCollection(model, changing, self._rules, window, self.schedule.largest_fraction)
-        self._owed = dict.fromkeys(self.sites, 0.0)
-        self._awaited: dict[str, int] = {}
+        self._owed, self._awaited = dict.fromkeys(self.sites, 0.0), {}
         self._was_called = self._warned_of_newcomers = False
         self._trace = Trace(self.sites, self.min_age)
         self._in_optimizer: InOptimizer | None = None

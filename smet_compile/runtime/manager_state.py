@@ -34,7 +34,6 @@ class SavedManager:
     _settings: dict[str, Any]
     _num_postponed: int
     _new_steps: NewSteps
-    _optimizers: ManagedOptimizers
     _owed: dict[str, float]
     _awaited: dict[str, int]
     """The weights whose topology is expected next, since the record of it was loaded, and the step of that."""
@@ -90,7 +89,7 @@ class SavedManager:
         site = self._site_of(load.values)
         if site is None:
             return
-        is_awaited = self._awaited.pop(site.name, None) == self.num_steps + self._num_new_steps
+        is_awaited = self._awaited.pop(site.name, None) == self.num_steps + self._new_steps.num
         if load.changes and not is_awaited:
             bits = site.bits_of_whole(load.after).cpu()
             self._trace.follow(site.name, bits, is_start=not (self.history or self.num_steps))
