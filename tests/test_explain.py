@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.tracing import Captured
-from tests.support.living_modules import num_living
+from tests.support.living_modules import living_modules_of, num_living
 
 FUSED = ["fused", "fused", "fused"]
 UPDATE = "update"
@@ -140,22 +140,25 @@ def test_a_model_without_sites(x: Tensor) -> None:
 
 @pytest.mark.parametrize("breaks", [False, True])
 def test_nothing_of_a_model_that_was_explained_stays(x: Tensor, breaks: bool) -> None:
-    before = num_living(nn.Linear, Captured)
+    torch._dynamo.reset()
+    before = num_living(Captured)
     for _ in range(2):
         model = make()
         model.breaks = breaks
+        modules_alive = living_modules_of(model)
         smet.explain(model, x)
         del model
-        assert num_living(nn.Linear, Captured) == before
+        assert (modules_alive(), num_living(Captured)) == (0, before)
 
 
 def test_nothing_of_a_call_that_fails_stays(x: Tensor) -> None:
-    model, before = make(), num_living(nn.Linear, Captured)
+    torch._dynamo.reset()
+    model, before = make(), num_living(Captured)
     with pytest.raises(RuntimeError):
         smet.explain(model, x[:, :3])
     with pytest.raises(ZeroDivisionError):
         smet.explain(Fails(model), x)
-    assert num_living(nn.Linear, Captured) == before
+    assert num_living(Captured) == before
 
 
 class Fails(nn.Module):
