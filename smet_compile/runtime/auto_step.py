@@ -58,9 +58,23 @@ def all_stepped(found: Iterable[FoundOptimizer], weights: set[int], num_steps_of
 
 
 def manager_that_steps(model: nn.Module) -> Any:
-    """Returns the manager of the model's weights that steps by itself; None where there is none."""
-    found = (_by_weight.get(id(site.values_maybe)) for site in find_sites(model).values())
-    return next((each for each in found if each is not None and each.auto_step), None)
+    """Returns the manager of the model's weights that steps by itself; None where there is none.
+
+    Raises ValueError where there are several, since a checkpoint holds one.
+    """
+    managers: dict[int, tuple[str, Any]] = {}
+    for name, site in find_sites(model).items():
+        manager = _by_weight.get(id(site.values_maybe))
+        if manager is not None and manager.auto_step:
+            managers.setdefault(id(manager), (name, manager))
+    found = list(managers.values())
+    if len(found) > 1:
+        names = " and ".join(name for name, _ in found)
+        raise ValueError(
+            f"manager: expected one for the whole model, since a checkpoint holds one, got {len(found)} ({names} have "
+            "different ones); make one manager with all optimizers in a list, or a checkpoint of each part of the model"
+        )
+    return found[0][1] if found else None
 
 
 def take_over(manager: Any, weights: Iterable[int]) -> None:

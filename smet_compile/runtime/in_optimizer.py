@@ -7,6 +7,7 @@ groups of an optimizer but no other keys, and takes trees apart by the structure
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from smet_compile.ops.loaded import MANAGER, kind_of
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager_state import SavedManager
 
+_by_optimizer: weakref.WeakValueDictionary[int, InOptimizer] = weakref.WeakValueDictionary()
 _leaves_out: ContextVar[bool] = ContextVar("leaves_out", default=False)
 
 
@@ -29,37 +31,56 @@ def managers_left_out() -> Iterator[None]:
         _leaves_out.reset(token)
 
 
+def check_alone(sites: Iterable[str], weights: set[int], optimizer: Any) -> None:
+    """Raises ValueError where ``optimizer`` has the state of a manager of other weights, which would be overwritten.
+
+    Args:
+        sites: names of the compact weights of the manager to be. weights: ids of their values.
+    """
+    other = _by_optimizer.get(id(optimizer))
+    theirs = {} if other is None or other.manager is None else other.manager.sites
+    others = {name: id(site.values_maybe) for name, site in theirs.items() if site.values_maybe is not None}
+    if others and weights.isdisjoint(others.values()):
+        raise ValueError(
+            f"{next(iter(sites))}: expected an optimizer without another manager, got one ({type(optimizer).__name__}) "
+            f"that carries the state of a manager of other weights ({next(iter(others))}, ...), and can carry one; "
+            "make one manager for the whole model, an optimizer for each part, or pass auto_step=False and save "
+            "manager.state_dict() by itself"
+        )
+
+
 class InOptimizer:
     """Adds the manager's state to what an optimizer saves, and takes it out of what it loads."""
 
     def __init__(self, manager: SavedManager, optimizer: Any, override: Iterable[str]) -> None:
-        self._manager: SavedManager | None = manager
+        self.manager: SavedManager | None = manager
         self._override = override
         self._loaded: dict[str, Any] | None = None
         optimizer.register_state_dict_post_hook(self._add)
         optimizer.register_load_state_dict_pre_hook(self._take)
         optimizer.register_load_state_dict_post_hook(self._give)
+        _by_optimizer[id(optimizer)] = self
         packed = optimizer.param_groups[0].pop(MANAGER, None)
         if packed is not None:  # the optimizer was loaded before it had a manager
             manager.load_state_dict(_unpacked(packed), override=override)
 
     def stop(self) -> None:
         """Adds and takes nothing from now on."""
-        self._manager = None
+        self.manager = None
 
     def _add(self, _: Any, state: dict[str, Any]) -> None:
-        if self._manager is not None and not _leaves_out.get():
-            state["param_groups"][0][MANAGER] = checkpoint_file.to_bytes(self._manager.state_dict())
+        if self.manager is not None and not _leaves_out.get():
+            state["param_groups"][0][MANAGER] = checkpoint_file.to_bytes(self.manager.state_dict())
 
     def _take(self, _: Any, state: dict[str, Any]) -> dict[str, Any] | None:
         self._loaded = None
-        if self._manager is None or _leaves_out.get() or "param_groups" not in state:
+        if self.manager is None or _leaves_out.get() or "param_groups" not in state:
             return None
         packed = [group[MANAGER] for group in state["param_groups"] if MANAGER in group]
-        own = checkpoint_file.to_bytes(self._manager.state_dict())
+        own = checkpoint_file.to_bytes(self.manager.state_dict())
         if packed and packed[0] != own:  # Accelerate loads an optimizer's own state into it
             self._loaded = _unpacked(packed[0])
-            self._manager.check_state_dict(self._loaded, override=self._override)
+            self.manager.check_state_dict(self._loaded, override=self._override)
         elif not packed:
             warnings.warn(
                 "TopologyManager: expected its state in that of the optimizer, got none, so its steps and history are "
@@ -71,8 +92,8 @@ class InOptimizer:
         return state | {"param_groups": groups}
 
     def _give(self, _: Any) -> None:
-        if self._manager is not None and self._loaded is not None:
-            self._manager.load_state_dict(self._loaded, override=self._override)
+        if self.manager is not None and self._loaded is not None:
+            self.manager.load_state_dict(self._loaded, override=self._override)
         self._loaded = None
 
 

@@ -31,7 +31,7 @@ from smet_compile.runtime.advice import (
 from smet_compile.runtime.auto_step import all_stepped, steps_by_itself, take_over
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
-from smet_compile.runtime.in_optimizer import InOptimizer
+from smet_compile.runtime.in_optimizer import InOptimizer, check_alone
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
 from smet_compile.runtime.new_steps import NewSteps
@@ -118,7 +118,7 @@ class TopologyManager(SavedManager, ShownManager):
             ``min_age`` that leaves too few to drop; an argument out of range; a ``density_schedule`` out of order,
             beyond the run, that changes nothing, or under data parallelism or an "N:M" pattern. In ``step()``: a
             compact weight that was replaced after the optimizer was made; a policy that returns scores of another
-            shape, or NaN.
+            shape, or NaN. With ``auto_step``: an optimizer that carries a manager of other weights.
     """
 
     def __init__(
@@ -234,6 +234,7 @@ class TopologyManager(SavedManager, ShownManager):
     def _listen(self) -> None:
         """Listens to optimizers, which keep it alive with ``auto_step``, and collects gradients for the next update."""
         if self.auto_step:
+            check_alone(self.sites, self._weights, self._optimizers.stepping[0].optimizer)
             take_over(self, self._weights)
         following.keep(self)
         self._listen_to_optimizers()

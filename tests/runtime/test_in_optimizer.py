@@ -201,6 +201,50 @@ def test_our_own_checkpoint_finds_it(tmp_path: Path) -> None:
     assert resumed[2].num_steps == STEPS
 
 
+def in_two_parts() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"enc": smet.sparsify(two_layers(), 0.4), "dec": smet.sparsify(two_layers(), 0.4)})
+
+
+def of_part(part: nn.Module, optimizer: Any, **options: Any) -> smet.TopologyManager:
+    return smet.TopologyManager(part, optimizer, total_steps=STEPS, every=EVERY, **options)
+
+
+def test_an_optimizer_carries_one_manager(tmp_path: Path) -> None:
+    """The state of a second one, of other weights, would take the place of the first one's."""
+    model = in_two_parts()
+    optimizer = active(model)
+    manager = of_part(model["enc"], optimizer)
+    state = optimizer.state_dict()["param_groups"][0]["topology_manager"]
+    with pytest.raises(
+        ValueError, match=r"0\.weight: expected an optimizer without another manager, got one \(ActiveAdamW"
+    ):
+        of_part(model["dec"], optimizer)
+    assert optimizer.state_dict()["param_groups"][0]["topology_manager"] == state and manager.auto_step
+    assert not of_part(model["dec"], optimizer, auto_step=False).auto_step
+    with pytest.warns(UserWarning, match="another manager, made before, which no longer steps by itself"):
+        whole = of_part(model, optimizer)
+    smet.save_checkpoint(tmp_path / "state", model, optimizer)
+    assert whole.auto_step and not manager.auto_step
+
+
+def test_a_checkpoint_of_two_managers_is_refused_unless_it_is_of_one_part(tmp_path: Path) -> None:
+    model, other = in_two_parts(), in_two_parts()
+    runs = {name: (part, active(part)) for name, part in model.items()}
+    managers = {name: of_part(*run) for name, run in runs.items()}
+    optimizers: Any = [optimizer for _, optimizer in runs.values()]
+    with pytest.raises(ValueError, match=r"manager: expected one for the whole model.*got 2 \(enc\.0\.weight and dec"):
+        smet.save_checkpoint(tmp_path / "whole", model, optimizers)
+    assert not (tmp_path / "whole").exists()
+    for name, (part, optimizer) in runs.items():
+        go((part, optimizer, managers[name]), range(HALF))
+        smet.save_checkpoint(tmp_path / name, part, optimizer)
+        run = other[name], active(other[name])
+        manager = of_part(*run)
+        smet.load_checkpoint(tmp_path / name, *run)
+        assert manager.num_steps == HALF
+
+
 def test_a_dense_optimizer_takes_the_state_of_a_sparse_one() -> None:
     """One can leave: torch's optimizer loads what is for it, and steps."""
     run = begin(momentum, schedule="none")
