@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _FUSED, _NONE = "fused", "none"
 _HEADINGS = ("site", "forward", "input gradient", "weight gradient", "update")
-_AFTER_BACKWARD = "by the optimizer, after backward"
+_OF_A_MODEL = "by the optimizer after backward; compile_train_step fuses it into backward"
+_AFTER_BACKWARD = "by the optimizer, after backward: {}"
 _KEPT = "its gradient is an output of the graph, and kept until the optimizer's step"
 _SEVERAL_GRAPHS = "the step breaks into several graphs, so gradients are kept until the optimizer's step"
 
@@ -94,7 +95,8 @@ class Explanation:
         lines = [f"{name}: {reason}" for name, reasons in self.not_fused.items() for reason in reasons]
         lines += [f"{site.name}: gradient {site.correction}" for site in self.sites if site.correction is not None]
         if not self.updates_fused:
-            lines.append("update: by the optimizer after backward; compile_train_step fuses it into backward")
+            reasons = dict.fromkeys(site.update for site in self.sites if site.update not in (_FUSED, _NONE))
+            lines += [f"update: {reason}" for reason in reasons or (_OF_A_MODEL,)]
         return lines + [f"graph break: {reason}" for reason in self.graph_breaks]
 
     def __str__(self) -> str:
@@ -154,8 +156,8 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
         with leave_no_trace(owner):
             graphs, breaks = capture_graphs(lambda: owner(*example, **inputs))
     outcomes = _by_site(sites, graphs)
-    unfused = _SEVERAL_GRAPHS if breaks else _KEPT if updates_fused else _AFTER_BACKWARD
-    rows = [_explain_site(site, outcomes.get(name), unfused, bool(breaks)) for name, site in sites.items()]
+    unfused = {name: _why_not_fused(step, site, bool(breaks)) for name, site in sites.items()}
+    rows = [_explain_site(site, outcomes.get(name), unfused[name], bool(breaks)) for name, site in sites.items()]
     explanation = Explanation(rows, breaks, updates_fused)
     if strict and explanation.not_fused:
         lines = [f"{name}: {reason}" for name, reasons in explanation.not_fused.items() for reason in reasons]
@@ -197,6 +199,16 @@ def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcom
                 for kernel in kernels:
                     whole.add(part, _FUSED, kernel)
     return found
+
+
+def _why_not_fused(step: TrainStep | None, site: Site, has_breaks: bool) -> str:
+    """Says why the update of a site is not fused, if it is not."""
+    if step is None:
+        return _OF_A_MODEL
+    kept = step.why_kept(site)
+    if kept is not None:
+        return _AFTER_BACKWARD.format(kept)
+    return _SEVERAL_GRAPHS if has_breaks else _KEPT
 
 
 def _explain_site(site: Site, outcome: Outcome | None, unfused_update: str, has_breaks: bool) -> SiteExplanation:

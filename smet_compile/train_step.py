@@ -27,8 +27,8 @@ from smet_compile.ops.torch_insides import keep_address
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
+from smet_compile.optim.kept_gradients import hooks_of, why_all_are_kept, why_kept
 from smet_compile.optim.on_arrival import UpdatesOnArrival
-from smet_compile.optim.scaled_steps import scales_steps
 from smet_compile.shards import has_shards, reshard, set_gradient_sync
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -49,10 +49,11 @@ def compile_train_step(
 
     Without accumulation, clipping or data parallelism each compact weight is updated in backward, as soon as its
     gradient is known: no compact gradient outlives its update. All other parameters are updated by
-    ``optimizer.step()`` as usual. With any of the three, or where the step is not one graph (a warning says why),
-    gradients are compact tensors until ``optimizer.step()``; ``step.fused`` tells which case it is. Of a model that
-    ``fully_shard`` sharded, an active optimizer updates every parameter in backward, when its gradient has been reduced
-    over the ranks; each rank gets the loss of its own batch::
+    ``optimizer.step()`` as usual. With any of the three, a hook of yours before the optimizer's step, or where the step
+    is not one graph (a warning says why), gradients are compact tensors until ``optimizer.step()``; ``step.fused``
+    tells which case it is. A hook on a compact parameter keeps its gradient. Of a model that ``fully_shard`` sharded,
+    an active optimizer updates every parameter in backward, when its gradient has been reduced over the ranks; each
+    rank gets the loss of its own batch::
 
         step = smet.compile_train_step(model, optimizer)
         for batch in loader:
@@ -142,19 +143,32 @@ class TrainStep:
     def fused(self) -> bool:
         """Tells whether compact weights are updated in backward, so that their gradients are never kept.
 
-        Where parameters are sharded, all are, each when its gradient has been reduced over the ranks.
+        A single weight may be an exception (``explain`` says why). Where parameters are sharded, all are updated, each
+        when its gradient has been reduced over the ranks.
         """
-        return self._uses_sinks or (self._on_arrival is not None and not self._keeps_gradients)
+        if self._uses_sinks:
+            return not all(hooks_of(site.values) for site in self.sites)
+        return self._on_arrival is not None and self._why_all_are_kept is None
+
+    def why_kept(self, site: Site) -> str | None:
+        """Says why the gradient of a weight is kept until the optimizer's step; None where it need not be."""
+        return self._why_all_are_kept or why_kept(site.values)
 
     @property
-    def _keeps_gradients(self) -> bool:
-        clips_or_adds = self.accumulate > 1 or self.max_grad_norm is not None
-        return clips_or_adds or bool(self._reducers) or scales_steps(self.optimizer)
+    def _why_all_are_kept(self) -> str | None:
+        if self.accumulate > 1:
+            return "gradients are accumulated over several calls"
+        if self.max_grad_norm is not None:
+            return "the norm of all gradients together is clipped"
+        if self._reducers:
+            return "DistributedDataParallel reduces gradients"
+        if self._update_of is None:
+            return "the optimizer is differentiable or capturable, and left to torch"
+        return why_all_are_kept(self.optimizer)
 
     @property
     def _uses_sinks(self) -> bool:
-        keeps_gradients = self._keeps_gradients or self._is_sharded
-        return bool(self.sites) and not keeps_gradients and self._is_one_graph and self._update_of is not None
+        return bool(self.sites) and self._why_all_are_kept is None and not self._is_sharded and self._is_one_graph
 
     def forward(self, batch: Any, sinks: list[SinkToOpen]) -> Tensor:
         """Opens the sinks and computes the loss. This is the part that is compiled.
@@ -214,7 +228,7 @@ class TrainStep:
                 loss = self._loss_in_parts(batch, broken)
             if self._is_sharded:
                 set_gradient_sync(self.model, is_last)
-            if self._on_arrival is not None and not self._keeps_gradients:
+            if self._on_arrival is not None and self._why_all_are_kept is None:
                 stack.enter_context(self._on_arrival.active())
             (loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self.forget_unused(updates)
@@ -273,7 +287,7 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
 
     def updates(self) -> list[BackwardUpdate | None]:
-        """Returns each site's update in backward; None where it is not fused: frozen weights, those with a gradient."""
+        """Returns each site's update in backward; None where it is not fused: frozen weights, those ``why_kept``."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
         try:
@@ -287,7 +301,7 @@ class TrainStep:
         values = site.values
         if values.requires_grad and values not in groups:
             raise _not_held_error(site)
-        if not (self._uses_sinks and self._update_of and values.requires_grad and values.grad is None):
+        if not (self._uses_sinks and self._update_of and values.requires_grad) or why_kept(values) is not None:
             return None
         update = self._update_of(values, groups[values])
         count_by(self.optimizer, values, update.num_updates, update.num_skipped)

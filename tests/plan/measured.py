@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
@@ -39,9 +40,12 @@ class Gradients:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.of: dict[nn.Parameter, int] = {}
-        optimizer.register_step_pre_hook(self._look)
+        self._optimizer = optimizer  # with a hook of its own it would be given every gradient
+        register_optimizer_step_pre_hook(self._look)
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if optimizer is not self._optimizer:
+            return
         held = [p for group in optimizer.param_groups for p in group["params"]]
         self.of = {p: p.grad.nbytes for p in held if p.grad is not None}
 

@@ -1,9 +1,13 @@
 """Where a gradient is needed after backward, it is kept: accumulation and clipping, as eager loops do them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
@@ -23,6 +27,10 @@ def loop(run: Run, accumulate: int, max_grad_norm: float | None) -> None:
             run.optimizer.step()
             run.optimizer.zero_grad()
         run.after_update()
+
+
+def momentum_sgd(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=1e-1, momentum=0.9)
 
 
 def adamw(model: nn.Module) -> Optimizer:
@@ -53,6 +61,66 @@ def test_a_gradient_is_as_large_as_its_values() -> None:
     )
     run.in_step(step, map(batch_of, range(2)))
     assert seen == [True] * 4
+
+
+def clamp_gradients(run: Run) -> None:
+    for parameter in run.model.parameters():
+        parameter.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+
+
+def halve_after_accumulation(run: Run) -> None:
+    def halve(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        parameter.grad.div_(2)
+
+    for parameter in run.model.parameters():
+        parameter.register_post_accumulate_grad_hook(halve)
+
+
+def clip_before_the_step(run: Run) -> None:
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.01)
+
+    run.optimizer.register_step_pre_hook(clip)
+
+
+@pytest.mark.parametrize("make_optimizer", [active, momentum_sgd])
+@pytest.mark.parametrize("add_hooks", [clamp_gradients, halve_after_accumulation, clip_before_the_step])
+def test_hooks_see_and_change_every_gradient(make_optimizer: MakeOptimizer, add_hooks: Callable[[Run], None]) -> None:
+    step_run, loop_run = twice(sparse(), make_optimizer)
+    for run in (step_run, loop_run):
+        add_hooks(run)
+    step = step_run.compiled()
+    assert not step.fused
+    step_run.in_step(step, map(batch_of, range(4)))
+    loop_run.in_loop(map(batch_of, range(4)))
+    assert_equal_runs(step_run, loop_run)
+    not_fused = smet.explain(step, batch_of(0))
+    assert not not_fused.updates_fused and f"{add_hooks.__name__}.<locals>" in str(not_fused)
+
+
+def test_a_hook_on_one_parameter_keeps_no_other_gradient() -> None:
+    step_run, loop_run = twice(sparse())
+    for run in (step_run, loop_run):
+        site = find_sites(run.model)["last.weight"]
+        site.values.register_hook(lambda grad: 3 * grad)
+    step = step_run.compiled()
+    step_run.in_step(step, map(batch_of, range(4)))
+    loop_run.in_loop(map(batch_of, range(4)))
+    assert_equal_runs(step_run, loop_run)
+    explanation = smet.explain(step, batch_of(0))
+    assert step.fused and list(explanation.not_fused) == ["last.weight"]
+    assert "<lambda> on the parameter may read or change its gradient" in explanation.not_fused["last.weight"][0]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_hooks_of_the_library_itself_and_of_all_optimizers_keep_nothing() -> None:
+    run = twice(sparse(), momentum_sgd, grow="gradient")[0]
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert run.compiled().fused and run.optimizer._optimizer_step_pre_hooks
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(("argument", "value"), [("accumulate", 0), ("max_grad_norm", 0.0), ("max_grad_norm", -1.0)])
