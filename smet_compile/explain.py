@@ -24,6 +24,10 @@ _HEADINGS = ("site", "forward", "input gradient", "weight gradient", "update")
 _OF_A_MODEL = "by the optimizer after backward; compile_train_step fuses it into backward"
 _AFTER_BACKWARD = "by the optimizer, after backward: {}"
 _KEPT = "its gradient is an output of the graph, and kept until the optimizer's step"
+_USED_OTHERWISE = (
+    "the loss uses the parameter itself too (a penalty on model.parameters(), functional_call with what is computed "
+    "from it), so its gradient is kept until the optimizer's step"
+)
 _SEVERAL_GRAPHS = "the step breaks into several graphs, so gradients are kept until the optimizer's step"
 
 
@@ -150,14 +154,17 @@ def explain(model: nn.Module | TrainStep, *example: Any, strict: bool = False, *
             "which changes nothing in what is fused within a module"
         )
     sites = find_sites(owner)
+    used_otherwise: set[int] = set()
     if step:
-        graphs, breaks = _capture_step(step, _one_batch(example, inputs))
+        graphs, breaks, used_otherwise = _capture_step(step, _one_batch(example, inputs))
     else:
         with leave_no_trace(owner):
             graphs, breaks = capture_graphs(lambda: owner(*example, **inputs))
     outcomes = _by_site(sites, graphs)
-    unfused = {name: _why_not_fused(step, site, bool(breaks)) for name, site in sites.items()}
-    rows = [_explain_site(site, outcomes.get(name), unfused[name], bool(breaks)) for name, site in sites.items()]
+    rows = []
+    for name, site in sites.items():
+        unfused = _USED_OTHERWISE if id(site.values) in used_otherwise else _why_not_fused(step, site, bool(breaks))
+        rows.append(_explain_site(site, outcomes.get(name), unfused, bool(breaks)))
     explanation = Explanation(rows, breaks, updates_fused)
     if strict and explanation.not_fused:
         lines = [f"{name}: {reason}" for name, reasons in explanation.not_fused.items() for reason in reasons]
@@ -175,12 +182,23 @@ def _one_batch(example: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
     return example[0] if example else inputs
 
 
-def _capture_step(step: TrainStep, batch: Any) -> tuple[list[Captured], list[str]]:
+def _capture_step(step: TrainStep, batch: Any) -> tuple[list[Captured], list[str], set[int]]:
+    """Returns the graphs, the graph breaks, and the ids of parameters whose update was asked for and is in no graph."""
+    from smet_compile.passes.fuse_update import updated_tensors
+
     updates = step.updates()
     with step.gradients_in_sinks(updates) as sinks, leave_no_trace(step.model):
-        captured = capture_graphs(lambda: step.forward(batch, sinks))
+        graphs, breaks = capture_graphs(lambda: step.forward(batch, sinks))
     step.forget_unused(updates)
-    return captured
+    updated = {
+        id(graph.input_of(name))
+        for graph in graphs
+        if graph.joint is not None
+        for name in updated_tensors(graph.joint.graph)
+    }
+    parameters = {id(values): id(parameter) for _, _, (parameter, values, *_) in sinks}
+    others = {parameter for values, parameter in parameters.items() if values not in updated}
+    return graphs, breaks, set() if breaks else others
 
 
 def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcome]:

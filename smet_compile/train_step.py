@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import CompactWeight, Site, captures, find_sites
-from smet_compile.ops.sinks import count_by
+from smet_compile.ops.gate import is_traced
+from smet_compile.ops.sinks import count_by, find_other_uses
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import keep_address
 from smet_compile.optim.active import ActiveOptimizer
@@ -33,7 +34,7 @@ from smet_compile.shards import has_shards, reshard, set_gradient_sync
 
 LossFn = Callable[[Any, Any], Tensor]
 SinkToOpen = tuple[CompactWeight, Any, tuple[Any, ...]]
-"""A weight, the op that opens its sink, and the arguments of that op after the leaf."""
+"""A weight, the op that opens its sink, and the arguments of that op: parameter, values, and those of the update."""
 _num_compiled = itertools.count()
 
 
@@ -113,7 +114,6 @@ class TrainStep:
             self._on_arrival = UpdatesOnArrival(optimizer)
         self._num_accumulated = 0
         self._unfinished: list[BackwardUpdate | None] | None = None
-        self._leaf = _new_leaf(torch.device("cpu"))
         self._is_one_graph = True
         self.compile()
 
@@ -176,8 +176,12 @@ class TrainStep:
         It looks nothing up: a compiler that traced how sites are found would take seconds longer, and guard all of it.
         """
         for compact, open_sink, inputs in sinks:
-            compact.update_sink = open_sink(self._leaf, *inputs)
+            parameter, values = inputs[:2]
+            compact.update_sink = parameter, values, open_sink(*inputs)
         loss = self.loss_fn(self.model, batch)
+        if sinks and isinstance(loss, Tensor):
+            opened: list[Any] = [compact.update_sink for compact, _, _ in sinks]
+            loss = find_other_uses(loss, [each[0] for each in opened], [each[2] for each in opened])
         for compact, _, _ in sinks:
             compact.update_sink = None
         return loss
@@ -194,7 +198,7 @@ class TrainStep:
         if self._shapes() != self._compiled_shapes:
             self.compile(**self._options)  # a recompile of the old one would make sizes of the state symbols
         self._unfinished = updates = self.updates()
-        self._follow_device()
+        self._note_capture()
         try:
             loss = self._step(batch, updates)
         except BaseException:
@@ -203,14 +207,8 @@ class TrainStep:
         self._unfinished = None
         return loss
 
-    def _follow_device(self) -> None:
-        """Keeps the leaf on the device of the weights: a graph with an input on the CPU becomes no CUDA graph."""
-        if not self.sites:
-            return
-        device = self.sites[0].values.device
-        if self._leaf.device != device:
-            self._leaf = _new_leaf(device)
-        if captures.is_capturing(device):
+    def _note_capture(self) -> None:
+        if self.sites and captures.is_capturing(self.sites[0].values.device):
             captures.note(site.values for site in self.sites)
 
     def _step(self, batch: Any, updates: list[BackwardUpdate | None]) -> Tensor:
@@ -247,10 +245,8 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
         for reducer in self._reducers:
             _forget_reduction(reducer)
-        for site, update in zip(self.sites, updates, strict=True):
+        for site in self.sites:
             site.compact.update_sink = None
-            if update is not None:
-                site.values.requires_grad_(True)
             if site.compact.collected is not None:
                 site.compact.collected.forget()
         self.forget_unused(updates)
@@ -309,21 +305,10 @@ class TrainStep:
 
     @contextmanager
     def gradients_in_sinks(self, updates: list[BackwardUpdate | None]) -> Iterator[list[SinkToOpen]]:
-        """Makes values need no gradient during a forward whose gradients go to sinks, since backward changes them.
-
-        Yields the sinks that the forward opens.
-
-        In backward they need one again, since a checkpointed region outside the graph reads them anew there, and has to
-        save the same tensors. With ``use_reentrant=True`` it then leaves a gradient, which ``optimizer.step()`` uses.
-        """
-        updated = [
-            (site.values, site.compact) for site, update in zip(self.sites, updates, strict=True) if update is not None
-        ]
+        """Yields the sinks that a forward opens, and closes what is left open at its end."""
         try:
-            for values, _ in updated:
-                values.requires_grad_(False)
             yield [
-                (site.compact, update.sink, (site.values, *update.arguments))
+                (site.compact, update.sink, (site.values, _without_gradient(site.values), *update.arguments))
                 for site, update in zip(self.sites, updates, strict=True)
                 if update is not None
             ]
@@ -331,9 +316,8 @@ class TrainStep:
             self.forget_unused(updates)
             raise
         finally:
-            for values, compact in updated:
-                values.requires_grad_(True)
-                compact.update_sink = None
+            for site in self.sites:
+                site.compact.update_sink = None
 
     def forget_unused(self, updates: list[BackwardUpdate | None]) -> None:
         """Deletes state that was made for a weight which the step then did not reach."""
@@ -345,11 +329,12 @@ class TrainStep:
                 self._update_of.forget(site.values)
 
 
-def _new_leaf(device: torch.device) -> Tensor:
-    """Makes the tensor that sinks depend on, since autograd runs the backward only of what needs a gradient."""
-    leaf = torch.zeros((), device=device, requires_grad=True)
-    keep_address(leaf)
-    return leaf
+def _without_gradient(parameter: Tensor) -> Tensor:
+    """Returns the values of a parameter as a tensor that needs no gradient, since backward changes it."""
+    values = parameter.detach()
+    if not is_traced(values):
+        keep_address(values)
+    return values
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -79,8 +79,8 @@ class CompactWeight(nn.Module):
     """Counts topologies and, of shards, optimizer steps, so that backward notices a change since forward."""
     fingerprint: int | None
     """The fingerprint of the topology that the rows of the values belong to; None before there is one."""
-    update_sink: Tensor | None
-    """The sink that gets the gradient of every read instead of the values, within a step whose update is fused."""
+    update_sink: tuple[Tensor, Tensor, Tensor] | None
+    """In a step whose update is fused: the parameter, what its reads take, which needs no gradient, and their sink."""
     collected: Collected | None
     """Buffers in which backward collects the dense gradient; None unless a policy asks for it."""
     reduced_over: str
@@ -237,7 +237,7 @@ class CompactWeight(nn.Module):
         if self.topology.is_meta and not values.is_meta:
             raise ValueError(f"{self.name}: {_NO_DATA}")
         tracing = torch.compiler.is_compiling()
-        if _is_exporting(tracing):
+        if is_exporting():  # whose formats have no compact weights
             raise ValueError(f"{self.name}: {_EXPORTED}")
         if self.part is not None and (tracing or self.part.holds_all(values)):
             dtensor: Any = values
@@ -257,18 +257,23 @@ class CompactWeight(nn.Module):
             # Tensors made in inference mode have no version, by which changes in place are noticed.
             with torch.inference_mode(False), torch.no_grad():
                 return self._unpack(values, tracing)
-        sinks = self.update_sink, self._growth_sink(values)
+        source, sink = self.in_step(values)
+        sinks = sink, self._growth_sink(values if sink is None else sink)
         dense = torch.ops.smet.unpack(
-            values, self.topology, self.lists, self.layout.text, *sinks, tracing, self.scales_rows
+            source, self.topology, self.lists, self.layout.text, *sinks, tracing, self.scales_rows
         )
         if not tracing:
             dense = reads.watch(self, values, dense)
             saved_weights.remember(dense, values, self.active, self)
         return dense
 
-    def _growth_sink(self, values: Tensor) -> Tensor | None:
+    def in_step(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns what a read of ``values`` takes, and its sink, which others than the weight's own do not have."""
+        own = self.update_sink
+        return own[1:] if own is not None and values is own[0] else (values, None)
+
+    def _growth_sink(self, leaf: Tensor) -> Tensor | None:
         """Returns the sink for the dense gradient; None where nobody asks for it, or there is no gradient."""
-        leaf = values if self.update_sink is None else self.update_sink
         if self.collected is None or not leaf.requires_grad:
             return None
         group_size = patterns.group_size(self.pattern, bands_of(self.layout)[0].layout)
@@ -380,10 +385,3 @@ class CompactWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if bits is not None and not bits.is_meta:
             self._accept()
-
-
-def _is_exporting(compiling: bool) -> bool:
-    """Tells whether ``torch.export`` or ``torch.onnx`` reads the weight, whose formats have no compact weights."""
-    if compiling:
-        return is_exporting()
-    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()

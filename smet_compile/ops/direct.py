@@ -125,7 +125,7 @@ def _product(module: nn.Module, input: Tensor, transposed: bool) -> Tensor | Non
     factor = Factor(compact.active, transposed, _dtype_in_autocast(values), compact, compact.scales_rows)
     if not (_fit(input, values, bias, factor) and _is_better(input, factor)):
         return None
-    return multiply(input, values, compact.update_sink, bias, factor)
+    return multiply(input, *compact.in_step(values), bias, factor)
 
 
 def _compact_of(module: nn.Module) -> tuple[CompactWeight, Tensor] | None:

@@ -3,8 +3,9 @@
 A sink is an expanded zero, which takes no memory. ``unpack`` takes it as an input and returns a gradient for it. All
 reads of a weight share one sink, so autograd adds up their gradients before the sink's own backward runs. That backward
 makes the optimizer's update of the values (update sinks, opened once in a step), or collects the dense gradient (growth
-sinks, ``ops.growth``). Counts tell others what was done in backward. ``torch_optim_`` is the op for Adam and SGD of
-torch.
+sinks, ``ops.growth``). A loss may use a parameter in another way too, as a penalty on ``model.parameters()`` does, with
+a gradient that no sink gets. ``find_other_uses`` finds that, and the sink sends its own gradient on to the parameter.
+Counts tell others what was done in backward. ``torch_optim_`` is the op for Adam and SGD of torch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from smet_compile.ops import updates
 from smet_compile.ops.library import library
-from smet_compile.ops.torch_insides import run_first_in_backward
+from smet_compile.ops.torch_insides import run_first_in_backward, traced_readers
 
 ADAM_OPTIONS = ("beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad", "maximize", "fused")
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "fused")
@@ -139,7 +141,8 @@ def _make_sgd_step(update: _Update, buffers: list[Tensor | None]) -> None:
     )
 
 
-_COUNTS = "_smet_update_counts"
+_COUNTS, _SENDS_ON = "_smet_update_counts", "_smet_sends_on"
+_OPENS_A_SINK = "smet.new_"
 
 
 def _zeros_like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
@@ -161,13 +164,19 @@ def _is_tensor_list(value: Any) -> bool:
 
 def _update_by(op: str, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     values, *rest = ctx.inputs
+    if getattr(ctx, _SENDS_ON, False):
+        _, *to_others = _no_gradients(ctx)
+        return grad, *to_others
     with torch.no_grad():
         getattr(torch.ops.smet, op)(values.detach(), grad, *rest)
     return _no_gradients(ctx)
 
 
 def open_sink(name: str, *inputs: Any) -> Tensor:
-    """Opens a new sink, whose backward runs as soon as its gradient is complete."""
+    """Opens a new sink, whose backward runs as soon as its gradient is complete.
+
+    The first input is what the sink depends on, since autograd runs the backward only of what needs a gradient.
+    """
     sink: Tensor = getattr(torch.ops.smet, f"new_{name}")(*inputs)
     run_first_in_backward(sink)
     return sink
@@ -194,6 +203,35 @@ for _name, _op, _schema in (
     ("torch_optim_sink", "torch_optim_", _TORCH_OPTIM_SINK),
 ):
     define_sink(_name, _schema, partial(open_sink, _name), _zeros_like_values, partial(_update_by, _op))
+
+
+def _find_other_uses(loss: Tensor, parameters: list[Tensor], sinks: list[Tensor]) -> Tensor:
+    """Makes the sink of a parameter that the loss uses in another way, too, send its gradient on and update nothing.
+
+    It runs before any backward: in a compiled step while that is traced, which then has no update of such parameters.
+    Uses without a gradient count there: a graph may compute them again in backward, after an update.
+    """
+    opened = {sink.grad_fn for sink in sinks}
+    nodes: dict[Any, Any] = {}
+    for parameter, sink in zip(parameters, sinks, strict=True):
+        if not all(_OPENS_A_SINK in reader for reader in traced_readers(parameter)):
+            setattr(sink.grad_fn, _SENDS_ON, True)
+        nodes[get_gradient_edge(parameter).node] = sink.grad_fn
+    waiting, seen = [loss.grad_fn], {loss.grad_fn, None}
+    while waiting:
+        node = waiting.pop()
+        if node in nodes:
+            setattr(nodes[node], _SENDS_ON, True)
+        for source, _ in () if node is None or node in opened else node.next_functions:
+            if source not in seen:
+                seen.add(source)
+                waiting.append(source)
+    return loss
+
+
+library.define("find_other_uses(Tensor loss, Tensor[] parameters, Tensor[] sinks) -> Tensor")
+library.impl("find_other_uses", _find_other_uses, "CompositeImplicitAutograd")
+find_other_uses = torch.ops.smet.find_other_uses
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,11 +57,13 @@ def register_autograd(
 
 
 def is_exporting() -> bool:
-    """Tells whether ``torch.export`` is tracing.
+    """Tells whether ``torch.export`` or ``torch.onnx`` is tracing.
 
     Dynamo of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in every compiled function.
     """
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    if torch.compiler.is_compiling():
+        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 _ORDINARY_KEYS = {
@@ -172,6 +174,19 @@ def run_first_in_backward(tensor: Tensor) -> None:
     """
     if tensor.grad_fn is not None:
         tensor.grad_fn._set_sequence_nr(2**62)  # type: ignore[attr-defined]
+
+
+def traced_readers(tensor: Tensor) -> set[str]:
+    """Returns the names of the ops that read ``tensor`` in the graph that AOTAutograd traces, if it does."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    if mode is None:
+        return set()
+    inner = getattr(tensor, "elem", tensor)
+    traced: Any = torch._from_functional_tensor(inner) if torch._is_functional_tensor(inner) else inner
+    slot: Any = get_proxy_slot(traced, mode.tracer)
+    return {str(user.target) for user in slot.proxy.node.users}
 
 
 def replace_data(parameter: Tensor, data: Tensor) -> None:

@@ -140,6 +140,11 @@ def updated_sites(graph: fx.Graph) -> Iterator[tuple[str, fx.Node]]:
             yield topology, node
 
 
+def updated_tensors(graph: fx.Graph) -> set[str]:
+    """Returns the names of the inputs of ``graph`` that hold values which it updates."""
+    return {updated(node)["values"].name for node in updates(graph, SAMPLED_UPDATE, UPDATE, TORCH_OPTIM)}
+
+
 def _topology_of_gradient(node: fx.Node) -> str | None:
     """Returns the name of the topology of the site whose gradient ``node`` is; None where it cannot be told."""
     if is_call(node, SAMPLED, PACK, SCALE_ROWS):

@@ -5,13 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
-from tests.train_step.setting import MakeOptimizer, Run, active, assert_equal_runs, batch_of, sparse, twice
+from tests.train_step.setting import (
+    Batch,
+    MakeOptimizer,
+    Output,
+    Run,
+    active,
+    assert_equal_runs,
+    batch_of,
+    sparse,
+    twice,
+)
 
 NUM_CALLS = 18
 
@@ -128,3 +139,64 @@ def test_out_of_range(argument: str, value: float) -> None:
     model = sparse()
     with pytest.raises(ValueError, match=rf"{argument}: expected .* got {value}"):
         smet.compile_train_step(model, active(model), **{argument: value})
+
+
+def penalty(model: Any, batch: Batch) -> Tensor:
+    return model(**batch).loss + 0.1 * sum(p.abs().sum() for p in model.parameters())
+
+
+def with_a_teacher_of_the_same_modules(model: Any, batch: Batch) -> Tensor:
+    """Distils from other weights in the same modules, through which the gradient of the first layer goes as well."""
+    hidden = model.hidden(batch["x"])
+    average = {name: 0.9 * p.detach() for name, p in model.named_parameters()}
+    teacher = {name: torch.full_like(p, 0.01).requires_grad_(False) for name, p in model.named_parameters()}
+    loss = functional_call(model, average, (hidden[:, :12], batch["y"])).loss
+    return (
+        model.last(hidden).square().mean() + loss + functional_call(model, teacher, (hidden[:, :12], batch["y"])).loss
+    )
+
+
+def with_other_weights(model: Any, batch: Batch) -> Tensor:
+    teacher = {name: torch.full_like(p, 0.01) for name, p in model.named_parameters()}
+    hidden = model.hidden(batch["x"])
+    return model.last(hidden).square().mean() + functional_call(model, teacher, (hidden[:, :12], batch["y"])).loss
+
+
+def with_half_of_each_weight(model: Any, batch: Batch) -> Tensor:
+    halves = {name: p * 0.5 for name, p in model.named_parameters()}
+    return functional_call(model, halves, (batch["x"], batch["y"])).loss
+
+
+def in_one_weight(model: Any, batch: Batch) -> Tensor:
+    return model(**batch).loss + model.last.parametrizations.weight.original.square().sum()
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("make_optimizer", [active, momentum_sgd])
+@pytest.mark.parametrize(
+    ("loss_fn", "kept"),
+    [
+        (penalty, ["first.weight", "last.weight"]),
+        (with_a_teacher_of_the_same_modules, ["first.weight", "last.weight"]),
+        (with_other_weights, []),
+        (with_half_of_each_weight, ["first.weight", "last.weight"]),
+        (in_one_weight, ["last.weight"]),
+    ],
+)
+def test_a_loss_that_uses_parameters_themselves(
+    loss_fn: Any, kept: list[str], make_optimizer: MakeOptimizer, is_compiled: bool
+) -> None:
+    """Gradients beside those of reads count, and those of reads of other weights do not."""
+    step_run, loop_run = twice(sparse(), make_optimizer)
+    step = step_run.compiled(loss_fn=loss_fn)
+    with torch.compiler.set_stance("default" if is_compiled else "force_eager"):
+        step_run.in_step(step, map(batch_of, range(4)))
+    assert step.fused
+    loop_run.in_loop(map(batch_of, range(4)), lambda **batch: Output(loss_fn(loop_run.model, batch)))
+    assert_equal_runs(step_run, loop_run)
+    if is_compiled:
+        not_fused = smet.explain(step, batch_of(0)).not_fused
+        reasons = {
+            name: reason for name, each in not_fused.items() for reason in each if "uses the parameter" in reason
+        }
+        assert list(reasons) == kept
