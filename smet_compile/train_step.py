@@ -22,6 +22,7 @@ from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import CompactWeight, Site, captures, find_sites
 from smet_compile.ops.gate import is_traced
+from smet_compile.ops.reads import settle_before_use
 from smet_compile.ops.sinks import count_by, find_other_uses
 from smet_compile.ops.sites import check_sparsified
 from smet_compile.ops.torch_insides import keep_address
@@ -197,6 +198,8 @@ class TrainStep:
             reshard(self.model)
         if self._shapes() != self._compiled_shapes:
             self.compile(**self._options)  # a recompile of the old one would make sizes of the state symbols
+        for site in self.sites:
+            settle_before_use(site.compact)
         self._unfinished = updates = self.updates()
         self._note_capture()
         try:

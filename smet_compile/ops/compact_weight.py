@@ -196,10 +196,7 @@ class CompactWeight(nn.Module):
         """
         if torch.compiler.is_compiling():
             return
-        reads.settle_live()
-        if self.write_error is not None:
-            error, self.write_error = self.write_error, None
-            raise error
+        reads.settle_before_use(self)
         if not (self.fingerprint is not None and self._is_checked()) and not gate.is_traced(self.topology):
             self._check_again()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smet_compile.format import Layout, Topology
-from smet_compile.ops import choose, gate, updates
+from smet_compile.ops import choose, gate, reads, updates
 from smet_compile.ops.torch_insides import register_autograd
 
 CHANGED = (
@@ -62,6 +62,8 @@ def _unpack(
 ) -> Tensor:
     if traced:
         on_unseen_graph()
+    if reads.any_live():
+        reads.settle_in_graph(values)
     topology = _find("unpack: values", values, bits, lists, layout)
     dense: Tensor = choose.compute("unpack", values, topology)(values, topology)
     return dense
@@ -85,6 +87,8 @@ def _masked_matmul(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
+    if reads.any_live():
+        reads.settle_in_graph(values)
     topology = _find("masked_matmul: values", values, bits, lists, layout)
     rows, cols = topology.layout.matrix
     _check_alike("masked_matmul", values, "input", input)

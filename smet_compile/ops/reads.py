@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION
+from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION, is_in_backward
 from smet_compile.shards import is_sharded
 
 _READ, _ALIAS, _ALIAS_VERSION = "_smet_read", "alias", "alias_version"
@@ -203,6 +203,40 @@ def settle_live(*_: Any) -> None:
         read = reference()
         if read is not None and is_written(read):
             _settle_or_note(read)
+
+
+def settle_before_use(compact: _CompactWeight) -> None:
+    """Keeps what was written into reads. Raises the error of a change of ``compact`` that cannot be kept."""
+    settle_live()
+    if compact.write_error is not None:
+        error, compact.write_error = compact.write_error, None
+        raise error
+
+
+def settle_in_graph(values: Tensor) -> None:
+    """Does so where a compiled forward is about to read ``values``, or a copy of them in another dtype.
+
+    Raises ValueError where the changed weight may have been read already: a graph converts values to another dtype
+    before they come here. The change is kept all the same, so that the next call reads it.
+    """
+    if is_in_backward():  # as in eager mode, a change after the forward is kept at the next use
+        return
+    reads = [read for reference in list(_live.values()) if (read := reference()) is not None and is_written(read)]
+    sources: list[_Source] = [read.__dict__["source"] for read in reads]
+    for source in sources:
+        settle_before_use(source.compact)
+    for source in sources:
+        if source.values.dtype is not values.dtype:
+            raise ValueError(
+                f"{source.compact.name}: expected a weight that does not change while a compiled function runs in "
+                f"{values.dtype}, got a change in place of a weight that was read, and is still held, before it; the "
+                "change is kept, so call the function again, and let go of the weight (del) before the next call"
+            )
+
+
+def any_live() -> bool:
+    """Tells whether there are reads that may have been changed."""
+    return bool(_live)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 import smet_compile as smet
 from smet_compile.ops import find_sites, reads
+from smet_compile.tracing import Capture
 from tests.support.small_models import two_layers
 from tests.support.training import train
 
@@ -397,6 +398,58 @@ def test_a_frozen_read_goes_into_a_compiled_function(backend: str) -> None:
         layer.weight.requires_grad_(is_trained)
         result = double(layer.weight)
         assert result.requires_grad is is_trained and torch.equal(result, 2 * layer.weight)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_forward_sees_a_change_of_a_read_that_is_still_held(backend: str) -> None:
+    model, x = sparse(), torch.randn(3, 12)
+    compiled = torch.compile(model, backend=backend)
+    compiled(x).sum().backward()
+    for layer in (model[0], model[3]):
+        held = layer.weight  # the last one outlives the loop
+        with torch.no_grad():
+            held.clamp_(-0.01, 0.01)
+    values = model[3].parametrizations.weight.original
+    actual = compiled(x)
+    assert values.abs().max() <= 0.01 and held.shape == (7, 20)
+    assert torch.allclose(actual, model(x))
+    actual.sum().backward()
+
+
+def test_a_compiled_forward_raises_where_a_change_cannot_be_kept() -> None:
+    model, x = sparse(), torch.randn(3, 12)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    held = model[3].weight
+    held.mul_(2)
+    with pytest.raises(ValueError, match="was changed in place while gradients are recorded"):
+        compiled(x)
+    assert held.shape == (7, 20)
+
+
+def test_a_compiled_forward_in_another_dtype_raises_once_and_keeps_the_change() -> None:
+    model, x = sparse(), torch.randn(3, 12)
+    compiled = torch.compile(model, backend=Capture())
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x)
+        held = model[3].weight
+        with torch.no_grad():
+            held.zero_()
+        with pytest.raises(ValueError, match="call the function again"):
+            compiled(x)
+        assert torch.equal(compiled(x).float(), model[3].bias.bfloat16().float().expand(3, -1))
+
+
+def test_a_change_after_the_compiled_forward_waits_for_the_next_use() -> None:
+    model, x = sparse(), torch.randn(3, 12)
+    loss = torch.compile(model, backend=Capture())(x).square().sum()
+    before = model[3].parametrizations.weight.original.detach().clone()
+    held = model[3].weight
+    with torch.no_grad():
+        held.zero_()
+    loss.backward()
+    assert torch.equal(model[3].parametrizations.weight.original, before)
+    assert (model(x) == model[3].bias).all()
 
 
 def test_a_constraint_in_the_forward_of_its_own_module_is_kept() -> None:

@@ -176,3 +176,34 @@ def test_a_gradient_that_was_there_before_is_added_to() -> None:
     step_run.in_step(step_run.compiled(), map(batch_of, range(3)))
     loop_run.in_loop(map(batch_of, range(3)))
     assert_equal_runs(step_run, loop_run)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "eager"])
+def test_a_change_of_a_weight_that_was_read_and_is_still_held(is_compiled: bool) -> None:
+    step_run, loop_run = twice(sparse(), dampened)
+    step, held = step_run.compiled(), []
+    with torch.compiler.set_stance("default" if is_compiled else "force_eager"):
+        for call in range(3):
+            for run in (step_run, loop_run):  # the read of another weight would keep the change
+                weight = run.model.last.weight
+                with torch.no_grad():
+                    weight.clamp_(-0.1, 0.1)
+                held.append(weight)
+                if run is step_run:
+                    run.in_step(step, [batch_of(call)])
+                else:
+                    run.in_loop([batch_of(call)])
+    assert_equal_runs(step_run, loop_run)
+    assert len(held) == 6
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_change_of_a_weight_that_cannot_be_kept_is_an_error_before_the_step() -> None:
+    run = twice(sparse(), dampened)[0]
+    step, weight = run.compiled(), run.model.last.weight
+    before = run.model.state_dict()["last.parametrizations.weight.original"].clone()
+    weight.mul_(2)
+    with pytest.raises(ValueError, match=r"last\.weight: .* while gradients are recorded"):
+        step(batch_of(0))
+    assert torch.equal(run.model.state_dict()["last.parametrizations.weight.original"], before)
+    assert not run.optimizer.state and step(batch_of(0)).isfinite() and weight.requires_grad
