@@ -209,7 +209,10 @@ def _by_site(sites: dict[str, Site], graphs: list[Captured]) -> dict[str, Outcom
     found: dict[str, Outcome] = {}
     for graph in graphs:
         for placeholder, outcome in outcomes(graph.joint.graph).items() if graph.joint is not None else ():
-            whole = found.setdefault(names[id(graph.input_of(placeholder))], Outcome())
+            name = names.get(id(graph.input_of(placeholder)))
+            if name is None:  # a sparse module that is no part of the model, as a loss may run one
+                continue
+            whole = found.setdefault(name, Outcome())
             for part, results in outcome.parts.items():
                 for result in results:
                     whole.add(part, result)

@@ -192,7 +192,8 @@ def leave_no_trace(model: nn.Module, *, restore_buffers: bool = True) -> Iterato
     contents: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         _note_contents(vars(module), contents)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if restore_buffers else []
+    buffers = [_without_repeats(buffer) for buffer in model.buffers()] if restore_buffers else []
+    before = [buffer.clone() for buffer in buffers]
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:
             yield
@@ -200,8 +201,16 @@ def leave_no_trace(model: nn.Module, *, restore_buffers: bool = True) -> Iterato
             for container, content in contents.values():
                 _put_back(container, content)
             with torch.no_grad():
-                for buffer, value in buffers:
+                for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
+
+
+def _without_repeats(buffer: torch.Tensor) -> torch.Tensor:
+    """Returns the entries of a buffer that lie in memory of their own; one that ``expand`` made repeats them."""
+    for dim, stride in enumerate(buffer.stride() if buffer.layout is torch.strided else ()):
+        if stride == 0 and buffer.shape[dim] > 1:
+            buffer = buffer.narrow(dim, 0, 1)
+    return buffer
 
 
 def _note_contents(container: Any, contents: dict[int, tuple[Any, Any]]) -> None:

@@ -85,6 +85,23 @@ def test_a_weight_that_the_example_does_not_use(x: Tensor) -> None:
     assert list(smet.explain(model, x).not_fused) == ["unused.weight"]
 
 
+def test_sparse_modules_beside_the_model_have_no_row(x: Tensor) -> None:
+    """A loss may run a teacher, and a forward a module that is not registered."""
+    model, teacher, hidden = make(), make().requires_grad_(False), make()
+    step = smet.compile_train_step(model, smet.ActiveAdamW(model), lambda model, batch: model(batch) - teacher(batch))
+    explanation = smet.explain(step, x)
+    assert list(parts_of(explanation)) == ["first.weight", "second.weight"] and not explanation.not_fused
+    forward = model.forward
+    model.forward = lambda x: forward(x) + hidden(x)
+    assert list(parts_of(smet.explain(model, x))) == ["first.weight", "second.weight"]
+
+
+def test_a_buffer_that_repeats_its_entries(x: Tensor) -> None:
+    model = make()
+    model.register_buffer("repeated", torch.ones(1).expand(8))
+    assert not smet.explain(model, x).not_fused
+
+
 def test_graph_breaks_are_shown_and_each_part_is_fused(x: Tensor) -> None:
     model = make()
     model.breaks = True

@@ -45,6 +45,17 @@ def test_what_a_forward_changes_is_put_back(fails: bool) -> None:
     assert is_as_new(model, state, random_state)
 
 
+def test_a_buffer_that_repeats_its_entries_is_put_back() -> None:
+    model = nn.Module()
+    model.register_buffer("ones", torch.ones(2, 1).expand(2, 8))
+    model.register_buffer("scalar", torch.ones(()).expand(3, 4))
+    with leave_no_trace(model):
+        model.ones[0, 0] = 5.0
+        model.scalar.data[0, 0] = 7.0
+        assert model.ones.sum() == 48 and model.scalar.sum() == 84
+    assert model.ones.sum() == 16 and model.scalar.sum() == 12
+
+
 def test_explain_leaves_no_cache_filled() -> None:
     model = smet.sparsify(Remembers(), density=0.5)
     smet.explain(model, torch.randn(3, 4))
