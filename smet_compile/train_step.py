@@ -31,6 +31,7 @@ from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
 from smet_compile.optim.kept_gradients import hooks_of, why_all_are_kept, why_kept
 from smet_compile.optim.on_arrival import UpdatesOnArrival
+from smet_compile.optim.recompiles import changing_options, why_recompiled
 from smet_compile.shards import has_shards, reshard, set_gradient_sync
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -122,6 +123,7 @@ class TrainStep:
         """Makes the next call compile the step anew, by ``torch.compile`` with these options."""
         self._options = options
         self._compiled_shapes = self._shapes()
+        self._compiled_options = changing_options(self.optimizer)
         self._compiled = self._compile(fullgraph=self._uses_sinks)
 
     def _shapes(self) -> list[torch.Size | None]:
@@ -271,9 +273,13 @@ class TrainStep:
             self._compiled = previous
             raise
         self._is_one_graph = False
-        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+        first = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+        reason = f"the step is not one graph ({first})"
+        changed = why_recompiled(self._compiled_options, changing_options(self.optimizer))
+        if isinstance(broken, _recompile_limit()) and changed is not None:
+            reason = f"the step was compiled too often, since {changed}"
         warnings.warn(
-            f"compile_train_step: the step is not one graph ({reason}), so no update is fused, and compact gradients "
+            f"compile_train_step: {reason}, so no update is fused, and compact gradients "
             "are in memory until optimizer.step(); smet_compile.explain(model, ...) shows the graph breaks",
             stacklevel=4,
         )
@@ -347,9 +353,15 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _not_one_graph() -> tuple[type[Exception], ...]:
     """Returns the errors that Dynamo raises where it cannot make one graph; imports them here, which takes seconds."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
+    from torch._dynamo.exc import Unsupported, UserError
 
-    return Unsupported, UserError, FailOnRecompileLimitHit
+    return Unsupported, UserError, _recompile_limit()
+
+
+def _recompile_limit() -> type[Exception]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return FailOnRecompileLimitHit
 
 
 def _forget_reduction(reducer: DistributedDataParallel) -> None:

@@ -31,7 +31,7 @@ SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", 
 """The options of ``torch_optim_`` in their order; flags are 0 or 1."""
 _STATE = (
     "Tensor{}? first, Tensor{}? second, Tensor{}? largest, Tensor{}? step, Tensor{} num_updates, Tensor{} num_skipped, "
-    "Tensor lr, str rule, float[] options"
+    "Tensor lr, str rule, Tensor options"
 )
 _TORCH_OPTIM_SINK = "Tensor values, " + _STATE.replace("{}", "")
 
@@ -47,7 +47,8 @@ class _Update(NamedTuple):
         num_skipped: raised by one where the gradient is not finite, which makes the topology manager wait. The update
             is made all the same, as in eager mode.
         lr: of shape (1,); float64 stands for a Python number. rule: "adam" or "sgd".
-        options: the values of ``ADAM_OPTIONS`` or ``SGD_OPTIONS``.
+        options: the values of ``ADAM_OPTIONS`` or ``SGD_OPTIONS``, as float64 on the CPU. Numbers would be constants of
+            the compiled graph, and a schedule of one (OneCycleLR cycles betas) would make a new graph in every step.
     """
 
     values: Tensor
@@ -60,7 +61,12 @@ class _Update(NamedTuple):
     num_skipped: Tensor
     lr: Tensor
     rule: str
-    options: list[float]
+    options: Tensor
+
+    @property
+    def numbers(self) -> list[float]:
+        numbers: list[float] = self.options.tolist()
+        return numbers
 
     @property
     def rate(self) -> Any:
@@ -88,7 +94,7 @@ def _(*args: Any) -> None:
 
 
 def _adam(update: _Update) -> None:
-    beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, fused = update.options
+    beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, fused = update.numbers
     assert update.first is not None and update.second is not None and update.step is not None
     adam(
         [update.values],
@@ -112,7 +118,7 @@ def _adam(update: _Update) -> None:
 
 def _sgd(update: _Update) -> None:
     """Updates by SGD. torch has no buffer before the first update, where ours is zero; with dampening that differs."""
-    if update.first is None or not update.options[SGD_OPTIONS.index("dampening")]:
+    if update.first is None or not update.numbers[SGD_OPTIONS.index("dampening")]:
         _make_sgd_step(update, [update.first])
         return
     new_buffer: list[Tensor | None] = [None]
@@ -125,7 +131,7 @@ def _sgd(update: _Update) -> None:
 
 
 def _make_sgd_step(update: _Update, buffers: list[Tensor | None]) -> None:
-    momentum, dampening, weight_decay, nesterov, maximize, fused = update.options
+    momentum, dampening, weight_decay, nesterov, maximize, fused = update.numbers
     sgd(
         [update.values],
         [update.grad],

@@ -20,7 +20,7 @@ from smet_compile.ops.sinks import ADAM_OPTIONS, SGD_OPTIONS
 from smet_compile.ops.torch_insides import keep_address
 from smet_compile.ops.updates import Update, flatten
 from smet_compile.optim.active import ActiveOptimizer
-from smet_compile.optim.rates import Rates
+from smet_compile.optim.rates import Options, Rates
 
 
 class BackwardUpdate(NamedTuple):
@@ -136,6 +136,7 @@ class _TorchOptim:
     new_state: Callable[[nn.Parameter, dict[str, Any]], dict[str, Tensor]]
     describe: Callable[[dict[str, Any], dict[str, Any]], Any]
     rates: Rates = field(default_factory=Rates)
+    options: Options = field(default_factory=Options)
     addresses: _Addresses = field(default_factory=_Addresses)
     counts: dict[nn.Parameter, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -154,7 +155,8 @@ class _TorchOptim:
         dtype = lr.dtype if isinstance(lr, Tensor) else torch.float64  # it decides how results are rounded
         rate = self.rates.rate(group, torch.device("cpu"), dtype)
         self.addresses.are_new(values, [tensor for tensor in (*tensors, *counts) if tensor is not None])
-        arguments = (*tensors, *counts, rate, self.rule, [float(option) for option in options])
+        numbers = self.options.tensor(group, [float(option) for option in options])
+        arguments = (*tensors, *counts, rate, self.rule, numbers)
         return BackwardUpdate(torch.ops.smet.torch_optim_sink, arguments, *counts, bool(new_state))
 
     def forget(self, values: nn.Parameter) -> None:

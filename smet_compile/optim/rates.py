@@ -1,4 +1,4 @@
-"""Holds the learning rate of each parameter group as a tensor on the device, so that a step copies none there.
+"""Holds the numbers of each parameter group as tensors: the rate on the device, so that a step copies none there.
 
 A scheduler's new rate is written into the same tensor: it needs no new graph, and a CUDA graph reads it at each replay.
 A number that is given while a graph is captured becomes part of the graph, as in the optimizers of torch.
@@ -41,4 +41,21 @@ class Rates:
             return torch.full((1,), number, dtype=dtype, device=device)
         if number != written:
             self._tensors[key] = tensor.fill_(number), number
+        return tensor
+
+
+class Options:
+    """Holds the other numbers of the groups of one optimizer, which its step reads on the CPU."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, tuple[Tensor, list[float]]] = {}
+
+    def tensor(self, group: dict[str, Any], numbers: list[float]) -> Tensor:
+        """Returns the tensor of a group, with these numbers written into it."""
+        key = id(group["params"])
+        tensor, written = self._tensors.get(key, (None, None))
+        if tensor is None:
+            tensor = torch.empty(len(numbers), dtype=torch.float64)
+        if numbers != written:
+            self._tensors[key] = tensor.copy_(torch.tensor(numbers, dtype=torch.float64)), numbers
         return tensor

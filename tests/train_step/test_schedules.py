@@ -41,6 +41,44 @@ def test_rates_change_without_a_recompile(name: str, schedule: Any) -> None:
     assert counter.frame_count == 1 and step.fused
 
 
+def cycle_momentum(optimizer: Any) -> Any:
+    """Makes torch's own default, which changes betas or momentum in every step."""
+    return OneCycleLR(optimizer, max_lr=0.02, total_steps=NUM_STEPS + 1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_options_of_torch_change_in_every_step_without_a_recompile(name: str) -> None:
+    step_run, loop_run = twice(sparse(), OPTIMIZERS[name])
+    for run in (step_run, loop_run):
+        run.scheduler = cycle_momentum(run.optimizer)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = step_run.compiled(counter)
+    for call in range(NUM_STEPS):
+        for run in (step_run, loop_run):
+            run.optimizer.param_groups[0]["weight_decay"] = 0.01 * call
+        step_run.in_step(step, [batch_of(call)])
+        loop_run.in_loop([batch_of(call)])
+    assert_equal_runs(step_run, loop_run)
+    assert counter.frame_count == 1 and step.fused
+
+
+def test_options_that_change_in_every_step_end_the_fusion_with_their_names() -> None:
+    step_run, loop_run = twice(sparse())
+    for run in (step_run, loop_run):
+        run.scheduler = cycle_momentum(run.optimizer)
+    step = step_run.compiled()
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.warns(
+            UserWarning, match="compiled too often, since the optimizer's betas changed.*cycle_momentum=False"
+        ),
+    ):
+        step_run.in_step(step, map(batch_of, range(5)), breaks=True)
+    loop_run.in_loop(map(batch_of, range(5)))
+    assert_equal_runs(step_run, loop_run)
+    assert not step.fused
+
+
 def test_other_options_change_too() -> None:
     step_run, loop_run = twice(sparse())
     step = step_run.compiled()
