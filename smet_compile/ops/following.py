@@ -89,14 +89,15 @@ def keep(keeper: Keeper) -> None:
     _keepers[next(_num_keepers)] = keeper
 
 
-def watch(optimizer: Any) -> None:
-    """Notes from now on when a state is loaded into a ``torch.optim.Optimizer``.
+def watch(*optimizers: Any) -> None:
+    """Notes from now on when a state is loaded into each ``torch.optim.Optimizer``.
 
     Some wrappers derive from it without its hooks; the optimizers in them have these.
     """
-    if optimizer not in _watched and "_optimizer_load_state_dict_post_hooks" in getattr(optimizer, "__dict__", {}):
-        optimizer.register_load_state_dict_post_hook(_note_loaded)
-        _watched[optimizer] = None
+    for optimizer in optimizers:
+        if optimizer not in _watched and "_optimizer_load_state_dict_post_hooks" in getattr(optimizer, "__dict__", {}):
+            optimizer.register_load_state_dict_post_hook(_note_loaded)
+            _watched[optimizer] = None
 
 
 def _note_loaded(optimizer: Any) -> None:

@@ -251,8 +251,7 @@ class TopologyManager(SavedManager, ShownManager):
             self._in_optimizer.stop()
 
     def _listen_to_optimizers(self) -> None:
-        for found in self._optimizers.found:
-            following.watch(found.optimizer)
+        following.watch(*self.optimizers)
         for found in self._optimizers.stepping:
             if id(found.optimizer) not in self._listeners:
                 self._listeners[id(found.optimizer)] = StepListener(found, self._after_optimizer_step, self.auto_step)

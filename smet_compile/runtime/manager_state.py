@@ -82,7 +82,7 @@ class SavedManager:
         self._stages.resume(self.num_steps)
         self._prepare_next_step()
         self._collection.load_state_dict(state["collected"])
-        self._awaited = dict.fromkeys(self.sites, self.num_steps)
+        self._awaited = dict.fromkeys(self.sites, self.num_steps + self._new_steps.num)
 
     def record_load(self, load: Load) -> None:
         """Notes a topology that was loaded into a weight, unless the record of it was loaded since the last step."""
