@@ -138,6 +138,11 @@ def _chain(module: nn.Module, name: str) -> Any:
     return None if chains is None else chains._modules.get(name)
 
 
+_SOME = _tensor_property("weight")
+RUN_IN_EAGER = (_SOME.fget, _SOME.fset, _SOME.fdel, read_once)
+"""Functions that Dynamo must not compile by themselves after a graph break, as it does not those of ``parametrize``."""
+
+
 def _refuse_to_pickle(self: nn.Module) -> Any:
     raise RuntimeError(_NOT_PICKLED)
 

@@ -14,7 +14,7 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from smet_compile.ops import CompactWeight, direct, library, products, saved_weights
+from smet_compile.ops import CompactWeight, direct, library, products, saved_weights, shared_class
 from smet_compile.ops.torch_insides import warn_once
 from smet_compile.passes import is_enabled
 from smet_compile.passes.canonicalize import canonicalize
@@ -83,7 +83,12 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-_RUN_IN_EAGER = (*saved_weights.RUN_IN_EAGER, *direct.RUN_IN_EAGER, *products.RUN_IN_EAGER)
+_RUN_IN_EAGER = (
+    *saved_weights.RUN_IN_EAGER,
+    *direct.RUN_IN_EAGER,
+    *products.RUN_IN_EAGER,
+    *shared_class.RUN_IN_EAGER,
+)
 
 
 def install() -> None:
