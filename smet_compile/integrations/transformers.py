@@ -29,7 +29,7 @@ _ADDED_OTHERWISE = (
     "the Trainer without it, then call sparse_training(trainer, density=...)"
 )
 _OF_TRAINER = {"params", "model", "optimizer_dict"}
-"""What the trainer takes out of an optimizer's options to say what it holds."""
+"""Options by which the trainer says what an optimizer holds; it takes them out before it makes one."""
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Names of torch's AdamW in ``TrainingArguments(optim=...)``, the default among them."""
 

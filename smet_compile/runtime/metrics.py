@@ -14,7 +14,7 @@ from smet_compile.runtime.optimizer_steps import read_scalars
 from smet_compile.shards import local
 
 LOGGED = "smet/"
-"""What the names of numbers begin with in the logs of trainers."""
+"""The prefix of all names of numbers in the logs of trainers."""
 
 
 def flat_metrics(

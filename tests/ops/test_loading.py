@@ -1,4 +1,4 @@
-"""What does not belong to a compact weight is refused before anything of it is loaded."""
+"""Values and topologies that do not fit a compact weight are refused before anything of them is loaded."""
 
 import copy
 import io

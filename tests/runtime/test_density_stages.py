@@ -273,7 +273,7 @@ def test_an_overdue_stage_grows_by_gradient_too(stages: Any, tmp_path: Path) -> 
 
 
 def test_blocks_of_one_score_change_at_random() -> None:
-    """By position a stage would fill the last rows, and empty the first."""
+    """A stage that broke ties by position would fill the last rows, and empty the first."""
 
     def equal(site: Any, context: Any) -> Tensor:
         return torch.zeros(context.scores_shape)
