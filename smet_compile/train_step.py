@@ -200,8 +200,7 @@ class TrainStep:
             reshard(self.model)
         if self._shapes() != self._compiled_shapes:
             self.compile(**self._options)  # a recompile of the old one would make sizes of the state symbols
-        for site in self.sites:
-            settle_before_use(site.compact)
+        settle_before_use(*(site.compact for site in self.sites))
         self._unfinished = updates = self.updates()
         self._note_capture()
         try:
@@ -296,19 +295,20 @@ class TrainStep:
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         stateless = [site.values for site in self.sites if not self.optimizer.state.get(site.values)]
         try:
-            return [self._update(site, groups) for site in self.sites]
+            update_of = self._update_of if self._uses_sinks else None
+            return [self._update(site, groups, update_of) for site in self.sites]
         except BaseException:
             for values in stateless:
                 self.optimizer.state.pop(values, None)
             raise
 
-    def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]]) -> BackwardUpdate | None:
+    def _update(self, site: Site, groups: dict[nn.Parameter, dict[str, Any]], update_of: Any) -> BackwardUpdate | None:
         values = site.values
         if values.requires_grad and values not in groups:
             raise _not_held_error(site)
-        if not (self._uses_sinks and self._update_of and values.requires_grad) or why_kept(values) is not None:
+        if update_of is None or not values.requires_grad or why_kept(values) is not None:
             return None
-        update = self._update_of(values, groups[values])
+        update: BackwardUpdate = update_of(values, groups[values])
         count_by(self.optimizer, values, update.num_updates, update.num_skipped)
         return update
 

@@ -205,12 +205,13 @@ def settle_live(*_: Any) -> None:
             _settle_or_note(read)
 
 
-def settle_before_use(compact: _CompactWeight) -> None:
-    """Keeps what was written into reads. Raises the error of a change of ``compact`` that cannot be kept."""
+def settle_before_use(*compacts: _CompactWeight) -> None:
+    """Keeps what was written into reads. Raises the error of a change of one of ``compacts`` that cannot be kept."""
     settle_live()
-    if compact.write_error is not None:
-        error, compact.write_error = compact.write_error, None
-        raise error
+    for compact in compacts:
+        if compact.write_error is not None:
+            error, compact.write_error = compact.write_error, None
+            raise error
 
 
 def settle_in_graph(values: Tensor) -> None:
@@ -223,8 +224,7 @@ def settle_in_graph(values: Tensor) -> None:
         return
     reads = [read for reference in list(_live.values()) if (read := reference()) is not None and is_written(read)]
     sources: list[_Source] = [read.__dict__["source"] for read in reads]
-    for source in sources:
-        settle_before_use(source.compact)
+    settle_before_use(*(source.compact for source in sources))
     for source in sources:
         if source.values.dtype is not values.dtype:
             raise ValueError(
