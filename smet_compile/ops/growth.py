@@ -172,6 +172,7 @@ def _zeros_like_dense(leaf: Tensor, positions: Tensor, sums: Tensor, active_sums
 
 def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
     *buffers, bits, layout_text, group_size, reduced_over = ctx.inputs
+    _growth_sinks.pop(buffers[0], None)
     with torch.no_grad():
         found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text, group_size, reduced_over)
         for buffer, new in zip(buffers, found, strict=True):
@@ -180,7 +181,11 @@ def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
 
 
 def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
-    """Returns the sink that fills the buffers. All reads of a weight whose graphs are alive together share it."""
+    """Returns the sink that fills the buffers. All reads of a weight share it until its backward has run.
+
+    In a later graph it would make the parameter wait for a node of the graph before (its leaf, where that is a shard's
+    local tensor), which autograd runs after FSDP2 has taken the module's gradients.
+    """
     known = _growth_sinks.get(positions)
     sink = None if known is None else known()
     if sink is None or not sink.requires_grad:

@@ -98,7 +98,7 @@ def test_models_of_one_class_share_a_graph_and_are_freed_as_dense_ones_are(kind:
     for make in (half, nn.Module.train):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
-        for _ in range(10):
+        for _ in range(3):
             model = make(blocks(1, kind))
             num_living = living_modules_of(model)
             torch.compile(model, backend=counter, fullgraph=True)(x).sum().backward()

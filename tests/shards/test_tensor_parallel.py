@@ -17,6 +17,7 @@ CASES: dict[str, tuple[int, int, Any, torch.dtype, dict[str, Any], dict[str, Any
     "tiles in four parts, gradients": (4, 4, 4, FP64, {}, {"grow": "gradient"}),
     "runs, twice": (4, 2, (1, 4), FP64, {}, {}),
     "gradients, twice": (4, 2, 1, FP64, {}, {"grow": "gradient"}),
+    "gradients of two steps, twice": (4, 2, 1, FP64, {}, {"grow": "gradient", "window": 2}),
     "fp32, momentum": (2, 2, 4, FP32, {}, {"grow": "momentum", "drop": "saliency"}),
     "dropped at random, two ways to grow": (2, 2, 1, FP64, {}, {"drop": "random", "grow": HALVES}),
     "equal fan-in with ablation": (
