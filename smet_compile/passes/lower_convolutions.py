@@ -58,7 +58,7 @@ def lower_convolutions(graph: fx.Graph) -> PassReport:
             if reason is not None or view.labels != start.labels:
                 report.skipped.append((site.name, reason or "its weight is a permutation of the site's"))
                 continue
-            (_lower_forward if is_call(user, CONVOLUTION) else _lower_backward)(user, weight, site.layout)
+            (_lower_forward if is_call(user, CONVOLUTION) else _lower_backward)(user, weight)
             report.matched += 1
     graph.eliminate_dead_code()
     return report
@@ -80,23 +80,23 @@ def reason_to_keep(node: fx.Node, layout: Layout) -> str | None:
     return None
 
 
-def _lower_forward(node: fx.Node, weight: fx.Node, layout: Layout) -> None:
+def _lower_forward(node: fx.Node, weight: fx.Node) -> None:
     known = arguments(node)
     strided = _strided(node, known["input"], known["stride"])
     x_XC = _tokens(node, strided)
-    weight_CR = permuted(node, _matrix(node, weight, layout))
+    weight_CR = permuted(node, _matrix(node, weight))
     bias = known["bias"]
     y_XR = add(node, MM, x_XC, weight_CR) if bias is None else add(node, ADDMM, bias, x_XC, weight_CR)
     node.replace_all_uses_with(_image(node, y_XR, strided, val(node)))
     node.graph.erase_node(node)
 
 
-def _lower_backward(node: fx.Node, weight: fx.Node, layout: Layout) -> None:
+def _lower_backward(node: fx.Node, weight: fx.Node) -> None:
     known = arguments(node)
     results: dict[int, fx.Node] = {user.args[1]: user for user in node.users}  # type: ignore[misc]
     grad_XR = _tokens(node, known["grad_output"])
     if 0 in results:
-        grad_XC = add(node, MM, grad_XR, _matrix(node, weight, layout))
+        grad_XC = add(node, MM, grad_XR, _matrix(node, weight))
         x, like = known["input"], val(results[0])
         if all(step == 1 for step in known["stride"]):
             made = _image(node, grad_XC, known["grad_output"], like)
@@ -107,7 +107,7 @@ def _lower_backward(node: fx.Node, weight: fx.Node, layout: Layout) -> None:
     if 1 in results:
         x_XC = _tokens(node, _strided(node, known["input"], known["stride"]))
         grad_RC = add(node, MM, permuted(node, grad_XR), x_XC)
-        results[1].replace_all_uses_with(add(node, aten.view.default, grad_RC, list(layout.shape)))
+        results[1].replace_all_uses_with(add(node, aten.view.default, grad_RC, list(val(weight).shape)))
     if 2 in results:
         results[2].replace_all_uses_with(add(node, aten.sum.dim_IntList, grad_XR, [0]))
     for result in results.values():
@@ -115,8 +115,9 @@ def _lower_backward(node: fx.Node, weight: fx.Node, layout: Layout) -> None:
     node.graph.erase_node(node)
 
 
-def _matrix(like: fx.Node, weight: fx.Node, layout: Layout) -> fx.Node:
-    return add(like, aten.view.default, weight, list(layout.matrix))
+def _matrix(like: fx.Node, weight: fx.Node) -> fx.Node:
+    """Adds (R, C, 1, ...) → (R, C), for a weight or some of its rows."""
+    return add(like, aten.view.default, weight, list(val(weight).shape[:2]))
 
 
 def _strided(like: fx.Node, x: fx.Node, stride: list[int]) -> fx.Node:

@@ -5,8 +5,9 @@
     gx = convolution_backward(gy, x, dense)         gx = convolution_backward(gy, x, dense)
 
 The partitioner then unpacks again in backward instead of saving ``dense``, or a tensor of its size that is computed
-from it alone (a scaled or normalized weight, autocast's copy). The sinks are removed as well: only autograd needs them,
-and it has been traced before passes run.
+from it and inputs alone (a scaled or normalized weight, autocast's copy). Inputs that the graph changes, such as a
+buffer, have other values by then, so that what is computed from them is saved. The sinks are removed as well: only
+autograd needs them, and it has been traced before passes run.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def must_recompute(node: fx.Node) -> None:
 def recompute_unpack(graph: fx.Graph) -> PassReport:
     """Marks every unpack and what is computed from it alone, and removes the sinks."""
     report = PassReport("recompute_unpack")
+    inputs = _lasting_inputs(graph)
     for node in calls(graph, UNPACK):
         known = arguments(node) | {"update_sink": None, "growth_sink": None, "traced": False, "scales_rows": False}
         seen = tuple(known.values())
@@ -44,7 +46,7 @@ def recompute_unpack(graph: fx.Graph) -> PassReport:
             continue
         must_recompute(node)
         _set_arguments(node, seen)
-        for derived in _derived(node):
+        for derived in _derived(node, inputs):
             must_recompute(derived)
         report.matched += 1
     return report
@@ -56,21 +58,32 @@ def _set_arguments(node: fx.Node, args: tuple[Any, ...]) -> None:
     node.meta.pop("eager_input_vals", None)
 
 
-def _derived(weight: fx.Node) -> list[fx.Node]:
-    """Returns nodes as large as ``weight`` that are cheaply computed from it and inputs of the graph alone."""
+def _lasting_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Returns the inputs of the forward that have the same values in backward: those that no call changes in place."""
+    changed = {node for call in graph.nodes if call.op == "call_function" for node in _changed_by(call)}
+    inputs = (node for node in graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents"))
+    return {node for node in inputs if node not in changed}
+
+
+def _changed_by(call: fx.Node) -> list[Any]:
+    """Returns the arguments that a call changes in place."""
+    if not isinstance(call.target, OpOverload) or not call.target._schema.is_mutable:
+        return []
+    changed = {each.name for each in call.target._schema.arguments if each.is_write}
+    return [value for name, value in arguments(call).items() if name in changed and isinstance(value, fx.Node)]
+
+
+def _derived(weight: fx.Node, inputs: set[fx.Node]) -> list[fx.Node]:
+    """Returns nodes as large as ``weight`` that are cheaply computed from it and ``inputs`` alone."""
     found = {weight: True}
     waiting = [weight]
     while waiting:
         for user in waiting.pop().users:
-            known = all(_is_known(source, found) for source in user.all_input_nodes)
+            known = all(source in found or source in inputs for source in user.all_input_nodes)
             if user not in found and known and _is_cheap(user):
                 found[user] = _size(user) == _size(weight)
                 waiting.append(user)
     return [node for node, is_as_large in found.items() if is_as_large and node is not weight]
-
-
-def _is_known(node: fx.Node, found: dict[fx.Node, bool]) -> bool:
-    return node in found or (node.op == "placeholder" and not node.name.startswith("tangents"))
 
 
 def _is_cheap(node: fx.Node) -> bool:

@@ -57,6 +57,12 @@ FUSED: dict[str, tuple[tuple[int, ...], Call, Callable[[], Tensor]]] = {
     "twice": ((12, 12, 1, 1), lambda x, w: F.conv2d(torch.tanh(F.conv2d(x, w)), w), lambda: randn(3, 12, 5, 4)),
     "flattened afterwards": (W, lambda x, w: F.conv2d(x, w).flatten(1) ** 2, lambda: randn(3, 12, 5, 4)),
     "a view of all": (W, lambda x, w: F.conv2d(x, w).view(3, -1) ** 2, lambda: randn(3, 12, 5, 4)),
+    "some rows": (W, lambda x, w: F.conv2d(x, w[8:16], stride=2), lambda: randn(3, 12, 5, 4)),
+    "in two parts": (
+        (16, 12, 1, 1),
+        lambda x, w: torch.tanh(F.conv2d(x, w.chunk(2)[0])) * F.conv2d(x, w.chunk(2)[1]),
+        lambda: randn(3, 12, 5, 4),
+    ),
     "as a matrix": (W, lambda x, w: F.linear(x, w.flatten(1)), lambda: randn(3, 12)),
 }
 KEPT: dict[str, tuple[tuple[int, ...], Call, tuple[int, ...], str]] = {
@@ -96,7 +102,7 @@ def test_fuses(form: str, block: Any) -> None:
     assert graph.joint is not None
     assert not calls(graph.joint.graph, UNPACK)
     if form != "as a matrix":
-        assert matched(graph, "lower_convolutions") == (4 if form == "twice" else 2)
+        assert matched(graph, "lower_convolutions") == (4 if form in ("twice", "in two parts") else 2)
 
 
 @pytest.mark.parametrize("form", list(KEPT))

@@ -1,17 +1,19 @@
 """After recompute_unpack neither an unpacked weight nor a tensor made from it alone is saved."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+import smet_compile as smet
 from smet_compile.passes.graph import MM, UNPACK, calls
 from smet_compile.passes.recompute_unpack import recompute_unpack
-from smet_compile.tracing import Captured
+from smet_compile.tracing import Capture, Captured
 from tests.passes.compiled import assert_idempotent, capture, dense_sizes, matched, randn, reads, targets
 from tests.passes.memory_facts import of_size, returned, saves_no_dense_weight
 
@@ -75,6 +77,36 @@ def test_read_by_several_checkpointed_regions_it_is_not_saved() -> None:
 def test_what_an_activation_goes_into_is_left_to_the_partitioner() -> None:
     graph = capture(reads(W, lambda a, b, w: (w * (a @ b)).sin()), randn(24, 4), randn(4, 16), passes=ONLY)
     assert {node.target for node in marked(graph)} == {UNPACK}
+
+
+class Shifted(nn.Module):
+    """Subtracts from its weight a running mean, which each call moves after it was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(W, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(W, dtype=torch.float64))
+        self.register_buffer("scale", torch.full(W, 0.5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, (self.weight - self.mean) * self.scale)
+        self.mean.lerp_(self.weight.detach(), 0.5)
+        return y.tanh()
+
+
+@pytest.mark.parametrize("calls_before_backward", [1, 2])
+def test_what_an_input_goes_into_that_the_graph_changes_is_saved(calls_before_backward: int) -> None:
+    model = smet.sparsify(Shifted(), 0.5, block_shape=8, include="*")
+    backend = Capture(ONLY)
+    runs = []
+    for call in (copy.deepcopy(model), torch.compile(model, backend=backend, fullgraph=True)):
+        x = torch.linspace(-1, 1, 5 * 16, dtype=torch.float64).view(5, 16).requires_grad_()
+        outputs = [call(x * (1 + i)) for i in range(calls_before_backward)]
+        torch.stack(outputs).prod(0).sum().backward()
+        runs.append([x.grad, *(p.grad for p in call.parameters()), *call.buffers()])
+    for expected, actual in zip(*runs, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert {node.target for node in marked(backend.graphs[0])} == {UNPACK, torch.ops.aten.alias.default}
 
 
 def test_what_a_gradient_goes_into_is_left_alone() -> None:
