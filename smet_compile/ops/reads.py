@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION, is_in_backward
+from smet_compile.ops.torch_insides import NO_TORCH_FUNCTION, is_in_backward, warn_once
 from smet_compile.shards import is_sharded
 
 _READ, _ALIAS, _ALIAS_VERSION = "_smet_read", "alias", "alias_version"
-_IS_DETACHED = "is_detached"
+_IS_DETACHED, _HEARS = "is_detached", "hears"
 _TENSOR: Any = Tensor
 _STACKLEVEL = 5  # the line that drops the last reference to the read, or uses the weight next
 
@@ -120,6 +120,12 @@ class WeightRead(Tensor):
         Tensor.data.__set__(self, replacement)  # type: ignore[attr-defined]
         self.__dict__["version"] = self._version
 
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        handle = super().register_hook(hook)
+        if self.grad_fn is not None and _HEARS not in self.__dict__:
+            self.__dict__[_HEARS] = _warn_if_unheard(self, self.grad_fn, self.__dict__["source"].compact.name)
+        return handle
+
     def numpy(self, *, force: bool = False) -> Any:
         array = Tensor.numpy(_plain(self), force=force)
         array.flags.writeable = False
@@ -150,6 +156,25 @@ class WeightRead(Tensor):
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return repr(self.as_subclass(Tensor))
+
+
+def _warn_if_unheard(read: Tensor, node: Any, name: str) -> Any:
+    """Warns when the graph of a read is gone and its hooks were never called, as where nothing used the read."""
+    heard: list[Any] = []
+    Tensor.register_hook(read, lambda gradient: heard.append(None))
+
+    def check() -> None:
+        if not heard:
+            module, dot, tensor = name.rpartition(".")
+            warn_once(
+                f"{name}: a hook was registered on the weight as it was read then, which no backward went through: a "
+                "compact weight is made anew at every read; register the hook on its values, "
+                f"{module}{dot}parametrizations.{tensor}.original, or on the weight that the forward uses"
+            )
+
+    finalizer = weakref.finalize(node, check)
+    finalizer.atexit = False
+    return finalizer
 
 
 def _plain_data(read: Tensor) -> Tensor:

@@ -255,10 +255,6 @@ class UpdateCounts:
     first_updates: Tensor
     first_skipped: Tensor
 
-    def at_first(self) -> tuple[int, int]:
-        """Returns both counts as they were before the first step; waits for the device."""
-        return int(self.first_updates), int(self.first_skipped)
-
 
 def counts_of(optimizer: Optimizer) -> dict[nn.Parameter, UpdateCounts]:
     """Returns the counts of every parameter that was updated in backward. A checkpoint does not contain them."""

@@ -16,7 +16,7 @@ from smet_compile.ops import captures, following
 from smet_compile.ops.choose import update_kernel_of
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.optimizers import inner_optimizers
-from smet_compile.ops.sinks import ADAM_OPTIONS, SGD_OPTIONS
+from smet_compile.ops.sinks import ADAM_OPTIONS, SGD_OPTIONS, counts_of
 from smet_compile.ops.torch_insides import keep_address
 from smet_compile.ops.updates import Update, flatten
 from smet_compile.optim.active import ActiveOptimizer
@@ -147,8 +147,10 @@ class _TorchOptim:
             captures.refuse_in_capture(values.device, "the optimizer's state")
             self.optimizer.state[values] = new_state
         if new_state or values not in self.counts:
+            known = None if new_state else counts_of(self.optimizer).get(values)  # by another compiled step
             zero = torch.zeros((), dtype=torch.int64, device=values.device)
-            self.counts[values] = zero + (not new_state), zero
+            new = zero + (not new_state), zero
+            self.counts[values] = new if known is None else (known.num_updates, known.num_skipped)
         counts = self.counts[values]
         tensors, options = self.describe(self.optimizer.state.get(values, {}), group)
         lr = group["lr"]

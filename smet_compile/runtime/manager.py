@@ -260,8 +260,8 @@ class TopologyManager(SavedManager, ShownManager):
     def _after_optimizer_step(self, optimizer: Any) -> None:
         """Counts the step and looks at its gradients, which a closure makes in it and ``zero_grad`` soon takes away."""
         is_alone = len(self._optimizers.stepping) == 1
-        if self._is_due(self._new_steps.add(optimizer, self.num_steps, is_alone)):
-            self._trained.look_at_step(optimizer)
+        is_looked_at = self._is_due(self._new_steps.add(optimizer, self.num_steps, is_alone))
+        (self._trained.look_at_step if is_looked_at else self._trained.note_step)(optimizer)
         self._read_counts()
         if self.auto_step:
             if all_stepped(self._optimizers.stepping, self._weights, self._new_steps.of):
@@ -337,7 +337,7 @@ class TopologyManager(SavedManager, ShownManager):
         self._collection.advance(window > 0 and self._is_due(upcoming), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
-        """Changes every weight that moves and was trained by the last step of its optimizer; None where there is none.
+        """Changes every weight that moves and was trained since the last update; None where there is none.
 
         All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
         """
@@ -383,8 +383,8 @@ class TopologyManager(SavedManager, ShownManager):
         return make_and_record(move, step, self._optimizers, self._trace)
 
     def _is_ready(self, site: Site) -> bool:
-        trained = not self._trained.not_finite and site.values in self._trained
-        return trained and self._collection.has_gradient(site)
+        trained = site.values.requires_grad and site.values in self._trained
+        return trained and not self._trained.not_finite and self._collection.has_gradient(site)
 
     def __getstate__(self) -> dict[str, Any]:
         new_steps = self._new_steps.state_dict(self.model, self._optimizers.stepping, self._trained)

@@ -83,7 +83,7 @@ class NewSteps:
         names, parameters = _names_of(model), {id(p): p for p in model.parameters()}
         self.num, self.num_last = state["num"], state["num_last"]
         self.of, self._last, self._gap = Counter(), {}, {}
-        trained.forget()
+        trained.start_anew()
         for found in stepping:
             key = id(found.optimizer)
             own = {names[each] for each in names if each in found.steps}

@@ -85,17 +85,26 @@ def _is_captured(optimizer: Any) -> bool:
     return any(captures.is_capturing(device) for device in {p.device for p in parameters})
 
 
-class TrainedParameters:
-    """Holds which parameters the last step of each optimizer trained, and which of their gradients were not finite.
+_Counts = dict[nn.Parameter, UpdateCounts]
+_Numbers = dict[nn.Parameter, tuple[int, int]]
+"""The numbers of updates and of skipped blocks."""
+_Known = dict[nn.Parameter, tuple[UpdateCounts, tuple[int, int]]]
+"""Numbers that were read, and the tensors that they were read from."""
 
-    It looks at a step from within the optimizer's hook, while its gradients are there. A gradient that an update in
-    backward consumed is there no more; what is left are the counts of such updates. They are read before and after a
-    step that is looked at, and in no other: reading waits for the device.
+
+class TrainedParameters:
+    """Holds which parameters were trained since the last update, and which had a bad gradient in the last step.
+
+    It sees a step from within the optimizer's hook, while its gradients are there. Whether they are finite it asks in
+    steps alone that an update may follow, since that waits for the device. A gradient that an update in backward
+    consumed is there no more; what is left are the counts of such updates, which are read before and after such a step.
     """
 
     def __init__(self) -> None:
         self._optimizers: list[Any] = []
-        self._before: dict[nn.Parameter, tuple[UpdateCounts, tuple[int, int]]] = {}
+        self._before: _Known = {}
+        self._last: _Known = {}
+        self._at_update: _Known = {}
         self._trained: dict[int, set[int]] = {}
         self._not_finite: dict[int, list[nn.Parameter]] = {}
 
@@ -104,8 +113,9 @@ class TrainedParameters:
 
     @property
     def ids(self) -> set[int]:
-        """Returns the ids of the trained parameters."""
-        return {key for trained in self._trained.values() for key in trained}
+        """Returns the ids of the trained parameters; waits for the device where updates are made in backward."""
+        counts = self._counts()
+        return {id(p) for p in self._updated(counts, _read_counts(counts))}.union(*self._trained.values())
 
     @property
     def not_finite(self) -> list[nn.Parameter]:
@@ -119,37 +129,59 @@ class TrainedParameters:
     def read_counts(self) -> None:
         """Reads the counts; called before a step that will be looked at."""
         counts = self._counts()
-        self._before = {p: (counts[p], now) for p, now in _read_counts(counts).items()}
+        self._before = _with_counts(counts, _read_counts(counts))
+
+    def note_step(self, optimizer: Any) -> None:
+        """Notes what a step trained that is not looked at, as far as gradients are there."""
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        self._trained.setdefault(id(optimizer), set()).update(trained)
 
     def look_at_step(self, optimizer: Any) -> None:
         """Finds out what ``optimizer`` trained; called after its step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        counts = self._counts()
-        now = _read_counts({p: counts[p] for p in parameters if p in counts})
-        changes = {p: self._changes(p, counts[p], now[p]) for p in now}
-        trained = [p for p in parameters if p.grad is not None or (p in changes and changes[p][0])]
-        broken = _with_broken_gradient(trained)
-        not_finite = [p for p in trained if (p in changes and changes[p][1]) or id(p) in broken]
-        self.set_step(optimizer, trained, not_finite)
+        counts = {p: each for p, each in self._counts().items() if p in set(parameters)}
+        now, before = _read_counts(counts), _numbers_of(self._before, counts)
+        self._last |= _with_counts(counts, now)
+        with_gradient = [p for p in parameters if p.grad is not None]
+        not_finite = {id(p) for p in counts if now[p][1] > before[p][1]} | _with_broken_gradient(with_gradient)
+        trained = [*with_gradient, *self._updated(counts, now)]
+        self.set_step(optimizer, trained, [p for p in parameters if id(p) in not_finite])
 
     def set_step(self, optimizer: Any, trained: list[nn.Parameter], not_finite: list[nn.Parameter]) -> None:
-        """Notes what the last step of ``optimizer`` trained, in place of what one before it did."""
-        self._trained[id(optimizer)] = {id(p) for p in trained}
+        """Notes what ``optimizer`` trained by now, and the gradients that were not finite in its last step."""
+        self._trained.setdefault(id(optimizer), set()).update(id(p) for p in trained)
         self._not_finite[id(optimizer)] = not_finite
 
     def forget(self) -> None:
-        """Forgets all steps; called after an update, for which each optimizer has to step anew."""
-        self._trained, self._not_finite = {}, {}
+        """Forgets all steps; called after an update, for which parameters have to be trained anew."""
+        self._trained, self._not_finite, self._at_update = {}, {}, dict(self._last)
 
-    def _counts(self) -> dict[nn.Parameter, UpdateCounts]:
+    def start_anew(self) -> None:
+        """Forgets all steps that were made by now, be they looked at or not; called before a state is loaded."""
+        counts = self._counts()
+        self._last = _with_counts(counts, _read_counts(counts))
+        self.forget()
+
+    def _counts(self) -> _Counts:
         return {p: counts for optimizer in self._optimizers for p, counts in counts_of(optimizer).items()}
 
-    def _changes(self, parameter: nn.Parameter, counts: UpdateCounts, now: tuple[int, int]) -> tuple[bool, bool]:
-        """Returns whether the parameter was updated in the step, and whether blocks were skipped."""
-        known, before = self._before.get(parameter, (None, (0, 0)))
-        if known is not counts:
-            before = counts.at_first()
-        return now[0] > before[0], now[1] > before[1]
+    def _updated(self, counts: _Counts, now: _Numbers) -> list[nn.Parameter]:
+        """Returns the parameters that were updated in backward since the last update of topologies."""
+        then = _numbers_of(self._at_update, counts)
+        return [p for p in counts if now[p][0] > then[p][0]]
+
+
+def _with_counts(counts: _Counts, numbers: _Numbers) -> _Known:
+    return {p: (counts[p], numbers[p]) for p in numbers}
+
+
+def _numbers_of(known: _Known, counts: _Counts) -> _Numbers:
+    """Returns the numbers that are known of these counts, and the first ones of counts that are new."""
+    old = {p: known[p][1] for p, each in counts.items() if p in known and known[p][0] is each}
+    new = [p for p in counts if p not in old]
+    updates = read_scalars([counts[p].first_updates for p in new])
+    skipped = read_scalars([counts[p].first_skipped for p in new])
+    return old | dict(zip(new, zip(updates, skipped, strict=True), strict=True))
 
 
 def _with_broken_gradient(parameters: list[nn.Parameter]) -> set[int]:
@@ -159,7 +191,7 @@ def _with_broken_gradient(parameters: list[nn.Parameter]) -> set[int]:
     return {key for key, is_finite in zip(grads, are_finite, strict=True) if not is_finite}
 
 
-def _read_counts(counts: dict[nn.Parameter, UpdateCounts]) -> dict[nn.Parameter, tuple[int, int]]:
+def _read_counts(counts: _Counts) -> _Numbers:
     """Returns the number of updates and of skipped blocks of each parameter."""
     updates = read_scalars([each.num_updates for each in counts.values()])
     skipped = read_scalars([each.num_skipped for each in counts.values()])
