@@ -22,6 +22,7 @@ from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import CompactWeight, Site, captures, find_sites
 from smet_compile.ops.gate import is_traced
+from smet_compile.ops.open_sinks import close_sinks, open_sinks
 from smet_compile.ops.reads import settle_before_use
 from smet_compile.ops.sinks import count_by, find_other_uses
 from smet_compile.ops.sites import check_sparsified
@@ -178,15 +179,13 @@ class TrainStep:
 
         It looks nothing up: a compiler that traced how sites are found would take seconds longer, and guard all of it.
         """
-        for compact, open_sink, inputs in sinks:
-            parameter, values = inputs[:2]
-            compact.update_sink = parameter, values, open_sink(*inputs)
+        if not sinks:
+            return self.loss_fn(self.model, batch)
+        opened = open_sinks(sinks)
         loss = self.loss_fn(self.model, batch)
-        if sinks and isinstance(loss, Tensor):
-            opened: list[Any] = [compact.update_sink for compact, _, _ in sinks]
+        if isinstance(loss, Tensor):
             loss = find_other_uses(loss, [each[0] for each in opened], [each[2] for each in opened])
-        for compact, _, _ in sinks:
-            compact.update_sink = None
+        close_sinks([compact for compact, _, _ in sinks])
         return loss
 
     def __call__(self, batch: Any) -> Tensor:
@@ -249,8 +248,8 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
         for reducer in self._reducers:
             _forget_reduction(reducer)
+        close_sinks(site.compact for site in self.sites)
         for site in self.sites:
-            site.compact.update_sink = None
             if site.compact.collected is not None:
                 site.compact.collected.forget()
         self.forget_unused(updates)
@@ -325,8 +324,7 @@ class TrainStep:
             self.forget_unused(updates)
             raise
         finally:
-            for site in self.sites:
-                site.compact.update_sink = None
+            close_sinks(site.compact for site in self.sites)
 
     def forget_unused(self, updates: list[BackwardUpdate | None]) -> None:
         """Deletes state that was made for a weight which the step then did not reach."""

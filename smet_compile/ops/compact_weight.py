@@ -26,7 +26,7 @@ from smet_compile.format import (
     unpack_bits,
     write_lists,
 )
-from smet_compile.ops import captures, gate, loading, reads, saved_weights
+from smet_compile.ops import captures, gate, loading, open_sinks, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import is_exporting, replace_data
 from smet_compile.shards import is_sharded, local
@@ -266,7 +266,7 @@ class CompactWeight(nn.Module):
 
     def in_step(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns what a read of ``values`` takes, and its sink, which others than the weight's own do not have."""
-        own = self.update_sink
+        own = open_sinks.sink_of(self)
         return own[1:] if own is not None and values is own[0] else (values, None)
 
     def _growth_sink(self, leaf: Tensor) -> Tensor | None:
