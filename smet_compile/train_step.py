@@ -26,7 +26,7 @@ from smet_compile.ops.open_sinks import close_sinks, open_sinks
 from smet_compile.ops.reads import settle_before_use
 from smet_compile.ops.sinks import count_by, find_other_uses
 from smet_compile.ops.sites import check_sparsified
-from smet_compile.ops.torch_insides import keep_address
+from smet_compile.ops.torch_insides import keep_address, without_compiled_autograd
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
@@ -231,6 +231,8 @@ class TrainStep:
                 set_gradient_sync(self.model, is_last)
             if self._on_arrival is not None and self._why_all_are_kept is None:
                 stack.enter_context(self._on_arrival.active())
+            if any(updates):  # compiled autograd would compile the backward again, and fails on ops that change values
+                stack.enter_context(without_compiled_autograd())
             (loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self.forget_unused(updates)
         self._num_accumulated += 1

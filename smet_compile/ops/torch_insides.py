@@ -6,8 +6,10 @@ A torch that lacks a private name breaks the feature that needs it, not the impo
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -236,6 +238,17 @@ def address_of_storage(tensor: Tensor) -> int:
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 """As ``__torch_function__`` of a subclass of Tensor, it makes results of torch functions plain tensors."""
+
+
+@contextmanager
+def without_compiled_autograd() -> Iterator[None]:
+    """Runs backward by autograd itself, also where torch's compiled autograd is on."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is None or not compiled.compiled_autograd_enabled:
+        yield
+        return
+    with compiled._disable():
+        yield
 
 
 class RefusedInGraph(ValueError, AssertionError):

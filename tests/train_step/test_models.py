@@ -181,6 +181,19 @@ def test_a_weight_that_a_step_does_not_reach_stays_as_it_is(make_model: Any, mak
     assert make_optimizer is dampened or state["step"] == 3
 
 
+def test_under_compiled_autograd() -> None:
+    """Autograd itself runs the backward of a fused step, which is compiled already."""
+    step_run, loop_run = twice(sparse(), active, grow="gradient", every=3)
+    step = step_run.compiled("inductor")
+    compiled_autograd = torch._dynamo.compiled_autograd
+    with compiled_autograd._enable(torch.compile(backend="inductor")):
+        step_run.in_step(step, map(batch_of, range(NUM_STEPS)))
+        assert compiled_autograd.compiled_autograd_enabled
+    loop_run.in_loop(map(batch_of, range(NUM_STEPS)))
+    assert_equal_runs(step_run, loop_run)
+    assert step.fused and len(step_run.manager.history) == NUM_STEPS // 3
+
+
 def test_a_frozen_weight_stays_and_thaws() -> None:
     model = sparse()
     find_sites(model)["first.weight"].values.requires_grad_(False)
