@@ -189,6 +189,11 @@ def _never_reason(module: nn.Module, tensor_name: str, tensor: Tensor, other_nam
         return "has another parametrization"
     if isinstance(module, nn.RNNBase):
         return "a recurrent layer, which reads its weights past any parametrization"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and tensor_name == "weight":
+        if module.max_norm is not None:
+            return "an embedding with max_norm, which rewrites its rows in every forward: build it without max_norm"
+        if module.sparse:
+            return "an embedding with sparse=True, whose gradient is a sparse tensor: build it with sparse=False"
     if tensor.dtype not in _DTYPES:
         return f"holds {tensor.dtype}, which is not trained"
     return None
