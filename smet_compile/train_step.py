@@ -22,10 +22,11 @@ from smet_compile.format import arguments
 from smet_compile.format.arguments import function, number, whole_number
 from smet_compile.ops import CompactWeight, Site, captures, find_sites
 from smet_compile.ops.gate import is_traced
+from smet_compile.ops.open_sinks import close_sinks, open_sinks
 from smet_compile.ops.reads import settle_before_use
 from smet_compile.ops.sinks import count_by, find_other_uses
 from smet_compile.ops.sites import check_sparsified
-from smet_compile.ops.torch_insides import keep_address
+from smet_compile.ops.torch_insides import keep_address, without_compiled_autograd
 from smet_compile.optim.active import ActiveOptimizer
 from smet_compile.optim.clipping import clip_grad_norm_
 from smet_compile.optim.in_backward import BackwardUpdate, updates_of
@@ -178,15 +179,13 @@ class TrainStep:
 
         It looks nothing up: a compiler that traced how sites are found would take seconds longer, and guard all of it.
         """
-        for compact, open_sink, inputs in sinks:
-            parameter, values = inputs[:2]
-            compact.update_sink = parameter, values, open_sink(*inputs)
+        if not sinks:
+            return self.loss_fn(self.model, batch)
+        opened = open_sinks(sinks)
         loss = self.loss_fn(self.model, batch)
-        if sinks and isinstance(loss, Tensor):
-            opened: list[Any] = [compact.update_sink for compact, _, _ in sinks]
+        if isinstance(loss, Tensor):
             loss = find_other_uses(loss, [each[0] for each in opened], [each[2] for each in opened])
-        for compact, _, _ in sinks:
-            compact.update_sink = None
+        close_sinks([compact for compact, _, _ in sinks])
         return loss
 
     def __call__(self, batch: Any) -> Tensor:
@@ -232,6 +231,8 @@ class TrainStep:
                 set_gradient_sync(self.model, is_last)
             if self._on_arrival is not None and self._why_all_are_kept is None:
                 stack.enter_context(self._on_arrival.active())
+            if any(updates):  # compiled autograd would compile the backward again, and fails on ops that change values
+                stack.enter_context(without_compiled_autograd())
             (loss / self.accumulate if self.accumulate > 1 else loss).backward()
         self.forget_unused(updates)
         self._num_accumulated += 1
@@ -249,8 +250,8 @@ class TrainStep:
         self.model.zero_grad(set_to_none=True)
         for reducer in self._reducers:
             _forget_reduction(reducer)
+        close_sinks(site.compact for site in self.sites)
         for site in self.sites:
-            site.compact.update_sink = None
             if site.compact.collected is not None:
                 site.compact.collected.forget()
         self.forget_unused(updates)
@@ -325,8 +326,7 @@ class TrainStep:
             self.forget_unused(updates)
             raise
         finally:
-            for site in self.sites:
-                site.compact.update_sink = None
+            close_sinks(site.compact for site in self.sites)
 
     def forget_unused(self, updates: list[BackwardUpdate | None]) -> None:
         """Deletes state that was made for a weight which the step then did not reach."""

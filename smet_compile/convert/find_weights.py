@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from smet_compile.convert.routers import attribute, find_routers, is_expert_stack
+from smet_compile.convert.shared_memory import tied_names
 from smet_compile.ops.sites import CONVOLUTIONS, compact_names, is_depthwise, parametrizations
 
 ALREADY_COMPACT = "is already compact"
@@ -66,7 +67,7 @@ def find_weights(model: nn.Module, with_convolutions: bool = False) -> dict[str,
     Args:
         with_convolutions: whether convolutions are sparse by default, but for the first one and depthwise ones.
     """
-    names = _names_by_identity(model)
+    tied = tied_names(model)
     heads, adapters = _output_embeddings(model), _adapters(model)
     routers = find_routers(model)
     first = next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None)
@@ -74,8 +75,7 @@ def find_weights(model: nn.Module, with_convolutions: bool = False) -> dict[str,
     for prefix, module in _modules(model):
         for tensor_name, tensor in _matrices(module):
             name = f"{prefix}.{tensor_name}" if prefix else tensor_name
-            other_names = [other for other in names.get(id(tensor), []) if other != name]
-            never_reason = _never_reason(module, tensor_name, tensor, other_names)
+            never_reason = _never_reason(module, tensor_name, tensor, tied.get(name, []))
             dense_reason = _module_reason(module, tensor, heads, adapters, routers)
             if dense_reason is None and with_convolutions and isinstance(module, CONVOLUTIONS):
                 dense_reason = _convolution_reason(module, module is first)
@@ -103,15 +103,6 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
     for name in compact_names(module):
         yield name, parametrizations(module)[name].original
-
-
-def _names_by_identity(model: nn.Module) -> dict[int, list[str]]:
-    """Returns the names under which each parameter is registered; a parameter with several is tied."""
-    names: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return names
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:
@@ -198,6 +189,11 @@ def _never_reason(module: nn.Module, tensor_name: str, tensor: Tensor, other_nam
         return "has another parametrization"
     if isinstance(module, nn.RNNBase):
         return "a recurrent layer, which reads its weights past any parametrization"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and tensor_name == "weight":
+        if module.max_norm is not None:
+            return "an embedding with max_norm, which rewrites its rows in every forward: build it without max_norm"
+        if module.sparse:
+            return "an embedding with sparse=True, whose gradient is a sparse tensor: build it with sparse=False"
     if tensor.dtype not in _DTYPES:
         return f"holds {tensor.dtype}, which is not trained"
     return None

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from smet_compile.format import unpack, unpack_bits
-from smet_compile.ops import Site, find_sites
+from smet_compile.ops import find_sites
+from smet_compile.ops.sites import names_of_sites
 from smet_compile.shards import has_shards
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -74,8 +75,9 @@ def save_pretrained(
         )
     entries = dict(self.state_dict() if state_dict is None else state_dict)
     is_checkpoint = _CHECKPOINT.fullmatch(Path(save_directory).name) is not None
-    for name, site in find_sites(self).items():
-        values, topology = _keys(name, site)
+    sites, all_of = find_sites(self), names_of_sites(self)
+    for name, site in sites.items():
+        values, topology = _keys(name)
         if values not in entries and (state_dict is None or any(key.endswith(f".{values}") for key in entries)):
             raise ValueError(
                 f"{name}: expected {values!r} in the state dict, found none of this name; take that of the model "
@@ -83,24 +85,36 @@ def save_pretrained(
             )
         if values in entries:
             mask = unpack_bits(entries[topology], site.layout.num_blocks)
-            entries[name] = unpack(entries[values].detach(), mask, site.layout).cpu()
-            if not is_checkpoint:
-                del entries[values], entries[topology]
+            dense = unpack(entries[values].detach(), mask, site.layout).cpu()
+            for each in all_of[name]:
+                entries[each] = dense
+                if not is_checkpoint or each != name:  # the first name stands for all when it is loaded
+                    for key in _keys(each):
+                        entries.pop(key, None)
     if is_checkpoint:  # a run that goes on reads the names that the model has now
         options["save_original_format"] = False
     write(self, save_directory, is_main_process, entries, **options)
 
 
-def _keys(name: str, site: Site) -> tuple[str, str]:
-    """Returns the keys of values and topology in the state dict of the model in which the site has this name."""
-    chain = f"{name.removesuffix(site.tensor_name)}parametrizations.{site.tensor_name}"
+def _keys(name: str) -> tuple[str, str]:
+    """Returns the keys of values and topology in the state dict of the model in which a compact weight has a name."""
+    module, _, tensor_name = name.rpartition(".")
+    chain = f"{module}.parametrizations.{tensor_name}".removeprefix(".")
     return f"{chain}.original", f"{chain}.0.topology"
 
 
 def _take_compact(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Leaves out dense weights beside compact ones, and reports those that have none, even without ``strict``."""
-    sites = find_sites(module)
-    keys = {f"{prefix}{name}": f"{prefix}{_keys(name, site)[0]}" for name, site in sites.items()}
+    """Leaves out dense weights beside compact ones, and reports those that have none, even without ``strict``.
+
+    A compact weight with several names takes under each of them the tensors of the first, which alone is written.
+    """
+    all_of = names_of_sites(module)
+    for name, others in all_of.items():
+        for other in others:
+            for key, first in zip(_keys(other), _keys(name), strict=True):
+                if f"{prefix}{first}" in state:
+                    state.setdefault(f"{prefix}{key}", state[f"{prefix}{first}"])
+    keys = {f"{prefix}{each}": f"{prefix}{_keys(each)[0]}" for names in all_of.values() for each in names}
     dense = [name for name in keys if name in state]
     if dense and not any(values in state for values in keys.values()):
         args[-1].append(

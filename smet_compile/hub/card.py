@@ -69,13 +69,16 @@ def _bytes(content: Content, sites: Mapping[str, Site]) -> tuple[int, int]:
     """Returns the bytes of the tensors in the file, and those that they would take with dense weights."""
     compact_names = {name for weight in sites for name in (values_name(weight), topology_name(weight))}
     sizes = {name: _tensor_bytes(value) for name, value in content.tensors.items()}
-    others = {_place(name, value): sizes[name] for name, value in content.tensors.items() if name not in compact_names}
+    compact = {_place(name, content.tensors[name]) for name in compact_names}  # they may have further names
+    others = {_place(name, value): sizes[name] for name, value in content.tensors.items()}
+    others = {place: size for place, size in others.items() if place not in compact}
     dense = sum(site.whole.num_weights * site.values.element_size() for site in sites.values())
     return sum(others.values()) + sum(sizes[name] for name in compact_names), sum(others.values()) + dense
 
 
 def _place(name: str, value: Any) -> int | str:
     """Returns where a tensor lies, which tied weights share, since they are stored once; else its name."""
+    value = value.tensor if isinstance(value, Reordered) else value
     here = local(value) if isinstance(value, Tensor) else None
     return name if here is None or here.numel() == 0 else here.data_ptr()
 

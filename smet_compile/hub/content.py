@@ -1,12 +1,14 @@
 """Defines what the file of a compact model holds, and under which names.
 
 The file has the tensors of the plain model under their own names, but for each compact weight ``name`` two others:
-``name.values``, one row per active block, and ``name.topology``, one bit per block. Its JSON says how each compact
-weight is cut into blocks, and which class and versions wrote it.
+``name.values``, one row per active block, and ``name.topology``, one bit per block. A weight of a layer that is
+registered under several names has these under each of them, stored once. The JSON says by one of its names how each
+compact weight is cut into blocks, and which class and versions wrote it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from smet_compile.ops.loaded import check_keys
+from smet_compile.ops.sites import names_of_sites
 from smet_compile.runtime.checkpoint_file import make_flattener, read_tree, write_flat
 from smet_compile.runtime.parts import join_parts
 from smet_compile.runtime.saved_state import layouts_of, model_entries
@@ -24,6 +27,7 @@ from smet_compile.shards import Unsharded
 FILE = "compact.safetensors"
 _CONTENT = "compact model"
 _VALUES, _TOPOLOGY = ".values", ".topology"
+_STATE_NAME = re.compile(r"((.*)parametrizations\.([^.]+))\.(?:original|0\.topology)")
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,13 @@ class Content:
     tensors: dict[str, Any]
     method: dict[str, Any]
 
-    def by_state_names(self) -> dict[str, Any]:
-        """Returns the tensors by the names that they have in the state dict of a compact model."""
-        names = state_names(self.layouts)
+    def by_state_names(self, weights: Iterable[str]) -> dict[str, Any]:
+        """Returns the tensors by the names that they have in the state dict of a model.
+
+        Args:
+            weights: all names of the compact weights of that model.
+        """
+        names = state_names(weights)
         return {names.get(name, name): tensor for name, tensor in self.tensors.items()}
 
 
@@ -57,6 +65,11 @@ def state_names(weights: Iterable[str]) -> dict[str, str]:
         chain = f"{module}.parametrizations.{name}".removeprefix(".")
         found |= {weight + _VALUES: f"{chain}.original", weight + _TOPOLOGY: f"{chain}.0.topology"}
     return found
+
+
+def flat(names: Mapping[str, list[str]]) -> list[str]:
+    """Returns all names of all weights."""
+    return [name for of_weight in names.values() for name in of_weight]
 
 
 def values_name(weight: str) -> str:
@@ -71,7 +84,7 @@ def content_of(model: nn.Module, versions: dict[str, str], method: dict[str, Any
     """Returns what a file is to hold of ``model``; every rank of one that is sharded has to call."""
     layouts = layouts_of(model)
     whole = join_parts(model, {"model": model_entries(model), "optimizer": None, "other_optimizers": []})["model"]
-    in_file = {state: name for name, state in state_names(layouts).items()}
+    in_file = {state: name for name, state in state_names(flat(names_of_sites(model))).items()}
     tensors: dict[str, Any] = {}
     for name, tensor in whole.items():
         name = in_file.get(name, name)
@@ -113,7 +126,21 @@ def read(path: Path) -> Content:
         _check_pairs(tree["layouts"], tree["tensors"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Content(tree["class"], tree["versions"], tree["layouts"], tree["tensors"], tree["method"])
+    return Content(tree["class"], tree["versions"], tree["layouts"], _with_file_names(tree["tensors"]), tree["method"])
+
+
+def _with_file_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of a file by the names that ``content_of`` gives them.
+
+    Older versions wrote the second and later names of a compact weight as they are in a state dict.
+    """
+    chains = {match[1]: f"{match[2]}{match[3]}" for name in tensors if (match := _STATE_NAME.fullmatch(name))}
+    names: dict[str, str] = {}
+    for chain, weight in chains.items():
+        values, topology = f"{chain}.original", f"{chain}.0.topology"
+        if values in tensors and topology in tensors:
+            names |= {values: weight + _VALUES, topology: weight + _TOPOLOGY}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _check_pairs(layouts: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

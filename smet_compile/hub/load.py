@@ -17,11 +17,11 @@ from smet_compile.convert.find_weights import Weight, find_weights
 from smet_compile.convert.materialize import allocate, data_device, fill_unsaved_buffers
 from smet_compile.format import Layout, arguments, count_active, patterns, slabs, unpack_bits
 from smet_compile.hub import hugging_face
-from smet_compile.hub.content import FILE, Content, read, topology_name, values_name
+from smet_compile.hub.content import FILE, Content, flat, read, topology_name, values_name
 from smet_compile.ops import CompactWeight, canonical_name, find_sites
 from smet_compile.ops.gate import topology_error
 from smet_compile.ops.loaded import kind_of
-from smet_compile.ops.sites import without_wrappers
+from smet_compile.ops.sites import all_names, names_of_sites, without_wrappers
 from smet_compile.runtime.checkpoint import all_or_nothing
 from smet_compile.runtime.parts import split_parts
 from smet_compile.runtime.saved_state import check_model, loadable, model_entries
@@ -74,8 +74,9 @@ def load_compact(
             state = _check_compact(plain, content)
         else:
             weights = {canonical_name(plain, name): weight for name, weight in find_weights(plain).items()}
-            drawn = _check_dense(plain, content, weights)
-            state = content.by_state_names()
+            names = all_names(plain, {n: w.module for n, w in weights.items() if n in content.layouts})
+            drawn = _check_dense(plain, content, weights, names)
+            state = content.by_state_names(flat(names))
     except ValueError as error:
         raise ValueError(f"{path / FILE}: {error}") from error
     if find_sites(plain):
@@ -103,22 +104,30 @@ def _take_dtypes(model: nn.Module, content: Content) -> None:
 
 def _check_compact(model: nn.Module, content: Content) -> dict[str, Any]:
     """Returns the tensors by the names of the state dict. Raises ValueError where they are not of this model."""
-    saved = split_parts(model, {"model": content.by_state_names(), "optimizer": None})["model"]
+    state = content.by_state_names(flat(names_of_sites(model)))
+    saved = split_parts(model, {"model": state, "optimizer": None})["model"]
     check_model(saved, content.layouts, None, model)
     return dict(saved)
 
 
-def _check_dense(model: nn.Module, content: Content, weights: Mapping[str, Weight]) -> list[Drawn]:
-    """Returns the compact weights that a dense model is to get. Raises ValueError where they are not of this model."""
+def _check_dense(
+    model: nn.Module, content: Content, weights: Mapping[str, Weight], names: Mapping[str, list[str]]
+) -> list[Drawn]:
+    """Returns the compact weights that a dense model is to get. Raises ValueError where they are not of this model.
+
+    Args:
+        weights: those of the model. names: all names of those that become compact.
+    """
     drawn = [_draw(name, weights.get(name), layout, content.tensors) for name, layout in content.layouts.items()]
-    expected: dict[str, Any] = {k: v for k, v in model_entries(model).items() if k not in content.layouts}
+    compact_names = set(flat(names))
+    expected: dict[str, Any] = {k: v for k, v in model_entries(model).items() if k not in compact_names}
     for each in drawn:
-        name, compact = each.choice.weight.name, each.compact
+        compact = each.compact
         values = torch.empty(
             each.choice.layout.values_shape(compact.num_active), dtype=each.choice.weight.tensor.dtype, device="meta"
         )
-        name = canonical_name(model, name)
-        expected |= {values_name(name): values, topology_name(name): compact.topology}
+        for name in names[canonical_name(model, each.choice.weight.name)]:
+            expected |= {values_name(name): values, topology_name(name): compact.topology}
     _check_tensors(expected, content.tensors)
     return drawn
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map, tree_map_only
@@ -67,12 +68,15 @@ class Recording:
 def record_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
     """Records ``model(*args, **kwargs)``, in the mode the model is in; nothing changes.
 
+    Where it calls an operator that runs functions (``torch.cond``, say), the ``Recording`` is incomplete, and says so.
     Where the forward needs data (reads a number out of a tensor, say), it is run for real: then the ops are those
     that this example took. A model on the meta device has no data, so its ``Recording`` is incomplete.
     """
     try:
         with _silent_fake_tensors():
             return _record_without_data(model, (args, kwargs))
+    except NotFollowedError as error:
+        return Recording(warning=str(error))
     except Exception as error:  # any error may come of missing data; if the forward is wrong, the real run says so
         reason = _reason(error)
     if any(tensor.is_meta for tensor in model.parameters()):
@@ -80,7 +84,10 @@ def record_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             warning=f"the forward cannot run without data ({reason}), and on the meta device there are none"
         )
     state = {name: tensor.detach() for name, tensor in _state(model)}
-    recording = _record(model, state, replace_tensors((args, kwargs), lambda tensor: tensor.detach().clone()))
+    try:
+        recording = _record(model, state, replace_tensors((args, kwargs), lambda tensor: tensor.detach().clone()))
+    except NotFollowedError as error:
+        return Recording(warning=str(error))
     real = f"the forward cannot run without data ({reason}): what feeds what is that of this example"
     recording.warning = "; ".join(filter(None, (recording.warning, real)))
     return recording
@@ -145,8 +152,20 @@ def _record(model: nn.Module, state: dict[str, Tensor], example: Any, fake_mode:
     return recording
 
 
+class NotFollowedError(Exception):
+    """Names an operator whose functions are not looked into."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__(
+            f"the forward calls torch.{operator.name()}, which runs functions that the inspection does not follow, so "
+            "what feeds what is not known"
+        )
+
+
 class Recorder(TorchDispatchMode):
     """Writes every op that runs under it into ``calls``, in order."""
+
+    supports_higher_order_operators = True  # they are refused here, in words
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,6 +183,8 @@ class Recorder(TorchDispatchMode):
         return self._refs[id(tensor)][1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            raise NotFollowedError(func)
         kwargs = kwargs or {}
         arg_refs, kwarg_refs = (tree_map_only(Tensor, self.ref, tree) for tree in (args, kwargs))
         result = func(*args, **kwargs)

@@ -17,21 +17,19 @@ from smet_compile.format import (
     Layout,
     Part,
     Topology,
-    bands_of,
     digest_bits,
     empty_lists,
     pack_bits,
-    patterns,
     slabs,
     unpack_bits,
     write_lists,
 )
-from smet_compile.ops import captures, gate, loading, reads, saved_weights
+from smet_compile.ops import captures, gate, growth, loading, open_sinks, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import is_exporting, replace_data
 from smet_compile.shards import is_sharded, local
 
-_FOR_ONE_STEP = {"update_sink": None, "collected": None, "reduced_over": ""}
+_FOR_ONE_STEP = {"update_sink": None, "collected": None, "is_collected": False, "reduced_over": ""}
 _FOR_ONE_OBJECT = dict.fromkeys(("write_error", "stand_in", "_active"))
 """Attributes that a copy does not have."""
 _IS_KNOWN = "is_known"
@@ -82,7 +80,9 @@ class CompactWeight(nn.Module):
     update_sink: tuple[Tensor, Tensor, Tensor] | None
     """In a step whose update is fused: the parameter, what its reads take, which needs no gradient, and their sink."""
     collected: Collected | None
-    """Buffers in which backward collects the dense gradient; None unless a policy asks for it."""
+    """Buffers in which backward collects the dense gradient; None unless a policy asks for that of this step."""
+    is_collected: bool = False
+    """Whether a policy asks for the dense gradient of some steps, this one or later ones."""
     reduced_over: str
     """Names of the process groups over which backward averages that gradient; empty for none."""
     write_error: BaseException | None
@@ -255,7 +255,7 @@ class CompactWeight(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 return self._unpack(values, tracing)
         source, sink = self.in_step(values)
-        sinks = sink, self._growth_sink(values if sink is None else sink)
+        sinks = sink, growth.sink_of(self, values if sink is None else sink, tracing)
         dense = torch.ops.smet.unpack(
             source, self.topology, self.lists, self.layout.text, *sinks, tracing, self.scales_rows
         )
@@ -266,18 +266,8 @@ class CompactWeight(nn.Module):
 
     def in_step(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns what a read of ``values`` takes, and its sink, which others than the weight's own do not have."""
-        own = self.update_sink
+        own = open_sinks.sink_of(self)
         return own[1:] if own is not None and values is own[0] else (values, None)
-
-    def _growth_sink(self, leaf: Tensor) -> Tensor | None:
-        """Returns the sink for the dense gradient; None where nobody asks for it, or there is no gradient."""
-        if self.collected is None or not leaf.requires_grad:
-            return None
-        group_size = patterns.group_size(self.pattern, bands_of(self.layout)[0].layout)
-        sink: Tensor = torch.ops.smet.growth_sink(
-            leaf, *self.collected, self.topology, self.layout.text, group_size, self.reduced_over
-        )
-        return sink
 
     def right_inverse(self, dense: Tensor) -> Tensor:
         self.check()

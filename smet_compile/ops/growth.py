@@ -15,14 +15,30 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smet_compile.format import Band, Layout, all_block_means, bands_of, block_means, blocks, positions_of, unpack_bits
+from smet_compile.format import (
+    Band,
+    Layout,
+    all_block_means,
+    bands_of,
+    block_means,
+    blocks,
+    patterns,
+    positions_of,
+    unpack_bits,
+)
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
 from smet_compile.ops.sinks import define_sink, open_sink
+from smet_compile.ops.torch_insides import refuse_branches
 from smet_compile.shards import reduce_over_groups
 
 NO_GRADIENT = -1
 """The positions are filled with this number until a gradient has come."""
+_IN_A_BRANCH = (
+    "expected a read outside of compiled branches and loops, since a policy asks for its dense gradient (as "
+    'grow="gradient" does), got one inside {}; choose policies that need none, such as grow="random", compute both '
+    "branches and choose by torch.where, or leave the model that calls it uncompiled"
+)
 _BUFFERS = "Tensor positions, Tensor sums, Tensor active_sums"
 
 
@@ -195,6 +211,27 @@ def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
 
 
 _growth_sinks = WeakIdKeyDictionary()
+
+
+def sink_of(compact: Any, leaf: Tensor, tracing: bool) -> Tensor | None:
+    """Returns the sink for the dense gradient of a weight; None where nobody asks for it, or there is no gradient.
+
+    A compiled branch or loop must not change what lies outside, as a sink does in backward. A read there is refused
+    before the first step, not by the compiler in the first one whose gradient is collected.
+    """
+    collected = compact.collected
+    if not leaf.requires_grad or not (compact.is_collected or collected is not None):
+        return None
+    if tracing and torch.is_grad_enabled():
+        refuse_branches(compact.name, _IN_A_BRANCH)
+    if collected is None:
+        return None
+    group_size = patterns.group_size(compact.pattern, bands_of(compact.layout)[0].layout)
+    sink: Tensor = torch.ops.smet.growth_sink(
+        leaf, *collected, compact.topology, compact.layout.text, group_size, compact.reduced_over
+    )
+    return sink
+
 
 define_sink(
     "growth_sink",

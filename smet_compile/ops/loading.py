@@ -121,9 +121,18 @@ def misfit(compact: Any, bits: Tensor | None, name: str) -> str | None:
     """
     if bits is None or bits.is_meta:
         return None
-    error: str | None = compact.topology_error(bits_here(compact, bits))
+    here = 1 if compact.part is None else compact.part.count
+    saved = bits.shape[0] if bits.dim() == 2 else here
+    error: str | None = compact.topology_error(bits_here(compact, bits)) if saved == here else ""
     if error is None:
         return None
+    if saved != here or (here > 1 and bits.dim() == 1 and bits.shape != compact.topology.shape):
+        parts = f"{saved} parts" if saved != here and saved > 1 else "the whole weight"
+        return (
+            f"{name}: topology: expected that of {f'{here} parts' if here > 1 else 'the whole weight'}, as tensor "
+            f"parallelism over {here} ranks has it, got that of {parts}; a state dict goes on with as many ranks of "
+            "tensor parallelism alone. Use save_checkpoint and load_checkpoint, whose file goes everywhere"
+        )
     return f"{name}: topology: {error}; sparsify with the same block_shape, density and pattern"
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -75,11 +75,15 @@ def _make(plain: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     if not hasattr(plain, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     kind: Any = type(plain)
-    made: type[nn.Module] = _kind_of_class(kind)(f"Parametrized{plain.__name__}", (plain,), body)
+    make = _kind_of_class(kind)
+    tells_of_subclasses = hasattr(plain.__init_subclass__, "__func__")  # that of `object` is no Python function
+    made: Any = make(f"Parametrized{plain.__name__}", (nn.Module if tells_of_subclasses else plain,), body)
+    if tells_of_subclasses:  # it may ask for arguments, or keep a list of the user's own classes
+        made.__bases__ = (plain,)
     reads.accept_parameters(made, parametrizations)
     if "weight" in names:
         direct.install(made)
-    return made
+    return cast("type[nn.Module]", made)
 
 
 class _KindOfClass(type):

@@ -7,7 +7,7 @@ They are found through modules, since an attribute that marks a Parameter would 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,27 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             name = canonical_name(model, f"{prefix}.{tensor_name}" if prefix else tensor_name)
             sites[name] = Site(name, module, tensor_name)
     return sites
+
+
+def all_names(model: nn.Module, owners: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Returns all canonical names of weights: several where a module is registered under several names.
+
+    Args:
+        owners: by one canonical name of each weight the module that owns it.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(canonical_name(model, prefix))
+    found = {}
+    for weight, owner in owners.items():
+        tensor_name = weight.rpartition(".")[2]
+        found[weight] = list(dict.fromkeys(f"{name}.{tensor_name}".removeprefix(".") for name in names[id(owner)]))
+    return found
+
+
+def names_of_sites(model: nn.Module) -> dict[str, list[str]]:
+    """Returns all canonical names of each compact weight by that under which ``find_sites`` has it."""
+    return all_names(model, {name: site.module for name, site in find_sites(model).items()})
 
 
 def _refuse_flattened(module: nn.Module) -> None:

@@ -6,8 +6,10 @@ A torch that lacks a private name breaks the feature that needs it, not the impo
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -236,6 +238,57 @@ def address_of_storage(tensor: Tensor) -> int:
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 """As ``__torch_function__`` of a subclass of Tensor, it makes results of torch functions plain tensors."""
+
+
+@contextmanager
+def without_compiled_autograd() -> Iterator[None]:
+    """Runs backward by autograd itself, also where torch's compiled autograd is on."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is None or not compiled.compiled_autograd_enabled:
+        yield
+        return
+    with compiled._disable():
+        yield
+
+
+class RefusedInGraph(ValueError, AssertionError):
+    """Refuses what a compiled function asks for. Dynamo wraps every other ValueError in an error of its own."""
+
+
+_BRANCHES = {"map": "map", "map_impl": "map", "cond": "cond", "while_loop": "while_loop", "scan": "scan"}
+_BRANCHES["associative_scan"] = "associative_scan"
+"""The name of each operator that runs a function never, once or often: by the name that Dynamo gives it."""
+
+
+def refuse_branches(name: str, message: str) -> bool:
+    """Raises ValueError where Dynamo traces the body of a branch or a loop to compile it; call it while Dynamo traces.
+
+    In eager mode these operators trace the body too, and run it op by op.
+
+    Args:
+        name: that of a weight, for the error. message: what the error says, with {} for the operator.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    traced = InstructionTranslator.current_tx().output
+    tracer: Any = None if _runs_eagerly(traced.compiler_fn) else traced.current_tracer
+    while tracer is not None:
+        operator = _BRANCHES.get(str(getattr(tracer, "source_target", None)))
+        if operator is not None:
+            raise RefusedInGraph(f"{name}: {message.format(f'torch.{operator}')}")
+        tracer = tracer.parent
+    return True
+
+
+def _runs_eagerly(backend: Any) -> bool:
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", getattr(backend, "compiler_fn", None))) is not None:
+        backend = inner
+    name = str(getattr(backend, "__qualname__", "")).partition(".")[0]
+    is_torch = getattr(backend, "__module__", None) == "torch._dynamo.backends.debugging"
+    return is_torch and name in ("eager", "make_eager_backend_with_torch_function_modes")
+
+
+refuse_branches._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo calls it, and does not trace it
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

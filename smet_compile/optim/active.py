@@ -43,9 +43,9 @@ from smet_compile.optim.state import (
     find_ages,
     is_kept_by_wrapper,
     moment_dtype,
-    new_state,
     of_all_ranks,
     read_slot,
+    ready_state,
     share_scales,
 )
 from smet_compile.shards import check_dtypes, is_sharded, local, reshard
@@ -224,9 +224,8 @@ class ActiveOptimizer(Optimizer):
         The gradient is ``parameter.grad``; where that is None, the parameter itself is a placeholder for it.
         """
         known = self._parameters[parameter]
-        if not self.state[parameter]:
-            self.state[parameter] = new_state(parameter, self._state_kind(parameter, group))
-        state = self.state[parameter]
+        kind = self._state_kind(parameter, group)
+        self.state[parameter] = state = ready_state(known.name, parameter, kind, self.state[parameter])
         rule, compact = self.rule_of(parameter), known.site.compact if known.site else None
         update = Update(
             rule=rule,

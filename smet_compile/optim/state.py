@@ -166,6 +166,23 @@ def new_state(parameter: nn.Parameter, kind: StateKind) -> dict[str, Tensor]:
     return state
 
 
+def ready_state(name: str, parameter: nn.Parameter, kind: StateKind, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state of a parameter, which is made where there is none yet.
+
+    Raises ValueError where it was made for a parameter of another dtype.
+    """
+    if not state:
+        return new_state(parameter, kind)
+    for slot in kind.slots:
+        if state[slot.name].dtype != kind.dtype:
+            raise ValueError(
+                f"{name}: expected {slot.name} of {kind.dtype} for a parameter of {parameter.dtype}, got "
+                f"{state[slot.name].dtype}: the model was converted after the optimizer's first step; convert it back, "
+                "or make the optimizer anew"
+            )
+    return state
+
+
 def read_slot(state: dict[str, Tensor], slots: tuple[Slot, ...], name: str, site: Site | None) -> Tensor | None:
     """Returns the slot called ``name``, decoded to fp32 if the state holds codes; None where it is not there.
 

@@ -44,12 +44,14 @@ class GradientCollection:
         self._rules, self._largest_fraction = rules, largest_fraction
         self._decay = min((policy.decay for policy in rules.asking), default=1.0)
         self._given: dict[str, tuple[Site, Collected]] = {}
+        self._announced: list[Site] = []
         self._of_original: dict[str, Collected] = {}
         self.growth: Mapping[str, int] = {}
         self._stop_when_gone()
 
     def _stop_when_gone(self) -> None:
         weakref.finalize(self, _take_away, self._given).atexit = False
+        weakref.finalize(self, _take_back, self._announced).atexit = False
 
     def has_gradient(self, site: Site) -> bool:
         """Tells whether a gradient of this weight has come; True where none is asked for."""
@@ -62,6 +64,10 @@ class GradientCollection:
             is_near: an update comes within the window.
             afresh: what was collected so far is not for that update.
         """
+        for site in self._changing.values() if self.window else ():
+            if not site.compact.is_collected:
+                site.compact.is_collected = True
+                self._announced.append(site)
         if afresh or not is_near:
             _take_away(self._given)
         if not is_near:
@@ -129,7 +135,7 @@ class GradientCollection:
 
     def __getstate__(self) -> dict[str, Any]:
         held = {name: collected for name, (_, collected) in self._given.items()}
-        return self.__dict__ | {"_given": {}, "_of_original": held}
+        return self.__dict__ | {"_given": {}, "_announced": [], "_of_original": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -148,3 +154,9 @@ def _take_away(given: dict[str, tuple[Site, Collected]]) -> None:
         if site.values_maybe is not None and site.compact.collected is collected:
             site.compact.collected = None
     given.clear()
+
+
+def _take_back(announced: list[Site]) -> None:
+    for site in announced:
+        if site.values_maybe is not None:
+            site.compact.is_collected = False

@@ -16,6 +16,7 @@ from smet_compile.format import Part, count_active, slabs, unpack_bits
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.growth import NO_GRADIENT, Collected
 from smet_compile.ops.loaded import kind_of
+from smet_compile.ops.sites import names_of_sites
 from smet_compile.runtime.tree import Reordered
 from smet_compile.shards import is_sharded
 
@@ -26,9 +27,11 @@ def join_parts(model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
     if not bits:
         return saved
     entries = dict(saved["model"])
+    names = names_of_sites(model)
     for name, _, part in _cut_sites(model):
-        entries[_values_name(name)] = Reordered(entries[_values_name(name)], partial(part.in_order, bits=bits[name]))
-        entries[_topology_name(name)] = bits[name]
+        rows = Reordered(entries[_values_name(name)], partial(part.in_order, bits=bits[name]))
+        for each in names[name]:
+            entries[_values_name(each)], entries[_topology_name(each)] = rows, bits[name]
 
     def join(name: str, part: Part, value: Any) -> Any:
         is_rows = isinstance(value, Tensor) and is_sharded(value)
@@ -47,11 +50,13 @@ def split_parts(model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
     cut = list(_cut_sites(model))
     if not cut:
         return saved
-    entries, bits = dict(saved["model"]), {}
+    entries, bits, names = dict(saved["model"]), {}, names_of_sites(model)
     for name, site, part in cut:
         bits[name] = _check_bits(name, site, part, entries.get(_topology_name(name)))
-        entries[_topology_name(name)] = part.split_bits(bits[name])
-        entries[_values_name(name)] = _by_part(site, part, bits[name], entries.get(_values_name(name)))
+        bits_here = part.split_bits(bits[name])
+        rows = _by_part(site, part, bits[name], entries.get(_values_name(name)))
+        for each in names[name]:
+            entries[_values_name(each)], entries[_topology_name(each)] = rows, bits_here
     sites = {name: site for name, site, _ in cut}
 
     def split(name: str, part: Part, value: Any) -> Any:

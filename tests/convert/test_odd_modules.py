@@ -192,3 +192,20 @@ def test_a_gradient_of_a_dtype_that_is_not_trained() -> None:
     model[0].codes.grad = torch.zeros(3).to(torch.float8_e4m3fn)
     with Unchanged(model, optimizer), pytest.raises(ValueError, match=r"0\.codes: expected a parameter of float64"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_norm": 1.0}, "an embedding with max_norm, which"),
+        ({"sparse": True}, "an embedding with sparse=True, whose"),
+    ],
+    ids=str,
+)
+def test_embeddings_whose_rows_cannot_be_compact(kind: Any, options: dict[str, Any], reason: str) -> None:
+    model = nn.Sequential(kind(12, 12, **options), nn.Linear(12, 12))
+    with Unchanged(model), pytest.raises(ValueError, match=rf"include: '0' matches 0\.weight, .*: {reason}"):
+        smet.sparsify(model, density=0.5, include=["0", "1"])
+    smet.sparsify(model, density=0.5)
+    assert [row.reason.startswith(reason) for row in smet.report(model).skipped] == [True]

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import smet_compile as smet
+from smet_compile.hub import content
 from smet_compile.ops import find_sites
 from tests.support.small_models import RaggedNet, two_layers
 from tests.support.states import Unchanged
@@ -92,6 +93,69 @@ def test_tied_weights_buffers_and_dtypes(dtype: torch.dtype, tmp_path: Path) -> 
     assert {"hidden.weight.values", "hidden.weight.topology", "convolution.weight.values"} <= names
     x = torch.arange(11)[None]
     assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+class Repeated(nn.Module):
+    """Has one layer under three names, one of them inside a module that has two names itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(16, 16)
+        inner = nn.Sequential(layer, nn.Tanh())
+        self.first = nn.Linear(8, 16)
+        self.layers = nn.ModuleList([layer, inner, inner])
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        result: Tensor = self.last(x)
+        return result
+
+
+def repeated_folder(tmp_path: Path) -> nn.Module:
+    model = smet.sparsify(Repeated(), 0.3)
+    smet.save_compact(model, tmp_path)
+    return model
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_layer_with_several_names(compact: bool, tmp_path: Path) -> None:
+    model = repeated_folder(tmp_path)
+    into = smet.sparsify(Repeated(), 0.3, seed=4) if compact else Repeated()
+    loaded = smet.load_compact(tmp_path, into)
+    assert_same(loaded, model)
+    assert loaded.layers[0] is loaded.layers[1][0] and len(find_sites(loaded)) == 3
+    x = torch.randn(5, 8)
+    assert torch.equal(loaded(x), model(x))
+    num_weights = sum(p.numel() for p in model.parameters())
+    num_bits = sum(site.compact.topology.numel() for site in find_sites(model).values())
+    assert f"| bytes, compact | {4 * num_weights + num_bits:,} ({FILE}) |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_layer_with_several_names_in_a_file_of_before(
+    compact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files had the further names as they are in the state dict."""
+    with monkeypatch.context() as patched:
+        patched.setattr(content, "names_of_sites", lambda model: {name: [name] for name in find_sites(model)})
+        model = repeated_folder(tmp_path)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        assert any(
+            "parametrizations" in name for name in json.loads(bytes(file.get_tensor("json").tolist()))["tensors"]
+        )
+    into = smet.sparsify(Repeated(), 0.3, seed=4) if compact else Repeated()
+    assert_same(smet.load_compact(tmp_path, into), model)
+
+
+def test_a_layer_with_several_names_is_not_several_layers(tmp_path: Path) -> None:
+    repeated_folder(tmp_path)
+    separate = Repeated()
+    separate.layers[0] = nn.Linear(16, 16)
+    with Unchanged(separate), pytest.raises(ValueError, match=r"only in"):
+        smet.load_compact(tmp_path, separate)
 
 
 def test_a_loaded_model_trains_on_and_exports(tmp_path: Path) -> None:

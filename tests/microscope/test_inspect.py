@@ -119,6 +119,28 @@ def test_on_the_meta_device_such_a_forward_leaves_what_holds_of_each_weight_alon
     assert found.sites[0].density == 0.5 and not found.graph.edges
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        result: torch.Tensor = torch.cond(x.sum() > 0, lambda y: self.left(y), lambda y: self.right(y), (y,))
+        return result
+
+
+def test_branches_are_not_followed_and_a_note_says_so() -> None:
+    model = smet.sparsify(Branches(), density=0.5)
+    found = smet.inspect(model, torch.randn(3, 4))
+    assert found.notes[0] == (
+        "the forward calls torch.cond, which runs functions that the inspection does not follow, so what feeds what is "
+        "not known"
+    )
+    assert [row.reach for row in found.sites] == [None] * 3
+    assert [len(row.dead.outputs) for row in found.sites] == [4] * 3
+
+
 def test_an_op_that_nobody_knows_is_named_and_kills_nothing() -> None:
     class Sorted(nn.Module):
         def __init__(self) -> None:

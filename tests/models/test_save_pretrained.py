@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
@@ -53,6 +54,42 @@ def test_a_checkpoint_loads_densely_and_compactly(name: str, block_shape: int, t
     assert not result.unexpected_keys
     for key, tensor in model.state_dict().items():
         assert same_bits(other.state_dict()[key], tensor), key
+
+
+class Repeated(PreTrainedModel):
+    """Has one layer under three names."""
+
+    config_class = PretrainedConfig
+    _tied_weights_keys = {f"layers.{i}.{k}": f"layers.0.{k}" for i in (1, 2) for k in ("weight", "bias")}  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList([nn.Linear(16, 16)] * 3)
+        self.last = nn.Linear(16, 4)
+        self.post_init()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        result: torch.Tensor = self.last(x)
+        return result
+
+
+@pytest.mark.parametrize("folder", ["model", "checkpoint-7"])
+def test_a_layer_with_several_names(folder: str, tmp_path: Path) -> None:
+    model = smet.sparsify(Repeated(PretrainedConfig(tie_word_embeddings=True)), density=0.4)
+    model.save_pretrained(tmp_path / folder)
+    loaded, info = Repeated.from_pretrained(tmp_path / folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all("parametrizations" in key for key in info["unexpected_keys"])
+    x, dense = torch.randn(3, 16), smet.export_dense(model)
+    assert loaded.layers[0] is loaded.layers[2] and torch.equal(loaded(x), dense(x))
+    if folder == "model":
+        return
+    other = smet.sparsify(Repeated(PretrainedConfig(tie_word_embeddings=True)), density=0.4, seed=1)
+    result = other.load_state_dict(load_file(tmp_path / folder / "model.safetensors"), strict=False)
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "parametrizations" in key]
+    assert all(same_bits(other.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
 
 
 def test_the_given_state_is_written(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import smet_compile as smet
-from smet_compile.ops import find_sites
+from smet_compile.ops import find_sites, loading
 from tests.support.small_models import two_layers
 from tests.support.snapshots import assert_same, snapshot
 
@@ -127,3 +128,30 @@ def test_a_weight_of_the_same_shape_loads_with_what_is_noted_of_it() -> None:
     assert torch.equal(unrestricted.weight, model.weight)
     names_of_a_wrapper = {f"module.{name}": tensor for name, tensor in state.items()}
     nn.ModuleDict({"module": unrestricted}).load_state_dict(names_of_a_wrapper)
+
+
+@pytest.mark.parametrize(
+    ("here", "saved", "expected", "got"),
+    [(1, 2, "the whole weight", "2 parts"), (2, 1, "2 parts", "the whole weight"), (2, 4, "2 parts", "4 parts")],
+)
+def test_the_parts_of_another_number_of_ranks_are_said(here: int, saved: int, expected: str, got: str) -> None:
+    compact = find_sites(build())["0.weight"].compact
+    bits = compact.topology.clone()
+    assert loading.misfit(compact, bits, "0.weight") is None
+    if here > 1:
+        compact.part = SimpleNamespace(count=here, band=SimpleNamespace(number=0))  # type: ignore[assignment]
+        assert loading.misfit(compact, torch.stack([bits] * here), "0.weight") is None
+    of_others = torch.stack([bits[:-1]] * saved) if saved > 1 else torch.cat([bits] * here)
+    error = loading.misfit(compact, of_others, "0.weight")
+    assert error is not None
+    assert error.startswith(f"0.weight: topology: expected that of {expected}, as tensor parallelism over {here} ranks")
+    assert f"got that of {got};" in error and "Use save_checkpoint and load_checkpoint" in error
+
+
+def test_a_state_dict_with_parts_is_refused_by_a_whole_model() -> None:
+    model = build()
+    state, before = model.state_dict(), snapshot(model)
+    state[BITS] = state[BITS].view(2, -1)
+    with pytest.raises(RuntimeError, match=r"0\.weight: topology: expected that of the whole weight.* that of 2 parts"):
+        model.load_state_dict(state)
+    assert_same(snapshot(model), before)

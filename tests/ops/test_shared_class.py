@@ -261,3 +261,31 @@ def test_tracers() -> None:
     symbolic = fx.symbolic_trace(model)
     assert [node.op for node in symbolic.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
     torch.testing.assert_close(symbolic(X), model(X))
+
+
+class Told(nn.Linear):
+    """Is told of its subclasses, and wants an argument of each."""
+
+    known: list[type] = []  # noqa: RUF012
+
+    def __init_subclass__(cls, *, kind: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = kind
+        Told.known.append(cls)
+
+
+class OneKind(Told, kind="one"):
+    kind: str
+
+
+def test_a_class_that_is_told_of_its_subclasses_hears_of_none() -> None:
+    module: Any = OneKind(8, 8)
+    smet.sparsify(module, density=0.5)
+    assert Told.known == [OneKind] and module.kind == "one" and isinstance(module, OneKind)
+    assert type(module).__mro__[1:] == OneKind.__mro__ and find_sites(module)
+    dense = smet.export_dense(module)
+    assert type(dense) is OneKind and torch.equal(dense.weight, copy.deepcopy(module).weight)
+    module(X).sum().backward()
+    assert find_sites(module)["weight"].values.grad is not None
+    parametrize.remove_parametrizations(module, "weight")
+    assert torch.equal(module.weight, dense.weight)

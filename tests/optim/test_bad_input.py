@@ -167,3 +167,31 @@ def test_a_state_that_is_not_ours_is_refused_when_loaded(name: str) -> None:
     train(model, optimizer, steps=2)
     with Unchanged(model, optimizer), pytest.raises(ValueError, match=match):
         optimizer.load_state_dict(make_state())
+
+
+@pytest.mark.parametrize("moment_dtype", [None, "int8"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_that_was_converted_after_the_first_step(moment_dtype: Any, fused: bool) -> None:
+    model = smet.sparsify(two_layers(), density=0.5)
+    optimizer = smet.ActiveAdamW(model, moment_dtype=moment_dtype)
+    step = smet.compile_train_step(model, optimizer, lambda model, x: model(x).square().mean())
+
+    def make_step(x: torch.Tensor) -> None:
+        if fused:
+            step(x)
+        else:
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    x = torch.randn(3, model[0].in_features)
+    with torch.compiler.set_stance("force_eager"):
+        make_step(x)
+        model.double()
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        with pytest.raises(ValueError, match=r"^\d\.\w+: expected exp_avg of .*64 .* converted after .* anew$"):
+            make_step(x.double())
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        model.float()
+        optimizer.zero_grad()
+        make_step(x)
+        assert int(optimizer.state[model[0].bias]["step"]) == 2

@@ -1,6 +1,7 @@
 """Growth by gradient (RigL): the inactive blocks of largest mean |dense gradient|, uncorrected."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -51,6 +52,58 @@ def assert_grown(before: dict[str, Tensor], after: dict[str, Tensor], best: dict
     for name in before:
         grown = (after[name] & ~before[name]).nonzero().flatten().tolist()
         assert grown and grown == sorted(best[name][: len(grown)]), name
+
+
+class Branches(nn.Module):
+    """Reads each of two layers in a branch, and one outside."""
+
+    def __init__(self, chooses: Any) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
+        self.chooses = chooses
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.chooses(
+            x.sum() > 0, lambda y: self.left(y).tanh(), lambda y: self.right(y).sin(), (self.first(x),)
+        )
+        return result
+
+
+def in_python(where: Tensor, left: Any, right: Any, inputs: tuple[Tensor]) -> Tensor:
+    result: Tensor = (left if where else right)(*inputs)
+    return result
+
+
+def test_a_compiled_branch_is_refused_at_the_first_step() -> None:
+    sparse, _, optimizer, manager = make(every=4, model=Branches(torch.cond))
+    for call in (torch.compile(sparse), torch.compile(sparse, backend="aot_eager", fullgraph=True)):
+        with pytest.raises(ValueError, match=r'^left\.weight: expected .* inside torch\.cond; .*grow="random"'):
+            call(torch.randn(3, 8))
+        with torch.no_grad():  # without a gradient there is nothing to collect
+            call(torch.randn(3, 8))
+    assert manager.num_steps == 0
+    step = smet.compile_train_step(sparse, optimizer, lambda model, x: model(x).square().mean())
+    with pytest.raises(ValueError, match=r"^left\.weight: expected .* inside torch\.cond"):
+        step(torch.randn(3, 8))
+    assert not find_sites(sparse)["first.weight"].compact.update_sink
+    assert find_sites(sparse)["first.weight"].compact.is_collected
+    del manager, step, optimizer, call
+    gc.collect()
+    torch.compile(sparse)(torch.randn(3, 8)).sum().backward()
+
+
+def test_a_branch_in_eager_mode_grows_by_gradient() -> None:
+    runs = []
+    for chooses in (torch.cond, in_python):
+        torch.manual_seed(0)
+        sparse, _, optimizer, manager = make(model=Branches(chooses))
+        for _ in range(7):
+            sparse(torch.randn(3, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(manager.history) == 2
+        runs.append(masks_of(sparse))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
 @pytest.mark.parametrize("block_shape", [1, (1, 4), (4, 4)], ids=str)

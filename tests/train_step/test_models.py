@@ -58,6 +58,32 @@ class Reentrant(Checkpointed):
     use_reentrant = True
 
 
+class Region(nn.Module):
+    """Adds to its input: inductor overwrites the output of a region that is saved for backward, without us too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(20, 20)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+class Regions(Net):
+    """Has modules that look alike, whose forward is compiled once for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.ModuleList(Region() for _ in range(4))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        x = super().hidden(x)
+        for region in self.between:
+            x = region(x)
+        return x
+
+
 class Break(Net):
     def hidden(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -110,7 +136,20 @@ def test_in_one_graph(make_model: Any) -> None:
     assert both(make_model).fused
 
 
-@pytest.mark.parametrize("make_model", [Net, ReadsTwice, CheckpointedInAndOut, Reentrant])
+@pytest.mark.parametrize("frozen", [None, 0, 2])
+def test_regions_that_are_compiled_once(frozen: int | None) -> None:
+    """Each weight has its own update, also beside a region whose weight has none."""
+    step_run, loop_run = twice(sparse(Regions))
+    for run in (step_run, loop_run) if frozen is not None else ():
+        find_sites(run.model)[f"between.{frozen}.inner.weight"].values.requires_grad_(False)
+    step = step_run.compiled("inductor")
+    step_run.in_step(step, map(batch_of, range(NUM_STEPS)))
+    loop_run.in_loop(map(batch_of, range(NUM_STEPS)))
+    assert_equal_runs(step_run, loop_run)
+    assert step.fused
+
+
+@pytest.mark.parametrize("make_model", [Net, ReadsTwice, CheckpointedInAndOut, Reentrant, Regions])
 def test_without_the_compiler(make_model: Any) -> None:
     """The step does the same in eager mode, where checkpointed regions run again in backward."""
     assert both(make_model, stance="force_eager").fused
@@ -140,6 +179,19 @@ def test_a_weight_that_a_step_does_not_reach_stays_as_it_is(make_model: Any, mak
     assert step.fused == (make_model is Flag)
     state = step.optimizer.state[find_sites(step.model)["between.weight"].values]
     assert make_optimizer is dampened or state["step"] == 3
+
+
+def test_under_compiled_autograd() -> None:
+    """Autograd itself runs the backward of a fused step, which is compiled already."""
+    step_run, loop_run = twice(sparse(), active, grow="gradient", every=3)
+    step = step_run.compiled("inductor")
+    compiled_autograd = torch._dynamo.compiled_autograd
+    with compiled_autograd._enable(torch.compile(backend="inductor")):
+        step_run.in_step(step, map(batch_of, range(NUM_STEPS)))
+        assert compiled_autograd.compiled_autograd_enabled
+    loop_run.in_loop(map(batch_of, range(NUM_STEPS)))
+    assert_equal_runs(step_run, loop_run)
+    assert step.fused and len(step_run.manager.history) == NUM_STEPS // 3
 
 
 def test_a_frozen_weight_stays_and_thaws() -> None:
