@@ -6,6 +6,7 @@ all ranks are told: topologies, counts, settings, the manager's history.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from smet_compile.distributed.run import Run, data_rank
 from smet_compile.distributed.space import Item
 from smet_compile.distributed.streams import Stream
 from smet_compile.ops import canonical_name, find_sites
+from smet_compile.ops.sites import holders_of
 from smet_compile.runtime import managers_left_out
 from smet_compile.shards import Rows, is_sharded, local, reshard, unwrap
 
@@ -54,6 +56,8 @@ class Note:
     small: dict[str, dict[str, Small]]
     groups: list[dict[str, Any]]
     manager: dict[str, Any] | None
+    tied: dict[str, str]
+    """Maps each buffer that is another one, too, to the first of its names."""
 
     def items(self, target: Mapping[str, TensorNote]) -> list[Item]:
         """Returns what moves to a layout: parameters, each with its state, and buffers."""
@@ -88,6 +92,10 @@ class Taken:
     stream: Stream | None = None
     share: int | None = None
     released: list[str] = field(default_factory=list)
+    _num_users: Counter[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._num_users = Counter(tensor.untyped_storage().data_ptr() for tensor in self.stored.values())
 
     @classmethod
     def of(cls, run: Run | None, rank: int) -> Taken:
@@ -103,9 +111,12 @@ class Taken:
         return replace(self, note=None if self.note is None else self.note.renumbered(numbers))
 
     def release(self, name: str) -> None:
-        """Frees the memory of a tensor, wherever it is still known."""
+        """Frees the memory of a tensor, wherever it is still known, once no other one that lies in it is to be sent."""
         self.released.append(name)
-        self.stored.pop(name).untyped_storage().resize_(0)
+        memory = self.stored.pop(name).untyped_storage()
+        self._num_users[memory.data_ptr()] -= 1
+        if not self._num_users[memory.data_ptr()]:
+            memory.resize_(0)
 
 
 def _note_of(run: Run) -> Note:
@@ -129,7 +140,18 @@ def _note_of(run: Run) -> Note:
         for optimizer in run.optimizers
         for group in optimizer.param_groups
     ]
-    return Note(notes, bits, small, groups, None if run.manager is None else run.manager.state_dict())
+    manager = None if run.manager is None else run.manager.state_dict()
+    return Note(notes, bits, small, groups, manager, _tied_buffers(model))
+
+
+def _tied_buffers(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    found = {}
+    for name, _, buffer in plain_buffers(model):
+        known = first.setdefault(id(buffer), name)
+        if known != name:
+            found[name] = known
+    return found
 
 
 def _has_rows(key: str, value: Any, parameter: Tensor) -> bool:
@@ -156,14 +178,18 @@ def _stored(run: Run) -> dict[str, Tensor]:
 
 def fill_model(model: nn.Module, note: Note, arrived: dict[str, Tensor]) -> None:
     """Gives a model on the meta device its parameters, buffers and topologies."""
+    holders = holders_of(model)
     for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         _, rewrap = unwrap(parameter.detach())
         here = arrived.pop(canonical_name(model, name))
         shaped = rewrap(here) if is_sharded(parameter) else here.view(parameter.shape)
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(shaped, parameter.requires_grad)
+        filled = nn.Parameter(shaped, parameter.requires_grad)
+        for module, leaf in holders[parameter]:
+            module._parameters[leaf] = filled
+    buffers: dict[str, Tensor] = {}
     for name, (module, leaf), buffer in list(plain_buffers(model)):
-        module._buffers[leaf] = arrived.pop(buffer_name(name)).view(buffer.shape)
+        here = arrived.pop(buffer_name(name)).view(buffer.shape)
+        module._buffers[leaf] = buffers[name] = buffers[note.tied[name]] if name in note.tied else here
     for name, site in find_sites(model).items():
         bits = note.bits[name] if site.part is None else site.part.bits_here(note.bits[name])
         site.compact.topology = bits.to(site.values.device)
