@@ -230,6 +230,7 @@ def refused(rank: int, world: int) -> list[str]:
     model = run.model
     loss_of(model, 0, rank, world).backward()
     run.optimizer.step()
+    run.optimizer.zero_grad()
     before = whole_state(run)
 
     def wider(mesh: DeviceMesh) -> nn.Module:

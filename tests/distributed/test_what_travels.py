@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import smet_compile as smet
 from smet_compile.distributed import Blueprint, Run, switch
+from smet_compile.ops import find_sites
 from tests.support.ranks import processes
 
 
@@ -94,3 +96,198 @@ def test_tied_weights_and_buffers_stay_tied() -> None:
     for world in (1, 2):
         for stayed, moved in processes.run(world, stays_tied):
             assert moved == stayed and len(set(stayed)) == 14
+
+
+def layers(mesh: Any) -> nn.Module:
+    """Builds a model whose last bias does not train at first."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 33), nn.BatchNorm1d(33), nn.ReLU(), Counting(33, 8))
+    model[3].bias.requires_grad_(False)
+    smet.sparsify(model, 0.3)
+    return fully_shard(model, mesh=mesh) if mesh.size() > 1 else model
+
+
+class Counting(nn.Linear):
+    """Counts its forwards outside of tensors, and adds a little of the count."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x) + 0.01 * self.count
+
+    def get_extra_state(self) -> Any:
+        return self.count
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state
+
+
+def sgd(model: nn.Module) -> Any:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    return optimizer, smet.TopologyManager(model, optimizer, total_steps=100, every=5)
+
+
+def active(model: nn.Module) -> Any:
+    optimizer = smet.ActiveAdamW([p for p in model.parameters() if p.requires_grad], model=model, lr=1e-2)
+    return optimizer, smet.TopologyManager(model, optimizer, total_steps=100, every=5)
+
+
+def nothing(run: Run) -> None:
+    """Changes nothing."""
+
+
+def freeze(run: Run) -> None:
+    run.model[0].requires_grad_(False)
+    run.model[1].bias.requires_grad_(False)
+
+
+def unfreeze(run: Run) -> None:
+    run.model[3].bias.requires_grad_(True)
+    run.optimizer.add_param_group({"params": [run.model[3].bias], "lr": 0.05})
+
+
+def evaluate(run: Run) -> None:
+    run.model[1].eval()
+
+
+def correct(run: Run) -> None:
+    found = smet.correct_gradients(run.model, run.optimizer, torch.randn(8, 16))
+    assert len(found.corrected) == 1
+
+
+def correct_steps(run: Run) -> None:
+    found = smet.correct_gradients(run.model, run.optimizer, torch.randn(8, 16), scale_steps=True)
+    assert len(found.corrected) == 1
+
+
+def changed(rank: int, world: int, optimize: Any, changes: list[Any]) -> Any:
+    """Returns for each change the losses of a run that stays, and of one that moves after it."""
+    found = []
+    for change in changes:
+        losses = []
+        for moves in (False, True):
+            plan = Blueprint(layers, optimize)
+            run = plan.begin(over(*range(world)))
+            assert run is not None
+            torch.manual_seed(1)
+            trained(run, 0, 4)
+            change(run)
+            decided = decisions(run)
+            if moves:
+                run = switch(run, plan.prepare(over(*range(world)))).run
+                assert run is not None and decisions(run) == decided
+            losses.append(trained(run, 4, 13))
+        found.append(losses)
+    return found
+
+
+def decisions(run: Run) -> list[Any]:
+    compacts = (site.compact for site in find_sites(run.model).values())
+    modes = [module.training for module in run.model.modules()]
+    trains = [parameter.requires_grad for parameter in run.model.parameters()]
+    return [*modes, *trains, *((each.scales_rows, each.scales_steps, each.correction) for each in compacts)]
+
+
+def all_travel(world: int, optimize: Any, changes: list[Any]) -> None:
+    processes.stop()
+    for found in processes.run(world, changed, optimize, [nothing, *changes]):
+        for stayed, moved in found:
+            assert moved == stayed
+        assert len({tuple(stayed) for stayed, _ in found}) == 1 + len(changes)  # each changes the run
+
+
+def test_frozen_layers_modes_and_corrections_travel() -> None:
+    all_travel(2, sgd, [freeze, evaluate, correct])
+
+
+def test_scaled_steps_travel() -> None:
+    all_travel(1, active, [correct_steps])
+
+
+def test_groups_that_were_added_travel() -> None:
+    all_travel(2, active, [unfreeze])
+    all_travel(2, sgd, [unfreeze])
+
+
+def errors_of(*attempts: Any) -> list[str]:
+    """Returns the errors of attempts that are refused."""
+    found = []
+    for attempt in attempts:
+        try:
+            attempt()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+OUTSIDE = nn.Parameter(torch.ones(3))
+
+
+def with_one_outside(model: nn.Module) -> Any:
+    return torch.optim.SGD([{"params": list(model.parameters())}, {"params": [OUTSIDE]}], lr=0.1), None
+
+
+def cannot_move(rank: int, world: int) -> Any:
+    """Asks for switches that would lose something; returns the errors, and whether the run trains on alike."""
+    whole = over(0, 1)
+    runs = [Blueprint(layers, sgd).begin(whole) for _ in range(2)]
+    for run in runs:
+        trained(run, 0, 4)
+    moved, stayed = runs
+    outside = Blueprint(layers, with_one_outside)
+    holds = outside.begin(whole)
+    errors = errors_of(lambda: switch(holds, outside.prepare(whole)))
+    if rank == 1:  # all ranks have to hear of it
+        moved.model[1].bias.grad = torch.zeros_like(moved.model[1].bias)
+    errors += errors_of(lambda: switch(moved, Blueprint(layers, sgd).prepare(whole)))
+    moved.optimizer.zero_grad()
+    return errors, trained(moved, 4, 9) == trained(stayed, 4, 9)
+
+
+def test_what_would_be_lost_is_refused_on_all_ranks_before_anything_moves() -> None:
+    processes.stop()
+    for (outside, gradient), goes_on in processes.run(2, cannot_move):
+        assert outside == (
+            "group 1 of SGD: expected parameters of the model, got one of shape (3,) that it does not have; keep it in "
+            "the model, as a parameter of one of its modules; the run is as it was"
+        )
+        assert gradient == (
+            "1.bias: expected no gradient, since those do not travel, got one in group 0 of SGD; switch between two "
+            "steps, after optimizer.zero_grad(); the run is as it was"
+        )
+        assert goes_on
+
+
+def normalized(mesh: Any) -> nn.Module:
+    """Builds layers with batch norm for a mesh with or without "tp"."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
+    if "tp" in mesh.mesh_dim_names:
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    smet.sparsify(model, 0.3, slabs={"0": (2, 0)}, include="0")
+    return fully_shard(model, mesh=mesh) if "tp" not in mesh.mesh_dim_names and mesh.size() > 1 else model
+
+
+def adam(model: nn.Module) -> Any:
+    return torch.optim.Adam(model.parameters(), lr=0.1), None
+
+
+def corrected_elsewhere(rank: int, world: int) -> list[str]:
+    whole, both, cut = over(0), over(0, 1), DeviceMesh("cpu", [[0, 1]], mesh_dim_names=("dp", "tp"))
+    run = Blueprint(normalized, sgd).begin(both)
+    correct(run)
+    scaled = Blueprint(normalized, adam).begin(whole)
+    if scaled is not None:
+        correct_steps(scaled)
+    plans = Blueprint(normalized, sgd).prepare(cut), Blueprint(normalized, adam).prepare(both)
+    return errors_of(lambda: switch(run, plans[0]), lambda: switch(scaled, plans[1]))
+
+
+def test_a_correction_stays_out_of_layouts_that_cannot_have_it() -> None:
+    processes.stop()
+    for parallel, sharded in processes.run(2, corrected_elsewhere):
+        assert "0.weight: expected a layout with whole rows" in parallel and "got tensor parallelism" in parallel
+        assert "0.weight: expected a layout that holds the weight whole" in sharded and "without fully_shard" in sharded
