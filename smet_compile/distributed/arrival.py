@@ -40,6 +40,8 @@ def finish(
     """
     device = torch.device(prepared.mesh.device_type)
     model = prepared.model
+    if model is not None:
+        note = replace(note, manager=_manager_state(note, states, *data_rank(prepared.mesh)))
     made = together(lambda: None if model is None else _optimized(prepared, model, note, arrived), device)
     run = together(lambda: None if made is None else prepared.wrapped(made), device)
     try:
@@ -62,6 +64,12 @@ def _optimized(prepared: Prepared, model: nn.Module, note: Note, arrived: dict[s
     if run.manager is not None and note.manager is not None:
         run.manager.load_state_dict(note.manager)
     return run
+
+
+def _manager_state(note: Note, states: Mapping[int, streams.Stream], number: int, count: int) -> dict[str, Any] | None:
+    """Returns the manager's state, with the gradients that this share of the data had collected where it stays."""
+    own = states[number].collected if len(states) == count else None
+    return note.manager if note.manager is None or own is None else note.manager | {"collected": own}
 
 
 def _resume_shared(run: Run | None, taken: Taken) -> None:

@@ -118,7 +118,7 @@ class Taken:
         if refusal:
             return cls(refusal=refusal)
         note = _note_of(run)
-        stream = Stream.of(run.others, run.mesh.device_type)
+        stream = Stream.of(run.others, run.mesh.device_type, _own_gradients(run, note))
         return cls(note, _stored(run), stream, data_rank(run.mesh)[0], run.others)
 
     def renumbered(self, numbers: Mapping[int, int]) -> Taken:
@@ -189,6 +189,13 @@ def _note_of(run: Run) -> Note:
     ]
     manager = None if run.manager is None else run.manager.state_dict()
     return Note(notes, bits, small, groups, manager, _tied_buffers(model), Modes.of(model))
+
+
+def _own_gradients(run: Run, note: Note) -> Any:
+    """Returns the gradients that a rank has collected from its share of the data alone, as without ``fully_shard``."""
+    compacts = [site.compact for site in find_sites(run.model).values()]
+    has_own = any(compact.collected is not None and not compact.reduced_over for compact in compacts)
+    return note.manager["collected"] if note.manager is not None and has_own else None
 
 
 def _tied_buffers(model: nn.Module) -> dict[str, str]:

@@ -7,6 +7,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import smet_compile as smet
 from smet_compile.distributed import Blueprint, Run, switch
@@ -291,3 +292,36 @@ def test_a_correction_stays_out_of_layouts_that_cannot_have_it() -> None:
     for parallel, sharded in processes.run(2, corrected_elsewhere):
         assert "0.weight: expected a layout with whole rows" in parallel and "got tensor parallelism" in parallel
         assert "0.weight: expected a layout that holds the weight whole" in sharded and "without fully_shard" in sharded
+
+
+def by_momentum(model: nn.Module) -> Any:
+    optimizer = smet.ActiveAdamW(model, lr=1e-2)
+    return optimizer, smet.TopologyManager(model, optimizer, total_steps=100, every=20, grow="momentum")
+
+
+def alone(mesh: Any) -> nn.Module:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    return smet.sparsify(model, 0.25)
+
+
+def in_a_window(rank: int, world: int) -> Any:
+    """Trains through an update for which each rank has collected gradients of its own, moving in between or not."""
+    found = []
+    plan = Blueprint(alone, by_momentum, lambda m, mesh: DistributedDataParallel(m, process_group=mesh.get_group()))
+    for moves in (False, True):
+        run = plan.begin(over(0, 1))
+        losses = trained(run, 0, 15)
+        if moves:
+            run = switch(run, plan.prepare(over(0, 1))).run
+        losses += trained(run, 15, 25)
+        topologies = [site.compact.topology.tolist() for site in find_sites(run.model).values()]
+        found.append((losses, topologies, len(run.manager.history)))
+    return found
+
+
+def test_gradients_that_each_rank_collected_for_growth_travel() -> None:
+    processes.stop()
+    for stayed, moved in processes.run(2, in_a_window):
+        assert moved == stayed and stayed[-1] == 1
+    processes.stop()
