@@ -150,8 +150,8 @@ def _add_groups(run: Run, groups: list[list[dict[str, Any]]]) -> None:
     added = [name for of_optimizer in further for group in of_optimizer for name in group["params"]]
     if len(own) != len(groups) or own != starts or held & set(added):
         raise ValueError(
-            f"optimize: expected the parameter groups of the run, {_sizes(groups)}, got others, {_sizes(own)}; make "
-            "them alike, but for those that add_param_group added at the end"
+            f"optimize: expected the parameter groups of the run, got others ({_sizes(own)} instead of "
+            f"{_sizes(groups)}); make them alike, but for those that add_param_group added at the end"
         )
     for optimizer, of_optimizer in zip(run.optimizers, further, strict=True):
         for group in of_optimizer:
@@ -161,4 +161,4 @@ def _add_groups(run: Run, groups: list[list[dict[str, Any]]]) -> None:
 def _sizes(groups: list[list[Any]]) -> str:
     """Says how many parameters each group of each optimizer holds."""
     counts = [[len(group["params"] if isinstance(group, dict) else group) for group in each] for each in groups]
-    return " and ".join(f"of {', '.join(map(str, each))} parameters" for each in counts)
+    return " and ".join(f"{', '.join(map(str, each))} parameters" for each in counts)

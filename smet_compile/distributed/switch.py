@@ -28,7 +28,8 @@ class SwitchOptions:
 
     Args:
         keep_source: keeps the old state until every rank has verified the new one; the run is as it was where that
-            fails. Otherwise each tensor is freed as soon as it has gone.
+            fails. Otherwise each tensor is freed as soon as it has gone, and moved back where the new run cannot be
+            made.
         chunk_bytes: the most that is sent at a time.
         way: how ranks send it (``smet_compile.distributed.transfer``).
     """
