@@ -59,6 +59,9 @@ def _optimized(prepared: Prepared, model: nn.Module, note: Note, arrived: dict[s
     wrong = reason_to_stay(run)
     if wrong:
         raise ValueError(f"optimize: {wrong}")
+    if (run.manager is None) != (note.manager is None):
+        wanted, got = ("no manager", "one") if note.manager is None else ("a manager", "None")
+        raise ValueError(f"optimize: expected {wanted} as in the run, got {got}; make them alike")
     note.modes.give(model, run.optimizers)
     fill_optimizers(run, note, arrived)
     if run.manager is not None and note.manager is not None:

@@ -50,7 +50,12 @@ def with_other_steps(model: nn.Module) -> Any:
 
 def in_two_groups(model: nn.Module) -> Any:
     groups = [{"params": list(model.head.parameters())}, {"params": list(model.layers.parameters())}]
-    return smet.ActiveAdamW(groups, 3e-3, model=model), None
+    optimizer = smet.ActiveAdamW(groups, 3e-3, model=model, warmup_steps=5)
+    return optimizer, smet.TopologyManager(model, optimizer, total_steps=60, every=4, schedule="cosine")
+
+
+def without_manager(model: nn.Module) -> Any:
+    return smet.ActiveAdamW(model, 3e-3, warmup_steps=5), None
 
 
 def failing_on_one(model: nn.Module) -> Any:
@@ -90,7 +95,7 @@ def refused(rank: int, world: int, way: Any) -> Any:
     has_trained(stayed, 0, 9)
     before, random = whole_state(moved), torch.get_rng_state()
     parallel = builder("tp", torch.float32, 4)
-    plans = [Blueprint(parallel, each) for each in (with_other_steps, in_two_groups, failing_on_one)]
+    plans = [Blueprint(parallel, each) for each in (with_other_steps, in_two_groups, without_manager, failing_on_one)]
     layouts = [(each, NEW) for each in plans]
     layouts += [(Blueprint(builder("ddp", torch.float32, 4), with_place, failing_wrap), ("ddp", [1, 2, 3]))]
     layouts += [(Blueprint(parallel, with_place), NEW)]
@@ -113,11 +118,12 @@ def refused(rank: int, world: int, way: Any) -> Any:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_is_as_it_was_where_the_new_one_cannot_be_made(way: str) -> None:
     processes.stop()
-    for (steps, groups, memory, wrapper, place), wrong, goes_on in processes.run(4, refused, way):
+    for (steps, groups, manager, memory, wrapper, place), wrong, goes_on in processes.run(4, refused, way):
         assert steps.startswith("every: expected 7 as in this manager, got 4") and "the run is as it was" in steps
         assert (
             "expected the parameter groups of the run, got others (2, 12 parameters instead of 15 parameters)" in groups
         )
+        assert manager == "optimize: expected a manager as in the run, got None; make them alike; the run is as it was"
         assert memory == "switch: RuntimeError: no memory; the run is as it was"
         assert wrapper == "switch: RuntimeError: no wrapper; the run is as it was"
         assert place == "switch: KeyError: 'place'; the run is as it was"
