@@ -14,7 +14,7 @@ from smet_compile.convert.active_blocks import FROM_MASKS
 from smet_compile.convert.stand_ins import StandIns, whole_parameters
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
-from smet_compile.ops.sites import check_sparsified
+from smet_compile.ops.sites import check_sparsified, holders_of
 from smet_compile.shards import DrawsWhole, has_shards, is_nonzero, is_sharded, local
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -133,13 +133,9 @@ def _default_device(model: nn.Module) -> torch.device:
 
 def _to_empty(model: nn.Module, device: torch.device) -> None:
     """Gives the model memory on ``device``. Parameters that are tied stay so: ``to_empty`` alone would part them."""
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(parameter, []).append((module, name))
+    holders = holders_of(model)
     model.to_empty(device=device)
-    for (first, first_name), *others in places.values():
+    for (first, first_name), *others in holders.values():
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]
 

@@ -80,7 +80,7 @@ class Leader:
 
     def _refuse(self, why: str) -> None:
         self._talk.answer(self._next_wish, f"refused: {why}")
-        warnings.warn(f"wish {self._next_wish} is refused, and the run goes on as it is: {why}", stacklevel=2)
+        warn_of_refusal(self._next_wish, why)
         self._next_wish += 1
         self._wish = None
 
@@ -132,6 +132,11 @@ class Leader:
         elif time.monotonic() > self._deadline:
             self._is_group_damaged = True
             self._call()
+
+
+def warn_of_refusal(wish: int, why: str) -> None:
+    """Warns that a wish is not fulfilled."""
+    warnings.warn(f"wish {wish} is refused, and the run goes on as it is: {why}", stacklevel=3)
 
 
 def wish_for(mesh: Any, names: Any, *, prepare: bool, stay: bool) -> dict[str, Any]:

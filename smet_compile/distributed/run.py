@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import distributed, nn
@@ -96,9 +96,12 @@ class Prepared:
 
     def finish(self, model: nn.Module) -> Run:
         """Makes the rest of the run, once the model has its weights."""
+        return self.wrapped(self.optimized(model))
+
+    def optimized(self, model: nn.Module) -> Run:
+        """Makes the rest of the run but for what ``wrap`` makes."""
         train_on(model, self.mesh)
         optimizer, manager, *more = self.blueprint.optimize(model)
-        forward = model if self.blueprint.wrap is None else self.blueprint.wrap(model, self.mesh)
         others = more[0] if more else {}
         for name, each in others.items():
             if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
@@ -106,13 +109,22 @@ class Prepared:
                     f"optimize: expected an object with state_dict and load_state_dict for {name!r}, got "
                     f"{type(each).__name__}; leave it out, or give it both"
                 )
-        return Run(model, optimizer, manager, self.mesh, forward, others)
+        return Run(model, optimizer, manager, self.mesh, model, others)
+
+    def wrapped(self, run: Run) -> Run:
+        """Has the steps of a run call what ``wrap`` makes of its model."""
+        wrap = self.blueprint.wrap
+        return run if wrap is None else replace(run, forward=wrap(run.model, self.mesh))
 
 
-def data_rank(mesh: Any, rank: int) -> tuple[int, int]:
-    """Returns which share of the data a rank of a mesh reads, and of how many: all dimensions but "tp" divide it."""
+def data_rank(mesh: Any, rank: int | None = None) -> tuple[int, int]:
+    """Returns which share of the data a rank of a mesh reads, and of how many: all dimensions but "tp" divide it.
+
+    Args:
+        rank: its number; default: this rank's.
+    """
     table, names = mesh.mesh, mesh.mesh_dim_names or ()
-    at = (table == rank).nonzero()[0].tolist()
+    at = (table == (distributed.get_rank() if rank is None else rank)).nonzero()[0].tolist()
     number, count = 0, 1
     for dim, size in enumerate(table.shape):
         if not names or names[dim] not in _SAME_DATA:

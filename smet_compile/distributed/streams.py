@@ -1,4 +1,4 @@
-"""Carries what each share of the data has for itself: random states, and places in the data.
+"""Carries what each share of the data has for itself: random states, places in the data, gradients for growth.
 
 The ranks that read share d of the data have stream d. As long as the number of shares stays, every stream goes on, and
 a run with dropout draws what it would have drawn. Where there are fewer shares, the last streams end; where there are
@@ -19,20 +19,26 @@ import torch
 
 @dataclass(frozen=True)
 class Stream:
-    """Holds the random states of a rank, by their kind, and the states of further objects, by name."""
+    """Holds the random states of a rank, by their kind, and the states of further objects, by name.
+
+    Args:
+        collected: what the manager's policies have collected on this rank before an update; None where all ranks have
+            the same.
+    """
 
     random: dict[str, Any]
     others: dict[str, Any]
+    collected: Any = None
 
     @classmethod
-    def of(cls, others: Mapping[str, Any], device_type: str) -> Stream:
+    def of(cls, others: Mapping[str, Any], device_type: str, collected: Any = None) -> Stream:
         """Returns that of this rank."""
         states: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
         if "numpy" in sys.modules:
             states["numpy"] = sys.modules["numpy"].random.get_state()
         if device_type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state()
-        return cls(states, {name: each.state_dict() for name, each in others.items()})
+        return cls(states, {name: each.state_dict() for name, each in others.items()}, collected)
 
     def resume(self) -> None:
         """Sets the random states of this process."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, distributed
 
 from smet_compile.distributed import streams
+from smet_compile.distributed.arrival import finish, put_back
 from smet_compile.distributed.checksum import differing
-from smet_compile.distributed.generation import forget_graphs
 from smet_compile.distributed.layout import TensorNote
-from smet_compile.distributed.run import Prepared, Run, data_rank
+from smet_compile.distributed.run import Prepared, Run
 from smet_compile.distributed.space import Item, SwitchPlan, plan_switch
-from smet_compile.distributed.taken import Note, Taken, fill_model, fill_optimizers
+from smet_compile.distributed.taken import Note, Taken
 from smet_compile.distributed.transfer import WAYS, Meter, Transfer, Way
 from smet_compile.format.arguments import flag, one_of, whole_number
 
@@ -28,7 +28,8 @@ class SwitchOptions:
 
     Args:
         keep_source: keeps the old state until every rank has verified the new one; the run is as it was where that
-            fails. Otherwise each tensor is freed as soon as it has gone.
+            fails. Otherwise each tensor is freed as soon as it has gone, and moved back where the new run cannot be
+            made.
         chunk_bytes: the most that is sent at a time.
         way: how ranks send it (``smet_compile.distributed.transfer``).
     """
@@ -71,10 +72,11 @@ def switch(run: Run | None, prepared: Prepared, options: SwitchOptions = _DEFAUL
         prepared: the new layout, by ``Blueprint.prepare(mesh)``; it is used up, too.
 
     Raises:
-        ValueError: the new model has other parameters than the run; on every rank, and the run is as it was.
+        ValueError: the run cannot move: the new model has other parameters, its groups or its manager are others,
+            or ``optimize`` fails. It is raised on every rank, and the run is as it was.
         RuntimeError: with ``keep_source``, a tensor did not arrive as it was; the run is as it was.
     """
-    return move(Taken.of(run, distributed.get_rank()), prepared, options)
+    return move(Taken.of(run), prepared, options)
 
 
 @torch.no_grad()
@@ -83,6 +85,7 @@ def move(taken: Taken, prepared: Prepared, options: SwitchOptions) -> Switched:
     clock = _Clock()
     note, target, states = _agree_on(taken, prepared)
     _check_alike(note.tensors, target)
+    note.modes.check(target)
     clock.ends("agree")
     items = note.items(target)
     _check_plans(items)
@@ -102,15 +105,15 @@ def move(taken: Taken, prepared: Prepared, options: SwitchOptions) -> Switched:
                 "tensors are wrong); the run is as it was"
             )
         clock.ends("verify")
-    if prepared.model is None:
-        return Switched(None, plan, transfer.meter, clock.seconds)
-    forget_graphs()
-    fill_model(prepared.model, note, arrived)
-    run = prepared.finish(prepared.model)
-    fill_optimizers(run, note, arrived)
-    if run.manager is not None and note.manager is not None:
-        run.manager.load_state_dict(note.manager)
-    streams.resume(states, *data_rank(prepared.mesh, distributed.get_rank()), run.others)
+    moved = dict(arrived)
+    try:
+        run = finish(prepared, note, arrived, states, taken)
+    except ValueError:
+        if not options.keep_source:
+            put_back(items, moved, taken, device, options.chunk_bytes, options.way)
+        if taken.stream is not None:
+            taken.stream.resume()
+        raise
     clock.ends("finish")
     return Switched(run, plan, transfer.meter, clock.seconds)
 
@@ -129,9 +132,12 @@ def _agree_on(taken: Taken, prepared: Prepared) -> tuple[Note, dict[str, TensorN
     """Returns the first holder's note, the new layout and the streams by share of the data, on every rank."""
     found: list[Any] = [None] * distributed.get_world_size()
     has = taken.note is not None, prepared.tensors is not None
-    distributed.all_gather_object(found, (*has, taken.share, taken.stream))
+    distributed.all_gather_object(found, (*has, taken.share, taken.stream, taken.refusal))
+    refusal = next((each[-1] for each in found if each[-1]), "")
+    if refusal:
+        raise ValueError(f"{refusal}; the run is as it was")
     states: dict[int, streams.Stream] = {}
-    for _, _, share, stream in found:
+    for _, _, share, stream, _ in found:
         if share is not None:
             states.setdefault(share, stream)
     holders, targets = ([rank for rank, each in enumerate(found) if each[side]] for side in (0, 1))

@@ -16,7 +16,7 @@ from torch import distributed
 
 from smet_compile.distributed import members as talking
 from smet_compile.distributed.generation import Generation, MeshWish, ready_for_threads, root_store
-from smet_compile.distributed.leader import Leader, wish_for
+from smet_compile.distributed.leader import Leader, warn_of_refusal, wish_for
 from smet_compile.distributed.members import Members
 from smet_compile.distributed.run import Blueprint, Prepared, Run, data_rank
 from smet_compile.distributed.safely import Order, SafeSwitch
@@ -62,7 +62,7 @@ class Change:
     Args:
         step: the step before which it was.
         mesh: the mesh of the run since then.
-        went_back: whether the run is in its old layout again, since a process failed meanwhile.
+        went_back: whether the run is in its old layout, since a process failed meanwhile, or the switch was refused.
         pause: seconds from the end of the step before to the begin of the next.
         switched: counts of the transfer.
     """
@@ -176,12 +176,12 @@ class World:
     @property
     def data_rank(self) -> int:
         """Returns which share of the data this rank reads, counted from 0."""
-        return data_rank(self._own.mesh, distributed.get_rank())[0]
+        return data_rank(self._own.mesh)[0]
 
     @property
     def num_data_ranks(self) -> int:
         """Returns into how many shares the data is divided."""
-        return data_rank(self._own.mesh, distributed.get_rank())[1]
+        return data_rank(self._own.mesh)[1]
 
     @property
     def _own(self) -> Run:
@@ -217,7 +217,8 @@ class World:
         returns True.
 
         Raises:
-            LostRun: a part of the run's state is gone with a process that died, or the run does not go on.
+            LostRun: a part of the run's state is gone with a process that died, it can go on neither in a new layout
+                nor in the old one, or the run does not go on.
         """
         total = whole_number("total", total, at_least=1)
         self._num_steps = whole_number("start", start, at_least=0)
@@ -297,7 +298,11 @@ class World:
         self.changes.append(Change(order["at"], outcome.mesh, outcome.went_back, pause, outcome.switched))
         if self._is_first:
             done = "went back to the old layout, since a process failed" if outcome.went_back else "switched"
-            self._talk.answer(order["wish"], f"{done} after {order['at']} steps, in {pause:.2f} s")
+            if outcome.refusal:
+                self._talk.answer(order["wish"], f"refused: {outcome.refusal}")
+                warn_of_refusal(order["wish"], outcome.refusal)
+            else:
+                self._talk.answer(order["wish"], f"{done} after {order['at']} steps, in {pause:.2f} s")
         self._is_dismissed = self.run is None and not order["stay"] and not outcome.went_back
         if self.on_change is not None:
             self.on_change(self.changes[-1])

@@ -211,6 +211,16 @@ def names_of_sites(model: nn.Module) -> dict[str, list[str]]:
     return all_names(model, {name: site.module for name, site in find_sites(model).items()})
 
 
+def holders_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Returns each parameter once, with every module that holds it and its name there; tied ones have several."""
+    found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, []).append((module, name))
+    return found
+
+
 def _refuse_flattened(module: nn.Module) -> None:
     flattening = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if flattening is not None and isinstance(module, flattening):

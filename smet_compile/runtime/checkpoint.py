@@ -66,7 +66,8 @@ def save_checkpoint(
 
     torch's random states are saved too. A model that ``torch.compile`` or data parallelism wraps is saved under the
     names of the plain one. Where it is sharded, every rank calls this, and the file is the one that a single process
-    would write, but for the random states, which are the first rank's. Raises ValueError where the file cannot be
+    would write, but for the random states, which are the first rank's. Under ``DistributedDataParallel`` the gradients
+    that policies collect before an update are those of the rank that saves. Raises ValueError where the file cannot be
     written, or cannot hold a value exactly.
     """
     _check_arguments("save_checkpoint", path, model, optimizer, manager)

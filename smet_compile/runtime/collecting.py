@@ -92,6 +92,8 @@ class GradientCollection:
     def state_dict(self, within_step: bool = False) -> dict[str, dict[str, Any]]:
         """Returns what was collected in earlier steps of the window, by weight.
 
+        It is that of this rank: where backward does not reduce it (DistributedDataParallel), others have their own.
+
         Args:
             within_step: an optimizer made a step that the manager has not counted yet, so that a window of one step may
                 hold something.

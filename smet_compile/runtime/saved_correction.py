@@ -15,6 +15,7 @@ from smet_compile.ops.loaded import check_keys, kind_of
 
 _KEYS = {"scales_rows": bool, "scales_steps": bool, "correction": str}
 """Maps the attributes of a compact weight that are saved to their types."""
+_UNDECIDED: dict[str, Any] = {"scales_rows": False, "scales_steps": False, "correction": None}
 
 
 def correction_entries(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -65,6 +66,13 @@ def restore_correction(saved: dict[str, dict[str, Any]], model: nn.Module) -> st
         f"load_checkpoint: {len(different)} weights go on with another correction for batch norm than in the saved "
         f"run, such as {first}: {_TEXTS[method]} there, {_TEXTS[_method_of(sites[first].compact)]} here. {advice}"
     )
+
+
+def take_correction(entries: dict[str, dict[str, Any]], model: nn.Module) -> None:
+    """Has a model go on with exactly these decisions; the optimizers that scale steps are not told from here."""
+    for name, site in find_sites(model).items():
+        for key, value in (entries.get(name) or _UNDECIDED).items():
+            setattr(site.compact, key, value)
 
 
 def _method_saved(entry: dict[str, Any] | None) -> tuple[bool, bool]:

@@ -230,6 +230,7 @@ def refused(rank: int, world: int) -> list[str]:
     model = run.model
     loss_of(model, 0, rank, world).backward()
     run.optimizer.step()
+    run.optimizer.zero_grad()
     before = whole_state(run)
 
     def wider(mesh: DeviceMesh) -> nn.Module:
@@ -255,7 +256,8 @@ def refused(rank: int, world: int) -> list[str]:
 
     def in_two_groups(model: nn.Module) -> Any:
         groups = [{"params": list(model.head.parameters())}, {"params": list(model.layers.parameters())}]
-        return smet.ActiveAdamW(groups, 3e-3, model=model), None
+        optimizer = smet.ActiveAdamW(groups, 3e-3, model=model)
+        return optimizer, smet.TopologyManager(model, optimizer, total_steps=60, every=4, schedule="cosine")
 
     same, alike = builder("fsdp", torch.float64, 1), optimizing({})
     others = [(build, alike) for build in (wider, without_slabs, builder("fsdp", torch.float32, 1), renamed)]
