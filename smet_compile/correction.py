@@ -19,10 +19,10 @@ from smet_compile.ops import Site, find_sites
 from smet_compile.ops.optimizers import find_optimizers, optimizer_that_steps
 from smet_compile.ops.plain_copy import without_data
 from smet_compile.ops.row_scale import has_equal_fan_in
+from smet_compile.ops.scaled_steps import scale_steps as scale_steps_of
 from smet_compile.ops.sites import CONVOLUTIONS, check_sparsified, is_depthwise, without_wrappers
 from smet_compile.optim import ActiveAdamW, ActiveLion, ActiveOptimizer
 from smet_compile.optim.parameters import check_initialised
-from smet_compile.optim.scaled_steps import scale_steps as scale_steps_of
 from smet_compile.shards import has_shards, reshard
 from smet_compile.tables import table_lines
 from smet_compile.tracing import leave_no_trace

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from smet_compile.distributed.layout import TensorNote
 from smet_compile.distributed.space import Region
 from smet_compile.ops import canonical_name, find_sites
-from smet_compile.optim.scaled_steps import scale_steps
+from smet_compile.ops.scaled_steps import scale_steps
 from smet_compile.runtime.saved_correction import correction_entries, take_correction
 
 

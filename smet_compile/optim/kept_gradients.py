@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from smet_compile.optim.scaled_steps import scales_steps
+from smet_compile.ops.scaled_steps import scales_steps
 
 _PACKAGE = __name__.partition(".")[0]
 
