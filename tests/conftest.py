@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 
@@ -27,3 +28,11 @@ def unpacked() -> Iterator[None]:
     """Makes eager linear layers read their weights, so that they compute the numbers of a dense model bit for bit."""
     with direct.unpacked():
         yield
+
+
+@pytest.fixture
+def older_objects_stay() -> Iterator[None]:
+    """Leaves what there is by now out of garbage collection, which takes seconds after some thousand tests."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -155,6 +155,7 @@ def test_a_model_without_sites(x: Tensor) -> None:
         smet.explain(Net(), x)
 
 
+@pytest.mark.usefixtures("older_objects_stay")
 @pytest.mark.parametrize("breaks", [False, True])
 def test_nothing_of_a_model_that_was_explained_stays(x: Tensor, breaks: bool) -> None:
     torch._dynamo.reset()
@@ -168,6 +169,7 @@ def test_nothing_of_a_model_that_was_explained_stays(x: Tensor, breaks: bool) ->
         assert (modules_alive(), num_living(Captured)) == (0, before)
 
 
+@pytest.mark.usefixtures("older_objects_stay")
 def test_nothing_of_a_call_that_fails_stays(x: Tensor) -> None:
     torch._dynamo.reset()
     model, before = make(), num_living(Captured)

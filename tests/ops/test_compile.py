@@ -91,6 +91,7 @@ def test_equal_blocks_share_a_graph_as_dense_ones_do(kind: Callable[[], nn.Modul
     assert num_graphs == [2, 2]  # the second is for inputs that need gradients
 
 
+@pytest.mark.usefixtures("older_objects_stay")
 @pytest.mark.parametrize("kind", [Block, ExpertsBlock])
 def test_models_of_one_class_share_a_graph_and_are_freed_as_dense_ones_are(kind: Callable[[], nn.Module]) -> None:
     x = torch.randn(3, 8)
