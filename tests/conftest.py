@@ -18,6 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leaves what was imported out of all later garbage collections, of which tests cause thousands."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -31,8 +37,6 @@ def unpacked() -> Iterator[None]:
 
 
 @pytest.fixture
-def older_objects_stay() -> Iterator[None]:
+def older_objects_stay() -> None:
     """Leaves what there is by now out of garbage collection, which takes seconds after some thousand tests."""
     gc.freeze()
-    yield
-    gc.unfreeze()
