@@ -146,13 +146,23 @@ def cases(scale: Scale, folder: Path) -> list[Case]:
     results = Results.read(scale, folder)
     found: list[Case] = []
     for turn in turns(scale):
-        rivals = results.rivals(turn)
-        found += [case for rival in rivals for case in results.search(rival, turn.place).cases]
-        by_rival = [results.best_runs(rival, turn.place) for rival in rivals]
-        found += [case for of_seed in zip_longest(*by_rival) for case in of_seed if case]
+        found += _cases_of(turn, results)
         if any(case.key not in results.records for case in found):
             break
     return list(dict.fromkeys(found))
+
+
+def cases_of_all_turns(scale: Scale, folder: Path) -> list[Case]:
+    """Returns the runs of all turns that can be named by now, also those of turns whose time has not come."""
+    results = Results.read(scale, folder)
+    return list(dict.fromkeys(case for turn in turns(scale) for case in _cases_of(turn, results)))
+
+
+def _cases_of(turn: Turn, results: Results) -> list[Case]:
+    rivals = results.rivals(turn)
+    searched = [case for rival in rivals for case in results.search(rival, turn.place).cases]
+    by_rival = [results.best_runs(rival, turn.place) for rival in rivals]
+    return searched + [case for of_seed in zip_longest(*by_rival) for case in of_seed if case]
 
 
 def measure(scale: Scale, folder: Path) -> None:

@@ -52,7 +52,8 @@ _TIME = (
 def write(records: Records, scale: Scale, folder: Path) -> None:
     studies = records.path.parent
     page = Page(study.NAME, "Dense and sparse at equal memory", folder)
-    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES, _PACKAGES)
+    cases = study.cases_of_all_turns(scale, studies)
+    page.text(study.__doc__ or "", how_made(study.NAME, cases, records), _NOTES, _PACKAGES)
     results, measured = study.Results(scale, records, study.models(studies)), study.measured(studies)
     for turn in study.tables(scale):
         rivals = results.rivals(turn)
