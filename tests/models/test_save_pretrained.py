@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ class Repeated(PreTrainedModel):
     """Has one layer under three names."""
 
     config_class = PretrainedConfig
-    _tied_weights_keys = {f"layers.{i}.{k}": f"layers.0.{k}" for i in (1, 2) for k in ("weight", "bias")}  # noqa: RUF012
+    _tied_weights_keys: ClassVar = {f"layers.{i}.{k}": f"layers.0.{k}" for i in (1, 2) for k in ("weight", "bias")}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -5,7 +5,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -266,7 +266,7 @@ def test_tracers() -> None:
 class Told(nn.Linear):
     """Is told of its subclasses, and wants an argument of each."""
 
-    known: list[type] = []  # noqa: RUF012
+    known: ClassVar[list[type]] = []
 
     def __init_subclass__(cls, *, kind: str, **options: Any) -> None:
         super().__init_subclass__(**options)
