@@ -35,15 +35,16 @@ def together(work: Callable[[], Result], device: Any) -> Result:
     Raises:
         ValueError: it failed on some; the same on every rank.
     """
-    result, error = None, None
+    results: list[Result] = []
+    error = None
     try:
-        result = work()
+        results.append(work())
     except Exception as caught:
         error = caught
     wrong = first_reason("" if error is None else _text(error), [None], device)
     if wrong:
         raise ValueError(f"{wrong}; the run is as it was") from error
-    return result  # type: ignore[return-value]
+    return results[0]
 
 
 def _text(error: Exception) -> str:

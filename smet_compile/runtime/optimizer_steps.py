@@ -139,7 +139,8 @@ class TrainedParameters:
     def look_at_step(self, optimizer: Any) -> None:
         """Finds out what ``optimizer`` trained; called after its step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        counts = {p: each for p, each in self._counts().items() if p in set(parameters)}
+        all_counts = self._counts()
+        counts = {p: all_counts[p] for p in parameters if p in all_counts}
         now, before = _read_counts(counts), _numbers_of(self._before, counts)
         self._last |= _with_counts(counts, now)
         with_gradient = [p for p in parameters if p.grad is not None]
