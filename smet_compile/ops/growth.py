@@ -29,7 +29,7 @@ from smet_compile.format import (
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
 from smet_compile.ops.sinks import define_sink, open_sink
-from smet_compile.ops.torch_insides import refuse_branches
+from smet_compile.ops.torch_insides import refuse_branches, run_first_in_backward
 from smet_compile.shards import reduce_over_groups
 
 NO_GRADIENT = -1
@@ -199,13 +199,15 @@ def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
 def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
     """Returns the sink that fills the buffers. All reads of a weight share it until its backward has run.
 
-    In a later graph it would make the parameter wait for a node of the graph before (its leaf, where that is a shard's
-    local tensor), which autograd runs after FSDP2 has taken the module's gradients.
+    Its leaf under tensor parallelism is the local tensor of the read that opened it. Reads of a later graph share it
+    where that graph has no backward, as a validation loss that is kept. The parameter then waits for the leaf's node,
+    which has to run as soon as it can: otherwise FSDP2 has taken the gradients of the module by then.
     """
     known = _growth_sinks.get(positions)
     sink = None if known is None else known()
     if sink is None or not sink.requires_grad:
         sink = open_sink("growth_sink", leaf, positions, *rest)
+        run_first_in_backward(leaf)
         _growth_sinks[positions] = weakref.ref(sink)
     return sink
 

@@ -73,17 +73,22 @@ def mean_over_ranks(loss: Tensor) -> float:
     return float(total / distributed.get_world_size())
 
 
-def train_steps(parts: Any, steps: range, rank: int, world: int) -> list[float]:
-    """Trains model, optimizer and manager in these steps; returns the mean losses of all ranks."""
+def train_steps(parts: Any, steps: range, rank: int, world: int, looks: bool = False) -> list[float]:
+    """Trains model, optimizer and manager in these steps; returns the mean losses of all ranks.
+
+    ``looks``: whether the loss of another batch is computed first, and its graph kept through the step.
+    """
     model, optimizer, manager = parts
     losses = []
     for step in steps:
+        kept = loss_of(model, -1 - step, rank, world) if looks else None
         loss = loss_of(model, step, rank, world)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         manager.step()
         losses.append(mean_over_ranks(loss))
+        del kept
     return losses
 
 

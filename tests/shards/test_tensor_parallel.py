@@ -33,7 +33,7 @@ CASES: dict[str, tuple[int, int, Any, torch.dtype, dict[str, Any], dict[str, Any
 """Number of ranks, parts of a weight, block shape, dtype, and the options of sparsify and of the manager."""
 
 
-def run(rank: int, world: int, name: str) -> list[str]:
+def run(rank: int, world: int, name: str, looks: bool = False) -> list[str]:
     """Returns what differs between the model that the ranks hold together and that of one process."""
     _, tp, block_shape, dtype, of_sparsify, of_manager = CASES[name]
     if of_manager.get("grow") is HALVES:
@@ -47,7 +47,7 @@ def run(rank: int, world: int, name: str) -> list[str]:
         manager = smet.TopologyManager(each, optimizer, total_steps=60, every=8, schedule="cosine", **of_manager)
         runs.append((each, optimizer, manager))
     start, expected_start = dense_weights(model), dense_weights(whole)
-    losses = train_steps(runs[0], range(30), rank // tp, dp)
+    losses = train_steps(runs[0], range(30), rank // tp, dp, looks)
     expected = train_steps(runs[1], range(30), 0, 1)
     tolerance = 1e-12 if dtype is FP64 else 1e-6
     found = [f"start of {name}" for name in start if not torch.equal(start[name], expected_start[name])]
@@ -66,3 +66,7 @@ def run(rank: int, world: int, name: str) -> list[str]:
 def test_training_is_that_of_one_process(name: str) -> None:
     world = CASES[name][0]
     assert processes.run(world, run, name) == [[]] * world
+
+
+def test_a_validation_loss_that_is_kept_changes_nothing() -> None:
+    assert processes.run(4, run, "gradients, twice", True) == [[]] * 4
