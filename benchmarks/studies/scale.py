@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.studies.case import Shape
+from benchmarks.studies.corpus import STDLIB
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Race:
         wide: the shape of the sparse model and of the dense one of its width.
         equal_bytes: of a dense model with as many bytes of training state as the sparse one.
         vocabulary: number of byte pairs. steps: of each; ``rate_steps``: of runs that choose the rates.
+        text: what `Corpus` reads.
     """
 
     wide: Shape
@@ -22,6 +25,7 @@ class Race:
     vocabulary: int
     steps: int
     rate_steps: int
+    text: str = STDLIB
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ SCALES = {
             vocabulary=300,
             steps=8,
             rate_steps=2,
+            text=str(Path(__file__).parent),
         ),
         seeds=(0, 1),
         many_seeds=(0, 1),
