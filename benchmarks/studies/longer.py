@@ -50,7 +50,8 @@ def _case(scale: Scale, model: str, factor: float, steps: int) -> Case:
     sparse: dict[str, Any] = {"density": DENSITY, "block": BLOCK, "exponent": EXPONENTS[BLOCK]}
     return Case(
         shape=shape, steps=steps, rate=factor * rate_of(shape), plain_rate=PLAIN_RATE, decay="constant",
-        warmup=min(1.0, _WARMUP * scale.race.steps / steps), every=0, vocabulary=scale.race.vocabulary, text=scale.race.text,
+        warmup=min(1.0, _WARMUP * scale.race.steps / steps), every=0,
+        vocabulary=scale.race.vocabulary, text=scale.race.text,
         **(sparse if model == SPARSE else {}),
     )  # fmt: skip
 

@@ -65,6 +65,7 @@ class Change:
         went_back: whether the run is in its old layout, since a process failed meanwhile, or the switch was refused.
         pause: seconds from the end of the step before to the begin of the next.
         switched: counts of the transfer.
+        refusal: says why the switch was refused; empty where it was not.
     """
 
     step: int
@@ -72,6 +73,7 @@ class Change:
     went_back: bool
     pause: float
     switched: Switched
+    refusal: str = ""
 
 
 class World:
@@ -295,7 +297,8 @@ class World:
         self.run, self._generation, self.mesh = outcome.switched.run, outcome.generation, outcome.mesh
         self._num_steps = order["at"]
         pause = time.perf_counter() - start
-        self.changes.append(Change(order["at"], outcome.mesh, outcome.went_back, pause, outcome.switched))
+        change = Change(order["at"], outcome.mesh, outcome.went_back, pause, outcome.switched, outcome.refusal)
+        self.changes.append(change)
         if self._is_first:
             done = "went back to the old layout, since a process failed" if outcome.went_back else "switched"
             if outcome.refusal:
@@ -305,7 +308,7 @@ class World:
                 self._talk.answer(order["wish"], f"{done} after {order['at']} steps, in {pause:.2f} s")
         self._is_dismissed = self.run is None and not order["stay"] and not outcome.went_back
         if self.on_change is not None:
-            self.on_change(self.changes[-1])
+            self.on_change(change)
 
 
 def ask(address: str, mesh: Ranks, *, names: Sequence[str], seconds: float = 60.0) -> str:

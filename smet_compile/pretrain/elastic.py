@@ -180,9 +180,10 @@ class ElasticRun:
         self._open_loop(run, change.step)
         if self.is_first:
             self._folder.create(replace(self._config, shard=str(self._mesh)))
-            went = "went back to" if change.went_back else "switched to"
+            what = "stays at" if change.refusal else "went back to" if change.went_back else "switched to"
+            why = f", since the switch was refused: {change.refusal}" * bool(change.refusal)
             console = open_console(run.world, self._given_console)
-            print_plainly(console, f"{went} {self._mesh} after {change.step} steps, in {change.pause:.2f} s")
+            print_plainly(console, f"{what} {self._mesh} after {change.step} steps, in {change.pause:.2f} s{why}")
 
 
 def own_ranks(world: World) -> list[int]:

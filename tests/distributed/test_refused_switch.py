@@ -162,7 +162,7 @@ def asks_in_vain(rank: int, world: int, keep_source: bool) -> Any:
         if len(here.changes) == 3:
             break
     answers = [here.answer(number) for number in wishes]
-    return losses, answers, [(change.mesh.table, change.went_back) for change in here.changes]
+    return losses, answers, [(change.mesh.table, change.went_back, change.refusal) for change in here.changes]
 
 
 @pytest.mark.parametrize("keep_source", [False, True])
@@ -171,9 +171,10 @@ def test_a_world_goes_on_where_it_is_refused_a_layout(keep_source: bool) -> None
     (_, answers, changes), (second, _, _), *others = processes.run(4, asks_in_vain, keep_source)
     processes.stop()
     refused_first, refused_second, last = answers
-    assert refused_first == refused_second == "refused: optimize: expected another layout; the run is as it was"
+    refusal = "optimize: expected another layout; the run is as it was"
+    assert refused_first == refused_second == f"refused: {refusal}"
     assert last.startswith("switched after")
-    assert changes == [([0, 1], True)] * 2 + [([1, 2], False)]
+    assert changes == [([0, 1], True, refusal)] * 2 + [([1, 2], False, "")]
     assert all(each == changes for _, _, each in others)
     processes.stop()
     wanted, *_ = processes.run(2, stays, max(second) + 1)
