@@ -36,6 +36,7 @@ class Case:
         sparse: "all" linear layers, or those of the "feed_forward" parts alone.
         dense_from: share of the steps after which the model becomes dense; 1: it does not.
         even: whether rows and columns of tiles fill evenly at the start, as `sparsify` has it, or by chance.
+        permuted: whether each layer's tiles cover its inputs and outputs in an order of the layer's own.
         exponent: p of d^(-p). local_age: bias correction by the block's age (SMET), or by the step count (naive).
         block_warmup: W. every: ΔT, 0 for a static topology. grow: "random", "gradient".
         drop_fraction, final_drop_fraction: ζ, by cosine; equal ones are constant.
@@ -59,6 +60,7 @@ class Case:
     distribution: str = "uniform"
     rescale: bool = True
     even: bool = True
+    permuted: bool = False
     exponent: float = 1.0
     local_age: bool = True
     block_warmup: int = 100

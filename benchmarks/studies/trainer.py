@@ -17,6 +17,7 @@ from benchmarks.studies.case import Case
 from benchmarks.studies.cloze import Cloze
 from benchmarks.studies.corpus import Corpus
 from benchmarks.studies.optimizers import DTYPES, make_optimizer
+from benchmarks.studies.permuted import permute_units
 from benchmarks.studies.probe import Probe
 from benchmarks.studies.products import fast_products
 from benchmarks.studies.scattered import scatter
@@ -62,7 +63,8 @@ def build(case: Case) -> Trainee:
     """Makes the model of the case, sparse if it is to be, with optimizer and manager."""
     model = build_model(case)
     # sparsify keeps these objects: they then hold the active weights
-    matrices = [layer.weight for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)]
+    matrices = [layer.weight for layer in layers]
     if case.density < 1:
         smet.sparsify(
             model,
@@ -75,6 +77,8 @@ def build(case: Case) -> Trainee:
         )
         if not case.even:
             scatter(model, case.seed)
+        if case.permuted:
+            permute_units(layers, case.seed)
     optimizer = make_optimizer(case, model, matrices)
     moves = case.density < 1 and (case.every > 0 or case.dense_from < 1)
     return Trainee(model, optimizer, _manager(case, model, optimizer) if moves else None)

@@ -35,10 +35,10 @@ def test_times_are_measured_once(tmp_path: Path) -> None:
     found = equal_time.costs(tmp_path)
     assert found.keys() == {each.name for each in equal_time.RIVALS} and found["dense"] == 1.0
     tiles, then_dense = found[equal_time.TILES.name], found[equal_time.THEN_DENSE.name]
-    assert then_dense == pytest.approx(0.8 * tiles + 0.2)
-    (tmp_path / equal_time.STEPS).write_text(json.dumps({"dense": 1.0}))
+    assert then_dense == pytest.approx(0.8 * tiles + 0.2) and found[equal_time.PERMUTED.name] == tiles
+    (tmp_path / equal_time.STEPS).write_text(json.dumps({equal_time.TILES.name: 0.5}))
     equal_time.prepare(SCALE, tmp_path)
-    assert equal_time.costs(tmp_path) == {"dense": 1.0}
+    assert equal_time.costs(tmp_path)[equal_time.THEN_DENSE.name] == 0.6
 
 
 def test_seeds_follow_the_rate_of_each_contestant(tmp_path: Path) -> None:
@@ -51,7 +51,24 @@ def test_seeds_follow_the_rate_of_each_contestant(tmp_path: Path) -> None:
         records.add({"key": case.key, "case": asdict(case), "loss": abs(factor - 1), "seconds": 1.0})
     others = equal_time.cases(SCALE, tmp_path)[len(first) :]
     assert len(others) == len(equal_time.RIVALS) and {case.seed for case in others} == {1}
-    assert {case.steps for case in others} == {16}
+    assert {case.steps for case in others} == {16, 13}  # the fifth of one model's steps is dense
+
+
+def test_tiles_that_cover_other_units_in_each_layer() -> None:
+    """The model computes what a dense one does whose weights are the tiles with rows and columns in another order."""
+    trainee = build(rival(equal_time.PERMUTED.name).case(SCALE, 8))
+    plain = build(rival(equal_time.TILES.name).case(SCALE, 8))
+    names = [site.name.removesuffix(".weight") for site in smet.report(trainee.model).sites]
+    assert len(names) == 7 * trainee.model.config.num_hidden_layers
+    for name in names:
+        layer, weight = trainee.model.get_submodule(name), plain.model.get_submodule(name).weight.detach()
+        eye = torch.eye(layer.in_features, requires_grad=True)
+        moved = layer(eye).T
+        for dim in (0, 1):
+            assert torch.allclose(moved.sum(dim).sort().values, weight.sum(dim).sort().values, atol=1e-5)
+        assert not torch.equal(moved != 0, weight != 0)
+        (gradient,) = torch.autograd.grad(moved.square().sum(), eye)
+        assert torch.allclose(gradient, 2 * moved.T @ moved, atol=1e-5)
 
 
 def test_sparse_in_feed_forward_alone() -> None:
