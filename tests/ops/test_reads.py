@@ -15,16 +15,10 @@ from torch.nn.utils import parametrize
 
 import smet_compile as smet
 from smet_compile.ops import find_sites, reads
-from smet_compile.tracing import Capture
-from tests.support.small_models import two_layers
+from tests.support.small_models import sparse_layers
 from tests.support.training import train
 
 blocks = pytest.mark.parametrize("block", [1, (1, 4), (4, 4)], ids=str)
-
-
-def sparse(block: int | tuple[int, int] = 1) -> nn.Module:
-    torch.manual_seed(0)
-    return smet.sparsify(two_layers(), 0.5, block_shape=block)
 
 
 def halve_as_rwkv_does(layer: nn.Module) -> None:
@@ -92,7 +86,7 @@ HALVES = [
 @pytest.mark.parametrize("halve", HALVES, ids=lambda function: function.__name__)
 @pytest.mark.filterwarnings("error")
 def test_a_change_that_keeps_zeros_is_kept(block: Any, halve: Callable[[nn.Module], None]) -> None:
-    model = sparse(block)
+    model = sparse_layers(block)
     site, before = find_sites(model)["0.weight"], model[0].weight.detach().clone()
     values, mask = site.values, site.mask()
     halve(model[0])
@@ -102,7 +96,7 @@ def test_a_change_that_keeps_zeros_is_kept(block: Any, halve: Callable[[nn.Modul
 
 @blocks
 def test_initialisation_reaches_the_active_part_with_a_warning(block: Any) -> None:
-    model = sparse(block)
+    model = sparse_layers(block)
     site = find_sites(model)["0.weight"]
     active = (smet.export_dense(model)[0].weight != 0).clone()
     torch.manual_seed(1)
@@ -125,7 +119,7 @@ def test_initialisation_reaches_the_active_part_with_a_warning(block: Any) -> No
     ],
 )
 def test_no_such_write_is_lost_without_a_word(write: Callable[[nn.Module], object]) -> None:
-    model = sparse()
+    model = sparse_layers()
     before = model[0].weight.detach().clone()
     with pytest.warns(UserWarning, match=r"0\.weight"):
         write(model[0])
@@ -133,7 +127,7 @@ def test_no_such_write_is_lost_without_a_word(write: Callable[[nn.Module], objec
 
 
 def test_a_warning_that_is_an_error_comes_at_the_next_use() -> None:
-    model = sparse()
+    model = sparse_layers()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nn.init.ones_(model[0].weight)
@@ -149,7 +143,7 @@ def test_a_read_that_is_still_held_is_kept_before_the_next_use() -> None:
         lambda model: smet.ActiveAdamW(model, lr=0.0).step(),
         lambda model: torch.optim.SGD(model.parameters(), lr=0.0).step(),
     ):
-        model = sparse()
+        model = sparse_layers()
         before = model[0].weight.detach().clone()
         held = model[0].weight
         with torch.no_grad():
@@ -159,7 +153,7 @@ def test_a_read_that_is_still_held_is_kept_before_the_next_use() -> None:
 
 
 def test_export_and_copies_see_a_read_that_is_still_held() -> None:
-    model = sparse()
+    model = sparse_layers()
     before = model[0].weight.detach().clone()
     held = model[0].weight
     with torch.no_grad():
@@ -169,7 +163,7 @@ def test_export_and_copies_see_a_read_that_is_still_held() -> None:
 
 
 def test_weight_clipping_between_steps_equals_the_dense_twin() -> None:
-    model = sparse()
+    model = sparse_layers()
     mask = (model[0].weight != 0).clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(3):
@@ -181,7 +175,7 @@ def test_weight_clipping_between_steps_equals_the_dense_twin() -> None:
 
 
 def test_a_change_of_what_the_weight_was_is_refused_at_the_next_use() -> None:
-    model = sparse()
+    model = sparse_layers()
     held = model[0].weight
     train(model, torch.optim.SGD(model.parameters(), lr=0.5))
     values = find_sites(model)["0.weight"].values.detach().clone()
@@ -194,14 +188,14 @@ def test_a_change_of_what_the_weight_was_is_refused_at_the_next_use() -> None:
 
 
 def test_a_change_that_autograd_records_is_refused() -> None:
-    model = sparse()
+    model = sparse_layers()
     model[0].weight.mul_(2)
     with pytest.raises(ValueError, match=r"0\.weight: .* while gradients are recorded; .* torch\.no_grad"):
         model(torch.ones(2, 12))
 
 
 def test_another_shape_is_refused() -> None:
-    model = sparse()
+    model = sparse_layers()
     with torch.no_grad():
         model[0].weight.t_()
     with pytest.raises(ValueError, match=r"0\.weight: .* got the shape \(12, 20\) in place"):
@@ -214,7 +208,7 @@ def test_another_shape_is_refused() -> None:
 
 @blocks
 def test_data_that_no_active_blocks_hold_makes_every_block_active(block: Any) -> None:
-    model = sparse(block)
+    model = sparse_layers(block)
     merged = model[0].weight.detach() + torch.randn(20, 12)
     before = model[0].weight.detach().clone()
     with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"0\.weight"):
@@ -232,7 +226,7 @@ def test_data_that_no_active_blocks_hold_makes_every_block_active(block: Any) ->
 
 def test_more_active_blocks_while_an_old_graph_is_alive() -> None:
     """The loss holds the node that accumulates the gradient, and that expects the shape from before."""
-    model = sparse()
+    model = sparse_layers()
     loss = model(torch.ones(2, 12)).sum()
     loss.backward()
     with pytest.warns(UserWarning, match="keeps every block"):
@@ -243,7 +237,7 @@ def test_more_active_blocks_while_an_old_graph_is_alive() -> None:
 
 @blocks
 def test_a_parameter_is_assigned_as_a_tensor_is(block: Any) -> None:
-    model = sparse(block)
+    model = sparse_layers(block)
     twin = copy.deepcopy(model)
     new = torch.randn(20, 12)
     values = find_sites(model)["0.weight"].values
@@ -266,7 +260,7 @@ def test_the_projections_of_attention_are_assigned_too() -> None:
 
 
 def test_a_read_is_a_tensor_as_any_other() -> None:
-    model = sparse()
+    model = sparse_layers()
     weight = model[0].weight
     assert isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)
     for derived in (weight * 1, weight.t(), weight[0], weight.to(torch.float64), weight.clone()):
@@ -286,14 +280,14 @@ def test_a_read_is_a_tensor_as_any_other() -> None:
 
 
 def test_no_read_outlives_its_use() -> None:
-    model = sparse()
+    model = sparse_layers()
     before = set(reads._live)
     model(torch.ones(2, 12)).sum().backward()
     assert set(reads._live) == before
 
 
 def test_reads_in_a_cache_are_kept_too() -> None:
-    model = sparse()
+    model = sparse_layers()
     before = model[0].weight.detach().clone()
     with parametrize.cached(), torch.no_grad():
         model[0].weight.mul_(0.5)
@@ -302,7 +296,7 @@ def test_reads_in_a_cache_are_kept_too() -> None:
 
 
 def test_a_parameter_made_of_a_read_is_one_of_its_own() -> None:
-    model, other = sparse(), nn.Linear(12, 20)
+    model, other = sparse_layers(), nn.Linear(12, 20)
     before = model[0].weight.detach().clone()
     other.weight = nn.Parameter(model[0].weight.detach())
     assert type(other.weight) is nn.Parameter and type(other.weight.data) is Tensor
@@ -313,157 +307,6 @@ def test_a_parameter_made_of_a_read_is_one_of_its_own() -> None:
     other.weight.data.mul_(3)
     model(torch.ones(2, 12))
     assert torch.equal(model[0].weight, before) and not torch.equal(other.weight, before)
-
-
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_read_goes_into_a_compiled_function(backend: str) -> None:
-    model, x = sparse(), torch.randn(4, 12)
-    compiled = torch.compile(lambda weight, x: x @ weight.t() * 2, backend=backend, fullgraph=True)
-    compiled(model[0].weight, x).sum().backward()
-    compact = find_sites(model)["0.weight"].values
-    got, compact.grad = compact.grad, None
-    (x @ model[0].weight.t() * 2).sum().backward()
-    assert got is not None and compact.grad is not None
-    torch.testing.assert_close(got, compact.grad)
-
-
-def freeze_by_method(layer: nn.Module, is_trained: bool) -> None:
-    layer.weight.requires_grad_(is_trained)
-
-
-def freeze_by_attribute(layer: nn.Module, is_trained: bool) -> None:
-    layer.weight.requires_grad = is_trained
-
-
-@torch.no_grad()
-def freeze_without_gradients(layer: nn.Module, is_trained: bool) -> None:
-    layer.weight.requires_grad_(is_trained)
-
-
-@pytest.mark.parametrize("freeze", [freeze_by_method, freeze_by_attribute, freeze_without_gradients])
-def test_a_weight_is_frozen_and_trained_again_as_a_parameter_is(freeze: Callable[[nn.Module, bool], None]) -> None:
-    model = sparse()
-    twin = copy.deepcopy(model)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
-    for is_trained in (True, False, False, True):
-        freeze(model[0], is_trained)
-        assert model[0].weight.requires_grad is is_trained
-        twin[0].parametrizations.weight.original.requires_grad_(is_trained)
-        losses = [train(each, optimizer) for each, optimizer in zip((model, twin), optimizers, strict=True)]
-        assert losses[0] == losses[1]
-        assert torch.equal(model[0].weight, twin[0].weight)
-    assert model[0].parametrizations.weight.original.requires_grad
-
-
-def test_freezing_changes_later_reads_and_no_graph_that_is_there() -> None:
-    layer = sparse()[0]
-    values, read = layer.parametrizations.weight.original, layer.weight
-    loss = read.square().sum()
-    assert read.requires_grad_(False) is read and read.requires_grad and not layer.weight.requires_grad
-    assert layer.weight.requires_grad_().requires_grad is False and layer.weight.requires_grad
-    loss.backward()
-    assert torch.equal(values.grad, 2 * values)
-    leaf = layer.weight.detach().requires_grad_()
-    (3 * leaf).sum().backward()
-    assert torch.equal(leaf.grad, torch.full_like(leaf, 3)) and torch.equal(values.grad, 2 * values)
-    leaf.grad = None
-    leaf.requires_grad = False
-    assert leaf.grad is None and not leaf.requires_grad and layer.weight.requires_grad
-
-
-def test_a_gradient_that_is_given_to_a_read_is_refused() -> None:
-    model = sparse()
-    for given in (torch.ones_like(model[0].weight), None):
-        with pytest.raises(
-            ValueError, match=r"0.weight: .* set that of the values, 0.parametrizations.weight.original.g"
-        ):
-            model[0].weight.grad = given
-    layer = smet.sparsify(nn.Linear(12, 7), density=0.5)
-    with pytest.raises(ValueError, match=r"values, parametrizations.weight.original.grad$"):
-        layer.weight.grad = torch.ones(7, 12)
-    kept = layer.weight
-    kept.retain_grad()
-    kept.sum().backward()
-    assert torch.equal(kept.grad, torch.ones(7, 12))
-    kept.grad = None
-    assert kept.grad is None
-
-
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_a_frozen_read_goes_into_a_compiled_function(backend: str) -> None:
-    layer = sparse()[0]
-    layer.weight.requires_grad_(False)
-    double = torch.compile(lambda weight: 2 * weight, backend=backend, fullgraph=True)
-    for is_trained in (False, True):
-        layer.weight.requires_grad_(is_trained)
-        result = double(layer.weight)
-        assert result.requires_grad is is_trained and torch.equal(result, 2 * layer.weight)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_a_compiled_forward_sees_a_change_of_a_read_that_is_still_held(backend: str) -> None:
-    model, x = sparse(), torch.randn(3, 12)
-    compiled = torch.compile(model, backend=backend)
-    compiled(x).sum().backward()
-    for layer in (model[0], model[3]):
-        held = layer.weight  # the last one outlives the loop
-        with torch.no_grad():
-            held.clamp_(-0.01, 0.01)
-    values = model[3].parametrizations.weight.original
-    actual = compiled(x)
-    assert values.abs().max() <= 0.01 and held.shape == (7, 20)
-    assert torch.allclose(actual, model(x))
-    actual.sum().backward()
-
-
-def test_a_compiled_forward_raises_where_a_change_cannot_be_kept() -> None:
-    model, x = sparse(), torch.randn(3, 12)
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(x)
-    held = model[3].weight
-    held.mul_(2)
-    with pytest.raises(ValueError, match="was changed in place while gradients are recorded"):
-        compiled(x)
-    assert held.shape == (7, 20)
-
-
-def test_a_compiled_forward_in_another_dtype_raises_once_and_keeps_the_change() -> None:
-    model, x = sparse(), torch.randn(3, 12)
-    compiled = torch.compile(model, backend=Capture())
-    with torch.autocast("cpu", torch.bfloat16):
-        compiled(x)
-        held = model[3].weight
-        with torch.no_grad():
-            held.zero_()
-        with pytest.raises(ValueError, match="call the function again"):
-            compiled(x)
-        assert torch.equal(compiled(x).float(), model[3].bias.bfloat16().float().expand(3, -1))
-
-
-def test_a_change_after_the_compiled_forward_waits_for_the_next_use() -> None:
-    model, x = sparse(), torch.randn(3, 12)
-    loss = torch.compile(model, backend=Capture())(x).square().sum()
-    before = model[3].parametrizations.weight.original.detach().clone()
-    held = model[3].weight
-    with torch.no_grad():
-        held.zero_()
-    loss.backward()
-    assert torch.equal(model[3].parametrizations.weight.original, before)
-    assert (model(x) == model[3].bias).all()
-
-
-def test_a_constraint_in_the_forward_of_its_own_module_is_kept() -> None:
-    class Constrained(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
-            return super().forward(x)
-
-    torch.manual_seed(0)
-    model = smet.sparsify(nn.Sequential(Constrained(12, 20), nn.Linear(20, 7)), 0.5)
-    before = model[0].weight.detach().clone()
-    model(torch.ones(2, 12)).sum().backward()
-    torch.testing.assert_close(model[0].weight.detach(), torch.renorm(before, p=2, dim=0, maxnorm=0.3))
-    assert float(model[0].weight.detach().norm(dim=1).max()) <= 0.3 + 1e-6
 
 
 def test_nothing_is_printed_where_the_interpreter_ends() -> None:

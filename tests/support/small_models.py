@@ -1,7 +1,11 @@
 """Defines small models of awkward sizes, with smooth activations, so that no gradient is zero by accident."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+import smet_compile as smet
 
 
 class ToyExperts(nn.Module):
@@ -37,6 +41,11 @@ SITES_OF_RAGGED_NET = ("first.weight", "experts.up_proj", "experts.down_proj", "
 
 def two_layers(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Dropout(dropout), nn.Linear(20, 7))
+
+
+def sparse_layers(block_shape: Any = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return smet.sparsify(two_layers(), 0.5, block_shape=block_shape)
 
 
 def batch(step: int, num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
