@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
@@ -27,12 +26,12 @@ from smet_compile.convert.compact import Drawn
 from smet_compile.convert.distribution import Distribute, Distribution
 from smet_compile.convert.pruned import without_pruning
 from smet_compile.format import arguments
+from smet_compile.format.user_warning import warn_user
 from smet_compile.shards import reshard
 
 Model = TypeVar("Model", bound=nn.Module)
 _MAX_DENSITY_RATIO = 1.5
 """Factor by which the density of the whole model may exceed the requested one without a warning."""
-_STACKLEVEL = 4  # warnings name the line that calls sparsify
 
 
 def sparsify(
@@ -44,7 +43,7 @@ def sparsify(
     exclude: Globs = None,
     rules: Mapping[str, float] | None = None,
     distribution: Distribution | Mapping[str, float] | Distribute = "uniform",
-    select: Select = "random",
+    select: Select | None = None,
     pattern: str | None = None,
     masks: Mapping[str, Tensor] | Literal["prune"] | None = None,
     rescale: bool | None = None,
@@ -74,9 +73,9 @@ def sparsify(
         distribution: "uniform", every weight at ``density``; "er" or "erk", Erdős-Rényi shares (see
             ``convert.distribution.allocate``) with the total exact; or a function of (layouts by name, density) that
             returns for each name a density, or a number of blocks as an int. A dict means the same as ``rules``.
-        select: "random" for a fresh model (tiles so that their rows and columns fill evenly); "magnitude", the blocks
-            of largest mean \\|w\\|, for a trained one; or "nonzero" for a pruned one: of each weight the blocks that
-            are not all zero, at least one, and a weight without a block of zeros stays dense.
+        select: "random", the default, for a fresh model (tiles so that their rows and columns fill evenly);
+            "magnitude", the blocks of largest mean \\|w\\|, for a trained one; or "nonzero" for a pruned one: of each
+            weight the blocks that are not all zero, at least one, and a weight without a block of zeros stays dense.
         pattern: None; "fan_in", as many active blocks in every row of blocks, within one; or "N:M" such as "2:4", N
             active in every M single weights along a row.
         masks: says which weights are active, by the name of a weight or its module: dense bool tensors, as
@@ -112,8 +111,8 @@ def sparsify(
     the compact ones, whose inactive weights are lost.
     """
     arguments.module("sparsify", model)
-    arguments.one_of("select", select, SELECTS)
-    if select == "nonzero":
+    how = arguments.one_of("select", "random" if select is None else select, SELECTS)
+    if how == "nonzero":
         check_no_density_for_nonzero(density, rules, distribution, masks)
     rescale = None if rescale is None else arguments.flag("rescale", rescale)
     seed = arguments.seed_number("seed", seed)
@@ -129,14 +128,16 @@ def sparsify(
             exclude,
             rules,
             distribution,
-            select,
+            how,
             pattern,
             masks=given,
             dense_as_compact=dense_as_compact,
             slabs=slabs,
         )
-        drawn = [draw(each, select, _rescales(each, select, rescale), seed) for each in selection.choices]
+        drawn = [draw(each, how, _rescales(each, how, rescale), seed) for each in selection.choices]
         _warn(model, selection, drawn)
+        if select is None:
+            _warn_if_trained(selection.choices)
         install_passes()
         make_compact(model, drawn, selection.dense_reasons)
         save_dense(model)
@@ -193,10 +194,9 @@ def _warn_if_larger(choices: Sequence[Choice]) -> None:
         for choice in sorted(larger, key=lambda choice: choice.dense_bytes - choice.values_bytes)[:NUM_NAMED]
     )
     others = f" and {len(larger) - NUM_NAMED} more" if len(larger) > NUM_NAMED else ""
-    warnings.warn(
+    warn_user(
         f"sparsify: compact weights that take more memory than dense ones: {named}{others}; take smaller blocks, or "
-        "leave these weights dense with exclude=",
-        stacklevel=_STACKLEVEL,
+        "leave these weights dense with exclude="
     )
 
 
@@ -218,15 +218,31 @@ def _warn_if_dense(before: Report, num_dropped: int, dense_reasons: Mapping[str,
         for row in sorted(dense, key=lambda row: -row.num_weights)[:NUM_NAMED]
     )
     cause = f"largest left dense: {largest}" if largest else "a weight keeps at least one block; use smaller blocks"
-    warnings.warn(
+    warn_user(
         f"sparsify: the model's matrices as a whole have density {whole_density:.2f}, more than "
-        f"{_MAX_DENSITY_RATIO} times the {density} asked for; {cause}",
-        stacklevel=_STACKLEVEL,
+        f"{_MAX_DENSITY_RATIO} times the {density} asked for; {cause}"
     )
+
+
+def _warn_if_trained(choices: Sequence[Choice]) -> None:
+    """Warns where a random part is kept of weights that ``from_pretrained`` of Hugging Face has loaded and marked."""
+    loaded = [
+        choice.weight.name
+        for choice in choices
+        if choice.mask is None
+        and choice.num_active < choice.layout.num_blocks
+        and getattr(choice.weight.tensor, "_is_hf_initialized", False)
+    ]
+    if loaded:
+        warn_user(
+            f"sparsify: {len(loaded)} weights ({loaded[0]}, ...) were loaded by from_pretrained, and most of what they "
+            'learnt is lost where a random part of them is kept; pass select="magnitude" to keep the largest, or '
+            'select="random" if that is meant'
+        )
 
 
 def _warn_if_rows_are_empty(choices: Sequence[Choice]) -> None:
     """Warns where a weight gets fewer active blocks than it has rows, or columns, of blocks."""
     empty = describe_empty_rows((choice.weight.name, choice.layout, choice.num_active) for choice in choices)
     if empty:
-        warnings.warn(f"sparsify: {empty}, and see smet_compile.inspect", stacklevel=_STACKLEVEL)
+        warn_user(f"sparsify: {empty}, and see smet_compile.inspect")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from smet_compile.format import (
     unpack_bits,
     write_lists,
 )
+from smet_compile.format.user_warning import warn_user
 from smet_compile.ops import captures, gate, growth, loading, open_sinks, reads, saved_weights
 from smet_compile.ops.growth import Collected
 from smet_compile.ops.torch_insides import is_exporting, replace_data
@@ -312,11 +312,10 @@ class CompactWeight(nn.Module):
         if int(dense.count_nonzero()) == int(new.count_nonzero()):
             values.copy_(new)
             return
-        warnings.warn(
+        warn_user(
             f"{self.name}: the data that the weight was given has numbers where no block was active; it keeps every "
             "block from now on, in as much memory as a dense weight. Assign to the weight itself, without .data, to "
-            "keep the active part alone",
-            stacklevel=4,
+            "keep the active part alone"
         )
         everything = torch.ones(self.layout.num_blocks, dtype=torch.bool, device=self.topology.device)
         dense, self.pattern = dense.detach(), None

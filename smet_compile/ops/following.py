@@ -8,7 +8,6 @@ loaded alone, and model and optimizer in either order. Where state cannot follow
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.format import Part, TopologyChange, unpack_bits
+from smet_compile.format.user_warning import warn_user
 
 
 @dataclass
@@ -179,10 +179,9 @@ def _follow(name: str, values: nn.Parameter, bits: Sequence[Any], may_warn: bool
     if not load.changes:
         return
     if stays and is_second and has_rows and may_warn:
-        warnings.warn(
+        warn_user(
             f"{name}: two topologies were loaded, and the optimizer's state in between; it is taken for that of the "
-            "second one. If it is that of the first, load these two by load_checkpoint, and then the weights",
-            stacklevel=2,
+            "second one. If it is that of the first, load these two by load_checkpoint, and then the weights"
         )
     change = load.change()
     _follow_gradient(values, change)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.format import WEIGHTS_OF_A_GROUP, Layout
+from smet_compile.format.user_warning import warn_user
 from smet_compile.ops import Site, canonical_name, find_sites
 from smet_compile.ops.choose import update_all
 from smet_compile.ops.gate import GENERATIONS_OF_A_BYTE, check_ages
@@ -210,13 +210,12 @@ def warn_of_untrained(optimizer: str, model: nn.Module) -> None:
     names = [name for name, values in sites.items() if id(values) not in trained and values.requires_grad]
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        warnings.warn(
+        warn_user(
             f"{optimizer}: {shown} got a gradient and are in no parameter group, so they are never "
             "trained unless another optimizer, or that of another rank, holds them. A compact weight is the "
             "parameter '...parametrizations.weight.original': choose it by that name, or make the groups with "
             "smet.param_groups(model, lr) or smet.decay_groups(model, weight_decay); freeze it with "
-            "requires_grad_(False) to leave it as it is",
-            stacklevel=7,
+            "requires_grad_(False) to leave it as it is"
         )
 
 

@@ -290,11 +290,19 @@ def _cost_warnings(sparse: Cost, dense: Cost) -> Iterator[str]:
         if cost > dense_cost * (1 + _PRINTED_AS_EQUAL):
             reason = _larger_kinds(sparse, dense) if name == "persistent" else ""
             yield f"{name} is {cost / dense_cost:.2f} times that of dense training{reason}"
-    more = sparse.stored["moments"] - dense.stored["moments"]
-    if more > 0:
+    more, edges = (sparse.stored[kind] - dense.stored[kind] for kind in ("moments", "weights"))
+    if (
+        more > 0
+        and sparse.stored["moments"] * dense.stored["weights"] > dense.stored["moments"] * sparse.stored["weights"]
+    ):
         yield (
             f"moments take {bytes_text(more)} more than dense AdamW's, which have the dtype of the weights; "
             'moment_dtype="bfloat16" or "int8" makes them smaller'
+        )
+    if edges > 0:
+        yield (
+            f"weights take {bytes_text(edges)} more than dense ones, since blocks hang over the edges of matrices; "
+            "take smaller blocks, or sizes that divide the matrices"
         )
     lists = sparse.stored["index"] + sparse.stored["ages"] - dense.stored["ages"]
     saved = sum(dense.stored[kind] - sparse.stored[kind] for kind in ("weights", "gradients", "moments"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
 from smet_compile.format.patterns import FAN_IN
+from smet_compile.format.user_warning import warn_user
 from smet_compile.ops import Site, canonical_name
 from smet_compile.runtime.history import TopologyEvent
 from smet_compile.runtime.schedules import Schedule
@@ -46,11 +46,10 @@ def check_ablation(threshold: float | None, sites: dict[str, Site]) -> None:
 def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: int) -> None:
     """Warns where no update fits into the run, or where weights are too small to move in every update."""
     if schedule.num_updates == 0:
-        warnings.warn(
+        warn_user(
             f"TopologyManager: no topology update fits: the first would be due after step {schedule.every}, and none "
             f"is made from step {schedule.stop_step:g} of {total_steps} on; lower every, raise total_steps, or say "
             'schedule="none"',
-            stacklevel=3,
         )
         return
     first = schedule.drop_fraction(schedule.every)
@@ -59,21 +58,19 @@ def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: i
     ]
     if slow and first > 0:
         more = f" and {len(slow) - _NUM_NAMED} more" if len(slow) > _NUM_NAMED else ""
-        warnings.warn(
+        warn_user(
             f"TopologyManager: {', '.join(slow[:_NUM_NAMED])}{more}: a drop fraction of {first:.3g} is less than one "
             "block an update, so these weights move only now and then; take smaller blocks, a larger drop_fraction, "
             'or schedule="none"',
-            stacklevel=3,
         )
 
 
 def warn_of_tiles(num_tiles: int, num_weights: int) -> None:
     """Warns that the topology of tiles does not change where nobody asked for a schedule."""
-    warnings.warn(
+    warn_user(
         f"TopologyManager: {num_tiles} of {num_weights} compact weights consist of tiles, which stay where they are: "
         'those that moved trained worse (docs/choosing.md); say schedule="cosine" to move them, or schedule="none" to '
         "keep everything in place",
-        stacklevel=3,
     )
 
 
@@ -85,11 +82,10 @@ def warn_of_newcomers(event: TopologyEvent, min_age: int) -> bool:
     total = event.total
     if total.num_dropped < _FEWEST_TO_JUDGE or total.num_newcomers_dropped < _HARDLY_MOVES * total.num_dropped:
         return False
-    warnings.warn(
+    warn_user(
         f"TopologyManager: of {total.num_dropped:,} blocks dropped after step {event.step}, "
         f"{total.num_newcomers_dropped:,} were newcomers, dropped as soon as they could be: what grows does "
-        f'not stay; raise min_age (now {min_age} steps), lower drop_fraction, or say schedule="none", as suits tiles',
-        stacklevel=6,
+        f'not stay; raise min_age (now {min_age} steps), lower drop_fraction, or say schedule="none", as suits tiles'
     )
     return True
 
@@ -97,10 +93,9 @@ def warn_of_newcomers(event: TopologyEvent, min_age: int) -> bool:
 def warn_of_no_call(num_steps: int, every: int) -> None:
     """Warns once, after 1.5 ΔT steps of the optimizer, that ``manager.step()`` was never called."""
     if num_steps == math.ceil(1.5 * every):
-        warnings.warn(
+        warn_user(
             f"TopologyManager: the optimizer made {num_steps} steps and manager.step() was never called, so the "
             "topology does not change; call it after each optimizer.step()",
-            stacklevel=3,
         )
 
 
@@ -119,12 +114,11 @@ class IdleCalls:
         self.count += 1
         is_accumulating = any(parameter.grad is not None for parameter in self._model.parameters())
         if self.count == (_IDLE_CALLS_OF_ACCUMULATION if is_accumulating else _IDLE_CALLS):
-            warnings.warn(
+            warn_user(
                 f"TopologyManager: step() was called {self.count} times and no step of the optimizer "
                 f"({', '.join(sorted(set(optimizers)))}) was seen, so the topology does not change; pass the optimizer "
                 "whose step() trains the model, and call manager.step() after it. A GradScaler that skips every step "
-                "looks the same",
-                stacklevel=6,
+                "looks the same"
             )
 
 
@@ -138,8 +132,7 @@ def warn_of_left_out(
     bad = {id(parameter) for parameter in not_finite}
     names = [canonical_name(model, name) for name, parameter in model.named_parameters() if id(parameter) in bad]
     reason = f"the gradient of {', '.join(names[:_NUM_NAMED])} is not finite" if bad else "no gradient came"
-    warnings.warn(
+    warn_user(
         f"TopologyManager: an update was postponed for {num_steps} steps since {reason}; it is left out, the next is "
-        f"due after step {next_update}",
-        stacklevel=7,
+        f"due after step {next_update}"
     )

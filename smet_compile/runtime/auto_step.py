@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from smet_compile.format.user_warning import warn_user
 from smet_compile.ops import find_sites
 from smet_compile.ops.optimizers import FoundOptimizer, unwrapped
 
@@ -83,10 +83,9 @@ def take_over(manager: Any, weights: Iterable[int]) -> None:
         other = _by_weight.get(weight)
         if other is not None and other is not manager and other.auto_step:
             if any(own is each for own in manager.optimizers for each in other.optimizers):
-                warnings.warn(
+                warn_user(
                     "TopologyManager: the optimizer has another manager, made before, which no longer steps by itself; "
-                    "make one manager for a run",
-                    stacklevel=4,
+                    "make one manager for a run"
                 )
             other.retire()
         _by_weight[weight] = manager

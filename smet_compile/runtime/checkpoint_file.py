@@ -241,10 +241,10 @@ def _read_tensors(file: int) -> tuple[dict[str, str], dict[str, Tensor]]:
     Raises ValueError where the file is not whole or not safetensors, and OSError where it cannot be read.
     """
     size = os.fstat(file).st_size
-    length = int.from_bytes(_read_all(file, bytearray(8), 0, size), "little")
+    length = int.from_bytes(_read_all(file, bytearray(8), 0), "little")
     if length > min(_LONGEST_HEADER, size - 8):
         raise ValueError(f"expected a header within the {size} bytes of the file, got one of {length} bytes")
-    header = json.loads(bytes(_read_all(file, bytearray(length), 8, size)), object_pairs_hook=_unique)
+    header = json.loads(bytes(_read_all(file, bytearray(length), 8)), object_pairs_hook=_unique)
     if not isinstance(header, dict):
         raise ValueError("expected a header that is a JSON object, got another")
     metadata = header.pop(_METADATA, {})
@@ -257,7 +257,7 @@ def _read_tensors(file: int) -> tuple[dict[str, str], dict[str, Tensor]]:
         tensors[name] = torch.empty(shape, dtype=dtype)
         data = as_bytes(tensors[name])
         assert len(data) == end - start
-        _read_all(file, data, 8 + length + start, size)
+        _read_all(file, data, 8 + length + start)
         if dtype == torch.bool and bool((tensors[name].view(torch.uint8) > 1).any()):
             raise ValueError(f"{name}: expected bytes of 0 and 1 for bool, got others")
     return metadata, tensors
@@ -302,12 +302,12 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(file, data[done : done + _CHUNK_BYTES], offset + done)
 
 
-def _read_all(file: int, into: Any, offset: int, size: int) -> Any:
+def _read_all(file: int, into: Any, offset: int) -> Any:
     view, done = memoryview(into), 0
     while done < len(view):
         count = os.preadv(file, [view[done : done + _CHUNK_BYTES]], offset + done)
         if count == 0:
-            raise ValueError(f"expected {size} bytes, got {offset + done}: the file was cut")
+            raise ValueError(f"expected {offset + len(view)} bytes or more, got {offset + done}: the file was cut")
         done += count
     return into
 

@@ -6,13 +6,13 @@ groups of an optimizer but no other keys, and takes trees apart by the structure
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from smet_compile.format.user_warning import warn_user
 from smet_compile.ops.loaded import MANAGER, kind_of
 from smet_compile.runtime import checkpoint_file
 from smet_compile.runtime.manager_state import SavedManager
@@ -82,11 +82,10 @@ class InOptimizer:
             self._loaded = _unpacked(packed[0])
             self.manager.check_state_dict(self._loaded, override=self._override)
         elif not packed:
-            warnings.warn(
+            warn_user(
                 "TopologyManager: expected its state in that of the optimizer, got none, so its steps and history are "
                 "those that it had; load manager.state_dict() by itself where it was saved by itself, as older "
-                "versions did and as flattened state dicts of torch.distributed.checkpoint need it",
-                stacklevel=2,
+                "versions did and as flattened state dicts of torch.distributed.checkpoint need it"
             )
         groups = [{key: value for key, value in group.items() if key != MANAGER} for group in state["param_groups"]]
         return state | {"param_groups": groups}

@@ -114,3 +114,14 @@ def test_a_plan_warns_of_too_few_blocks_for_their_rows() -> None:
     assert any("weight (3 blocks for 8 rows and 4 columns of blocks): some outputs" in each for each in few.warnings)
     enough = smet.plan(nn.Linear(32, 64), 0.25, block_shape=8, **step)
     assert not any("columns of blocks" in each for each in enough.warnings)
+
+
+def test_a_plan_says_why_moments_take_more_than_dense_ones() -> None:
+    step = {"inputs": lambda b, s: torch.zeros(b, 30), "loss_fn": lambda m, x: m(x).sum(), "compiled": False}
+    over = smet.plan(nn.Linear(30, 60), 1.0, block_shape=16, density_schedule=[(9, 0.5)], **step).warnings
+    assert any("weights take 992 B more than dense ones, since blocks hang over the edges" in each for each in over)
+    assert not any("moments take" in each for each in over)
+    half = {"inputs": lambda b, s: torch.zeros(b, 30, dtype=torch.bfloat16)}
+    wide = smet.plan(nn.Linear(30, 60).bfloat16(), 0.9, **(step | half)).warnings
+    assert any("moments take" in each and "have the dtype of the weights" in each for each in wide)
+    assert not any("hang over" in each for each in wide)

@@ -246,6 +246,13 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         checkpoint_file.read(tmp_path / "pipe")
 
 
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_file_that_ends_before_its_header_says_what_it_lacks(count: int, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * count)
+    with pytest.raises(ValueError, match=f"expected 8 bytes or more, got {count}: the file was cut"):
+        checkpoint_file.read(tmp_path / "a")
+
+
 def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint_file.write(tmp_path / "a", {"x": torch.ones(5000), "y": torch.ones(5000)})
     whole, reads = os.preadv, []

@@ -74,6 +74,17 @@ def test_nearly_all_that_is_dropped_is_new_warns_once() -> None:
     assert len(caught) == 1
 
 
+def test_that_warning_names_the_line_of_the_users_step() -> None:
+    model, x = smet.sparsify(nn.Linear(12, 20), 0.3), torch.randn(4, 12)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2)
+    smet.TopologyManager(model, optimizer, total_steps=1000, every=1, min_age=0, drop_fraction=0.3)  # steps by itself
+    with pytest.warns(UserWarning, match="were newcomers") as caught:
+        for _ in range(30):
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize(("num_newcomers", "warns"), [(0, False), (80, False), (89, False), (90, True), (100, True)])
 def test_newcomers_that_go_again_warn_where_they_are_nearly_all(num_newcomers: int, warns: bool) -> None:
     event, _, _ = next(follow(30))

@@ -1,0 +1,20 @@
+"""Gives warnings that name the user's line, however many frames of this package and of torch lie between."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_INSIDE = tuple(str(Path(file).parent) + "/" for file in (str(Path(__file__).parent), str(torch.__file__)))
+"""The folders of this package and of torch."""
+
+
+def warn_user(message: str) -> None:
+    """Gives a ``UserWarning`` at the innermost line outside of this package and of torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
