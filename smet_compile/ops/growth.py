@@ -190,6 +190,8 @@ def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
     *buffers, bits, layout_text, group_size, reduced_over = ctx.inputs
     _growth_sinks.pop(buffers[0], None)
     with torch.no_grad():
+        if buffers[0] in _followed and buffers[0] not in _before:
+            _before[buffers[0]] = [buffer.clone() for buffer in buffers]
         found = torch.ops.smet.collect_gradient(grad_dense, *buffers, bits, layout_text, group_size, reduced_over)
         for buffer, new in zip(buffers, found, strict=True):
             buffer.copy_(new)
@@ -214,6 +216,45 @@ def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
 
 _growth_sinks = WeakIdKeyDictionary()
 
+# By the positions of a ``Collected``: the parameter whose gradient it goes with, and the buffers before the backward
+# passes that no step has used yet. A compiled backward is none that is seen here.
+_followed = WeakIdKeyDictionary()
+_before = WeakIdKeyDictionary()
+
+
+def follow_gradient(collected: Collected, values: Tensor) -> None:
+    """Has a gradient of ``values`` that is given up (``zero_grad`` without a step) be given up in ``collected`` too.
+
+    The next eager read of the weight finds that ``values`` has no gradient any more.
+    """
+    _followed[collected.positions] = weakref.ref(values)
+
+
+def keep_for_good(collected: Collected) -> None:
+    """Keeps what was collected by now, whatever becomes of the gradient; called after the optimizer's step."""
+    _before.pop(collected.positions, None)
+
+
+def used_by_steps(collected: Collected) -> Collected:
+    """Returns what backward passes collected whose gradients a step has used."""
+    return Collected(*_before.get(collected.positions, collected))
+
+
+def give_up_rest(collected: Collected) -> None:
+    """Takes back what backward passes collected whose gradients no step has used."""
+    with torch.no_grad():
+        for buffer, used in zip(collected, used_by_steps(collected), strict=True):
+            if buffer is not used:
+                buffer.copy_(used)
+    keep_for_good(collected)
+
+
+def _give_up_without_gradient(collected: Collected) -> None:
+    if collected.positions in _before:
+        values = _followed[collected.positions]()
+        if values is not None and values.grad is None:
+            give_up_rest(collected)
+
 
 def sink_of(compact: Any, leaf: Tensor, tracing: bool) -> Tensor | None:
     """Returns the sink for the dense gradient of a weight; None where nobody asks for it, or there is no gradient.
@@ -228,6 +269,8 @@ def sink_of(compact: Any, leaf: Tensor, tracing: bool) -> Tensor | None:
         refuse_branches(compact.name, _IN_A_BRANCH)
     if collected is None:
         return None
+    if not tracing:
+        _give_up_without_gradient(collected)
     group_size = patterns.group_size(compact.pattern, bands_of(compact.layout)[0].layout)
     sink: Tensor = torch.ops.smet.growth_sink(
         leaf, *collected, compact.topology, compact.layout.text, group_size, compact.reduced_over

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from smet_compile.ops import Site, find_sites
-from smet_compile.ops.growth import NO_GRADIENT, Collected
+from smet_compile.ops.growth import NO_GRADIENT, Collected, follow_gradient, give_up_rest, keep_for_good, used_by_steps
 from smet_compile.ops.loaded import check_keys, check_tensor
+from smet_compile.ops.optimizers import FoundOptimizer
 from smet_compile.runtime.parts import join_collected, split_collected
 from smet_compile.runtime.update import Rules, find_ranks
-from smet_compile.shards import ALONE
+from smet_compile.shards import ALONE, is_fully_sharded
 
 _PARTS = Collected._fields
 
@@ -73,16 +74,36 @@ class GradientCollection:
         if not is_near:
             return
         ranks = ALONE if self._given else find_ranks(self._model, self._sites)[1]
+        keeps_gradients = not is_fully_sharded(self._model)
         for name, site in self._changing.items():
             if name not in self._given:
                 collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
                 self._given[name] = site, collected
                 site.compact.collected = collected
                 site.compact.reduced_over = ranks.names if ranks.run_all_layers else ""
+                if keeps_gradients:  # FSDP2 takes them away after each backward
+                    follow_gradient(collected, site.values)
             elif self.window == 1:
                 self._given[name][1].forget()
             elif self._decay < 1:
                 self._given[name][1].scale_(self._decay)
+
+    def end_step(self, optimizer: Any) -> None:
+        """Keeps what was collected for a step that ``optimizer`` has made."""
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]} if self._given else set()
+        for site, collected in self._given.values():
+            if id(site.values) in own:
+                keep_for_good(collected)
+
+    def begin_update(self, optimizers: Iterable[FoundOptimizer]) -> None:
+        """Gives up what the weights of these ``optimizers`` collected after the last step of theirs.
+
+        The gradient of a generator's loss in the discriminator, which has made its step, is one that no step uses.
+        """
+        stepped = set().union(*(found.steps for found in optimizers)) if self._given else set()
+        for site, collected in self._given.values():
+            if id(site.values) in stepped:
+                give_up_rest(collected)
 
     def forget(self, name: str) -> None:
         """Forgets what was collected for a weight, which has another topology now."""
@@ -90,7 +111,7 @@ class GradientCollection:
             self._given[name][1].forget()
 
     def state_dict(self, within_step: bool = False) -> dict[str, dict[str, Any]]:
-        """Returns what was collected in earlier steps of the window, by weight.
+        """Returns what was collected in earlier steps of the window, by weight. Gradients that wait are not saved.
 
         It is that of this rank: where backward does not reduce it (DistributedDataParallel), others have their own.
 
@@ -99,7 +120,7 @@ class GradientCollection:
                 hold something.
         """
         given = self._given.items() if self.window > 1 or within_step else ()
-        return {name: join_collected(site, collected)._asdict() for name, (site, collected) in given}
+        return {name: join_collected(site, used_by_steps(collected))._asdict() for name, (site, collected) in given}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Fills the buffers that weights have now, as ``advance`` gave them."""
@@ -136,7 +157,7 @@ class GradientCollection:
         self._of_original = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        held = {name: collected for name, (_, collected) in self._given.items()}
+        held = {name: used_by_steps(collected) for name, (_, collected) in self._given.items()}
         return self.__dict__ | {"_given": {}, "_announced": [], "_of_original": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -262,6 +262,7 @@ class TopologyManager(SavedManager, ShownManager):
         is_alone = len(self._optimizers.stepping) == 1
         is_looked_at = self._is_due(self._new_steps.add(optimizer, self.num_steps, is_alone))
         (self._trained.look_at_step if is_looked_at else self._trained.note_step)(optimizer)
+        self._collection.end_step(optimizer)
         self._read_counts()
         if self.auto_step:
             if all_stepped(self._optimizers.stepping, self._weights, self._new_steps.of):
@@ -295,6 +296,7 @@ class TopologyManager(SavedManager, ShownManager):
             self._idle_calls.add(found.name for found in self._optimizers.stepping)
             return None
         self._idle_calls.count = 0
+        self._collection.begin_update(o for o in self._optimizers.stepping if self._new_steps.of[id(o.optimizer)])
         step = self.num_steps + self._new_steps.num
         due = self._is_due(step)
         if due or self.num_steps == 0:
@@ -331,10 +333,9 @@ class TopologyManager(SavedManager, ShownManager):
         self._trained.forget()
 
     def _collect_gradients(self, afresh: bool) -> None:
-        window = self._collection.window
         self._collection.growth = self._stages.growth_after(self.num_steps, self._new_steps.num_last)
-        upcoming = self.num_steps + window - 1 + self._new_steps.num_last
-        self._collection.advance(window > 0 and self._is_due(upcoming), afresh)
+        upcoming = self.num_steps + self._collection.window - 1 + self._new_steps.num_last
+        self._collection.advance(self._collection.window > 0 and self._is_due(upcoming), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
         """Changes every weight that moves and was trained since the last update; None where there is none.
@@ -383,8 +384,7 @@ class TopologyManager(SavedManager, ShownManager):
         return make_and_record(move, step, self._optimizers, self._trace)
 
     def _is_ready(self, site: Site) -> bool:
-        trained = site.values.requires_grad and site.values in self._trained
-        return trained and not self._trained.not_finite and self._collection.has_gradient(site)
+        return site.values in self._trained and not self._trained.not_finite and self._collection.has_gradient(site)
 
     def __getstate__(self) -> dict[str, Any]:
         new_steps = self._new_steps.state_dict(self.model, self._optimizers.stepping, self._trained)

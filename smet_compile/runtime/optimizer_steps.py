@@ -106,10 +106,16 @@ class TrainedParameters:
         self._last: _Known = {}
         self._at_update: _Known = {}
         self._trained: dict[int, set[int]] = {}
+        self._is_trainable: dict[int, bool] = {}
         self._not_finite: dict[int, list[nn.Parameter]] = {}
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
-        return any(id(parameter) in trained for trained in self._trained.values())
+        """Tells whether it was trained, and was not frozen when its own optimizer made its last step.
+
+        Others may step while it is frozen: the discriminator of a GAN is in the step of the generator.
+        """
+        is_trainable = self._is_trainable.get(id(parameter), parameter.requires_grad)
+        return is_trainable and any(id(parameter) in trained for trained in self._trained.values())
 
     @property
     def ids(self) -> set[int]:
@@ -133,12 +139,14 @@ class TrainedParameters:
 
     def note_step(self, optimizer: Any) -> None:
         """Notes what a step trained that is not looked at, as far as gradients are there."""
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        self._trained.setdefault(id(optimizer), set()).update(trained)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._is_trainable.update((id(p), p.requires_grad) for p in parameters)
+        self._trained.setdefault(id(optimizer), set()).update(id(p) for p in parameters if p.grad is not None)
 
     def look_at_step(self, optimizer: Any) -> None:
         """Finds out what ``optimizer`` trained; called after its step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._is_trainable.update((id(p), p.requires_grad) for p in parameters)
         all_counts = self._counts()
         counts = {p: all_counts[p] for p in parameters if p in all_counts}
         now, before = _read_counts(counts), _numbers_of(self._before, counts)
@@ -155,7 +163,7 @@ class TrainedParameters:
 
     def forget(self) -> None:
         """Forgets all steps; called after an update, for which parameters have to be trained anew."""
-        self._trained, self._not_finite, self._at_update = {}, {}, dict(self._last)
+        self._trained, self._is_trainable, self._not_finite, self._at_update = {}, {}, {}, dict(self._last)
 
     def start_anew(self) -> None:
         """Forgets all steps that were made by now, be they looked at or not; called before a state is loaded."""
