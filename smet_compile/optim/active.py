@@ -19,7 +19,7 @@ from smet_compile.format.arguments import described, flag, seed_number
 from smet_compile.ops import captures
 from smet_compile.ops.gate import is_traced
 from smet_compile.ops.law import compute_dtype
-from smet_compile.ops.loaded import Saved, check_groups
+from smet_compile.ops.loaded import MANAGER, Saved, check_groups
 from smet_compile.ops.optimizers import changes_nothing, has_state, register
 from smet_compile.ops.reads import settle_live
 from smet_compile.ops.rules import Rule
@@ -164,6 +164,7 @@ class ActiveOptimizer(Optimizer):
                 ready[index] = self.update_of(parameter, group)
             if only_makes_state:
                 return loss
+        self.param_groups[0].pop(MANAGER, None)  # of a run that has none now: it would be behind
         if self._is_first_step:
             self._is_first_step = False
             warn_of_untrained(type(self).__name__, self._model)

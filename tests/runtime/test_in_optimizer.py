@@ -256,3 +256,20 @@ def test_a_dense_optimizer_takes_the_state_of_a_sparse_one() -> None:
     sum(p.square().sum() for p in sizes).backward()
     plain.step()
     assert set(plain.state[sizes[0]]) == {"momentum_buffer"}
+
+
+def test_a_state_that_was_trained_on_without_a_manager_is_not_handed_on() -> None:
+    run = begin()
+    go(run, range(HALF))
+    saved = written((run[0].state_dict(), run[1].state_dict()))
+    torch.manual_seed(0)
+    model = smet.sparsify(two_layers(), 0.4)
+    alone = active(model)
+    model.load_state_dict(saved[0])
+    alone.load_state_dict(saved[1])
+    assert "topology_manager" in alone.state_dict()["param_groups"][0]
+    go((model, alone, run[2]), range(3))
+    later = begin()
+    with pytest.warns(UserWarning, match="expected its state in that of the optimizer, got none"):
+        later[1].load_state_dict(written(alone.state_dict()))
+    assert later[2].num_steps == 0
