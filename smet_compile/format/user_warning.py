@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-_INSIDE = tuple(str(Path(file).parent) + "/" for file in (str(Path(__file__).parent), str(torch.__file__)))
-"""The folders of this package and of torch."""
+_FOLDERS = Path(__file__).parent.parent, Path(str(torch.__file__)).parent
+_INSIDE = (*(f"{folder}/" for folder in _FOLDERS), str(contextlib.__file__))
+"""How the paths of code of this package and of torch begin, and of what runs functions that a context decorates."""
 
 
 def warn_user(message: str) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from smet_compile.format import arguments
-from smet_compile.format.arguments import number, seed_number, whole_number
 from smet_compile.format.densities import DensitySchedule, Stage
 from smet_compile.ops import Site, find_sites, following
 from smet_compile.ops.optimizers import find_optimizers
@@ -32,6 +31,7 @@ from smet_compile.runtime.auto_step import all_stepped, steps_by_itself, take_ov
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
 from smet_compile.runtime.in_optimizer import InOptimizer, check_alone
+from smet_compile.runtime.interrupts import waiting_interrupts
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
 from smet_compile.runtime.new_steps import NewSteps
@@ -145,14 +145,14 @@ class TopologyManager(SavedManager, ShownManager):
         arguments.module("model", model)
         if not find_optimizers(optimizer, model.parameters()):
             arguments.optimizer("optimizer", optimizer)
-        total_steps = whole_number("total_steps", total_steps, at_least=1)
-        every = whole_number("every", every, at_least=1)
-        stop_fraction = number("stop_fraction", stop_fraction, above=0, at_most=1)
-        drop_fraction = number("drop_fraction", drop_fraction, at_least=0, below=1)
-        final_drop_fraction = number("final_drop_fraction", final_drop_fraction, at_least=0, below=1)
-        min_age = None if min_age is None else whole_number("min_age", min_age, at_least=0)
-        window = None if window is None else whole_number("window", window, at_least=1)
-        self._rules = Rules.of(drop, grow, every, seed_number("seed", seed), ablation_threshold)
+        total_steps = arguments.whole_number("total_steps", total_steps, at_least=1)
+        every = arguments.whole_number("every", every, at_least=1)
+        stop_fraction = arguments.number("stop_fraction", stop_fraction, above=0, at_most=1)
+        drop_fraction = arguments.number("drop_fraction", drop_fraction, at_least=0, below=1)
+        final_drop_fraction = arguments.number("final_drop_fraction", final_drop_fraction, at_least=0, below=1)
+        min_age = None if min_age is None else arguments.whole_number("min_age", min_age, at_least=0)
+        window = None if window is None else arguments.whole_number("window", window, at_least=1)
+        self._rules = Rules.of(drop, grow, every, arguments.seed_number("seed", seed), ablation_threshold)
         plain = Schedule(every, stop_fraction * total_steps, drop_fraction, final_drop_fraction)
         self.schedule = make_schedule(DEFAULT_SCHEDULE if schedule is None else schedule, plain)
         check_sparsified("TopologyManager", model)
@@ -224,9 +224,8 @@ class TopologyManager(SavedManager, ShownManager):
 
     @property
     def _next_scheduled(self) -> int | None:
-        if self._num_postponed and self.num_steps + 1 < self.schedule.stop_step:
-            return self.num_steps + 1
-        return self.schedule.next_after(self.num_steps)
+        soon, later = self.num_steps + 1, self.schedule.next_after(self.num_steps)
+        return soon if self._num_postponed and soon < self.schedule.stop_step else later
 
     def _is_due(self, step: int) -> bool:
         return self.next_update is not None and self.next_update <= step
@@ -279,6 +278,7 @@ class TopologyManager(SavedManager, ShownManager):
 
     @outside_graphs("TopologyManager.step runs in eager mode; call it outside of functions with fullgraph=True")
     @torch.no_grad()
+    @waiting_interrupts()
     def step(self) -> TopologyEvent | None:
         """Changes the topology if this step is one to do so; returns what happened, or None.
 

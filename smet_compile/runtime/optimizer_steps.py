@@ -14,6 +14,7 @@ from smet_compile.ops import captures
 from smet_compile.ops.optimizers import FoundOptimizer, changes_nothing, has_state
 from smet_compile.ops.sinks import UpdateCounts, counts_of
 from smet_compile.ops.torch_insides import outside_graphs, prepare, warn_once
+from smet_compile.runtime.interrupts import waiting_interrupts
 from smet_compile.shards import local
 
 _ADVICE = "a TopologyManager hears the optimizer's steps in eager mode; compile the step without fullgraph=True"
@@ -76,7 +77,8 @@ def _after_step(listener: StepListener, optimizer: Any, *_: Any) -> None:
     if isinstance(skipped, Tensor) and bool(skipped):
         return
     if listener._had_state or not changes_nothing(optimizer):
-        callback(optimizer)
+        with waiting_interrupts():
+            callback(optimizer)
 
 
 def _is_captured(optimizer: Any) -> bool:
