@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from smet_compile.ops import direct, reads
-from smet_compile.ops.sites import parametrizations
+from smet_compile.ops import direct, loading, reads
+from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import read_once
 
 _NOT_PICKLED = (
@@ -72,8 +72,7 @@ def _make(plain: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _tensor_property(name) for name in sorted(names)}
     # Compilers and fx take a parametrized module for one of torch's by the name of the module of its class.
     body |= {"__module__": parametrize.__name__, "__getstate__": _refuse_to_pickle}
-    if not hasattr(plain, "__deepcopy__"):
-        body["__deepcopy__"] = _deepcopy
+    body["__deepcopy__"] = _deepcopy_as(getattr(plain, "__deepcopy__", _deepcopy))
     kind: Any = type(plain)
     make = _kind_of_class(kind)
     tells_of_subclasses = hasattr(plain.__init_subclass__, "__func__")  # that of `object` is no Python function
@@ -81,6 +80,7 @@ def _make(plain: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     if tells_of_subclasses:  # it may ask for arguments, or keep a list of the user's own classes
         made.__bases__ = (plain,)
     reads.accept_parameters(made, parametrizations)
+    loading.refuse_dense(made, compact_names)
     if "weight" in names:
         direct.install(made)
     return cast("type[nn.Module]", made)
@@ -149,6 +149,16 @@ RUN_IN_EAGER = (_SOME.fget, _SOME.fset, _SOME.fdel, read_once)
 
 def _refuse_to_pickle(self: nn.Module) -> Any:
     raise RuntimeError(_NOT_PICKLED)
+
+
+def _deepcopy_as(copy_module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Returns a method that copies a module by ``copy_module``, after it has kept what was written into reads."""
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        reads.settle_live()
+        return copy_module(self, memo)
+
+    return deepcopy
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

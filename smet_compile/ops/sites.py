@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smet_compile.format import Layout, Part, Topology
+from smet_compile.ops import loading
 from smet_compile.ops.compact_weight import CompactWeight
 from smet_compile.shards import Rows
 
@@ -59,12 +60,8 @@ class Site:
         return values
 
     def mark_resized(self) -> None:
-        """Takes the parameter out of its module and puts it back, after its shape has changed.
-
-        Compiled code of torch 2.11 looks at the shape of a parameter again only where a dict of modules has changed.
-        """
-        chain = parametrizations(self.module)[self.tensor_name]
-        chain._parameters["original"] = chain._parameters.pop("original")
+        """Has compiled code look at the shape of the parameter again, after it has changed."""
+        loading.mark_resized(parametrizations(self.module)[self.tensor_name])
 
     @property
     def layout(self) -> Layout:
