@@ -34,15 +34,38 @@ _classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
 
 def register(module: nn.Module, tensor_name: str, parametrization: nn.Module) -> None:
     """Does what ``parametrize.register_parametrization(..., unsafe=True)`` does, for a parameter that has none yet."""
-    chain = parametrize.ParametrizationList(
-        [parametrization.train(module.training)], getattr(module, tensor_name), True
-    )
+    chain = _Chain([parametrization.train(module.training)], getattr(module, tensor_name), True)
     kind = shared_class(plain_class(module), {*parametrizations(module), tensor_name})
     delattr(module, tensor_name)
     if not parametrizations(module):
         module.parametrizations = nn.ModuleDict()
     parametrizations(module)[tensor_name] = chain
     module.__class__ = kind
+
+
+class _Chain(parametrize.ParametrizationList):
+    """Holds the parametrizations of a tensor, and refuses a further one that cannot take what is read by the others.
+
+    ``weight_norm`` and ``orthogonal`` of ``torch.nn.utils.parametrizations`` are for tensors that are not parametrized
+    yet, and do not look whether this one is.
+    """
+
+    def append(self, module: nn.Module) -> _Chain:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            read = self().clone()
+            try:
+                copy.deepcopy(module)(read)  # a forward may change its own buffers
+            except Exception as error:
+                raise ValueError(
+                    f"{getattr(self[0], 'name', 'weight')}: expected a parametrization that takes the weight as it is "
+                    f"read, got {type(module).__name__}, which does not ({error}); register it before smet.sparsify, "
+                    "which leaves such a weight dense, or on smet.export_dense(model)"
+                ) from error
+        super().append(module)
+        return self
+
+
+_Chain.__module__ = parametrize.__name__  # tracers of fx do not look into torch's own modules
 
 
 def make_plain(module: nn.Module, tensor_name: str) -> None:

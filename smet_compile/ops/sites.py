@@ -135,6 +135,8 @@ _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
 )
 """Modules that only pass calls on: the module that defines the class, its name, and the child that it wraps."""
 
@@ -167,8 +169,9 @@ def canonical_name(model: nn.Module, name: str) -> str:
     kept = []
     for part in name.split(".") if name else []:
         while module is not None and (child := wrapped_child(module)) is not None:
-            module = module._modules[child]
-            if part == child:
+            is_named = part in module._modules  # Fabric's has the model a second time, without the wrappers in between
+            module = module._modules[part if is_named else child]
+            if is_named:
                 break
         else:
             kept.append(part)

@@ -383,7 +383,7 @@ class TopologyManager(SavedManager, ShownManager):
         return make_and_record(move, step, self._optimizers, self._trace)
 
     def _is_ready(self, site: Site) -> bool:
-        trained = site.values.requires_grad and site.values in self._trained
+        trained = self._optimizers.trains(site) and site.values in self._trained
         return trained and not self._trained.not_finite and self._collection.has_gradient(site)
 
     def __getstate__(self) -> dict[str, Any]:
