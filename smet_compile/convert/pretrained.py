@@ -38,7 +38,8 @@ def save_dense(model: nn.Module) -> None:
     """Has every Hugging Face model save dense weights, and load compact ones that have several names in ``model``."""
     if not _replace_method():
         _replace_method_later()
-    if any(len(names) > 1 for names in names_of_sites(model).values()) and not _own_hooks(model):
+    children = [id(child) for module in model.modules() for child in module._modules.values() if child is not None]
+    if len(children) > len(set(children)) and not _own_hooks(model):
         model.register_load_state_dict_pre_hook(_take_under_all_names)
 
 
