@@ -40,8 +40,8 @@ def check_names(where: str, got: Any, names: Collection[str], is_whole: bool = F
     for name in got:
         if name not in names:
             raise ValueError(
-                f"{where}: expected names of this model, such as {next(iter(names), None)!r}, got {name!r}; load it "
-                "into a model of the same layers, in wrappers that this version knows"
+                f"{where}: got {name!r}, which is no name in this model; load it into a model of the same layers, in "
+                "wrappers that this version knows"
             )
     if is_whole:
         check_keys(where, got, names)
