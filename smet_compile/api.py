@@ -103,7 +103,8 @@ def sparsify(
             mask of another shape or name, all true or all false; a model that DistributedDataParallel wraps already.
             The model is then unchanged.
 
-    A Hugging Face model saves dense weights from now on: ``save_pretrained`` writes what ``export_dense`` returns.
+    A Hugging Face model with compact weights in it saves dense ones from now on: ``save_pretrained`` writes what
+    ``export_dense`` returns.
 
     The model is unchanged too where a warning is made an error, where a module refuses its new weight, and where memory
     runs out: all checks come first, and the largest weight is packed first. Only after an interrupt (Ctrl-C) in

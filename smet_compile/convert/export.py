@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from smet_compile.convert.export_layouts import EXPORT_LAYOUTS, Exported, ExportLayout, convert
-from smet_compile.convert.pretrained import forget_to_save_dense
+from smet_compile.convert.pretrained import forget_names
 from smet_compile.convert.report import forget_reasons
 from smet_compile.format import arguments
 from smet_compile.ops import find_sites, reads, saved_weights, shared_class
@@ -79,7 +79,7 @@ def export_dense(model: nn.Module, layout: ExportLayout | None = None, *, keep: 
     for module in dense.modules():
         saved_weights.uninstall(module)
         forget_reasons(module)
-    forget_to_save_dense(dense)
+    forget_names(dense)
     if layout is not None and keep:
         convert(exported, layout)
     return dense

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from smet_compile.ops.loaded import check_keys
-from smet_compile.ops.sites import names_of_sites
+from smet_compile.ops.sites import find_sites, names_of_sites, parametrizations
 from smet_compile.runtime.checkpoint_file import make_flattener, read_tree, write_flat
 from smet_compile.runtime.parts import join_parts
 from smet_compile.runtime.saved_state import layouts_of, model_entries
@@ -81,7 +81,16 @@ def topology_name(weight: str) -> str:
 
 
 def content_of(model: nn.Module, versions: dict[str, str], method: dict[str, Any]) -> Content:
-    """Returns what a file is to hold of ``model``; every rank of one that is sharded has to call."""
+    """Returns what a file is to hold of ``model``; every rank of one that is sharded has to call.
+
+    Raises ValueError for a compact weight that another parametrization changes: the file holds no such thing.
+    """
+    for name, site in find_sites(model).items():
+        if further := list(parametrizations(site.module)[site.tensor_name])[1:]:
+            raise ValueError(
+                f"{name}: expected a compact weight that is read as it is, got one that {type(further[0]).__name__} "
+                "changes (register_parametrization); remove it, or save smet.export_dense(model)"
+            )
     layouts = layouts_of(model)
     whole = join_parts(model, {"model": model_entries(model), "optimizer": None, "other_optimizers": []})["model"]
     in_file = {state: name for name, state in state_names(flat(names_of_sites(model))).items()}

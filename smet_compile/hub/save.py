@@ -37,8 +37,8 @@ def save_compact(model: nn.Module, folder: str | os.PathLike[str], *, manager: T
         manager: the topology manager of the run, if the card is to say how the topology moved.
 
     Raises:
-        ValueError: a model without compact weights or without data; a folder with dense weights in it; a file that
-            cannot be written.
+        ValueError: a model without compact weights or without data; a compact weight that another parametrization
+            changes; a folder with dense weights in it; a file that cannot be written.
     """
     arguments.module("save_compact: model", model)
     path = Path(arguments.path("save_compact: folder", folder))

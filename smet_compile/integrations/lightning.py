@@ -6,12 +6,13 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -24,6 +25,7 @@ from smet_compile.integrations.rehearsal import rehearse_options
 from smet_compile.ops import find_sites
 from smet_compile.runtime import TopologyManager
 from smet_compile.runtime.metrics import LOGGED
+from smet_compile.runtime.stages import active_blocks, begun_with, take_stages
 
 _MANAGER = "manager"
 
@@ -55,8 +57,8 @@ class SparseTraining(Callback):
     Raises:
         ValueError: an option that neither knows, or a value that no model takes. In ``fit``: a strategy other than one
             device or DistributedDataParallel, a precision plugin that replaces layers, a callback that averages
-            weights; a density for a module that is sparse, or none for one that is dense; layers that the module makes
-            in ``setup``; a run without a length; another setting than that of the run that is resumed.
+            weights or prunes; a density for a module that is sparse, or none for one that is dense; layers that the
+            module makes in ``setup``; a run without a length; another setting than that of the run that is resumed.
     """
 
     def __init__(
@@ -74,21 +76,25 @@ class SparseTraining(Callback):
         self._density = density
         self._export = None if export is None else Path(arguments.path("export", export))
         self._override = tuple(override)
-        self._made_sparse: weakref.WeakSet[LightningModule] = weakref.WeakSet()
+        self._made_sparse: weakref.WeakKeyDictionary[LightningModule, dict[str, int]] = weakref.WeakKeyDictionary()
         self._weights: set[str] = set()
         self._loaded: dict[str, Any] | None = None
+        self._stage = ""
         self._last_step = 0
         self.manager: TopologyManager | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the module sparse, before its optimizers are made and before a checkpoint is loaded."""
         _check_trainer(trainer)
+        self._stage, self._loaded = stage, None
         if is_overridden("configure_model", pl_module):  # the trainer calls it again, and it must then change nothing
             with trainer.precision_plugin.module_init_context():
                 pl_module.configure_model()
         if pl_module not in self._made_sparse:
             self._make_sparse(pl_module)
-            self._made_sparse.add(pl_module)
+            self._made_sparse[pl_module] = active_blocks(pl_module)
+        if self._of_manager.get("density_schedule") is not None:
+            take_stages(pl_module)  # a checkpoint is loaded before there is a manager
         self._weights = _matrices(pl_module)
 
     def _make_sparse(self, module: LightningModule) -> None:
@@ -105,6 +111,7 @@ class SparseTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the manager, for the optimizers that the module has made, and gives it the state of a checkpoint."""
+        loaded, self._loaded = self._loaded, None
         if changed := sorted(_matrices(pl_module) ^ self._weights):
             raise ValueError(
                 f"{changed[0]}: expected the layers that the module had before its setup, got others; make them in "
@@ -114,16 +121,16 @@ class SparseTraining(Callback):
         if "total_steps" not in options:
             options["total_steps"] = _num_steps(trainer)
         model: Any = trainer.strategy.model  # wrapped for data parallelism
-        self.manager = TopologyManager(model, trainer.optimizers, **options, auto_step=False)
-        if self._loaded is not None:
-            self.manager.load_state_dict(self._loaded, override=self._override)
+        with nullcontext() if loaded is None else begun_with(self._made_sparse[pl_module]):
+            self.manager = TopologyManager(model, trainer.optimizers, **options, auto_step=False)
+        if loaded is not None:
+            self.manager.load_state_dict(loaded, override=self._override)
         elif trainer.global_step > 0:
             warnings.warn(
                 f"SparseTraining: expected the state of a topology manager, since the trainer has made "
                 f"{trainer.global_step} steps, got none; its history and its steps begin anew",
                 stacklevel=2,
             )
-        self._loaded = None
         self._last_step = trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,8 +161,8 @@ class SparseTraining(Callback):
         return {} if self.manager is None else {_MANAGER: self.manager.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state of a checkpoint, which the manager gets when it is made."""
-        self._loaded = state_dict.get(_MANAGER)
+        """Takes the state of a checkpoint, which the manager gets when it is made. Evaluation makes no manager."""
+        self._loaded = state_dict.get(_MANAGER) if self._stage == "fit" else None
 
 
 def _check_trainer(trainer: Trainer) -> None:
@@ -177,6 +184,12 @@ def _check_trainer(trainer: Trainer) -> None:
                 f"callbacks: expected none that averages weights, got {type(callback).__name__}, which would add up "
                 "rows that belong to different weights once the topology has changed; average export_dense(module), "
                 "as docs/limits.md does"
+            )
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                f"callbacks: expected none that prunes, got {type(callback).__name__}, which finds no compact weight "
+                "and would prune biases alone; leave it out, since the topology says which weights are zero, or pass "
+                "SparseTraining(density_schedule=...) for a density that falls"
             )
 
 

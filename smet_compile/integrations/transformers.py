@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from smet_compile.api import sparsify
 from smet_compile.format.arguments import described
 from smet_compile.integrations.rehearsal import rehearse
 from smet_compile.ops import find_sites
-from smet_compile.ops.optimizers import find_optimizers, registered_holders
+from smet_compile.ops.optimizers import find_optimizers
 from smet_compile.ops.sites import is_sparsified
 from smet_compile.optim import ActiveAdamW, ActiveOptimizer
 from smet_compile.optim.options import CommonOptions
 from smet_compile.runtime import TopologyManager
 from smet_compile.runtime.metrics import LOGGED
-from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
 
 _ADDED_OTHERWISE = (
     "SmetCallback: expected to be added by sparse_training, got callbacks=[SmetCallback(...)] or add_callback; make "
@@ -90,8 +88,6 @@ def sparse_training(
     elif trainer.optimizer is None:
         trainer.create_optimizer()
     manager = TopologyManager(trainer.model, trainer.optimizer, **_some(options, TopologyManager))
-    if manager.settings["density_schedule"] is not None:
-        trainer.model.register_load_state_dict_pre_hook(_take_stage)
     callback = SmetCallback(manager, export)
     trainer.callback_handler.callbacks.insert(0, callback)  # before those that report what is logged
     return callback
@@ -161,12 +157,6 @@ def _warn_of_steps(manager: TopologyManager, state: Any) -> None:
             "updated as in a run of the first length",
             stacklevel=2,
         )
-
-
-def _take_stage(model: nn.Module, state: dict[str, Any], *args: Any) -> None:
-    """Brings a model to the density stage of a checkpoint, before that is loaded."""
-    resized = find_resized(state, model)
-    resize_as_saved(resized, registered_holders([site.values for site, _ in resized]))
 
 
 def _find_optimizer_class(trainer: Trainer) -> Any:

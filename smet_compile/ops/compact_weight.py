@@ -93,6 +93,8 @@ class CompactWeight(nn.Module):
     """Whether backward multiplies the gradient of each row by the root of its relative fan-in (``ops.row_scale``)."""
     scales_steps: bool = False
     """Whether an optimizer's finished steps are multiplied by it instead."""
+    takes_stages: bool = False
+    """Whether a state dict of another density stage is loaded: the weight then takes the number of blocks in it."""
     correction: str | None = None
     """Says whether ``correct_gradients`` found that it should, and why not; None before it looked."""
     stand_in: Callable[[], Tensor] | None

@@ -189,6 +189,13 @@ def _follow(name: str, values: nn.Parameter, bits: Sequence[Any], may_warn: bool
         _follow_state(load, change, keepers)
 
 
+def forget(values: nn.Parameter) -> None:
+    """Makes optimizers forget the state of a weight that has a new shape, unless it was loaded since their step."""
+    if id(values) not in _loaded:
+        for optimizer in _watched:
+            optimizer.state.pop(values, None)
+
+
 def _follow_gradient(values: nn.Parameter, change: TopologyChange | None) -> None:
     if values.grad is not None and change is not None:
         change.remap_(values.grad)

@@ -33,6 +33,20 @@ def check_keys(where: str, got: Any, required: Collection[str], optional: Collec
             raise ValueError(f"{where}: got {key!r}, which this version does not know; upgrade smet_compile")
 
 
+def check_names(where: str, got: Any, names: Collection[str], is_whole: bool = False) -> None:
+    """Checks that the keys of the dict ``got`` are ``names`` of weights or parameters; all of them if it is whole."""
+    if not isinstance(got, dict):
+        raise ValueError(f"{where}: expected a dict, got {kind_of(got)}")
+    for name in got:
+        if name not in names:
+            raise ValueError(
+                f"{where}: got {name!r}, which is no name in this model; load it into a model of the same layers, in "
+                "wrappers that this version knows"
+            )
+    if is_whole:
+        check_keys(where, got, names)
+
+
 def check_integer(where: str, got: Any, smallest: int = 0, largest: int = _LARGEST) -> None:
     """Checks that ``got`` is an integer from ``smallest`` to ``largest``, and no bool."""
     if type(got) is not int or not smallest <= got <= largest:

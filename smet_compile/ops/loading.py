@@ -1,4 +1,4 @@
-"""Loads the values and the topology of a compact weight together or not at all.
+"""Loads the values and the topology of a compact weight together or not at all, and no dense weight in their place.
 
 A row of the values belongs to whichever block the topology names. Values with another topology are other weights, so
 whatever does not fit is refused before ``nn.Module.load_state_dict`` writes the first of the two.
@@ -7,12 +7,13 @@ whatever does not fit is refused before ``nn.Module.load_state_dict`` writes the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from smet_compile.format import Layout
+from smet_compile.format import Layout, count_active, slabs, unpack_bits
 from smet_compile.ops import following, gate
 from smet_compile.shards import is_sharded, local
 
@@ -21,6 +22,36 @@ _TOGETHER = (
     "a row of the values belongs to the block that the topology names. Save and load the whole model.state_dict(), not "
     "its parameters alone"
 )
+
+
+_DENSE = (
+    "expected compact weights, got a dense one; resume from a checkpoint of the sparse run, or load dense weights "
+    "before smet.sparsify"
+)
+
+
+def refuse_dense(own: Any, compact_names: Callable[[nn.Module], Iterable[str]]) -> None:
+    """Has modules of the class ``own`` refuse dense weights in the place of compact ones, even without ``strict``.
+
+    Without ``strict`` the other tensors of a dense model would be loaded alone, in silence. A dense weight beside its
+    values is left out: a checkpoint of Hugging Face's Trainer has both.
+
+    Args:
+        compact_names: returns the names of the compact weights of a module.
+    """
+    load = own._load_from_state_dict
+
+    def load_compact(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in compact_names(self):
+            if f"{prefix}{name}" not in state:
+                continue
+            del state[f"{prefix}{name}"]
+            is_compact = f"{prefix}parametrizations.{name}.{_VALUES}" in state
+            if not is_compact and not any(_DENSE in error for error in args[-1]):  # one stands for all
+                args[-1].append(f"{prefix}{name}: {_DENSE}")
+        load(self, state, prefix, *args)
+
+    own._load_from_state_dict = load_compact
 
 
 def install(chain: nn.Module) -> None:
@@ -50,7 +81,10 @@ def _cut_of(compact: Any) -> str:
 def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
     """Refuses values or a topology that do not fit, each other or the weight: what is there now then stays."""
     values, bits = state.get(prefix + _VALUES), state.get(prefix + _BITS)
-    error = _error_of(chain, values, bits, prefix) or _layout_error(chain, values, metadata, prefix)
+    error = _layout_error(chain, values, metadata, prefix)
+    if error is None and chain[0].takes_stages:
+        _take_stage(chain, values, bits)
+    error = error or _error_of(chain, values, bits, prefix)
     chain[0].__dict__[_LEFT] = _Left.of(chain[0]) if error is None and bits is not None and not bits.is_meta else None
     if error is None:
         return
@@ -58,6 +92,44 @@ def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, metadata: dict
     for key, present in ((_VALUES, chain.original), (_BITS, chain[0].topology)):
         if prefix + key in state:
             state[prefix + key] = present
+
+
+def _take_stage(chain: Any, values: Any, bits: Any) -> None:
+    """Gives the weight the number of blocks that it has in a state dict of another density stage.
+
+    Optimizers forget its state, which had another shape, unless it was loaded since their last step.
+    """
+    compact = chain[0]
+    mask = mask_of_other_number(compact, bits) if isinstance(bits, Tensor) else None
+    if mask is None or not isinstance(values, Tensor) or is_sharded(values):
+        return
+    if tuple(values.shape) == compact.layout.values_shape(int(mask.sum())):
+        compact.resize(chain.original, mask)
+        mark_resized(chain)
+        following.forget(chain.original)
+
+
+def mask_of_other_number(compact: Any, bits: Tensor) -> Tensor | None:
+    """Returns the mask of a topology with another number of active blocks than ``compact`` has.
+
+    Returns None for one with as many, and for one that the weight could not have.
+    """
+    topology = compact.topology
+    if bits.is_meta or topology.is_meta or bits.dtype != topology.dtype or bits.shape != topology.shape:
+        return None
+    count = count_active(bits)
+    if count in (0, compact.num_active) or gate.topology_error(bits, compact.layout, count) is not None:
+        return None
+    mask = unpack_bits(bits, compact.layout.num_blocks).to(topology.device)
+    return mask if slabs.mask_error(mask, compact.pattern, compact.layout) is None else None
+
+
+def mark_resized(chain: Any) -> None:
+    """Takes the parameter out of its module and puts it back, after its shape has changed.
+
+    Compiled code of torch 2.11 looks at the shape of a parameter again only where a dict of modules has changed.
+    """
+    chain._parameters["original"] = chain._parameters.pop("original")
 
 
 class _Left(NamedTuple):

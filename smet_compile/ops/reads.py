@@ -115,6 +115,8 @@ class WeightRead(Tensor):
     @data.setter
     def data(self, replacement: Tensor) -> None:
         source: _Source = self.__dict__["source"]
+        if isinstance(replacement, WeightRead) and replacement.__dict__["source"].compact is source.compact:
+            replacement.__dict__["version"] = replacement._version  # what was written into it is kept as a whole
         source.compact.replace(source.values, replacement)
         source.values_version = source.values._version
         Tensor.data.__set__(self, replacement)  # type: ignore[attr-defined]

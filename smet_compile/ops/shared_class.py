@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from smet_compile.ops import direct, reads
-from smet_compile.ops.sites import parametrizations
+from smet_compile.ops import direct, loading, reads
+from smet_compile.ops.sites import compact_names, parametrizations
 from smet_compile.ops.torch_insides import read_once
 
 _NOT_PICKLED = (
@@ -34,15 +34,38 @@ _classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
 
 def register(module: nn.Module, tensor_name: str, parametrization: nn.Module) -> None:
     """Does what ``parametrize.register_parametrization(..., unsafe=True)`` does, for a parameter that has none yet."""
-    chain = parametrize.ParametrizationList(
-        [parametrization.train(module.training)], getattr(module, tensor_name), True
-    )
+    chain = _Chain([parametrization.train(module.training)], getattr(module, tensor_name), True)
     kind = shared_class(plain_class(module), {*parametrizations(module), tensor_name})
     delattr(module, tensor_name)
     if not parametrizations(module):
         module.parametrizations = nn.ModuleDict()
     parametrizations(module)[tensor_name] = chain
     module.__class__ = kind
+
+
+class _Chain(parametrize.ParametrizationList):
+    """Holds the parametrizations of a tensor, and refuses a further one that cannot take what is read by the others.
+
+    ``weight_norm`` and ``orthogonal`` of ``torch.nn.utils.parametrizations`` are for tensors that are not parametrized
+    yet, and do not look whether this one is.
+    """
+
+    def append(self, module: nn.Module) -> _Chain:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            read = self().clone()
+            try:
+                copy.deepcopy(module)(read)  # a forward may change its own buffers
+            except Exception as error:
+                raise ValueError(
+                    f"{getattr(self[0], 'name', 'weight')}: expected a parametrization that takes the weight as it is "
+                    f"read, got {type(module).__name__}, which does not ({error}); register it before smet.sparsify, "
+                    "which leaves such a weight dense, or on smet.export_dense(model)"
+                ) from error
+        super().append(module)
+        return self
+
+
+_Chain.__module__ = parametrize.__name__  # tracers of fx do not look into torch's own modules
 
 
 def make_plain(module: nn.Module, tensor_name: str) -> None:
@@ -72,8 +95,7 @@ def _make(plain: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _tensor_property(name) for name in sorted(names)}
     # Compilers and fx take a parametrized module for one of torch's by the name of the module of its class.
     body |= {"__module__": parametrize.__name__, "__getstate__": _refuse_to_pickle}
-    if not hasattr(plain, "__deepcopy__"):
-        body["__deepcopy__"] = _deepcopy
+    body["__deepcopy__"] = _deepcopy_as(getattr(plain, "__deepcopy__", _deepcopy))
     kind: Any = type(plain)
     make = _kind_of_class(kind)
     tells_of_subclasses = hasattr(plain.__init_subclass__, "__func__")  # that of `object` is no Python function
@@ -81,6 +103,7 @@ def _make(plain: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
     if tells_of_subclasses:  # it may ask for arguments, or keep a list of the user's own classes
         made.__bases__ = (plain,)
     reads.accept_parameters(made, parametrizations)
+    loading.refuse_dense(made, compact_names)
     if "weight" in names:
         direct.install(made)
     return cast("type[nn.Module]", made)
@@ -149,6 +172,16 @@ RUN_IN_EAGER = (_SOME.fget, _SOME.fset, _SOME.fdel, read_once)
 
 def _refuse_to_pickle(self: nn.Module) -> Any:
     raise RuntimeError(_NOT_PICKLED)
+
+
+def _deepcopy_as(copy_module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Returns a method that copies a module by ``copy_module``, after it has kept what was written into reads."""
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        reads.settle_live()
+        return copy_module(self, memo)
+
+    return deepcopy
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smet_compile.format import Layout, Part, Topology
+from smet_compile.ops import loading
 from smet_compile.ops.compact_weight import CompactWeight
 from smet_compile.shards import Rows
 
@@ -59,12 +60,8 @@ class Site:
         return values
 
     def mark_resized(self) -> None:
-        """Takes the parameter out of its module and puts it back, after its shape has changed.
-
-        Compiled code of torch 2.11 looks at the shape of a parameter again only where a dict of modules has changed.
-        """
-        chain = parametrizations(self.module)[self.tensor_name]
-        chain._parameters["original"] = chain._parameters.pop("original")
+        """Has compiled code look at the shape of the parameter again, after it has changed."""
+        loading.mark_resized(parametrizations(self.module)[self.tensor_name])
 
     @property
     def layout(self) -> Layout:
@@ -138,6 +135,8 @@ _WRAPPERS = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_forward_module"),
 )
 """Modules that only pass calls on: the module that defines the class, its name, and the child that it wraps."""
 
@@ -170,8 +169,9 @@ def canonical_name(model: nn.Module, name: str) -> str:
     kept = []
     for part in name.split(".") if name else []:
         while module is not None and (child := wrapped_child(module)) is not None:
-            module = module._modules[child]
-            if part == child:
+            is_named = part in module._modules  # Fabric's has the model a second time, without the wrappers in between
+            module = module._modules[part if is_named else child]
+            if is_named:
                 break
         else:
             kept.append(part)

@@ -11,7 +11,7 @@ from torch import nn
 
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.growth import NO_GRADIENT, Collected, follow_gradient, give_up_rest, keep_for_good, used_by_steps
-from smet_compile.ops.loaded import check_keys, check_tensor
+from smet_compile.ops.loaded import check_keys, check_names, check_tensor
 from smet_compile.ops.optimizers import FoundOptimizer
 from smet_compile.runtime.parts import join_collected, split_collected
 from smet_compile.runtime.update import Rules, find_ranks
@@ -132,7 +132,7 @@ class GradientCollection:
 
     def check_state_dict(self, state: Any, growth: Mapping[str, int]) -> None:
         """Raises ValueError where ``state`` cannot be that of these weights under these policies, with this growth."""
-        check_keys("collected", state, (), self._sites.keys())
+        check_names("collected", state, self._sites.keys())
         for name, parts in state.items():
             site = self._sites[name]
             check_keys(f"collected[{name!r}]", parts, _PARTS)

@@ -128,8 +128,8 @@ class _Twins:
 
     def __init__(self, values: nn.Parameter) -> None:
         self._values = values
-        shape = (1,) * values.dim()
-        self.weight = nn.Parameter(torch.zeros(shape, dtype=values.dtype, device=values.device))
+        shape, device = (1,) * values.dim(), "cpu" if values.is_meta else values.device  # its state is read
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=values.dtype, device=device))
         self._twins: dict[int, Any] = {id(values): self.weight}
         self._states: dict[int, _States] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smet_compile.format import count_active, spare_bits, unpack_bits
 from smet_compile.ops import Site
-from smet_compile.ops.loaded import check_integer, check_keys, check_number, kind_of
+from smet_compile.ops.loaded import check_integer, check_keys, check_names, check_number, kind_of
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> di
         check_number(f"{where}.drop_fraction", event["drop_fraction"], 0, 1)
         if event["density"] is not None:
             check_number(f"{where}.density", event["density"], 0, 1)
-        check_keys(f"{where}.sites", event["sites"], (), sites.keys())
+        check_names(f"{where}.sites", event["sites"], sites.keys())
         for name, site in event["sites"].items():
             at = f"{where}.sites[{name!r}]"
             _check_site_event(at, site, sites[name].whole.num_blocks, event["density"] is not None)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from smet_compile.format import TopologyChange
+from smet_compile.format.user_warning import warn_user
 from smet_compile.ops import Site
 from smet_compile.ops.optimizers import FoundOptimizer, attributes, find_optimizers, is_hooks, siblings
 from smet_compile.runtime.fresh_state import FreshState
-from smet_compile.shards import local
+from smet_compile.shards import is_sharded, local
 
 _MAX_DEPTH = 5
 
@@ -35,16 +36,34 @@ class ManagedOptimizers:
         self._given = given
         self._model = model
         self._sites = sites
+        self._gone: set[str] = set()
         self.find()
 
     def find(self) -> None:
         """Searches anew: a group may have been added, and some wrappers make what they wrap in their first steps."""
-        found = find_optimizers(self._given, self._model.parameters())
-        found += find_optimizers(siblings(found, self._missing(found).values()), self._model.parameters())
+        in_model = list(self._model.parameters())
+        self._note_gone({id(parameter) for parameter in in_model})
+        parameters = [*in_model, *(site.values for site in self._sites.values())]
+        found = find_optimizers(self._given, parameters)
+        found += find_optimizers(siblings(found, self._missing(found).values()), parameters)
         self._check_holds(found)
         self.state = _state_to_move(found, self._sites)
         self.found = found
         self._values = {name: site.values for name, site in self._sites.items()}
+
+    def _note_gone(self, in_model: set[int]) -> None:
+        """Notes which weights are in layers that were taken out of the model, and warns of them once."""
+        gone = {name for name, site in self._sites.items() if id(site.values) not in in_model}
+        if news := sorted(name for name in gone - self._gone if self._sites[name].values.requires_grad):
+            warn_user(
+                f"TopologyManager: {_shown(news)}: no longer in the model, so its topology stays as it is; make the "
+                "manager anew for a model of other layers"
+            )
+        self._gone = gone
+
+    def is_gone(self, site: Site) -> bool:
+        """Tells whether the layer of a weight is no longer in the model."""
+        return site.name in self._gone
 
     @property
     def stepping(self) -> list[FoundOptimizer]:
@@ -94,14 +113,18 @@ class ManagedOptimizers:
         return {name: site.values for name, site in self._sites.items() if id(site.values) not in held_ids}
 
     def _check_holds(self, found: list[FoundOptimizer]) -> None:
-        names = [name for name, values in self._missing(found).items() if values.requires_grad]
+        missing = [self._sites[name] for name in self._missing(found)]
+        names = [site.name for site in missing if site.values.requires_grad and not self.is_gone(site)]
         if names:
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise ValueError(
-                f"{shown}: expected the optimizer to hold the compact values, but {type(self._given).__name__} does "
-                "not; make the optimizer from model.parameters() after sparsify, and where there are several, pass all "
-                "of them in a list"
+                f"{_shown(names)}: expected the optimizer to hold the compact values, but {type(self._given).__name__} "
+                "does not; make the optimizer from model.parameters() after sparsify, and where there are several, "
+                "pass all of them in a list"
             )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class WeightState(NamedTuple):
@@ -139,8 +162,9 @@ def _state_to_move(optimizers: list[FoundOptimizer], sites: dict[str, Site]) -> 
 
     Raises ValueError for an optimizer whose state cannot follow a topology change, by its class and key.
     """
-    topology_aware = [each.optimizer for each in optimizers if _is_topology_aware(each.optimizer)]
-    others = [each for each in _with_own_state(optimizers) if not _is_topology_aware(each.optimizer)]
+    own = _with_own_state(optimizers)  # what is shown twice, as by Fabric's optimizers, moves once
+    topology_aware = [each.optimizer for each in own if _is_topology_aware(each.optimizer)]
+    others = [each for each in own if not _is_topology_aware(each.optimizer)]
     fresh = FreshState(optimizers)
     for each in others:
         _check_kinds(each)
@@ -196,6 +220,12 @@ def _weight_states(optimizers: list[FoundOptimizer], site: Site, fresh: FreshSta
             if _is_scalar(state) or _memory(state) in seen or state.numel() == 1 != values.numel():
                 continue
             seen.add(_memory(state))
+            if type(state) not in (Tensor, nn.Parameter) and not is_sharded(state):
+                raise ValueError(
+                    f"{site.name}: {each.name} keeps a state {key!r} of type {type(state).__name__}, expected a plain "
+                    "tensor, whose rows can be moved; for 8-bit state take an active optimizer, as "
+                    'ActiveAdamW(model, moment_dtype="int8")'
+                )
             if state.shape != values.shape:
                 raise ValueError(
                     f"{site.name}: {each.name} keeps a state {key!r} of shape {tuple(state.shape)}, expected "

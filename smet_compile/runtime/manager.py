@@ -29,7 +29,7 @@ from smet_compile.runtime.advice import (
 )
 from smet_compile.runtime.auto_step import all_stepped, steps_by_itself, take_over
 from smet_compile.runtime.collecting import GradientCollection
-from smet_compile.runtime.history import SiteEvent, TopologyEvent, Trace
+from smet_compile.runtime.history import TopologyEvent, Trace
 from smet_compile.runtime.in_optimizer import InOptimizer, check_alone
 from smet_compile.runtime.interrupts import waiting_interrupts
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
@@ -357,7 +357,8 @@ class TopologyManager(SavedManager, ShownManager):
         moves = [self._choose(choose_move, site, rules, step, counts[site.name]) for site in ready]
         check_moves(moves, ranks, alike)
         self._owed.update((name, max(0.0, blocks - counts[name])) for name, blocks in owed.items())
-        event = TopologyEvent(step, fraction, {move.site.name: self._make(move, step) for move in moves})
+        made = {move.site.name: make_and_record(move, step, self._optimizers, self._trace) for move in moves}
+        event = TopologyEvent(step, fraction, made)
         self.history.append(event)
         return event
 
@@ -373,18 +374,16 @@ class TopologyManager(SavedManager, ShownManager):
         event = TopologyEvent(step, 0.0, {}, stage.density)
         self.history.append(event)  # what an interrupt leaves out is made at the next step, as an event of its own
         for move in moves:
-            event.sites[move.site.name] = self._make(move, step)
+            event.sites[move.site.name] = make_and_record(move, step, self._optimizers, self._trace)
         self._stages.enter(stage)
         return event
 
     def _choose(self, choose: Callable[..., Move], site: Site, rules: Rules, step: int, count: int) -> Move:
         return choose(site, rules, step, count, self._trace.protected(site.name, step), self._optimizers)
 
-    def _make(self, move: Move, step: int) -> SiteEvent:
-        return make_and_record(move, step, self._optimizers, self._trace)
-
     def _is_ready(self, site: Site) -> bool:
-        return site.values in self._trained and not self._trained.not_finite and self._collection.has_gradient(site)
+        is_left_out = self._optimizers.is_gone(site) or self._trained.not_finite or site.values not in self._trained
+        return not is_left_out and self._collection.has_gradient(site)
 
     def __getstate__(self) -> dict[str, Any]:
         new_steps = self._new_steps.state_dict(self.model, self._optimizers.stepping, self._trained)

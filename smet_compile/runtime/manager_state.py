@@ -10,7 +10,7 @@ from torch import nn
 from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
 from smet_compile.ops.following import Load
-from smet_compile.ops.loaded import check_integer, check_keys, check_number
+from smet_compile.ops.loaded import check_integer, check_keys, check_names, check_number
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import TopologyEvent, Trace, check_history
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
@@ -116,7 +116,7 @@ class SavedManager:
         check_settings(state.get("settings", {}), self._settings, override)
         check_integer("num_steps", state["num_steps"])
         check_integer("num_postponed", state["num_postponed"], 0, MOST_POSTPONED_STEPS - 1)
-        check_keys("owed", state["owed"], self.sites.keys())
+        check_names("owed", state["owed"], self.sites.keys(), is_whole=True)
         for name, blocks in state["owed"].items():
             check_number(f"owed[{name!r}]", blocks, 0, 1)
         num_steps = state["num_steps"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from smet_compile.ops import canonical_name
-from smet_compile.ops.loaded import check_integer, check_keys, kind_of
+from smet_compile.ops.loaded import check_integer, check_keys, check_names, kind_of
 from smet_compile.ops.optimizers import FoundOptimizer
 from smet_compile.runtime.optimizer_steps import TrainedParameters
 
@@ -102,7 +102,7 @@ class NewSteps:
         names = set(_names_of(model).values())
         check_integer("new_steps.num", state["num"])
         check_integer("new_steps.num_last", state["num_last"], 1)
-        check_keys("new_steps.of", state["of"], (), names)
+        check_names("new_steps.of", state["of"], names)
         for name, counts in state["of"].items():
             where = f"new_steps.of[{name!r}]"
             check_keys(where, counts, ("num", "last", "gap"))

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smet_compile.format import count_active, unpack_bits
 from smet_compile.ops import CompactWeight, Site, canonical_name, find_sites
-from smet_compile.ops.gate import topology_error
+from smet_compile.ops.loading import mask_of_other_number
 
 
 def find_resized(saved: Mapping[str, Any], model: nn.Module) -> list[tuple[Site, Tensor]]:
@@ -23,17 +22,11 @@ def find_resized(saved: Mapping[str, Any], model: nn.Module) -> list[tuple[Site,
     for raw, module in model.named_modules():
         if not isinstance(module, CompactWeight):
             continue
-        bits, layout = saved.get(f"{canonical_name(model, raw)}.topology"), module.layout
-        if isinstance(bits, Tensor) and _is_of_other_number(bits, module):
-            found.append((sites[id(module)], unpack_bits(bits, layout.num_blocks).to(module.topology.device)))
+        bits = saved.get(f"{canonical_name(model, raw)}.topology")
+        mask = mask_of_other_number(module, bits) if isinstance(bits, Tensor) else None
+        if mask is not None:
+            found.append((sites[id(module)], mask))
     return found
-
-
-def _is_of_other_number(bits: Tensor, compact: CompactWeight) -> bool:
-    if bits.is_meta or bits.dtype != compact.topology.dtype or bits.shape != compact.topology.shape:
-        return False
-    count = count_active(bits)
-    return count not in (0, compact.num_active) and topology_error(bits, compact.layout, count) is None
 
 
 def resize_as_saved(resized: Iterable[tuple[Site, Tensor]], optimizers: Iterable[Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,6 +13,32 @@ from smet_compile.format import patterns
 from smet_compile.format.densities import DensitySchedule, Stage, check_density_schedule, counts_of_stages
 from smet_compile.ops import Site, find_sites
 from smet_compile.shards import has_shards
+
+_numbers_at_start: ContextVar[Mapping[str, int] | None] = ContextVar("numbers_at_start", default=None)
+
+
+def active_blocks(model: nn.Module) -> dict[str, int]:
+    """Returns the number of active blocks of each compact weight."""
+    return {name: site.num_active for name, site in find_sites(model).items()}
+
+
+def take_stages(model: nn.Module, is_taken: bool = True) -> None:
+    """Says whether the compact weights of ``model`` take a state dict of another density stage than theirs."""
+    for site in find_sites(model).values():
+        site.compact.takes_stages = is_taken
+
+
+@contextmanager
+def begun_with(numbers: Mapping[str, int]) -> Iterator[None]:
+    """Has managers that are made within know how many active blocks each weight had at the start of the run.
+
+    It is for who makes the manager when a checkpoint of a later density stage is loaded already.
+    """
+    token = _numbers_at_start.set(numbers)
+    try:
+        yield
+    finally:
+        _numbers_at_start.reset(token)
 
 
 class DensityStages:
@@ -32,10 +60,11 @@ class DensityStages:
         if self.stages:
             check_one_process(model)
             _check_sites(sites)
-            sizes = {name: (site.layout, site.num_active) for name, site in sites.items()}
-            self._counts = counts_of_stages(self.stages, sizes)
+            first = _numbers_at_start.get() or active_blocks(model)
+            self._counts = counts_of_stages(self.stages, {n: (site.layout, first[n]) for n, site in sites.items()})
         for stage, counts in zip(self.stages, self._counts[1:], strict=True):
             _check_rows(sites, stage, counts)
+        take_stages(model, bool(self.stages))
 
     def __bool__(self) -> bool:
         return bool(self.stages)

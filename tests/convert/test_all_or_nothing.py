@@ -107,7 +107,7 @@ PLACES = [
     (CompactWeight, "_derive", len(WEIGHTS)),
     (shared_class, "register", 1),
     (shared_class, "register", len(WEIGHTS)),
-    (parametrize, "ParametrizationList", 3),
+    (shared_class, "_Chain", 3),
     (shared_class, "shared_class", len(WEIGHTS)),
     (saved_weights, "install", 2),
     (saved_weights, "install", len(WEIGHTS) - NUM_LINEAR + 1),

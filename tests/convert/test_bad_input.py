@@ -106,7 +106,7 @@ def test_unknown_names(argument: str, value: str) -> None:
         *[("exclude", value) for value in (3, ["*", 3])],
         *[("rules", value) for value in (3, "x", [("*", 0.5)], {3: 0.5}, {"*": None}, {"*": "0.5"}, {"*": True})],
         *[("distribution", value) for value in (None, 3, ["er"])],
-        *[("select", value) for value in (None, ["random"])],
+        *[("select", value) for value in ("", ["random"])],
         *[("rescale", value) for value in (1, "yes", 0.5)],
         *[("seed", value) for value in (None, 1.5, "1", True, 2**64, -(2**63) - 1)],
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import smet_compile as smet
 from smet_compile.hub import content
@@ -332,6 +333,21 @@ def test_a_file_that_no_model_has_is_refused(
     model = two_layers()
     with Unchanged(model), pytest.raises(ValueError, match=re.escape(message)):
         smet.load_compact(folder, model)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_further_parametrization_is_refused(tmp_path: Path) -> None:
+    model = smet.sparsify(two_layers(), density=0.5)
+    parametrize.register_parametrization(model[0], "weight", Twice())
+    with pytest.raises(
+        ValueError, match=r"0\.weight: expected a compact weight that is read as it is, .* Twice changes"
+    ):
+        smet.save_compact(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_of_saving_are_named(tmp_path: Path) -> None:

@@ -161,6 +161,28 @@ def test_precision_and_accumulation(make: Callable[[Run], None], precision: str)
     assert all(site.values.dtype == torch.float32 for site in find_sites(run.model).values())
 
 
+@pytest.mark.parametrize("stage", [2, 7, 12])
+def test_a_saved_state_of_any_density_stage_goes_on(stage: int, tmp_path: Path) -> None:
+    def make() -> Run:
+        forget_states()
+        run = Run(Accelerator(cpu=True))
+        smet.sparsify(run.model, 1.0, dense_as_compact=True)
+        run.make_optimizer()
+        run.manage(density_schedule=[(5, 0.5), (10, 0.2)])
+        run.prepare(*ALL)
+        return run
+
+    run = make()
+    run.train(last=stage)
+    run.accelerator.save_state(str(tmp_path))
+    losses = run.train(first=stage)
+    again = make()
+    again.accelerator.load_state(str(tmp_path))
+    assert again.train(first=stage) == losses
+    assert again.manager.history == run.manager.history
+    assert all(same_bits(tensor, run.state()[name]) for name, tensor in again.state().items())
+
+
 def registered(run: Run) -> None:
     run.accelerator.register_for_checkpointing(run.manager)
 

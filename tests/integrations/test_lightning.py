@@ -170,6 +170,45 @@ def test_several_optimizers_by_hand(period: int, tmp_path: Path) -> None:
     assert same_states(resumed, module)
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_it_resumes_in_any_density_stage(epoch: int, tmp_path: Path) -> None:
+    def callback() -> Any:
+        stages = [(4, 0.5), (10, 0.3)]
+        return SparseTraining(1.0, dense_as_compact=True, every=2, density_schedule=stages, stop_fraction=1.0)
+
+    whole, sparse = Net(), callback()
+    trainer_in(tmp_path, sparse, saver(tmp_path), enable_checkpointing=True, max_epochs=3).fit(whole, loader())
+    resumed, again = Net(), callback()
+    path = tmp_path / f"epoch={epoch}.ckpt"
+    trainer_in(tmp_path, again, max_epochs=3).fit(resumed, loader(), ckpt_path=path)
+    assert again.manager.history == sparse.manager.history and same_states(resumed, whole)
+    trainer_in(tmp_path, again, max_epochs=3).fit(resumed, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert again.manager.history == sparse.manager.history and same_states(resumed, whole)
+
+
+def test_a_refused_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    trainer_in(tmp_path, SparseTraining(0.3, **CHOICES), saver(tmp_path), enable_checkpointing=True).fit(
+        Net(), loader()
+    )
+    callback = SparseTraining(0.3, **{**CHOICES, "every": 3})
+    with pytest.raises(ValueError, match="every: expected 3 as in this manager"):
+        trainer_in(tmp_path, callback).fit(Net(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    trainer_in(tmp_path, callback).fit(Net(), loader())
+    assert callback.manager.num_steps == EPOCHS * BATCHES
+
+
+def test_a_checkpoint_that_is_evaluated_is_not_gone_on_with(tmp_path: Path) -> None:
+    trainer_in(tmp_path, SparseTraining(0.3, **CHOICES), saver(tmp_path), enable_checkpointing=True).fit(
+        Net(), loader()
+    )
+    callback, module = SparseTraining(0.3, **CHOICES), Net()
+    trainer = trainer_in(tmp_path, callback)
+    trainer.validate(Net(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    trainer.fit(module, loader())
+    assert callback.manager.num_steps == EPOCHS * BATCHES
+    assert [event.step for event in callback.manager.history] == [2, 4, 6, 8, 10]
+
+
 def test_a_checkpoint_is_evaluated(tmp_path: Path) -> None:
     module = Net()
     trainer = trainer_in(tmp_path, SparseTraining(0.3), saver(tmp_path), enable_checkpointing=True)
@@ -249,6 +288,12 @@ def test_averages_of_weights_are_refused_by_name(name: str, tmp_path: Path) -> N
     averaging = getattr(pl.callbacks, name)(**({"swa_lrs": 1e-2} if name.startswith("S") else {}))
     with pytest.raises(ValueError, match=f"expected none that averages weights, got {name}"):
         trainer_in(tmp_path, averaging, SparseTraining(0.3)).fit(Net(), loader())
+
+
+def test_pruning_is_refused_by_name(tmp_path: Path) -> None:
+    pruning = pl.callbacks.ModelPruning("l1_unstructured", amount=0.5)
+    with pytest.raises(ValueError, match="expected none that prunes, got ModelPruning, which finds no compact weight"):
+        trainer_in(tmp_path, pruning, SparseTraining(0.3)).fit(Net(), loader())
 
 
 def test_strategies_that_make_parameters_anew_are_refused(tmp_path: Path) -> None:

@@ -41,6 +41,25 @@ def test_every_folder_loads(tmp_path: Path) -> None:
     assert_loads(tmp_path / "run" / "checkpoint-8", trainer.model, is_checkpoint=True)
 
 
+def test_a_model_that_was_made_sparse_in_part(tmp_path: Path) -> None:
+    def of_part(folder: Path) -> Trainer:
+        model = llama()
+        smet.sparsify(model.model, density=0.3)
+        trainer = Trainer(model, arguments_in(folder, max_steps=8), train_dataset=ROWS)
+        sparse_training(trainer, every=2, export=tmp_path / "export")
+        return trainer
+
+    trainer = of_part(tmp_path / "run")
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    assert_loads(tmp_path / "export", trainer.model)
+    assert_loads(tmp_path / "saved", trainer.model)
+    assert_loads(tmp_path / "run" / "checkpoint-8", trainer.model, is_checkpoint=True)
+    resumed = of_part(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert_same(resumed.model.state_dict(), trainer.model.state_dict())
+
+
 def test_the_best_model_is_loaded_evaluated_and_exported(tmp_path: Path) -> None:
     """The best is said to be the one of the highest loss, so that an early one is."""
     trainer = sparse_trainer(

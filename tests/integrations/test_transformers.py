@@ -133,7 +133,13 @@ ADAMW = {"lr": 2e-3, "betas": (0.8, 0.9)}
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (smet.ActiveLion, {"lr": 1e-3}), (smet.ActiveAdamW, ADAMW)],
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.Adagrad, {"lr": 1e-2, "initial_accumulator_value": 0.1}),
+        (torch.optim.Rprop, {"lr": 1e-3}),
+        (smet.ActiveLion, {"lr": 1e-3}),
+        (smet.ActiveAdamW, ADAMW),
+    ],
 )
 def test_the_trainer_names_another_optimizer(kind: Any, options: dict[str, Any], tmp_path: Path) -> None:
     def run(checkpoint: Path | None = None) -> tuple[Trainer, SmetCallback]:

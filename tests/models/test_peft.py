@@ -1,5 +1,8 @@
 """PEFT's adapters on a compact model: they are dense, train alone, and merge into what the tuned model computes."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,6 +61,42 @@ def test_merging_can_be_taken_back() -> None:
     torch.testing.assert_close(adapted(x()), expected, rtol=1e-5, atol=1e-6)
     adapted.unmerge_adapter()
     torch.testing.assert_close(adapted(x()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["olora", "pissa", "orthogonal"])
+@pytest.mark.filterwarnings("ignore:sparsify")
+def test_adapters_that_begin_with_a_part_of_the_base(how: str) -> None:
+    """Where PEFT takes that part out of the base, every block of the base has numbers from then on."""
+    torch.manual_seed(0)
+    model = smet.sparsify(Projections(), density=0.3)
+    expected = model(x()).detach()
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=how)
+    changes_base = how != "orthogonal"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = get_peft_model(model, config)
+    told = [str(each.message) for each in caught if "q_proj.weight" in str(each.message)]
+    assert ["keeps every block from now on" in each for each in told] == [True] * changes_base
+    torch.testing.assert_close(adapted(x()), expected, rtol=1e-5, atol=1e-6)
+    density = next(site.density for name, site in find_sites(adapted).items() if "q_proj" in name)
+    assert (density == 1.0) is changes_base
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compact_layer_that_is_trained_and_saved_with_the_adapters(tmp_path: Path) -> None:
+    """It loads onto a base that was made sparse in the same way."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return smet.sparsify(Projections(), density=0.3)
+
+    adapted = get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(loaded(x()), adapted(x()))
 
 
 def test_adapters_stay_dense_by_default() -> None:

@@ -1,6 +1,8 @@
 """save_pretrained of a compact model writes what from_pretrained loads; checkpoints hold the compact weights too."""
 
 import copy
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,15 +10,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.nn.utils import parametrize
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
 from tests.models.classes import REAL_MODELS
+from tests.support.fresh_process import run_python
 from tests.support.snapshots import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:sparsify")
 NAMES = sorted(REAL_MODELS)
+BERT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 64
+}  # fmt: skip
+BERT_DECODER = BERT | {"is_decoder": True, "add_cross_attention": True}
 
 
 def compact(name: str, block_shape: int = 1, seed: int = 0) -> Any:
@@ -118,6 +134,91 @@ def test_a_state_with_the_names_of_wrappers_is_refused(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path, state_dict=wrapped)
 
 
+def tiny() -> Any:
+    torch.manual_seed(0)
+    return REAL_MODELS["llama"].make()
+
+
+def put_under_a_head(model: Any) -> Any:
+    return put(LlamaForSequenceClassification(model.config), model.model)
+
+
+def put(outer: Any, part: nn.Module) -> Any:
+    outer.model = part
+    return outer
+
+
+def encoder_in_a_pair() -> Any:
+    pair = EncoderDecoderModel(
+        encoder=BertModel(BertConfig(**BERT)), decoder=BertLMHeadModel(BertConfig(**BERT_DECODER))
+    )
+    smet.sparsify(pair.encoder, density=0.3)
+    return pair
+
+
+def part_alone() -> Any:
+    model = tiny()
+    smet.sparsify(model.model, density=0.3)
+    return model
+
+
+@pytest.mark.parametrize("folder", ["model", "checkpoint-7"])
+@pytest.mark.parametrize("make", [part_alone, lambda: put_under_a_head(part_alone()), encoder_in_a_pair])
+def test_a_model_with_a_compact_part(make: Any, folder: str, tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path / folder)
+    loaded, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert bool(info["unexpected_keys"]) is (folder != "model") and find_sites(model)
+    dense = smet.export_dense(model).state_dict()
+    assert all(same_bits(tensor, dense[name]) for name, tensor in loaded.state_dict().items())
+    other = make()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="expected compact weights, got a dense one; resume from a"):
+        other.load_state_dict(dense, strict=False)
+
+
+def test_a_compact_part_from_before_transformers_was_imported(tmp_path: Path) -> None:
+    script = f"""
+        import torch
+        from torch import nn
+        import smet_compile as smet
+        part = smet.sparsify(nn.Linear(16, 16), density=0.5)
+        from transformers import PretrainedConfig, PreTrainedModel
+
+        class Model(PreTrainedModel):
+            config_class = PretrainedConfig
+
+            def __init__(self, config, part=None):
+                super().__init__(config)
+                self.part = part or nn.Linear(16, 16)
+                self.post_init()
+
+        Model(PretrainedConfig(), part).save_pretrained({str(tmp_path)!r})
+        loaded, info = Model.from_pretrained({str(tmp_path)!r}, output_loading_info=True)
+        assert not any(info.values()), info
+        assert torch.equal(loaded.part.weight, part.weight)
+        print("saved")
+    """
+    assert run_python("-c", textwrap.dedent(script)).splitlines()[-1] == "saved"
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_the_module_reads_is_written(given: bool, tmp_path: Path) -> None:
+    model = compact("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    parametrize.register_parametrization(layer, "weight", Twice())
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() if given else None)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, layer.weight) and layer.weight.any()
+
+
 def test_copies_save_themselves_and_exports_keep_nothing(tmp_path: Path) -> None:
     model = compact("llama")
     copied = copy.deepcopy(model)
@@ -127,11 +228,14 @@ def test_copies_save_themselves_and_exports_keep_nothing(tmp_path: Path) -> None
     copied.save_pretrained(tmp_path)
     assert not type(model).from_pretrained(tmp_path).model.layers[0].self_attn.q_proj.weight.any()
     dense: Any = smet.export_dense(model)
-    for module in dense.modules():
-        assert "save_pretrained" not in vars(module) and not module._load_state_dict_pre_hooks
-    assert "save_pretrained" in vars(model) and isinstance(model, PreTrainedModel)
+    assert not any(module._load_state_dict_pre_hooks for module in dense.modules())
+    repeated = smet.export_dense(smet.sparsify(Repeated(PretrainedConfig(tie_word_embeddings=True)), density=0.4))
+    assert not any(module._load_state_dict_pre_hooks for module in repeated.modules())
 
 
-def test_other_models_save_as_ever() -> None:
-    model = smet.sparsify(torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4)), density=0.5)
-    assert not any("save_pretrained" in vars(module) for module in model.modules())
+def test_other_models_save_as_ever(tmp_path: Path) -> None:
+    compact("llama")
+    tiny().save_pretrained(tmp_path / "dense")
+    assert same_bits(load_file(tmp_path / "dense" / "model.safetensors")["lm_head.weight"], tiny().lm_head.weight)
+    names = [*inspect.signature(PreTrainedModel.save_pretrained).parameters]
+    assert names[:4] == ["self", "save_directory", "is_main_process", "state_dict"] and "max_shard_size" in names

@@ -42,6 +42,26 @@ def test_values_alone_are_refused(part: Callable[..., Any], seed: int, block_sha
     assert torch.equal(find_sites(model)["0.weight"].values, before)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_dense_weights_are_refused(strict: bool) -> None:
+    """Also in a part of another model, which was never given to ``sparsify``."""
+    dense, model = nn.Sequential(two_layers(), nn.LayerNorm(4)), nn.Sequential(build(), nn.LayerNorm(4))
+    before = {name: site.values.detach().clone() for name, site in find_sites(model).items()}
+    with pytest.raises(
+        RuntimeError, match=r"\s0\.0\.weight: expected compact weights, got a dense one; resume"
+    ) as caught:
+        model.load_state_dict(dense.state_dict(), strict=strict)
+    assert str(caught.value).count("expected compact weights") == 1 and "Unexpected" not in str(caught.value)
+    assert all(torch.equal(site.values, before[name]) for name, site in find_sites(model).items())
+
+
+def test_a_dense_weight_beside_its_values_is_left_out() -> None:
+    model, other = build(), build(7)
+    state = other.state_dict()
+    model.load_state_dict(state | {"0.weight": torch.zeros_like(other[0].weight)})
+    assert_same(dict(model.state_dict()), dict(state))
+
+
 def test_a_topology_alone_is_refused_unless_it_is_the_one_that_is_there() -> None:
     model, other = build(7), build(0)
     before = snapshot(model)

@@ -160,6 +160,10 @@ def test_export_and_copies_see_a_read_that_is_still_held() -> None:
         held.mul_(0.5)
     assert torch.equal(smet.export_dense(model)[0].weight, before / 2)
     assert torch.equal(model[0].weight, before / 2)
+    with torch.no_grad():
+        held.mul_(0.5)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied[0].weight, before / 4) and torch.equal(model[0].weight, before / 4)
 
 
 def test_weight_clipping_between_steps_equals_the_dense_twin() -> None:
@@ -222,6 +226,26 @@ def test_data_that_no_active_blocks_hold_makes_every_block_active(block: Any) ->
     assert find_sites(model)["0.weight"].density == 1.0 and find_sites(model)["3.weight"].density < 1
     assert torch.equal(smet.export_dense(model)[0].weight, merged)
     train(model, smet.ActiveAdamW(model, lr=1e-2), steps=2)
+
+
+@blocks
+def test_data_that_was_changed_in_place_is_kept_as_a_whole(block: Any) -> None:
+    model = sparse_layers(block)
+    expected = model[0].weight.detach() + 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model[0].weight.data += 1
+    assert [str(each.message).count("keeps every block") for each in caught] == [1]
+    assert torch.equal(model[0].weight, expected) and find_sites(model)["0.weight"].density == 1.0
+
+
+def test_data_of_another_weight_that_was_changed_in_place() -> None:
+    model, other = sparse_layers(), sparse_layers()
+    expected = 2 * model[0].weight.detach()
+    data = model[0].weight.data
+    data *= 2
+    other[0].weight.data = data
+    assert torch.equal(model[0].weight, expected) and torch.equal(other[0].weight, expected)
 
 
 def test_more_active_blocks_while_an_old_graph_is_alive() -> None:

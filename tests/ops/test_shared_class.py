@@ -142,6 +142,28 @@ def test_torch_parametrizes_another_tensor_of_one_module(make: Callable[[], nn.M
     assert type(one) in (nn.Linear, Two) and type(smet.export_dense(other)) is type(one)
 
 
+@pytest.mark.parametrize("name", ["weight_norm", "orthogonal"])
+def test_a_parametrization_that_makes_the_weight_of_others_is_refused(name: str) -> None:
+    one = linear()
+    expected, keys = one(X), list(one.state_dict())
+    with pytest.raises(ValueError, match="weight: expected a parametrization that takes the weight as it is"):
+        getattr(nn.utils.parametrizations, name)(one)
+    assert torch.equal(one(X), expected) and list(one.state_dict()) == keys
+    torch.testing.assert_close(smet.export_dense(one)(X), expected)
+
+
+def test_a_further_parametrization_is_tried_on_a_copy() -> None:
+    torch.manual_seed(0)
+    one, dense = linear(), nn.Linear(8, 8)
+    dense.load_state_dict(smet.export_dense(one).state_dict())
+    for module in (one, dense):
+        torch.manual_seed(0)
+        nn.utils.parametrizations.spectral_norm(module)
+    torch.testing.assert_close(one(X), dense(X))
+    assert torch.equal(one.parametrizations.weight[1]._u, dense.parametrizations.weight[0]._u)
+    assert find_sites(one) and torch.equal(copy.deepcopy(one).eval()(X), one.eval()(X))
+
+
 def test_a_tensor_that_was_parametrized_before() -> None:
     """The class that torch made for the module is left, and comes back where sparsify fails."""
     one = nn.Linear(8, 8)

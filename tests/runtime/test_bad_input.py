@@ -1,10 +1,12 @@
 """Wrong requests to the manager are refused at construction, with the fix in the message."""
 
+import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import smet_compile as smet
 from smet_compile.ops import find_sites
@@ -91,6 +93,73 @@ def test_values_assigned_after_the_optimizer_was_made() -> None:
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     with pytest.raises(ValueError, match="optimizer"):
         smet.TopologyManager(model, optimizer, total_steps=100)
+
+
+class Coded(Tensor):
+    """Stands for a state that is stored in another form than its shape says, as torchao's 8-bit state is."""
+
+
+class CodedState(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("exp_avg", torch.zeros_like(p.detach()).as_subclass(Coded))
+
+
+def of_torchao(model: nn.Module) -> Any:
+    return pytest.importorskip("torchao.optim").AdamW8bit(model.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize("make_optimizer", [lambda model: CodedState(model.parameters(), lr=0.1), of_torchao])
+def test_a_state_that_is_no_plain_tensor_is_refused(make_optimizer: Any, is_used: bool) -> None:
+    """The manager refuses it when it is made, or before its first update; nothing is half changed."""
+    model = smet.sparsify(nn.Linear(128, 128), density=0.5)
+    optimizer = make_optimizer(model)
+
+    def step() -> None:
+        model(torch.ones(2, 128)).sum().backward()
+        optimizer.step()
+
+    before = model.parametrizations.weight[0].mask()
+    if is_used:
+        step()
+    with pytest.raises(ValueError, match=r"weight: .* keeps a state 'exp_avg' of type (Coded|OptimState8bit)"):
+        smet.TopologyManager(model, optimizer, total_steps=100, every=3)
+        for _ in range(3):
+            step()
+    assert torch.equal(model.parametrizations.weight[0].mask(), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"grow": "gradient"}, {"density_schedule": [(6, 0.25)]}], ids=str)
+def test_a_layer_that_is_taken_out_keeps_its_topology(options: Any) -> None:
+    model = smet.sparsify(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), density=0.5)
+    optimizer = smet.ActiveAdamW(model, lr=1e-2)
+    manager = smet.TopologyManager(model, optimizer, total_steps=40, every=2, min_age=0, **options)
+    removed = model[1]
+    before = removed.parametrizations.weight[0].mask()
+
+    def train_on(steps: int) -> None:
+        for _ in range(steps):
+            model(torch.ones(2, 16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train_on(1)
+    del model[1]
+    with pytest.warns(UserWarning, match=r"TopologyManager: 1\.weight: no longer in the model, so its topology stays"):
+        train_on(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_on(1)
+        copied = copy.deepcopy((model, optimizer, manager))[2]
+    assert not [each for each in caught if "no longer" in str(each.message)]
+    assert [list(event.sites) for event in manager.history] == 2 * [["0.weight", "2.weight"]]
+    assert torch.equal(removed.parametrizations.weight[0].mask(), before)
+    copied.load_state_dict(manager.state_dict())
+    train_on(4)
+    assert len(manager.history) == 4
 
 
 def test_a_model_without_sites() -> None:

@@ -1,5 +1,6 @@
 """Which density schedules there are, and which are refused; checkpoints of every stage."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,18 @@ def test_stacked_weights_in_one_block_each_train() -> None:
     assert find_sites(model)["up_proj"].values.shape == (3, 4, 5)
 
 
-def fresh(density: float = 1.0, stages: Any = STAGES, **options: Any) -> tuple[Any, Any, Any]:
+def active(model: nn.Module) -> Any:
+    return smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5)
+
+
+def of_torch(model: nn.Module) -> Any:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def fresh(density: float = 1.0, stages: Any = STAGES, make: Any = active, **options: Any) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
     model = smet.sparsify(two_layers(), density, block_shape=(1, 4), dense_as_compact=True)
-    optimizer = smet.ActiveAdamW(model, lr=1e-2, warmup_steps=5)
+    optimizer = make(model)
     given = {"total_steps": 40, "every": 4, "density_schedule": stages} | options
     return model, optimizer, smet.TopologyManager(model, optimizer, **given)
 
@@ -171,6 +180,34 @@ def test_any_stage_resumes_in_any_other(num_steps: int, tmp_path: Path) -> None:
         assert train(*run, first=num_steps, steps=6) == losses
         assert_same(snapshot(*run), snapshot(*expected))
         assert run[2].history == expected[2].history
+
+
+@pytest.mark.parametrize("optimizer", [active, of_torch])
+@pytest.mark.parametrize("num_steps", [2, 3, 7, 10])
+def test_state_dicts_of_any_stage_resume_in_any_other(num_steps: int, optimizer: Any) -> None:
+    """At the end the weights are loaded alone, and the run goes on."""
+    expected = fresh(make=optimizer)
+    train(*expected, steps=num_steps)
+    weights, state = (copy.deepcopy(part.state_dict()) for part in expected[:2])
+    losses = train(*expected, first=num_steps, steps=6)
+    for steps_before in (0, 4, 12):
+        run = fresh(make=optimizer)
+        train(*run, steps=steps_before)
+        run[0].load_state_dict(weights)
+        run[1].load_state_dict(copy.deepcopy(state))
+        assert train(*run, first=num_steps, steps=6) == losses
+        assert_same(snapshot(*run), snapshot(*expected))
+        assert run[2].history == expected[2].history
+        run[0].load_state_dict(weights)
+        assert_same(dict(run[0].state_dict()), dict(weights))
+        train(*run, steps=2)
+
+
+def test_a_state_dict_of_another_stage_is_refused_without_a_schedule() -> None:
+    run, other = fresh(), fresh(stages=None, schedule="none")
+    train(*run, steps=4)
+    with pytest.raises(RuntimeError, match=r"0\.weight: expected values of shape .* sparsify with the same"):
+        other[0].load_state_dict(run[0].state_dict())
 
 
 def test_other_numbers_of_blocks_are_refused_without_a_schedule(tmp_path: Path) -> None:

@@ -120,9 +120,9 @@ def test_children_of_the_users_own_keep_their_names() -> None:
 
 @pytest.mark.parametrize(("where", "name", "child"), _WRAPPERS)
 def test_the_wrappers_are_where_torch_has_them(where: str, name: str, child: str) -> None:
-    """Private names of torch: if one moves, this fails, and models it wraps would be other models."""
+    """Private names of torch, and of Lightning: if one moves, this fails, and models it wraps would be other models."""
     torch.compile(nn.Linear(2, 2))
-    wrapper = getattr(sys.modules[where], name)
+    wrapper = getattr(sys.modules[where] if where.startswith("torch.") else pytest.importorskip(where), name)
     assert issubclass(wrapper, nn.Module)
     made = {
         "OptimizedModule": lambda: torch.compile(nn.Linear(2, 2)),
@@ -131,6 +131,48 @@ def test_the_wrappers_are_where_torch_has_them(where: str, name: str, child: str
     }
     if name in made:
         assert isinstance(made[name](), wrapper) and list(made[name]()._modules) == [child]
+
+
+@pytest.fixture
+def fabric() -> Any:
+    return pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+
+
+def test_a_model_that_fabric_has_set_up(fabric: Any, tmp_path: Path) -> None:
+    """Its files go between it and the plain model, and so does a state of its manager."""
+
+    def make_in_fabric(seed: int) -> tuple[Any, Any, Any]:
+        torch.manual_seed(seed)
+        plain = smet.sparsify(two_layers().bfloat16(), density=0.4)
+        model, optimizer = fabric.setup(plain, smet.ActiveAdamW(plain, lr=1e-2, warmup_steps=3))
+        return model, optimizer, smet.TopologyManager(model, optimizer, total_steps=100, every=2)
+
+    plain, run, other = make("plain"), make_in_fabric(0), make_in_fabric(7)
+    assert train(*plain, steps=5) == train(*run, steps=5)
+    assert list(find_sites(run[0])) == list(find_sites(plain[0]))
+    names = [canonical_name(run[0], name) for name, _ in run[0].named_parameters(remove_duplicate=False)]
+    assert names == 2 * [name for name, _ in plain[0].named_parameters()]
+    smet.save_checkpoint(tmp_path / "fabric", *run)
+    smet.save_checkpoint(tmp_path / "plain", *plain)
+    assert list(read_file(tmp_path / "fabric")[1]["model"]) == list(plain[0].state_dict())
+    smet.load_checkpoint(tmp_path / "plain", *other)
+    another = make("plain", seed=7)
+    smet.load_checkpoint(tmp_path / "fabric", *another)
+    assert_same(other[2].state_dict(), plain[2].state_dict())
+    assert_same(state_of(*another), state_of(*plain))
+    fabric.save(tmp_path / "run", {"model": run[0], "optimizer": run[1]})
+    again = make_in_fabric(7)
+    fabric.load(tmp_path / "run", {"model": again[0], "optimizer": again[1]})
+    assert_same(again[2].state_dict(), run[2].state_dict())
+    assert type(smet.export_dense(run[0])) is nn.Sequential
+
+
+def test_a_state_with_other_names_is_not_said_to_be_cut() -> None:
+    manager, other = make("plain")[2], make("plain")[2]
+    state = manager.state_dict()
+    state["owed"] = {f"wrapper.{name}": blocks for name, blocks in state["owed"].items()}
+    with pytest.raises(ValueError, match=r"owed: got 'wrapper\.0\.weight', which is no name in this model"):
+        other.load_state_dict(state)
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
