@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -14,18 +15,22 @@ import torch
 from tests.docs.commands import run_command
 from tests.docs.page import Page, Sample, all_pages
 from tests.docs.preambles import PREAMBLES
+from tests.support.fresh_process import ROOT
 
 PAGES = all_pages()
 PROSE = {"", "text", "math", "console", "json", "markdown", "mermaid"}
 """Languages of blocks that are to be read: formulas, trees, what a sample prints on one machine."""
 OUTPUT = "output"
 """The language of a block that holds what the sample before it prints, on any machine."""
+WARNING_PAGES = {"docs/microscope.md"}
+"""Pages that look at a model of which `sparsify` warns."""
+SMALL_LAYERS = "sparsify: the model's matrices as a whole"
+"""The warning that embeddings are most of a model, as in one that is small enough for a sample."""
 
 
-@pytest.mark.filterwarnings("ignore:sparsify. the model's matrices as a whole")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_samples_run(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The samples of a page share their names and a folder.
+    """The samples of a page share their names and a folder, and none warns that its settings suit its model badly.
 
     ``torch.compile`` does not compile here: that takes up to half a minute a model, and that compiled is eager is
     tested elsewhere (tests/passes, tests/train_step). ``explain`` captures all the same.
@@ -58,7 +63,10 @@ def _run(sample: Sample, names: dict[str, Any], printed: str) -> str:
     if sample.file is not None:
         Path(sample.file).write_text(sample.text)
     elif sample.language == "python":
-        with redirect_stdout(StringIO()) as output:
+        with redirect_stdout(StringIO()) as output, warnings.catch_warnings():
+            action = "ignore" if sample.page.path in map(ROOT.joinpath, WARNING_PAGES) else "error"
+            warnings.filterwarnings(action, "(TopologyManager|sparsify): ")
+            warnings.filterwarnings("ignore", SMALL_LAYERS)
             exec(compile("\n" * sample.line + sample.text, str(sample.page.path), "exec"), names)
         return output.getvalue()
     elif sample.language == OUTPUT:
