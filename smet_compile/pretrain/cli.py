@@ -79,7 +79,7 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("checkpointing", None, False, "Of activations."),
     ("fits", None, None, "24GB, 22.5GiB: the largest density that fits; with --density, the largest batch."),
     ("distribution", None, "uniform", "uniform, er, erk."),
-    ("vocabulary", "INTEGER", str(VOCABULARY), "Vocabulary size. That of bytes, with which pretrain begins, is 256."),
+    ("vocabulary", "INTEGER", str(VOCABULARY), "Vocabulary size; pretrain without --tokenizer has 256."),
     ("density_schedule", None, None, "1000:0.5,2000:0.25: density stages, each STEP:DENSITY."),
     ("mesh", None, None, "dp=64, dp=8,replicate=2 or dp=8,tp=4: what each rank stores and sends."),
     ("tokens", "FLOAT", None, "Tokens of the run, 20e9: predicted loss beside a dense model of as many bytes."),
