@@ -72,7 +72,7 @@ def main() -> None:
 
     # A new optimizer for the new parameters; a model that is trained already wants gentler steps than 1/d.
     optimizer = smet.ActiveAdamW(model, lr=1e-3, lr_density_exponent=0.5, warmup_steps=20)
-    smet.TopologyManager(model, optimizer, total_steps=args.steps // 3, every=25, grow="gradient")
+    smet.TopologyManager(model, optimizer, total_steps=args.steps // 3, every=args.steps // 10, grow="gradient")
     train(model, optimizer, training, args.steps // 3)
     sparse_loss = validate("sparse, fine-tuned", model, held_out)
 

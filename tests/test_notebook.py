@@ -146,6 +146,12 @@ def test_a_manager_shows_what_each_update_did(model: nn.Module) -> None:
     assert rows[0]["num_dropped"] > 0 and rows[0]["num_added"] == rows[0]["num_dropped"]
 
 
+def test_a_manager_prints_its_progress(model: nn.Module) -> None:
+    manager = trained(model, torch.randn(8, 12))
+    progress = "2 topology updates in 7 steps, the next after step 9"
+    assert repr(manager) == f"TopologyManager({len(manager.sites)} compact weights: {progress})"
+
+
 def test_a_manager_without_updates_has_no_table(model: nn.Module) -> None:
     manager = smet.TopologyManager(model, smet.ActiveAdamW(model), total_steps=12, schedule="none")
     page = manager._repr_html_()

@@ -25,7 +25,14 @@ from smet_compile.ops.reads import settle_live
 from smet_compile.ops.rules import Rule
 from smet_compile.ops.torch_insides import outside_graphs, prepare
 from smet_compile.ops.updates import Update, check
-from smet_compile.optim.options import CommonOptions, check_moment_dtype, check_options, initial_warmup
+from smet_compile.optim.options import (
+    CommonOptions,
+    check_moment_dtype,
+    check_names,
+    check_options,
+    initial_warmup,
+    without_model,
+)
 from smet_compile.optim.parameters import (
     ReadyUpdate,
     check_initialised,
@@ -79,19 +86,14 @@ class ActiveOptimizer(Optimizer):
     def __init__(
         self, params: nn.Module | Iterable[Any], options: dict[str, Any], common: CommonOptions | dict[str, Any]
     ) -> None:
-        unknown = set(common) - CommonOptions.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"{type(self).__name__}: got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        check_names(type(self).__name__, common)
         model = common.get("model")
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
                 raise ValueError(f"model: expected none beside a model, got {described(model)}; leave it out")
             model, params = params, list(params.parameters())
         if model is None:
-            raise ValueError(
-                f"{type(self).__name__}: expected a model, or parameters with model=..., got parameters alone; pass "
-                "model= so that compact weights are known"
-            )
+            raise without_model(type(self).__name__, params)
         arguments.module("model", model)
         self.moment_dtype = check_moment_dtype(common.get("moment_dtype"))
         rounding = common.get("stochastic_rounding")

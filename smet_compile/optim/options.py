@@ -17,6 +17,10 @@ from smet_compile.format.arguments import described, flag, number, whole_number
 MOST_STEPS = 2**53
 _MOST_EXPONENT = 10.0
 _MOMENT_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+_OF_TORCH = frozenset(
+    ["amsgrad", "capturable", "dampening", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"]
+)
+"""Options of optimizers of ``torch.optim`` that no optimizer here has."""
 
 
 class CommonOptions(TypedDict, total=False):
@@ -42,6 +46,26 @@ class CommonOptions(TypedDict, total=False):
     stochastic_rounding: bool | None
     model: nn.Module | None
     seed: int
+
+
+def check_names(optimizer: str, common: CommonOptions | dict[str, Any]) -> None:
+    """Raises TypeError for an option that ``optimizer`` does not have; one of ``torch.optim`` is to be left out."""
+    for name, value in common.items():
+        if name in _OF_TORCH:
+            raise TypeError(
+                f"{optimizer}: got {name}={described(value)}, an option of torch.optim that it does not have; leave "
+                "it out"
+            )
+        if name not in CommonOptions.__annotations__:
+            raise TypeError(f"{optimizer}: got an unexpected keyword argument {name!r}")
+
+
+def without_model(optimizer: str, params: Any) -> ValueError:
+    """Returns the error for ``params`` without a model that owns them."""
+    is_empty = isinstance(params, Sequence) and not params
+    got = "an empty list" if is_empty else "parameters alone"
+    advice = "pass the model" if is_empty else "pass model= so that compact weights are known"
+    return ValueError(f"{optimizer}: expected a model, or parameters with model=..., got {got}; {advice}")
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:

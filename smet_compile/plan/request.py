@@ -91,7 +91,7 @@ def plan(
         distribution: how the density is shared out over the weights, as ``sparsify`` takes it.
         inputs: (batch, sequence) → what the model is called with. Default: ``input_ids`` and ``labels``.
         loss_fn: (model, inputs) → loss. Default: ``model(**inputs).loss``.
-        vocabulary: the number of words of a preset.
+        vocabulary: the vocabulary size of a preset, in tokens.
         density_schedule: as ``TopologyManager`` takes it: ``plan.stages`` holds the bytes of each stage. ``density`` is
             that of the beginning, and may be 1.
         mesh: ranks that share the parameters by FSDP2, and copies of them as in HSDP: ``{"dp": 64, "replicate": 2}``.

@@ -10,15 +10,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import smet_compile as smet
-from smet_compile.format.arguments import described
-from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError
+from smet_compile.format.arguments import described, one_of
+from smet_compile.presets import PRESETS, VOCABULARY, MissingExtraError, find_preset
 from smet_compile.pretrain.config import (
+    MOMENT_DTYPES,
     OPTION_TYPES,
+    OPTIONS_OF_ARGUMENTS,
     RunConfig,
     check_number,
     check_text,
@@ -27,12 +31,22 @@ from smet_compile.pretrain.config import (
     parse_block,
     resolve,
 )
-from smet_compile.pretrain.console import FAILED, as_cell, end_with_error, print_any_character, print_plainly
+from smet_compile.pretrain.console import (
+    FAILED,
+    as_cell,
+    end_with_error,
+    print_any_character,
+    print_line,
+    print_plainly,
+)
 from smet_compile.pretrain.elastic_commands import add_elastic_commands
 from smet_compile.pretrain.folder import RunFolder
 from smet_compile.pretrain.loop import catch_interrupt, pretrain, resume
+from smet_compile.pretrain.model_config import build_from_config, read_model_config
+from smet_compile.pretrain.option_errors import name_options
 from smet_compile.pretrain.report import summarize
 from smet_compile.pretrain.run_commands import add_run_commands
+from smet_compile.pretrain.unused_options import unused_options
 from smet_compile.pretrain.world import is_first_process, is_reporter
 
 INTERRUPTED = 130
@@ -47,21 +61,25 @@ FIRST_IN_PANEL = {
     "seed": "Record",
 }
 """Panels of the help by the first of their options, which follow in the order of `RunConfig`."""
-METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: None}
+NO_VALUE = ""
+"""The metavar of a flag."""
+METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT", bool: NO_VALUE}
+PLANNED_DTYPES = ("float32", "bfloat16", "float16", "float64")
 PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
     ("density", "FLOAT", None, "Active fraction. Default: 0.3, or what --fits finds."),
     ("block", None, "1", "1 (single weights), 16 (16x16 tiles), 1x16 (runs)."),
     ("batch", "INTEGER", None, "Sequences in a step. Default: by preset."),
     ("sequence", "INTEGER", None, "Tokens in a sequence. Default: by preset."),
-    ("dtype", None, "float32", "Weights: float32, bfloat16."),
-    ("moment_dtype", None, "float32", "Moments: float32, bfloat16, int8."),
+    ("model", None, None, "config.json of any Hugging Face causal model: PRESET then gives batch and sequence alone."),
+    ("dtype", None, "float32", f"Weights: {', '.join(PLANNED_DTYPES)}."),
+    ("moment_dtype", None, "float32", f"Moments: {', '.join(MOMENT_DTYPES)}."),
     ("optimizer", None, "adamw", "Whose moments: adamw, lion, sgd, scale."),
     ("eager", None, False, "Without torch.compile."),
     ("kept_gradients", None, False, "Without updates in backward."),
     ("checkpointing", None, False, "Of activations."),
     ("fits", None, None, "24GB, 22.5GiB: the largest density that fits; with --density, the largest batch."),
     ("distribution", None, "uniform", "uniform, er, erk."),
-    ("vocabulary", "INTEGER", str(VOCABULARY), "Words of the tokenizer."),
+    ("vocabulary", "INTEGER", str(VOCABULARY), "Vocabulary size; pretrain without --tokenizer has 256."),
     ("density_schedule", None, None, "1000:0.5,2000:0.25: density stages, each STEP:DENSITY."),
     ("mesh", None, None, "dp=64, dp=8,replicate=2 or dp=8,tp=4: what each rank stores and sends."),
     ("tokens", "FLOAT", None, "Tokens of the run, 20e9: predicted loss beside a dense model of as many bytes."),
@@ -72,9 +90,19 @@ PLAN_OPTIONS: tuple[tuple[str, str | None, str | bool | None, str], ...] = (
         "Rate of sparse products over that of dense ones, for --tokens. Default: 0.4 for tiles of 64 in 16 bits.",
     ),
 )
-PLANNED_NUMBERS = {
-    "density": float, "batch": int, "sequence": int, "vocabulary": int, "tokens": float, "sparse_efficiency": float,
+PLANNED_NUMBERS: dict[str, tuple[type, dict[str, float]]] = {
+    "density": (float, {"above": 0, "at_most": 1}),
+    "batch": (int, {"at_least": 1}),
+    "sequence": (int, {"at_least": 1}),
+    "vocabulary": (int, {"at_least": 1}),
+    "tokens": (float, {}),
+    "sparse_efficiency": (float, {}),
+}
+"""Numbers among the options of `plan`, with the bounds that need no advice of their own."""
+OF_PLANNED_ARGUMENTS = {name: option_name(name) for name, *_ in PLAN_OPTIONS} | {
+    "model": "PRESET", "block_shape": "--block", "compiled": "--eager", "fused_update": "--kept-gradients",
 }  # fmt: skip
+"""Options of `plan` by the arguments of the library that they become."""
 
 
 def main() -> None:
@@ -135,9 +163,9 @@ def _pretrain_parameters() -> list[inspect.Parameter]:
     parameters, panel = [], ""
     for name, (metavar, text) in declared.items():
         panel = FIRST_IN_PANEL.get(name, panel)
-        flag = [] if metavar else [option_name(name)]  # without it, typer adds a --no- beside it
+        flag = [option_name(name)] if metavar == NO_VALUE else []  # without it, typer adds a --no- beside it
         option = typer.Option(*flag, help=text, show_default=False, metavar=metavar, rich_help_panel=panel)
-        parameters.append(_parameter(name, (str if metavar else bool) | None, option))
+        parameters.append(_parameter(name, (bool if flag else str) | None, option))
     return parameters
 
 
@@ -150,7 +178,7 @@ def _pretrain(**options: Any) -> None:
     except (ValueError, OSError, MissingExtraError) as error:
         if not is_reporter(error):
             sys.exit(FAILED)
-        end_with_error(error)
+        end_with_error(name_options(error, OPTIONS_OF_ARGUMENTS))
     if not finished:
         if prints:
             print(f"Stopped and saved. Go on with:\n{folder.resume_command}")
@@ -179,6 +207,8 @@ def _run(given: dict[str, Any]) -> tuple[RunFolder, bool, bool]:
         folder = RunFolder(out or Path("runs") / f"{config.shape_name}-{config.method}")
         if not config.elastic:
             folder.expect_free()
+        for line in unused_options(config, given) if is_first_process() else ():
+            print_line(line)
     with catch_interrupt() as interrupt:
         if config.elastic:
             from smet_compile.pretrain.elastic import pretrain_elastic
@@ -200,7 +230,8 @@ def _plan_parameters() -> list[inspect.Parameter]:
     for name, metavar, default, text in PLAN_OPTIONS:
         flag = [option_name(name)] if default is False else []
         kind = bool if flag else str if default else str | None
-        parameters.append(_parameter(name, kind, typer.Option(*flag, help=text, metavar=metavar), default))
+        option = typer.Option(*flag, help=text, metavar=NO_VALUE if flag else metavar)
+        parameters.append(_parameter(name, kind, option, default))
     return parameters
 
 
@@ -208,11 +239,13 @@ def _plan(preset: str, **options: Any) -> None:
     """Say what a training run would cost, beside dense training: bytes by kind, peak memory, operations."""
     compiled, kept_gradients = not options.pop("eager"), options.pop("kept_gradients")
     try:
-        for name, kind in PLANNED_NUMBERS.items():
+        for name, (kind, bounds) in PLANNED_NUMBERS.items():
             if options[name] is not None:
-                options[name] = check_number(option_name(name), from_text(options[name], kind), kind)
+                options[name] = check_number(option_name(name), from_text(options[name], kind), kind, **bounds)
+        one_of("--dtype", options["dtype"], PLANNED_DTYPES)
+        one_of("--moment-dtype", options["moment_dtype"], tuple(MOMENT_DTYPES))
         plan = smet.plan(
-            preset,
+            _model_to_plan(preset, options.pop("model"), options),
             block_shape=parse_block(options.pop("block"), "--block"),
             moment_dtype=options.pop("moment_dtype"),
             density_schedule=_stages(options.pop("density_schedule")),
@@ -223,7 +256,19 @@ def _plan(preset: str, **options: Any) -> None:
         )
         _print_plan(plan)
     except (ValueError, OverflowError, MissingExtraError) as error:
-        end_with_error(error)
+        end_with_error(name_options(error, OF_PLANNED_ARGUMENTS))
+
+
+def _model_to_plan(preset: str, config: str | None, options: dict[str, Any]) -> nn.Module | str:
+    """Returns the preset's name, or a model of the shape in the file `config`, for which it fills in `options`."""
+    defaults = find_preset(preset, "PRESET")
+    if config is None:
+        return preset
+    options["sequence"] = options["sequence"] or defaults.sequence
+    if options["fits"] is None or options["density"] is None:  # else the largest batch is looked for
+        options["batch"] = options["batch"] or defaults.batch
+    sizes = options["vocabulary"], options["sequence"], getattr(torch, options["dtype"])
+    return build_from_config(read_model_config(check_text("--model", config)), *sizes, device="meta")
 
 
 def _stages(text: str | None) -> list[tuple[int, float]] | None:

@@ -96,6 +96,13 @@ def _shown(value: str) -> str:
     return name_of_model(value) if value.startswith("{") else value
 
 
+def expect_image(path: Path) -> None:
+    """Raises ValueError where `path` does not end as a kind of image that can be written."""
+    known = require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"--out: expected the name of an image such as comparison.png, got {path}; pass another one")
+
+
 def draw_comparison(runs: list[ComparedRun], path: Path) -> None:
     """Writes one plot of all losses as a PNG; where runs differ in the rate alone, their last losses by rate, too."""
     require("matplotlib").use("Agg")

@@ -14,6 +14,7 @@ from smet_compile.format.arguments import described
 from smet_compile.format.patterns import check_pattern, n_of_m
 from smet_compile.presets import PRESETS, find_preset
 from smet_compile.pretrain.model_config import NO_MODEL, name_of_model, read_model_config
+from smet_compile.pretrain.option_errors import name_options
 from smet_compile.runtime.policies import GrowName
 from smet_compile.runtime.schedules import DEFAULT_SCHEDULE, SCHEDULES, Schedule, find_min_age
 
@@ -152,9 +153,11 @@ class RunConfig:
                 f"--lr-density-exponent: expected an exponent p for which lr / density**p = {self.lr:g} / "
                 f"{self.density:g}**p is a positive number, got {self.lr_density_exponent}; pass one closer to 0"
             )
-        find_min_age(self.min_age, self.plain_schedule)
-        if self.pattern != "none":
-            check_pattern(self.pattern)
+        try:
+            find_min_age(self.min_age, self.plain_schedule)
+        except ValueError as error:
+            raise name_options(error, OPTIONS_OF_ARGUMENTS) from error
+        parse_pattern(self.pattern)
         if not _is_device(self.device):
             raise ValueError(f"--device: expected a torch device such as cpu or cuda:0, got {described(self.device)}")
         tp = 1 if self.elastic else parse_shard(self.shard).tp
@@ -197,6 +200,12 @@ _DECLARED = {item.name: item.metadata for item in fields(RunConfig)}
 def option_name(field: str) -> str:
     """Returns the command-line option of a field: --lr-density-exponent of lr_density_exponent."""
     return "--" + field.replace("_", "-")
+
+
+OPTIONS_OF_ARGUMENTS = {name: option_name(name) for name in OPTION_TYPES if name != "model"} | {
+    "block_shape": "--block", "total_steps": "--steps", "warmup_steps": "--block-warmup",
+}  # fmt: skip
+"""Options by the arguments of the library that they become; its `model` is the model itself."""
 
 
 def from_text(text: Any, kind: type) -> Any:
@@ -242,6 +251,16 @@ def parse_block(text: str, option: str) -> tuple[int, int]:
     return rows, columns
 
 
+def parse_pattern(text: str) -> str | None:
+    """Returns the pattern as `sparsify` takes it; "none" is None. A ValueError names --pattern for anything else."""
+    try:
+        return None if text == "none" else check_pattern(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--pattern: expected none, fan_in, or N:M with 0 < N < M, got {described(text)}; pass 2:4, say"
+        ) from error
+
+
 def parse_shard(text: str) -> Sharding:
     """Reads "none", "fsdp", "hsdp=R" (R replicas) or "tp=N" (layers cut among N ranks)."""
     kind, _, number = text.partition("=")
@@ -273,8 +292,7 @@ def _is_device(name: str) -> bool:
 
 
 def _default_density(given: dict[str, Any]) -> float:
-    pattern = given.get("pattern", "none")
-    ratio = None if pattern == "none" else n_of_m(check_pattern(pattern))
+    ratio = n_of_m(parse_pattern(given.get("pattern", "none")))
     return ratio[0] / ratio[1] if ratio else 0.3
 
 

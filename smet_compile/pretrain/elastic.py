@@ -253,7 +253,7 @@ def pretrain_elastic(config: RunConfig, folder: RunFolder, stop: Stop, console: 
 
 def join_run(folder: RunFolder, stop: Stop) -> tuple[bool, bool]:
     """Takes part in a run that goes on."""
-    config = folder.open()
+    config = folder.open("RUN")
     run = ElasticRun(config, folder, stop)
     choose_device(config.device)
     return run.join(address_of(folder)), run.is_first
@@ -265,7 +265,7 @@ def switch_run(folder: RunFolder, layout: str, ranks: list[int] | None, seconds:
     Raises:
         ValueError: it cannot lie so, or the wish was refused. TimeoutError: nothing was said in so many seconds.
     """
-    config = folder.open()
+    config = folder.open("RUN")
     mesh = parse_mesh("LAYOUT", layout, None if ranks is None else len(ranks))
     mesh.check(config)
     if ranks is not None and len(ranks) != mesh.size:
@@ -288,6 +288,6 @@ def address_of(folder: RunFolder) -> str:
         address: str = json.loads(path.read_text())["address"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{folder.path}: expected the folder of a run that was begun with --elastic, got none; begin it so"
+            f"RUN: expected the folder of a run that was begun with --elastic, got {folder.path}; begin it so"
         ) from error
     return address

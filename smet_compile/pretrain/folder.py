@@ -148,14 +148,14 @@ class RunFolder:
         """Makes the folder, which is there, a run."""
         write_config(self.config, config)
 
-    def open(self) -> RunConfig:
-        """Returns the config of the run that lives here; ValueError where there is none."""
-        if not self._exists(self.config, "--resume"):
+    def open(self, argument: str = "--resume") -> RunConfig:
+        """Returns the config of the run that lives here; a ValueError names `argument` where there is none."""
+        if not self._exists(self.config, argument):
             found = (
                 "a folder without one" if self.path.is_dir() else "a file" if self.path.exists() else "no such folder"
             )
             raise ValueError(
-                f"--resume: expected the folder of a run (with config.json), got {found}: {self.path}; "
+                f"{argument}: expected the folder of a run (with config.json), got {found}: {self.path}; "
                 "begin a run with --out"
             )
         return read_config(self.config)

@@ -129,6 +129,12 @@ def _finish(run: Run, first: int, stop: Stop, console: Any) -> bool:
             print_plainly(console, headline(run, first))
             if world.replicas is not None and not run.config.eager:
                 print_plainly(console, "a sharded run does not compile its step yet: it trains as with --eager")
+            if world.replicas is None and run.config.shard != "none":
+                print_plainly(
+                    console,
+                    f"--shard {run.config.shard}: one process trains alone, since torchrun did not start it; torchrun "
+                    "--nproc-per-node N -m smet_compile ... starts N",
+                )
             if warning:
                 print_plainly(console, warning)
             dead_units = DeadUnitWarning(console)

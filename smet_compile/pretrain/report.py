@@ -13,8 +13,8 @@ from smet_compile.pretrain.plots import CAPTIONS, draw_plots
 COLUMNS = (
     "The last five columns are means over the layers: the share, in what was dropped, of newcomers that no earlier "
     "update could have dropped; the share of the blocks grown two updates before that are still active; the age of "
-    "active blocks in steps; the share of all blocks that were ever active; the share of the active blocks that were "
-    "not active at the start."
+    "active blocks in steps, from before the update moves any; from after it, the share of all blocks that were ever "
+    "active, and the share of the active blocks that were not active at the start."
 )
 ONLY_SPARSE = ("index", "ages")
 MAX_TABLE_ROWS = 24

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from smet_compile.presets import MissingExtraError
-from smet_compile.pretrain.comparison import differences, draw_comparison, read_runs, rows_of
+from smet_compile.pretrain.comparison import differences, draw_comparison, expect_image, read_runs, rows_of
 from smet_compile.pretrain.config import check_number, from_text
 from smet_compile.pretrain.console import end_with_error, print_line, print_table
 from smet_compile.pretrain.generation import generate_text
@@ -23,7 +23,7 @@ def add_run_commands(app: typer.Typer) -> None:
     @app.command("inspect")
     def inspect(
         run: Annotated[Path, run_folder],
-        wide: Annotated[bool, typer.Option("--wide", help="All columns, one line for each weight.")] = False,
+        wide: Annotated[bool, typer.Option("--wide", metavar="", help="All columns, a line for each weight.")] = False,
     ) -> None:
         """Look inside a run: dead units, live paths, churn, ages; maps as PNG in its folder."""
         with _one_line_errors():
@@ -38,6 +38,7 @@ def add_run_commands(app: typer.Typer) -> None:
     ) -> None:
         """Set runs side by side: a table, the options in which they differ, and one plot of their losses."""
         with _one_line_errors():
+            expect_image(out)
             found = read_runs(runs)
             print_table(rows_of(found))
             for line in differences(found):

@@ -89,6 +89,10 @@ def export_run(path: Path, destination: Path, kind: str = "dense") -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"DEST: expected a new or empty folder, got {destination}; choose another one")
     run = open_run(path)
+    if kind == "compact" and run.training.manager is None:
+        raise ValueError(
+            f"--format: expected dense for a run of --method {run.config.method}, got compact; leave the option out"
+        )
     run.load(whole=kind == "compact")
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))

@@ -14,7 +14,7 @@ import smet_compile as smet
 from smet_compile.convert.distribution import Distribution
 from smet_compile.format.arguments import described
 from smet_compile.presets import build_preset
-from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method, RunConfig
+from smet_compile.pretrain.config import DTYPES, METHODS, MOMENT_DTYPES, Method, RunConfig, parse_pattern
 from smet_compile.pretrain.model_config import NO_MODEL, build_from_config
 from smet_compile.pretrain.world import ALONE, World, set_gradient_sync
 from smet_compile.runtime.policies import GrowName
@@ -87,13 +87,12 @@ def build_training(config: RunConfig, vocab_size: int, world: World = ALONE) -> 
 
 def sparsify_as(config: RunConfig, model: nn.Module, slabs: dict[str, tuple[int, int]] | None) -> None:
     """Makes a model sparse as the options say."""
-    pattern = None if config.pattern == "none" else config.pattern
     smet.sparsify(
         model,
         config.density,
         block_shape=config.block_shape,
         distribution=cast(Distribution, config.distribution),
-        pattern=pattern,
+        pattern=parse_pattern(config.pattern),
         seed=config.seed,
         slabs=slabs,
     )

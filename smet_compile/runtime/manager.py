@@ -60,7 +60,7 @@ _ROUNDING = 1e-9
 class TopologyManager(SavedManager, ShownManager):
     """Drops a share ζ of the blocks of each compact weight every ``every`` steps, and grows as many elsewhere.
 
-    By default those of least mean \\|w\\| go, and others come at random. Newly grown blocks stay for ``min_age`` steps.
+    By default those of least mean \\|w\\| go, and others come at random. No block goes before the age of ``min_age``.
     Parts of a block are carried over to the next update. Tiles stay where they are unless a ``schedule`` is given.
 
     It steps by itself after each step of the optimizer, and its state is saved with the optimizer's. To step it at
@@ -93,7 +93,7 @@ class TopologyManager(SavedManager, ShownManager):
         schedule: how ζ falls: "cosine", "linear", "constant" (``drop_fraction`` throughout), "none" (static), or a
             function step → ζ. By default "cosine", and tiles stay where they are, with a warning: those that moved
             trained worse (docs/choosing.md).
-        min_age: optimizer steps for which a newly grown block is not dropped; by default 2 ΔT, or ΔT where ζ > 1/3.
+        min_age: age in optimizer steps before which no grown block is dropped; by default 2 ΔT, or ΔT where ζ > 1/3.
         window: steps before an update over which gradients are added up, for policies that ask for them; by default
             what the policy says: 1 for "gradient" and "saliency", 10 for "momentum" growth.
         ablation_threshold: for the pattern "fan_in", rows of blocks of which fewer than this share are salient (not

@@ -62,9 +62,16 @@ class ShownManager:
         """
         return frame_of([_record(event) for event in self.history])
 
-    def _repr_html_(self) -> str:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.sites)} compact weights: {self._progress})"
+
+    @property
+    def _progress(self) -> str:
         upcoming = "none to come" if self.next_update is None else f"the next after step {self.next_update:,}"
-        title = f"{len(self.history):,} topology updates in {self.num_steps:,} steps, {upcoming}"
+        return f"{len(self.history):,} topology updates in {self.num_steps:,} steps, {upcoming}"
+
+    def _repr_html_(self) -> str:
+        title = self._progress
         settings = ", ".join(f"{name} = {value}" for name, value in self.settings.items() if value is not None)
         rows = [[_cell(record[name]) for name in _HEADINGS] for record in map(_record, self.history)]
         table = html_table(tuple(_HEADINGS.values()), rows, left=()) if rows else ""

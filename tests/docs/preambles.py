@@ -37,10 +37,6 @@ def _corpus(names: Names) -> None:
         Path(f"corpus/{number}.txt").write_text(" ".join(words))
 
 
-def _step_number(names: Names) -> None:
-    names["step"] = 400
-
-
 def _trl(names: Names) -> None:
     """A library that the tests of the other pages do without."""
     pytest.importorskip("trl")
@@ -77,6 +73,5 @@ PREAMBLES: dict[tuple[str, str], Callable[[Names], None]] = {
     ("README.md", "Two commands"): _corpus,
     ("docs/lightning.md", "Lightning"): _lightning_module,
     ("docs/saving.md", "A folder to share"): _sparse_model,
-    ("README.md", "Stop, go on, leave"): _step_number,
 }
 """(page, heading) → what is put among the page's names before the first sample under that heading."""

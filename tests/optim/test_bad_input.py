@@ -195,3 +195,17 @@ def test_a_model_that_was_converted_after_the_first_step(moment_dtype: Any, fuse
         optimizer.zero_grad()
         make_step(x)
         assert int(optimizer.state[model[0].bias]["step"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("make_params", "got"), [(list, "an empty list"), (lambda: list(two_layers().parameters()), "parameters alone")]
+)
+def test_parameters_without_a_model_are_named(make_params: Callable[[], list[Any]], got: str) -> None:
+    with pytest.raises(ValueError, match=f"ActiveAdamW: expected a model, or .*, got {got}; pass"):
+        smet.ActiveAdamW(make_params())
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"])
+def test_an_option_of_torch_alone_is_to_be_left_out(option: str) -> None:
+    with pytest.raises(TypeError, match=rf"ActiveAdamW: got {option}=\w+, an option of torch.optim .*; leave it out"):
+        smet.ActiveAdamW(two_layers(), **{option: True})

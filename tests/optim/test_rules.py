@@ -230,6 +230,8 @@ def test_options_differ_by_group_and_bad_ones_are_refused(name: str) -> None:
     assert [group["initial_warmup_steps"] for group in optimizer.param_groups] == [3, 0]
     with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
         type(optimizer)(model, betta=1)
+    with pytest.raises(TypeError, match="got fused=True, an option of torch"):
+        type(optimizer)(model, fused=True)
 
 
 def test_sgd_is_that_of_torch() -> None:

@@ -48,6 +48,12 @@ def test_a_run_by_options(tmp_path: Path) -> None:
         (["--method", "magic"], "--method: expected one of"),
         (["--data", "csv:x"], "--data: expected stdlib"),
         ([*SMALL, "--data", "text:{}/text/*.txt", "--device", "xpu:99"], "--device: expected a device of this machine"),
+        (["--min-age", "1000"], "--min-age: expected at most 125 steps, .*; lower --min-age or --drop-fraction$"),
+        (["--pattern", "2:5x"], "--pattern: expected none, fan_in, or N:M with 0 < N < M, got '2:5x'; pass 2:4"),
+        (
+            [*SMALL, "--data", "text:{}/text/*.txt", "--pattern", "2:4", "--density", "0.3"],
+            '--density: expected 0.5, the density of --pattern "2:4", got 0.3',
+        ),
         (["--tokenizer", "{}/none"], "--tokenizer: expected bytes or an existing path"),
         ([*SMALL, "--data", "text:{}/text/*.txt", "--density", "0.95"], "drop"),
     ],
@@ -60,6 +66,34 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert re.search(message, result.stderr), result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (
+            "--method dense --density 0.3 --grow gradient --block 64 --moment-dtype int8",
+            "note: --density, --block, --every, --grow, --moment-dtype have no effect with --method dense",
+        ),
+        ("--method static --grow gradient", "note: --grow has no effect with --method static"),
+        ("--block 4 --min-age 1", "note: --min-age has no effect where the topology stays (--schedule none)"),
+        ("--schedule constant --final-drop-fraction 0", "note: --final-drop-fraction has no effect with --schedule"),
+        ("--method set-naive --block-warmup 3", "note: --block-warmup has no effect with --method set-naive"),
+        ("--column words", "note: --column has no effect without hf: data"),
+        ("--shard tp=2", "--shard tp=2: one process trains alone, since torchrun did not start it"),
+    ],
+)
+def test_options_without_effect_are_named(options: str, note: str, tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text")
+    result = call(*SMALL, "--data", data, "--out", tmp_path / "run", *options.split())
+    found = [line for line in result.stdout.splitlines() if "no effect" in line or "alone" in line]
+    assert result.exit_code == 0 and len(found) == 1 and found[0].startswith(note), result.output
+
+
+def test_options_with_an_effect_bring_no_note(tmp_path: Path) -> None:
+    options = ["--density", "0.3", "--grow", "gradient", "--min-age", "1", "--block-warmup", "2", "--clip", "1"]
+    result = call(*SMALL, "--data", write_text(tmp_path / "text"), "--out", tmp_path / "run", *options)
+    assert result.exit_code == 0 and "no effect" not in result.output and "alone" not in result.output
 
 
 def test_an_occupied_folder(tmp_path: Path) -> None:

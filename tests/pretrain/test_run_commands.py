@@ -62,6 +62,9 @@ def test_a_dense_run_is_exported_too(config: RunConfig, tmp_path: Path) -> None:
     pretrain(small_config(tmp_path, method="dense"), tmp_path / "run", StopAfter(2))
     assert call("export", tmp_path / "run", tmp_path / "model").exit_code == 0
     assert (tmp_path / "model" / "model.safetensors").exists()
+    compact = call("export", tmp_path / "run", tmp_path / "compact", "--format", "compact")
+    assert compact.exit_code == 2 and not (tmp_path / "compact").exists()
+    assert "error: --format: expected dense for a run of --method dense, got compact" in compact.stderr
 
 
 def test_a_compact_export_loads_as_it_was(run: Path, tmp_path: Path) -> None:
@@ -138,9 +141,13 @@ def test_a_sweep_of_rates_is_drawn_by_rate(tmp_path: Path) -> None:
         (["generate", "{run}", "a", "--temperature", "-1"], "--temperature: expected a finite number of at least 0"),
         (["generate", "{run}", "a", "--device", "cuda:99"], "--device: expected a device of this machine such as cpu"),
         (["compare", "{run}", "{}"], "RUN: expected the folder of a run"),
+        (["compare", "{run}", "--out", "{}/x.txt"], "--out: expected the name of an image such as comparison.png, got"),
+        (["switch", "{}/none", "fsdp=2"], "RUN: expected the folder of a run (with config.json), got no such folder"),
+        (["join", "{}/none"], "RUN: expected the folder of a run (with config.json), got no such folder"),
+        (["join", "{run}"], "RUN: expected the folder of a run that was begun with --elastic"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, run: Path, tmp_path: Path) -> None:
     result = call(*(argument.replace("{run}", str(run)).replace("{}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert message in result.stderr and not (tmp_path / "x").exists()
+    assert message in result.stderr and result.stdout == "" and not (tmp_path / "x").exists()
