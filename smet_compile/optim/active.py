@@ -101,8 +101,7 @@ class ActiveOptimizer(Optimizer):
         self.seed = seed_number("seed", common.get("seed", 0))
         check_initialised(type(self).__name__, model)
         check_dtypes(model)
-        self._model = model
-        self._parameters = describe_parameters(model)
+        self._model, self._parameters = model, describe_parameters(model)
         defaults = check_options(
             {
                 **options,
