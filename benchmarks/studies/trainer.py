@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import smet_compile as smet
 from benchmarks.measuring import processor
@@ -78,7 +79,7 @@ def build(case: Case) -> Trainee:
         if not case.even:
             scatter(model, case.seed)
         if case.permuted:
-            permute_units(layers, case.seed)
+            permute_units([layer for layer in layers if parametrize.is_parametrized(layer)], case.seed)
     optimizer = make_optimizer(case, model, matrices)
     moves = case.density < 1 and (case.every > 0 or case.dense_from < 1)
     return Trainee(model, optimizer, _manager(case, model, optimizer) if moves else None)

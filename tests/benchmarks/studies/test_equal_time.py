@@ -21,10 +21,6 @@ SCALE = SCALES["quick"]
 pytestmark = pytest.mark.filterwarnings("ignore:sparsify. the model's matrices:UserWarning")
 
 
-def rival(name: str) -> equal_time.Rival:
-    return next(each for each in equal_time.RIVALS if each.name == name)
-
-
 def test_steps_take_as_long_as_the_dense_models() -> None:
     assert equal_time.steps_of(SCALE, 1.0) == SCALE.timed[1] == 8
     assert equal_time.steps_of(SCALE, 0.5) == 16 and equal_time.steps_of(SCALE, 2.0) == 4
@@ -35,10 +31,12 @@ def test_times_are_measured_once(tmp_path: Path) -> None:
     found = equal_time.costs(tmp_path)
     assert found.keys() == {each.name for each in equal_time.RIVALS} and found["dense"] == 1.0
     tiles, then_dense = found[equal_time.TILES.name], found[equal_time.THEN_DENSE.name]
-    assert then_dense == pytest.approx(0.8 * tiles + 0.2) and found[equal_time.PERMUTED.name] == tiles
-    (tmp_path / equal_time.STEPS).write_text(json.dumps({equal_time.TILES.name: 0.5}))
+    assert then_dense == pytest.approx(0.8 * tiles + 0.2) and found[equal_time.PERMUTED[0].name] == tiles
+    known = {equal_time.TILES.name: 0.5, equal_time.IN_FEED_FORWARD.name: 0.75}
+    (tmp_path / equal_time.STEPS).write_text(json.dumps(known))
     equal_time.prepare(SCALE, tmp_path)
-    assert equal_time.costs(tmp_path)[equal_time.THEN_DENSE.name] == 0.6
+    found = equal_time.costs(tmp_path)
+    assert found[equal_time.THEN_DENSE.name] == 0.6 and found[equal_time.PERMUTED[1].name] == 0.75
 
 
 def test_seeds_follow_the_rate_of_each_contestant(tmp_path: Path) -> None:
@@ -54,12 +52,13 @@ def test_seeds_follow_the_rate_of_each_contestant(tmp_path: Path) -> None:
     assert {case.steps for case in others} == {16, 13}  # the fifth of one model's steps is dense
 
 
-def test_tiles_that_cover_other_units_in_each_layer() -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_tiles_that_cover_other_units_in_each_layer(place: int) -> None:
     """The model computes what a dense one does whose weights are the tiles with rows and columns in another order."""
-    trainee = build(rival(equal_time.PERMUTED.name).case(SCALE, 8))
-    plain = build(rival(equal_time.TILES.name).case(SCALE, 8))
+    trainee = build(equal_time.PERMUTED[place].case(SCALE, 8))
+    plain = build((equal_time.TILES, equal_time.IN_FEED_FORWARD)[place].case(SCALE, 8))
     names = [site.name.removesuffix(".weight") for site in smet.report(trainee.model).sites]
-    assert len(names) == 7 * trainee.model.config.num_hidden_layers
+    assert len(names) == (7, 3)[place] * trainee.model.config.num_hidden_layers
     for name in names:
         layer, weight = trainee.model.get_submodule(name), plain.model.get_submodule(name).weight.detach()
         eye = torch.eye(layer.in_features, requires_grad=True)
@@ -72,14 +71,14 @@ def test_tiles_that_cover_other_units_in_each_layer() -> None:
 
 
 def test_sparse_in_feed_forward_alone() -> None:
-    trainee = build(rival("tiles of 16, d 0.25, in feed-forward").case(SCALE, 8))
+    trainee = build(equal_time.IN_FEED_FORWARD.case(SCALE, 8))
     names = [site.name for site in smet.report(trainee.model).sites]
     assert names and all(".mlp." in name for name in names)
 
 
 def test_a_model_that_becomes_dense() -> None:
     """Every weight is active after eight of ten steps."""
-    case = rival(equal_time.THEN_DENSE.name).case(SCALE, 10)
+    case = equal_time.THEN_DENSE.case(SCALE, 10)
     trainee = build(case)
     step, seen = two_calls(trainee.model, trainee.optimizer), []
     for _ in range(10):
@@ -95,5 +94,5 @@ def batch_of(case: Case) -> dict[str, Any]:
 
 
 def test_a_record_of_a_model_that_becomes_dense() -> None:
-    record = train(rival(equal_time.THEN_DENSE.name).case(SCALE, 10), eager=True)
+    record = train(equal_time.THEN_DENSE.case(SCALE, 10), eager=True)
     assert record["density"] == 1.0 and 4 < record["loss"] < 7
