@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,14 @@ from smet_compile.runtime.interrupts import waiting_interrupts
 from tests.support.snapshots import assert_same, snapshot
 
 Run = tuple[nn.Module, Any, smet.TopologyManager]
+
+
+@pytest.fixture(autouse=True)
+def handler_of_python() -> Iterator[None]:
+    """Has Ctrl-C raise, which a shell that runs the tests in the background has had ignored."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 def begin(auto_step: bool, **options: Any) -> Run:
