@@ -75,7 +75,7 @@ STUDIES = {
     equal_memory.NAME: Study(
         equal_memory.cases, equal_memory_page.write, equal_memory.prepare, equal_memory.measure, seeds=5
     ),
-    equal_time.NAME: Study(equal_time.cases, equal_time_page.write, equal_time.prepare),
+    equal_time.NAME: Study(equal_time.cases, equal_time_page.write, equal_time.prepare, seeds=5),
     sensitivity.NAME: _plain(sensitivity.cases, differences.write_sensitivity),
     moments.NAME: _plain(moments.cases, differences.write_moments),
     topology.NAME: Study(
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--workers", type=int, help="processes at once, one thread each (2; topology, longer: 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new run after so long")
-    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology, spikes, equal_memory: 5)")
+    parser.add_argument("--seeds", type=int, help="only the first so many (3; topology, spikes, equal_*: 5)")
     parser.add_argument("--folder", type=Path, default=PAGES, help="of the pages; records are in its folder studies/")
     options = parser.parse_args()
     folder = options.folder / "studies"

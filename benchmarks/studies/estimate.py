@@ -37,7 +37,12 @@ def _counted(case: Case) -> float:
 
 def linear_weights(shape: Shape) -> int:
     """Counts the weights of a LLaMA's linear layers, but for the output head."""
-    return shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    return shape.layers * 4 * shape.hidden**2 + feed_forward_weights(shape)
+
+
+def feed_forward_weights(shape: Shape) -> int:
+    """Counts the weights of a LLaMA's feed-forward layers."""
+    return shape.layers * 3 * shape.hidden * shape.intermediate
 
 
 def forecast(cases: Sequence[Case], records: Records, workers: int) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import equal_time as study
+from benchmarks.studies.case import Case
+from benchmarks.studies.estimate import feed_forward_weights, linear_weights
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import bold, paired
 from benchmarks.studies.reports.made import how_made, parameters
@@ -13,12 +15,13 @@ from benchmarks.studies.reports.page import Page, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 _HEADINGS = [
-    "contestant", "width", "weights if dense", "time of a step", "steps", "bytes of text for each weight", "rate",
-    "loss", "less dense",
+    "contestant", "width", "weights if dense", "of those in linear layers stored", "time of a step", "steps",
+    "bytes of text for each weight", "rate", "seeds", "loss", "less dense",
 ]  # fmt: skip
 _NOTES = (
-    "*Rate*: the best factor of the rule's rate. Differences are paired by seed: mean and 95% interval (Student's t), "
-    "in bold where the interval excludes zero; a number without an interval is one seed. A dash is a run that is still "
+    "*Rate*: the best factor of the rule's rate; embeddings and norms have the same rate everywhere. *Loss*: the mean "
+    "over the seeds. Differences are paired by seed, of those that both have: mean and 95% interval (Student's t), in "
+    "bold where the interval excludes zero; a number without an interval is one seed. A dash is a run that is still "
     "missing."
 )
 
@@ -29,6 +32,14 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES)
     costs = study.costs(studies)
     page.table(_HEADINGS, [_row(scale, rival, costs[rival.name], records, costs) for rival in study.RIVALS])
+    page.table(
+        ["tiles that cover other units in each layer", "less the same tiles in order"],
+        [
+            [permuted.name, bold(paired(*(study.losses(scale, each, costs[each.name], records) for each in pair)))]
+            for pair in zip(study.PERMUTED, study.IN_ORDER, strict=True)
+            for permuted in pair[:1]
+        ],
+    )
     page.figure(_figure(scale, costs, records), "Held-out loss over time, of the first seed at the best rate")
     page.write()
 
@@ -42,8 +53,15 @@ def _row(scale: Scale, rival: study.Rival, cost: float, records: Records, costs:
     rate = "—" if found.best is None else f"{found.best:g}" if found.inside else f"{found.best:g}, at the end"
     loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
     difference = "" if rival is study.DENSE else bold(paired(losses, others))
-    size = [f"{case.shape.hidden}", f"{weights / 1e6:.2f}M", f"{cost:.2f}", f"{case.steps}", f"{text:.1f}"]
-    return [rival.name, *size, rate, loss, difference]
+    size = [f"{case.shape.hidden}", f"{weights / 1e6:.2f}M", f"{_stored_share(case):.2f}"]
+    run = [f"{cost:.2f}", f"{case.steps}", f"{text:.1f}", rate, f"{len(losses)}"]
+    return [rival.name, *size, *run, loss, difference]
+
+
+def _stored_share(case: Case) -> float:
+    """Returns the share of the weights of linear layers that the model stores, but for the output head."""
+    every, feed_forward = linear_weights(case.shape), feed_forward_weights(case.shape)
+    return 1 - (1 - case.density) * (feed_forward / every if case.sparse == "feed_forward" else 1)
 
 
 def _figure(scale: Scale, costs: dict[str, float], records: Records) -> Any:
