@@ -26,8 +26,8 @@ RATES = "longer_rates.jsonl"
 BLOCK, DENSITY = "64", 0.25
 DENSE, SPARSE, EQUAL_BYTES = "dense", "tiles of 64, d 0.25", "dense, equal bytes"
 MODELS = (DENSE, SPARSE, EQUAL_BYTES)
-FACTORS = (0.5, 1.0, 2.0)  # of the rate, and further ones while the best is at an end
-_MOST_FACTORS = 6
+FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the rate, and further ones while the best is at an end
+_MOST_FACTORS = 8
 _WARMUP = 0.1
 
 
