@@ -66,7 +66,7 @@ def test_merging_can_be_taken_back() -> None:
 @pytest.mark.parametrize("how", ["olora", "pissa", "orthogonal"])
 @pytest.mark.filterwarnings("ignore:sparsify")
 def test_adapters_that_begin_with_a_part_of_the_base(how: str) -> None:
-    """Where PEFT takes that part out of the base, every block of the base has numbers from then on."""
+    """PEFT takes that part out of the base, of which every block has numbers from then on."""
     torch.manual_seed(0)
     model = smet.sparsify(Projections(), density=0.3)
     expected = model(x()).detach()
