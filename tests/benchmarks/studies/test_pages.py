@@ -237,7 +237,7 @@ def test_every_model_reaches_the_targets() -> None:
 
 def test_a_best_rate_at_an_end_is_tried_beyond(tmp_path: Path) -> None:
     rates, model = Records(tmp_path / "rates.jsonl"), longer.SPARSE
-    for factor, loss in ((0.5, 3.0), (1.0, 2.5), (2.0, None)):
+    for factor, loss in ((0.5, 3.0), (1.0, 2.5), (2.0, 2.6), (4.0, 2.7), (8.0, None)):
         assert longer.missing_factors(rates, SCALE, model)
         rates.add(made_up(longer.rate_case(SCALE, model, factor), 1.0) | {"loss": loss})
     assert longer.missing_factors(rates, SCALE, model) == [] and longer.best_factor(rates, SCALE, model) == 1.0
