@@ -74,7 +74,7 @@ class GradientCollection:
         if not is_near:
             return
         ranks = ALONE if self._given else find_ranks(self._model, self._sites)[1]
-        keeps_gradients = not is_fully_sharded(self._model)
+        keeps_gradients = not self._given and not is_fully_sharded(self._model)
         for name, site in self._changing.items():
             if name not in self._given:
                 collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))

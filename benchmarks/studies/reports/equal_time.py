@@ -18,6 +18,7 @@ _HEADINGS = [
     "contestant", "width", "weights if dense", "of those in linear layers stored", "time of a step", "steps",
     "bytes of text for each weight", "rate", "seeds", "loss", "less dense",
 ]  # fmt: skip
+_OF_PERMUTED = ["tiles that cover other units in each layer", "less the same tiles in order"]
 _NOTES = (
     "*Rate*: the best factor of the rule's rate; embeddings and norms have the same rate everywhere. *Loss*: the mean "
     "over the seeds. Differences are paired by seed, of those that both have: mean and 95% interval (Student's t), in "
@@ -32,14 +33,8 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, studies), records), _NOTES)
     costs = study.costs(studies)
     page.table(_HEADINGS, [_row(scale, rival, costs[rival.name], records, costs) for rival in study.RIVALS])
-    page.table(
-        ["tiles that cover other units in each layer", "less the same tiles in order"],
-        [
-            [permuted.name, bold(paired(*(study.losses(scale, each, costs[each.name], records) for each in pair)))]
-            for pair in zip(study.PERMUTED, study.IN_ORDER, strict=True)
-            for permuted in pair[:1]
-        ],
-    )
+    pairs = zip(study.PERMUTED, study.IN_ORDER, strict=True)
+    page.table(_OF_PERMUTED, [_permuted_row(scale, pair, records, costs) for pair in pairs])
     page.figure(_figure(scale, costs, records), "Held-out loss over time, of the first seed at the best rate")
     page.write()
 
@@ -56,6 +51,11 @@ def _row(scale: Scale, rival: study.Rival, cost: float, records: Records, costs:
     size = [f"{case.shape.hidden}", f"{weights / 1e6:.2f}M", f"{_stored_share(case):.2f}"]
     run = [f"{cost:.2f}", f"{case.steps}", f"{text:.1f}", rate, f"{len(losses)}"]
     return [rival.name, *size, *run, loss, difference]
+
+
+def _permuted_row(scale: Scale, pair: tuple[study.Rival, ...], records: Records, costs: dict[str, float]) -> list[str]:
+    permuted, in_order = (study.losses(scale, each, costs[each.name], records) for each in pair)
+    return [pair[0].name, bold(paired(permuted, in_order))]
 
 
 def _stored_share(case: Case) -> float:
