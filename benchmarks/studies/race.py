@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -70,10 +71,11 @@ class Rival:
     def record(self) -> dict:
         """Returns the record of the run, as `train` makes it, with the processor time of each point of the curve."""
         corpus = self.feed.corpus
+        loss = self.held_out(corpus.held_out(FINAL_WINDOWS))
         return {
             "key": self.case.key,
             "case": asdict(self.case),
-            "loss": self.held_out(corpus.held_out(FINAL_WINDOWS)),
+            "loss": loss if math.isfinite(loss) else None,
             "cloze": Cloze.of(corpus, CLOZE_WINDOWS).ask(self.trainee.model, self.case.shape.device),
             "text": corpus.describe(),
             "curve": [[step, round(self.charged(step), 3), loss] for step, loss in self.points],
@@ -112,21 +114,35 @@ def run_race(
     minutes: float = float("inf"),
     eager: bool = False,
 ) -> None:
-    """Trains all cases together on one thread, unless every one has a record or ``minutes`` is 0."""
-    found = cases()
-    if minutes > 0 and not all(case.key in records for case in found):
-        add_race(found, records, NUM_POINTS, eager)
+    """Trains what is missing, one race after another on one thread; after ``minutes`` no further race is begun.
+
+    ``cases`` is asked again after each race, since results may decide what is run next.
+    """
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end and (missing := [case for case in cases() if case.key not in records]):
+        add_race(_first_race(missing), records, eager)
 
 
-def add_race(cases: Sequence[Case], records: Records, points: int, eager: bool) -> None:
+def _first_race(cases: Sequence[Case]) -> list[Case]:
+    """Returns the first cases for as long as they are of one seed and of different models."""
+    models: list[str] = []
+    for case in cases:
+        model = replace(case, rate=0.0).key
+        if model in models or case.seed != cases[0].seed:
+            break
+        models.append(model)
+    return list(cases[: len(models)])
+
+
+def add_race(cases: Sequence[Case], records: Records, eager: bool) -> None:
     """Trains cases in a process of its own, with one thread, and keeps their records."""
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ[name] = "1"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for record in pool.apply(_work, (list(cases), points, eager)):
+        for record in pool.apply(_work, (list(cases), eager)):
             records.add(record)
 
 
-def _work(cases: list[Case], points: int, eager: bool) -> list[dict]:
+def _work(cases: list[Case], eager: bool) -> list[dict]:
     torch.set_num_threads(1)
-    return race(cases, points, eager)
+    return race(cases, NUM_POINTS, eager)

@@ -16,7 +16,7 @@ class Race:
     Args:
         wide: the shape of the sparse model and of the dense one of its width.
         equal_bytes: of a dense model with as many bytes of training state as the sparse one.
-        vocabulary: number of byte pairs. steps: of each; ``rate_steps``: of runs that choose the rates.
+        vocabulary: number of byte pairs. steps: of each.
         text: what `Corpus` reads.
     """
 
@@ -24,7 +24,6 @@ class Race:
     equal_bytes: Shape
     vocabulary: int
     steps: int
-    rate_steps: int
     text: str = STDLIB
 
 
@@ -99,7 +98,6 @@ SCALES = {
             equal_bytes=replace(_CONTEXT, hidden=544, intermediate=1424, heads=8, layers=2),
             vocabulary=1024,
             steps=600,
-            rate_steps=100,
         ),
     ),
     "gpu": Scale(
@@ -127,7 +125,6 @@ SCALES = {
             equal_bytes=replace(_GPU, hidden=1024, intermediate=2752, heads=16, layers=8),
             vocabulary=8192,
             steps=4000,
-            rate_steps=500,
         ),
     ),
     "quick": Scale(
@@ -151,7 +148,6 @@ SCALES = {
             equal_bytes=replace(_QUICK, hidden=64, intermediate=128),
             vocabulary=300,
             steps=8,
-            rate_steps=2,
             text=str(Path(__file__).parent),
         ),
         seeds=(0, 1),

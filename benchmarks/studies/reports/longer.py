@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ from benchmarks.studies import longer as study
 from benchmarks.studies.case import Case
 from benchmarks.studies.race import FINAL_WINDOWS
 from benchmarks.studies.records import Records
+from benchmarks.studies.reports.interval import bold, interval, paired
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
+from benchmarks.studies.topology import rate_of
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _MISSING = "—"
 _READ = (
-    "One run of each, so that no difference below has an interval: it illustrates, and supports no claim about losses. "
-    "Processor time is measured. Losses are in nats per byte of held-out text."
+    "Numbers are means over the seeds, and each seed has its line in the figure. Differences and ratios are paired by "
+    "seed: mean and 95% interval (Student's t), in bold where that of a difference excludes zero. Processor time is "
+    "measured. Losses are in nats per byte of held-out text."
 )
+Runs = dict[str, dict[int, dict]]
+"""Records by model and seed."""
 
 
 def time_to_loss(curve: list[list[float]], loss: float) -> tuple[float, float] | None:
@@ -53,43 +59,49 @@ def stored_bytes(case: Case) -> int:
     return sum(number for kind, number in stored.items() if kind != "buffers")
 
 
-def runs(records: Records, scale: Scale, folder: Path) -> dict[str, dict]:
-    """Returns the records of the longer runs, by model."""
-    cases = dict(zip(study.MODELS, study.cases(scale, folder), strict=True))
-    return {model: records[case.key] for model, case in cases.items() if case.key in records}
+def runs(records: Records, scale: Scale) -> Runs:
+    """Returns the records at the best rate, by model and seed, but those that diverged."""
+    found: Runs = {}
+    for model in study.MODELS:
+        best = study.search(scale, model, records).best
+        keys = {} if best is None else {seed: study.case(scale, model, best, seed).key for seed in scale.seeds}
+        ended = {
+            seed: records[key] for seed, key in keys.items() if key in records and records[key]["loss"] is not None
+        }
+        if ended:
+            found[model] = ended
+    return found
 
 
-def targets(found: dict[str, dict]) -> list[float]:
-    """Returns losses that every model reaches: those of the last one to end, at shares of its run."""
-    worst = max(found.values(), key=lambda record: record["curve"][-1][2])["curve"]
+def targets(found: Runs) -> list[float]:
+    """Returns losses that every run reaches: those of the one that ends highest, at shares of its length."""
+    curves = [record["curve"] for by_seed in found.values() for record in by_seed.values()]
+    worst = max(curves, key=lambda curve: float(curve[-1][2]))
     return [min(point[2] for point in worst[: max(2, round(share * len(worst)))]) for share in _SHARES]
 
 
 def write(records: Records, scale: Scale, folder: Path) -> None:
-    beside = records.path.parent
-    rates, cases = Records(beside / study.RATES), study.cases(scale, beside)
     page = Page(study.NAME, "A longer run: time to loss", folder)
+    cases, found = study.cases(scale, records.path.parent), runs(records, scale)
     page.text(study.__doc__ or "", how_made(study.NAME, cases, records, FINAL_WINDOWS), _READ)
-    found = runs(records, scale, beside)
     page.text("## The models")
-    page.table(
-        _HEADINGS, [_row(model, case, found.get(model)) for model, case in zip(study.MODELS, cases, strict=True)]
-    )
+    page.table(_HEADINGS, [_row(scale, model, found) for model in study.MODELS])
     if found:
         page.text(
             "## Time to loss",
-            "Losses that the model which ends highest has at a quarter, half, three quarters and the end of its run, "
-            "and the processor time and the steps after which each model has them. In brackets the time over that of "
-            f"*{study.DENSE}*.",
+            "Losses that the run which ends highest has at a quarter, half, three quarters and the end of its length, "
+            f"and the processor time after which each model has them. In brackets the time over that of *{study.DENSE}*"
+            ", paired by seed.",
         )
-        page.table(["held-out loss", *found], [_times(found, loss) for loss in targets(found)])
+        page.table(["held-out loss", *found], [times_to_loss(found, loss) for loss in targets(found)])
+        page.text(
+            "The same with any of the rates that were tried, whichever has the loss first, in the first seed; the "
+            "factor of the rate in brackets:"
+        )
+        page.table(["held-out loss", *found], [_first_times(records, scale, found, loss) for loss in targets(found)])
         page.figure(_figure(found), "Held-out loss over the processor time of one thread, and over the text read")
-    page.text(
-        "## The rates",
-        f"Held-out losses after {scale.race.rate_steps} steps at factors of .106 / (width · √d). The beginning of a "
-        "run may want a higher rate than the whole of it.",
-    )
-    swept = {model: study.losses(rates, scale, model) for model in study.MODELS}
+    page.text("## The rates", f"Held-out losses of seed {scale.seeds[0]} at factors of .106 / (width · √d).")
+    swept = {model: _swept(records, scale, model) for model in study.MODELS}
     factors = sorted({factor for each in swept.values() for factor in each} | set(study.FACTORS))
     page.table(["", *(f"x {f:g}" for f in factors)], [_sweep(model, swept[model], factors) for model in study.MODELS])
     page.text("## The cloze test", cloze.__doc__ or "")
@@ -98,40 +110,77 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
 
 _HEADINGS = [
     "", "width x layers", "parameters", "stored", "bytes of training state", "seconds a step", "text", "bytes for each "
-    "stored parameter", "loss", "identifiers, %", "nats per byte of identifiers",
+    "stored parameter", "seeds", "loss", "less dense", "identifiers, %", "nats per byte of identifiers",
 ]  # fmt: skip
 
 
-def _row(model: str, case: Case, record: dict | None) -> list[str]:
+def _row(scale: Scale, model: str, found: Runs) -> list[str]:
+    case = study.case(scale, model, 1.0)
     weights, num_bytes = parameters(case), stored_bytes(case)
     plain = 2 * case.vocabulary * case.shape.hidden + (2 * case.shape.layers + 1) * case.shape.hidden
     stored = plain + case.density * (weights - plain)
     size = [f"{case.shape.hidden} x {case.shape.layers}", f"{weights / 1e6:.1f}M", f"{stored / 1e6:.1f}M"]
     size.append(f"{num_bytes / 1e6:.0f} MB")
-    if record is None:
-        return [model, *size, *(6 * [_MISSING])]
-    text = case.steps * case.shape.batch * case.shape.sequence * record["text"]["bytes_per_token"]
-    seconds, found = statistics.median(record["step_seconds"]), record["cloze"]
+    if model not in found:
+        return [model, *size, *(8 * [_MISSING])]
+    ended = list(found[model].values())
+    text = case.steps * case.shape.batch * case.shape.sequence * ended[0]["text"]["bytes_per_token"]
+    seconds = statistics.fmean(statistics.median(record["step_seconds"]) for record in ended)
+    losses, dense = _losses(found[model]), _losses(found.get(study.DENSE, {}))
     return [
-        model, *size, f"{seconds:.3f}", f"{text / 1e6:.2f} MB", f"{text / stored:.3f}",
-        f"{record['loss']:.4f}", _number(found["exact"], 100, 1), _number(found["nats_per_byte"]),
+        model, *size, f"{seconds:.3f}", f"{text / 1e6:.2f} MB", f"{text / stored:.3f}", f"{len(losses)}",
+        f"{statistics.fmean(losses.values()):.4f}", "" if model == study.DENSE else bold(paired(losses, dense)),
+        _number([record["cloze"]["exact"] for record in ended], 100, 1),
+        _number([record["cloze"]["nats_per_byte"] for record in ended]),
     ]  # fmt: skip
 
 
-def _number(value: float | None, factor: float = 1.0, digits: int = 4) -> str:
-    return _MISSING if value is None else f"{factor * value:.{digits}f}"
+def _losses(by_seed: dict[int, dict]) -> dict[int, float]:
+    return {seed: record["loss"] for seed, record in by_seed.items()}
 
 
-def _times(found: dict[str, dict], loss: float) -> list[str]:
-    times = {model: time_to_loss(record["curve"], loss) for model, record in found.items()}
-    dense, cells = times.get(study.DENSE), []
-    for model, reached in times.items():
-        if reached is None:
-            cells.append("not reached")
-            continue
-        ratio = f" ({reached[1] / dense[1]:.2f})" if dense and dense[1] and model != study.DENSE else ""
-        cells.append(f"{reached[1]:.0f} s{ratio}, step {reached[0]:.0f}")
+def _number(values: list[float | None], factor: float = 1.0, digits: int = 4) -> str:
+    known = [value for value in values if value is not None]
+    return f"{factor * statistics.fmean(known):.{digits}f}" if known else _MISSING
+
+
+def times_to_loss(found: Runs, loss: float) -> list[str]:
+    """Returns the row of a loss: the mean times of the models, each with its ratio to the dense one's by seed."""
+    times = {model: _seconds(by_seed, loss) for model, by_seed in found.items()}
+    dense, cells = times.get(study.DENSE, {}), []
+    for model, by_seed in times.items():
+        shares = [seconds / dense[seed] for seed, seconds in by_seed.items() if dense.get(seed)]
+        ratio = f" ({interval(shares).format(2, sign=False)})" if shares and model != study.DENSE else ""
+        cells.append(f"{statistics.fmean(by_seed.values()):.0f} s{ratio}" if by_seed else "not reached")
     return [f"{loss:.3f}", *cells]
+
+
+def _seconds(by_seed: dict[int, dict], loss: float) -> dict[int, float]:
+    reached = {seed: time_to_loss(record["curve"], loss) for seed, record in by_seed.items()}
+    return {seed: each[1] for seed, each in reached.items() if each}
+
+
+def _first_times(records: Records, scale: Scale, found: Runs, loss: float) -> list[str]:
+    cells = []
+    for model in found:
+        reached = {
+            factor: time_to_loss(records[case.key]["curve"], loss)
+            for factor, case in _tried(records, scale, model).items()
+        }
+        first = min((each[1], factor) for factor, each in reached.items() if each)
+        cells.append(f"{first[0]:.0f} s (x {first[1]:g})")
+    return [f"{loss:.3f}", *cells]
+
+
+def _tried(records: Records, scale: Scale, model: str) -> dict[float, Case]:
+    """Returns the runs of the first seed by the factor of their rate."""
+    rule, first = rate_of(study.shape_of(scale, model)), study.search(scale, model, records).cases
+    return {round(case.rate / rule, 6): case for case in first if case.key in records}
+
+
+def _swept(records: Records, scale: Scale, model: str) -> dict[float, float]:
+    losses = {factor: records[case.key]["loss"] for factor, case in _tried(records, scale, model).items()}
+    return {factor: math.inf if loss is None else loss for factor, loss in losses.items()}
 
 
 def _sweep(model: str, losses: dict[float, float], factors: list[float]) -> list[str]:
@@ -143,16 +192,17 @@ def _sweep(model: str, losses: dict[float, float], factors: list[float]) -> list
     return [model, *cells]
 
 
-def _figure(found: dict[str, dict]) -> Any:
+def _figure(found: Runs) -> Any:
     figure = new_figure(height=3.8)
     by_time, by_text = figure.subplots(1, 2, sharey=True)
-    for number, (model, record) in enumerate(found.items()):
-        shape = record["case"]["shape"]
-        bytes_a_step = shape["batch"] * shape["sequence"] * record["text"]["bytes_per_token"]
-        steps, seconds, losses = zip(*record["curve"][1:], strict=True)
-        style = {"color": f"C{number}", "linewidth": 1.4, "label": model}
-        by_time.plot([each / 60 for each in seconds], losses, **style)
-        by_text.plot([each * bytes_a_step / 1e6 for each in steps], losses, **style)
+    for number, (model, by_seed) in enumerate(found.items()):
+        for seed, record in enumerate(by_seed.values()):
+            shape = record["case"]["shape"]
+            bytes_a_step = shape["batch"] * shape["sequence"] * record["text"]["bytes_per_token"]
+            steps, seconds, losses = zip(*record["curve"][1:], strict=True)
+            style = {"color": f"C{number}", "linewidth": 1.2, "label": None if seed else model}
+            by_time.plot([each / 60 for each in seconds], losses, **style)
+            by_text.plot([each * bytes_a_step / 1e6 for each in steps], losses, **style)
     tidy(by_time, xlabel="processor time (minutes)", ylabel="held-out loss (nats per byte)")
     tidy(by_text, xlabel="text read (MB)")
     legend_above(figure, by_time)

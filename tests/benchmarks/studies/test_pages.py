@@ -17,7 +17,7 @@ from benchmarks.studies.probe import LENGTH
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import interval, paired
 from benchmarks.studies.reports.learning_rate import best_rate, parts
-from benchmarks.studies.reports.longer import targets, time_to_loss
+from benchmarks.studies.reports.longer import targets, time_to_loss, times_to_loss
 from benchmarks.studies.reports.made import texts_read
 from benchmarks.studies.reports.quality import excess
 from benchmarks.studies.reports.sizes import by_seed
@@ -73,12 +73,6 @@ def fill(name: str, folder: Path) -> Records:
         records.path.parent.mkdir()
         costs = {rival.name: 0.5 + 0.25 * place for place, rival in enumerate(equal_time.RIVALS)}
         (records.path.parent / equal_time.STEPS).write_text(json.dumps(costs))
-    if name == longer.NAME:
-        rates = Records(records.path.parent / longer.RATES)
-        for model in longer.MODELS:
-            while factors := longer.missing_factors(rates, SCALE, model):
-                for case in (longer.rate_case(SCALE, model, factor) for factor in factors):
-                    rates.add(made_up(case, loss_of(case)))
     while missing := [case for case in study.cases(SCALE, records.path.parent) if case.key not in records]:
         for case in missing:
             records.add(made_up(case, loss_of(case)))
@@ -230,19 +224,34 @@ def test_time_to_loss_by_hand() -> None:
 def test_every_model_reaches_the_targets() -> None:
     ends = {"a": 2.0, "b": 1.0}
     case = Case(shape=SCALE.small, steps=8, rate=1e-3)
-    found = {name: {"curve": curve_to(case, end)} for name, end in ends.items()}
+    found = {
+        name: {0: {"curve": curve_to(case, end)}, 1: {"curve": curve_to(case, end - 0.1)}} for name, end in ends.items()
+    }
     assert targets(found) == [2.75, 2.75, 2.25, 2.0]
-    assert all(time_to_loss(record["curve"], loss) for record in found.values() for loss in targets(found))
+    curves = [record["curve"] for by_seed in found.values() for record in by_seed.values()]
+    assert all(time_to_loss(curve, loss) for curve in curves for loss in targets(found))
 
 
-def test_a_best_rate_at_an_end_is_tried_beyond(tmp_path: Path) -> None:
-    rates, model = Records(tmp_path / "rates.jsonl"), longer.SPARSE
-    for factor, loss in ((0.5, 3.0), (1.0, 2.5), (2.0, 2.6), (4.0, 2.7), (8.0, None)):
-        assert longer.missing_factors(rates, SCALE, model)
-        rates.add(made_up(longer.rate_case(SCALE, model, factor), 1.0) | {"loss": loss})
-    assert longer.missing_factors(rates, SCALE, model) == [] and longer.best_factor(rates, SCALE, model) == 1.0
-    rates.add(made_up(longer.rate_case(SCALE, model, 0.5), 2.0))
-    assert longer.missing_factors(rates, SCALE, model) == [0.25]
+def test_the_rates_of_the_longer_run_are_searched_over_its_whole_length(tmp_path: Path) -> None:
+    records = Records(tmp_path / f"{longer.NAME}.jsonl")
+    losses = {2.0: 2.5, 4.0: 2.6, 8.0: None, 1.0: 2.6}
+    for model in longer.MODELS:
+        for factor, loss in losses.items():
+            assert longer.search(SCALE, model, records).best is None
+            records.add(made_up(longer.case(SCALE, model, factor), 1.0) | {"loss": loss})
+    found = [case for case in longer.cases(SCALE, tmp_path) if case.key not in records]
+    assert found == [longer.case(SCALE, model, 2.0, seed) for seed in SCALE.seeds[1:] for model in longer.MODELS]
+
+
+def test_times_to_loss_are_paired_by_seed() -> None:
+    dense, sparse = ([[[0, 0.0, 3.0], [10, last, 1.0]] for last in each] for each in ((8.0, 4.0), (2.0, 2.0)))
+    found = {
+        name: {seed: {"curve": curve} for seed, curve in enumerate(curves)}
+        for name, curves in ((longer.DENSE, dense), (longer.SPARSE, sparse))
+    }
+    half = 12.706 * 0.125
+    assert times_to_loss(found, 2.0) == ["2.000", "3 s", f"1 s (0.38 ± {half:.2f})"]
+    assert times_to_loss(found, 0.5) == ["0.500", "not reached", "not reached"]
 
 
 def test_quality_is_above_dense_of_the_same_seed(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def test_a_race_trains_each_as_alone() -> None:
         seconds = [point[1] for point in record["curve"]]
         assert seconds == sorted(seconds) and seconds[0] == 0.0 and len(record["step_seconds"]) == case.steps
     losses = [record["loss"] for record in records]
-    assert len(set(losses)) == 3 and all(0.5 < loss < 5.6 for loss in losses)
+    assert len(set(losses)) == 4 and all(0.5 < loss < 5.6 for loss in losses)
 
 
 def test_a_step_is_charged_its_own_time() -> None:
@@ -60,37 +59,30 @@ def test_steps_that_compile_count_as_the_others() -> None:
     assert [rival.charged(num) for num in range(7)] == [0.0, 2.0, 4.0, 6.0, 7.0, 10.0, 12.0]
 
 
-def test_the_start_of_a_run_is_the_run_that_chooses_its_rate() -> None:
-    for model in longer.MODELS:
-        long, short = longer.case(SCALE, model, 2.0), longer.rate_case(SCALE, model, 2.0)
-        assert replace(long, steps=short.steps, warmup=short.warmup) == short
-        assert long.warmup * long.steps == pytest.approx(min(short.warmup * short.steps, short.steps), abs=1.2)
-
-
 def test_bytes_of_the_dense_model_are_those_of_the_sparse_one() -> None:
     sparse, dense = (stored_bytes(longer.case(SCALES["cpu"], m, 1.0)) for m in (longer.SPARSE, longer.EQUAL_BYTES))
     assert dense == pytest.approx(sparse, rel=0.03)
 
 
-def in_this_process(cases: Sequence[Case], records: Records, points: int, eager: bool) -> None:
-    for record in race(cases, points, eager):
-        records.add(record)
-
-
 def test_the_study_from_rates_to_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "studies"
-    monkeypatch.setattr(longer, "add_race", in_this_process)
-    longer.prepare(SCALE, folder)
-    rates = Records(folder / longer.RATES)
-    assert all(not longer.missing_factors(rates, SCALE, model) for model in longer.MODELS)
-    cases, records = longer.cases(SCALE, folder), Records(folder / "longer.jsonl")
-    run_race(lambda: cases, records, 1, 0, True)
+    folder, together = tmp_path / "studies", []
+    records = Records(folder / f"{longer.NAME}.jsonl")
+
+    def in_this_process(cases: Sequence[Case], records: Records, eager: bool) -> None:
+        together.append(cases)
+        for record in race(cases, NUM_POINTS, eager):
+            records.add(record)
+
+    monkeypatch.setattr("benchmarks.studies.race.add_race", in_this_process)
+    run_race(lambda: longer.cases(SCALE, folder), records, 1, 0, True)
     assert not list(records)
-    run_race(lambda: cases, records, 1, eager=True)
-    assert [record["key"] for record in records] == [case.key for case in cases]
-    assert len(records[cases[0].key]["curve"]) == 1 + min(NUM_POINTS, SCALE.race.steps)
+    run_race(lambda: longer.cases(SCALE, folder), records, 1, eager=True)
+    assert together[0] == [longer.case(SCALE, model, longer.FACTORS[0]) for model in longer.MODELS]
+    assert [case.seed for case in together[-1]] == [SCALE.seeds[-1]] * len(longer.MODELS)
+    assert all(case.key in records for case in longer.cases(SCALE, folder))
+    assert len(records[together[0][0].key]["curve"]) == 1 + min(NUM_POINTS, SCALE.race.steps)
     write(records, SCALE, tmp_path)
     page = (tmp_path / "longer.md").read_text()
     assert "are missing" not in page and "not reached" not in page
-    assert f"SHA-256 {records[cases[0].key]['text']['sha256']}…" in page
+    assert f"SHA-256 {records[together[0][0].key]['text']['sha256']}…" in page
     assert (tmp_path / "figures" / "longer.png").stat().st_size > 5000
