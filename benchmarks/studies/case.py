@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 
 from benchmarks.studies.byte_pairs import BYTES
 from benchmarks.studies.corpus import STDLIB
@@ -79,7 +80,7 @@ class Case:
     text: str = STDLIB
     vocabulary: int = BYTES
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hashes the fields that differ from the defaults, so that a new field changes no key."""
         plain = {field.name: field.default for field in fields(self)}

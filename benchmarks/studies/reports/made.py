@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from benchmarks.studies.byte_pairs import BYTES
 from benchmarks.studies.case import Case
@@ -10,6 +11,7 @@ from benchmarks.studies.corpus import ENVIRONMENT, STDLIB
 from benchmarks.studies.records import Records
 
 
+@cache
 def parameters(case: Case) -> int:
     """Counts the parameters of the dense model."""
     from benchmarks.studies.trainer import build_model
