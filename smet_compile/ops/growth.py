@@ -28,8 +28,8 @@ from smet_compile.format import (
 )
 from smet_compile.ops.law import compute_dtype
 from smet_compile.ops.library import library
-from smet_compile.ops.sinks import define_sink, open_sink
-from smet_compile.ops.torch_insides import refuse_branches, run_first_in_backward
+from smet_compile.ops.sinks import define_sink, open_sink, save_inputs
+from smet_compile.ops.torch_insides import refuse_branches, run_first_in_backward, save_without_check
 from smet_compile.shards import reduce_over_groups
 
 NO_GRADIENT = -1
@@ -198,6 +198,13 @@ def _collect_in_backward(ctx: Any, grad_dense: Tensor) -> tuple[Any, ...]:
     return (None,) * 8
 
 
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Saves the inputs. The backward of another graph may change the buffers before, where both read the weight."""
+    save_inputs(ctx, inputs, output)
+    _, *buffers = inputs[: 1 + len(Collected._fields)]
+    save_without_check(buffers)
+
+
 def _open_growth_sink(leaf: Tensor, positions: Tensor, *rest: Any) -> Tensor:
     """Returns the sink that fills the buffers. All reads of a weight share it until its backward has run.
 
@@ -284,4 +291,5 @@ define_sink(
     _open_growth_sink,
     _zeros_like_dense,
     _collect_in_backward,
+    _save_inputs,
 )

@@ -366,7 +366,3 @@ def uninstall(module: nn.Module) -> None:
     for key, _, _ in (_OF_MODEL, _OF_OWNER):
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
             hooks.pop(key, None)
-
-
-RUN_IN_EAGER = (_enter_owner, _exit_owner)
-"""Functions that Dynamo must not compile by themselves after a graph break; ``passes.pipeline`` tells it so."""

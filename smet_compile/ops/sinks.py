@@ -155,7 +155,7 @@ def _zeros_like_values(leaf: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return values.new_zeros(()).expand(values.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.inputs = inputs
 
 
@@ -189,19 +189,25 @@ def open_sink(name: str, *inputs: Any) -> Tensor:
 
 
 def define_sink(
-    name: str, schema: str, choose: Callable[..., Tensor], make: Callable[..., Tensor], backward: Any
+    name: str,
+    schema: str,
+    choose: Callable[..., Tensor],
+    make: Callable[..., Tensor],
+    backward: Any,
+    save: Callable[..., None] = save_inputs,
 ) -> None:
     """Defines a sink as two ops: ``name`` is composite and chooses the sink, ``new_`` + name has the backward.
 
     Args:
         choose: opens a sink, or returns one that is open already. make: makes the tensor.
+        backward, save: those of ``torch.library.register_autograd``.
     """
     library.define(f"{name}(Tensor leaf, {schema}) -> Tensor")
     library.impl(name, choose, "CompositeImplicitAutograd")
     library.define(f"new_{name}(Tensor leaf, {schema}) -> Tensor")
     library.impl(f"new_{name}", make, "CompositeExplicitAutograd")
     torch.library.register_fake(f"smet::new_{name}", make, lib=library)
-    torch.library.register_autograd(f"smet::new_{name}", backward, setup_context=_save_inputs, lib=library)
+    torch.library.register_autograd(f"smet::new_{name}", backward, setup_context=save, lib=library)
 
 
 for _name, _op, _schema in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -229,6 +229,17 @@ def multiplies_on_cpu(dtype: torch.dtype) -> bool:
     of_library = torch.ops.mkldnn
     asks = {torch.bfloat16: of_library._is_mkldnn_bf16_supported, torch.float16: of_library._is_mkldnn_fp16_supported}
     return bool(asks[dtype]())
+
+
+def save_without_check(tensors: Iterable[Tensor]) -> None:
+    """Lets tensors that a traced graph saves for backward change in place before its backward runs.
+
+    AOTAutograd reads this mark of tensors that an ``autograd.Function`` keeps on its context by itself.
+    """
+    from torch.fx.experimental.proxy_tensor import _get_proxies
+
+    for proxy in (proxy for tensor in tensors for proxy in _get_proxies(tensor)):
+        proxy.node.meta["saved_tensor_with_no_vc_check"] = True
 
 
 def address_of_storage(tensor: Tensor) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch._inductor.config as inductor
@@ -14,7 +16,7 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from smet_compile.ops import CompactWeight, direct, library, products, saved_weights, shared_class
+from smet_compile.ops import CompactWeight, direct, library, products, reads, saved_weights, shared_class
 from smet_compile.ops.torch_insides import warn_once
 from smet_compile.passes import is_enabled
 from smet_compile.passes.canonicalize import canonicalize
@@ -84,17 +86,20 @@ def source_hash() -> str:
 
 
 _RUN_IN_EAGER = (
-    *saved_weights.RUN_IN_EAGER,
     *direct.RUN_IN_EAGER,
     *products.RUN_IN_EAGER,
     *shared_class.RUN_IN_EAGER,
 )
 
+_RUN_IN_EAGER_AS_A_WHOLE = (saved_weights, reads)
+"""Modules whose functions autograd's hooks and finalizers call, wherever Dynamo happens to listen."""
+
 
 def install() -> None:
     """Sets ``torch._inductor.config.joint_custom_pre_pass``, keeping the user's. A second call has no effect."""
     library.on_unseen_graph = _warn_unseen
-    for function in (CompactWeight.forward, *_RUN_IN_EAGER):
+    whole = (function for module in _RUN_IN_EAGER_AS_A_WHOLE for function in _functions(module))
+    for function in (CompactWeight.forward, *_RUN_IN_EAGER, *whole):
         _never_by_itself(function)
     current = inductor.joint_custom_pre_pass
     if not _holds_ours(current):
@@ -102,11 +107,21 @@ def install() -> None:
         inductor.joint_custom_pre_pass = JointPasses(tuple(before))
 
 
+def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    """Yields the functions that a module defines, and the methods of its classes."""
+    owners = [each for each in vars(module).values() if inspect.isclass(each) and each.__module__ == module.__name__]
+    for found in (each for owner in (module, *owners) for each in vars(owner).values()):
+        parts = (found.fget, found.fset) if isinstance(found, property) else (inspect.unwrap(found),)
+        for part in parts:
+            if isinstance(part, FunctionType) and part.__module__ == module.__name__:
+                yield part
+
+
 def _never_by_itself(function: Any) -> None:
     """Keeps Dynamo from starting a graph with ``function``; it may still trace it as part of one.
 
     After a graph break Dynamo would compile the read of a weight to a graph that returns the dense weight, which
-    autograd would save. In eager mode it is not saved.
+    autograd would save. In eager mode it is not saved. And it would compile finalizers anew for each object.
     """
     set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
