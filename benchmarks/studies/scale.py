@@ -85,7 +85,7 @@ SCALES = {
         memory=replace(_LARGE, sequence=256, batch=2),
         memory_steps=(4000, 16_000),
         timed=(replace(_LARGE, hidden=160, intermediate=400, sequence=256, batch=4), 3000),
-        budgets=(64, 112, 192),
+        budgets=(64, 112),
         widest=1024,
         replicas=replace(_SMALL, hidden=48, intermediate=96, heads=3, layers=2),
         sizes=(

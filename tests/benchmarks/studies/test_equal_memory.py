@@ -158,6 +158,20 @@ def test_a_larger_budget_takes_the_rate_of_other_parameters_from_the_smallest(tm
     assert sorted(map(factors_of, found.cases)) == [(linear, 4.0) for linear in (0.25, 0.5, 1.0, 2.0)]
 
 
+def test_only_the_best_run_in_a_larger_budget_and_in_three_seeds(tmp_path: Path) -> None:
+    scale = SCALES["cpu"]
+    last = equal_memory.turns(scale)[-1]
+    assert (last.budget, last.place, last.names) == (scale.budgets[1], 0, equal_memory.BEST)
+    records = Records(tmp_path / "records.jsonl")
+    for budget, num_seeds in zip(scale.budgets, (5, 3), strict=True):
+        found = Fitted(equal_memory.BEST[0], budget, shape_of(scale, budget), {})
+        results = Results(scale, records, {(budget, found.name): found})
+        while (searched := results.search(found, 0)).best is None:
+            for case in (case for case in searched.cases if case.key not in records):
+                records.add(record(case, sum(abs(factor - 1) for factor in factors_of(case))))
+        assert [case.seed for case in results.best_runs(found, 0)] == list(range(num_seeds))
+
+
 def test_a_run_that_diverged_is_never_the_best(tmp_path: Path) -> None:
     records = Records(tmp_path / "records.jsonl")
     results = Results(SCALE, records, {})
