@@ -366,3 +366,7 @@ def uninstall(module: nn.Module) -> None:
     for key, _, _ in (_OF_MODEL, _OF_OWNER):
         for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
             hooks.pop(key, None)
+
+
+MAY_BE_COMPILED = (_enter, _exit)
+"""Functions that Dynamo may compile by themselves: of a lone layer it compiles no other, and `fullgraph` wants one."""

@@ -143,7 +143,10 @@ def _tensor_property(name: str) -> property:
         chain = _chain(self, name)
         if chain is not None:
             return read_once(self, name, chain)
-        return self.__dict__[name] if name in self.__dict__ else self.__getattr__(name)
+        for held in (self.__dict__, self._parameters, self._buffers):  # Dynamo of torch 2.11 would come back here
+            if name in held:
+                return held[name]
+        return self.__getattr__(name)
 
     def assign(self: nn.Module, value: Any) -> None:
         chain = _chain(self, name)

@@ -100,7 +100,8 @@ def install() -> None:
     library.on_unseen_graph = _warn_unseen
     whole = (function for module in _RUN_IN_EAGER_AS_A_WHOLE for function in _functions(module))
     for function in (CompactWeight.forward, *_RUN_IN_EAGER, *whole):
-        _never_by_itself(function)
+        if function not in saved_weights.MAY_BE_COMPILED:
+            _never_by_itself(function)
     current = inductor.joint_custom_pre_pass
     if not _holds_ours(current):
         before = current if isinstance(current, list | tuple) else () if current is None else (current,)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch._dynamo.convert_frame import input_codes
 
 import smet_compile as smet
+from smet_compile.ops import saved_weights
 
 WIDTH, NUM_STEPS = 32, 6
 
@@ -39,7 +40,9 @@ class Broken(nn.Module):
 def compiled_by_themselves() -> list[str]:
     """Names the functions of the package at which Dynamo started a graph."""
     codes = [code for reference in input_codes.seen if (code := reference()) is not None]
-    return [f"{code.co_name} of {code.co_filename}" for code in codes if "smet_compile/" in code.co_filename]
+    ours = [code for code in codes if "smet_compile/" in code.co_filename]
+    allowed = [function.__code__ for function in saved_weights.MAY_BE_COMPILED]
+    return [f"{code.co_name} of {code.co_filename}" for code in ours if code not in allowed]
 
 
 def train(grow: str, backend: str | None, active: bool) -> tuple[list[float], nn.Module]:
@@ -73,3 +76,11 @@ def test_training_is_that_of_eager_mode(grow: str, active: bool, backend: str) -
     assert losses == pytest.approx(wanted, rel=1e-9)
     for name, value in eager.state_dict().items():
         assert torch.allclose(model.state_dict()[name], value, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(WIDTH, WIDTH), nn.Conv2d(WIDTH, WIDTH, 1)], ids=["linear", "convolution"])
+def test_a_lone_layer_is_one_graph(layer: nn.Module) -> None:
+    torch._dynamo.reset()
+    model, input = smet.sparsify(layer, 0.4, include="*"), torch.randn(2, WIDTH, 3, WIDTH)
+    input = input if isinstance(layer, nn.Linear) else input.permute(0, 1, 3, 2)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(input), model(input))
