@@ -22,6 +22,7 @@ from smet_compile.ops.kernels.triton.adamw_step import (
     next_moments,
     pointer,
     rates_at,
+    rates_at_matrix,
     rates_of,
     scalars,
     scale_of,
@@ -324,13 +325,7 @@ def _update_groups_of_weights(
         moments = load_moments(exp_avg + start, exp_avg_sq + start, entry, mask, scales)
         weight = tl.load(values + start + entry, mask=mask, other=0.0).to(tl.float32)
         moments = next_moments(moments, grad, live, betas)
-        generation = tl.load(generations + start + entry, mask=mask, other=0).to(tl.int32)
-        # As a vector: for a matrix of scattered addresses Triton 3.6 takes a layout of its own, and converts to it.
-        size, unbias2, decay = rates_at(rates, tl.reshape(generation, (LANES,)))
-        rate = (
-            tl.reshape(size, (at.GROUPS, WIDTH)), tl.reshape(unbias2, (at.GROUPS, WIDTH)),
-            tl.reshape(decay, (at.GROUPS, WIDTH)),
-        )  # fmt: skip
+        rate = rates_at_matrix(rates, tl.load(generations + start + entry, mask=mask, other=0).to(tl.int32))
         place = entry.to(tl.uint32)
         if STOCHASTIC:
             place = tl.load(places + start + entry, mask=mask, other=0).to(tl.uint32)

@@ -164,6 +164,14 @@ def rates_at(rates, generation):
 
 
 @triton.jit
+def rates_at_matrix(rates, generation):
+    """Does so for a matrix, as for a vector: at scattered addresses Triton 3.6 takes another layout for a matrix."""
+    size, unbias2, decay = rates_at(rates, tl.ravel(generation))
+    shape: tl.constexpr = generation.shape
+    return tl.reshape(size, shape), tl.reshape(unbias2, shape), tl.reshape(decay, shape)
+
+
+@triton.jit
 def scale_pointers(row, group):
     """Returns pointers to the scales of both moments."""
     scales = pointer(row, SCALES, tl.float32) + group
