@@ -1,4 +1,4 @@
-"""What a compiled model leaves to eager mode, between two graphs, is not compiled, and computes the same."""
+"""Code that a compiled model leaves to eager mode, between two graphs, is not compiled, and computes the same."""
 
 import pytest
 import torch
