@@ -20,7 +20,18 @@ from typing import Any
 
 from benchmarks.studies import rates
 from benchmarks.studies.case import Case
-from benchmarks.studies.contestants import CONTESTANTS, MODELS, REFERENCE, Factors, Fitted, case_of, fit, peaks, read
+from benchmarks.studies.contestants import (
+    CONTESTANTS,
+    MODELS,
+    REFERENCE,
+    Factors,
+    Fitted,
+    case_of,
+    fit,
+    peaks,
+    read,
+    shape_of,
+)
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
@@ -177,10 +188,11 @@ def measure(scale: Scale, folder: Path) -> None:
         rivals = [each for (its_budget, _), each in models(folder).items() if its_budget == budget]
         if {rival.name for rival in rivals} <= found.get(str(budget), {}).keys():
             continue
-        rivals.sort(key=lambda rival: rival.name != REFERENCE)
-        costs = step_costs([case_of(rival.shape, rival.name, 1) for rival in rivals], scale.eager)
+        first = case_of(shape_of(scale, budget), REFERENCE, 1)
+        others = [case for rival in rivals if (case := case_of(rival.shape, rival.name, 1)) != first]
+        costs = dict(zip([first, *others], step_costs([first, *others], scale.eager), strict=True))
         found[str(budget)] = {
-            rival.name: {"cost": cost, "peaks": peaks(rival)} for rival, cost in zip(rivals, costs, strict=True)
+            rival.name: {"cost": costs[case_of(rival.shape, rival.name, 1)], "peaks": peaks(rival)} for rival in rivals
         }
         (folder / MEASURED).write_text(json.dumps(found, indent=1) + "\n")
 

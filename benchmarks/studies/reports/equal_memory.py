@@ -137,7 +137,8 @@ def _times(results: study.Results, measured: dict[str, dict[str, dict[str, Any]]
 
 def _time_to_loss(results: study.Results, rival: Fitted, cost: float) -> str:
     short, long = results.scale.memory_steps
-    target = _mean(results.losses(results.models[rival.budget, REFERENCE], 1))
+    reference = results.models.get((rival.budget, REFERENCE))
+    target = None if reference is None else _mean(results.losses(reference, 1))
     first, last = (_mean(results.losses(rival, place)) for place in (0, 1))
     if target is None or first is None:
         return "—"

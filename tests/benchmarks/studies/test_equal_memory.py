@@ -88,10 +88,33 @@ def test_the_peak_holds_what_is_stored_and_activations() -> None:
     assert 0.7 * stored < one < checkpointed < many  # the gradients come one after another
 
 
+def test_steps_are_measured_beside_the_model_that_sets_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is no contestant of the budget."""
+    timed: list[Case] = []
+
+    def measured(cases: list[Case], eager: bool) -> list[float]:
+        timed.extend(cases)
+        return [1.0 + number for number in range(len(cases))]
+
+    monkeypatch.setattr(equal_memory, "step_costs", measured)
+    monkeypatch.setattr(equal_memory, "peaks", lambda model: {})
+    found = rival("d 0.25, AdamW, bf16")
+    (tmp_path / contestants.MODELS).write_text(json.dumps([asdict(found)]))
+    equal_memory.measure(SCALE, tmp_path)
+    assert timed == [
+        case_of(shape_of(SCALE, 64), contestants.REFERENCE, 1),
+        case_of(found.shape, found.name, 1),
+    ]
+    assert equal_memory.measured(tmp_path) == {"64": {found.name: {"cost": 2.0, "peaks": {}}}}
+
+
 def test_steps_and_peaks_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equal_memory, "peaks", lambda model: {"1": len(model.name)})
     names = ("d 0.25, AdamW, bf16", contestants.REFERENCE)
-    (tmp_path / contestants.MODELS).write_text(json.dumps([asdict(rival(name)) for name in names]))
+    models = [asdict(replace(rival(name), shape=shape_of(SCALE, 64))) for name in names]
+    (tmp_path / contestants.MODELS).write_text(json.dumps(models))
     equal_memory.measure(SCALE, tmp_path)
     found = equal_memory.measured(tmp_path)["64"]
     assert found[contestants.REFERENCE]["cost"] == 1.0 and found[names[0]]["cost"] > 0
