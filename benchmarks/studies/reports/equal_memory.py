@@ -174,7 +174,7 @@ def _curves(results: study.Results) -> Any:
             if points := _curve(results, rival, place):
                 axes.plot(*zip(*points, strict=True), "-o" if name.startswith("d ") else "--",
                           color=colors[name], markersize=3, label=name)  # fmt: skip
-        size = results.models[budget, REFERENCE].total / 1e6
+        size = max(rival.total for rival in rivals.values()) / 1e6
         tidy(axes, title=f"{size:.1f} MB, runs of {results.scale.memory_steps[place]:,} steps", xlabel="text read (MB)")
     row[0].set_ylabel("held-out loss (nats per byte)")
     legend_above(figure, row[0], columns=4)
