@@ -236,6 +236,8 @@ def save_without_check(tensors: Iterable[Tensor]) -> None:
 
     AOTAutograd reads this mark of tensors that an ``autograd.Function`` keeps on its context by itself.
     """
+    if "torch.fx.experimental.proxy_tensor" not in sys.modules:  # nothing is traced yet, and it is slow to import
+        return
     from torch.fx.experimental.proxy_tensor import _get_proxies
 
     for proxy in (proxy for tensor in tensors for proxy in _get_proxies(tensor)):

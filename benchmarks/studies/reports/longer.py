@@ -167,8 +167,8 @@ def _first_times(records: Records, scale: Scale, found: Runs, loss: float) -> li
             factor: time_to_loss(records[case.key]["curve"], loss)
             for factor, case in _tried(records, scale, model).items()
         }
-        first = min((each[1], factor) for factor, each in reached.items() if each)
-        cells.append(f"{first[0]:.0f} s (x {first[1]:g})")
+        first = min(((each[1], factor) for factor, each in reached.items() if each), default=None)
+        cells.append(_MISSING if first is None else f"{first[0]:.0f} s (x {first[1]:g})")
     return [f"{loss:.3f}", *cells]
 
 
