@@ -20,7 +20,7 @@ from benchmarks.measuring import peak_allocated, storages
 from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.optimizers import is_installed
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
+from benchmarks.studies.settings import PLAIN_RATE, rate_of
 from benchmarks.studies.trainer import build, two_calls
 
 MODELS = "equal_memory_models.json"
@@ -87,7 +87,7 @@ UNCHANGED = Factors(1.0, 1.0)
 
 def case_of(shape: Shape, name: str, steps: int, factors: Factors = UNCHANGED, seed: int = 0) -> Case:
     """Returns a run of a contestant."""
-    rate, plain = factors.linear * RATE_TIMES_WIDTH / shape.hidden, factors.plain * PLAIN_RATE
+    rate, plain = factors.linear * rate_of(shape), factors.plain * PLAIN_RATE
     return Case(shape=shape, steps=steps, rate=rate, plain_rate=plain, seed=seed, **CONTESTANTS[name])
 
 

@@ -21,7 +21,7 @@ from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
+from benchmarks.studies.settings import PLAIN_RATE, rate_of
 from benchmarks.studies.step_costs import step_costs
 
 NAME = "equal_time"
@@ -41,7 +41,7 @@ class Rival:
 
     def case(self, scale: Scale, steps: int, factor: float = 1.0, seed: int = 0) -> Case:
         shape = wider(scale.timed[0], self.widening)
-        rate = factor * RATE_TIMES_WIDTH / shape.hidden
+        rate = factor * rate_of(shape)
         return Case(shape=shape, steps=steps, rate=rate, plain_rate=PLAIN_RATE, seed=seed, **self.options)
 
 

@@ -19,8 +19,7 @@ from benchmarks.studies.case import Case, Shape
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE
-from benchmarks.studies.topology import rate_of
+from benchmarks.studies.settings import EXPONENTS, PLAIN_RATE, rate_of
 
 NAME = "longer"
 BLOCK, DENSITY = "64", 0.25

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.studies.case import Case
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import tuned
+from benchmarks.studies.settings import RATE_FACTORS, by_width, tuned
 
 NAME = "quality"
 DENSITIES = (0.25, 0.1, 0.5)
@@ -12,7 +12,9 @@ BLOCKS = ("1", "64", "16", "1x16", "32")
 TILES = ("16", "32", "64")
 VARIED = 0.25  # where one other factor is changed at a time
 IN_ALL_SEEDS = ((0.25, "1"), (0.1, "1"), (0.25, "64"))
+DENSE = (1.0, "1")
 LONG = ((0.25, "1"), (0.1, "1"), (0.5, "1"), (0.25, "16"), (0.5, "16"), (0.25, "1x16"))
+AT_RATES = (DENSE, (0.25, "1"))  # the long runs whose rate is tried lower and higher
 VARIANTS: dict[str, dict] = {
     "ERK": {"distribution": "erk"},
     "gradient growth": {"grow": "gradient"},
@@ -28,9 +30,9 @@ def sparse_case(scale: Scale, density: float, block: str, seed: int, **options) 
     return tuned(scale.large, scale.quality_steps, density, block, seed, **options)
 
 
-def long_case(scale: Scale, density: float, block: str, seed: int) -> Case:
+def long_case(scale: Scale, density: float, block: str, seed: int, rate_factor: float = 1.0) -> Case:
     """Returns a run so long, of a model so small, that the number of weights counts; dense at density 1."""
-    return tuned(scale.tiny, scale.long_steps, density, block, seed)
+    return by_width(scale.tiny, scale.long_steps, density, block, seed, rate_factor)
 
 
 def cases(scale: Scale) -> list[Case]:
@@ -38,9 +40,10 @@ def cases(scale: Scale) -> list[Case]:
     first = scale.seeds[0]
     found = [dense_case(scale, first)]
     found += [sparse_case(scale, density, block, first) for block in BLOCKS for density in DENSITIES]
-    found += [long_case(scale, *kind, first) for kind in ((1.0, "1"), *LONG)]
+    found += [long_case(scale, *kind, first) for kind in (DENSE, *LONG)]
     for seed in scale.seeds[1:]:
         found += [dense_case(scale, seed), *(sparse_case(scale, *kind, seed) for kind in IN_ALL_SEEDS)]
     found += [sparse_case(scale, VARIED, block, first, even=False) for block in TILES]
     found += [sparse_case(scale, VARIED, "1", first, **options) for options in VARIANTS.values()]
-    return found + [long_case(scale, *kind, seed) for seed in scale.seeds[1:] for kind in ((1.0, "1"), *LONG)]
+    found += [long_case(scale, *kind, seed) for seed in scale.seeds[1:] for kind in (DENSE, *LONG)]
+    return found + [long_case(scale, *kind, first, factor) for kind in AT_RATES for factor in RATE_FACTORS]

@@ -14,8 +14,7 @@ from typing import Any
 from benchmarks.studies.case import Case
 from benchmarks.studies.corpus import ENVIRONMENT
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import PLAIN_RATE
-from benchmarks.studies.topology import RATE_FACTORS, rate_of
+from benchmarks.studies.settings import PLAIN_RATE, RATE_FACTORS, rate_of
 
 NAME = "sizes"
 EVERY = 50

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.studies.case import Shape
+from benchmarks.studies.estimate import linear_weights
 from benchmarks.studies.replica import Replica
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import PLAIN_RATE, RATE_TIMES_WIDTH
+from benchmarks.studies.settings import PLAIN_RATE, RATE_FACTORS, rate_of
 
 NAME = "topology"
 NUM_SEEDS = 5
 BYTES_PER_WEIGHT = 20
-RATE_FACTORS = (1 / 1.5, 1.5)
 DENSITIES = (0.25, 0.1)
 EVERY, DROP_FRACTION, WINDOW = 100, 0.2, 50
 STATIC: dict[str, Any] = {"every": 0}
@@ -52,19 +52,9 @@ class Question:
     rows: tuple[Row, ...]
 
 
-def linear_weights(shape: Shape) -> int:
-    """Counts the weights of the linear layers, dense."""
-    return shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
-
-
 def steps_of(shape: Shape) -> int:
     """Returns the number of steps that read enough text for every weight."""
     return math.ceil(BYTES_PER_WEIGHT * linear_weights(shape) / (shape.batch * shape.sequence))
-
-
-def rate_of(shape: Shape) -> float:
-    """Returns the peak rate of the linear layers before it is divided by the density."""
-    return RATE_TIMES_WIDTH / shape.hidden
 
 
 def run_of(shape: Shape, density: float, *changes: dict[str, Any]) -> Replica:

@@ -6,48 +6,59 @@ from pathlib import Path
 
 from benchmarks.studies import moments, sensitivity
 from benchmarks.studies.case import Case
+from benchmarks.studies.estimate import linear_weights
 from benchmarks.studies.records import Records
-from benchmarks.studies.reports.interval import Interval, interval
+from benchmarks.studies.reports.interval import Interval, bold, interval
 from benchmarks.studies.reports.made import how_made
 from benchmarks.studies.reports.page import Page, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
 _READ = (
-    "Each row: the loss less that of the default at the same seed, mean and 95% interval over the seeds (Student's t). "
-    "In bold where the interval excludes zero."
+    "Differences are paired by seed, mean and 95% interval over the seeds (Student's t), in bold where that excludes "
+    "zero."
 )
 
 
 def difference(records: Records, pairs: list[tuple[Case, Case]]) -> Interval | None:
-    """Returns the mean difference of losses over (changed, compared) runs; None where there is none yet."""
-    keys = [(changed.key, default.key) for changed, default in pairs]
-    found = [records[a]["loss"] - records[b]["loss"] for a, b in keys if a in records and b in records]
+    """Returns the mean difference of losses over (changed, compared) runs; None where there is none yet.
+
+    Pairs of which one run diverged are left out.
+    """
+    losses = [(_loss(records, changed), _loss(records, compared)) for changed, compared in pairs]
+    found = [ours - other for ours, other in losses if ours is not None and other is not None]
     return interval(found) if found else None
 
 
-def _cell(value: Interval | None) -> str:
-    if value is None:
-        return "—"
-    return f"**{value.format()}**" if value.excludes_zero else value.format()
+def _loss(records: Records, case: Case) -> float | None:
+    return records[case.key]["loss"] if case.key in records else None
 
 
 def _mean(records: Records, cases: list[Case]) -> str:
-    losses = [records[case.key]["loss"] for case in cases if case.key in records]
+    losses = [loss for case in cases if (loss := _loss(records, case)) is not None]
     return interval(losses).format(sign=False) if losses else "—"
+
+
+def text_per_weight(case: Case) -> str:
+    """Says how much text a run reads, and how much that is for each weight of the dense model's linear layers."""
+    text = case.steps * case.shape.batch * case.shape.sequence
+    each = text / linear_weights(case.shape)
+    return f"{text / 1e6:.1f} MB of text, {each:.1f} bytes for each weight of linear layers if dense"
 
 
 def write_sensitivity(records: Records, scale: Scale, folder: Path) -> None:
     study = sensitivity
     page = Page(study.NAME, "Settings of the rule, one at a time", folder)
     page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale), records))
-    page.text(f"Density {study.DENSITY:g}, single weights. The default's loss: "
-              f"{_mean(records, [study.case(scale, seed) for seed in scale.seeds])}. {_READ}")  # fmt: skip
+    page.text(
+        f"Density {study.DENSITY:g}, single weights; {text_per_weight(study.case(scale, 0))}. The default's loss: "
+        f"{_mean(records, [study.case(scale, seed) for seed in scale.seeds])}. {_READ}"
+    )
     rows, points = [], []
     for factor, values in study.FACTORS.items():
         for name, change in values.items():
             pairs = [(study.case(scale, seed, **change), study.case(scale, seed)) for seed in scale.seeds]
             found = difference(records, pairs)
-            rows.append([factor, study.DEFAULTS[factor], name, _cell(found)])
+            rows.append([factor, study.DEFAULTS[factor], name, bold(found)])
             if found:
                 points.append((f"{factor}: {name}", found))
     page.table(["setting", "default", "changed to", "loss − default's"], rows)
@@ -58,15 +69,25 @@ def write_sensitivity(records: Records, scale: Scale, folder: Path) -> None:
 def write_moments(records: Records, scale: Scale, folder: Path) -> None:
     study = moments
     page = Page(study.NAME, "Moments in bf16 and in 8 bits", folder)
-    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale), records), _READ)
+    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale), records))
+    read = text_per_weight(study.cases(scale)[0])
+    page.text(f"Density {study.DENSITY:g}, single weights; {read}. {_READ}")
     rows = []
-    for dtype, block in study.WEIGHTS:
-        reference = [study.case(scale, dtype, block, "float32", seed) for seed in scale.seeds]
-        for moment_dtype in study.MOMENTS[1:]:
-            pairs = [(study.case(scale, dtype, block, moment_dtype, d.seed), d) for d in reference]
-            rows.append([dtype, block, moment_dtype, _mean(records, reference), _cell(difference(records, pairs))])
-    page.table(["weights", "blocks", "moments", "loss with fp32 moments", "loss − that"], rows)
+    for dtype in study.WEIGHTS:
+        for moment_dtype in study.MOMENTS:
+            runs = _moments(scale, dtype, moment_dtype)
+            beside = [_moments(scale, dtype, "float32"), _moments(scale, "float32", "float32")]
+            less = [
+                "" if runs == others else bold(difference(records, list(zip(runs, others, strict=True))))
+                for others in beside
+            ]
+            rows.append([dtype, moment_dtype, _mean(records, runs), *less])
+    page.table(["weights", "moments", "loss", "less fp32 moments", "less fp32 weights and moments"], rows)
     page.write()
+
+
+def _moments(scale: Scale, dtype: str, moment_dtype: str) -> list[Case]:
+    return [moments.case(scale, dtype, moment_dtype, seed) for seed in scale.seeds]
 
 
 def _figure(points: list[tuple[str, Interval]]):

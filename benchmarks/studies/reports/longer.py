@@ -17,7 +17,7 @@ from benchmarks.studies.reports.interval import bold, interval, paired
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.topology import rate_of
+from benchmarks.studies.settings import rate_of
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _MISSING = "—"

@@ -13,6 +13,7 @@ from benchmarks.studies.reports.interval import Interval, interval
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
+from benchmarks.studies.settings import RATE_FACTORS
 
 # Perplexity over dense at d = .5, .25, .1 after one epoch, by model size: scaling law of the method's group
 # (repository of arXiv 2606.01155).
@@ -73,6 +74,13 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         [[name, *(_cell(long_excess(records, scale, d, block)) for d in DENSITIES)]
          for block, name in KINDS.items() if block in {b for _, b in study.LONG}],
     )  # fmt: skip
+    factors = sorted((*RATE_FACTORS, 1.0))
+    page.text(_AT_RATES)
+    page.table(
+        ["", *(f"x {factor:.2f}" for factor in factors)],
+        [[name, *_at_rates(records, scale, kind, factors)]
+         for name, kind in zip(("dense", "single weights, d = 0.25"), study.AT_RATES, strict=True)],
+    )  # fmt: skip
     page.text("## Beside the published law", _LAW)
     ours = ["here, short runs", *(_ratio(excess(records, scale, d, "1")) for d in DENSITIES)]
     ours_long = ["here, long runs", *(_ratio(long_excess(records, scale, d, "1")) for d in DENSITIES)]
@@ -100,9 +108,10 @@ _EVEN = (
 )
 _LONG = (
     "In so small a model, which reads so much for every weight, the number of weights counts; width, length and bytes "
-    "differ from the runs above all at once. The rate is the same, 5e-4, which shorter dense runs at this width found "
-    "too low."
+    "differ from the runs above all at once. The rate of linear layers is .106 / (d · width), newcomers are protected "
+    "for two updates, and tiles stay where they are."
 )
+_AT_RATES = "Their losses at factors of that rate, seed 0:"
 _LAW = (
     "The law is for perplexity per token of models a hundred times as large; a token is about four bytes, so a ratio "
     "per byte here is about the fourth root of one per token: its fourth power stands in the third row. What can be "
@@ -136,6 +145,12 @@ def _long_runs(scale: Scale) -> str:
         f"A model of {num_weights / 1e6:.2f}M parameters (hidden {case.shape.hidden}, {case.shape.layers} layers) that "
         f"reads {num_bytes / 1e6:.1f} MB of text, {num_bytes / num_weights:.0f} bytes for each."
     )
+
+
+def _at_rates(records: Records, scale: Scale, kind: tuple[float, str], factors: list[float]) -> list[str]:
+    keys = [study.long_case(scale, *kind, scale.seeds[0], factor).key for factor in factors]
+    losses = [records[key]["loss"] if key in records else None for key in keys]
+    return ["—" if loss is None else f"{loss:.4f}" for loss in losses]
 
 
 def _variant(records: Records, scale: Scale, name: str, options: dict) -> list[str]:

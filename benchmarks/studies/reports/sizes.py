@@ -10,12 +10,13 @@ from typing import Any
 from benchmarks.studies import cloze
 from benchmarks.studies import sizes as study
 from benchmarks.studies.case import Case
+from benchmarks.studies.estimate import linear_weights
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import bold, paired
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.topology import RATE_FACTORS, linear_weights
+from benchmarks.studies.settings import RATE_FACTORS
 
 Runs = Callable[[study.Kind, int], Case]
 """Gives the run of a kind and a seed, all else fixed."""

@@ -10,11 +10,22 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies import __main__ as command
-from benchmarks.studies import contestants, equal_memory, equal_time, learning_rate, longer, quality, sizes, spikes
+from benchmarks.studies import (
+    contestants,
+    equal_memory,
+    equal_time,
+    learning_rate,
+    longer,
+    quality,
+    sensitivity,
+    sizes,
+    spikes,
+)
 from benchmarks.studies.case import Case
 from benchmarks.studies.contestants import Fitted
 from benchmarks.studies.probe import LENGTH
 from benchmarks.studies.records import Records
+from benchmarks.studies.reports.differences import difference
 from benchmarks.studies.reports.interval import interval, paired
 from benchmarks.studies.reports.learning_rate import best_rate, parts
 from benchmarks.studies.reports.longer import targets, time_to_loss, times_to_loss
@@ -25,6 +36,8 @@ from benchmarks.studies.reports.spikes import over_seeds, runs
 from benchmarks.studies.runner import run
 from benchmarks.studies.scale import SCALES
 from benchmarks.studies.settings import PLAIN_RATE
+from benchmarks.studies.trainer import build
+from smet_compile.runtime.schedules import find_min_age
 
 SCALE = SCALES["quick"]
 
@@ -260,6 +273,37 @@ def test_quality_is_above_dense_of_the_same_seed(tmp_path: Path) -> None:
     sparse, dense = (loss_of(quality.sparse_case(SCALE, 0.25, "1", 0)), loss_of(quality.dense_case(SCALE, 0)))
     assert found is not None and found.num == 2
     assert found.mean == pytest.approx(sparse - dense) and found.half == pytest.approx(0, abs=1e-9)
+
+
+def test_a_run_that_diverged_is_in_no_difference(tmp_path: Path) -> None:
+    records = Records(tmp_path / "some.jsonl")
+    pairs = [(sensitivity.case(SCALE, seed, every=0), sensitivity.case(SCALE, seed)) for seed in (0, 1, 2)]
+    for (changed, default), loss in zip(pairs[:2], (1.5, None), strict=True):
+        records.add(made_up(changed, 1.0) | {"loss": loss})
+        records.add(made_up(default, 1.25))
+    assert difference(records, pairs) == interval([0.25])
+
+
+@pytest.mark.parametrize(
+    ("options", "min_age"),
+    [
+        ({}, 200),
+        ({"every": 25}, 50),
+        ({"every": 200}, 400),
+        ({"drop_fraction": 0.5}, 100),
+        ({"drop_fraction": 0.05}, 200),
+    ],
+)
+def test_studies_of_settings_protect_newcomers_as_the_manager_does(options: dict, min_age: int) -> None:
+    case = sensitivity.case(SCALES["cpu"], 0, **options)
+    manager = build(replace(case, shape=SCALE.tiny)).manager
+    assert manager is not None and case.min_age == find_min_age(None, manager.schedule) == min_age
+
+
+def test_options_come_before_defaults() -> None:
+    assert sensitivity.case(SCALES["cpu"], 0, min_age=0).min_age == 0
+    assert quality.long_case(SCALES["cpu"], 0.25, "16", 0).every == 0
+    assert quality.long_case(SCALES["cpu"], 1.0, "1", 0, 1.5).rate == pytest.approx(1.5 * 0.106 / 64)
 
 
 def test_interval_by_hand() -> None:
