@@ -64,9 +64,10 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page.table(["", f"d = {study.VARIED:g}"], [_variant(records, scale, *row) for row in rows.items()])
     page.text("## Where tiles start", _EVEN)
     page.table(
-        ["tiles", "start", f"d = {study.VARIED:g}"],
-        [[block, name, _cell(excess(records, _first(scale), study.VARIED, block, even=even))]
-         for block in study.TILES for name, even in (("even", True), ("uniform", False))],
+        ["tiles", "even, above dense", "by chance, above dense", "by chance less even"],
+        [[block, *(_cell(excess(records, scale, study.VARIED, block, even=even)) for even in (True, False)),
+          _cell(_less(records, scale, (study.VARIED, block), (study.VARIED, block), even=False))]
+         for block in study.TILES],
     )  # fmt: skip
     page.text("## Where the number of weights counts", f"{_long_runs(scale)} {_LONG}")
     page.table(
@@ -99,12 +100,12 @@ _READ = (
 )
 _IN_A_ROW = (
     "The same runs, sorted by the number of active tiles in a row of tiles of the square matrices: density times width "
-    "over side. Seed 0. Tiles of 64 ran with p = 0.5, all others with p = 1 (the learning-rate study)."
+    "over side. Tiles of 64 ran with p = 0.5, all others with p = 1 (the learning-rate study)."
 )
 _EVEN = (
     "Tiles start, and grow, such that all rows and all columns of tiles hold equally many; beside it a start in which "
-    "every choice is equally likely and rows may stay empty: units that are dead. Seed 0. In this model tiles of 16, "
-    "32 and 64 make grids of 16, 8 and 4 tiles on a side; in one of width 2,048 tiles of 64 make 32."
+    "every choice is equally likely and rows may stay empty: units that are dead. In this model tiles of 16, 32 "
+    "and 64 make grids of 16, 8 and 4 tiles on a side; in one of width 2,048 tiles of 64 make 32."
 )
 _LONG = (
     "In so small a model, which reads so much for every weight, the number of weights counts; width, length and bytes "
@@ -120,14 +121,24 @@ _LAW = (
 
 
 def _in_a_row(records: Records, scale: Scale) -> list[list[str]]:
-    first, rows = _first(scale), []
+    rows = []
     for block in study.TILES:
         for density in DENSITIES:
-            tiles, single = (excess(records, first, density, each) for each in (block, "1"))
-            if tiles and single:
-                number, above = density * scale.large.hidden / int(block), tiles.mean - single.mean
-                rows.append((number, [f"{number:.1f}", block, f"{density:g}", _cell(tiles), f"{above:+.3f}"]))
+            number = density * scale.large.hidden / int(block)
+            above = excess(records, scale, density, block), _less(records, scale, (density, block), (density, "1"))
+            rows.append((number, [f"{number:.1f}", block, f"{density:g}", *(_cell(each) for each in above)]))
     return [row for _, row in sorted(rows, key=lambda each: -each[0])]
+
+
+def _less(
+    records: Records, scale: Scale, kind: tuple[float, str], other: tuple[float, str], **options
+) -> Interval | None:
+    """Returns the loss of a density and block shape, with ``options``, less that of another without."""
+    pairs = [
+        (study.sparse_case(scale, *kind, seed, **options), study.sparse_case(scale, *other, seed))
+        for seed in scale.seeds
+    ]
+    return difference(records, pairs)
 
 
 def _cell(value: Interval | None) -> str:
