@@ -69,7 +69,7 @@ def _plain(cases: Callable[[Scale], list[Case]], write: Callable[[Records, Scale
 STUDIES = {
     learning_rate.NAME: _plain(learning_rate.cases, learning_rate_page.write),
     spikes.NAME: Study(lambda scale, folder: spikes.cases(scale), spikes_page.write, seeds=5),
-    sizes.NAME: _plain(sizes.cases, sizes_page.write),
+    sizes.NAME: Study(sizes.cases, sizes_page.write),
     longer.NAME: Study(longer.cases, longer_page.write, run=run_race, workers=1),
     quality.NAME: _plain(quality.cases, quality_page.write),
     equal_memory.NAME: Study(

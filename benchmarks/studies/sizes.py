@@ -3,16 +3,21 @@
 Three sizes with the same settings: the peak rate of linear layers is .106 / (d · width) for every method, which other
 studies found for other models (docs/results/topology.md); embeddings and norms have one rate; ΔT and W are 50 steps,
 and newcomers are protected for two updates. Naive methods train at the same rate per density, without local age,
-warm-up or protection. At the smallest size all rates are tried lower and higher as well, and two other texts are read:
-natural language (`python -m benchmarks.studies.debian_text texts/debian`), and all Python source of the environment.
+warm-up or protection. At the smallest size rates are searched as well, until a lower and a higher one are worse, and
+every method trains at its own best; and two other texts are read: natural language
+(`python -m benchmarks.studies.debian_text texts/debian`), and all Python source of the environment.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from benchmarks.studies import rates
 from benchmarks.studies.case import Case
 from benchmarks.studies.corpus import ENVIRONMENT
+from benchmarks.studies.rates import Search
+from benchmarks.studies.records import Records
 from benchmarks.studies.scale import Scale
 from benchmarks.studies.settings import PLAIN_RATE, RATE_FACTORS, rate_of
 
@@ -43,12 +48,27 @@ def case(scale: Scale, size: int, kind: Kind, seed: int, rate_factor: float = 1.
     )
 
 
-def cases(scale: Scale) -> list[Case]:
-    """Returns the runs; the largest size at the lowest density comes last, and is the first to be cut."""
+def search(scale: Scale, kind: Kind, records: Records) -> Search:
+    """Looks for the best rate of a method at the smallest size."""
+    factors = sorted((*RATE_FACTORS, 1.0))
+    return rates.search(lambda factor: case(scale, 0, kind, scale.seeds[0], factor), records, factors)
+
+
+def cases(scale: Scale, folder: Path) -> list[Case]:
+    """Returns the runs that can be named by now.
+
+    The largest size at the lowest density comes last, and is the first to be cut.
+    """
+    records = Records(folder / f"{NAME}.jsonl")
     *smaller, largest = range(len(scale.sizes))
     first, last = ([kind for kind in KINDS if (kind[1] == DENSITIES[-1]) == is_last] for is_last in (False, True))
     found = [case(scale, size, kind, seed) for size in smaller for seed in scale.seeds for kind in KINDS]
     found += [case(scale, largest, kind, seed) for seed in scale.seeds for kind in first]
-    found += [case(scale, 0, kind, scale.seeds[0], factor) for kind in OF_RATES for factor in RATE_FACTORS]
+    for kind in OF_RATES:
+        looked = search(scale, kind, records)
+        found += looked.cases
+        if looked.best is not None:
+            found += [case(scale, 0, kind, seed, looked.best) for seed in scale.seeds]
     found += [case(scale, 0, kind, seed, text=text) for text in TEXTS for seed in scale.seeds for kind in OF_TEXTS]
-    return found + [case(scale, largest, kind, seed) for seed in scale.seeds for kind in last]
+    found += [case(scale, largest, kind, seed) for seed in scale.seeds for kind in last]
+    return list(dict.fromkeys(found))

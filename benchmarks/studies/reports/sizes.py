@@ -11,12 +11,13 @@ from benchmarks.studies import cloze
 from benchmarks.studies import sizes as study
 from benchmarks.studies.case import Case
 from benchmarks.studies.estimate import linear_weights
+from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
 from benchmarks.studies.reports.interval import bold, paired
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
-from benchmarks.studies.settings import RATE_FACTORS
+from benchmarks.studies.settings import rate_of
 
 Runs = Callable[[study.Kind, int], Case]
 """Gives the run of a kind and a seed, all else fixed."""
@@ -47,7 +48,7 @@ def by_seed(records: Records, scale: Scale, kind: study.Kind, runs: Runs, name: 
 
 def write(records: Records, scale: Scale, folder: Path) -> None:
     page = Page(study.NAME, "Three sizes without tuning", folder)
-    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale), records), _READ)
+    page.text(study.__doc__ or "", how_made(study.NAME, study.cases(scale, records.path.parent), records), _READ)
     page.text("The cloze test:", cloze.__doc__ or "")
     for size, (shape, steps) in enumerate(scale.sizes):
         runs = _of_size(scale, size)
@@ -60,13 +61,15 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page.text("## Loss of the naive rule less that of SMET, by size")
     page.figure(_figure(records, scale), "Loss of naive methods less SMET's at the same density and rate, by size")
     page.text(
-        "## Was the rate right for each?",
-        f"The smallest size, density 0.25, seed {scale.seeds[0]}: held-out losses at factors of the rate. A rate that "
-        "is best in the middle is near a method's own optimum; one at an end says that the method wants another.",
+        "## Every method at its own best rate",
+        f"Smallest size, density {study.DENSITIES[0]:g}. Held-out losses of seed {scale.seeds[0]} at factors of the "
+        "rate; then the best of each method in all seeds.",
     )
-    factors = sorted((*RATE_FACTORS, 1.0))
+    searches = {kind: study.search(scale, kind, records) for kind in study.OF_RATES}
+    factors = sorted({each.rate / rate_of(each.shape) for found in searches.values() for each in found.cases})
     page.table(
-        ["method", *(f"x {f:.2f}" for f in factors)], [_rates(records, scale, k, factors) for k in study.OF_RATES]
+        ["method", *(f"x {factor:.2f}" for factor in factors), "seeds", "loss at the best", "less dense", "less SMET"],
+        [[*_rates(records, scale, kind, factors), *_at_best(records, scale, kind, searches)] for kind in searches],
     )
     page.text("## Other texts", "The smallest size.")
     for text in study.TEXTS:
@@ -113,8 +116,21 @@ def _rates(records: Records, scale: Scale, kind: study.Kind, factors: list[float
     keys = [study.case(scale, 0, kind, scale.seeds[0], factor).key for factor in factors]
     losses = [records[key]["loss"] if key in records else None for key in keys]
     best = min((loss for loss in losses if loss is not None), default=None)
-    cells = ["—" if loss is None else f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in losses]
+    cells = ["" if loss is None else f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in losses]
     return [kind[0], *cells]
+
+
+def _at_best(records: Records, scale: Scale, kind: study.Kind, searches: dict[study.Kind, Search]) -> list[str]:
+    losses = {each: _best_by_seed(records, scale, each, found.best) for each, found in searches.items()}
+    ours, others = losses[kind], (study.DENSE, study.OF_RATES[1])
+    less = ["" if kind == other else bold(paired(ours, losses[other])) for other in others]
+    return [str(len(ours)), _mean(ours), *(["", ""] if kind == study.DENSE else less)]
+
+
+def _best_by_seed(records: Records, scale: Scale, kind: study.Kind, best: float | None) -> dict[int, float]:
+    if best is None:
+        return {}
+    return by_seed(records, scale, kind, lambda each, seed: study.case(scale, 0, each, seed, best))
 
 
 def _figure(records: Records, scale: Scale) -> Any:

@@ -35,7 +35,7 @@ from benchmarks.studies.reports.sizes import by_seed
 from benchmarks.studies.reports.spikes import over_seeds, runs
 from benchmarks.studies.runner import run
 from benchmarks.studies.scale import SCALES
-from benchmarks.studies.settings import PLAIN_RATE
+from benchmarks.studies.settings import PLAIN_RATE, rate_of
 from benchmarks.studies.trainer import build
 from smet_compile.runtime.schedules import find_min_age
 
@@ -204,6 +204,19 @@ def more(kind: sizes.Kind) -> float:
     return loss_of(first) - loss_of(dense) - 0.3 * (1 - first.density)
 
 
+def test_methods_are_compared_at_their_own_best_rate(tmp_path: Path) -> None:
+    records = fill(sizes.NAME, tmp_path)
+    kind, (shape, _) = ("naive SET", 0.25), SCALE.sizes[0]
+    found = sizes.search(SCALE, kind, records)
+    assert found.inside and found.best is not None
+    ends = [sizes.case(SCALE, 0, kind, seed, found.best) for seed in SCALE.seeds]
+    assert all(case.key in records and case.rate == pytest.approx(found.best * rate_of(shape)) for case in ends)
+    command.STUDIES[sizes.NAME].write(records, SCALE, tmp_path)
+    mean = statistics.fmean(loss_of(case) for case in ends)
+    row = next(line for line in (tmp_path / "sizes.md").read_text().splitlines() if f"| {mean:.4f} |" in line)
+    assert row.startswith("| naive SET |") or row.startswith("| SMET |")
+
+
 def test_methods_of_a_size_differ_in_the_rule_alone() -> None:
     scale = SCALES["cpu"]
     for size, (shape, _) in enumerate(scale.sizes):
@@ -216,10 +229,10 @@ def test_methods_of_a_size_differ_in_the_rule_alone() -> None:
         assert gradient == replace(naive, grow="gradient")
 
 
-def test_the_largest_size_is_cut_first() -> None:
+def test_the_largest_size_is_cut_first(tmp_path: Path) -> None:
     scale = SCALES["cpu"]
     *others, last = scale.sizes
-    found = sizes.cases(scale)
+    found = sizes.cases(scale, tmp_path)
     assert {(case.shape, case.density) for case in found[-9:]} == {(last[0], 0.1)}
     assert (last[0], 0.1) not in {(case.shape, case.density) for case in found[:-9]}
     small = found[: len(others) * 3 * len(sizes.KINDS)]
