@@ -3,10 +3,11 @@
 Static tiles make a step shorter, so that a sparse model reads more text in the time that the dense one takes; or they
 make a wider model as fast. Tried are tiles at two densities, tiles in feed-forward layers alone beside dense attention,
 tiles for four fifths of the steps of which the last fifth is dense, tiles that cover other units in each layer (by
-permutations, charged as if they took no time), larger tiles in a model twice as wide, and single weights. The time of a
-step is that of a compiled one in one thread, measured by turns with the dense model's (`equal_time_steps.json`). Every
-run has a schedule of its own length. Peak rates are factors of .106 / (d · width) for linear layers, tried by twos in
-one seed until a lower and a higher one are worse. Three seeds, five of dense models and of tiles, permuted or not.
+permutations, charged as if they took no time), larger tiles in a model twice as wide, and single weights. No topology
+moves. The time of a step is that of a compiled one in one thread, measured by turns with the dense model's
+(`equal_time_steps.json`). Every run has a schedule of its own length. Peak rates are factors of .106 / (d · width) for
+linear layers, tried by twos in one seed until a lower and a higher one are worse. Three seeds, five of dense models and
+of tiles, permuted or not.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Rival:
 
 DENSE = Rival("dense", 1, {})
 TILES = Rival("tiles of 16, d 0.25", 1, _QUARTER)
+SINGLE = Rival("single weights, d 0.25", 1, _QUARTER | {"block": "1"})
 THEN_DENSE = Rival("tiles of 16, d 0.25, then dense", 1, _QUARTER | {"dense_from": _DENSE_FROM})
 IN_FEED_FORWARD = Rival("tiles of 16, d 0.25, in feed-forward", 1, _QUARTER | {"sparse": "feed_forward"})
 IN_ORDER = TILES, IN_FEED_FORWARD
@@ -60,7 +62,7 @@ RIVALS = (
     IN_FEED_FORWARD,
     PERMUTED[1],
     Rival("tiles of 32, d 0.25, twice as wide", 2, _QUARTER | {"block": "32"}),
-    Rival("single weights, d 0.25", 1, _QUARTER | {"block": "1"}),
+    SINGLE,
 )
 _IN_MANY_SEEDS = DENSE, TILES, PERMUTED[0]
 

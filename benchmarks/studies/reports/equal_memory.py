@@ -12,23 +12,23 @@ from benchmarks.studies.contestants import REFERENCE, Fitted, case_of
 from benchmarks.studies.estimate import linear_weights
 from benchmarks.studies.rates import Search
 from benchmarks.studies.records import Records
-from benchmarks.studies.reports.interval import bold, paired
+from benchmarks.studies.reports.interval import bold, interval, paired
 from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
-_IN_16_BITS = "dense, AdamW, bf16"
+_OTHERS = (REFERENCE, "dense, AdamW, bf16", "dense, 8-bit AdamW, bf16")
 _HEADINGS = [
-    "contestant", "width", "weights", "stored", "bytes of text for each", "MB", "rates", "identifiers", "loss",
-    f"less {REFERENCE}", f"less {_IN_16_BITS}",
+    "contestant", "width", "weights", "stored", "bytes of text for each", "MB", "rates", "identifiers", "seeds", "loss",
+    *(f"less {other}" for other in _OTHERS),
 ]  # fmt: skip
 _NOTES = (
     "*Weights*: those of the model, active or not; *stored*: those that have a value. Of both it is said how much "
-    "text each has read. *Rates*: the best factors for linear layers and for all other parameters; `<` or `>` where "
-    "one lies at an end of what was tried. Differences are paired by seed: mean and 95% interval (Student's t), in "
-    "bold where the interval excludes zero; a number without an interval is one seed. *Identifiers*: the share that "
-    "is predicted exactly of identifiers that stood before in the same window of held-out text. A dash: runs are "
-    "still missing."
+    "text each has read. *MB*: of weights, gradients, states and index. *Rates*: the best factors for linear layers "
+    "and for all other parameters; `<` or `>` where one lies at an end of what was tried. Differences are paired by "
+    "seed: mean and 95% interval (Student's t), in bold where the interval excludes zero; a number without an interval "
+    "is one seed. *Identifiers*: the share that is predicted exactly of identifiers that stood before in the same "
+    "window of held-out text. A dash: runs are still missing."
 )
 _PACKAGES = (
     "GaLore and APOLLO are their authors' code (galore-torch, apollo-torch), 8-bit AdamW and AdamW in bf16 are "
@@ -43,9 +43,9 @@ _PEAKS = (
 _TIME = (
     "A step's time is that of compiled steps in one thread, measured by turns with the dense model that sets the "
     "budget (`equal_memory_measured.json`). *Time to the loss*: the time a contestant needs for the loss that this "
-    "dense model has after its longer run, over that model's; lengths between the two that were run are interpolated "
-    "in the logarithm of the steps, each length with a schedule of its own. `<`: the shorter run is below that loss "
-    "already. `>`: the longer one is not."
+    "dense model has after its longer run of the same seed, over that model's, mean and 95% interval over the seeds; "
+    "lengths between the two that were run are interpolated in the logarithm of the steps, each length with a schedule "
+    "of its own. `<`: the shorter run is below that loss already. `>`: the longer one is not."
 )
 
 
@@ -60,8 +60,7 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         if not rivals:
             continue
         steps = scale.memory_steps[turn.place]
-        largest = max(rival.total for rival in rivals)
-        page.text(f"## {largest / 1e6:.1f} MB, {steps:,} steps", _text_read(scale, turn.place))
+        page.text(f"## {_budget(results.models, turn.budget)}, {steps:,} steps", _text_read(scale, turn.place))
         page.table(_HEADINGS, [_row(results, rival, turn.place) for rival in rivals])
     page.figure(_curves(results), "Held-out loss over the text that was read, mean of the seeds")
     page.text("## With activations", _PEAKS)
@@ -69,6 +68,11 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
     page.text("## Equal time", _TIME)
     page.table(["budget", "contestant", "time of a step", "time to the loss"], _times(results, measured))
     page.write()
+
+
+def _budget(models: dict[tuple[int, str], Fitted], budget: int) -> str:
+    """Names a budget by the largest contestant's bytes."""
+    return f"{max(each.total for (width, _), each in models.items() if width == budget) / 1e6:.1f} MB"
 
 
 def _text_read(scale: Scale, place: int) -> str:
@@ -83,14 +87,15 @@ def _row(results: study.Results, rival: Fitted, place: int) -> list[str]:
     text = scale.memory_steps[place] * scale.memory.batch * scale.memory.sequence
     losses = results.losses(rival, place)
     loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
-    others = [results.models.get((rival.budget, name)) for name in (REFERENCE, _IN_16_BITS)]
+    others = [results.models.get((rival.budget, name)) for name in _OTHERS]
     differences = [
         bold(paired(losses, results.losses(other, place))) if other and other != rival else "" for other in others
     ]
     counts = [f"{weights / 1e6:.2f}M", f"{stored / 1e6:.2f}M", f"{text / weights:.1f}, {text / stored:.1f}"]
     size = [f"{rival.shape.hidden}", *counts, f"{rival.total / 1e6:.2f}"]
     found = results.search(rival, place)
-    return [rival.name, *size, _rates(found), _identifiers(results, rival, place), loss, *differences]
+    quality = [_identifiers(results, rival, place), f"{len(losses)}", loss, *differences]
+    return [rival.name, *size, _rates(found), *quality]
 
 
 def _rates(found: study.Found) -> str:
@@ -122,8 +127,10 @@ def _peaks(
     for (budget, name), each in fitted.items():
         peaks = measured.get(str(budget), {}).get(name, {}).get("peaks", {})
         numbers = [f"{each.bytes[kind] / 1e6:.2f}" for kind in stored]
-        rows.append([f"{budget}", name, *numbers, *(f"{peaks[kind] / 1e6:.1f}" if peaks else "—" for kind in kinds)])
-    return ["budget: dense width", "contestant", *stored, *(f"peak, batch {kind}" for kind in kinds)], rows
+        rows.append(
+            [_budget(fitted, budget), name, *numbers, *(f"{peaks[kind] / 1e6:.1f}" if peaks else "—" for kind in kinds)]
+        )
+    return ["budget", "contestant", *stored, *(f"peak, batch {kind}" for kind in kinds)], rows
 
 
 def _times(results: study.Results, measured: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
@@ -131,22 +138,27 @@ def _times(results: study.Results, measured: dict[str, dict[str, dict[str, Any]]
     for (budget, name), rival in results.models.items():
         if found := measured.get(str(budget), {}).get(name):
             to_loss = _time_to_loss(results, rival, found["cost"])
-            rows.append([f"{budget}", name, f"{found['cost']:.2f}", to_loss])
+            rows.append([_budget(results.models, budget), name, f"{found['cost']:.2f}", to_loss])
     return rows
 
 
 def _time_to_loss(results: study.Results, rival: Fitted, cost: float) -> str:
     short, long = results.scale.memory_steps
     reference = results.models.get((rival.budget, REFERENCE))
-    target = None if reference is None else _mean(results.losses(reference, 1))
-    first, last = (_mean(results.losses(rival, place)) for place in (0, 1))
-    if target is None or first is None:
-        return "—"
-    if first <= target:
+    targets = {} if reference is None else results.losses(reference, 1)
+    first, last = (results.losses(rival, place) for place in (0, 1))
+    early = sorted(targets.keys() & first.keys())
+    if early and _mean(first, early) <= _mean(targets, early):
         return f"< {cost * short / long:.2f}"
-    if last is None:
+    seeds = sorted(targets.keys() & first.keys() & last.keys())
+    if not seeds:
         return "—"
-    return f"> {cost:.2f}" if last > target else f"{cost * steps_to(target, (short, first), (long, last)) / long:.2f}"
+    if rival.name == REFERENCE:
+        return f"{cost:.2f}"
+    if _mean(last, seeds) > _mean(targets, seeds):
+        return f"> {cost:.2f}"
+    times = [cost * steps_to(targets[seed], (short, first[seed]), (long, last[seed])) / long for seed in seeds]
+    return interval(times).format(2, sign=False)
 
 
 def steps_to(target: float, first: tuple[int, float], last: tuple[int, float]) -> float:
@@ -155,8 +167,8 @@ def steps_to(target: float, first: tuple[int, float], last: tuple[int, float]) -
     return short * (long / short) ** ((high - target) / (high - low))
 
 
-def _mean(losses: dict[int, float]) -> float | None:
-    return sum(losses.values()) / len(losses) if losses else None
+def _mean(losses: dict[int, float], seeds: Sequence[int]) -> float:
+    return math.fsum(losses[seed] for seed in seeds) / len(seeds)
 
 
 def _curves(results: study.Results) -> Any:

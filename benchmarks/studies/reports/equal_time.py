@@ -14,16 +14,17 @@ from benchmarks.studies.reports.made import how_made, parameters
 from benchmarks.studies.reports.page import Page, new_figure, tidy
 from benchmarks.studies.scale import Scale
 
+_OTHERS = study.DENSE, study.TILES, study.SINGLE
 _HEADINGS = [
     "contestant", "width", "weights if dense", "of those in linear layers stored", "time of a step", "steps",
-    "bytes of text for each weight", "rate", "seeds", "loss", "less dense",
+    "bytes of text for each weight", "rate", "seeds", "loss", *(f"less {other.name}" for other in _OTHERS),
 ]  # fmt: skip
 _OF_PERMUTED = ["tiles that cover other units in each layer", "less the same tiles in order"]
 _NOTES = (
     "*Rate*: the best factor of the rule's rate; embeddings and norms have the same rate everywhere. *Loss*: the mean "
-    "over the seeds. Differences are paired by seed, of those that both have: mean and 95% interval (Student's t), in "
-    "bold where the interval excludes zero; a number without an interval is one seed. A dash is a run that is still "
-    "missing."
+    "over a contestant's seeds; the differences are paired, over the seeds that both have: mean and 95% interval "
+    "(Student's t), in bold where the interval excludes zero; a number without an interval is one seed. A dash is a "
+    "run that is still missing."
 )
 
 
@@ -44,13 +45,13 @@ def _row(scale: Scale, rival: study.Rival, cost: float, records: Records, costs:
     weights, found = parameters(case), study.search(scale, rival, cost, records)
     text = case.steps * case.shape.batch * case.shape.sequence / weights
     losses = study.losses(scale, rival, cost, records)
-    others = study.losses(scale, study.DENSE, costs[study.DENSE.name], records)
     rate = "—" if found.best is None else f"{found.best:g}" if found.inside else f"{found.best:g}, at the end"
     loss = f"{sum(losses.values()) / len(losses):.4f}" if losses else "—"
-    difference = "" if rival is study.DENSE else bold(paired(losses, others))
+    others = [study.losses(scale, other, costs[other.name], records) for other in _OTHERS]
+    less = ["" if losses == theirs else bold(paired(losses, theirs)) for theirs in others]
     size = [f"{case.shape.hidden}", f"{weights / 1e6:.2f}M", f"{_stored_share(case):.2f}"]
     run = [f"{cost:.2f}", f"{case.steps}", f"{text:.1f}", rate, f"{len(losses)}"]
-    return [rival.name, *size, *run, loss, difference]
+    return [rival.name, *size, *run, loss, *less]
 
 
 def _permuted_row(scale: Scale, pair: tuple[study.Rival, ...], records: Records, costs: dict[str, float]) -> list[str]:

@@ -19,6 +19,7 @@ from benchmarks.studies.reports.page import Page, legend_above, new_figure, tidy
 from benchmarks.studies.scale import Scale
 from benchmarks.studies.settings import rate_of
 
+_OTHERS = study.DENSE, study.EQUAL_BYTES
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _MISSING = "—"
 _READ = (
@@ -90,8 +91,8 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
         page.text(
             "## Time to loss",
             "Losses that the run which ends highest has at a quarter, half, three quarters and the end of its length, "
-            f"and the processor time after which each model has them. In brackets the time over that of *{study.DENSE}*"
-            ", paired by seed.",
+            "and the processor time after which each model has them. The last is where that run ends; others end "
+            f"lower. In brackets the time over that of *{study.DENSE}*, paired by seed.",
         )
         page.table(["held-out loss", *found], [times_to_loss(found, loss) for loss in targets(found)])
         page.text(
@@ -99,6 +100,13 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
             "factor of the rate in brackets:"
         )
         page.table(["held-out loss", *found], [_first_times(records, scale, found, loss) for loss in targets(found)])
+        page.text("## Loss after as much time", "When the first model ends, which is the fastest, by seed.")
+        losses = after_as_much_time(found)
+        page.table(
+            ["", "loss", *(f"less {other}" for other in _OTHERS)],
+            [[each, f"{statistics.fmean(ours.values()):.4f}" if ours else _MISSING, *_less(losses, each)]
+             for each, ours in losses.items()],
+        )  # fmt: skip
         page.figure(_figure(found), "Held-out loss over the processor time of one thread, and over the text read")
     page.text("## The rates", f"Held-out losses of seed {scale.seeds[0]} at factors of .106 / (width · √d).")
     swept = {model: _swept(records, scale, model) for model in study.MODELS}
@@ -110,7 +118,8 @@ def write(records: Records, scale: Scale, folder: Path) -> None:
 
 _HEADINGS = [
     "", "width x layers", "parameters", "stored", "bytes of training state", "seconds a step", "text", "bytes for each "
-    "stored parameter", "seeds", "loss", "less dense", "identifiers, %", "nats per byte of identifiers",
+    "stored parameter", "seeds", "loss", *(f"less {other}" for other in _OTHERS),
+    "identifiers, %", "nats per byte of identifiers",
 ]  # fmt: skip
 
 
@@ -122,17 +131,39 @@ def _row(scale: Scale, model: str, found: Runs) -> list[str]:
     size = [f"{case.shape.hidden} x {case.shape.layers}", f"{weights / 1e6:.1f}M", f"{stored / 1e6:.1f}M"]
     size.append(f"{num_bytes / 1e6:.0f} MB")
     if model not in found:
-        return [model, *size, *(8 * [_MISSING])]
+        return [model, *size, *(9 * [_MISSING])]
     ended = list(found[model].values())
     text = case.steps * case.shape.batch * case.shape.sequence * ended[0]["text"]["bytes_per_token"]
     seconds = statistics.fmean(statistics.median(record["step_seconds"]) for record in ended)
-    losses, dense = _losses(found[model]), _losses(found.get(study.DENSE, {}))
+    losses = {each: _losses(by_seed) for each, by_seed in found.items()}
     return [
-        model, *size, f"{seconds:.3f}", f"{text / 1e6:.2f} MB", f"{text / stored:.3f}", f"{len(losses)}",
-        f"{statistics.fmean(losses.values()):.4f}", "" if model == study.DENSE else bold(paired(losses, dense)),
+        model, *size, f"{seconds:.3f}", f"{text / 1e6:.2f} MB", f"{text / stored:.3f}", f"{len(ended)}",
+        f"{statistics.fmean(losses[model].values()):.4f}", *_less(losses, model),
         _number([record["cloze"]["exact"] for record in ended], 100, 1),
         _number([record["cloze"]["nats_per_byte"] for record in ended]),
     ]  # fmt: skip
+
+
+def _less(losses: dict[str, dict[int, float]], model: str) -> list[str]:
+    """Returns how far a model's losses lie above those of the dense ones."""
+    return ["" if model == other else bold(paired(losses[model], losses.get(other, {}))) for other in _OTHERS]
+
+
+def loss_after(curve: list[list[float]], seconds: float) -> float:
+    """Returns the loss after so many seconds, by a straight line between the points beside it, or its last loss."""
+    (_, begin, first), *_ = [point for point in reversed(curve) if point[1] <= seconds]
+    later = next(((end, last) for _, end, last in curve if end > seconds), None)
+    return first if later is None else first + (later[1] - first) * (seconds - begin) / (later[0] - begin)
+
+
+def after_as_much_time(found: Runs) -> dict[str, dict[int, float]]:
+    """Returns by model and seed the losses at the time when the seed's first run ends."""
+    seeds = set.intersection(*(set(by_seed) for by_seed in found.values()))
+    ends = {seed: min(by_seed[seed]["curve"][-1][1] for by_seed in found.values()) for seed in seeds}
+    return {
+        model: {seed: loss_after(by_seed[seed]["curve"], end) for seed, end in ends.items()}
+        for model, by_seed in found.items()
+    }
 
 
 def _losses(by_seed: dict[int, dict]) -> dict[int, float]:

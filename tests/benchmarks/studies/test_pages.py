@@ -28,7 +28,7 @@ from benchmarks.studies.records import Records
 from benchmarks.studies.reports.differences import difference
 from benchmarks.studies.reports.interval import interval, paired
 from benchmarks.studies.reports.learning_rate import best_rate, parts
-from benchmarks.studies.reports.longer import targets, time_to_loss, times_to_loss
+from benchmarks.studies.reports.longer import after_as_much_time, loss_after, targets, time_to_loss, times_to_loss
 from benchmarks.studies.reports.made import texts_read
 from benchmarks.studies.reports.quality import excess
 from benchmarks.studies.reports.sizes import by_seed
@@ -286,6 +286,13 @@ def test_quality_is_above_dense_of_the_same_seed(tmp_path: Path) -> None:
     sparse, dense = (loss_of(quality.sparse_case(SCALE, 0.25, "1", 0)), loss_of(quality.dense_case(SCALE, 0)))
     assert found is not None and found.num == 2
     assert found.mean == pytest.approx(sparse - dense) and found.half == pytest.approx(0, abs=1e-9)
+
+
+def test_loss_after_as_much_time_by_hand() -> None:
+    slow, fast = ([[0, 0.0, 5.0], [10, 4.0, 3.0], [20, 8.0, 2.0]], [[0, 0.0, 5.0], [20, 6.0, 2.5]])
+    assert [loss_after(slow, seconds) for seconds in (0.0, 2.0, 4.0, 6.0, 8.0, 9.0)] == [5.0, 4.0, 3.0, 2.5, 2.0, 2.0]
+    found = {longer.DENSE: {0: {"curve": slow}, 1: {"curve": slow}}, longer.SPARSE: {1: {"curve": fast}}}
+    assert after_as_much_time(found) == {longer.DENSE: {1: 2.5}, longer.SPARSE: {1: 2.5}}
 
 
 def test_a_run_that_diverged_is_in_no_difference(tmp_path: Path) -> None:
