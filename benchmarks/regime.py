@@ -35,8 +35,8 @@ EFFICIENCIES = (0.4, 0.5, 0.7, 0.9)
 TOKENS_PER_WEIGHT = (20, 100)
 MEASURED_DENSITY = 0.25
 HEAD = (
-    "| density | dense model of as many bytes | ahead at equal tokens by | share to keep at 0.4 | at 0.5 | at 0.7 | "
-    "at 0.9 | single weights ahead from |",
+    "| density | dense model of as many bytes | ahead at equal tokens by | share to keep if tiles run at 0.4 of the "
+    "dense rate | 0.5 | 0.7 | 0.9 | single weights ahead from |",
     "|---|---|---|---|---|---|---|---|",
 )
 _MOST_PER_WEIGHT = 1000
