@@ -44,7 +44,9 @@ def check_ablation(threshold: float | None, sites: dict[str, Site]) -> None:
 
 
 def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: int) -> None:
-    """Warns where no update fits into the run, or where weights are too small to move in every update."""
+    """Warns where no update fits into the run, or where weights that move are too small to do so in every update."""
+    if not sites:
+        return
     if schedule.num_updates == 0:
         warn_user(
             f"TopologyManager: no topology update fits: the first would be due after step {schedule.every}, and none "
@@ -66,12 +68,13 @@ def warn_of_stillness(sites: dict[str, Site], schedule: Schedule, total_steps: i
 
 
 def warn_of_tiles(num_tiles: int, num_weights: int) -> None:
-    """Warns that the topology of tiles does not change where nobody asked for a schedule."""
-    warn_user(
-        f"TopologyManager: {num_tiles} of {num_weights} compact weights consist of tiles, which stay where they are: "
-        'those that moved trained worse (docs/choosing.md); say schedule="cosine" to move them, or schedule="none" to '
-        "keep everything in place",
-    )
+    """Warns that the topology of tiles, where there are any, does not change where nobody asked for a schedule."""
+    if num_tiles:
+        warn_user(
+            f"TopologyManager: {num_tiles} of {num_weights} compact weights consist of tiles, which stay where they "
+            'are: those that moved trained worse (docs/choosing.md); say schedule="cosine" to move them, or '
+            'schedule="none" to keep everything in place',
+        )
 
 
 def warn_of_newcomers(event: TopologyEvent, min_age: int) -> bool:

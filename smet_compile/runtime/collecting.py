@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +105,18 @@ class GradientCollection:
         for site, collected in self._given.values():
             if id(site.values) in stepped:
                 give_up_rest(collected)
+
+    @contextmanager
+    def given_up_after_error(self) -> Iterator[None]:
+        """Has an error in an update leave no gradients behind that the next step would be added to.
+
+        A longer window goes on as it does after an update that was postponed.
+        """
+        try:
+            yield
+        except BaseException:
+            self.advance(is_near=bool(self._given), afresh=False)
+            raise
 
     def forget(self, name: str) -> None:
         """Forgets what was collected for a weight, which has another topology now."""

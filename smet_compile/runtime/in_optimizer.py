@@ -31,22 +31,26 @@ def managers_left_out() -> Iterator[None]:
         _leaves_out.reset(token)
 
 
-def check_alone(sites: Iterable[str], weights: set[int], optimizer: Any) -> None:
-    """Raises ValueError where ``optimizer`` has the state of a manager of other weights, which would be overwritten.
+def check_carried(manager: SavedManager, weights: set[int], optimizer: Any, override: Iterable[str]) -> None:
+    """Raises ValueError where ``optimizer`` cannot carry the state of ``manager``, whose values have these ids.
 
-    Args:
-        sites: names of the compact weights of the manager to be. weights: ids of their values.
+    It carries that of other weights, which would be overwritten, or was loaded with one that the manager cannot go on
+    with.
     """
     other = _by_optimizer.get(id(optimizer))
     theirs = {} if other is None or other.manager is None else other.manager.sites
     others = {name: id(site.values_maybe) for name, site in theirs.items() if site.values_maybe is not None}
     if others and weights.isdisjoint(others.values()):
         raise ValueError(
-            f"{next(iter(sites))}: expected an optimizer without another manager, got one ({type(optimizer).__name__}) "
-            f"that carries the state of a manager of other weights ({next(iter(others))}, ...), and can carry one; "
+            f"{next(iter(manager.sites))}: expected an optimizer without another manager, got one "
+            f"({type(optimizer).__name__}) that carries the state of a manager of other weights "
+            f"({next(iter(others))}, ...), and can carry one; "
             "make one manager for the whole model, an optimizer for each part, or pass auto_step=False and save "
             "manager.state_dict() by itself"
         )
+    packed = optimizer.param_groups[0].get(MANAGER)
+    if packed is not None:
+        manager.check_state_dict(_unpacked(packed), override=override)
 
 
 class InOptimizer:

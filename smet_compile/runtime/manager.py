@@ -30,7 +30,7 @@ from smet_compile.runtime.advice import (
 from smet_compile.runtime.auto_step import all_stepped, steps_by_itself, take_over
 from smet_compile.runtime.collecting import GradientCollection
 from smet_compile.runtime.history import TopologyEvent, Trace
-from smet_compile.runtime.in_optimizer import InOptimizer, check_alone
+from smet_compile.runtime.in_optimizer import InOptimizer, check_carried
 from smet_compile.runtime.interrupts import waiting_interrupts
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.manager_state import MOST_POSTPONED_STEPS, SavedManager
@@ -49,7 +49,7 @@ from smet_compile.runtime.schedules import (
 )
 from smet_compile.runtime.settings import check_override
 from smet_compile.runtime.shown_manager import ShownManager
-from smet_compile.runtime.stages import DensityStages, check_one_process
+from smet_compile.runtime.stages import DensityStages, check_one_process, take_stages
 from smet_compile.runtime.update import Move, Rules, check_moves, check_start, choose_move, find_ranks, make_and_record
 from smet_compile.shards import reshard
 
@@ -197,10 +197,9 @@ class TopologyManager(SavedManager, ShownManager):
         self._trace = Trace(self.sites, self.min_age)
         self._in_optimizer: InOptimizer | None = None
         self._listen()
-        if schedule is None and len(self._moving) < len(self.sites):
+        if schedule is None:
             warn_of_tiles(len(self.sites) - len(self._moving), len(self.sites))
-        if self._moving:
-            warn_of_stillness(self._moving, self.schedule, total_steps)
+        warn_of_stillness(self._moving, self.schedule, total_steps)
 
     @property
     def _weights(self) -> set[int]:
@@ -233,8 +232,9 @@ class TopologyManager(SavedManager, ShownManager):
     def _listen(self) -> None:
         """Listens to optimizers, which keep it alive with ``auto_step``, and collects gradients for the next update."""
         if self.auto_step:
-            check_alone(self.sites, self._weights, self._optimizers.stepping[0].optimizer)
-            take_over(self, self._weights)
+            check_carried(self, self._weights, self._optimizers.stepping[0].optimizer, self._override)
+            take_over(self, self._weights)  # from here on nothing is refused
+        take_stages(self.model, bool(self._stages))
         following.keep(self)
         self._listen_to_optimizers()
         self._prepare_next_step()
@@ -303,7 +303,8 @@ class TopologyManager(SavedManager, ShownManager):
             self._optimizers.find()
             self._listen_to_optimizers()
         stage = self._stages.find_due(step)
-        event = self._enter(stage, step) if stage else self._update(step) if due else None
+        with self._collection.given_up_after_error():
+            event = self._enter(stage, step) if stage else self._update(step) if due else None
         self.num_steps = step
         self._new_steps.begin_anew()
         self._num_postponed = self._num_postponed + 1 if due and event is None else 0
@@ -340,7 +341,7 @@ class TopologyManager(SavedManager, ShownManager):
     def _update(self, step: int) -> TopologyEvent | None:
         """Changes every weight that moves and was trained since the last update; None where there is none.
 
-        All moves are chosen before the first is made, so that an error of a policy leaves everything as it was.
+        All moves are chosen before the first is made: an error of a policy takes nothing but this step's gradients.
         """
         device = next(iter(self._moving.values())).values.device
         ranks, alike = find_ranks(self.model, self.sites)

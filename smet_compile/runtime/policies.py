@@ -124,7 +124,8 @@ class TopologyContext:
         """Returns the gradient of the dense weight, zero except at the inactive blocks where its mean is largest.
 
         It is the sum over the micro-batches of a step and over the steps of the window, and the mean over the ranks of
-        data parallelism; not clipped or corrected. There are twice as many such blocks as the most that ever grow.
+        data parallelism; not clipped or corrected. There are twice as many such blocks as the most that ever grow. A
+        block that was not among them in an earlier micro-batch or step lacks its part: the sum is then an estimate.
         """
         found, layout = self._gradients(), self.site.layout
         positions, order = found.positions.sort()

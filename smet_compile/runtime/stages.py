@@ -64,7 +64,6 @@ class DensityStages:
             self._counts = counts_of_stages(self.stages, {n: (site.layout, first[n]) for n, site in sites.items()})
         for stage, counts in zip(self.stages, self._counts[1:], strict=True):
             _check_rows(sites, stage, counts)
-        take_stages(model, bool(self.stages))
 
     def __bool__(self) -> bool:
         return bool(self.stages)
@@ -141,6 +140,11 @@ def _check_sites(sites: dict[str, Site]) -> None:
             "sparsify(model, 1.0, dense_as_compact=True)"
         )
     for name, site in sites.items():
+        if site.layout.num_slabs > 1:
+            raise ValueError(
+                f"{name}: expected a weight without slabs, got {site.layout.num_slabs}, whose numbers of active blocks "
+                "have to stay equal; leave density_schedule or slabs= out"
+            )
         if patterns.n_of_m(site.compact.pattern) is not None:
             raise ValueError(
                 f'{name}: expected a pattern that leaves the density free, got "{site.compact.pattern}"; leave '

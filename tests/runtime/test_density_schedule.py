@@ -294,3 +294,27 @@ def test_a_checkpoint_that_was_altered_changes_nothing(change: Any, tmp_path: Pa
 def test_settings_hold_the_schedule() -> None:
     assert fresh()[2].settings["density_schedule"] == [[3, 0.5], [6, 0.2], [9, 0.8]]
     assert make()[2].settings["density_schedule"] is None
+
+
+def test_slabs_are_refused_at_the_start() -> None:
+    model = smet.sparsify(two_layers(), 0.5, slabs={"0": (4, 0)})
+    optimizer = smet.ActiveAdamW(model, 1e-2)
+    with pytest.raises(ValueError, match=r"0\.weight: expected a weight without slabs, got 4"):
+        smet.TopologyManager(model, optimizer, total_steps=20, density_schedule=[(3, 0.2)])
+
+
+@pytest.mark.parametrize("refused", [[(3, 0.2)], None])
+def test_a_refused_manager_does_not_decide_which_states_are_taken(refused: Any) -> None:
+    model, later = (smet.sparsify(two_layers(), density) for density in (0.5, 0.2))
+    kept = None
+    if refused is None:
+        kept = smet.TopologyManager(model, smet.ActiveAdamW(model, 1e-2), total_steps=20, density_schedule=[(3, 0.2)])
+    wrong = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="expected the optimizer to hold"):
+        smet.TopologyManager(model, wrong, total_steps=20, density_schedule=refused)
+    if kept is None:
+        with pytest.raises(RuntimeError, match=r"expected values of shape|size mismatch"):
+            model.load_state_dict(later.state_dict())
+    else:
+        model.load_state_dict(later.state_dict())
+        assert find_sites(model)["0.weight"].num_active == find_sites(later)["0.weight"].num_active

@@ -119,3 +119,34 @@ def test_a_discriminator_is_moved_by_its_own_loss(policies: Any, freezes: bool) 
     for name, tensor in ends[0].items():
         assert torch.equal(tensor != 0, ends[1][name] != 0), name
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-12)
+
+
+def test_an_error_of_a_policy_leaves_no_gradient_for_the_next_step() -> None:
+    """The update that follows reads the gradient of its own step alone."""
+    seen: list[Tensor] = []
+
+    @smet.needs_gradient
+    def grow(site: Any, context: Any) -> Tensor:
+        if not seen:
+            seen.append(torch.empty(0))
+            raise RuntimeError("not now")
+        seen.append(context.gradient.clone())
+        return context.gradient_means()
+
+    model, optimizer, manager = begin(grow=grow, auto_step=False)
+    for step in range(5):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step < 4:
+            manager.step()
+    with pytest.raises(RuntimeError, match="not now"):
+        manager.step()
+    twin = smet.export_dense(model)
+    (expected,) = torch.autograd.grad(loss_of(twin, 5), twin[0].weight)
+    loss_of(model, 5).backward()
+    optimizer.step()
+    assert manager.step() is not None
+    kept = seen[1] != 0
+    torch.testing.assert_close(seen[1][kept], expected[kept])
+    assert manager.num_steps == 6

@@ -273,3 +273,28 @@ def test_a_state_that_was_trained_on_without_a_manager_is_not_handed_on() -> Non
     with pytest.warns(UserWarning, match="expected its state in that of the optimizer, got none"):
         later[1].load_state_dict(written(alone.state_dict()))
     assert later[2].num_steps == 0
+
+
+@pytest.mark.parametrize("make", [active, momentum])
+def test_a_manager_that_cannot_go_on_with_a_loaded_state_leaves_it_for_the_next(make: Any) -> None:
+    """The one that the error advises goes on as one does that was made before the state was loaded."""
+    run = begin(make)
+    go(run, range(HALF))
+    later = begin(make, every=3, override=("every",))
+    torch.manual_seed(0)
+    model = smet.sparsify(two_layers(), 0.4)
+    optimizer = make(model)
+    for each in (later, (model, optimizer)):
+        each[0].load_state_dict(run[0].state_dict())
+        each[1].load_state_dict(written(run[1].state_dict()))
+    options = {"total_steps": STEPS, "every": 3, "schedule": "cosine", "grow": "gradient"}
+    with pytest.raises(ValueError, match="every: expected 3"):
+        smet.TopologyManager(model, optimizer, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manager = smet.TopologyManager(model, optimizer, override=("every",), **options)
+    for each in (later, (model, optimizer, manager)):
+        go(each, range(HALF, STEPS))
+    assert manager.num_steps == STEPS and [event.step for event in manager.history][:2] == [4, 8]
+    assert [event.to_dict() for event in manager.history] == [event.to_dict() for event in later[2].history]
+    assert all(torch.equal(tensor, later[0].state_dict()[name]) for name, tensor in model.state_dict().items())
