@@ -379,3 +379,17 @@ def test_mistakes_of_loading_are_named(folder: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=r"expected a configuration that transformers reads .*; pass model="):
         smet.load_compact(folder)
+
+
+def test_truth_values_that_no_file_holds_are_named(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril(), persistent=False)
+
+    smet.save_compact(smet.sparsify(Masked(), 0.5), tmp_path)
+    with torch.device("meta"):
+        empty = Masked()
+    with pytest.raises(ValueError, match="mask were written by no reset_parameters"):
+        smet.load_compact(tmp_path, empty)
