@@ -83,8 +83,8 @@ def materialize(
 
 @torch.no_grad()
 def allocate(model: nn.Module, device: torch.device | None) -> None:
-    """Gives a model on the meta device memory, which nobody has written yet, on ``device`` or torch's default one."""
-    _to_empty(model, torch.get_default_device() if device is None else device)
+    """Gives a model on the meta device memory that nobody has written yet, on ``device``, by default as materialize."""
+    _to_empty(model, _default_device(model) if device is None else device)
 
 
 @torch.no_grad()
