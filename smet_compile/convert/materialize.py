@@ -15,7 +15,7 @@ from smet_compile.convert.stand_ins import StandIns, whole_parameters
 from smet_compile.format import arguments
 from smet_compile.ops import Site, find_sites
 from smet_compile.ops.sites import check_sparsified, holders_of
-from smet_compile.shards import DrawsWhole, has_shards, is_nonzero, is_sharded, local
+from smet_compile.shards import DrawsWhole, Rows, has_shards, is_nonzero, is_sharded, local
 
 Model = TypeVar("Model", bound=nn.Module)
 Initialize = Callable[[nn.Module], None]
@@ -83,8 +83,8 @@ def materialize(
 
 @torch.no_grad()
 def allocate(model: nn.Module, device: torch.device | None) -> None:
-    """Gives a model on the meta device memory, which nobody has written yet, on ``device`` or torch's default one."""
-    _to_empty(model, torch.get_default_device() if device is None else device)
+    """Gives a model on the meta device memory that nobody has written yet, on ``device``, by default as materialize."""
+    _to_empty(model, _default_device(model) if device is None else device)
 
 
 @torch.no_grad()
@@ -100,16 +100,15 @@ def fill_unsaved_buffers(model: nn.Module) -> None:
     lists = {id(site.compact.lists) for site in find_sites(model).values()}
     saved = model.state_dict().keys()
     unsaved = {n: b for n, b in model.named_buffers() if n not in saved and id(b) not in lists and b.numel() > 0}
-    marked = {name: buffer for name, buffer in unsaved.items() if buffer.dtype != torch.bool}
-    for buffer in marked.values():
-        buffer.fill_(_unwritten_mark(buffer.dtype))
+    for buffer in unsaved.values():
+        _mark(buffer)
     owners = {model.get_submodule(name.rpartition(".")[0]) for name in unsaved}
     with torch.random.fork_rng():
         for initializer, module in _initializers(model):
             if module in owners:
                 initializer(module)
     buffers = dict(model.named_buffers())  # some are replaced
-    _expect_written([(name, buffers[name]) for name in marked], {}, "buffers that no state dict holds")
+    _expect_written([(name, buffers[name]) for name in unsaved], {}, "buffers that no state dict holds")
 
 
 def data_device(device: torch.device | str) -> torch.device:
@@ -207,10 +206,14 @@ def _mark_unwritten(model: nn.Module, sites: dict[str, Site]) -> list[tuple[str,
     compact |= {id(buffer) for site in sites.values() for buffer in site.compact.buffers()}
     marked = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in compact and tensor.numel() > 0 and tensor.dtype != torch.bool:
-            local(tensor).fill_(_unwritten_mark(tensor.dtype))
+        if id(tensor) not in compact and tensor.numel() > 0:
+            _mark(local(tensor))
             marked.append((name, tensor))
     return marked
+
+
+_BOOL_MARK = 0xA5
+"""Is the byte of a truth value that nothing wrote: torch writes 0 and 1."""
 
 
 def _unwritten_mark(dtype: torch.dtype) -> float:
@@ -220,12 +223,25 @@ def _unwritten_mark(dtype: torch.dtype) -> float:
     return limits.min if limits.min < 0 else limits.max
 
 
+def _mark(tensor: Tensor) -> None:
+    if tensor.dtype == torch.bool:
+        tensor.view(torch.uint8).fill_(_BOOL_MARK)
+    else:
+        tensor.fill_(_unwritten_mark(tensor.dtype))
+
+
+def _is_unwritten(tensor: Tensor) -> bool:
+    """Tells whether a mark is left; of whole numbers, which may be the mark, whether all are. Every rank has to ask."""
+    if tensor.dtype == torch.bool:
+        found = (local(tensor).view(torch.uint8) == _BOOL_MARK).any().to(torch.int64)
+        return bool(Rows.of(tensor).sum_(found))
+    mark = _unwritten_mark(tensor.dtype)
+    return is_nonzero(tensor.isnan()) if math.isnan(mark) else not is_nonzero(tensor != mark)
+
+
 def _expect_written(marked: Iterable[tuple[str, Tensor]], sites: dict[str, Site], where: str) -> None:
     names = [name for name, site in sites.items() if not site.compact.has_data()]
-    for name, tensor in marked:
-        mark = _unwritten_mark(tensor.dtype)
-        if is_nonzero(tensor.isnan()) if math.isnan(mark) else not is_nonzero(tensor != mark):
-            names.append(name)
+    names += [name for name, tensor in marked if _is_unwritten(tensor)]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from smet_compile.convert.materialize import allocate, data_device, fill_unsaved
 from smet_compile.format import Layout, arguments, count_active, patterns, slabs, unpack_bits
 from smet_compile.hub import hugging_face
 from smet_compile.hub.content import FILE, Content, flat, read, topology_name, values_name
+from smet_compile.hub.undo import put_back_on_error
 from smet_compile.ops import CompactWeight, canonical_name, find_sites
 from smet_compile.ops.gate import topology_error
 from smet_compile.ops.loaded import kind_of
@@ -47,12 +49,13 @@ def load_compact(
             from the ``config.json`` in the folder, in the dtypes of the file and without dense weights in memory; as
             by ``from_pretrained``, it is in evaluation mode.
             Buffers that no file holds are those of a fresh model.
-        device: where a model goes that has no data yet: one that is built here, or given on the meta device. Default:
-            torch's default device.
+        device: where a model goes that has no data yet: one that is built here, or given on the meta device, compact or
+            not. Default: the device of the mesh on which it is sharded, else torch's default device.
 
     Raises:
         ValueError: no such folder, a file that is not whole, was altered or has a newer format; a model of other
-            weights, shapes or dtypes; nothing to build a model from. A model that was given is then unchanged.
+            weights, shapes or dtypes; nothing to build a model from; a buffer of a model without data that neither the
+            file holds nor an initialisation writes. A model that was given is then unchanged.
     """
     path = Path(arguments.path("load_compact: folder", folder))
     if model is not None:
@@ -69,28 +72,30 @@ def load_compact(
     if model is None:
         _take_dtypes(plain, content)
     reshard(plain)
+    is_compact, drawn, reasons = bool(find_sites(plain)), [], {}
     try:
-        if find_sites(plain):
+        if is_compact:
             state = _check_compact(plain, content)
         else:
             weights = {canonical_name(plain, name): weight for name, weight in find_weights(plain).items()}
             names = all_names(plain, {n: w.module for n, w in weights.items() if n in content.layouts})
             drawn = _check_dense(plain, content, weights, names)
+            reasons = {n: w.reason or _REASON for n, w in weights.items() if n not in content.layouts}
             state = content.by_state_names(flat(names))
     except ValueError as error:
         raise ValueError(f"{path / FILE}: {error}") from error
-    if find_sites(plain):
-        with all_or_nothing(plain, [], None):
-            plain.load_state_dict(loadable(state, None, plain))
-        return loaded
-    install_passes()
-    make_compact(plain, drawn, {n: w.reason or _REASON for n, w in weights.items() if n not in content.layouts})
-    state = loadable(state, None, plain)
-    if any(tensor.is_meta for tensor in (*plain.parameters(), *plain.buffers())):
-        allocate(plain, where)
+    lacks_data = any(tensor.is_meta for tensor in (*plain.parameters(), *plain.buffers()))
+    if not is_compact:
+        install_passes()
+    with put_back_on_error(plain) if lacks_data else all_or_nothing(plain, [], None) if is_compact else nullcontext():
+        if not is_compact:
+            make_compact(plain, drawn, reasons)
+        state = loadable(state, None, plain)
+        if lacks_data:
+            allocate(plain, where)
+            plain.load_state_dict(state)
+            fill_unsaved_buffers(plain)
         plain.load_state_dict(state)
-        fill_unsaved_buffers(plain)
-    plain.load_state_dict(state)
     return loaded
 
 

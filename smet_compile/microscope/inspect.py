@@ -134,11 +134,11 @@ def _read(model: nn.Module, sites: dict[str, Site], recording: Recording) -> Rea
 
 
 def _dense_layouts(model: nn.Module, compact: dict[str, str]) -> dict[str, Layout]:
-    """Returns the layouts that the matrices which are not sparse would have."""
+    """Returns the layouts that the matrices which are not sparse would have; one without entries has none."""
     layouts = {}
     for prefix, module in model.named_modules():
         for tensor, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.dim() > 1 and tensor not in compact:
+            if parameter.dim() > 1 and parameter.numel() > 0 and tensor not in compact:
                 layouts[tensor] = Layout.of(parameter.shape, (1, 1), flatten=isinstance(module, CONVOLUTIONS))
     return layouts
 

@@ -324,18 +324,29 @@ def _mixed_scores(parts: list[tuple[Policy, float]], site: Site, context: Topolo
 
 
 def check_scores(scores: Any, context: TopologyContext) -> Tensor:
-    """Returns the scores. Raises ValueError for another shape than the context asks for, and for NaN."""
+    """Returns the scores, in a floating dtype. Raises ValueError for another shape than is asked for, and for NaN."""
     where, half = context.site.name, context.half
     if not isinstance(scores, Tensor) or tuple(scores.shape) != context.scores_shape:
         raise ValueError(
             f"{where}: expected scores of shape {context.scores_shape} from the {half} policy, got {described(scores)}"
             f"; return one score for each {'active block' if half == 'drop' else 'block'}"
         )
-    if scores.is_complex() or bool(local(scores).isnan().any()):
+    here = _as_floating(local(scores.detach()))
+    if here.is_complex() or bool(here.isnan().any()):
         raise ValueError(f"{where}: expected real scores from the {half} policy, got complex ones or NaN; mask them")
     if is_sharded(scores):
-        scores = context.site.rows.gather(local(scores.detach()))
-    return scores.detach().to(context.mask.device)
+        here = context.site.rows.gather(here)
+    return here.to(context.mask.device)
+
+
+def _as_floating(scores: Tensor) -> Tensor:
+    """Returns truth values and whole numbers in a floating dtype that keeps their order, up to 2**53, and others as is.
+
+    Not every op that chooses blocks takes them, nor can a whole number be minus infinity.
+    """
+    if scores.is_floating_point() or scores.is_complex():
+        return scores
+    return scores.to(torch.float32 if scores.dtype.itemsize <= 2 else torch.float64)
 
 
 def random_numbers(seed: int, step: int, name: str, purpose: str = "") -> torch.Generator:

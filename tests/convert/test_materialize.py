@@ -154,6 +154,43 @@ def test_what_nothing_writes_is_named() -> None:
     model.linear(torch.ones(2, 8))
 
 
+class Masked(nn.Module):
+    def __init__(self, persistent: bool, writes: Any = None) -> None:
+        super().__init__()
+        self.linear, self.writes = nn.Linear(8, 8), writes
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril(), persistent=persistent)
+
+    def reset_parameters(self) -> None:
+        if self.writes is not None:
+            self.writes(self)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_truth_values_that_nothing_writes_are_named(persistent: bool) -> None:
+    with torch.device("meta"):
+        model = Masked(persistent)
+    smet.sparsify(model, 0.5)
+    with pytest.raises(ValueError, match=r"materialize: mask were written by no reset_parameters .* initialize="):
+        smet.materialize(model, device="cpu")
+
+
+WRITES: dict[str, tuple[Any, torch.Tensor]] = {
+    "true": (lambda m: m.mask.fill_(True), torch.ones(4, 4, dtype=torch.bool)),
+    "false": (lambda m: m.mask.zero_(), torch.zeros(4, 4, dtype=torch.bool)),
+    "copied": (lambda m: m.mask.copy_(torch.ones(4, 4).triu()), torch.ones(4, 4).triu().bool()),
+    "replaced": (lambda m: setattr(m, "mask", torch.ones(4, 4).tril() > 0), torch.ones(4, 4).tril().bool()),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_truth_values_that_are_written_are_kept(how: str) -> None:
+    writes, expected = WRITES[how]
+    with torch.device("meta"):
+        model = Masked(False, writes)
+    smet.materialize(smet.sparsify(model, 0.5), device="cpu")
+    assert torch.equal(model.mask, expected)
+
+
 def test_weights_that_are_there_are_not_drawn_anew() -> None:
     model = smet.sparsify(two_layers(), 0.4)
     before = snapshot(model)

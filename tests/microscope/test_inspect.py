@@ -212,3 +212,29 @@ def test_work_is_linear_in_units_and_active_blocks() -> None:
     assert touched(512, 32, 0.25, 4) < 2.1 * small  # twice the units, as many blocks, four times the weights
     assert touched(256, 16, 0.5, 4) < 1.6 * small
     assert small < 4 * 256 * 256
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_nothing_passes_through_a_matrix_without_entries() -> None:
+    """Between 8 → 8 matrices lies 8 → 0 → 8; beside them, it adds nothing to what passes."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.empty = nn.Sequential(nn.Linear(8, 0), nn.Linear(0, 8))
+
+        def forward(self, x: torch.Tensor, alone: bool) -> Any:
+            y = self.first(x)
+            return self.second(y if alone else y + self.empty(y))
+
+    between = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0), nn.Linear(0, 8), nn.Linear(8, 8))
+    smet.sparsify(between, 63 / 64)
+    first, last = smet.inspect(between, torch.ones(2, 8)).sites
+    assert first.reach is not None and last.reach is not None
+    assert first.reach.unread.all() and last.reach.starved.all()
+    assert first.reach.num_live_weights == last.reach.num_live_weights == 0
+    model = smet.sparsify(Beside(), 63 / 64)
+    beside, alone = (smet.inspect(model, torch.ones(2, 8), alone) for alone in (False, True))
+    assert [site.reach.num_live_weights for site in beside.sites if site.reach] == [63, 63]
+    assert beside.path_log10_share is not None and beside.path_log10_share == alone.path_log10_share

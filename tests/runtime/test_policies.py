@@ -212,6 +212,38 @@ def test_bad_mixtures(shares: Any, match: str) -> None:
         smet.mix_growth(shares)
 
 
+WHOLE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("pattern", [None, "fan_in"])
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("dtype", WHOLE, ids=str)
+def test_scores_may_be_truth_values_and_whole_numbers(dtype: torch.dtype, mixes: bool, pattern: str | None) -> None:
+    """What is dropped and grown is what the same scores in fp64 drop and grow."""
+
+    def scores(wanted: torch.dtype, site: Site, context: smet.TopologyContext) -> Tensor:
+        torch.manual_seed(1)
+        least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        least, most = max(least, -(2**53)), min(most, 2**53)
+        near_the_most = most - torch.randint(min(100, most + 1), context.scores_shape)
+        return torch.where(torch.rand(context.scores_shape) < 0.5, least, near_the_most).to(dtype).to(wanted)
+
+    masks = []
+    for wanted in (dtype, torch.float64):
+        policy = partial(scores, wanted)
+        torch.manual_seed(0)
+        grow = smet.mix_growth({policy: 0.5, "random": 0.5}) if mixes else policy
+        model = smet.sparsify(two_layers(), density=0.3, pattern=pattern)
+        optimizer = smet.ActiveAdamW(model, lr=1e-2)
+        manager = smet.TopologyManager(
+            model, optimizer, total_steps=40, every=1, drop=policy, grow=grow, drop_fraction=0.5
+        )
+        train(model, optimizer, manager, steps=3)
+        assert manager.history[-1].num_dropped
+        masks.append(masks_of(model))
+    assert_same(*masks)
+
+
 def raises(site: Site, context: smet.TopologyContext) -> Tensor:
     raise ArithmeticError("my own")
 
