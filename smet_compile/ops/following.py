@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,46 @@ from smet_compile.format import Part, TopologyChange, unpack_bits
 from smet_compile.format.user_warning import warn_user
 
 
+class Before(NamedTuple):
+    """Holds what is known of a weight before a topology is loaded into it.
+
+    Args:
+        bits: those of its topology; None where they are not known.
+        num_rows: how many rows its values have.
+        movers: what moves its state, by the ``id`` of each manager (``Keeper.find_mover``). It is found before the
+            weight is resized, since the shapes of state are checked against those of the values. None where the number
+            of blocks stays; a manager whose state cannot follow is left out.
+    """
+
+    bits: Tensor | None
+    num_rows: int
+    movers: dict[int, Mover] | None = None
+
+
 @dataclass
 class Load:
     """Describes a topology that was loaded into a weight.
 
     Args:
         name: that of the weight. values: its values, as they are now. num_blocks: of its layout here.
-        before: the bits of the topology until then; None where they are not known.
-        after: those that were loaded. part: where the weight lies in one that tensor parallelism has cut.
+        known: what is known of the weight until then.
+        after: the bits of the topology that was loaded.
+        part: where the weight lies in one that tensor parallelism has cut.
     """
 
     name: str
     values: nn.Parameter
     num_blocks: int
-    before: Tensor | None
+    known: Before
     after: Tensor
     part: Part | None
+    before: Tensor | None = field(init=False)
+    """The bits of the topology until then; None where they are not known, or not on every rank."""
     changes: bool = field(init=False)
     """Whether the topology is another than before, on any rank."""
 
     def __post_init__(self) -> None:
+        self.before = self.known.bits
         changes = self.before is None or not torch.equal(self.before, self.after)
         self.changes = changes
         if self.part is not None:
@@ -50,12 +70,21 @@ class Load:
             if not of_parts.all():  # state follows on all ranks together or on none
                 self.before = None
 
+    @property
+    def resizes(self) -> bool:
+        """Tells whether the weight has another number of active blocks than before."""
+        return self.known.num_rows != self.values.shape[0]
+
     def change(self) -> TopologyChange | None:
         """Returns what changed; None where the topology before is not known."""
         if self.before is None:
             return None
         before, after = (unpack_bits(bits, self.num_blocks) for bits in (self.before, self.after))
         return TopologyChange.between(self.values, before, after, self.part)
+
+
+Mover = Callable[[TopologyChange], None]
+"""Moves the state of one weight, which it was found for, as a topology change says."""
 
 
 class Keeper(Protocol):
@@ -67,8 +96,8 @@ class Keeper(Protocol):
     def holders_of(self, values: nn.Parameter) -> list[Any]:
         """Returns its optimizers that hold ``values``, wrappers among them."""
 
-    def move_state(self, load: Load, change: TopologyChange) -> None:
-        """Moves the state that its optimizers keep for a weight; raises ValueError where it cannot follow."""
+    def find_mover(self, values: nn.Parameter) -> Mover:
+        """Returns what moves the state that its optimizers keep for ``values``; ValueError where it cannot follow."""
 
 
 _keepers: weakref.WeakValueDictionary[int, Keeper] = weakref.WeakValueDictionary()
@@ -151,6 +180,23 @@ def deferred() -> Iterator[None]:
         _follow(name, values, bits, may_warn=False)
 
 
+def forget(values: nn.Parameter) -> None:
+    """Makes optimizers forget the state of a weight without data, unless it was loaded since their last step."""
+    if id(values) not in _loaded:
+        for optimizer in _watched:
+            optimizer.state.pop(values, None)
+
+
+def note_resize(values: nn.Parameter, bits: Tensor) -> Before:
+    """Notes what is known of a weight that is about to be resized, with the topology ``bits`` until now."""
+    movers: dict[int, Mover] = {}
+    for keeper in list(_keepers.values()):
+        if keeper.holders_of(values):
+            with suppress(ValueError):
+                movers[id(keeper)] = keeper.find_mover(values)
+    return Before(bits, values.shape[0], movers)
+
+
 def follow(name: str, values: nn.Parameter, *bits: Any) -> None:
     """Moves whatever is kept for the blocks of a weight into which a topology was loaded.
 
@@ -166,11 +212,13 @@ def follow(name: str, values: nn.Parameter, *bits: Any) -> None:
 
 @torch.no_grad()
 def _follow(name: str, values: nn.Parameter, bits: Sequence[Any], may_warn: bool) -> None:
-    stays, is_second = id(values) in _loaded, id(values) in _recent
+    num_rows = bits[1].num_rows
+    stays = _stays(values, num_rows)
+    is_second = id(values) in _recent
     _loaded.discard(id(values))
     _recent.add(id(values))
     keepers = [keeper for _, keeper in sorted(_keepers.items(), reverse=True) if keeper.holders_of(values)]
-    has_rows = any(_has_rows(optimizer, values) for optimizer in _watched)
+    has_rows = any(_has_rows(optimizer, values, num_rows) for optimizer in _watched)
     if not keepers and not has_rows and values.grad is None:
         return  # under tensor parallelism, ranks need not load at the same time
     load = Load(name, values, *bits)
@@ -189,11 +237,13 @@ def _follow(name: str, values: nn.Parameter, bits: Sequence[Any], may_warn: bool
         _follow_state(load, change, keepers)
 
 
-def forget(values: nn.Parameter) -> None:
-    """Makes optimizers forget the state of a weight that has a new shape, unless it was loaded since their step."""
-    if id(values) not in _loaded:
-        for optimizer in _watched:
-            optimizer.state.pop(values, None)
+def _stays(values: nn.Parameter, num_rows: int) -> bool:
+    """Tells whether the state of a weight was loaded for the topology that is there now.
+
+    Of a weight that had another number of rows, ``num_rows``, the number of rows of its state says for which it was.
+    """
+    is_of_before = num_rows != values.shape[0] and any(_has_rows(each, values, num_rows) for each in _watched)
+    return id(values) in _loaded and not is_of_before
 
 
 def _follow_gradient(values: nn.Parameter, change: TopologyChange | None) -> None:
@@ -215,25 +265,28 @@ def _follow_state(load: Load, change: TopologyChange | None, keepers: list[Keepe
             continue
         if change is not None and hasattr(optimizer, "on_topology_change"):
             optimizer.on_topology_change(change)
-        elif _has_rows(optimizer, load.values):
+        elif _has_rows(optimizer, load.values, load.known.num_rows):
             _lost.setdefault(optimizer, {})[id(load.values)] = load.name
 
 
 def _moves_state(keeper: Keeper, load: Load, change: TopologyChange | None) -> bool:
     """Has a manager move the state of its optimizers; returns whether it could."""
+    movers = load.known.movers
+    if change is None or (movers is not None and id(keeper) not in movers):
+        return False
     try:
-        if change is not None:
-            keeper.move_state(load, change)
+        move = keeper.find_mover(load.values) if movers is None else movers[id(keeper)]
+        move(change)
     except ValueError:
         return False
-    return change is not None
+    return True
 
 
 def _held_by(optimizer: Any) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _has_rows(optimizer: Any, values: nn.Parameter) -> bool:
-    """Tells whether the optimizer keeps something for each row of the values."""
+def _has_rows(optimizer: Any, values: nn.Parameter, num_rows: int) -> bool:
+    """Tells whether the optimizer keeps something for each row of the values, of which there were ``num_rows``."""
     state = optimizer.state.get(values, {})
-    return any(isinstance(each, Tensor) and each.dim() and each.shape[0] == values.shape[0] for each in state.values())
+    return any(isinstance(each, Tensor) and each.dim() and each.shape[0] == num_rows for each in state.values())

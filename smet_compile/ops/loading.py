@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +81,12 @@ def _cut_of(compact: Any) -> str:
 def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
     """Refuses values or a topology that do not fit, each other or the weight: what is there now then stays."""
     values, bits = state.get(prefix + _VALUES), state.get(prefix + _BITS)
-    error = _layout_error(chain, values, metadata, prefix)
+    error, left = _layout_error(chain, values, metadata, prefix), None
     if error is None and chain[0].takes_stages:
-        _take_stage(chain, values, bits)
+        left = _take_stage(chain, values, bits)
     error = error or _error_of(chain, values, bits, prefix)
-    chain[0].__dict__[_LEFT] = _Left.of(chain[0]) if error is None and bits is not None and not bits.is_meta else None
+    is_loaded = error is None and bits is not None and not bits.is_meta
+    chain[0].__dict__[_LEFT] = (left or _before(chain)) if is_loaded else None
     if error is None:
         return
     args[-1].append(error)
@@ -94,19 +95,26 @@ def _refuse_parts(chain: Any, state: dict[str, Any], prefix: str, metadata: dict
             state[prefix + key] = present
 
 
-def _take_stage(chain: Any, values: Any, bits: Any) -> None:
+def _take_stage(chain: Any, values: Any, bits: Any) -> following.Before | None:
     """Gives the weight the number of blocks that it has in a state dict of another density stage.
 
-    Optimizers forget its state, which had another shape, unless it was loaded since their last step.
+    Returns what was there before, so that the optimizers' state follows once the rest is loaded; None where the number
+    stays. A weight without data had no blocks whose state could follow.
     """
     compact = chain[0]
     mask = mask_of_other_number(compact, bits) if isinstance(bits, Tensor) else None
     if mask is None or not isinstance(values, Tensor) or is_sharded(values):
-        return
-    if tuple(values.shape) == compact.layout.values_shape(int(mask.sum())):
-        compact.resize(chain.original, mask)
-        mark_resized(chain)
+        return None
+    if tuple(values.shape) != compact.layout.values_shape(int(mask.sum())):
+        return None
+    before = None
+    if compact.has_data():
+        before = following.note_resize(chain.original, compact.topology.clone())
+    else:
         following.forget(chain.original)
+    compact.resize(chain.original, mask)
+    mark_resized(chain)
+    return before
 
 
 def mask_of_other_number(compact: Any, bits: Tensor) -> Tensor | None:
@@ -132,26 +140,20 @@ def mark_resized(chain: Any) -> None:
     chain._parameters["original"] = chain._parameters.pop("original")
 
 
-class _Left(NamedTuple):
-    """Holds the bits of the topology that is there before another one is loaded; None where they are not known."""
-
-    bits: Tensor | None
-
-    @classmethod
-    def of(cls, compact: Any) -> _Left | None:
-        """Notes the topology that the rows of the values belong to; None where there is nothing to load into."""
-        topology = compact.topology
-        if gate.is_traced(topology):
-            return None
-        return cls(topology.clone() if compact.has_data() else None)
+def _before(chain: Any) -> following.Before | None:
+    """Notes the topology that the rows of the values belong to; None where there is nothing to load into."""
+    compact = chain[0]
+    if gate.is_traced(compact.topology):
+        return None
+    return following.Before(compact.topology.clone() if compact.has_data() else None, chain.original.shape[0])
 
 
 def _follow_topology(chain: Any, _: Any) -> None:
     compact = chain[0]
-    left: _Left | None = compact.__dict__.pop(_LEFT, None)
+    left: following.Before | None = compact.__dict__.pop(_LEFT, None)
     if left is not None:
         after = compact.topology.clone()
-        following.follow(compact.name, chain.original, compact.layout.num_blocks, left.bits, after, compact.part)
+        following.follow(compact.name, chain.original, compact.layout.num_blocks, left, after, compact.part)
 
 
 def _error_of(chain: Any, values: Any, bits: Any, prefix: str) -> str | None:

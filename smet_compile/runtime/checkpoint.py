@@ -25,7 +25,7 @@ from smet_compile.runtime.in_optimizer import managers_left_out
 from smet_compile.runtime.manager import TopologyManager
 from smet_compile.runtime.parts import join_parts, split_parts
 from smet_compile.runtime.saved_correction import check_correction, correction_entries, restore_correction
-from smet_compile.runtime.saved_stage import find_resized, resize_as_saved
+from smet_compile.runtime.saved_stage import check_state_is_loaded, find_resized, resize_as_saved
 from smet_compile.runtime.saved_state import (
     check_model,
     check_optimizer,
@@ -267,6 +267,8 @@ def _in_saved_stage(
 ) -> Iterator[None]:
     """Brings model and optimizers to the density stage of a checkpoint; back, if the block raises."""
     resized = find_resized(saved, model)
+    if not optimizers:
+        check_state_is_loaded(resized, manager.optimizers)
     with all_or_nothing(model, optimizers, manager) if resized else nullcontext():
         resize_as_saved(resized, optimizers)
         yield

@@ -16,7 +16,7 @@ from smet_compile.ops.loaded import check_keys, check_names, check_tensor
 from smet_compile.ops.optimizers import FoundOptimizer
 from smet_compile.runtime.parts import join_collected, split_collected
 from smet_compile.runtime.update import Rules, find_ranks
-from smet_compile.shards import ALONE, is_fully_sharded
+from smet_compile.shards import ALONE, Ranks, is_fully_sharded
 
 _PARTS = Collected._fields
 
@@ -78,16 +78,29 @@ class GradientCollection:
         keeps_gradients = not self._given and not is_fully_sharded(self._model)
         for name, site in self._changing.items():
             if name not in self._given:
-                collected = self._rules.collect(site, self._largest_fraction, self.growth.get(name, 0))
-                self._given[name] = site, collected
-                site.compact.collected = collected
-                site.compact.reduced_over = ranks.names if ranks.run_all_layers else ""
-                if keeps_gradients:  # FSDP2 takes them away after each backward
-                    follow_gradient(collected, site.values)
+                self._give(site, ranks, keeps_gradients)
             elif self.window == 1:
                 self._given[name][1].forget()
             elif self._decay < 1:
                 self._given[name][1].scale_(self._decay)
+
+    def renew(self, name: str, is_near: bool) -> None:
+        """Gives a weight that was resized by a load buffers of its new size, if an update comes within the window."""
+        if name in self._given:
+            _take_away({name: self._given.pop(name)})
+        if not is_near:
+            return
+        ranks, keeps_gradients = find_ranks(self._model, self._sites)[1], not is_fully_sharded(self._model)
+        for each in [site for other, site in self._changing.items() if other not in self._given]:
+            self._give(each, ranks, keeps_gradients)
+
+    def _give(self, site: Site, ranks: Ranks, keeps_gradients: bool) -> None:
+        collected = self._rules.collect(site, self._largest_fraction, self.growth.get(site.name, 0))
+        self._given[site.name] = site, collected
+        site.compact.collected = collected
+        site.compact.reduced_over = ranks.names if ranks.run_all_layers else ""
+        if keeps_gradients:  # FSDP2 takes them away after each backward
+            follow_gradient(collected, site.values)
 
     def end_step(self, optimizer: Any) -> None:
         """Keeps what was collected for a step that ``optimizer`` has made."""

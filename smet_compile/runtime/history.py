@@ -33,7 +33,7 @@ class SiteEvent:
         num_explored: those that were ever active.
         num_moved: those active now and not at the start.
         mean_age: optimizer steps since the active blocks were grown, on average, before the update; None where the
-            optimizer keeps no ages.
+            optimizer keeps no ages, and for weights that were loaded.
     """
 
     num_blocks: int
@@ -96,25 +96,31 @@ FRACTIONS = (
 """The fractions that an event has for each weight, and for all weights together."""
 
 
+_LOADED = "is_load"
+"""A field that is saved for loads alone: older versions did not have it."""
+
+
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
 @dataclass(frozen=True)
 class TopologyEvent:
-    """Describes one topology update or density stage.
+    """Describes one topology update or density stage, or the loading of weights of another density stage.
 
     Args:
         step: the optimizer step before it.
-        drop_fraction: the share that an update asked for; 0 for a stage.
+        drop_fraction: the share that an update asked for; 0 for a stage or a load.
         sites: each weight's part.
-        density: the density of a stage; None for an update.
+        density: the density of a stage, or the share of active blocks that was loaded; None for an update.
+        is_load: weights with other numbers of active blocks were loaded. It may follow another event of the same step.
     """
 
     step: int
     drop_fraction: float
     sites: dict[str, SiteEvent]
     density: float | None = None
+    is_load: bool = False
 
     @property
     def total(self) -> SiteEvent:
@@ -143,12 +149,12 @@ class TopologyEvent:
         return self.total.churn_fraction
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != _LOADED or value}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> TopologyEvent:
         sites = {name: SiteEvent(**site) for name, site in saved["sites"].items()}
-        return cls(saved["step"], saved["drop_fraction"], sites, saved["density"])
+        return cls(saved["step"], saved["drop_fraction"], sites, saved["density"], saved.get(_LOADED, False))
 
 
 def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> dict[str, list[int]]:
@@ -161,8 +167,10 @@ def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> di
     earliest, counts = 1, dict[str, list[int]]()
     for i, event in enumerate(history):
         where = f"history[{i}]"
-        check_keys(where, event, [field.name for field in fields(TopologyEvent)])
-        check_integer(f"{where}.step", event["step"], earliest, num_steps)
+        keys = [field.name for field in fields(TopologyEvent) if field.name != _LOADED]
+        check_keys(where, event, keys, (_LOADED,))
+        is_load = _check_is_load(where, event)
+        check_integer(f"{where}.step", event["step"], earliest - is_load, num_steps)
         check_number(f"{where}.drop_fraction", event["drop_fraction"], 0, 1)
         if event["density"] is not None:
             check_number(f"{where}.density", event["density"], 0, 1)
@@ -181,6 +189,22 @@ def check_history(history: Any, num_steps: int, sites: Mapping[str, Site]) -> di
                 f"{name}: expected a history that ends with {site.num_active_in_whole} active blocks, got {last}"
             )
     return counts
+
+
+def _check_is_load(where: str, event: dict[str, Any]) -> bool:
+    """Returns whether an event is a load, which has a density. It may come before any step, or after another event."""
+    is_load = event.get(_LOADED, False)
+    if not isinstance(is_load, bool):
+        raise ValueError(f"{where}.is_load: expected True or False, got {kind_of(is_load)}; use another file")
+    if is_load and event["density"] is None:
+        raise ValueError(f"{where}.density: expected the density that was loaded, got None; use another file")
+    return is_load
+
+
+def step_of_last_load(history: list[dict[str, Any]]) -> int | None:
+    """Returns the step of the last load that changed a density; None where a stage began since, or without any."""
+    resizing = [event for event in history if event["density"] is not None]
+    return resizing[-1]["step"] if resizing and resizing[-1].get(_LOADED, False) else None
 
 
 def _check_site_event(where: str, event: Any, num_blocks: int, resizes: bool) -> None:
@@ -237,18 +261,25 @@ class Trace:
         self, name: str, bits_before: Tensor, bits_after: Tensor, step: int, mean_age: float | None
     ) -> SiteEvent:
         """Records an update of the site after ``step`` from bits to other bits on the CPU; returns what happened."""
-        dropped, nothing = bits_before & ~bits_after, torch.zeros_like(bits_after)
+        nothing = torch.zeros_like(bits_after)
         newcomers = functools.reduce(torch.bitwise_or, self._judged_first(name, step), nothing)
-        earlier, last = ([nothing, nothing] + [bits for _, bits in self._grown[name]])[-2:]
-        self._explored[name] |= bits_after
+        event = self._event(name, bits_before, bits_after, newcomers, mean_age)
         num_before, num_active = count_active(bits_before), count_active(bits_after)
         if num_active >= num_before:
             grown = [*self._grown[name], (step, bits_after & ~bits_before)]
             self._grown[name] = [g for g in grown[:-2] if step - g[0] < self._min_age] + grown[-2:]
+        return event
+
+    def _event(
+        self, name: str, bits_before: Tensor, bits_after: Tensor, newcomers: Tensor, mean_age: float | None
+    ) -> SiteEvent:
+        dropped, nothing = bits_before & ~bits_after, torch.zeros_like(bits_after)
+        earlier, last = ([nothing, nothing] + [bits for _, bits in self._grown[name]])[-2:]
+        self._explored[name] |= bits_after
         return SiteEvent(
             num_blocks=self._sites[name].whole.num_blocks,
-            num_before=num_before,
-            num_active=num_active,
+            num_before=count_active(bits_before),
+            num_active=count_active(bits_after),
             num_dropped=count_active(dropped),
             num_newcomers_dropped=count_active(dropped & newcomers),
             num_grown=count_active(last),
@@ -272,6 +303,14 @@ class Trace:
             self._initial[name], self._explored[name] = bits.clone(), bits.clone()
         self._explored[name] |= bits
         self._grown[name] = [(born, grown & bits) for born, grown in self._grown[name]]
+
+    def record_load(self, name: str, bits_before: Tensor, bits_after: Tensor) -> SiteEvent:
+        """Records a topology with another number of active blocks that was loaded; returns what happened.
+
+        The blocks of the start stay those of the run. Bits are on the CPU, as in ``record``.
+        """
+        self.follow(name, bits_after, is_start=False)
+        return self._event(name, bits_before, bits_after, torch.zeros_like(bits_after), None)
 
     def _judged_first(self, name: str, step: int) -> list[Tensor]:
         """Returns the generations that an update after ``step`` may drop, and none before it could."""

@@ -334,9 +334,7 @@ class TopologyManager(SavedManager, ShownManager):
         self._trained.forget()
 
     def _collect_gradients(self, afresh: bool) -> None:
-        self._collection.growth = self._stages.growth_after(self.num_steps, self._new_steps.num_last)
-        upcoming = self.num_steps + self._collection.window - 1 + self._new_steps.num_last
-        self._collection.advance(self._collection.window > 0 and self._is_due(upcoming), afresh)
+        self._collection.advance(self._is_near(), afresh)
 
     def _update(self, step: int) -> TopologyEvent | None:
         """Changes every weight that moves and was trained since the last update; None where there is none.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from smet_compile.format import TopologyChange
 from smet_compile.ops import Site
-from smet_compile.ops.following import Load
+from smet_compile.ops.following import Load, Mover
 from smet_compile.ops.loaded import check_integer, check_keys, check_names, check_number
 from smet_compile.runtime.collecting import GradientCollection
-from smet_compile.runtime.history import TopologyEvent, Trace, check_history
+from smet_compile.runtime.history import TopologyEvent, Trace, check_history, step_of_last_load
 from smet_compile.runtime.managed_optimizers import ManagedOptimizers
 from smet_compile.runtime.new_steps import NewSteps
 from smet_compile.runtime.optimizer_steps import TrainedParameters
@@ -22,6 +23,10 @@ from smet_compile.runtime.stages import DensityStages
 MOST_POSTPONED_STEPS = 10
 """Number of steps for which an update waits for finite gradients."""
 _NO_NEW_STEPS: dict[str, Any] = {"num": 0, "num_last": 1, "of": {}, "trained": [], "not_finite": []}
+
+
+def _move_nothing(_: TopologyChange) -> None:
+    """Moves the state of a weight that has none."""
 
 
 class SavedManager:
@@ -46,6 +51,18 @@ class SavedManager:
 
     def _prepare_next_step(self) -> None:
         raise NotImplementedError
+
+    def _read_counts(self) -> None:
+        raise NotImplementedError
+
+    def _is_due(self, step: int) -> bool:
+        raise NotImplementedError
+
+    def _is_near(self) -> bool:
+        """Tells whether gradients are collected in the next step; notes how many blocks the next stage grows."""
+        self._collection.growth = self._stages.growth_after(self.num_steps, self._new_steps.num_last)
+        upcoming = self.num_steps + self._collection.window - 1 + self._new_steps.num_last
+        return self._collection.window > 0 and self._is_due(upcoming)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns settings, steps counted, history, and which blocks were ever active, as a resumed run needs them."""
@@ -90,21 +107,39 @@ class SavedManager:
         if site is None:
             return
         is_awaited = self._awaited.pop(site.name, None) == self.num_steps + self._new_steps.num
-        if load.changes and not is_awaited:
+        if load.resizes:  # a record that was loaded is of another number of blocks
+            self._record_resize(site, load)
+        elif load.changes and not is_awaited:
             bits = site.bits_of_whole(load.after).cpu()
             self._trace.follow(site.name, bits, is_start=not (self.history or self.num_steps))
             self._collection.forget(site.name)
+
+    def _record_resize(self, site: Site, load: Load) -> None:
+        """Notes that a weight has the number of blocks of another stage now: the stage of this step is due again."""
+        assert load.before is not None, "a weight without data is resized before anything is noted"
+        before, after = (site.bits_of_whole(bits).cpu() for bits in (load.before, load.after))
+        made = {site.name: self._trace.record_load(site.name, before, after)}
+        last = self.history[-1] if self.history else None
+        if last is not None and last.is_load and last.step == self.num_steps and site.name not in last.sites:
+            made = last.sites | made
+            self.history.pop()
+        density = sum(each.num_active for each in made.values()) / sum(each.num_blocks for each in made.values())
+        self.history.append(TopologyEvent(self.num_steps, 0.0, made, density, is_load=True))
+        self._stages.resume(self.num_steps)
+        self._collection.renew(site.name, self._is_near())
+        self._read_counts()
 
     def holders_of(self, values: nn.Parameter) -> list[Any]:
         """Returns the optimizers that hold ``values``, wrappers among them."""
         return [each.optimizer for each in self._optimizers.found if id(values) in each.holds]
 
-    def move_state(self, load: Load, change: TopologyChange) -> None:
-        """Moves the state that the optimizers keep for a weight; raises ValueError where it cannot follow."""
-        site = self._site_of(load.values)
-        if site is not None and any(each.state_of(load.values) for each in self._optimizers.found):
-            self._optimizers.find()
-            self._optimizers.state.follow(site, change)
+    def find_mover(self, values: nn.Parameter) -> Mover:
+        """Returns what moves the state that the optimizers keep for a weight; ValueError where it cannot follow."""
+        site = self._site_of(values)
+        if site is None or not any(each.state_of(values) for each in self._optimizers.found):
+            return _move_nothing
+        self._optimizers.find()
+        return partial(self._optimizers.state.follow, site)
 
     def _site_of(self, values: nn.Parameter) -> Site | None:
         return next((site for site in self.sites.values() if site.values_maybe is values), None)
@@ -126,7 +161,8 @@ class SavedManager:
         growth = self._stages.growth_after(num_steps, new_steps["num_last"])
         self._collection.check_state_dict(state["collected"], growth)
         if "density_schedule" not in check_override(override):
-            self._stages.check_state({name: each[0] for name, each in counts.items()}, num_steps)
+            first = {name: each[0] for name, each in counts.items()}
+            self._stages.check_state(first, num_steps, step_of_last_load(state["history"]))
         self._trace.check_state_dict(state["trace"], num_steps, counts)
 
     def parts_of_state(self) -> list[dict[str, Any]]:

@@ -29,6 +29,18 @@ def find_resized(saved: Mapping[str, Any], model: nn.Module) -> list[tuple[Site,
     return found
 
 
+def check_state_is_loaded(resized: Iterable[tuple[Site, Tensor]], optimizers: Iterable[Any]) -> None:
+    """Raises ValueError where ``optimizers``, whose state is not loaded, keep some for a weight to be resized."""
+    states = [getattr(each, "state", {}) for each in optimizers]
+    for site, mask in resized:
+        if any(state.get(site.values) for state in states):
+            raise ValueError(
+                f"{site.name}: expected the optimizer with a checkpoint of another density stage, got the manager "
+                f"alone, while there is state for {site.num_active:,} active blocks and the checkpoint has "
+                f"{int(mask.sum()):,}; pass optimizer=, or go back to its weights alone by model.load_state_dict"
+            )
+
+
 def resize_as_saved(resized: Iterable[tuple[Site, Tensor]], optimizers: Iterable[Any]) -> None:
     """Gives weights the masks of a checkpoint, with values of zero, and makes optimizers forget their state."""
     for site, mask in resized:

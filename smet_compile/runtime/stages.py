@@ -106,15 +106,20 @@ class DensityStages:
         """Notes that ``step`` steps were made. If the model is not in the stage of that step, that stage is due."""
         self._num_made = self._number_made(step)
 
-    def check_state(self, first: Mapping[str, int], step: int) -> None:
-        """Raises ValueError where weights that began with ``first`` blocks are not in the stage of ``step`` now."""
+    def check_state(self, first: Mapping[str, int], step: int, loaded_at: int | None = None) -> None:
+        """Raises ValueError where weights that began with ``first`` blocks are not in the stage of ``step`` now.
+
+        Args:
+            loaded_at: the step after which weights of another stage were loaded, if no stage began since; None where
+                none were. They keep their blocks until the next step, or until the first stage where none began yet.
+        """
         if not self.stages:
             return
         now = {name: site.num_active for name, site in self._sites.items()}
-        for when, expected, got in (
-            ("at the start", self._counts[0], first),
-            (f"after step {step}", self._counts[self._number_at(step)], now),
-        ):
+        cases = [("at the start", self._counts[0], first)]
+        if loaded_at is None or (loaded_at < step and self._number_at(step) > 0):
+            cases.append((f"after step {step}", self._counts[self._number_at(step)], now))
+        for when, expected, got in cases:
             for name, count in expected.items():
                 if got[name] != count:
                     raise ValueError(
