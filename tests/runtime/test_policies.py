@@ -219,7 +219,7 @@ WHOLE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.i
 @pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("dtype", WHOLE, ids=str)
 def test_scores_may_be_truth_values_and_whole_numbers(dtype: torch.dtype, mixes: bool, pattern: str | None) -> None:
-    """What is dropped and grown is what the same scores in fp64 drop and grow."""
+    """They drop and grow the same blocks as equal scores in fp64."""
 
     def scores(wanted: torch.dtype, site: Site, context: smet.TopologyContext) -> Tensor:
         torch.manual_seed(1)
