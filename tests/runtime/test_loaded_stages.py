@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import smet_compile as smet
 from smet_compile.ops import find_sites
 from smet_compile.runtime import checkpoint_file
+from tests.support.kept_state import kept
 from tests.support.small_models import two_layers
 from tests.support.snapshots import assert_same, snapshot
 from tests.support.states import Unchanged
@@ -44,26 +45,6 @@ def fresh(make: Callable[[nn.Module], Any] = active, density: float = 0.6, **opt
     optimizer = make(model)
     given = {"total_steps": 40, "every": 4, "schedule": "cosine", "density_schedule": STAGES} | options
     return model, optimizer, smet.TopologyManager(model, optimizer, **given)
-
-
-def kept(run: Run) -> dict[str, dict[str, Tensor]]:
-    """Returns what is kept for each block of each weight by its place in the weight; NaN where none is active."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, site in find_sites(run[0]).items():
-        values, optimizer, found[name] = site.values, run[1], {}
-        if hasattr(optimizer, "read_slot"):
-            rows = {key: optimizer.read_slot(values, key) for key in ("exp_avg", "exp_avg_sq")}
-            rows["age"] = optimizer.block_ages(values)
-        else:
-            states = optimizer.state[values]
-            inner = optimizer.base.state[values] if hasattr(optimizer, "base") else states
-            rows = {key: inner[key] for key in ("exp_avg", "exp_avg_sq")}
-            rows |= {"slow": states["slow"]} if "slow" in states else {}
-        for key, each in rows.items():
-            dense = torch.full((site.layout.num_blocks, *each.shape[1:]), torch.nan, dtype=torch.float64)
-            dense[site.mask()] = each.double()
-            found[name][key] = dense
-    return found
 
 
 def assert_stays_with_its_weights(before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]]) -> None:

@@ -13,6 +13,7 @@ import smet_compile as smet
 from smet_compile.format import unpack_bits
 from smet_compile.ops import find_sites
 from tests.runtime.setting import make
+from tests.support.kept_state import kept
 from tests.support.small_models import two_layers
 from tests.support.snapshots import assert_same, snapshot
 from tests.support.training import loss_on, train
@@ -30,24 +31,6 @@ def of_torch(model: nn.Module) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS = {"active": active(), "int8": active(moment_dtype="int8"), "torch": of_torch}
-
-
-def kept(run: Run) -> dict[str, dict[str, Tensor]]:
-    """Returns what is kept for each block of each weight by its place in the weight; NaN where none is active."""
-    found = {}
-    for name, site in find_sites(run[0]).items():
-        values, optimizer = site.values, run[1]
-        if hasattr(optimizer, "read_slot"):
-            rows = {key: optimizer.read_slot(values, key) for key in ("exp_avg", "exp_avg_sq")}
-            rows["age"] = optimizer.block_ages(values)
-        else:
-            rows = {key: optimizer.state[values][key] for key in ("exp_avg", "exp_avg_sq")}
-        found[name] = {}
-        for key, each in rows.items():
-            dense = torch.full((site.layout.num_blocks, *each.shape[1:]), torch.nan, dtype=torch.float64)
-            dense[site.mask()] = each.double()
-            found[name][key] = dense
-    return found
 
 
 def assert_stays_with_its_weights(before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]]) -> None:
